@@ -1,0 +1,36 @@
+"""The one error that a user may see, and the exit codes of the program."""
+
+EXIT_CODES = {
+    "CONFIG": 2,  # a key, a value or the command line
+    "DATA": 3,  # a row or a file of the data set
+    "MODEL": 4,  # a file of a model, a tokenizer, a run
+    "NUMERIC": 5,  # a number that is not finite
+    "RESOURCE": 6,  # disk, memory, network
+}
+INTERNAL_ERROR = 70
+INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something that the user can put right, told in one line.
+
+    `code` is AREA-NNN: the area gives the exit code and the number names the raise site, to be searched for.
+    `where` is the file, `file:line` or key that is wrong; `hint` says what to do.
+    """
+
+    def __init__(self, code: str, what: str, *, where: str = "", hint: str = ""):
+        super().__init__(what)
+        self.code, self.what, self.where, self.hint = code, what, where, hint
+        self.exit_code = EXIT_CODES[code.split("-")[0]]
+
+    def __str__(self) -> str:
+        place = f" {self.where}:" if self.where else ""
+        return f"error[E-{self.code}]{place} {self.what}" + (f"\nhint: {self.hint}" if self.hint else "")
+
+
+def nearest(word: str, options: list[str]) -> str:
+    """Returns ` (did you mean "x"?)` for the option most like `word`, or an empty string."""
+    from difflib import get_close_matches
+
+    hits = get_close_matches(word, options, n=1, cutoff=0.6)
+    return f' (did you mean "{hits[0]}"?)' if hits else ""
