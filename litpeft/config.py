@@ -1,0 +1,103 @@
+"""What a model is, read from the config.json of a Hugging Face folder. No table of sizes, no torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litpeft.errors import UserError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched to reach beyond the length that the model was trained on."""
+
+    kind: str  # linear | llama3
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and switches of a decoder-only model; every field changes what model.py builds."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_positions: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    window: int | None = None  # a token sees this many tokens back, itself included; None = all
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Returns the JSON object in `path`; `what` names the file's role in the error."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        hint = "a model folder holds config.json, *.safetensors and tokenizer files; see `litpeft download --help`"
+        raise UserError("MODEL-001", f"there is no {what}", where=str(path), hint=hint) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError("MODEL-002", f"{what} cannot be read: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise UserError("MODEL-003", f"{what} must be a JSON object, got {type(value).__name__}", where=str(path))
+    return value
+
+
+def read_config(folder: Path) -> tuple[str, ModelConfig]:
+    """Returns the family's name (`llama`, ...) and the ModelConfig of a Hugging Face folder."""
+    from litpeft.families import FAMILIES, family
+
+    path = folder / "config.json"
+    hf = read_json(path, "config.json of a model")
+    name = hf.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(
+            "MODEL-004", f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=str(path)
+        )
+    if "quantization_config" in hf:
+        raise UserError(
+            "MODEL-005", "the weights are already quantised; take the model's plain weights", where=str(path)
+        )
+    try:
+        return name, family(name).config(hf)
+    except KeyError as error:
+        raise UserError("MODEL-006", f"the key {error} is missing", where=str(path)) from None
+    except (TypeError, ValueError) as error:
+        raise UserError("MODEL-007", str(error), where=str(path)) from None
+
+
+def rope_settings(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Returns theta and the scaling; `rope_parameters` is of transformers 5, older files differ."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        original = rope.get("original_max_position_embeddings", hf["max_position_embeddings"])
+        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        return theta, RopeScaling("llama3", float(rope["factor"]), low, high, int(original))
+    raise ValueError(f"rope scaling {kind!r} is not supported; litpeft has default, linear and llama3")

@@ -1,0 +1,180 @@
+"""A decoder-only transformer whose slots are the only trace of finetuning.
+
+Letters: B rows, T new tokens, S keys, D head size, d model width, H query heads, G key/value heads, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from litpeft.attention import Documents, attend, causal_mask
+from litpeft.config import ModelConfig
+from litpeft.loss import summed_cross_entropy
+from litpeft.slots import Bank, Linear, Slot, TiedHead
+
+
+class KVCache:
+    """Keys and values of one layer. A key lies at its position, so what a row has not written yet is never seen."""
+
+    def __init__(self, rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
+        shape = (rows, config.n_kv_heads, length, config.head_dim)
+        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+    def update(self, k: Tensor, v: Tensor, pos: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, G, T, D) at positions `pos` (B, T); returns the keys and values (B, G, end, D) so far."""
+        row = torch.arange(k.size(0), device=k.device)[:, None]
+        self.k[row, :, pos], self.v[row, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+@dataclass
+class Context:
+    """What the blocks know of one call beside the tokens; made by the caller, completed by GPT.forward."""
+
+    pos: Tensor  # (B, T) position of each token in its document
+    documents: Documents | None = None  # of the one packed row; None = every row is one document
+    prompt_lengths: tuple[int, ...] | None = None  # tokens before the first answer, for each document
+    cache: list[KVCache] | None = None  # one for each layer, while generating
+    end: int = 0  # with a cache: one more than the highest position of this call
+    mask: Tensor | None = None  # (B, 1, T, S) True = may see; None = causal within the document
+    rope: tuple[Tensor, Tensor] = field(init=False)  # cos and sin (B, 1, T, D/2)
+
+    @classmethod
+    def rows(cls, ids: Tensor) -> "Context":
+        """Returns the context of rows (B, T) that each hold one document from its start."""
+        return cls(torch.arange(ids.size(1), device=ids.device).expand_as(ids))
+
+    @classmethod
+    def packed(
+        cls, lengths: tuple[int, ...], device: torch.device, prompt_lengths: tuple[int, ...] | None
+    ) -> "Context":
+        """Returns the context of one row (1, T) that holds documents of these lengths one after the other."""
+        documents = Documents(lengths)
+        return cls(documents.positions(device)[None], documents, prompt_lengths)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Returns the rotary frequencies (D/2,) in radians a token; in float32, like those the models were trained with."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    # llama3: long waves are stretched, short ones kept, those between are mixed
+    turns = scaling.original_positions * frequency / (2 * math.pi)  # over the length that the model was trained on
+    mix = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    mix = mix.clamp(0, 1)
+    return mix * frequency + (1 - mix) * frequency / scaling.factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns x (B, heads, T, D) with each pair (i, i + D/2) turned by its angle; cos and sin are (B, 1, T, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Sdpa(Slot):
+    """Softmax attention: what `Attention.core` is until a method replaces it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: "Attention") -> Tensor:
+        return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window
+        d, kv = config.d_model, config.n_kv_heads * config.head_dim
+        self.q = Linear(d, config.n_heads * config.head_dim, config.qkv_bias)
+        self.k = Linear(d, kv, config.qkv_bias)
+        self.v = Linear(d, kv, config.qkv_bias)
+        self.o = Linear(config.n_heads * config.head_dim, d, config.output_bias)
+        self.core = Sdpa()
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
+        if ctx.cache is not None:
+            k, v = ctx.cache[self.layer].update(k, v, ctx.pos, ctx.end)
+        return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Linear(config.d_model, config.d_ff, config.mlp_bias)
+        self.up = Linear(config.d_model, config.d_ff, config.mlp_bias)
+        self.down = Linear(config.d_ff, config.d_model, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.after_attn = Slot()
+        self.norm2 = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+        self.after_mlp = Slot()
+        self.after_block = Slot()
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.after_attn(self.attn(h, ctx), h, ctx)
+        h = self.norm2(x)
+        x = x + self.after_mlp(self.mlp(h), h, ctx)
+        return self.after_block(x, ctx)
+
+
+class GPT(nn.Module):
+    """Token ids in, logits or a loss out. Parameters are named as in families/*.py, whatever method is attached."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.recompute = False  # activation checkpointing: keep a block's input only, compute the rest again backwards
+        self.base_keys: set[str] = set()  # these three are filled by methods/base.py
+        self.delta_keys: set[str] = set()
+        self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.after_embed = Slot()
+        self.bank = Bank()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.head = TiedHead(self.embed) if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+
+    def forward(
+        self, ids: Tensor, ctx: Context | None = None, at: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """Returns logits (B, T, V), or (N, V) at the flattened positions `at` (N,); with `targets` (N,) the loss.
+
+        Only where logits are asked for are they computed, and a loss never holds them all.
+        """
+        ctx = ctx or Context.rows(ids)
+        x = self.after_embed(self.embed(ids), ctx)
+        angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
+        ctx.rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        if ctx.cache is not None and ctx.mask is None:
+            keys = torch.arange(ctx.end, device=ids.device)[None]
+            ctx.mask = causal_mask(ctx.pos, keys, self.config.window)[:, None]
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, ctx, use_reentrant=False)
+            else:
+                x = block(x, ctx)
+        x = self.norm(x if at is None else x.flatten(0, 1)[at])
+        return self.head(x) if targets is None else summed_cross_entropy(self.head, x, targets)

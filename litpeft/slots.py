@@ -1,0 +1,70 @@
+"""The places where a finetuning method may act. Each is the identity until a method fills it."""
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Slot(nn.Module):
+    """An empty place: returns its first argument and owns no parameters."""
+
+    def forward(self, y: Tensor, *context: object) -> Tensor:
+        return y
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight, bias
+
+
+class Delta(nn.Module):
+    """What a method puts into a slot. It owns its new tensors; no Delta holds another Delta.
+
+    `reset_parameters` (the name that Fabric and FSDP call) must not look at other modules: what depends on the base
+    weights goes to `Method.init`. Tensors of another module are reached through the module: FSDP swaps them.
+    """
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} must initialise its tensors")
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight (out, in) and bias (out,) that compute the same without this Delta, if there are such."""
+        raise TypeError(f"{type(self).__name__} acts on activations: nothing can be merged")
+
+
+class Bank(nn.ParameterDict):
+    """Tensors shared by many deltas."""
+
+
+class Linear(nn.Linear):
+    """y = slot(W x + b). A storage class (a quantised weight) overrides `base` and `dense` only."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__(in_features, out_features, bias)
+        self.slot = Slot()
+
+    def base(self, x: Tensor) -> Tensor:
+        """Returns W x + b of the frozen base: (..., in) -> (..., out)."""
+        return F.linear(x, self.weight, self.bias)
+
+    def dense(self) -> Tensor:
+        """Returns the weight (out, in) that `base` multiplies with."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.slot(self.base(x), x, self)
+
+
+class TiedHead(Linear):
+    """The output head of a model whose embedding is its head: one parameter, owned by the embedding."""
+
+    def __init__(self, embed: nn.Embedding):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = embed.embedding_dim, embed.num_embeddings
+        self.embed = (embed,)  # a tuple hides the module, so that the weight is registered once
+        self.register_parameter("bias", None)
+        self.slot = Slot()
+
+    def base(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dense())
+
+    def dense(self) -> Tensor:
+        return self.embed[0].weight
