@@ -1,0 +1,261 @@
+"""Model files on disk: safetensors read lazily, folders written as a whole or not at all, fingerprints."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litpeft.config import read_json
+from litpeft.errors import UserError
+
+SHARD_BYTES = 5_000_000_000
+# What belongs to a model beside its weights; copied from folder to folder as it is.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class Weights:
+    """The tensors of a folder's safetensors files, by name; read one at a time, when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            placed = read_json(index, "index of the weights").get("weight_map")
+            if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+                raise UserError("MODEL-030", "weight_map must map names to files", where=str(index))
+            for file in set(placed.values()):
+                if Path(file).name != file or not file.endswith(".safetensors"):
+                    raise UserError("MODEL-031", f"{file!r} escapes the folder or is no safetensors", where=str(index))
+        elif (folder / "model.safetensors").exists():
+            placed = None
+        else:
+            pickled = sorted(p.name for ending in ("*.bin", "*.pth", "*.gguf") for p in folder.glob(ending))
+            hint = f"turn {pickled[0]} into one with `litpeft convert`" if pickled else "see `litpeft download --help`"
+            raise UserError("MODEL-032", "there is no model.safetensors", where=str(folder), hint=hint)
+        files = sorted(set(placed.values())) if placed else ["model.safetensors"]
+        self.headers = {file: read_header(folder / file) for file in files}
+        self.file_of: dict[str, str] = {}
+        for file, header in self.headers.items():
+            for name in header:
+                if name in self.file_of:
+                    what = f"{name} is in {self.file_of[name]} and in {file}"
+                    raise UserError("MODEL-033", what, where=str(folder))
+                self.file_of[name] = file
+        missing = sorted(name for name, file in (placed or {}).items() if self.file_of.get(name) != file)
+        if missing:
+            raise UserError("MODEL-034", f"{_some(missing)} not in the file that the index names", where=str(index))
+        self._open: dict[str, Any] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.headers[self.file_of[name]][name]["shape"])
+
+    def read(self, name: str) -> Tensor:
+        """Returns one tensor, straight from the file's pages."""
+        file = self.file_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        return self._open[file].get_tensor(name)
+
+    def fingerprint(self) -> str:
+        """Returns the sha256 over every tensor's name, type, shape and bytes; the same however they are sharded."""
+        lines = []
+        for file, header in self.headers.items():
+            path = self.folder / file
+            with open(path, "rb") as handle:
+                start = 8 + struct.unpack("<Q", handle.read(8))[0]
+                for name, entry in header.items():
+                    first, last = entry["data_offsets"]
+                    handle.seek(start + first)
+                    digest = _sha256(handle, last - first)
+                    lines.append(f"{name} {entry['dtype']} {entry['shape']} {digest}\n")
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def _sha256(handle: BinaryIO, size: int) -> str:
+    """Returns the sha256 of the next `size` bytes."""
+    digest = hashlib.sha256()
+    while size:
+        block = handle.read(min(size, 1 << 20))
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with open(path, "rb") as handle:
+        return _sha256(handle, path.stat().st_size)
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the header of a safetensors file, name -> {dtype, shape, data_offsets}; the file must be whole."""
+    try:
+        size = path.stat().st_size
+        with safe_open(path, framework="pt"):  # checks the layout: offsets, sizes, no overlap
+            pass
+        with open(path, "rb") as handle:
+            header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
+    except FileNotFoundError:
+        raise UserError("MODEL-035", "the file is missing", where=str(path)) from None
+    except (OSError, SafetensorError, ValueError, struct.error) as error:
+        what = f"not a whole safetensors file ({size} bytes): {error}"
+        raise UserError("MODEL-036", what, where=str(path), hint="download or copy it again") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes model.safetensors, or shards of at most `shard_bytes` with an index; holds one shard at a time."""
+    shards: list[list[str]] = []
+    batch: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        shards.append(list(batch))
+        save_tensors(batch, folder / f"shard-{len(shards)}")
+        batch.clear()
+
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if batch and size + nbytes > shard_bytes:
+            flush()
+            size = 0
+        batch[name] = tensor.detach().contiguous()
+        size, total = size + nbytes, total + nbytes
+    flush()
+    if len(shards) == 1:
+        os.rename(folder / "shard-1", folder / "model.safetensors")
+        return
+    placed = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / f"shard-{number}", folder / file)
+        placed |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file, readable by whom the umask lets (the library itself makes it private)."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError("RESOURCE-031", f"cannot be written: {error}", where=str(path)) from None
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies config, tokenizer and template files of a model from one folder to another."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+@contextmanager
+def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and is removed otherwise.
+
+    A `path` that exists is refused, or, with `overwrite`, replaced as a whole: no reader ever sees half of either.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    refuse_existing(path, overwrite)
+    temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        _commit(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _commit(temporary: Path, path: Path) -> None:
+    """Makes a finished folder take its place; what was there is moved aside first and removed last."""
+    try:
+        for file in temporary.rglob("*"):
+            sync(file)
+        sync(temporary)
+        old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError("RESOURCE-030", f"cannot be written: {error.strerror or error}", where=str(path)) from error
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises if `path` holds something that was not said to be replaced."""
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError("CONFIG-030", "the output exists", where=str(path), hint="name another, or say --overwrite")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Clears what a killed process left beside `path`: unfinished folders go, one that was moved aside comes back."""
+    for folder in path.parent.glob(f".tmp-{path.name}-*"):
+        match = re.fullmatch(rf"\.tmp-{re.escape(path.name)}-(\d+)(-old)?", folder.name)
+        if match is None or _alive(int(match.group(1))):
+            continue
+        if match.group(2) and not path.exists():
+            os.rename(folder, path)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Forces a file's or folder's content to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _some(names: list[str]) -> str:
+    """Returns at most five names as text."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def file_dtype(name: str) -> torch.dtype:
+    """Returns the torch type that a `dtype` setting names."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise UserError("CONFIG-031", f"{name!r} is not one of {', '.join(known)}", where="dtype")
+    return known[name]

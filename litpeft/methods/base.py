@@ -1,0 +1,144 @@
+"""What all methods share: attach one, see what it trains, save it, switch it off, fold it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.errors import UserError, nearest
+from litpeft.model import GPT, Sdpa
+from litpeft.slots import Bank, Delta, Linear, Slot, TiedHead
+
+
+@dataclass
+class Method:
+    """One way to finetune. The fields are its YAML keys and its `--method.*` options."""
+
+    unfreeze: tuple[str, ...] = ()
+    """Globs of the base model's own parameters that train too, e.g. `*norm*`."""
+
+    def attach(self, model: GPT) -> None:
+        """Fills slots of `model`. Knows shapes only, so that it works on the meta device."""
+
+    def init(self, model: GPT, dense: Callable[[str], Tensor]) -> None:
+        """Sets what depends on the base weights; `dense(name)` reads one (out, in) from the base's files."""
+
+
+def linears(model: GPT, targets: tuple[str, ...], key: str = "method.targets") -> dict[str, Linear]:
+    """Returns the linear layers whose names match one of the globs; an error if a glob matches none."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    chosen: dict[str, Linear] = {}
+    for glob in targets:
+        hits = {name: m for name, m in layers.items() if fnmatchcase(name, glob)}
+        if not hits:
+            patterns = list(dict.fromkeys(f"*.{'.'.join(n.split('.')[-2:])}" if "." in n else n for n in layers))
+            near = nearest(glob, patterns)
+            known = ", ".join(patterns)
+            raise UserError("CONFIG-020", f'"{glob}" matches no linear layer; the model has {known}{near}', where=key)
+        chosen |= hits
+    if any(isinstance(m, TiedHead) for m in chosen.values()):
+        hint = "leave the head out of the targets"
+        what = "the head of this model is its embedding (tie_embeddings); a delta on it alone would untie them"
+        raise UserError("CONFIG-021", what, where=key, hint=hint)
+    return chosen
+
+
+def attach(model: GPT, method: Method) -> None:
+    """Fills the slots, freezes the base but for what `unfreeze` names, and notes which tensors are the delta.
+
+    `model.base_keys` are the names in the state dict before; `model.delta_keys` those that the base's files cannot give
+    back: new or trained.
+    """
+    base = model.base_keys = set(model.state_dict())
+    model.requires_grad_(False)
+    method.attach(model)
+    names = [name for name, _ in model.named_parameters() if name in base]
+    for glob in method.unfreeze:
+        hits = [name for name in names if fnmatchcase(name, glob)]
+        if not hits:
+            known = ", ".join(dict.fromkeys(f"*.{'.'.join(name.split('.')[-2:])}" for name in names))
+            what = f'"{glob}" matches no parameter; the model has {known}'
+            raise UserError("CONFIG-022", what, where="method.unfreeze")
+        for name in hits:
+            model.get_parameter(name).requires_grad_(True)
+    if not trainable(model):
+        raise UserError("CONFIG-023", "this method would train 0 parameters", where="method", hint="give it targets")
+    model.delta_keys = {k for k, v in model.state_dict(keep_vars=True).items() if k not in base or v.requires_grad}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def delta_state(model: GPT) -> dict[str, Tensor]:
+    """Returns what a run saves: every tensor that the base's files cannot give back."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name in model.delta_keys}
+
+
+def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
+    """Copies a saved delta into the model's own tensors; names and shapes must be exactly the same."""
+    own = model.state_dict(keep_vars=True)
+    wrong = [f"{name} is missing" for name in sorted(model.delta_keys - set(state))]
+    wrong += [f"{name} does not belong to it" for name in sorted(set(state) - model.delta_keys)]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(model.delta_keys & set(state))
+        if state[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError("MODEL-020", f"the delta does not fit this model: {'; '.join(wrong[:5])}{more}", where=where)
+    model.base_values = {name: own[name].detach().clone() for name in state if name in model.base_keys}
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
+@contextmanager
+def without_delta(model: GPT) -> Iterator[None]:
+    """Switches the finetuned part off, in place, for the time of the block: the model is its base again."""
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Delta)
+    ]
+    trained = {name: model.get_parameter(name).data for name in model.base_values}
+    for parent, name, _ in places:
+        setattr(parent, name, Sdpa() if name == "core" else Slot())
+    for name, tensor in model.base_values.items():
+        model.get_parameter(name).data = tensor
+    try:
+        yield
+    finally:
+        for parent, name, delta in places:
+            setattr(parent, name, delta)
+        for name, tensor in trained.items():
+            model.get_parameter(name).data = tensor
+
+
+def folded(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yields name and tensor of the plain model that computes the same without deltas; folds in float32 or better.
+
+    Raises TypeError, with the Delta's name, if one of them is no change of weights.
+    """
+    if isinstance(module, Linear):
+        weight, bias = module.dense(), module.bias
+        if isinstance(module.slot, Delta):
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight, bias = module.slot.fold(weight.to(wide), None if bias is None else bias.to(wide))
+        if not isinstance(module, TiedHead):
+            yield f"{prefix}weight", weight
+        if bias is not None:
+            yield f"{prefix}bias", bias
+    elif isinstance(module, Delta):  # not in a linear: raises, and says why
+        module.fold(torch.empty(0), None)
+    elif not isinstance(module, Bank | Slot):
+        yield from ((prefix + name, p) for name, p in module.named_parameters(recurse=False))
+        for name, child in module.named_children():
+            yield from folded(child, f"{prefix}{name}.")

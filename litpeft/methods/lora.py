@@ -1,0 +1,79 @@
+"""LoRA: a frozen linear layer learns a low-rank update beside it.
+
+    y = W x + b + s B A dropout(x)        s = alpha / rank, or alpha / sqrt(rank) with rslora
+
+LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732.
+Trains rank * (in + out) parameters for each target. Folds: W <- W + s B A.
+"""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from litpeft.errors import UserError
+from litpeft.methods.base import Method, linears
+from litpeft.model import GPT
+from litpeft.slots import Delta, Linear
+
+
+class LowRank(Delta):
+    """s B A x, with A (rank, in) random and B (out, rank) zero at the start, so that nothing changes at first."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float):
+        super().__init__()
+        self.scale, self.dropout = scale, dropout
+        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
+        self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        nn.init.zeros_(self.B)
+
+    def forward(self, y: Tensor, x: Tensor, linear: Linear) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        return y + F.linear(F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * (self.B.to(weight.dtype) @ self.A.to(weight.dtype)), bias
+
+
+@dataclass
+class LoRA(Method):
+    """Low-rank updates beside frozen linear layers."""
+
+    rank: int = 8
+    """Rank of the update of one linear layer."""
+    alpha: float | None = None
+    """Scale of the update is alpha / rank; default 2 * rank."""
+    dropout: float = 0.0
+    """Share of the update's input that is dropped in training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, which keeps high ranks learning."""
+    targets: tuple[str, ...] = ("*.attn.*", "*.mlp.*")
+    """Globs of the linear layers that get an update."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Other ranks for some targets, by glob, e.g. {"*.mlp.*": 16}; the last glob that matches counts."""
+
+    def __post_init__(self) -> None:
+        for key, rank in {"rank": self.rank, **{f'ranks["{glob}"]': rank for glob, rank in self.ranks.items()}}.items():
+            if rank < 1:
+                raise ValueError(f"method.{key} must be at least 1, got {rank}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"method.alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
+
+    def attach(self, model: GPT) -> None:
+        targets = linears(model, self.targets)
+        for glob in self.ranks:
+            if not any(fnmatchcase(name, glob) for name in targets):
+                raise UserError("CONFIG-024", f'"{glob}" matches no target', where="method.ranks")
+        for name, linear in targets.items():
+            rank = ([self.rank] + [rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)])[-1]
+            alpha = 2 * rank if self.alpha is None else self.alpha
+            scale = alpha / rank**0.5 if self.rslora else alpha / rank
+            linear.slot = LowRank(linear.in_features, linear.out_features, rank, scale, self.dropout)

@@ -1,0 +1,72 @@
+"""A tiny Llama in a Hugging Face folder, made anew for the tests that want one; everything runs on the CPU."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Writes a byte-level tokenizer with ChatML's two marks (ids 0 and 1), and its template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    special = ["<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(special + letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    (folder / "chat_template.jinja").write_text(CHATML)
+
+
+def make_folder(folder: Path, seed: int = 0, **changes: object) -> Path:
+    """Writes a random Llama of transformers' making with a tokenizer; returns the folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, "initializer_range": 0.05, "dtype": "float32"} | changes))
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def in_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """transformers computes its norms in float32 whatever the type of the model: torch's own norm keeps float64."""
+    for parent in model.modules():
+        for name, child in list(parent.named_children()):
+            if "RMSNorm" in type(child).__name__:
+                norm = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float32 Llama with grouped queries and an untied head. Tests must not change it."""
+    return make_folder(tmp_path_factory.mktemp("models") / "tiny-llama")

@@ -1,0 +1,102 @@
+"""LoRA against peft: the same tensors give the same logits and the same gradients."""
+
+import pytest
+import torch
+from conftest import TINY, in_float64
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from litpeft.build import build
+from litpeft.errors import UserError
+from litpeft.families import llama, renamed
+from litpeft.methods.base import trainable
+from litpeft.methods.lora import LoRA, LowRank
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def pair(folder, rslora: bool):
+    """Returns our model and peft's, in float64, with the same random A and B, rank 4 and alpha 20."""
+    theirs = in_float64(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
+    config = LoraConfig(r=4, lora_alpha=20, target_modules=ALL, use_rslora=rslora, task_type="CAUSAL_LM")
+    theirs = get_peft_model(theirs, config, autocast_adapter_dtype=False).eval()
+    ours = build(folder, torch.float64, LoRA(rank=4, alpha=20, rslora=rslora)).eval()
+    torch.manual_seed(4)
+    for name, module in ours.named_modules():
+        if isinstance(module, LowRank):
+            linear = renamed(f"{name.removesuffix('.slot')}.weight", llama.NAMES).removesuffix(".weight")
+            layer = theirs.get_submodule(f"base_model.model.{linear}")
+            for own, other in ((module.A, layer.lora_A), (module.B, layer.lora_B)):
+                torch.nn.init.normal_(own, std=0.1)
+                other["default"].weight.data = own.data.clone()
+    return ours, theirs
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_logits_and_gradients_equal_peft(tiny_folder, rslora: bool) -> None:
+    ours, theirs = pair(tiny_folder, rslora)
+    want, got = theirs(IDS).logits, ours(IDS)
+    assert (want - got).abs().max() <= 1e-10 * want.abs().max()
+    weight = torch.randn(want.shape, dtype=torch.float64)
+    (want * weight).sum().backward()
+    (got * weight).sum().backward()
+    layer = theirs.get_submodule("base_model.model.model.layers.1.self_attn.v_proj")
+    slot = ours.get_submodule("blocks.1.attn.v.slot")
+    for own, other in ((slot.A, layer.lora_A), (slot.B, layer.lora_B)):
+        assert torch.allclose(own.grad, other["default"].weight.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_is_on_the_update_only_and_off_in_eval(tiny_folder) -> None:
+    linear = build(tiny_folder, torch.float64, LoRA(dropout=0.5)).blocks[0].attn.q
+    torch.nn.init.ones_(linear.slot.B)
+    x = torch.randn(4000, 64, dtype=torch.float64)
+    base = linear.base(x)
+    update = linear.eval()(x) - base
+    dropped = linear.train()(x) - base
+    assert not torch.allclose(dropped, update)
+    assert abs(float((dropped * update).sum() / update.square().sum()) - 1) < 0.1  # unbiased: E[dropout(x)] = x
+    linear.slot.B.data.zero_()
+    assert torch.equal(linear(x), base)
+
+
+def test_a_starts_uniform_within_one_over_the_root_of_in(tiny_folder) -> None:
+    slot = build(tiny_folder, torch.float32, LoRA(rank=64)).blocks[0].mlp.down.slot
+    bound = slot.A.size(1) ** -0.5
+    assert slot.A.abs().max() <= bound
+    assert abs(float(slot.A.std()) / (bound / 3**0.5) - 1) < 0.02
+    assert not slot.B.any()
+
+
+def test_ranks_and_scales_follow_the_last_glob_that_matches(tiny_folder) -> None:
+    model = build(tiny_folder, torch.float32, LoRA(rank=4, ranks={"*.mlp.*": 16, "blocks.1.mlp.up": 2}))
+    assert [model.blocks[i].attn.q.slot.A.size(0) for i in (0, 1)] == [4, 4]
+    assert [model.blocks[i].mlp.up.slot.A.size(0) for i in (0, 1)] == [16, 2]
+    assert {m.scale for m in model.modules() if isinstance(m, LowRank)} == {2.0}  # alpha is twice each rank
+
+
+def test_unfreezing_norms_trains_them_in_float32(tiny_folder) -> None:
+    model = build(tiny_folder, torch.bfloat16, LoRA(unfreeze=("*.norm1.weight",)))
+    norms = {name for name in trainable(model) if "norm" in name}
+    assert norms == {"blocks.0.norm1.weight", "blocks.1.norm1.weight"}
+    assert norms <= model.delta_keys
+    assert model.blocks[0].norm1.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ("*.atn.q",)}, r'"\*.atn.q" matches no linear layer; the model has \*.attn.q'),
+        ({"targets": ("*.attn.q",), "ranks": {"*.mlp.*": 2}}, "matches no target"),
+        ({"unfreeze": ("*.nrm*",)}, "matches no parameter"),
+    ],
+)
+def test_globs_that_match_nothing_are_errors(tiny_folder, settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(tiny_folder, torch.float32, LoRA(**settings))
+
+
+@pytest.mark.parametrize("settings", [{"rank": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"ranks": {"*": 0}}])
+def test_impossible_values_are_refused_by_key(settings: dict) -> None:
+    with pytest.raises(ValueError, match=f"method.{next(iter(settings))}"):
+        LoRA(**settings)

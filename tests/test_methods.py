@@ -1,0 +1,197 @@
+"""The contract of every method in the registry. A new method is covered without a line here."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TINY
+
+from litpeft.build import build
+from litpeft.config import ModelConfig
+from litpeft.methods import METHODS, method_class
+from litpeft.methods.base import attach, delta_state, folded, load_delta, trainable, without_delta
+from litpeft.model import GPT, Context, KVCache
+from litpeft.slots import Delta
+
+LENGTHS = (9, 15, 8)
+IDS = torch.randint(0, TINY["vocab_size"], (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+NOT_IDENTITY_AT_THE_START: set[str] = set()  # methods whose papers start elsewhere
+
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def make(folder, name: str, dtype: torch.dtype = torch.float64) -> GPT:
+    torch.manual_seed(1)
+    return build(folder, dtype, method_class(name)())
+
+
+def forward(model: GPT, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return model(ids, Context.packed(LENGTHS, ids.device, (4, 5, 3)))
+
+
+def steps(model: GPT, count: int = 3) -> list[float]:
+    torch.manual_seed(2)
+    optimizer, losses = torch.optim.AdamW(trainable(model).values(), lr=1e-2), []
+    for _ in range(count):
+        optimizer.zero_grad()
+        at = torch.arange(IDS.numel() - 1)
+        loss = model(IDS, Context.packed(LENGTHS, IDS.device, (4, 5, 3)), at=at, targets=IDS[0, 1:]) / len(at)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+@every_method
+def test_base_names_stay_as_they_are(tiny_folder, name: str) -> None:
+    assert set(build(tiny_folder, torch.float32).state_dict()) <= set(make(tiny_folder, name).state_dict())
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_changes_nothing_at_the_start(tiny_folder, name: str, dtype: torch.dtype) -> None:
+    same = torch.equal(forward(make(tiny_folder, name, dtype)), forward(build(tiny_folder, dtype)))
+    assert same != (name in NOT_IDENTITY_AT_THE_START)
+
+
+@every_method
+def test_only_the_delta_moves(tiny_folder, name: str) -> None:
+    model = make(tiny_folder, name)
+    before = copy.deepcopy(model.state_dict())
+    losses = steps(model)
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert losses[-1] < losses[0]
+    assert moved
+    assert moved <= model.delta_keys
+
+
+@every_method
+def test_every_trainable_tensor_has_a_gradient_after_a_validation_pass(tiny_folder, name: str) -> None:
+    model = make(tiny_folder, name)
+    with torch.no_grad():
+        forward(model)
+    steps(model)
+    dead = [key for key, p in trainable(model).items() if p.grad is None or not p.grad.any() or p.grad.isnan().any()]
+    assert not dead
+
+
+@every_method
+def test_what_trains_is_float32_on_a_bfloat16_base(tiny_folder, name: str) -> None:
+    model = make(tiny_folder, name, torch.bfloat16)
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {torch.bfloat16}
+    losses = steps(model, 8)
+    assert losses[-1] < losses[0]
+    assert forward(model).dtype == torch.bfloat16
+
+
+@every_method
+def test_a_saved_delta_gives_bit_equal_logits(tiny_folder, name: str) -> None:
+    model = make(tiny_folder, name)
+    steps(model)
+    torch.manual_seed(9)
+    fresh = build(tiny_folder, torch.float64, method_class(name)())
+    load_delta(fresh, {key: value.clone() for key, value in delta_state(model).items()}, "test")
+    assert torch.equal(forward(fresh), forward(model))
+
+
+@every_method
+def test_the_delta_switches_off_and_on(tiny_folder, name: str) -> None:
+    trained = make(tiny_folder, name)
+    steps(trained)
+    model = make(tiny_folder, name)
+    load_delta(model, delta_state(trained), "test")
+    with torch.no_grad():
+        want, base = forward(model), forward(build(tiny_folder, torch.float64))
+        with without_delta(model):
+            assert torch.equal(forward(model), base)
+        assert torch.equal(forward(model), want)
+    assert not torch.equal(want, base)
+
+
+@every_method
+def test_fold_equals_forward_or_refuses_by_name(tiny_folder, name: str) -> None:
+    model = make(tiny_folder, name)
+    steps(model)
+    with torch.no_grad():
+        try:
+            state = dict(folded(model))
+        except TypeError as error:
+            assert "nothing can be merged" in str(error)
+            return
+        plain = build(tiny_folder, torch.float64)
+        for key, tensor in state.items():
+            plain.get_parameter(key).data = tensor
+        assert set(state) == set(plain.state_dict())
+        assert (forward(plain) - forward(model)).abs().max() <= 1e-10
+
+
+@every_method
+def test_cached_decoding_equals_the_full_forward(tiny_folder, name: str) -> None:
+    model = make(tiny_folder, name).eval()
+    steps(model)
+    ids = IDS.view(2, 16)
+    with torch.no_grad():
+        want = model(ids)
+        cache = [KVCache(2, 16, model.config, torch.float64, "cpu") for _ in model.blocks]
+        parts = [(0, 8), *((t, t + 1) for t in range(8, 16))]
+        pos = torch.arange(16).expand(2, -1)
+        got = [model(ids[:, a:b], Context(pos[:, a:b], cache=cache, end=b)) for a, b in parts]
+    assert torch.allclose(torch.cat(got, 1), want, atol=1e-10)
+
+
+@every_method
+def test_it_compiles_without_a_graph_break(tiny_folder, name: str) -> None:
+    torch._dynamo.reset()
+    model = make(tiny_folder, name)
+    steps(model)
+    compiled = torch.compile(lambda ids: forward(model, ids), backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(IDS), forward(model), atol=1e-10)
+
+
+@every_method
+def test_it_attaches_on_the_meta_device(tiny_folder, name: str) -> None:
+    made = make(tiny_folder, name)
+    with torch.device("meta"):
+        model = GPT(made.config)
+        attach(model, method_class(name)())
+    assert all(value.is_meta for value in model.state_dict().values())
+    assert model.delta_keys == made.delta_keys
+
+
+@every_method
+def test_activation_checkpointing_gives_the_same_delta(tiny_folder, name: str) -> None:
+    states = []
+    for recompute in (False, True):
+        model = make(tiny_folder, name)
+        model.recompute = recompute
+        steps(model)
+        states.append(delta_state(model))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@every_method
+def test_no_delta_holds_a_delta(tiny_folder, name: str) -> None:
+    deltas = [m for m in make(tiny_folder, name).modules() if isinstance(m, Delta)]
+    assert not any(isinstance(child, Delta) for delta in deltas for child in list(delta.modules())[1:])
+
+
+LLAMA_7B = ModelConfig(
+    vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, d_ff=11008, max_positions=2048
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "count"),
+    [
+        ("lora", {"rank": 8, "targets": ("*.attn.q", "*.attn.v")}, 4_194_304),
+        ("lora", {"rank": 16}, 39_976_960),
+        ("lora", {"rank": 64}, 159_907_840),
+    ],
+)
+def test_parameter_counts_on_llama_7b_are_those_of_the_papers(name: str, settings: dict, count: int) -> None:
+    with torch.device("meta"):
+        model = GPT(LLAMA_7B)
+        attach(model, method_class(name)(**settings))
+    assert sum(p.numel() for p in trainable(model).values()) == count
+    assert sum(p.numel() for n, p in model.named_parameters() if n in model.base_keys) == 6_738_415_616

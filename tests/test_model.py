@@ -1,0 +1,147 @@
+"""The model against transformers, with float64 as the judge, and against itself: cached, packed, batched."""
+
+import pytest
+import torch
+from conftest import TINY, in_float64, make_folder
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from litpeft.attention import Documents, attend, document_mask
+from litpeft.build import build
+from litpeft.model import GPT, Context, KVCache
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES = {
+    "grouped queries": {},
+    "as many key heads as query heads": {"num_key_value_heads": 4},
+    "one key head, wide heads": {"num_key_value_heads": 1, "head_dim": 32},
+    "tied embeddings": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "rope llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 500000.0}},
+    "rope linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    "mistral with a window": {"sliding_window": 8},
+}
+
+
+def reference(changes: dict, dtype: torch.dtype) -> torch.nn.Module:
+    torch.manual_seed(0)
+    window = "sliding_window" in changes
+    config = (MistralConfig if window else LlamaConfig)(**{**TINY, "initializer_range": 0.1} | changes)
+    config._attn_implementation = "sdpa"  # eager attention falls to float32 in its softmax
+    model = (MistralForCausalLM if window else LlamaForCausalLM)(config)
+    for module in model.modules():  # biases start at zero, norms at one: neither would show a mistake
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias" or parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, 1.0 if name == "weight" else 0.0, 0.2)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 5e-6)])
+def test_logits_equal_transformers(case: str, dtype: torch.dtype, limit: float, tmp_path) -> None:
+    theirs = reference(CASES[case], dtype)
+    theirs.save_pretrained(tmp_path)
+    if dtype == torch.float64:
+        theirs = in_float64(theirs)
+    ours = build(tmp_path, dtype)
+    ids = torch.randint(0, TINY["vocab_size"], (2, 48))
+    with torch.no_grad():
+        want, got = theirs(ids).logits, ours(ids)
+    assert (want - got).abs().max() <= limit * max(1.0, float(want.abs().max()))
+
+
+def test_gradients_equal_transformers(tmp_path) -> None:
+    theirs = in_float64(reference({"tie_word_embeddings": True}, torch.float64))
+    theirs.save_pretrained(tmp_path)
+    ours = build(tmp_path, torch.float64).requires_grad_(True)
+    ids = torch.randint(0, TINY["vocab_size"], (1, 32))
+    torch.nn.functional.cross_entropy(theirs(ids).logits[0, :-1], ids[0, 1:]).backward()
+    (ours(ids, at=torch.arange(31), targets=ids[0, 1:]) / 31).backward()
+    want = theirs.model.embed_tokens.weight.grad
+    assert torch.allclose(ours.embed.weight.grad, want, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(ours.blocks[0].attn.k.weight.grad, theirs.model.layers[0].self_attn.k_proj.weight.grad)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_cached_decoding_equals_the_full_forward(tiny_folder, window: int | None) -> None:
+    model = build(tiny_folder, torch.float64)
+    for block in model.blocks:
+        block.attn.window = window
+    model.config = model.config.__class__(**{**vars(model.config), "window": window})
+    ids = torch.randint(0, TINY["vocab_size"], (2, 20))
+    with torch.no_grad():
+        want = model(ids)
+        cache = [KVCache(2, 20, model.config, torch.float64, "cpu") for _ in model.blocks]
+        got = []
+        for start, end in ((0, 9), (9, 10), (10, 14), (14, 20)):
+            pos = torch.arange(start, end).expand(2, -1)
+            got.append(model(ids[:, start:end], Context(pos, cache=cache, end=end)))
+    assert torch.allclose(torch.cat(got, 1), want, atol=1e-10)
+
+
+def test_packed_logits_equal_those_of_each_document_alone(tiny_folder) -> None:
+    model = build(tiny_folder, torch.float64)
+    lengths = (7, 70, 1, 9, 68, 64)
+    ids = torch.randint(0, TINY["vocab_size"], (1, sum(lengths)))
+    with torch.no_grad():
+        packed = model(ids, Context.packed(lengths, ids.device, None))
+        alone = torch.cat([model(part) for part in ids.split(lengths, dim=1)], dim=1)
+    assert (packed - alone).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_changing_one_document_leaves_the_others_bit_identical(tiny_folder, dtype: torch.dtype) -> None:
+    model = build(tiny_folder, dtype)
+    lengths = (20, 30, 25)
+    ids = torch.randint(0, TINY["vocab_size"], (1, 75))
+    other = ids.clone()
+    other[:, 20:50] = torch.randint(0, TINY["vocab_size"], (1, 30))
+    with torch.no_grad():
+        a, b = (model(x, Context.packed(lengths, ids.device, None)) for x in (ids, other))
+    assert torch.equal(a[:, :20], b[:, :20])
+    assert torch.equal(a[:, 50:], b[:, 50:])
+    assert not torch.equal(a[:, 20:50], b[:, 20:50])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_by_length_equals_the_masked_reference(window: int | None) -> None:
+    torch.manual_seed(0)
+    documents = Documents((3, 66, 10, 64, 1, 65))
+    q, k, v = (torch.randn(1, heads, 209, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    mask = document_mask(documents, window, q.device)[None, None]
+    grad = torch.randn(1, 4, 209, 8, dtype=torch.float64)
+    got = attend(q, k, v, mask=None, documents=documents, window=window)
+    got_grads = torch.autograd.grad(got, (q, k, v), grad)
+    want = attend(q, k, v, mask=mask, documents=None, window=None)
+    want_grads = torch.autograd.grad(want, (q, k, v), grad)
+    assert torch.allclose(got, want, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(got_grads, want_grads, strict=True))
+
+
+def test_activation_checkpointing_changes_no_gradient(tiny_folder) -> None:
+    model = build(tiny_folder, torch.float64).requires_grad_(True)
+    ids = torch.randint(0, TINY["vocab_size"], (1, 40))
+    grads = []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        model(ids, Context.packed((15, 25), ids.device, None), at=torch.arange(39), targets=ids[0, 1:]).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_the_loss_equals_cross_entropy_of_all_logits_over_several_chunks(tiny_folder) -> None:
+    model: GPT = build(tiny_folder, torch.float64).requires_grad_(True)
+    ids = torch.randint(0, TINY["vocab_size"], (2, 301))
+    at = torch.arange(602)[torch.arange(602) % 301 != 300]
+    loss = model(ids, at=at, targets=ids[:, 1:].flatten())
+    want = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    got_grad, want_grad = (torch.autograd.grad(x, model.head.weight)[0] for x in (loss, want))
+    assert torch.allclose(loss, want, rtol=1e-12)
+    assert torch.allclose(got_grad, want_grad, atol=1e-10)
+
+
+def test_tied_embeddings_are_one_parameter_and_ignore_a_stored_copy(tmp_path) -> None:
+    folder = make_folder(tmp_path / "tied", tie_word_embeddings=True)
+    model = build(folder, torch.float32)
+    assert "head.weight" not in model.state_dict()
+    assert model.head.dense() is model.embed.weight
