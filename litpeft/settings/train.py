@@ -1,0 +1,114 @@
+"""Settings of `litpeft finetune`: what every method shares. A method's own keys are in litpeft/methods."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from litpeft.settings.data import Data
+
+
+@dataclass
+class Base:
+    """The model to start from."""
+
+    dir: str
+    """Hugging Face folder of the base model."""
+    precision: str = "auto"
+    """bf16-true, bf16-mixed, 16-mixed, 32-true or 64-true; auto: bf16-true where the device has it, else 32-true."""
+
+
+@dataclass
+class Train:
+    """The training loop."""
+
+    batch_size: int = 8
+    """Rows of an optimizer step."""
+    micro_tokens: int = 2048
+    """With data.packing: tokens of one forward pass, which holds as many of the step's rows as fit."""
+    micro_batch_size: int = 1
+    """Without data.packing: rows of one forward pass."""
+    epochs: int = 1
+    """Passes over the rows."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, if the epochs are not over before."""
+    max_time: float | None = None
+    """Stop after this many minutes."""
+    lr: float = 2e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    warmup_steps: int = 10
+    """Optimizer steps over which the learning rate rises to lr; 0 starts at lr."""
+    schedule: str = "cosine"
+    """How the learning rate falls from lr to min_lr after the warmup: cosine, linear, or constant (stays at lr)."""
+    optimizer: str = "AdamW"
+    """A class of torch.optim, or of bitsandbytes.optim as `bitsandbytes.NAME`."""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, e.g. {"betas": [0.9, 0.95]}."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_norm: float | None = 1.0
+    """Largest norm of the gradient; a larger one is scaled down. null = no limit."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and compute the rest again in the backward pass: less memory, more time."""
+    seed: int = 0
+    """Seeds the new parameters and the dropout."""
+
+    def __post_init__(self) -> None:
+        at_least = {"batch_size": 1, "micro_tokens": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1}
+        for name, least in at_least.items() | {"warmup_steps": 0, "weight_decay": 0, "min_lr": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"train.{name} must be at least {least}, got {value}")
+        for name in ("lr", "max_time", "max_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"train.{name} must be above 0, got {value}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"train.min_lr must be at most train.lr ({self.lr}), got {self.min_lr}")
+        if self.schedule not in ("cosine", "linear", "constant"):
+            raise ValueError(f"train.schedule must be cosine, linear or constant, got {self.schedule!r}")
+
+
+@dataclass
+class Validation:
+    """What is measured on the held-out rows."""
+
+    interval: int | None = None
+    """Optimizer steps between two measurements; default: ten in the run. The start and the end are measured too."""
+    max_rows: int | None = None
+    """Measure on the first so many held-out rows only."""
+    sample_tokens: int = 64
+    """Longest sample answer that is shown at each measurement, in tokens; 0 shows none."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"interval": 1, "max_rows": 1, "sample_tokens": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"validation.{name} must be at least {least}, got {value}")
+
+
+@dataclass
+class Finetune:
+    """Teach a model something of your own."""
+
+    base: Base
+    data: Data
+    out: str
+    """Folder of the run; must not hold another."""
+    train: Train = field(default_factory=Train)
+    validation: Validation = field(default_factory=Validation)
+    tensorboard: bool = False
+    """Write TensorBoard files too; metrics.csv is always written."""
+    dry_run: bool = False
+    """Resolve the settings, read the data, count, show one row with its trained tokens marked, and stop."""
+    overwrite: bool = False
+    """Replace the run that `out` holds."""
+
+    def __post_init__(self) -> None:
+        train, default = self.train, Train()
+        if self.data.packing and train.micro_batch_size != default.micro_batch_size:
+            raise ValueError("train.micro_batch_size is used only with data.packing false; see train.micro_tokens")
+        if not self.data.packing and train.micro_tokens != default.micro_tokens:
+            raise ValueError("train.micro_tokens is used only with data.packing true; see train.micro_batch_size")
+        if train.schedule == "constant" and train.min_lr:
+            raise ValueError("train.min_lr is not used by train.schedule constant, which stays at train.lr")

@@ -1,0 +1,104 @@
+"""Strict options and YAML keys: what no option knows, and what is said twice, is an error that names its place."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from litpeft.errors import UserError
+
+LARGEST = 1 << 20  # bytes of a YAML file
+
+
+def _options(parser: ArgumentParser) -> dict[str, Any]:
+    """Returns the type of each option by its dotted name; a group of options has none."""
+    return {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+
+
+def _suggest(key: str, options: dict[str, Any]) -> str:
+    """Returns ` (did you mean "x"?)` for the option most like `key`: in its own group first, then anywhere."""
+    group, _, leaf = key.rpartition(".")
+    names = list(options) + [name.partition(".")[0] for name in options if "." in name]
+    siblings = [name for name in names if name.rpartition(".")[0] == group]
+    for choice, cutoff in ((siblings, 1.0), (names, 1.0), (siblings, 0.6), (names, 0.6)):
+        by_leaf = {name.rpartition(".")[2]: name for name in choice}
+        hits = get_close_matches(leaf, by_leaf, n=1, cutoff=cutoff)
+        if hits:
+            return f' (did you mean "{by_leaf[hits[0]]}"?)'
+    return ""
+
+
+def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
+    """Returns `argv` with each --config first, so that options win over it, and `true` after a bare switch."""
+    options = _options(parser)
+    first: list[str] = []
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, has_value, _ = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or word == "--":
+            rest.append(word)
+            continue
+        name = name.removesuffix("+")
+        inside = any(
+            kind is not None and "dict" in str(kind) and name.startswith(f"{o}.") for o, kind in options.items()
+        )
+        if name not in options and not inside:
+            hint = "`--help` lists the options"
+            raise UserError("CONFIG-004", f"there is no option --{name}{_suggest(name, options)}", hint=hint)
+        value = [] if has_value or not words or words[0].startswith("--") else [words.pop(0)]
+        if not has_value and options.get(name) is bool and (not value or value[0] not in ("true", "false")):
+            rest += [word, "true", *value]
+        else:
+            (first if name == "config" else rest).extend([word, *value])
+    return first + rest
+
+
+def check_yaml(parser: ArgumentParser, argv: list[str]) -> dict[str, str]:
+    """Returns `file:line` of every key in the --config files; raises on a key that is unknown or stands twice."""
+    files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
+    files += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    options = _options(parser)
+    lines: dict[str, str] = {}
+    for file in files:
+        try:
+            text = Path(file).read_bytes()
+            if len(text) > LARGEST:
+                raise UserError("CONFIG-005", f"{len(text):,} bytes are too many for a YAML file", where=file)
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+        except OSError as error:
+            raise UserError("CONFIG-006", error.strerror or str(error), where=file) from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{file}:{mark.line + 1}" if mark else file
+            what = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise UserError("CONFIG-007", f"not YAML: {what}", where=where) from None
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            raise UserError("CONFIG-008", "the file must hold keys and values", where=file)
+        if root is not None:
+            _walk(root, "", file, options, lines)
+    # the longest first: an error that names `train.lr` must not be placed at `train`
+    return dict(sorted(lines.items(), key=lambda item: -len(item[0])))
+
+
+def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any], lines: dict[str, str]) -> None:
+    seen: set[str] = set()
+    for key_node, value in node.value:
+        where = f"{file}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise UserError("CONFIG-009", "a key must be a word", where=where)
+        key = prefix + key_node.value
+        if key_node.value in seen:
+            raise UserError("CONFIG-010", f'the key "{key}" stands twice', where=where)
+        seen.add(key_node.value)
+        free = any("dict" in str(kind) and prefix.startswith(f"{option}.") for option, kind in options.items() if kind)
+        if not free and key not in options and not any(option.startswith(f"{key}.") for option in options):
+            raise UserError("CONFIG-011", f'there is no key "{key}"{_suggest(key, options)}', where=where)
+        if not value.tag.startswith("tag:yaml.org,2002:") or "python" in value.tag:
+            raise UserError("CONFIG-012", f'the tag {value.tag} of "{key}" is not plain YAML', where=where)
+        lines[key] = where
+        if isinstance(value, yaml.MappingNode):
+            _walk(value, f"{key}.", file, options, lines)

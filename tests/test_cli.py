@@ -1,0 +1,164 @@
+"""The command line as a user meets it: real processes for what is about start-up, real argv for the rest."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from litpeft.cli import COMMANDS, main, parse
+from litpeft.settings.train import Finetune
+
+ROOT = Path(__file__).parent.parent
+
+
+def litpeft(*argv: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-m", "litpeft", *argv], capture_output=True, text=True, env=environment)
+
+
+def fails(capsys, *argv: str) -> tuple[int, str]:
+    """Runs a command that must fail; returns its exit code and its first line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    return stop.value.code, capsys.readouterr().err.splitlines()[0]
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "litpeft", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0
+    assert all(f"  {name}" in done.stdout for name in COMMANDS)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "litpeft.cli" in imported
+    assert not imported & {"torch", "lightning", "jsonargparse", "numpy", "yaml", "huggingface_hub", "rich"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_a_line_for_each_option(name: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split(), "--help"])
+    assert stop.value.code in (0, None)
+    text = capsys.readouterr().out
+    assert "--config" in text
+    assert COMMANDS[name].method is None or "--method.rank" in text
+
+
+def test_download_and_a_misspelt_command_start_without_torch(tmp_path) -> None:
+    code = "import sys, litpeft.cli\ntry: litpeft.cli.main({argv})\n"
+    code += "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    for argv, exit_code in ((["fintune", "lora"], 2), (["download", "not a name"], 2), (["download", "--help"], 0)):
+        done = subprocess.run([sys.executable, "-c", code.format(argv=argv)], capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.splitlines()[-1] == f"{exit_code} False", done
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["fintune", "lora"], "there is no command 'fintune' (did you mean \"finetune lora\"?)"),
+        (["finetune", "lorra"], "there is no command 'finetune lorra' (did you mean \"finetune lora\"?)"),
+        (["merge"], "the following arguments are required: run"),
+        (["merge", "x", "--dtyp", "float32"], 'there is no option --dtyp (did you mean "dtype"?)'),
+        (["finetune", "lora", "--lr", "1"], 'there is no option --lr (did you mean "train.lr"?)'),
+        (
+            ["finetune", "lora", "--method.alhpa", "1"],
+            'there is no option --method.alhpa (did you mean "method.alpha"?)',
+        ),
+        (["--verbose"], "'--verbose' comes before a command"),
+    ],
+)
+def test_wrong_words_are_named_with_the_nearest_right_one(argv: list[str], message: str, capsys) -> None:
+    code, line = fails(capsys, *argv)
+    assert code == 2
+    assert message in line
+
+
+YAML = "base: {dir: b}\ndata: {path: d}\nout: o\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        (YAML + "train:\n  lr: 1e-3\n  lrr: 1\n", 6, 'there is no key "train.lrr" (did you mean "train.lr"?)'),
+        (YAML + "method: {rnk: 4}\n", 4, 'there is no key "method.rnk" (did you mean "method.rank"?)'),
+        (YAML + "learning_rate: 1\n", 4, 'there is no key "learning_rate"'),
+        (YAML + "train:\n  lr: 1\n  lr: 2\n", 6, 'the key "train.lr" stands twice'),
+        (YAML + "train: {optimizer_args: {eps: 1, eps: 2}}\n", 4, 'the key "train.optimizer_args.eps" stands twice'),
+        (YAML + "train:\n  epochs: two\n", 5, "train.epochs"),
+        (YAML + "train: {batch_size: 0}\n", 4, "train.batch_size must be at least 1, got 0"),
+        (YAML + "train: {schedule: cosin}\n", 4, "train.schedule must be cosine, linear or constant"),
+        (YAML + "train: {micro_batch_size: 2}\n", 4, "train.micro_batch_size is used only with data.packing false"),
+        (YAML + "train: {schedule: constant, min_lr: 1e-5}\n", 4, "train.min_lr is not used"),
+        (YAML + "method: {rank: 0}\n", 4, "method.rank must be at least 1, got 0"),
+        (YAML + "train: [1, 2\n", 5, "not YAML"),
+        ("- a\n- b\n", None, "the file must hold keys and values"),
+        (YAML.replace("out: o", "out: !!python/object/apply:os.system ['touch pwned']"), 3, "python/object/apply"),
+    ],
+)
+def test_wrong_yaml_is_named_with_its_file_and_line(
+    text: str, line: int | None, message: str, tmp_path, capsys
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    code, said = fails(capsys, "finetune", "lora", "--config", str(file))
+    assert code == 2
+    assert message in said
+    assert (str(file) if line is None else f"{file}:{line}:") in said
+    assert not Path("pwned").exists()
+
+
+def test_options_win_over_the_config_wherever_it_stands(tmp_path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(YAML + "train: {lr: 1e-3, optimizer_args: {betas: [0.9, 0.95]}}\nmethod: {rank: 4}\n")
+    argv = ["--method.rank", "2", "--dry_run", "--config", str(file), "--train.epochs=3"]
+    settings, method = parse("finetune lora", COMMANDS["finetune lora"], argv)
+    assert isinstance(settings, Finetune)
+    assert (method.rank, settings.train.lr, settings.train.epochs, settings.dry_run) == (2, 1e-3, 3, True)
+    assert settings.train.optimizer_args == {"betas": [0.9, 0.95]}
+
+
+def test_print_config_prints_a_config_that_parses_to_the_same(tmp_path, capsys) -> None:
+    argv = ["--base.dir", "b", "--data.path", "d", "--out", "o", "--train.lr", "3e-4"]
+    with pytest.raises(SystemExit):
+        main(["finetune", "lora", *argv, "--print_config"])
+    file = tmp_path / "c.yaml"
+    file.write_text(capsys.readouterr().out)
+    command = COMMANDS["finetune lora"]
+    assert parse("finetune lora", command, ["--config", str(file)]) == parse("finetune lora", command, argv)
+
+
+def test_an_internal_error_is_one_line_and_debug_shows_the_rest(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("litpeft.merge.merge", lambda settings: 1 / 0)
+    code, line = fails(capsys, "merge", "x")
+    assert (code, line) == (70, "litpeft: internal error: ZeroDivisionError: division by zero")
+    with pytest.raises(ZeroDivisionError):
+        main(["merge", "x", "--debug"])
+
+
+def hub_configs() -> list[Path]:
+    return sorted((ROOT / "config_hub").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", hub_configs(), ids=lambda f: f"{f.parent.name}/{f.name}")
+def test_every_config_of_the_hub_parses_and_holds_no_default(file: Path) -> None:
+    first, *_ = file.read_text().splitlines()
+    words = first.removeprefix("# litpeft ").split()
+    assert first.startswith("# litpeft finetune ")
+    assert words[2:] == ["--config", str(file.relative_to(ROOT))]
+    name = " ".join(words[:2])
+    settings, method = parse(name, COMMANDS[name], ["--config", str(file)])
+    default, default_method = parse(name, COMMANDS[name], ["--base.dir", "b", "--data.path", "d", "--out", "o"])
+
+    def check(node: dict, value: object, base: object, path: str) -> None:
+        for key, item in node.items():
+            if isinstance(item, dict) and not isinstance(getattr(base, key), dict):
+                check(item, getattr(value, key), getattr(base, key), f"{path}{key}.")
+            else:
+                assert getattr(value, key) != getattr(base, key), f"{path}{key} is the default"
+
+    tree = yaml.safe_load(file.read_text())
+    check(tree.pop("method", {}), method, default_method, "method.")
+    check(tree, settings, default, "")
