@@ -1,0 +1,126 @@
+"""The command `convert`: a GGUF file, or a folder of pickled .bin weights, becomes a Hugging Face folder."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litpeft.errors import UserError
+from litpeft.settings.files import Convert
+
+if TYPE_CHECKING:
+    from litpeft.convert.gguf import GgufFile
+
+PICKLED = (".pth", ".pt", ".ckpt", ".bin")
+
+
+def convert(settings: Convert) -> None:
+    """Writes the Hugging Face folder `settings.out`, reads it again and says what was done."""
+    from litpeft.checkpoint import atomic_folder, file_dtype
+    from litpeft.convert.bin import BinFolder
+
+    source, out = Path(settings.source), Path(settings.out)
+    dtype = file_dtype(settings.dtype) if settings.dtype else None
+    gguf_file = find_gguf(source)
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        what = "the source lies in it, and would be lost when it is replaced"
+        raise UserError("CONFIG-200", what, where=str(out), hint="name another folder for the result")
+    model = open_gguf(gguf_file) if gguf_file else BinFolder(source)
+    print(f"read {gguf_file or source}: {model.summary()}")
+    with atomic_folder(out, settings.overwrite) as folder:
+        model.write(folder, dtype)
+        count, parameters, written = check(folder, settings.source)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        files = sorted(file.name for file in folder.iterdir())
+    print(f"wrote {out}: {parameters / 1e6:.1f} M parameters in {written}, {size / 1e6:.1f} MB: {', '.join(files)}")
+    print(f"checked: {count} tensors, every one finite, names and shapes as config.json asks")
+    print(f"next: litpeft chat {out}")
+
+
+def find_gguf(source: Path) -> Path | None:
+    """Returns the GGUF file that `source` is or holds, None for a folder of .bin weights; refuses all else."""
+    if not source.exists():
+        raise UserError("CONFIG-201", "there is no such file or folder", where=str(source))
+    if source.is_file():
+        if source.suffix == ".gguf":
+            return source
+        if source.suffix == ".safetensors":
+            refuse_safetensors(source.parent)
+        hint = "convert takes a .gguf file, or the Hugging Face folder that holds config.json and pytorch_model*.bin"
+        what = f"a single {source.suffix or 'plain'} file is not a model folder"
+        if source.suffix in PICKLED:
+            what += ": it does not say what its tensors are"
+        raise UserError("CONFIG-202", what, where=str(source), hint=hint)
+    if any(source.glob("*.safetensors")):
+        refuse_safetensors(source)
+    files = sorted(source.glob("*.gguf")) or sorted(source.glob("*/*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(str(file.relative_to(source)) for file in files[:5])
+        raise UserError("CONFIG-203", f"{len(files)} GGUF files: {names}", where=str(source), hint="name one of them")
+    if files:
+        return files[0]
+    if any(source.glob("pytorch_model*.bin")):
+        return None
+    what = "there is no .gguf and no pytorch_model*.bin in it"
+    if any(file.suffix in PICKLED for file in source.iterdir()):
+        what += "; files of Meta's or litgpt's own layout (.pth, .ckpt) are not read"
+    hint = "take the Hugging Face edition of the model: `litpeft download --help`"
+    raise UserError("CONFIG-204", what, where=str(source), hint=hint)
+
+
+def refuse_safetensors(folder: Path) -> None:
+    """Raises: a folder of safetensors is what convert would write."""
+    raise UserError(
+        "CONFIG-205",
+        "needs no conversion: use it where it lies",
+        where=str(folder),
+        hint=f"try `litpeft chat {folder}`",
+    )
+
+
+def open_gguf(path: Path) -> "GgufFile":
+    """Returns the GgufFile at `path`; the package that knows the quantised layouts is asked for only here."""
+    try:
+        from litpeft.convert.gguf import GgufFile
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise UserError("CONFIG-206", "needs the package gguf", where=str(path), hint="pip install gguf") from None
+    return GgufFile(path)
+
+
+def expected_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Returns name -> shape of every tensor that the model of `folder`/config.json has, in Hugging Face names."""
+    import torch
+
+    from litpeft.config import read_config
+    from litpeft.families import family, renamed
+    from litpeft.model import GPT
+
+    name, config = read_config(folder)
+    with torch.device("meta"):
+        model = GPT(config)
+    names = family(name).NAMES
+    return {renamed(ours, names): tuple(parameter.shape) for ours, parameter in model.named_parameters()}
+
+
+def check(folder: Path, source: str) -> tuple[int, int, str]:
+    """Returns the tensors, parameters and data type of a written folder, after reading all of it again."""
+    import torch
+
+    from litpeft.checkpoint import Weights
+
+    weights, expected = Weights(folder), expected_shapes(folder)
+    found = {name: weights.shape(name) for name in weights.file_of}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        cases = "; ".join(f"{name} is {found.get(name)}, should be {expected.get(name)}" for name in wrong[:5])
+        what = f"{len(wrong)} tensors are not those of config.json: {cases}"
+        raise UserError("MODEL-200", what, where=source, hint="the source is incomplete, or of another model")
+    dtypes = set()
+    for name in found:
+        tensor = weights.read(name)
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        if not torch.isfinite(tensor).all():
+            hint = "the source is damaged; or, with --dtype float16, its numbers are too large: take bfloat16"
+            raise UserError("MODEL-201", f"{name} holds numbers that are not finite", where=source, hint=hint)
+    return len(found), sum(map(math.prod, found.values())), " and ".join(sorted(dtypes))

@@ -1,0 +1,132 @@
+"""Reads a Hugging Face folder of pickled weights, without ever running what a pickle may hold."""
+
+import json
+import pickle
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+
+from litpeft.config import read_config, read_json
+from litpeft.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ONE = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BUFFERS = (".rotary_emb.inv_freq",)  # old transformers stored what config.json already says
+
+
+class BinFolder:
+    """A folder with config.json and pytorch_model.bin, or its shards and their index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.family, self.config = read_config(folder)
+        self.hf = read_json(folder / "config.json", "config.json of a model")
+        self.shards = self._shards()
+
+    def summary(self) -> str:
+        files = f"{len(self.shards)} shards" if len(self.shards) > 1 else next(iter(self.shards))
+        return f"{self.family}, {self.config.n_layers} layers, {files}"
+
+    def write(self, folder: Path, dtype: "torch.dtype | None") -> None:
+        """Writes the weights as safetensors and copies what belongs to them."""
+        from litpeft.checkpoint import copy_companions, write_safetensors
+
+        copy_companions(self.folder, folder)
+        if dtype is not None:
+            name = str(dtype).removeprefix("torch.")
+            hf = self.hf | {"dtype": name, "torch_dtype": name}
+            (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(folder, self.tensors(dtype))
+
+    def tensors(self, dtype: "torch.dtype | None") -> Iterator[tuple[str, "Tensor"]]:
+        """Returns every tensor once, shard by shard; a head that is the embedding is not repeated."""
+        import torch
+
+        tie = {}
+        for file, names in self.shards.items():
+            state = load(self.folder / file)
+            if names is not None and names != state.keys():
+                odd = ", ".join(sorted(names ^ state.keys())[:5])
+                raise UserError("MODEL-240", f"the index and the file disagree on {odd}", where=str(self.folder / file))
+            seen: set[int] = set()
+            for name, tensor in state.items():
+                if name in (EMBEDDING, HEAD) and self.config.tie_embeddings:
+                    tie[name] = tensor
+                if (name == HEAD and name in tie) or name.endswith(BUFFERS):
+                    continue
+                shared = tensor.data_ptr() in seen  # safetensors keeps no two names of one memory
+                seen.add(tensor.data_ptr())
+                tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+                yield name, tensor.clone() if shared else tensor
+        if len(tie) == 2 and not torch.equal(tie[EMBEDDING], tie[HEAD]):
+            what = f"config.json says that {HEAD} is {EMBEDDING}, but they differ"
+            raise UserError("MODEL-239", what, where=str(self.folder), hint='set "tie_word_embeddings": false')
+
+    def _shards(self) -> dict[str, set[str] | None]:
+        """Returns file -> names of its tensors; None where there is no index to say so."""
+        path = self.folder / INDEX
+        if not path.exists():
+            if (self.folder / ONE).exists():
+                return {ONE: None}
+            raise UserError("MODEL-241", f"has shards, but their index {INDEX} is missing", where=str(self.folder))
+        placed = read_json(path, "index of the weights").get("weight_map")
+        if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+            raise UserError("MODEL-242", "weight_map must map names to files", where=str(path))
+        shards: dict[str, set[str] | None] = {}
+        for name, file in placed.items():
+            if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".bin"):
+                raise UserError("MODEL-243", f"{file!r} escapes the folder or is no .bin file", where=str(path))
+            shards.setdefault(file, set()).add(name)
+        missing = sorted(file for file in shards if not (self.folder / file).is_file())
+        if missing:
+            raise UserError("MODEL-244", f"{', '.join(missing[:5])} not in the folder", where=str(path))
+        return shards
+
+
+def load(path: Path) -> dict[str, "Tensor"]:
+    """Returns the named tensors of a file, as pages of that file; anything but plain tensors is refused unread."""
+    import torch
+
+    hint = "only a dict of plain tensors is read; nothing else in such a file can be trusted"
+    check_sums(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks to run {wanted.group(1)}" if wanted else "is no pickle of plain tensors"
+        what = f"holds more than weights, and was not loaded: it {what}"
+        raise UserError("MODEL-245", what, where=str(path), hint=hint) from None
+    except (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+        what = f"is damaged: {str(error).strip().splitlines()[0][:200]}"
+        raise UserError("MODEL-249", what, where=str(path), hint="download or copy it again") from None
+    if not isinstance(state, dict) or not state:
+        raise UserError("MODEL-247", f"holds {type(state).__name__}, not named tensors", where=str(path), hint=hint)
+    for name, tensor in state.items():
+        plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        # a small storage may pretend to be an endless tensor
+        if not plain or tensor.is_quantized or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError("MODEL-248", f"{name!r} is not a plain tensor", where=str(path), hint=hint)
+    return state
+
+
+def check_sums(path: Path) -> None:
+    """Raises unless `path` is an archive as torch.save writes it, and the checksum of each of its records is right."""
+    if not is_zipfile(path):
+        what = "is cut short, or was written by torch before 1.6"
+        raise UserError("MODEL-246", what, where=str(path), hint="download it again, or save it with a newer torch")
+    try:
+        with ZipFile(path) as archive:
+            packed = [record.filename for record in archive.infolist() if record.compress_type != ZIP_STORED]
+            wrong = packed[0] if packed else archive.testzip()
+    except (BadZipFile, OSError, EOFError, ValueError, LookupError, RuntimeError, struct.error) as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError("MODEL-252", f"is damaged at {wrong}", where=str(path), hint="download or copy it again")

@@ -1,0 +1,142 @@
+"""Folders of pickled weights become folders of safetensors; a pickle that is more than weights is never run."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_folder
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from litpeft.checkpoint import Weights
+from litpeft.convert import convert
+from litpeft.errors import UserError
+from litpeft.settings.files import Convert
+
+
+def bin_folder(folder: Path, shards: int = 1, **changes) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Returns a tiny model's folder with its weights as pickles, and its state; a tied head shares its memory."""
+    make_folder(folder, **changes)
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    (folder / "model.safetensors").unlink()
+    names, placed = list(state), {}
+    for number in range(shards):
+        file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        part = names[number::shards]
+        torch.save({name: state[name] for name in part}, folder / file)
+        placed |= dict.fromkeys(part, file)
+    if shards > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    return folder, state
+
+
+def refusal(source: Path) -> str:
+    """Returns the error that converting ends with; nothing may be left behind."""
+    out = source.parent / "hf"
+    with pytest.raises(UserError) as caught:
+        convert(Convert(str(source), str(out)))
+    assert not list(out.parent.glob(".tmp-*"))
+    assert not out.exists()
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_safetensors_hold_the_same_tensors_each_once(tmp_path, shards, tied):
+    source, state = bin_folder(tmp_path / "bin", shards, tie_word_embeddings=tied)
+    convert(Convert(str(source), str(tmp_path / "hf")))
+    weights = Weights(tmp_path / "hf")
+    assert set(weights.file_of) == set(state) - ({"lm_head.weight"} if tied else set())
+    assert all(torch.equal(weights.read(name), state[name]) for name in weights.file_of)
+    with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    assert all(torch.equal(read[name], state[name]) for name in state)
+
+
+def test_another_dtype_is_rounded_to_and_told_in_the_config(tmp_path):
+    source, state = bin_folder(tmp_path / "bin")
+    convert(Convert(str(source), str(tmp_path / "hf"), dtype="bfloat16"))
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert read.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, state[name].bfloat16()) for name, tensor in read.state_dict().items())
+
+
+def test_memory_shared_by_two_names_of_an_untied_model_is_written_for_both(tmp_path):
+    source, state = bin_folder(tmp_path / "bin", tie_word_embeddings=False)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    torch.save(state, source / "pytorch_model.bin")
+    convert(Convert(str(source), str(tmp_path / "hf")))
+    assert torch.equal(Weights(tmp_path / "hf").read("lm_head.weight"), state["model.embed_tokens.weight"])
+
+
+def test_a_head_that_differs_from_the_embedding_it_should_be_is_refused(tmp_path):
+    source, state = bin_folder(tmp_path / "bin", tie_word_embeddings=True)
+    torch.save(state | {"lm_head.weight": state["lm_head.weight"] + 1}, source / "pytorch_model.bin")
+    assert "MODEL-239" in refusal(source)
+
+
+class Attack:
+    """What a hostile file asks the reader to run."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, nested):
+    source, state = bin_folder(tmp_path / "bin")
+    attack = Attack(tmp_path / "executed")
+    torch.save(state | {"more": attack} if nested else attack, source / "pytorch_model.bin")
+    message = refusal(source)
+    assert "MODEL-245" in message
+    assert "holds more than weights, and was not loaded: it asks to run" in message
+    assert message.count("\n") == 1  # the error and its hint
+    assert not (tmp_path / "executed").exists()
+    torch.load(source / "pytorch_model.bin", weights_only=False)  # the attack is a real one
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["../secret.bin", "/etc/secret.bin", "a/../../secret.bin", "..\\secret.bin", "x\0.bin", ""]
+)
+def test_an_index_that_leaves_the_folder_is_refused(tmp_path, file):
+    source, state = bin_folder(tmp_path / "bin")
+    torch.save(state, tmp_path / "secret.bin")
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(state, file)}))
+    message = refusal(source)
+    assert "MODEL-243" in message
+    assert "escapes the folder" in message
+
+
+def test_what_is_missing_damaged_or_no_weights_is_named(tmp_path):
+    source, state = bin_folder(tmp_path / "bin", 2)
+    first = source / "pytorch_model-00001-of-00002.bin"
+    whole = first.read_bytes()
+    first.write_bytes(whole[: len(whole) // 2])
+    assert "MODEL-246" in refusal(source)
+    at = whole.index(state["model.norm.weight"].numpy().tobytes())
+    first.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])  # one bit of one number
+    assert "MODEL-252" in refusal(source)
+    first.unlink()
+    assert "MODEL-244" in refusal(source)
+    torch.save({"model.norm.weight": state["model.norm.weight"]}, first)
+    assert "MODEL-240" in refusal(source)
+    (source / "pytorch_model.bin.index.json").unlink()
+    assert "MODEL-241" in refusal(source)
+    torch.save({"step": 1, "model": state}, source / "pytorch_model.bin")
+    assert "MODEL-248" in refusal(source)
+    torch.save({"w": torch.zeros(1).expand(1 << 40)}, source / "pytorch_model.bin")
+    assert "MODEL-248" in refusal(source)
+    torch.save({name: tensor for name, tensor in state.items() if "q_proj" not in name}, source / "pytorch_model.bin")
+    assert "layers.0.self_attn.q_proj.weight is None, should be (64, 64)" in refusal(source)
+    torch.save(state | {"model.norm.weight": torch.full((64,), torch.nan)}, source / "pytorch_model.bin")
+    assert "model.norm.weight holds numbers that are not finite" in refusal(source)
