@@ -1,0 +1,109 @@
+"""Measure a model on rows with known answers, and a run beside its base: loss, and answers that match exactly."""
+
+import json
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from litpeft.build import Loaded, load
+from litpeft.data.batches import Batch, collate, pack
+from litpeft.data.tokenise import Row
+from litpeft.data.tokenise import load as load_rows
+from litpeft.generate import answer_all
+from litpeft.methods.base import without_delta
+from litpeft.model import Context
+from litpeft.prompts import atomic_file, new_file
+from litpeft.settings.data import Data
+from litpeft.settings.evaluate import Evaluate
+from litpeft.settings.generate import Generate, Sampling
+
+MICRO_TOKENS = 2048  # of one forward pass
+
+
+def summed_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
+    """Returns the sum of -log p over the trained tokens of a micro-batch."""
+    ctx = Context.packed(batch.lengths, batch.ids.device, batch.prompt_lengths)
+    return model(batch.ids, ctx, at=batch.at, targets=batch.targets)
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, rows: list[Row], micro_tokens: int, device: torch.device) -> float:
+    """Returns the loss over all trained tokens of the rows, in nats per token."""
+    training = model.training
+    model.eval()
+    total = tokens = 0.0
+    for numbers in pack([len(row.ids) for row in rows], micro_tokens):
+        batch = collate([rows[i] for i in numbers]).to(device)
+        total += float(summed_loss(model, batch))
+        tokens += len(batch.targets)
+    model.train(training)
+    return total / tokens
+
+
+@dataclass
+class Score:
+    """What one model made of the rows."""
+
+    name: str
+    loss: float  # nats per trained token
+    answers: list[str]
+    exact: list[bool]
+    seconds: float
+
+
+def question(row: Row) -> list[dict[str, str]]:
+    """Returns the conversation up to the last answer of a row."""
+    return [{"role": turn.role, "content": turn.content} for turn in row.turns[:-1]]
+
+
+def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Score:
+    """Returns the loss and the greedy answers of a model; spaces around an answer do not count."""
+    began = time.perf_counter()
+    loss = mean_loss(loaded.model, rows, MICRO_TOKENS, loaded.model.embed.weight.device)
+    prompts = [loaded.template.prompt(row.turns[:-1]) for row in rows]
+    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+    generate = Generate(settings.model, batch_size=settings.batch_size, sampling=sampling)
+    answers = [a.text.strip() for a in answer_all(loaded, prompts, generate, loaded.template.stop_ids)]
+    exact = [answer == row.turns[-1].content.strip() for answer, row in zip(answers, rows, strict=True)]
+    return Score(name, loss, answers, exact, time.perf_counter() - began)
+
+
+def evaluate(settings: Evaluate) -> None:
+    """The command `litpeft evaluate`."""
+    output = new_file(settings.output)
+    loaded = load(settings.model, settings.base, settings.precision)
+    template = loaded.run.template if loaded.run else "auto"
+    reach = loaded.model.config.max_positions
+    data = Data(settings.data, None, 0.0, settings.format, template, loaded.system, max_length=reach)
+    sets = load_rows(data, loaded.tokenizer, loaded.template, reach)
+    rows = (sets.validation or sets.train)[: settings.max_rows]
+    scores = []
+    if loaded.has_delta and settings.compare_base:
+        with without_delta(loaded.model):
+            scores.append(score("base", loaded, rows, settings))
+    scores.append(score("finetuned" if loaded.has_delta else "model", loaded, rows, settings))
+    print(table(scores, rows, settings.samples))
+    if output is not None:
+        with atomic_file(output) as handle:
+            for i, row in enumerate(rows):
+                record = {"source": row.source, "expected": row.turns[-1].content}
+                record |= {s.name: {"answer": s.answers[i], "exact": s.exact[i]} for s in scores}
+                handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def table(scores: list[Score], rows: list[Row], samples: int) -> str:
+    """Returns the figures of the models side by side, and the answers to the first rows."""
+    figures = {
+        f"{len(rows)} rows": [s.name for s in scores],
+        "exact answers": [f"{sum(s.exact)}/{len(rows)} ({sum(s.exact) / len(rows):.1%})" for s in scores],
+        "loss, nats per token": [f"{s.loss:.4f}" for s in scores],
+        "seconds": [f"{s.seconds:.1f}" for s in scores],
+    }
+    lines = [f"{name:<22}" + "".join(f"{value:>18}" for value in values) for name, values in figures.items()]
+    for i, row in enumerate(rows[:samples]):
+        lines += ["", f"{'row':<10} {row.source}", f"{'asked':<10} {question(row)[-1]['content']}"]
+        lines += [f"{'expected':<10} {row.turns[-1].content}"]
+        lines += [f"{s.name:<10} {s.answers[i]}" for s in scores]
+    return "\n".join(lines)

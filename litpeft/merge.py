@@ -1,0 +1,158 @@
+"""Fold what a run learned into its base, and show that the files written compute what the run computes."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from litpeft.build import build
+from litpeft.checkpoint import Weights, atomic_folder, copy_companions, file_dtype, refuse_existing, write_safetensors
+from litpeft.config import read_config, read_json
+from litpeft.errors import UserError
+from litpeft.families import family, renamed
+from litpeft.methods.base import folded, load_delta
+from litpeft.model import GPT
+from litpeft.run import Run, find_run
+from litpeft.settings.files import Merge
+from litpeft.tokenizer import Tokenizer
+
+PROMPTS = (
+    "The capital of France is",
+    "def add(a, b):\n    return",
+    "Once upon a time there was a",
+    "Translate to German: Good morning, how are you?",
+)
+# Largest difference of a logit allowed, as a share of the largest logit: folding in float32, then rounding the weights.
+FOLD_TOLERANCE = 1e-4
+ROUND_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass
+class Rounding:
+    """What rounding the folded weights to the type of the files did."""
+
+    changed: int = 0  # weights that differ from the base's, after rounding
+    total: int = 0  # weights of the tensors that the method folds into
+    lost: float = 0.0  # squared error of the update after rounding
+    update: float = 0.0  # squared size of the update
+
+    def add(self, exact: Tensor, rounded: Tensor, base: Tensor) -> None:
+        if torch.equal(exact, base.to(exact.dtype)):
+            return
+        self.changed += int((rounded != base.to(rounded.dtype)).sum())
+        self.total += exact.numel()
+        self.lost += float((rounded.to(exact.dtype) - exact).double().square().sum())
+        self.update += float((exact - base.to(exact.dtype)).double().square().sum())
+
+    @property
+    def error(self) -> float:
+        """Error of the update, relative to its size."""
+        return (self.lost / self.update) ** 0.5 if self.update else 0.0
+
+
+def merge(settings: Merge) -> None:
+    """The command `litpeft merge`."""
+    run = find_run(Path(settings.run))
+    if run is None:
+        raise UserError("MODEL-060", "this is no run: it has no final/delta.json", where=settings.run)
+    out = Path(settings.out) if settings.out else Path(settings.run) / "merged"
+    refuse_existing(out, settings.overwrite)
+    base = run.base_folder(settings.base)
+    model = build(base, _dtype_of(base), run.method())
+    load_delta(model, run.delta(), str(run.folder))
+    dtype = file_dtype(settings.dtype) if settings.dtype else _dtype_of(base)
+    rounding = Rounding()
+    with atomic_folder(out, settings.overwrite) as folder:
+        try:
+            write_safetensors(folder, _merged(model, base, dtype, rounding))
+        except TypeError as error:
+            hint = "generate and chat take the run as it is"
+            raise UserError("MODEL-061", f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
+        del model
+        copy_companions(base, folder)
+        _write_config(folder, dtype)
+        _check(run, base, folder, dtype, rounding, settings.run)
+    print(f"merged model in {out}; next: litpeft chat {out}")
+
+
+def _dtype_of(base: Path) -> torch.dtype:
+    """Returns the type of most of the base's weights."""
+    sizes: dict[str, int] = {}
+    for header in Weights(base).headers.values():
+        for entry in header.values():
+            first, last = entry["data_offsets"]
+            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + last - first
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return known.get(max(sizes, key=sizes.__getitem__), torch.float32)
+
+
+def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
+    """Yields the folded weights under their Hugging Face names, rounded once to the type of the files."""
+    weights = Weights(base)
+    names = family(read_config(base)[0]).NAMES
+    with torch.no_grad():
+        for ours, exact in folded(model):
+            theirs = renamed(ours, names)
+            if theirs not in weights.file_of:
+                what = f"the method adds {ours}, which this family's files have no place for"
+                raise UserError("MODEL-062", what, where=str(base))
+            rounded = exact.to(dtype)
+            rounding.add(exact, rounded, weights.read(theirs))
+            yield theirs, rounded
+
+
+def _write_config(folder: Path, dtype: torch.dtype) -> None:
+    path = folder / "config.json"
+    config = read_json(path, "config.json of the base")
+    name = str(dtype).removeprefix("torch.")
+    config |= {"dtype": name, "torch_dtype": name}
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.inference_mode()
+def _logits(model: GPT, prompts: list[list[int]]) -> Tensor:
+    return torch.cat([model(torch.tensor([ids]))[0] for ids in prompts])
+
+
+def _check(run: Run, base: Path, folder: Path, dtype: torch.dtype, rounding: Rounding, where: str) -> None:
+    """Compares logits of base + delta, of the folded weights, and of the files read back; raises if they differ."""
+    tokenizer = Tokenizer.load(base)
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    model = build(base, torch.float32, run.method()).eval()
+    load_delta(model, run.delta(), str(run.folder))
+    want = _logits(model, prompts)
+    with torch.no_grad():
+        state = dict(folded(model))
+    plain = build(base, torch.float32).eval()
+    before = _logits(plain, prompts)
+    for name, tensor in state.items():
+        plain.get_parameter(name).data = tensor
+    fold = _logits(plain, prompts)
+    del model, plain, state
+    files = _logits(build(folder, torch.float32).eval(), prompts)
+    size = float(want.abs().max())
+    names = {"folded in float32": fold, f"files read back, {str(dtype).removeprefix('torch.')}": files}
+    print(
+        f"logits at {len(want)} positions of {len(PROMPTS)} prompts, compared with base + delta (largest {size:.1f}):"
+    )
+    print(f"  {'the base without the delta':<32} differs by {float((before - want).abs().max()):.2e}")
+    for name, logits in names.items():
+        same = float((logits.argmax(-1) == want.argmax(-1)).float().mean())
+        print(f"  {name:<32} differs by {float((logits - want).abs().max()):.2e}, same next token at {same:.0%}")
+    print(
+        f"weights changed: {rounding.changed:,} of {rounding.total:,}; "
+        f"rounding took {rounding.error:.1%} of the update" + (": more than 10 %" if rounding.error > 0.1 else "")
+    )
+    if rounding.changed == 0:
+        hint = "train longer, or write float32 with --dtype float32"
+        raise UserError("MODEL-063", "no weight changed: the merged model would be the base", where=where, hint=hint)
+    for (name, logits), limit in zip(names.items(), (FOLD_TOLERANCE, ROUND_TOLERANCE[dtype]), strict=True):
+        off = float((logits - want).abs().max()) / size
+        if not off <= limit:
+            what = (
+                f"logits of the {name} are off by {off:.1e} of the largest, more than {limit:.0e}: nothing was written"
+            )
+            raise UserError("MODEL-064", what, where=where, hint="try --dtype float32")

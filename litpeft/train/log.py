@@ -1,0 +1,240 @@
+"""What a run tells while it trains: a line or a bar in the terminal, metrics.csv, TensorBoard if asked for."""
+
+import os
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from litpeft.errors import UserError
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "val_loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "trained_tokens",
+    "tokens_per_second",
+    "seconds",
+)
+SCALARS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second")  # what TensorBoard draws
+LINES = 20  # lines of a whole run where there is no terminal
+WINDOW = 100  # steps whose mean duration predicts the time left
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The figures of one optimizer step."""
+
+    step: int
+    """Optimizer steps made so far, this one included."""
+    epoch: float
+    """Passes over the data so far."""
+    loss: float
+    """Mean over the step's trained tokens, nats per token."""
+    lr: float
+    grad_norm: float
+    """Norm of the gradient before clipping."""
+    tokens: int
+    """Tokens read since the run began."""
+    trained_tokens: int
+    """Those of them that counted in the loss."""
+    tokens_per_second: float
+    seconds: float
+    """Since the run began, the clock that max_time is compared with."""
+
+
+class Log:
+    """Where the training loop reports to, a context manager; does nothing where `enabled` is false (ranks but 0).
+
+    `steps` are the planned optimizer steps and `max_time` the planned seconds. A run that goes on after `start_step`
+    keeps the rows of metrics.csv up to that step; with 0 the file begins anew.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        tensorboard: bool = False,
+        enabled: bool = True,
+        start_step: int = 0,
+        max_time: float | None = None,
+    ):
+        self.folder, self.steps, self.tensorboard, self.enabled = Path(folder), steps, tensorboard, enabled
+        self.start_step, self.max_time = start_step, max_time
+        self._pace: deque[tuple[int, float]] = deque([] if start_step else [(0, 0.0)], maxlen=WINDOW)
+        self._bar: Progress | None = None
+        self._writer: Any = None
+        self._printed = -1  # how many of the LINES parts of the run have had their line
+        self._unprinted = ""  # the newest line, while it has not been printed
+
+    def __enter__(self) -> "Log":  # noqa: PYI034 (typing.Self is younger than Python 3.10)
+        if not self.enabled:
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.tensorboard:
+            self._writer = summary_writer(self.folder / "tensorboard", self.start_step)
+        self._file = open_metrics(self.folder / "metrics.csv", self.start_step)
+        console = Console(stderr=True)
+        if console.is_interactive and sys.stderr.isatty():  # is_interactive alone believes FORCE_COLOR
+            count = TextColumn("step {task.completed:.0f}/{task.total:.0f}")
+            columns = count, BarColumn(bar_width=None), TextColumn("{task.fields[figures]}")
+            # Standard output that goes to a file stays out of the terminal.
+            into_bar = sys.stdout.isatty()
+            self._bar = Progress(*columns, console=console, expand=True, refresh_per_second=4, redirect_stdout=into_bar)
+            self._task = self._bar.add_task("", total=self.steps, completed=self.start_step, figures="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._unprinted:
+            self.message(self._unprinted)
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def step(self, record: StepRecord) -> None:
+        """Reports an optimizer step."""
+        if not self.enabled:
+            return
+        self._record(asdict(record))
+        self._pace.append((record.step, record.seconds))
+        left = time_left(self._pace, self.steps, self.max_time)
+        figures = f"loss {record.loss:.4f}  lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tokens/s"
+        figures += "" if left is None else f"  {duration(left)} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record.step, figures=figures)
+            return
+        self._unprinted = f"step {record.step}/{self.steps}  {figures}"
+        part = LINES * (record.step - self.start_step) // max(1, self.steps - self.start_step)
+        if self.max_time:
+            part = max(part, int(LINES * record.seconds / self.max_time))
+        if part > self._printed or record.step >= self.steps:
+            self.message(self._unprinted)
+            self._printed, self._unprinted = part, ""
+
+    def validation(self, step: int, loss: float, tokens: int) -> None:
+        """Reports the loss on held-out rows after `step`, a mean over their `tokens` trained tokens."""
+        if not self.enabled:
+            return
+        self._record({"step": step, "val_loss": loss})
+        self.message(f"step {step}/{self.steps}  validation loss {loss:.4f} over {tokens:,} tokens")
+
+    def message(self, text: str) -> None:
+        """Prints a line on standard error, above the bar if there is one."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def _record(self, row: dict[str, float]) -> None:
+        self._file.write(",".join(_text(row.get(column)) for column in COLUMNS) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name in SCALARS:
+                if name in row:
+                    self._writer.add_scalar(name, row[name], row["step"])
+
+
+def _text(value: float | None) -> str:
+    """Returns the shortest text that reads back as the same number."""
+    return "" if value is None else repr(value if isinstance(value, int) else float(value))
+
+
+def time_left(pace: Sequence[tuple[int, float]], steps: int, max_time: float | None) -> float | None:
+    """Returns the seconds until step `steps` or `max_time`, at the mean speed over `pace`: (step, seconds since start).
+
+    None while neither is known.
+    """
+    (first, start), (last, now) = pace[0], pace[-1]
+    ends = [] if last == first else [(steps - last) * (now - start) / (last - first)]
+    if max_time:
+        ends.append(max_time - now)
+    return max(0.0, min(ends)) if ends else None
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as a person says it: 8.3 s, 1 min 52 s, 2 h 5 min, 1 d 3 h."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    for unit, smaller, size, limit in (("min", "s", 60, 60), ("h", "min", 60, 24), ("d", "h", 24, float("inf"))):
+        # Round to the smaller unit first: 119.7 s are 2 min, not 1 min 60 s.
+        whole, rest = divmod(round(seconds), size)
+        if whole < limit:
+            break
+        seconds /= size
+    return f"{whole:,} {unit} {rest} {smaller}" if rest else f"{whole:,} {unit}"
+
+
+def open_metrics(path: Path, start_step: int) -> TextIO:
+    """Returns metrics.csv opened for more rows, those after `start_step` cut off (all of them where it is 0)."""
+    rows = _rows(path) if path.exists() else []  # read even if none stays: another program's file is not ours to empty
+    kept = [line for line, row in rows if start_step and row["step"] <= start_step]
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(line + "\n" for line in (",".join(COLUMNS), *kept))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)  # a kill in between leaves the old rows
+    return open(path, "a", encoding="utf-8", newline="\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, float | None]]:
+    """Returns the rows of a run's metrics.csv, by column; None where a row has no such figure."""
+    path = Path(folder) / "metrics.csv"
+    if not path.is_file():
+        raise UserError(
+            "CONFIG-502", "there is no metrics.csv here", where=str(folder), hint="name the folder of a run"
+        )
+    return [row for _, row in _rows(path)]
+
+
+def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
+    """Returns each row as its line and its numbers. A last line without its end was cut by a kill and is left out."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    if lines and lines[0] != ",".join(COLUMNS):
+        what = f'the first line is "{lines[0][:80]}", not the header of litpeft\'s metrics'
+        raise UserError("CONFIG-501", what, where=str(path), hint="move that file away, or choose another folder")
+    rows = []
+    for number, line in enumerate(lines[1:], start=2):
+        cells = line.split(",")
+        try:
+            row = {name: float(cell) if cell else None for name, cell in zip(COLUMNS, cells, strict=True)}
+            row["step"] = float(cells[0])
+        except ValueError:
+            what = f'"{line[:80]}" is not a row of {len(COLUMNS)} numbers'
+            hint = "delete that line; every other row is still good"
+            raise UserError("CONFIG-503", what, where=f"{path}:{number}", hint=hint) from None
+        rows.append((line, row))
+    return rows
+
+
+def summary_writer(folder: Path, start_step: int) -> Any:
+    """Returns a writer of TensorBoard event files that hides what an earlier run logged after `start_step`."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            what = "TensorBoard files need a package that is not installed"
+            hint = "pip install tensorboardX"
+            raise UserError("CONFIG-500", what, where="train.tensorboard", hint=hint) from None
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None, flush_secs=10)

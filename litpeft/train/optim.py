@@ -1,0 +1,71 @@
+"""The optimiser by name, and the learning rate as a pure function of the step."""
+
+import inspect
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+
+from litpeft.errors import UserError, nearest
+from litpeft.settings.train import Train
+
+
+def lr_at(step: int, steps: int, train: Train) -> float:
+    """Returns the learning rate of optimizer step `step` (from 0) of `steps`.
+
+    It rises from lr / warmup in the first step to lr, then falls towards min_lr, where a step after the last would be.
+    """
+    warmup = min(train.warmup_steps, steps)
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    if train.schedule == "constant":
+        return train.lr
+    done = (step - warmup) / max(1, steps - warmup)
+    left = 1 - done if train.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return train.min_lr + left * (train.lr - train.min_lr)
+
+
+def make_optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Returns the optimiser that `train.optimizer` names, over these parameters."""
+    library, _, name = train.optimizer.rpartition(".")
+    if library not in ("", "bitsandbytes"):
+        what = f"{train.optimizer!r} is neither a class of torch.optim nor bitsandbytes.NAME"
+        raise UserError("CONFIG-040", what, where="train.optimizer")
+    module = _bitsandbytes() if library else torch.optim
+    known = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
+    if name not in known or known[name] is torch.optim.Optimizer:
+        what = f"{module.__name__} has no {name!r}{nearest(name, sorted(known))}"
+        raise UserError("CONFIG-041", what, where="train.optimizer")
+    takes = inspect.signature(known[name]).parameters
+    arguments = dict(train.optimizer_args)
+    both = sorted({"lr", "weight_decay"} & set(arguments))
+    if both:
+        hint = f"set train.{both[0]}"
+        raise UserError("CONFIG-042", f"{both[0]} has a key of its own", where="train.optimizer_args", hint=hint)
+    unknown = sorted(set(arguments) - set(takes))
+    if unknown:
+        what = f"{name} takes no {unknown[0]!r}{nearest(unknown[0], list(takes))}"
+        raise UserError("CONFIG-043", what, where="train.optimizer_args")
+    if train.weight_decay and "weight_decay" not in takes:
+        raise UserError("CONFIG-044", f"{name} has no weight decay", where="train.weight_decay")
+    if "weight_decay" in takes:
+        arguments["weight_decay"] = train.weight_decay
+    if "fused" in takes and not {"fused", "foreach"} & set(arguments):
+        arguments["fused"] = True  # one pass over each tensor instead of one for each operation
+    try:
+        return known[name](list(parameters), lr=train.lr, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError("CONFIG-045", f"{name} refuses: {error}", where="train.optimizer_args") from None
+
+
+def _bitsandbytes():
+    import logging
+
+    # it tells of a kernel that only its own 4-bit layers would use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError("CONFIG-046", f"bitsandbytes cannot be used: {error}", where="train.optimizer") from None
+    return bitsandbytes.optim

@@ -1,0 +1,298 @@
+"""What is left to read after a run: report.md, its picture loss.png, and the last lines in the terminal."""
+
+import io
+import json
+import math
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from litpeft.train.log import duration, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SAMPLE_WIDTH = 112  # characters of a line of the samples' three columns
+SAMPLE_LENGTH = 2000  # characters shown of one text of a sample
+RAW, SMOOTH, HELD_OUT, RATE = "#a9c4e4", "#1f5fa8", "#d1570f", "#6b7280"  # line colours, told apart in grey too
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt, the answer its row has, and the model's answers before and after training."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """All that the report says of a run; what follows from other figures is a property."""
+
+    title: str
+    """"lora on SmolLM2-135M-Instruct"."""
+    command: str
+    """The command line that repeats the run."""
+    method: str
+    settings: dict[str, Any]
+    """The method's own keys."""
+    base: str
+    """Folder of the base model."""
+    parameters: int
+    """Of the base model."""
+    precision: str
+    data: str
+    """What the data loader says of the rows; any number of lines."""
+    trainable: int
+    """Trained parameters."""
+    delta_bytes: int
+    """What the run's result takes on disk."""
+    steps: int
+    epochs: float
+    tokens: int
+    trained_tokens: int
+    seconds: float
+    tokens_per_second: float
+    device: str
+    threads: int
+    versions: dict[str, str]
+    stopped: str
+    """Why it ended: "all steps done", "max_time reached", "Ctrl-C at step 37"."""
+    peak_memory: int | None = None
+    """Bytes; None where the system does not tell."""
+    first_loss: float | None = None
+    """Mean training loss over the first 5 % of the steps, nats per token; None if no step was made."""
+    last_loss: float | None = None
+    """The same over the last 5 %."""
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    """(step, loss in nats per token), in order."""
+    samples: list[Sample] = field(default_factory=list)
+    next_commands: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over those of the base model."""
+        return self.trainable / self.parameters
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(step, loss) of the lowest validation loss."""
+        finite = [point for point in self.validation if math.isfinite(point[1])]
+        return min(finite, key=lambda point: point[1], default=None)
+
+
+def edge_losses(rows: list[dict[str, float | None]]) -> tuple[float | None, float | None]:
+    """Returns the mean training losses over the first and the last 5 % of the steps in `rows` of metrics.csv."""
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    if not losses:
+        return None, None
+    n = math.ceil(len(losses) / 20)
+    return math.fsum(losses[:n]) / n, math.fsum(losses[-n:]) / n
+
+
+def write_report(folder: Path, facts: RunFacts) -> Path:
+    """Writes report.md and, if the run made a step, loss.png into the folder of a run; returns the report's path."""
+    rows = read_metrics(folder)
+    drawn = any(row["loss"] is not None for row in rows)
+    if drawn:
+        loss_figure(rows, facts).savefig(Path(folder) / "loss.png")
+    path = Path(folder) / "report.md"
+    path.write_text(markdown(facts, "loss.png" if drawn else None), encoding="utf-8", newline="\n")
+    return path
+
+
+def summary_lines(facts: RunFacts) -> list[str]:
+    """Returns the 4 to 8 lines that end a run in the terminal."""
+    lines = [f"{facts.title}: {facts.stopped}, {_work(facts)}"]
+    if facts.first_loss is not None:
+        lines.append(f"training loss    {_losses(facts)} nats per token (first and last 5 % of the steps)")
+    if facts.validation:
+        lines.append(f"validation loss  {_validation(facts)}")
+    lines.append(f"trained          {_trained(facts)}, {scaled(facts.delta_bytes, 'B')} on disk")
+    lines.append(f"used             {', '.join(_cost(facts))}")
+    for command in facts.next_commands[:3]:
+        lines.append(f"next             {command}")
+    return [_clean(line).replace("\n", " ") for line in lines]
+
+
+def markdown(facts: RunFacts, picture: str | None) -> str:
+    """Returns the report as Markdown."""
+    parts = [f"# {_inline(facts.title)}", f"{_inline(facts.stopped)}: {_work(facts)}."]
+    if picture:
+        parts.append(f"![Training loss, validation loss and learning rate over the optimizer steps]({picture})")
+    parts += ["## Figures", _table(facts)]
+    if facts.samples:
+        parts += ["## Samples", "Held-out prompts, answered without and with what was learned."]
+        for number, sample in enumerate(facts.samples, start=1):
+            parts += [f"### Sample {number}", _fenced(_cut(sample.prompt)), _fenced(_columns(sample))]
+    settings = "\n".join(
+        f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}" for key, value in facts.settings.items()
+    )
+    parts += [f"## Settings of {_inline(facts.method)}", _fenced(settings or "(none)", "yaml")]
+    parts += ["## Data", _fenced(facts.data)]
+    if facts.next_commands:
+        parts += ["## Go on", _fenced("\n".join(facts.next_commands), "sh")]
+    parts += ["## Repeat this run", _fenced(facts.command, "sh")]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(facts: RunFacts) -> str:
+    rows = []
+    if facts.first_loss is not None:
+        rows.append(("Training loss, first → last 5 % of the steps", f"{_losses(facts)} nats per token"))
+    if facts.validation:
+        rows.append(("Validation loss, first → last", _validation(facts)))
+    rows += [
+        ("Tokens", f"{facts.tokens:,} read, {facts.trained_tokens:,} of them trained on"),
+        ("Trained parameters", _trained(facts)),
+        ("Size on disk", scaled(facts.delta_bytes, "B")),
+        ("Cost", ", ".join(_cost(facts))),
+        ("Base model", f"{_code(facts.base)}, {scaled(facts.parameters)} parameters, {_inline(facts.precision)}"),
+        ("Versions", _inline(", ".join(f"{name} {version}" for name, version in facts.versions.items()))),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _work(facts: RunFacts) -> str:
+    steps = f"{facts.steps:,} step{'' if facts.steps == 1 else 's'}"
+    epochs = f"{facts.epochs:.3g} epoch{'' if facts.epochs == 1 else 's'}"
+    return f"{steps} ({epochs}) in {duration(facts.seconds)}"
+
+
+def _losses(facts: RunFacts) -> str:
+    return f"{facts.first_loss:.3f} → {facts.last_loss:.3f}"
+
+
+def _validation(facts: RunFacts) -> str:
+    first, last = facts.validation[0][1], facts.validation[-1][1]
+    text = f"{first:.3f} → {last:.3f} nats per token" if len(facts.validation) > 1 else f"{first:.3f} nats per token"
+    return text if facts.best is None else f"{text}, best {facts.best[1]:.3f} at step {facts.best[0]:,}"
+
+
+def _trained(facts: RunFacts) -> str:
+    return f"{scaled(facts.trainable)} of {scaled(facts.parameters)} parameters ({100 * facts.share:.3g} %)"
+
+
+def _cost(facts: RunFacts) -> list[str]:
+    memory = [] if facts.peak_memory is None else [f"peak memory {scaled(facts.peak_memory, 'B')}"]
+    threads = f"{facts.threads} thread{'' if facts.threads == 1 else 's'}"
+    return [f"{facts.tokens_per_second:,.0f} tokens/s", *memory, f"{facts.device} ({threads})"]
+
+
+def scaled(number: float, unit: str = "") -> str:
+    """Returns a count with the decimal prefix that makes it short: 912, 4.9 MB, 134.5 M."""
+    if number < 1000:
+        return f"{number} {unit}".rstrip()
+    for prefix in "kMGT":
+        number /= 1000
+        if number < 999.95:
+            break
+    return f"{number:,.1f} {prefix}{unit}"
+
+
+def _clean(text: str) -> str:
+    """Returns `text` without what a terminal would obey or UTF-8 cannot hold: control characters, lone surrogates."""
+    text = text.replace("\r\n", "\n").expandtabs(4)
+    return "".join("\ufffd" if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+
+
+def _cut(text: str) -> str:
+    rest = len(text) - SAMPLE_LENGTH
+    return text if rest <= 0 else f"{text[:SAMPLE_LENGTH]} … ({rest:,} more characters)"
+
+
+def _inline(text: str) -> str:
+    """Returns `text` as one line in which Markdown sees no mark-up."""
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", " ".join(_clean(text).split()))
+
+
+def _ticks(text: str, least: int) -> str:
+    """Returns a run of at least `least` backticks, longer than any in `text`."""
+    return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+
+
+def _code(text: str) -> str:
+    text = " ".join(_clean(text).split())
+    ticks = _ticks(text, 1)
+    pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}".replace("|", "\\|")
+
+
+def _fenced(text: str, language: str = "text") -> str:
+    text = _clean(text).strip("\n")
+    fence = _ticks(text, 3)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _columns(sample: Sample) -> str:
+    """Returns the three answers side by side, wrapped, as plain text."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SQUARE, width=SAMPLE_WIDTH)
+    texts = {"expected": sample.expected, "before": sample.before, "after": sample.after}
+    for name in texts:
+        table.add_column(name, ratio=1, overflow="fold")
+    table.add_row(*(Text(_cut(_clean(text).strip("\n"))) for text in texts.values()))
+    file = io.StringIO()
+    Console(file=file, width=SAMPLE_WIDTH, color_system=None, force_terminal=False).print(table)
+    return file.getvalue()
+
+
+def loss_figure(rows: list[dict[str, float | None]], facts: RunFacts) -> "Figure":
+    """Returns the picture of a run: its losses above, its learning rate below, over the optimizer steps."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    steps = [row for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]
+    x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
+    figure = Figure(figsize=(8, 5.4), dpi=200, layout="constrained")  # twice the 800 px that it is shown at
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    few = len(x) < 20  # too few to smooth
+    upper.plot(x, losses, color=SMOOTH if few else RAW, linewidth=1.8 if few else 0.8, label="training, each step")
+    if few:
+        upper.lines[0].set(marker="o", markersize=4)
+    else:
+        upper.plot(x, smoothed(losses), color=SMOOTH, linewidth=2.2, label="training, smoothed")
+    if facts.best is not None:
+        label = f"validation (best {facts.best[1]:.3f} at step {facts.best[0]:,})"
+        look = {"markersize": 6, "markeredgecolor": "white", "linewidth": 1.2, "zorder": 3}
+        upper.plot(*zip(*facts.validation, strict=True), "o-", color=HELD_OUT, label=label, **look)
+        upper.plot(*facts.best, "o", markersize=12, markerfacecolor="none", markeredgecolor=HELD_OUT, zorder=4)
+    upper.set_ylabel("loss (nats per token)", fontsize=11)
+    upper.legend(frameon=False, fontsize=10)
+    title = facts.title.encode("ascii", "replace").decode()  # the font may lack other letters
+    upper.set_title(title, loc="left", fontsize=13, fontweight="bold", parse_math=False)
+    lower.plot(x, [row["lr"] for row in steps], color=RATE, linewidth=1.8)
+    peak = max(row["lr"] for row in steps)
+    lower.set(ylim=(0, 1.2 * peak or 1), xlabel="optimizer steps", ylabel="learning rate")
+    lower.set_yticks([0, peak], ["0", f"{peak:.3g}"])
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (upper, lower):
+        axes.grid(color="#e5e7eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#9ca3af")
+        axes.tick_params(colors="#374151", labelsize=10)
+        axes.margins(x=0.015)
+    for label in (lower.xaxis.label, lower.yaxis.label):
+        label.set_fontsize(11)
+    figure.align_ylabels()
+    return figure
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Returns the means of `values` under a Gaussian window whose deviation is a fortieth of their number."""
+    import numpy as np
+
+    sigma = len(values) / 40
+    reach = math.ceil(3 * sigma)
+    window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    # Divided by the part of the window that lies inside, so that the ends are not drawn towards 0.
+    return (np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")).tolist()
