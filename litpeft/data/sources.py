@@ -1,0 +1,221 @@
+"""Reads .json and .jsonl files row by row, strictly, and tells for each row the line that it starts on."""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litpeft.errors import UserError
+
+SUFFIXES = (".json", ".jsonl")
+HELD_OUT = ("validation", "valid", "val", "dev")  # names of a file of held-out rows
+SURROGATE = re.compile("[\ud800-\udfff]")
+SPACE = " \t\r\n"
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row as it was read, or the reason why it cannot be."""
+
+    where: str  # file:line
+    value: Any = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that is left out, for rejected.jsonl."""
+
+    where: str  # file:line
+    reason: str
+
+
+class StrictDecoder:
+    """JSON without what Python's reader lets pass. A flaw inside a row is noted, so that reading can go on after it."""
+
+    def __init__(self) -> None:
+        self.flaw = ""
+        self._scan = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_constant=self._constant, parse_int=self._int, parse_float=self._float
+        ).raw_decode
+
+    def __call__(self, text: str, start: int) -> tuple[Any, int, str]:
+        """Returns the value at `start`, the index after it, and its flaw or ""; raises ValueError where no JSON is."""
+        self.flaw = ""
+        try:
+            value, end = self._scan(text, start)
+            if not self.flaw and text.find("\\u", start, end) >= 0:
+                self._characters(value)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return value, end, self.flaw
+
+    def _note(self, flaw: str) -> None:
+        self.flaw = self.flaw or flaw
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            keys = [key for key, _ in pairs]
+            self._note(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+        return result
+
+    def _constant(self, name: str) -> None:
+        self._note(f"{name} is not a JSON number")
+
+    def _int(self, digits: str) -> int:
+        if len(digits) > 1000:
+            self._note(f"a number has {len(digits)} digits")
+            return 0
+        return int(digits)
+
+    def _float(self, digits: str) -> float:
+        value = float(digits)
+        if value in (float("inf"), float("-inf")):
+            self._note(f"the number {digits[:20]} is too large")
+        return value
+
+    def _characters(self, value: Any) -> None:
+        """Escapes can spell what no text holds: half of a surrogate pair, or NUL."""
+        plain = json.dumps(value, ensure_ascii=False)
+        if SURROGATE.search(plain):
+            self._note("it holds a lone surrogate, which is no character")
+        elif "\\u0000" in plain.replace("\\\\", ""):
+            self._note("it holds a NUL character")
+
+
+def records(path: Path) -> Iterator[Record]:
+    """Yields the rows of a file, good and bad, in order."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError("DATA-002", f"a data file ends in .json or .jsonl, got {path.name!r}", where=str(path))
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(4)
+            for magic, kind in MAGIC.items():
+                if head.startswith(magic):
+                    hint = "unpack or convert it to UTF-8 text"
+                    raise UserError("DATA-003", f"the file is {kind}, not JSON in UTF-8", where=str(path), hint=hint)
+            handle.seek(0)
+            yield from _lines(path, handle) if path.suffix.lower() == ".jsonl" else _elements(path, handle.read())
+    except OSError as error:
+        raise UserError("DATA-004", f"cannot be read: {error.strerror}", where=str(path)) from None
+
+
+def _lines(path: Path, handle: Iterator[bytes]) -> Iterator[Record]:
+    """JSON Lines: split at \\n alone, since U+2028 and the like may stand inside a string. Blank lines are no rows."""
+    decode = StrictDecoder()
+    for number, raw in enumerate(handle, 1):
+        where = f"{path}:{number}"
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = raw.decode("utf-8").rstrip(SPACE)
+        except UnicodeDecodeError as error:
+            yield Record(where, problem=f"not UTF-8 at byte {error.start + 1}")
+            continue
+        if not text:
+            continue
+        if number == 1 and text.lstrip() == "[":
+            hint = "one row stands on one line of a .jsonl file; a list of rows belongs into a .json file"
+            raise UserError("DATA-005", "this is a JSON list, not JSON Lines", where=where, hint=hint)
+        try:
+            value, end, flaw = decode(text, _skip(text, 0))
+            if not flaw and end < len(text):
+                flaw = f"there is more after the end of the row, at column {_skip(text, end) + 1}"
+            yield Record(where, value, flaw)
+        except json.JSONDecodeError as error:
+            yield Record(where, problem=f"not JSON at column {error.colno}: {error.msg}")
+        except ValueError as error:
+            yield Record(where, problem=str(error))
+
+
+def _elements(path: Path, raw: bytes) -> Iterator[Record]:
+    """One JSON list of rows. Where its syntax breaks, no later row can be found, so that is an error of the file."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError("DATA-006", f"not UTF-8 at byte {error.start + 1}", where=f"{path}:{line}") from None
+    decode = StrictDecoder()
+    position = _skip(text, 0)
+    if position == len(text):
+        return
+    if text[position] != "[":
+        hint = "if every line is a row, the file's name should end in .jsonl"
+        raise UserError("DATA-007", "a .json file must be a list of rows: [{...}, {...}]", where=str(path), hint=hint)
+    line, counted, separator = 1, 0, "["
+    while True:
+        position = _skip(text, position + 1)
+        line += text.count("\n", counted, position)
+        counted = position
+        if separator == "[" and text[position : position + 1] == "]":
+            break
+        where = f"{path}:{line}"
+        try:
+            value, end, flaw = decode(text, position)
+        except json.JSONDecodeError as error:
+            at = f"{path}:{error.lineno}"
+            raise UserError("DATA-008", f"not JSON at column {error.colno}: {error.msg}", where=at) from None
+        except ValueError as error:
+            raise UserError("DATA-009", str(error), where=where) from None
+        yield Record(where, value, flaw)
+        position = _skip(text, end)
+        separator = text[position : position + 1]
+        if separator == "]":
+            break
+        if separator != ",":
+            at = f"{path}:{text.count(chr(10), 0, position) + 1}"
+            raise UserError("DATA-010", f"expected , or ] after a row, got {separator or 'the end'!r}", where=at)
+    rest = _skip(text, position + 1)
+    if rest < len(text):
+        at = f"{path}:{text.count(chr(10), 0, rest) + 1}"
+        raise UserError("DATA-011", "there is more after the end of the list", where=at)
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position] in SPACE:
+        position += 1
+    return position
+
+
+def find(path: str, validation_path: str | None) -> tuple[Path, Path | None]:
+    """Returns the file of the rows to train on and, if there is one, that of the rows held out."""
+    train, held_out = Path(path), Path(validation_path) if validation_path else None
+    for given in (train, held_out):
+        if given is not None and not given.exists():
+            raise UserError("DATA-001", "there is no such file or folder", where=str(given))
+    if held_out is not None and held_out.is_dir():
+        raise UserError("DATA-012", "data.validation_path must be a file, this is a folder", where=str(held_out))
+    if not train.is_dir():
+        return train, held_out
+    folder = train
+    train = _one_of(folder, ("train",))
+    if train is None:
+        present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        hint = "name the file itself, or call it train.jsonl"
+        raise UserError("DATA-013", f"no train.json or train.jsonl in it, but {present}", where=str(folder), hint=hint)
+    return train, held_out or _one_of(folder, HELD_OUT)
+
+
+def _one_of(folder: Path, names: tuple[str, ...]) -> Path | None:
+    found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+    found = [path for path in found if path.is_file()]
+    if len(found) > 1:
+        what = f"several files could be meant: {', '.join(path.name for path in found)}"
+        raise UserError(
+            "DATA-014", what, where=str(folder), hint="keep one, or name it: data.path, data.validation_path"
+        )
+    return found[0] if found else None
+
+
+def split(rows: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """Returns the rows to train on and those held out, both in their order: at least one of each if share > 0."""
+    if share <= 0 or len(rows) < 2:
+        return rows, []
+    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    held_out = set(random.Random(seed).sample(range(len(rows)), count))
+    return [r for i, r in enumerate(rows) if i not in held_out], [r for i, r in enumerate(rows) if i in held_out]

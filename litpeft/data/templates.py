@@ -1,0 +1,299 @@
+"""Chat templates: a chat as the text that the model reads, and the parts of it that the model is to learn to write."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from litpeft.data.formats.turn import Turn
+from litpeft.data.limits import LimitError
+from litpeft.data.sandbox import Template
+from litpeft.errors import UserError
+from litpeft.tokenizer import Tokenizer
+from litpeft.tokenizer_backends import Span
+
+# The text of the Alpaca data set, as Lit-GPT writes it: with a line break after "### Response:", so that no token spans
+# prompt and answer. A system message takes the place of the first sentences; further turns repeat the headings.
+ALPACA = """\
+{%- if messages[0].role == 'system' -%}{{ messages[0].content }}{%- set messages = messages[1:] -%}
+{%- elif messages[0].input -%}
+{{ 'Below is an instruction that describes a task, paired with an input that provides further context. ' }}
+{{- 'Write a response that appropriately completes the request.' }}
+{%- else -%}
+{{ 'Below is an instruction that describes a task. ' }}
+{{- 'Write a response that appropriately completes the request.' }}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role != ('assistant' if loop.index0 % 2 else 'user') -%}
+{{ raise_exception('the alpaca template takes turns of user and assistant only') }}
+{%- elif message.role == 'user' -%}
+{{ '\\n\\n### Instruction:\\n' + message.content }}
+{{- '\\n\\n### Input:\\n' + message.input if message.input }}
+{{- '\\n\\n### Response:\\n' }}
+{%- else -%}
+{% generation %}{{ message.content + eos_token }}{% endgeneration %}
+{%- endif -%}
+{%- endfor -%}"""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A chat as text; spans are in characters."""
+
+    text: str
+    trained: list[Span]  # what the model is to write: the answers, each with its end-of-turn token
+    plain: list[Span]  # where somebody's content spells a special token, which must stay plain text
+
+
+FIRST_PRIVATE = "\U000f0000"  # characters from here on mean nothing by themselves: they mark places
+Message = Turn | Mapping[str, str]  # role, content and, of an alpaca row, input
+
+
+class ChatTemplate:
+    """A Jinja template with the special tokens of a model."""
+
+    def __init__(self, tokenizer: Tokenizer, name: str = "auto", now: datetime | None = None):
+        """`name` is data.template; `now` the date that a template may print, the same for all that is rendered."""
+        if name == "model" and tokenizer.chat_template is None:
+            hint = "choose data.template alpaca, or auto"
+            raise UserError("CONFIG-300", "the model has no chat template", where="data.template", hint=hint)
+        own = name != "alpaca" and tokenizer.chat_template is not None
+        self.tokenizer, self.name = tokenizer, "model" if own else "alpaca"
+        alpaca = ("{{ bos_token }}" if tokenizer.adds_bos else "") + ALPACA
+        self.source: str = tokenizer.chat_template if own else alpaca
+        self.hash = hashlib.sha256(self.source.encode()).hexdigest()
+        try:
+            self._template = Template(self.source, now or datetime.now())
+            self.end_of_turn = self._find_end_of_turn()
+        except (LimitError, ValueError) as error:
+            hint = "data.template alpaca does without the model's template"
+            what = f"the chat template cannot be used: {error}"
+            raise UserError("MODEL-320", what, where=tokenizer.where, hint=hint) from None
+        if self.end_of_turn is None and tokenizer.eos is None:
+            what = "neither the chat template nor the tokenizer has a token that ends an answer"
+            raise UserError("MODEL-321", what, where=tokenizer.where, hint="set eos_token in tokenizer_config.json")
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Returns all ids that end an answer."""
+        end = self.tokenizer.token_id(self.end_of_turn)
+        return tuple(sorted({*self.tokenizer.stop_ids, *([] if end is None else [end])}))
+
+    def render(self, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """Returns the text of a chat; raises ValueError if the template refuses it."""
+        return self._render(self._messages(turns), add_generation_prompt)
+
+    def spans(self, turns: Sequence[Turn]) -> Rendered:
+        """Returns the text of a chat to learn from; raises ValueError if the template refuses it or hides answers."""
+        messages = self._messages(turns)
+        shielded, specials = self._shield(messages)
+        text, found = self._answers(shielded)
+        text, answers, plain = self._restore(text, found, specials)
+        if specials and text != self._render(messages):
+            raise ValueError("the chat template acts on a special token that the row spells out")
+        numbers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        if self.end_of_turn is None and numbers and numbers[-1] == len(turns) - 1:
+            text = text[: answers[-1][1]] + (self.tokenizer.eos or "")
+            answers[-1] = (answers[-1][0], len(text))
+        return Rendered(text, [span for i, span in zip(numbers, answers, strict=True) if turns[i].trained], plain)
+
+    def prompt(self, turns: Sequence[Message]) -> list[int]:
+        """Returns the ids after which the model writes its answer; raises ValueError if the template refuses them."""
+        messages = self._messages(turns)
+        shielded, specials = self._shield(messages)
+        text, _, plain = self._restore(self._render(shielded, True), [], specials)
+        if specials and text != self._render(messages, True):
+            raise ValueError("the chat template acts on a special token that a message spells out")
+        return self.tokenizer.encode_with_offsets(text, plain)[0]
+
+    def _messages(self, turns: Sequence[Message]) -> list[dict[str, str]]:
+        """Returns what the template is given: role and content, and input where it is the alpaca template."""
+        messages = [dict(turn.message if isinstance(turn, Turn) else turn) for turn in turns]
+        if self.name == "model":
+            for message in messages:
+                message["content"] = "\n\n".join(filter(None, (message["content"], message.pop("input", ""))))
+        return messages
+
+    def _render(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = False, marks: tuple[str, str] = ("", "")
+    ) -> str:
+        variables: dict[str, Any] = dict(self.tokenizer.special_tokens, tools=None, documents=None)
+        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._template.render(variables, marks)
+        except LimitError as error:
+            what = f"the chat template costs more than it may: {error}"
+            raise UserError("MODEL-323", what, where=self.tokenizer.where) from None
+
+    def _find_end_of_turn(self) -> str | None:
+        """Returns the special token with which the template ends an assistant's turn, looking at a small chat."""
+        question, answer = {"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}
+        _, _, tail = self._render([question, answer]).rpartition("A1")
+        match = self.tokenizer.special_pattern.search(tail)
+        return match[0] if match else None
+
+    # Content that spells a special token is shielded: each such string becomes one private-use character while the
+    # template runs, so that it can be told from the tokens that the template writes.
+
+    def _shield(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], dict[str, str]]:
+        """Returns the messages with every special token in them replaced, and what the replacements stand for."""
+        pattern = self.tokenizer.special_pattern
+        words = sorted({word for m in messages for text in m.values() for word in pattern.findall(text)})
+        if not words:
+            return messages, {}
+        characters = dict(zip(words, _unused(messages, len(words)), strict=True))
+        shielded = [{k: pattern.sub(lambda m: characters[m[0]], text) for k, text in m.items()} for m in messages]
+        return shielded, {character: word for word, character in characters.items()}
+
+    def _restore(self, text: str, spans: list[Span], specials: dict[str, str]) -> tuple[str, list[Span], list[Span]]:
+        """Returns the text as it was meant, the spans in it, and where a special token is plain text."""
+        if not specials:
+            return text, spans, []
+        pieces, plain, moved, position, length = [], [], {}, 0, 0
+        edges = {edge for span in spans for edge in span}
+        for match in re.finditer(f"[{''.join(specials)}]", text):
+            moved |= {edge: edge - position + length for edge in edges if position <= edge <= match.start()}
+            word = specials[match[0]]
+            pieces += [text[position : match.start()], word]
+            start = length + match.start() - position
+            plain.append((start, start + len(word)))
+            position, length = match.end(), start + len(word)
+        moved |= {edge: edge - position + length for edge in edges if position <= edge}
+        return "".join([*pieces, text[position:]]), [(moved[a], moved[b]) for a, b in spans], plain
+
+    # Where the answers lie is asked of the template itself, in one of three ways.
+
+    def _answers(self, messages: list[dict[str, str]]) -> tuple[str, list[Span]]:
+        """Returns the text and, for every assistant message, what of it the model is to write."""
+        full = self._render(messages)
+        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for way in (self._by_blocks, self._by_prefixes, self._by_marks):
+            spans = way(full, messages, numbers)
+            if spans is not None:
+                return full, [self._close(full, span) for span in spans]
+        raise ValueError(
+            "the chat template rewrites the chat so that the answers cannot be told from the rest"
+            " (data.template alpaca does without it; {% generation %} blocks in it would show them)"
+        )
+
+    def _by_blocks(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> list[Span] | None:
+        """{% generation %} blocks in the template, one for each assistant message."""
+        if not self._template.has_generation:
+            return None
+        marks = tuple(_unused(messages, 2))
+        return _between(self._render(messages, marks=marks), full, marks, len(numbers))
+
+    def _by_prefixes(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> list[Span] | None:
+        """An answer reaches from the end of the prompt for it to the end of the chat so far, if both start the text."""
+        spans = []
+        for i in numbers:
+            try:
+                prompt = self._render(messages[:i], True)
+                upto = self._render(messages[: i + 1]) if i + 1 < len(messages) else full
+            except ValueError:  # the template may refuse a chat that ends here
+                return None
+            shown = messages[i]["content"].strip() in upto[len(prompt) :]
+            if not (shown and full.startswith(upto) and upto.startswith(prompt)):
+                return None
+            spans.append((len(prompt), len(upto)))
+        return spans
+
+    def _by_marks(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> list[Span] | None:
+        """Private-use characters in the contents: one at the end of each, and one where an answer's content begins."""
+        begin, *ends = _unused(messages, 1 + len(messages))
+        for opening in ("", begin):  # some templates look at how an answer begins, so it is left alone at first
+            opened = [opening if m["role"] == "assistant" else "" for m in messages]
+            marked = [_mark(m, first, end) for m, first, end in zip(messages, opened, ends, strict=True)]
+            try:
+                text, places = _without_marks(self._render(marked), {begin, *ends})
+            except ValueError:
+                continue
+            spans = self._marked_spans(full, messages, numbers, places, (begin, *ends))
+            if text == full and spans is not None:
+                return spans
+        return None
+
+    def _marked_spans(
+        self,
+        full: str,
+        messages: list[dict[str, str]],
+        numbers: list[int],
+        places: dict[str, list[int]],
+        marks: tuple[str, ...],
+    ) -> list[Span] | None:
+        """Returns the answers: each from where its prompt ends, or its content begins, to where its content ends."""
+        begin, *ends = marks
+        spans, position = [], 0  # position: where the content of the message before ends
+        for i, end in enumerate(ends):
+            stop = places.get(end, [-1])[0]
+            if i in numbers:
+                start = self._prompt_end(full, messages[:i], position, stop)
+                if start is None:
+                    start = next((place for place in places.get(begin, []) if position <= place <= stop), None)
+                if start is None or len(places.get(end, [])) != 1:
+                    return None
+                spans.append((start, stop))
+            position = max(position, stop)
+        return spans
+
+    def _prompt_end(self, full: str, before: list[dict[str, str]], start: int, stop: int) -> int | None:
+        """Returns where between start and stop the generation prompt ends, if the template has one."""
+        try:
+            header = self._render(before, True).removeprefix(self._render(before))
+        except ValueError:
+            return None
+        place = full.find(header, start, stop) if header else -1
+        return place + len(header) if place >= 0 else None
+
+    def _close(self, text: str, span: Span) -> Span:
+        """Returns the span up to and with its end-of-turn token, if the template writes one here."""
+        start, end = span
+        if self.end_of_turn is None:
+            return span
+        place = text.rfind(self.end_of_turn, start, end)
+        if place >= 0:
+            return start, place + len(self.end_of_turn)
+        follows = re.compile(rf"\s*{re.escape(self.end_of_turn)}").match(text, end)
+        return (start, follows.end()) if follows else span
+
+
+def _unused(messages: list[dict[str, str]], count: int) -> list[str]:
+    """Returns private-use characters that no message holds."""
+    held = {c for m in messages for text in m.values() for c in text if c >= FIRST_PRIVATE}
+    first = ord(FIRST_PRIVATE)
+    return [chr(c) for c in range(first, first + count + len(held)) if chr(c) not in held][:count]
+
+
+def _mark(message: dict[str, str], begin: str, end: str) -> dict[str, str]:
+    """Returns the message with marks around its content, within the spaces that a template may trim."""
+    core = message["content"].strip()
+    before, after = message["content"].split(core, 1) if core else (message["content"], "")
+    return {**message, "content": f"{before}{begin}{core}{end}{after}"}
+
+
+def _without_marks(text: str, marks: set[str]) -> tuple[str, dict[str, list[int]]]:
+    """Returns the text without its marks, and where in it each of them was."""
+    places: dict[str, list[int]] = {}
+    for count, match in enumerate(re.finditer(f"[{''.join(marks)}]", text)):
+        places.setdefault(match[0], []).append(match.start() - count)
+    return "".join(c for c in text if c not in marks) if places else text, places
+
+
+def _between(marked: str, full: str, marks: tuple[str, ...], count: int) -> list[Span] | None:
+    """Returns the spans between pairs of marks, in the text without them, if there are `count` pairs."""
+    parts = re.split(f"([{''.join(marks)}])", marked)
+    if parts[1::2] != list(marks) * count or "".join(parts[::2]) != full:
+        return None
+    ends = [0]
+    for part in parts[::2]:
+        ends.append(ends[-1] + len(part))
+    return [(ends[2 * i + 1], ends[2 * i + 2]) for i in range(count)]
+
+
+def with_system(turns: list[Turn], system: str | None) -> list[Turn]:
+    """Returns the turns with the system message before them, unless they have one."""
+    if not system or (turns and turns[0].role == "system"):
+        return turns
+    return [Turn("system", system), *turns]

@@ -1,0 +1,282 @@
+"""Rows of a data set as tokens, each with the mask of what is trained, and a report of what became of every row."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from litpeft.data.formats import FORMATS, detect
+from litpeft.data.formats.turn import Turn
+from litpeft.data.sources import Rejected, find, records, split
+from litpeft.data.templates import ChatTemplate, Rendered, with_system
+from litpeft.errors import UserError
+from litpeft.settings.data import Data
+from litpeft.tokenizer import Tokenizer
+from litpeft.tokenizer_backends import Encoded
+
+CHUNK = 1000  # rows that are encoded at once
+SHOWN = 5  # rows that an error names
+
+
+@dataclass(frozen=True)
+class Row:
+    """One document to learn from."""
+
+    ids: list[int]
+    trained: list[bool]  # trained[i]: the loss asks the model to predict ids[i]; never of the first token
+    prompt_length: int  # tokens before the first trained one
+    source: str  # file:line
+    turns: list[Turn]
+    ended: bool = True  # the end-of-turn token of the last trained answer is trained
+
+
+@dataclass(frozen=True)
+class Example:
+    """A chat and the line it comes from."""
+
+    turns: list[Turn]
+    where: str
+
+
+@dataclass
+class Counts:
+    """What a list of rows amounts to."""
+
+    rows: int
+    tokens: int
+    trained: int
+    longest: int  # tokens
+    ended: int  # rows whose end-of-turn token is trained
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Counts":
+        tokens, trained = sum(len(row.ids) for row in rows), sum(sum(row.trained) for row in rows)
+        longest = max((len(row.ids) for row in rows), default=0)
+        return cls(len(rows), tokens, trained, longest, sum(row.ended for row in rows))
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "none"
+        share, ended = self.trained / self.tokens, self.ended / self.rows
+        return (
+            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained ({share:.1%}); "
+            f"longest {self.longest:,}; end-of-turn token trained in {ended:.1%} of the rows"
+        )
+
+
+@dataclass
+class Report:
+    """What became of every row of the files; `str` is what the user sees."""
+
+    train: Counts
+    validation: Counts
+    template: str  # name of the template
+    max_length: int  # the limit that was applied, in tokens
+    rejected: int = 0
+    dropped: int = 0  # over-long rows left out
+    split_rows: int = 0  # over-long rows cut up
+    split_pieces: int = 0  # into so many pieces that are trained
+    empty_pieces: int = 0  # and so many, left out, in which nothing is trained
+    straddling: int = 0  # rows in which a token holds the end of a prompt and the start of its answer
+    duplicates: int = 0  # held-out rows that are among the rows to train on
+
+    def __str__(self) -> str:
+        lines = [f"train       {self.train}", f"validation  {self.validation}", f"template    {self.template}"]
+        long = f"longer than {self.max_length:,} tokens"
+        notes = {
+            f"warning: {self.rejected:,} rows cannot be used and are left out (rejected.jsonl)": self.rejected,
+            f"warning: {self.dropped:,} rows are {long} and are left out": self.dropped,
+            f"warning: {self.split_rows:,} rows are {long} and are cut into {self.split_pieces:,} pieces; "
+            f"{self.empty_pieces:,} more hold nothing to train": self.split_rows,
+            f"warning: {self.straddling:,} rows have a token across the end of a prompt and the start of an answer; "
+            "it is trained": self.straddling,
+            f"warning: {self.duplicates:,} of the held-out rows are among the rows to train on": self.duplicates,
+        }
+        return "\n".join([*lines, *(note for note, count in notes.items() if count)])
+
+
+@dataclass
+class DataSet:
+    """Rows to train on, rows held out, and what is to be known about them."""
+
+    train: list[Row]
+    validation: list[Row]
+    report: Report
+    rejected: list[Rejected] = field(default_factory=list)
+
+
+def load(data: Data, tokenizer: Tokenizer, template: ChatTemplate, max_positions: int) -> DataSet:
+    """Returns the data set that the settings name, ready to train on. Prints nothing."""
+    # 1. files to chats
+    path, held_out = find(data.path, data.validation_path)
+    rejected: list[Rejected] = []
+    examples = _read(path, data, rejected)
+    validation = _read(held_out, data, rejected) if held_out else []
+    _refuse(rejected, data)
+    for file, found in ((path, examples), (held_out, validation)):
+        if file is not None and not found:
+            first = (
+                f"; {len(rejected)} rejected, the first: {rejected[0].where}: {rejected[0].reason}" if rejected else ""
+            )
+            raise UserError("DATA-020", f"there are no rows in it{first}", where=str(file))
+    if held_out is None:
+        examples, validation = split(examples, data.validation_split, data.seed)
+    # 2. chats to rows
+    report = Report(Counts.of([]), Counts.of([]), template.name, min(data.max_length, max_positions))
+    parts = [_tokenise(part, data, tokenizer, template, rejected, report) for part in (examples, validation)]
+    _refuse(rejected, data)
+    # 3. rows of the wanted length
+    _refuse_long([row for rows in parts for row in rows], data, report.max_length)
+    train, validation = (_fit(rows, data, report) for rows in parts)
+    if not train:
+        what = f"no row is left to train on: {len(rejected)} rejected, {report.dropped} longer than {report.max_length}"
+        raise UserError("DATA-023", what + " tokens", where=data.path, hint="see data.max_length, data.bad_rows")
+    # 4. figures
+    known = {hash(tuple(row.ids)) for row in train}
+    report.duplicates = sum(hash(tuple(row.ids)) in known for row in validation)
+    report.train, report.validation, report.rejected = Counts.of(train), Counts.of(validation), len(rejected)
+    return DataSet(train, validation, report, rejected)
+
+
+def _read(path: Path, data: Data, rejected: list[Rejected]) -> list[Example]:
+    """Returns the chats of a file; what cannot be used goes to `rejected`."""
+    examples = []
+    for record in records(path):
+        try:
+            if record.problem:
+                raise ValueError(record.problem)
+            name = detect(record.value) if data.format == "auto" else data.format
+            examples.append(Example(with_system(FORMATS[name](record.value), data.system), record.where))
+        except ValueError as error:
+            rejected.append(Rejected(record.where, str(error)))
+    return examples
+
+
+def _refuse(rejected: list[Rejected], data: Data) -> None:
+    if rejected and data.bad_rows == "error":
+        more = f"\n... and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
+        rest = "".join(f"\n{bad.where}: {bad.reason}" for bad in rejected[1:SHOWN]) + more
+        hint = f"{len(rejected)} bad rows; put them right, or leave them out with data.bad_rows skip"
+        raise UserError("DATA-021", rejected[0].reason + rest, where=rejected[0].where, hint=hint)
+
+
+def _tokenise(
+    examples: list[Example],
+    data: Data,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    rejected: list[Rejected],
+    report: Report,
+) -> list[Row]:
+    """Returns the rows of the chats, however long; what cannot be used goes to `rejected`."""
+    end = tokenizer.token_id(template.end_of_turn or tokenizer.eos)
+    rows: list[Row] = []
+    for start in range(0, len(examples), CHUNK):
+        for example, rendered, encoded in _encoded(examples[start : start + CHUNK], tokenizer, template, rejected):
+            trained, straddles = mask(encoded, rendered)
+            if not any(trained):
+                rejected.append(Rejected(example.where, "nothing in it is trained: it has no answer to learn"))
+                continue
+            ended = encoded.ids[len(trained) - 1 - trained[::-1].index(True)] == end
+            if not data.mask_prompt:
+                trained = [False, *[True] * (len(encoded.ids) - 1)]
+            report.straddling += straddles
+            rows.append(Row(encoded.ids, trained, trained.index(True), example.where, example.turns, ended))
+    return rows
+
+
+def _encoded(
+    examples: list[Example], tokenizer: Tokenizer, template: ChatTemplate, rejected: list[Rejected]
+) -> Iterator[tuple[Example, Rendered, Encoded]]:
+    """Yields each chat with its text and its tokens."""
+    usable = []
+    for example in examples:
+        try:
+            usable.append((example, template.spans(example.turns)))
+        except ValueError as error:
+            rejected.append(Rejected(example.where, str(error)))
+    texts, plain = [rendered.text for _, rendered in usable], [rendered.plain for _, rendered in usable]
+    try:
+        found: list[Encoded] = tokenizer.encode_batch(texts, plain)
+    except ValueError:  # one of them: find it
+        for example, rendered in usable:
+            try:
+                yield example, rendered, tokenizer.encode_batch([rendered.text], [rendered.plain])[0]
+            except ValueError as error:
+                rejected.append(Rejected(example.where, str(error)))
+        return
+    for (example, rendered), encoded in zip(usable, found, strict=True):
+        yield example, rendered, encoded
+
+
+def mask(encoded: Encoded, rendered: Rendered) -> tuple[list[bool], bool]:
+    """Returns what is trained: the tokens that share a character with a span; and whether one reaches out of its span.
+
+    A token without characters (a byte of a character whose last byte has them all) belongs where it stands.
+    """
+    trained, straddles = [False] * len(encoded.ids), False
+    spans = iter(rendered.trained)
+    begin, stop = next(spans, (0, 0))
+    for i, (a, b) in enumerate(encoded.offsets):
+        while a >= stop and (following := next(spans, None)):
+            begin, stop = following
+        if a < stop and (begin < b or (a == b == begin)):
+            trained[i] = i > 0
+            straddles |= a < begin
+    return trained, straddles
+
+
+def _refuse_long(rows: list[Row], data: Data, limit: int) -> None:
+    if data.overlong != "error":
+        return
+    long = [row for row in rows if len(row.ids) > limit]
+    if long:
+        named = ", ".join(f"{row.source} ({len(row.ids):,})" for row in long[:SHOWN])
+        more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
+        what = f"{len(long)} rows are longer than {limit:,} tokens: {named}{more}"
+        hint = "raise data.max_length as far as the model reaches, or choose data.overlong drop or split"
+        raise UserError("DATA-022", what, where=data.path, hint=hint)
+
+
+def _fit(rows: list[Row], data: Data, report: Report) -> list[Row]:
+    """Returns the rows with the over-long ones left out or cut up."""
+    kept = []
+    for row in rows:
+        if len(row.ids) <= report.max_length:
+            kept.append(row)
+        elif data.overlong == "drop":
+            report.dropped += 1
+        else:
+            pieces = cut(row, report.max_length)
+            useful = [piece for piece in pieces if any(piece.trained)]
+            report.split_rows += 1
+            report.split_pieces += len(useful)
+            report.empty_pieces += len(pieces) - len(useful)
+            kept += useful
+    return kept
+
+
+def cut(row: Row, length: int) -> list[Row]:
+    """Returns pieces of at most `length` tokens; each begins with the last token before it, to lose no label."""
+    pieces = []
+    last = len(row.trained) - 1 - row.trained[::-1].index(True)
+    for start in range(0, len(row.ids) - 1, length - 1):
+        trained = [False, *row.trained[start + 1 : start + length]]
+        prompt = trained.index(True) if True in trained else len(trained)
+        ended = row.ended and start < last < start + length
+        pieces.append(Row(row.ids[start : start + length], trained, prompt, row.source, row.turns, ended))
+    return pieces
+
+
+def show(row: Row, tokenizer: Tokenizer, color: bool) -> str:
+    """Returns the text of a row with its trained tokens marked: green on a terminal, else in [brackets]."""
+    before, after = ("\x1b[32m", "\x1b[0m") if color else ("[", "]")
+    parts, position, done = [], 0, ""
+    for trained, group in groupby(row.trained):
+        position += len(list(group))
+        text = tokenizer.decode(row.ids[:position], skip_special=False)
+        # what is not to be printed (a row could hold codes that steer the terminal) is spelled out
+        piece = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text[len(done) :])
+        parts.append(f"{before}{piece}{after}" if trained else piece)
+        done = text
+    return "".join(parts)

@@ -1,0 +1,422 @@
+"""Files to rows: bad rows are named with their line, good ones are never lost, and nothing is cut without a word."""
+
+import gzip
+import json
+import random
+
+import pytest
+from chat_samples import STYLES, chats, write_folder
+
+from litpeft.data.formats import FORMATS, detect
+from litpeft.data.formats.turn import Turn
+from litpeft.data.sources import find, records, split
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenise import load, show
+from litpeft.errors import UserError
+from litpeft.settings.data import Data
+from litpeft.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.load(write_folder(tmp_path_factory.mktemp("chatml"), "chatml"))
+
+
+@pytest.fixture(scope="module")
+def template(tokenizer):
+    return ChatTemplate(tokenizer)
+
+
+def alpaca(number: int, words: int = 3) -> dict[str, str]:
+    return {"instruction": f"Count to {number}.", "output": " ".join(map(str, range(number, number + words)))}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(tokenizer, template, path, max_positions=4096, **settings):
+    return load(Data(str(path), **{"validation_split": 0.0} | settings), tokenizer, template, max_positions)
+
+
+# settings and formats
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("overlong", "x", "data.overlong must be error, drop or split, got 'x'"),
+        ("bad_rows", "warn", "data.bad_rows must be error or skip, got 'warn'"),
+        ("format", "sharegpt", "data.format must be auto, alpaca or messages"),
+        ("template", "llama", "data.template must be auto, model or alpaca"),
+        ("validation_split", 1.0, "data.validation_split must be at least 0 and below 1, got 1.0"),
+        ("max_length", 1, "data.max_length must be at least 2"),
+        ("seed", -1, "data.seed must be at least 0"),
+    ],
+)
+def test_a_wrong_setting_is_told_as_the_user_typed_it(key, value, told):
+    with pytest.raises(ValueError) as error:
+        Data("rows.jsonl", **{key: value})
+    assert told in str(error.value)
+
+
+def test_an_alpaca_row_is_a_chat_of_two_or_three_turns():
+    assert FORMATS["alpaca"]({"instruction": "a", "input": "b", "output": "c", "system": "d", "id": 7}) == [
+        Turn("system", "d"),
+        Turn("user", "a", input="b"),
+        Turn("assistant", "c"),
+    ]
+    assert FORMATS["alpaca"]({"instruction": "a", "input": None, "output": "c"})[0] == Turn("user", "a")
+
+
+def test_a_bare_list_of_messages_is_a_row_too():
+    chat = [{"role": "user", "content": ""}, {"role": "assistant", "content": "b", "train": False}]
+    assert FORMATS["messages"](chat) == FORMATS["messages"]({"messages": chat})
+    assert [turn.trained for turn in FORMATS["messages"](chat)] == [False, False]
+    assert detect(chat) == detect({"messages": chat}) == "messages"
+    assert detect({"instruction": "", "output": ""}) == "alpaca"
+
+
+USER = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"instruction": "a"}, "output is missing"),
+        ({"instruction": 3, "output": "b"}, "instruction must be a string, got int"),
+        ({"instruction": "a", "output": None}, "output must be a string, got null"),
+        ({"instruction": "a", "output": " \n"}, "output is empty"),
+        ({"instruction": "a", "input": [], "output": "b"}, "input must be a string, got list"),
+        ({"text": "x", "n": 1}, "the row has the keys 'text', 'n'; known are alpaca (instruction, output"),
+        ({}, "the row has the keys (none)"),
+        (3, "the row has int"),
+        ({"messages": None}, "messages must be a list, got null"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": [USER, 3]}, "messages[1] must be an object"),
+        ({"messages": [USER, {"content": "a"}]}, "messages[1].role is missing"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "messages[0].role must be one of system, user"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
+        ({"messages": [USER, {"role": "assistant", "content": ["x"]}]}, "messages[1].content must be a string"),
+        ({"messages": [USER, {"role": "assistant", "content": "x", "train": 1}]}, "messages[1].train must be true"),
+        ({"messages": [USER | {"train": True}]}, "messages[0].train can be true for the assistant only"),
+        ({"messages": [USER | {"tool_calls": [1]}]}, "messages[0].tool_calls is not supported"),
+        ({"messages": [USER], "tools": [1]}, "tools is not supported"),
+    ],
+)
+def test_a_wrong_key_is_named(record, told):
+    with pytest.raises(ValueError) as error:
+        FORMATS[detect(record)](record)
+    assert told in str(error.value)
+
+
+# files
+
+GOOD = [alpaca(i) for i in range(4)]
+BAD_LINES = {
+    b'{"instruction": "a", "output": "b"': "not JSON at column",
+    b'{"instruction": "a" "output": "b"}': "not JSON at column 21: Expecting ',' delimiter",
+    b'{"instruction": "a", "output": "b"} {"x": 1}': "more after the end of the row, at column 37",
+    b'{"instruction": "a", "output": "\xff"}': "not UTF-8 at byte 33",
+    b'{"instruction": "a", "output": "\\ud800"}': "lone surrogate",
+    b'{"instruction": "a", "output": "b", "n": NaN}': "NaN is not a JSON number",
+    b'{"instruction": "a", "output": "b", "n": -Infinity}': "-Infinity is not a JSON number",
+    b'{"instruction": "a", "output": "b", "n": 1e999}': "too large",
+    b'{"instruction": "a", "output": "b", "n": ' + b"9" * 5000 + b"}": "5000 digits",
+    b'{"instruction": "a", "output": "b", "output": "c"}': "the key 'output' appears twice",
+    b'{"instruction": "a", "output": "b\x00"}': "not JSON at column",
+    b'{"instruction": "a", "output": "b\\u0000"}': "NUL",
+    b"[" * 100000: "nested too deeply",
+    b"\x00": "not JSON",
+    b"null": "the row has NoneType",
+    b'"text"': "the row has str",
+    b'{"instruction": "a"}': "output is missing",
+    b'{"instruction": "", "output": "b"}': "instruction is empty",
+}
+
+
+@pytest.mark.parametrize("line", list(BAD_LINES), ids=lambda line: repr(line[-30:]))
+def test_a_bad_line_is_rejected_with_its_number_and_no_good_one_is_lost(line, tmp_path, tokenizer, template):
+    path, good = tmp_path / "rows.jsonl", [json.dumps(row).encode() for row in GOOD]
+    path.write_bytes(b"\r\n".join([good[0], b"", good[1], line, b"  ", good[2], good[3]]))
+    data = read(tokenizer, template, path, bad_rows="skip")
+    assert [row.source for row in data.train] == [f"{path}:{n}" for n in (1, 3, 6, 7)]
+    assert [bad.where for bad in data.rejected] == [f"{path}:4"]
+    assert BAD_LINES[line] in data.rejected[0].reason
+    with pytest.raises(UserError) as error:
+        read(tokenizer, template, path)
+    assert (error.value.where, error.value.exit_code) == (f"{path}:4", 3)
+    assert BAD_LINES[line] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [line for line in BAD_LINES if line.endswith((b"}", b"l", b't"')) and BAD_LINES[line][:3] not in ("not", "mor")],
+)
+def test_a_bad_element_of_a_json_list_is_rejected_with_the_line_it_starts_on(bad, tmp_path, tokenizer, template):
+    path, good = tmp_path / "rows.json", [json.dumps(row, indent=2).encode() for row in GOOD]
+    path.write_bytes(b"\xef\xbb\xbf[\n" + good[0] + b"\n,\n\n" + good[1] + b", " + bad + b",\n" + good[2] + b"\n]\n")
+    data = read(tokenizer, template, path, bad_rows="skip")
+    assert [row.source for row in data.train] == [f"{path}:{n}" for n in (2, 8, 12)]
+    assert [bad.where for bad in data.rejected] == [f"{path}:11"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code", "line"),
+    [
+        ("rows.txt", b"x", "DATA-002", ""),
+        ("rows.jsonl", gzip.compress(b"{}"), "DATA-003", ""),
+        ("rows.json", '[{"a": 1}]'.encode("utf-16"), "DATA-003", ""),
+        ("rows.jsonl", b"[\n{}\n]", "DATA-005", ":1"),
+        ("rows.json", b'[\n{"a": "\xff"}]', "DATA-006", ":2"),
+        ("rows.json", b'{"a": 1}', "DATA-007", ""),
+        ("rows.json", b'[\n{"a": 1},\n{"a" 1}]', "DATA-008", ":3"),
+        ("rows.json", b'[\n{"a": 1},\n]', "DATA-008", ":3"),
+        ("rows.json", b"[\n" + b"[" * 100000, "DATA-009", ":2"),
+        ("rows.json", b'[{"a": 1}\n{"a": 1}]', "DATA-010", ":2"),
+        ("rows.json", b'[{"instruction": "a", "output": "b"}', "DATA-010", ":1"),
+        ("rows.json", b"[]\n[]", "DATA-011", ":2"),
+        ("rows.json", b"[]", "DATA-020", ""),
+        ("rows.json", b"", "DATA-020", ""),
+        ("rows.jsonl", b"", "DATA-020", ""),
+        ("rows.jsonl", b"\n\n", "DATA-020", ""),
+        ("rows.jsonl", b"{}\n{}\n", "DATA-020", ""),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_an_error(tmp_path, tokenizer, template, name, content, code, line):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read(tokenizer, template, tmp_path / name, bad_rows="skip")
+    assert (error.value.code, error.value.where, error.value.exit_code) == (code, f"{tmp_path / name}{line}", 3)
+
+
+def test_json_and_jsonl_of_the_same_rows_are_read_alike_whatever_the_line_ends(tmp_path):
+    rows = [
+        {"instruction": "a\u2028b\x85c", "output": "x" * 10**6},
+        {"instruction": "e" + "\u0301" * 10**5, "output": "y"},
+    ]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    for name, content in {
+        "a.jsonl": b"\n".join(lines),
+        "b.jsonl": b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n",
+        "c.json": b"[" + b",\r\n".join(lines) + b"]",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        found = list(records(tmp_path / name))
+        assert [record.value for record in found] == rows
+        assert [record.where for record in found] == [f"{tmp_path / name}:{n}" for n in (1, 2)]
+
+
+def test_hundreds_of_mutated_lines_lose_no_good_line_and_end_in_no_traceback(tmp_path):
+    rng = random.Random(0)
+    known = [line for line in BAD_LINES if len(line) < 10000]
+    for trial in range(20):
+        lines, bad, mutated = [], set(), set()
+        for number in range(1, 101):
+            row = {"messages": [{"role": t.role, "content": t.content} for t in chats(1, 100 * trial + number)[0]]}
+            line = json.dumps(row, ensure_ascii=rng.random() < 0.5).encode()
+            if rng.random() < 0.2:
+                line = rng.choice(known)
+                bad.add(number)
+            elif rng.random() < 0.4:
+                place, width = rng.randrange(len(line)), rng.choice([0, 1, 5])
+                line = (
+                    line[:place]
+                    + rng.choice([b"", b'"', b"\\", b"}", b"\xff", b"\x00", b"[", b"9"])
+                    + line[place + width :]
+                )
+                mutated.add(number)
+            lines.append(line)
+        path = tmp_path / "rows.jsonl"
+        path.write_bytes(b"\n".join(lines))
+        rejected = set()
+        for record in records(path):
+            try:
+                if record.problem:
+                    raise ValueError(record.problem)
+                FORMATS[detect(record.value)](record.value)
+            except ValueError:
+                rejected.add(int(record.where.rpartition(":")[2]))
+        assert bad <= rejected <= bad | mutated
+        for number in mutated - rejected:  # what is taken must be what a strict reader takes
+            assert isinstance(json.loads(lines[number - 1].decode("utf-8")), dict)
+
+
+def test_a_folder_gives_its_files_of_rows_to_train_on_and_rows_held_out(tmp_path):
+    with pytest.raises(UserError, match="no train.json or train.jsonl in it, but nothing"):
+        find(str(tmp_path), None)
+    (tmp_path / "train.jsonl").touch()
+    assert find(str(tmp_path), None) == (tmp_path / "train.jsonl", None)
+    (tmp_path / "dev.json").touch()
+    assert find(str(tmp_path), None) == (tmp_path / "train.jsonl", tmp_path / "dev.json")
+    assert find(str(tmp_path), str(tmp_path / "train.jsonl"))[1] == tmp_path / "train.jsonl"
+    (tmp_path / "validation.jsonl").touch()
+    with pytest.raises(UserError, match="several files could be meant: validation.jsonl, dev.json"):
+        find(str(tmp_path), None)
+    with pytest.raises(UserError, match="no such file or folder"):
+        find(str(tmp_path / "nowhere"), None)
+
+
+def test_a_split_holds_out_at_least_one_row_and_leaves_one():
+    assert split([1, 2], 0.01, 0)[0] + split([1, 2], 0.01, 0)[1] in ([1, 2], [2, 1])
+    assert split([1], 0.5, 0) == ([1], [])
+    assert split([1, 2, 3], 0.0, 0) == ([1, 2, 3], [])
+    assert len(split([1, 2], 0.99, 0)[0]) == 1
+    rows = list(range(100))
+    train, held_out = split(rows, 0.1, 7)
+    assert (len(held_out), sorted(train + held_out)) == (10, rows)
+    assert split(rows, 0.1, 7) == (train, held_out) != split(rows, 0.1, 8)
+
+
+# rows
+
+
+def test_a_row_trains_the_answer_and_its_end_of_turn(tmp_path, tokenizer, template):
+    row = read(tokenizer, template, write_jsonl(tmp_path / "rows.jsonl", GOOD)).train[2]
+    prompt = template.prompt([Turn("user", "Count to 2.")])
+    assert row.ids[: row.prompt_length] == prompt
+    assert tokenizer.decode([i for i, t in zip(row.ids, row.trained, strict=True) if t], False) == "2 3 4<|im_end|>"
+    assert row.trained[: row.prompt_length] == [False] * row.prompt_length
+    assert row.turns == [Turn("user", "Count to 2."), Turn("assistant", "2 3 4")]
+
+
+def test_without_mask_prompt_every_token_but_the_first_is_trained(tmp_path, tokenizer, template):
+    path = write_jsonl(tmp_path / "rows.jsonl", GOOD)
+    for row in read(tokenizer, template, path, mask_prompt=False).train:
+        assert row.trained == [False] + [True] * (len(row.ids) - 1)
+        assert row.prompt_length == 1
+
+
+def test_the_system_message_of_the_settings_goes_before_rows_that_have_none(tmp_path, tokenizer, template):
+    rows = [alpaca(1), alpaca(2) | {"system": "own"}]
+    data = read(tokenizer, template, write_jsonl(tmp_path / "rows.jsonl", rows), system="given")
+    assert [row.turns[0] for row in data.train] == [Turn("system", "given"), Turn("system", "own")]
+
+
+def test_rows_without_anything_to_train_are_bad_rows(tmp_path, tokenizer, template):
+    untrained = [USER, {"role": "assistant", "content": "a", "train": False}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [alpaca(1), untrained, [USER], alpaca(2)])
+    data = read(tokenizer, template, path, bad_rows="skip")
+    assert [bad.where[-2:] for bad in data.rejected] == [":2", ":3"]
+    assert "nothing in it is trained" in data.rejected[0].reason
+    with pytest.raises(UserError, match="nothing in it is trained"):
+        read(tokenizer, template, path)
+    with pytest.raises(UserError, match="no row is left to train on: 2 rejected"):
+        read(tokenizer, template, write_jsonl(tmp_path / "none.jsonl", [untrained, [USER]]), bad_rows="skip")
+
+
+def test_an_error_names_five_bad_rows_and_counts_the_others(tmp_path, tokenizer, template):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a"}] * 8)
+    with pytest.raises(UserError) as error:
+        read(tokenizer, template, path)
+    told = str(error.value)
+    assert all(f"{path}:{n}: output is missing" in told for n in range(1, 6))
+    assert f"{path}:6" not in told
+    assert "and 3 more" in told
+    assert "8 bad rows" in told
+
+
+def test_what_the_template_refuses_is_a_bad_row(tmp_path):
+    tokenizer = Tokenizer.load(write_folder(tmp_path, "llama2"))
+    path = write_jsonl(tmp_path / "rows.jsonl", [alpaca(1), [USER, USER, {"role": "assistant", "content": "a"}]])
+    data = read(tokenizer, ChatTemplate(tokenizer), path, bad_rows="skip")
+    assert len(data.train) == 1
+    assert "roles must alternate" in data.rejected[0].reason
+
+
+# length
+
+
+@pytest.fixture
+def long_rows(tmp_path):
+    return write_jsonl(tmp_path / "rows.jsonl", [alpaca(i, words=80 if i % 3 == 1 else 3) for i in range(9)])
+
+
+def test_rows_that_are_too_long_are_an_error_that_names_them(long_rows, tokenizer, template):
+    with pytest.raises(UserError) as error:
+        read(tokenizer, template, long_rows, max_length=100)
+    lengths = {row.source: len(row.ids) for row in read(tokenizer, template, long_rows).train}
+    named = ", ".join(f"{source} ({n})" for source, n in lengths.items() if n > 100)
+    assert f"3 rows are longer than 100 tokens: {named}" in str(error.value)
+    with pytest.raises(UserError, match="longer than 90 tokens"):
+        read(tokenizer, template, long_rows, max_positions=90)
+
+
+def test_rows_that_are_too_long_are_dropped_and_counted(long_rows, tokenizer, template):
+    data = read(tokenizer, template, long_rows, max_length=100, overlong="drop")
+    assert [int(row.source[-1]) for row in data.train] == [1, 3, 4, 6, 7, 9]
+    assert data.report.dropped == 3
+    assert "warning: 3 rows are longer than 100 tokens and are left out" in str(data.report)
+    with pytest.raises(UserError, match="no row is left to train on: 0 rejected, 9 longer than 10 tokens"):
+        read(tokenizer, template, long_rows, max_length=10, overlong="drop")
+
+
+@pytest.mark.parametrize("length", [17, 40, 64, 100])
+def test_rows_that_are_too_long_are_split_without_losing_a_label(long_rows, tokenizer, template, length):
+    whole = read(tokenizer, template, long_rows).train
+    data = read(tokenizer, template, long_rows, max_length=length, overlong="split")
+    for row in whole:
+        pieces = [piece for piece in data.train if piece.source == row.source]
+        labels = [i for piece in pieces for i, t in zip(piece.ids, piece.trained, strict=True) if t]
+        assert labels == [i for i, t in zip(row.ids, row.trained, strict=True) if t]
+        assert sum(piece.ended for piece in pieces) == 1
+        assert all(len(piece.ids) <= length and any(piece.trained) and not piece.trained[0] for piece in pieces)
+        assert all(piece.trained.index(True) == piece.prompt_length for piece in pieces)
+    assert data.report.split_rows == sum(len(row.ids) > length for row in whole)
+    assert data.report.split_pieces == len(data.train) - sum(len(row.ids) <= length for row in whole)
+    pieces = sum(-(-(len(row.ids) - 1) // (length - 1)) for row in whole if len(row.ids) > length)
+    assert data.report.empty_pieces == pieces - data.report.split_pieces
+
+
+# report
+
+
+def test_the_report_counts_what_there_is(tmp_path, tokenizer, template):
+    rows = [alpaca(i) for i in range(20)] + [alpaca(3)] * 5
+    data = read(tokenizer, template, write_jsonl(tmp_path / "rows.jsonl", rows), validation_split=0.4, seed=1)
+    texts = {tuple(row.ids) for row in data.train}
+    assert data.report.duplicates == sum(tuple(row.ids) in texts for row in data.validation) > 0
+    counts = data.report.train
+    assert counts.rows == len(data.train) == 15
+    assert counts.ended == 15
+    assert counts.tokens == sum(len(row.ids) for row in data.train)
+    assert counts.trained == sum(sum(row.trained) for row in data.train)
+    told = str(data.report)
+    assert f"15 rows, {counts.tokens:,} tokens, {counts.trained} trained ({counts.trained / counts.tokens:.1%})" in told
+    assert f"{data.report.duplicates} of the held-out rows are among the rows to train on" in told
+    assert "end-of-turn token trained in 100.0% of the rows" in told
+
+
+def test_a_token_across_the_end_of_a_prompt_is_trained_and_counted(tmp_path):
+    tokenizer = Tokenizer.load(write_folder(tmp_path, "chatml"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'A: ' if m.role == 'assistant' else 'Q: ' }}{{ m.content }}"
+        "{{ '<|im_end|>' if m.role == 'assistant' }}{% endfor %}{{ 'A: ' if add_generation_prompt }}"
+    )
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "q", "output": "Paris."}] * 2)
+    data = read(tokenizer, ChatTemplate(tokenizer), path)
+    assert data.report.straddling == 2
+    trained = [i for i, t in zip(data.train[0].ids, data.train[0].trained, strict=True) if t]
+    assert tokenizer.decode(trained, False) == " Paris.<|im_end|>"
+
+
+def test_a_shown_row_marks_what_is_trained_and_steers_no_terminal(tmp_path, tokenizer, template):
+    row = {"instruction": "a\x1b[31mb", "output": "yes, 日本 🙂"}
+    row = read(tokenizer, template, write_jsonl(tmp_path / "rows.jsonl", [row])).train[0]
+    shown = show(row, tokenizer, color=False)
+    assert shown.endswith("<|im_start|>assistant\n[yes, 日本 🙂<|im_end|>]\n")
+    assert "a\\x1b[31mb" in shown
+    assert "\x1b[32myes, 日本 🙂<|im_end|>\x1b[0m\n" in show(row, tokenizer, color=True)
+
+
+@pytest.mark.parametrize("style", list(STYLES))
+def test_every_row_of_every_style_trains_its_end_of_turn(tmp_path, style):
+    tokenizer = Tokenizer.load(write_folder(tmp_path, style))
+    found = [[{"role": t.role, "content": t.content} for t in turns] for turns in chats(60, 5, system=False)]
+    data = read(tokenizer, ChatTemplate(tokenizer), write_jsonl(tmp_path / "rows.jsonl", found))
+    assert data.report.train.ended == data.report.train.rows == 60
+    assert data.report.straddling == 0
+    for row in data.train:  # what is asked later is what was learned
+        asked = row.turns[: [turn.role for turn in row.turns].index("assistant")]
+        assert ChatTemplate(tokenizer).prompt(asked) == row.ids[: row.prompt_length]
