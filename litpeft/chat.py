@@ -1,0 +1,170 @@
+"""`litpeft chat`: a conversation in the terminal, or one message a line through a pipe."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from litpeft.build import load
+from litpeft.chat_session import Session
+from litpeft.errors import UserError, nearest
+from litpeft.generate import Answer
+from litpeft.settings.generate import Chat
+
+HISTORY_LINES = 1000
+# A model's text must not drive the terminal: control characters but tab and newline are shown as pictures.
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
+PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def chat(settings: Chat) -> None:
+    """The command. Answers go to stdout, all else to stderr; without a terminal an error ends the program."""
+    session = Session(load(settings.model, settings.base, settings.precision), settings.system, settings.sampling)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    with line_editing() if terminal else nullcontext():
+        if terminal:
+            say(f"{settings.model}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        while True:
+            try:
+                respond(session, read_message(session, terminal), terminal)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not terminal:
+                    raise
+                say("\nleave with Ctrl-D or /exit")
+            except UserError as error:
+                if not terminal:
+                    raise
+                say(error.what + (f"; {error.hint}" if error.hint else ""))
+
+
+def read_message(session: Session, terminal: bool) -> str:
+    """Returns the next message; a line that ends with a backslash goes on in the next one."""
+    name = "base> " if session.on_base else "> "
+    try:
+        lines = [input(name if terminal else "")]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(input("... " if terminal else ""))
+    except UnicodeDecodeError as error:
+        raise UserError("DATA-403", f"this is not UTF-8: {error}", where="standard input") from None
+    return "\n".join(lines).strip()
+
+
+def respond(session: Session, message: str, terminal: bool) -> None:
+    """Answers a message or obeys a command."""
+    command = re.fullmatch(r"(/[A-Za-z]*)(?:\s+(.*))?", message, re.DOTALL)
+    if command is not None:
+        word, argument = command[1].lower(), (command[2] or "").strip()
+        if word not in COMMANDS:
+            what = f"there is no command {word}{nearest(word, list(COMMANDS))}; /help lists them"
+            raise UserError("CONFIG-404", what)
+        say(COMMANDS[word][1](session, argument))
+    elif message:
+        report(session, session.ask(message, write_seen if terminal else write), terminal)
+
+
+def report(session: Session, answer: Answer, terminal: bool) -> None:
+    """Ends the answer's line and says why it ended, unless the model wanted it so."""
+    write("\n")
+    if answer.reason == "interrupted":
+        if not terminal:
+            raise KeyboardInterrupt
+        say("[stopped]" if answer.text else "[stopped before it began: your message is taken back]")
+    elif answer.reason == "length" and len(answer.ids) == session.sampling.max_new_tokens:
+        say(f"[cut at sampling.max_new_tokens = {session.sampling.max_new_tokens}]")
+    elif answer.reason == "length":
+        say(f"[cut: the model reaches {session.loaded.model.config.max_positions} tokens; /reset starts anew]")
+
+
+def show_help(session: Session, argument: str) -> str:
+    rows = [f"{word + usage:<16}{meaning}" for word, (usage, _, meaning) in COMMANDS.items()]
+    return "\n".join([*rows, "A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."])
+
+
+def reset(session: Session, argument: str) -> str:
+    session.turns.clear()
+    return "a new conversation"
+
+
+def system(session: Session, argument: str) -> str:
+    if argument:
+        session.system = "" if argument == '""' else argument
+    return f"system message: {session.system}" if session.system else "no system message"
+
+
+def undo(session: Session, argument: str) -> str:
+    dropped = session.undo()
+    return f"dropped: {dropped if len(dropped) <= 60 else dropped[:57] + '...'}"
+
+
+def save(session: Session, argument: str) -> str:
+    return f"written to {session.save(argument)}"
+
+
+def base(session: Session, argument: str) -> str:
+    on_base = session.switch()
+    return f"now the {'base' if on_base else 'finetuned'} model answers; /base switches back"
+
+
+def leave(session: Session, argument: str) -> str:
+    raise EOFError
+
+
+Command = Callable[[Session, str], str]  # takes what follows the word, returns what to say
+COMMANDS: dict[str, tuple[str, Command, str]] = {
+    "/help": ("", show_help, "this list"),
+    "/reset": ("", reset, "start a new conversation; the system message stays"),
+    "/system": (" [text]", system, 'show the system message, or set it; "" removes it'),
+    "/undo": ("", undo, "drop the last exchange"),
+    "/save": (" [file]", save, "write the messages to a JSON file"),
+    "/base": ("", base, "switch between the finetuned model and its base, in the same conversation"),
+    "/exit": ("", leave, "leave, like Ctrl-D"),
+}
+
+
+def write(text: str) -> None:
+    """Writes an answer's text at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_seen(text: str) -> None:
+    """Writes an answer's text to a terminal, where it can do no more than be seen."""
+    write(text.translate(PICTURES))
+
+
+def say(text: str) -> None:
+    """Tells the user something that is not part of an answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def line_editing() -> Iterator[None]:
+    """Line editing, and a history that outlives the program, where Python comes with readline."""
+    try:
+        import readline
+    except ImportError:  # on Windows the terminal edits lines itself
+        yield
+        return
+    state = os.environ.get("XDG_STATE_HOME", "")
+    folder = Path(state if os.path.isabs(state) else os.path.expanduser("~/.local/state")) / "litpeft"
+    path = folder / "chat_history"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+        if path.stat().st_size:  # libedit takes an empty file for a broken one
+            readline.read_history_file(path)
+    except OSError as error:
+        say(f"no history of earlier lines: {path}: {error.strerror}")
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        try:
+            readline.write_history_file(path)
+        except OSError as error:
+            say(f"the history was not saved: {path}: {error.strerror}")

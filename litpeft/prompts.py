@@ -1,0 +1,128 @@
+"""Prompts to answer, from a file or from standard input, and the file that the answers go to."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from litpeft.data.formats import messages
+from litpeft.data.formats.turn import Turn, text
+from litpeft.data.sources import Record, records
+from litpeft.data.templates import with_system
+from litpeft.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to answer."""
+
+    row: dict[str, Any]  # as it came
+    content: str | list[Turn]  # raw text, or a conversation that ends with the user
+    where: str  # file:line
+
+
+def read_prompts(path: Path, raw: bool) -> list[Prompt]:
+    """Returns the prompts of a .json, .jsonl or .txt file; names the first row that cannot be used."""
+    prompts: list[Prompt] = []
+    wrong: list[tuple[str, str]] = []
+    for record in lines(path) if path.suffix == ".txt" else records(path):
+        try:
+            if record.problem:
+                raise ValueError(record.problem)
+            prompts.append(Prompt(record.value, content(record.value, raw), record.where))
+        except ValueError as error:
+            wrong.append((record.where, str(error)))
+    if wrong:
+        more = f" (and {len(wrong) - 1} more bad rows)" if len(wrong) > 1 else ""
+        raise UserError("DATA-404", wrong[0][1] + more, where=wrong[0][0])
+    if not prompts:
+        raise UserError("DATA-405", "the file holds no prompts", where=str(path))
+    return prompts
+
+
+def lines(path: Path) -> Iterator[Record]:
+    """Yields the lines of a text file that are not blank, as rows with a `prompt`."""
+    try:
+        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UserError("DATA-406", f"cannot be read: {error.strerror}", where=str(path)) from None
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        where = f"{path}:{number}"
+        try:
+            if line.strip():
+                yield Record(where, {"prompt": line.decode().removesuffix("\r")})
+        except UnicodeDecodeError as error:
+            yield Record(where, problem=f"not UTF-8 at byte {error.start + 1}")
+
+
+def content(row: Any, raw: bool) -> str | list[Turn]:
+    """Returns what a row asks for: raw text, or messages. Raises ValueError if it does not say."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object, got {type(row).__name__}")
+    if "answer" in row:
+        raise ValueError('the row has a key "answer", where its answer would be written; rename it')
+    kinds = [key for key in ("prompt", "messages", "instruction") if key in row]
+    if len(kinds) != 1:
+        got = ", ".join(map(repr, row)) or "no key"
+        raise ValueError(f"a row has one of prompt, messages and instruction; this one has {got}")
+    foreign = [key for key in ("messages", "instruction", "system") if raw and key in row]
+    if foreign:
+        raise ValueError(f"raw continues the text in `prompt`; this row has {foreign[0]}")
+    if kinds == ["messages"]:
+        turns = messages.turns(row)
+        if turns[-1].role != "user":
+            raise ValueError("the last message is not the user's: there is nothing to answer")
+        return turns
+    asked = text(row, kinds[0], kinds[0], empty=False)
+    if raw:
+        return asked
+    about = text(row, "input", "input") if kinds == ["instruction"] and row.get("input") is not None else ""
+    system = text(row, "system", "system") if row.get("system") is not None else ""
+    return with_system([Turn("user", asked, input=about)], system)
+
+
+def typed_prompt(typed: str | None, raw: bool) -> Prompt:
+    """Returns the prompt of the command line, or that of standard input for `-` or none."""
+    where = "prompt" if typed not in (None, "-") else "standard input"
+    if where != "prompt" and sys.stdin.isatty():
+        print("type the prompt; Ctrl-D on a line of its own ends it", file=sys.stderr)
+    try:
+        row = {"prompt": typed if where == "prompt" else sys.stdin.read().removesuffix("\n")}
+        row["prompt"].encode()
+        return Prompt(row, content(row, raw), where)
+    except UnicodeError as error:  # a terminal of another encoding, or bytes of none
+        raise UserError("DATA-407", f"this is not UTF-8: {error}", where=where) from None
+    except ValueError as error:
+        raise UserError("CONFIG-405", str(error), where=where) from None
+
+
+def new_file(name: str | None) -> Path | None:
+    """Returns the path of a file that can be written and does not exist yet."""
+    if name is None:
+        return None
+    path = Path(name)
+    if path.exists():
+        raise UserError("CONFIG-406", "the output exists", where=name, hint="name another, or remove it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError("CONFIG-407", f"{path.parent} is no folder that can be written to", where=name)
+    return path
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[TextIO]:
+    """Yields a text file beside `path` that becomes `path` when the block ends well, and is removed otherwise."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError("RESOURCE-400", f"cannot be written: {error.strerror or error}", where=str(path)) from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()

@@ -1,0 +1,231 @@
+"""`litpeft chat`: the same conversation through a pipe, through a terminal, and without the finetuned part."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_folder
+
+from litpeft.build import build, load
+from litpeft.chat import chat
+from litpeft.chat_session import Session
+from litpeft.errors import UserError
+from litpeft.generate import answer
+from litpeft.methods.base import delta_state
+from litpeft.methods.lora import LoRA
+from litpeft.run import save_delta
+from litpeft.settings.generate import Chat, Sampling
+from litpeft.tokenizer import Tokenizer
+
+SHORT = Sampling(max_new_tokens=12)
+DRAWN = Sampling(max_new_tokens=12, temperature=0.9, seed=5)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "wide", seed=7, vocab_size=258, initializer_range=0.25)
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose delta is large enough to change every answer."""
+    method = LoRA(rank=4)
+    model = build(base, torch.float32, method)
+    torch.manual_seed(0)
+    state = {name: torch.randn_like(tensor) * 0.1 for name, tensor in delta_state(model).items()}
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    facts = {"template": {"name": "model", "system": None, "sha256": Tokenizer.load(base).template_hash}}
+    save_delta(folder / "final", state, "lora", method, base, facts)
+    return folder
+
+
+def session(model: Path, sampling: Sampling = SHORT, system: str | None = None) -> Session:
+    return Session(load(str(model), precision="32-true"), system, sampling)
+
+
+def ask(talk: Session, *texts: str) -> list[str]:
+    return [talk.ask(text, lambda piece: None).text for text in texts]
+
+
+def pipe(monkeypatch, capsys, model: Path, text: str, **settings: object) -> tuple[str, str]:
+    """Returns what `chat` writes to stdout and to stderr, given `text` through a pipe."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    chat(Chat(str(model), precision="32-true", **({"sampling": SHORT} | settings)))
+    return capsys.readouterr()
+
+
+def test_every_answer_is_that_to_the_whole_conversation_in_the_template(base):
+    talk = session(base, system="be brief")
+    first, second = ask(talk, "hello", "and now?")
+    text = (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+        f"<|im_start|>assistant\n{first}<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    loaded = talk.loaded
+    prompt = loaded.tokenizer.encode(text)
+    assert second == answer(loaded.model, [prompt], loaded.tokenizer, SHORT, loaded.template.stop_ids)[0].text
+
+
+def test_a_pipe_gets_one_answer_a_line_and_nothing_else(base, monkeypatch, capsys):
+    out, err = pipe(monkeypatch, capsys, base, "hello\n\n/system\nand \\\nnow?\n")
+    expected = ask(session(base), "hello", "and \nnow?")
+    assert out == "".join(text + "\n" for text in expected)
+    assert "no system message" in err
+
+
+def test_base_switches_the_finetuned_part_off_and_on_in_the_same_conversation(base, run):
+    finetuned, plain = session(run), session(base)
+    start = ask(finetuned, "hello")
+    assert start != ask(plain, "hello")
+    assert finetuned.switch() is True
+    plain.turns = list(finetuned.turns)
+    assert ask(finetuned, "go on") == ask(plain, "go on")
+    assert finetuned.switch() is False
+    never_left = session(run)
+    never_left.turns = list(finetuned.turns)
+    assert ask(finetuned, "and again") == ask(never_left, "and again")
+
+
+def test_base_says_which_model_answers_and_refuses_where_there_is_no_delta(base, run, monkeypatch, capsys):
+    _, err = pipe(monkeypatch, capsys, run, "/base\n/base\n")
+    assert re.findall("now the (.*) model answers", err) == ["base", "finetuned"]
+    with pytest.raises(UserError, match="no finetuned part"):
+        pipe(monkeypatch, capsys, base, "/base\n")
+
+
+@pytest.mark.parametrize("sampling", [SHORT, DRAWN])
+def test_undo_restores_the_state_before_exactly(base, sampling):
+    talk, other = session(base, sampling), session(base, sampling)
+    ask(talk, "hello")
+    before = list(talk.turns)
+    first = ask(talk, "and now?")
+    assert talk.undo() == "and now?"
+    assert talk.turns == before
+    assert ask(talk, "something else", "and now?")[0] != first[0]
+    talk.undo()
+    talk.undo()
+    assert ask(talk, "and now?") == first == ask(other, "hello", "and now?")[1:]
+
+
+def test_reset_and_system_change_what_the_model_reads(base, monkeypatch, capsys):
+    out, _ = pipe(monkeypatch, capsys, base, 'hi\n/reset\nhi\n/system be brief\n/reset\nhi\n/system ""\n/reset\nhi\n')
+    plain, brief = ask(session(base), "hi")[0], ask(session(base, system="be brief"), "hi")[0]
+    assert out == "".join(text + "\n" for text in (plain, plain, brief, plain))
+
+
+def test_save_writes_the_messages_and_replaces_only_its_own_file(base, tmp_path):
+    talk, path, foreign = session(base, system="be brief"), tmp_path / "talk.json", tmp_path / "foreign.json"
+    foreign.write_text("precious")
+    (text,) = ask(talk, "hello")
+    talk.save(str(path))
+    first = {"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}
+    assert json.loads(path.read_text()) == [{"messages": [*first, {"role": "assistant", "content": text}]}]
+    ask(talk, "more")
+    assert talk.save("") == path.absolute()
+    assert len(json.loads(path.read_text())[0]["messages"]) == 5
+    with pytest.raises(UserError, match="the file exists"):
+        talk.save(str(foreign))
+    other = session(base)
+    other.turns = list(talk.turns)
+    with pytest.raises(UserError, match="the file exists"):
+        other.save(str(path))
+    assert foreign.read_text() == "precious"
+    assert sorted(tmp_path.iterdir()) == [foreign, path]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("/resett", r'no command /resett \(did you mean "/reset"\?\)'),
+        ("/undo", "nothing to undo"),
+        ("/save", "nothing to save"),
+    ],
+)
+def test_a_command_that_cannot_be_obeyed_says_so(base, monkeypatch, capsys, line, problem):
+    with pytest.raises(UserError, match=problem):
+        pipe(monkeypatch, capsys, base, line + "\n")
+
+
+def test_a_conversation_beyond_the_model_is_an_error_that_says_reset_and_keeps_it(base):
+    talk = session(base)
+    ask(talk, "hello")
+    before = list(talk.turns)
+    with pytest.raises(UserError, match="the model reaches 512") as error:
+        ask(talk, "x" * 600)
+    assert "/reset" in error.value.hint
+    assert talk.turns == before
+    ask(talk, "short")
+
+
+class Terminal:
+    """`litpeft chat` in a process of its own, at the other end of a pseudo-terminal."""
+
+    def __init__(self, model: Path, state: Path, max_new_tokens: int):
+        code = (
+            "from litpeft.chat import chat; from litpeft.settings.generate import Chat, Sampling;"
+            f"chat(Chat({str(model)!r}, precision='32-true', sampling=Sampling(max_new_tokens={max_new_tokens})))"
+        )
+        env = os.environ | {"XDG_STATE_HOME": str(state), "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)}
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [sys.executable, "-c", code], env)
+        self.seen = ""
+
+    def until(self, pattern: str, again: str = "") -> None:
+        """Reads up to a match of `pattern`; whenever nothing comes for two seconds, types `again`."""
+        waits = 0
+        while not (match := re.search(pattern, self.seen, re.DOTALL)):
+            if select.select([self.fd], [], [], 2)[0]:
+                self.seen += os.read(self.fd, 4096).decode(errors="replace")
+                continue
+            waits += 1
+            assert waits < 30, f"{pattern!r} did not come; this did: {self.seen!r}"
+            self.type(again)
+        self.seen = self.seen[match.end() :]
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def exit_code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Terminal]:
+    """A chat whose answers take long: thousands of tokens."""
+    changes = {"vocab_size": 258, "initializer_range": 0.25, "max_position_embeddings": 8192}
+    model = make_folder(tmp_path / "model", seed=7, **changes)
+    talk = Terminal(model, tmp_path / "state", 8000)
+    yield talk
+    os.close(talk.fd)
+
+
+def test_ctrl_c_stops_an_answer_keeps_its_part_and_not_the_program(terminal, tmp_path):
+    terminal.until("> ")
+    terminal.type("hello\n")
+    terminal.until(r"hello\r\n.{20}")
+    terminal.type("\x03")
+    terminal.until(r"\[stopped\]\r\n> ")
+    terminal.type(f"/save {tmp_path / 'talk.json'}\n")
+    terminal.until("written to .*> ")
+    terminal.type("\x03")  # while it prints a prompt, Python's readline may miss one
+    terminal.until("leave with Ctrl-D or /exit.*> ", again="\x03")
+    terminal.type("/udno\n")
+    terminal.until(r'did you mean "/undo".*> ')
+    terminal.type("\x04")
+    assert terminal.exit_code() == 0
+    question, part = json.loads((tmp_path / "talk.json").read_text())[0]["messages"]
+    assert (question["content"], part["role"]) == ("hello", "assistant")
+    whole = ask(session(tmp_path / "model", Sampling(max_new_tokens=600)), "hello")[0]
+    assert len(part["content"]) >= 20
+    assert whole.startswith(part["content"][:300])
+    history = tmp_path / "state" / "litpeft" / "chat_history"
+    assert history.read_text().splitlines()[0] == "hello"
