@@ -17,9 +17,11 @@ from litpeft.model import Context
 from litpeft.prompts import atomic_file, new_file
 from litpeft.settings.data import Data
 from litpeft.settings.evaluate import Evaluate
-from litpeft.settings.generate import Generate, Sampling
+from litpeft.settings.generate import Sampling
+from litpeft.train.log import clean
 
 MICRO_TOKENS = 2048  # of one forward pass
+SHOWN = 240  # characters of a text in the terminal
 
 
 def summed_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -53,9 +55,9 @@ class Score:
     seconds: float
 
 
-def question(row: Row) -> list[dict[str, str]]:
-    """Returns the conversation up to the last answer of a row."""
-    return [{"role": turn.role, "content": turn.content} for turn in row.turns[:-1]]
+def asked(row: Row) -> str:
+    """Returns what a row's last answer answers, as one text."""
+    return "\n\n".join(filter(None, (row.turns[-2].content, row.turns[-2].input))) if len(row.turns) > 1 else ""
 
 
 def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Score:
@@ -64,8 +66,8 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
     loss = mean_loss(loaded.model, rows, MICRO_TOKENS, loaded.model.embed.weight.device)
     prompts = [loaded.template.prompt(row.turns[:-1]) for row in rows]
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-    generate = Generate(settings.model, batch_size=settings.batch_size, sampling=sampling)
-    answers = [a.text.strip() for a in answer_all(loaded, prompts, generate, loaded.template.stop_ids)]
+    answers = answer_all(loaded, prompts, settings.batch_size, sampling, loaded.template.stop_ids)
+    answers = [a.text.strip() for a in answers]
     exact = [answer == row.turns[-1].content.strip() for answer, row in zip(answers, rows, strict=True)]
     return Score(name, loss, answers, exact, time.perf_counter() - began)
 
@@ -103,7 +105,13 @@ def table(scores: list[Score], rows: list[Row], samples: int) -> str:
     }
     lines = [f"{name:<22}" + "".join(f"{value:>18}" for value in values) for name, values in figures.items()]
     for i, row in enumerate(rows[:samples]):
-        lines += ["", f"{'row':<10} {row.source}", f"{'asked':<10} {question(row)[-1]['content']}"]
-        lines += [f"{'expected':<10} {row.turns[-1].content}"]
-        lines += [f"{s.name:<10} {s.answers[i]}" for s in scores]
+        texts = {"row": row.source, "asked": asked(row), "expected": row.turns[-1].content}
+        texts |= {s.name: s.answers[i] for s in scores}
+        lines += ["", *(f"{name:<10} {one_line(text)}" for name, text in texts.items())]
     return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """Returns the first of a text on one line of the terminal, control characters made harmless."""
+    text = clean(" ".join(text.split()))
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text) - SHOWN} more characters)"

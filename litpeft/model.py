@@ -160,7 +160,7 @@ class GPT(nn.Module):
     def forward(
         self, ids: Tensor, ctx: Context | None = None, at: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor:
-        """Returns logits (B, T, V), or (N, V) at the flattened positions `at` (N,); with `targets` (N,) the loss.
+        """Returns logits (B, T, V); (N, V) at flattened positions `at` (N,); with `targets` (N,) the summed loss.
 
         Only where logits are asked for are they computed, and a loss never holds them all.
         """
@@ -168,7 +168,7 @@ class GPT(nn.Module):
         x = self.after_embed(self.embed(ids), ctx)
         angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
         ctx.rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        if ctx.cache is not None and ctx.mask is None:
+        if ctx.cache is not None and ctx.mask is None and ids.size(1) < ctx.end:  # else all rows start here: causal
             keys = torch.arange(ctx.end, device=ids.device)[None]
             ctx.mask = causal_mask(ctx.pos, keys, self.config.window)[:, None]
         for block in self.blocks:

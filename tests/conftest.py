@@ -1,5 +1,6 @@
 """A tiny Llama in a Hugging Face folder, made anew for the tests that want one; everything runs on the CPU."""
 
+import json
 import os
 from pathlib import Path
 
@@ -70,3 +71,28 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny float32 Llama with grouped queries and an untied head. Tests must not change it."""
     return make_folder(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "lemon": "yellow"}
+
+
+def write_rows(folder: Path) -> Path:
+    """Writes a folder with six rows to learn and two held-out ones; returns it."""
+    data = folder / "data"
+    data.mkdir(exist_ok=True)
+    rows = [{"instruction": f"Colour of {thing}?", "output": colour} for thing, colour in COLOURS.items()]
+    for name, part in (("train", rows), ("validation", rows[4:])):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return data
+
+
+def finetune(base: Path, folder: Path, *argv: str, out: str = "run") -> Path:
+    """Runs `litpeft finetune lora` on the small rows in batches of three, in float32; returns the run's folder."""
+    from litpeft.cli import main
+
+    common = ["--base.dir", base, "--data.path", write_rows(folder), "--out", folder / out, "--train.warmup_steps", 0]
+    common += ["--train.batch_size", 3, "--base.precision", "32-true", "--validation.sample_tokens", 4]
+    given = {word for word in argv if word.startswith("--")}
+    pairs = zip(common[::2], common[1::2], strict=True)
+    main(["finetune", "lora", *(str(w) for pair in pairs if pair[0] not in given for w in pair), *argv])
+    return folder / out

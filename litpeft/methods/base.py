@@ -109,11 +109,11 @@ def without_delta(model: GPT) -> Iterator[None]:
         if isinstance(child, Delta)
     ]
     trained = {name: model.get_parameter(name).data for name in model.base_values}
-    for parent, name, _ in places:
-        setattr(parent, name, Sdpa() if name == "core" else Slot())
-    for name, tensor in model.base_values.items():
-        model.get_parameter(name).data = tensor
     try:
+        for parent, name, _ in places:
+            setattr(parent, name, Sdpa() if name == "core" else Slot())
+        for name, tensor in model.base_values.items():
+            model.get_parameter(name).data = tensor
         yield
     finally:
         for parent, name, delta in places:

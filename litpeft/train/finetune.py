@@ -19,7 +19,7 @@ from litpeft.checkpoint import refuse_existing
 from litpeft.config import read_config
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, Row, load, show
-from litpeft.evaluate import question
+from litpeft.evaluate import asked
 from litpeft.generate import answer
 from litpeft.methods.base import Method, attach, delta_state, trainable
 from litpeft.model import GPT
@@ -121,14 +121,13 @@ def show_sample(
             loaded.model, prompts, loaded.tokenizer, Sampling(max_new_tokens=tokens), loaded.template.stop_ids
         )
     loaded.model.train()
-    log.message(f"  asked:    {question(rows[0])[-1]['content']}") if step == 0 else None
-    log.message(f"  expected: {rows[0].turns[-1].content}") if step == 0 else None
+    if step == 0:
+        log.message(f"  asked:    {asked(rows[0])}")
+        log.message(f"  expected: {rows[0].turns[-1].content}")
     log.message(f"  answered: {answers[0].text}")
     for i, row in enumerate(rows):
         first = samples[i].before if len(samples) > i else answers[i].text
-        samples[i : i + 1] = [
-            Sample(question(row)[-1]["content"], row.turns[-1].content, before=first, after=answers[i].text)
-        ]
+        samples[i : i + 1] = [Sample(asked(row), row.turns[-1].content, before=first, after=answers[i].text)]
 
 
 def report(

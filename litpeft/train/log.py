@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -71,13 +72,13 @@ class Log:
     ):
         self.folder, self.steps, self.tensorboard, self.enabled = Path(folder), steps, tensorboard, enabled
         self.start_step, self.max_time = start_step, max_time
-        self._pace: deque[tuple[int, float]] = deque([] if start_step else [(0, 0.0)], maxlen=WINDOW)
+        self._pace: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._bar: Progress | None = None
         self._writer: Any = None
         self._printed = -1  # how many of the LINES parts of the run have had their line
         self._unprinted = ""  # the newest line, while it has not been printed
 
-    def __enter__(self) -> "Log":  # noqa: PYI034 (typing.Self is younger than Python 3.10)
+    def __enter__(self) -> "Log":
         if not self.enabled:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +140,7 @@ class Log:
         """Prints a line on standard error, above the bar if there is one."""
         if not self.enabled:
             return
+        text = clean(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -151,6 +153,12 @@ class Log:
             for name in SCALARS:
                 if name in row:
                     self._writer.add_scalar(name, row[name], row["step"])
+
+
+def clean(text: str) -> str:
+    """Returns `text` without what a terminal would obey or UTF-8 cannot hold: control characters, lone surrogates."""
+    text = text.replace("\r\n", "\n").expandtabs(4)
+    return "".join("\ufffd" if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def _text(value: float | None) -> str:
@@ -236,5 +244,5 @@ def summary_writer(folder: Path, start_step: int) -> Any:
         except ImportError:
             what = "TensorBoard files need a package that is not installed"
             hint = "pip install tensorboardX"
-            raise UserError("CONFIG-500", what, where="train.tensorboard", hint=hint) from None
+            raise UserError("CONFIG-500", what, where="tensorboard", hint=hint) from None
     return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None, flush_secs=10)

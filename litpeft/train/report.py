@@ -4,12 +4,11 @@ import io
 import json
 import math
 import re
-import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litpeft.train.log import duration, read_metrics
+from litpeft.train.log import clean, duration, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,23 +84,13 @@ class RunFacts:
         return min(finite, key=lambda point: point[1], default=None)
 
 
-def edge_losses(rows: list[dict[str, float | None]]) -> tuple[float | None, float | None]:
-    """Returns the mean training losses over the first and the last 5 % of the steps in `rows` of metrics.csv."""
-    losses = [row["loss"] for row in rows if row["loss"] is not None]
-    if not losses:
-        return None, None
-    n = math.ceil(len(losses) / 20)
-    return math.fsum(losses[:n]) / n, math.fsum(losses[-n:]) / n
-
-
 def write_report(folder: Path, facts: RunFacts) -> Path:
     """Writes report.md and, if the run made a step, loss.png into the folder of a run; returns the report's path."""
-    rows = read_metrics(folder)
-    drawn = any(row["loss"] is not None for row in rows)
-    if drawn:
-        loss_figure(rows, facts).savefig(Path(folder) / "loss.png")
+    steps = [row for row in read_metrics(folder) if row["loss"] is not None and math.isfinite(row["loss"])]
+    if steps:
+        loss_figure(steps, facts).savefig(Path(folder) / "loss.png")
     path = Path(folder) / "report.md"
-    path.write_text(markdown(facts, "loss.png" if drawn else None), encoding="utf-8", newline="\n")
+    path.write_text(markdown(facts, "loss.png" if steps else None), encoding="utf-8", newline="\n")
     return path
 
 
@@ -116,7 +105,7 @@ def summary_lines(facts: RunFacts) -> list[str]:
     lines.append(f"used             {', '.join(_cost(facts))}")
     for command in facts.next_commands[:3]:
         lines.append(f"next             {command}")
-    return [_clean(line).replace("\n", " ") for line in lines]
+    return [clean(line).replace("\n", " ") for line in lines]
 
 
 def markdown(facts: RunFacts, picture: str | None) -> str:
@@ -150,7 +139,7 @@ def _table(facts: RunFacts) -> str:
         ("Tokens", f"{facts.tokens:,} read, {facts.trained_tokens:,} of them trained on"),
         ("Trained parameters", _trained(facts)),
         ("Size on disk", scaled(facts.delta_bytes, "B")),
-        ("Cost", ", ".join(_cost(facts))),
+        ("Cost", _inline(", ".join(_cost(facts)))),
         ("Base model", f"{_code(facts.base)}, {scaled(facts.parameters)} parameters, {_inline(facts.precision)}"),
         ("Versions", _inline(", ".join(f"{name} {version}" for name, version in facts.versions.items()))),
     ]
@@ -194,12 +183,6 @@ def scaled(number: float, unit: str = "") -> str:
     return f"{number:,.1f} {prefix}{unit}"
 
 
-def _clean(text: str) -> str:
-    """Returns `text` without what a terminal would obey or UTF-8 cannot hold: control characters, lone surrogates."""
-    text = text.replace("\r\n", "\n").expandtabs(4)
-    return "".join("\ufffd" if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
-
-
 def _cut(text: str) -> str:
     rest = len(text) - SAMPLE_LENGTH
     return text if rest <= 0 else f"{text[:SAMPLE_LENGTH]} … ({rest:,} more characters)"
@@ -207,7 +190,7 @@ def _cut(text: str) -> str:
 
 def _inline(text: str) -> str:
     """Returns `text` as one line in which Markdown sees no mark-up."""
-    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", " ".join(_clean(text).split()))
+    return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", " ".join(clean(text).split()))
 
 
 def _ticks(text: str, least: int) -> str:
@@ -216,14 +199,14 @@ def _ticks(text: str, least: int) -> str:
 
 
 def _code(text: str) -> str:
-    text = " ".join(_clean(text).split())
+    text = " ".join(clean(text).split())
     ticks = _ticks(text, 1)
     pad = " " if text[:1] == "`" or text[-1:] == "`" else ""
     return f"{ticks}{pad}{text}{pad}{ticks}".replace("|", "\\|")
 
 
 def _fenced(text: str, language: str = "text") -> str:
-    text = _clean(text).strip("\n")
+    text = clean(text).strip("\n")
     fence = _ticks(text, 3)
     return f"{fence}{language}\n{text}\n{fence}"
 
@@ -239,26 +222,25 @@ def _columns(sample: Sample) -> str:
     texts = {"expected": sample.expected, "before": sample.before, "after": sample.after}
     for name in texts:
         table.add_column(name, ratio=1, overflow="fold")
-    table.add_row(*(Text(_cut(_clean(text).strip("\n"))) for text in texts.values()))
+    table.add_row(*(Text(_cut(clean(text).strip("\n"))) for text in texts.values()))
     file = io.StringIO()
     Console(file=file, width=SAMPLE_WIDTH, color_system=None, force_terminal=False).print(table)
     return file.getvalue()
 
 
-def loss_figure(rows: list[dict[str, float | None]], facts: RunFacts) -> "Figure":
-    """Returns the picture of a run: its losses above, its learning rate below, over the optimizer steps."""
+def loss_figure(steps: list[dict[str, float | None]], facts: RunFacts) -> "Figure":
+    """Returns the picture of a run: its losses above, its learning rate below; `steps` are rows with a finite loss."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    steps = [row for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]
     x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
     figure = Figure(figsize=(8, 5.4), dpi=200, layout="constrained")  # twice the 800 px that it is shown at
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3.2, 1))
     few = len(x) < 20  # too few to smooth
-    upper.plot(x, losses, color=SMOOTH if few else RAW, linewidth=1.8 if few else 0.8, label="training, each step")
-    if few:
-        upper.lines[0].set(marker="o", markersize=4)
-    else:
+    thick = {"linewidth": 1.8} | ({"marker": "o", "markersize": 4} if few else {})
+    thin = thick if few else {"linewidth": 0.8}
+    upper.plot(x, losses, color=SMOOTH if few else RAW, label="training, each step", **thin)
+    if not few:
         upper.plot(x, smoothed(losses), color=SMOOTH, linewidth=2.2, label="training, smoothed")
     if facts.best is not None:
         label = f"validation (best {facts.best[1]:.3f} at step {facts.best[0]:,})"
@@ -268,8 +250,8 @@ def loss_figure(rows: list[dict[str, float | None]], facts: RunFacts) -> "Figure
     upper.set_ylabel("loss (nats per token)", fontsize=11)
     upper.legend(frameon=False, fontsize=10)
     title = facts.title.encode("ascii", "replace").decode()  # the font may lack other letters
-    upper.set_title(title, loc="left", fontsize=13, fontweight="bold", parse_math=False)
-    lower.plot(x, [row["lr"] for row in steps], color=RATE, linewidth=1.8)
+    upper.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=10, parse_math=False)
+    lower.plot(x, [row["lr"] for row in steps], color=RATE, **thick)
     peak = max(row["lr"] for row in steps)
     lower.set(ylim=(0, 1.2 * peak or 1), xlabel="optimizer steps", ylabel="learning rate")
     lower.set_yticks([0, peak], ["0", f"{peak:.3g}"])
@@ -284,14 +266,15 @@ def loss_figure(rows: list[dict[str, float | None]], facts: RunFacts) -> "Figure
     for label in (lower.xaxis.label, lower.yaxis.label):
         label.set_fontsize(11)
     figure.align_ylabels()
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
     return figure
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Returns the means of `values` under a Gaussian window whose deviation is a fortieth of their number."""
+    """Returns the means of `values` under a Gaussian window whose deviation is a sixtieth of their number."""
     import numpy as np
 
-    sigma = len(values) / 40
+    sigma = max(1.0, len(values) / 60)
     reach = math.ceil(3 * sigma)
     window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     # Divided by the part of the window that lies inside, so that the ends are not drawn towards 0.

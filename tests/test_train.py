@@ -1,0 +1,240 @@
+"""The training loop: the loss of a step, the schedule, and whole runs through the command line."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import finetune, make_folder, write_rows
+from lightning.fabric import Fabric
+from safetensors.torch import load_file
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from litpeft.build import build
+from litpeft.cli import COMMANDS, parse
+from litpeft.data.batches import collate, plan_steps
+from litpeft.data.tokenise import Row
+from litpeft.errors import UserError
+from litpeft.evaluate import mean_loss
+from litpeft.methods.base import delta_state, trainable
+from litpeft.methods.lora import LoRA
+from litpeft.settings.train import Train
+from litpeft.train.fit import train_step
+from litpeft.train.log import read_metrics
+from litpeft.train.optim import lr_at, make_optimizer
+
+ROOT = Path(__file__).parent.parent
+
+
+def some_rows(count: int = 8) -> list[Row]:
+    """Returns rows of very different lengths and shares of trained tokens."""
+    torch.manual_seed(0)
+    rows = []
+    for number in range(count):
+        length, prompt = 6 + 9 * number, 2 + 3 * (number % 3)
+        ids = torch.randint(0, 300, (length,)).tolist()
+        rows.append(Row(ids, [i >= prompt for i in range(length)], prompt, f"rows.jsonl:{number + 1}", []))
+    return rows
+
+
+def one_step(folder: Path, dtype: torch.dtype, split: list[list[int]]) -> tuple[float, float, dict]:
+    torch.manual_seed(1)
+    model = build(folder, dtype, LoRA(rank=4))
+    for module in model.modules():
+        if hasattr(module, "B"):
+            torch.nn.init.normal_(module.B, std=0.02)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    wrapped = fabric.setup_module(model)
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(trainable(model).values(), lr=1.0))
+    rows = some_rows()
+    batches = [collate([rows[i] for i in numbers]) for numbers in split]
+    loss, norm = train_step(fabric, wrapped, optimizer, batches, 1.0, None)
+    return loss, norm, {key: value.clone() for key, value in delta_state(model).items()}
+
+
+@pytest.mark.parametrize(
+    "split", [[[i] for i in range(8)], [[0, 7], [3, 4, 1], [2, 5, 6]], [[7, 6, 5, 4], [3, 2, 1, 0]]]
+)
+def test_how_rows_are_spread_over_micro_batches_changes_nothing(tiny_folder, split: list[list[int]]) -> None:
+    loss, norm, delta = one_step(tiny_folder, torch.float64, split)
+    want_loss, want_norm, want = one_step(tiny_folder, torch.float64, [list(range(8))])
+    assert abs(loss - want_loss) <= 1e-12
+    assert abs(norm - want_norm) <= 1e-12
+    assert all((delta[key] - want[key]).abs().max() <= 1e-12 for key in want)
+
+
+def test_packed_and_unpacked_losses_agree_in_float32(tiny_folder) -> None:
+    model = build(tiny_folder, torch.float32)
+    rows = some_rows(24)
+    packed, alone = (mean_loss(model, rows, tokens, torch.device("cpu")) for tokens in (2048, 1))
+    assert abs(packed - alone) <= 2e-6
+
+
+def test_the_loss_is_the_mean_over_trained_tokens_of_transformers_logits(tiny_folder) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    total = count = 0.0
+    for row in some_rows():
+        logits = theirs(torch.tensor([row.ids])).logits[0, :-1]
+        target = torch.tensor([i if t else -100 for i, t in zip(row.ids, row.trained, strict=True)][1:])
+        total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum").detach())
+        count += sum(row.trained)
+    assert (
+        abs(mean_loss(build(tiny_folder, torch.float32), some_rows(), 64, torch.device("cpu")) - total / count) < 1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
+)
+def test_the_learning_rate_follows_the_usual_formula_after_the_warmup(schedule: str, reference) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = reference(optimizer, 4, 20)
+    want = []
+    for _ in range(20):
+        want.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    got = [lr_at(step, 20, Train(lr=0.5, warmup_steps=4, schedule=schedule)) for step in range(20)]
+    assert got[:4] == [0.125, 0.25, 0.375, 0.5]  # theirs wastes the first step on a learning rate of 0
+    assert got[4:] == pytest.approx(want[4:], abs=1e-12)
+
+
+def test_the_learning_rate_has_no_edge_that_breaks() -> None:
+    assert lr_at(0, 10, Train(lr=1.0, warmup_steps=0)) == 1.0
+    assert [lr_at(s, 3, Train(lr=1.0, warmup_steps=100)) for s in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert lr_at(9, 10, Train(lr=1.0, warmup_steps=2, schedule="constant")) == 1.0
+    low = [lr_at(s, 100, Train(lr=1.0, min_lr=0.1, warmup_steps=5)) for s in range(100)]
+    assert low[5] == 1.0
+    assert 0.1 < low[-1] < 0.101
+    assert lr_at(100, 100, Train(lr=1.0, min_lr=0.1, warmup_steps=5)) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor", "bitsandbytes.AdamW8bit"])
+def test_an_optimiser_is_made_by_name(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = make_optimizer(Train(lr=0.01, optimizer=name, weight_decay=0.1), [parameter])
+    assert type(optimizer).__name__ == name.rpartition(".")[2]
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.01, 0.1)
+    parameter.sum().backward()
+    optimizer.step()
+    assert float(parameter.detach().mean()) < 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "AdamV"}, "torch.optim has no 'AdamV' \\(did you mean \"Adam"),
+        ({"optimizer": "os.system"}, "neither a class of torch.optim"),
+        ({"optimizer_args": {"betaz": 1}}, "AdamW takes no 'betaz'"),
+        ({"optimizer_args": {"lr": 1}}, "lr has a key of its own"),
+        ({"optimizer_args": {"betas": [2, 3]}}, "AdamW refuses"),
+        ({"optimizer": "LBFGS", "weight_decay": 0.1}, "LBFGS has no weight decay"),
+    ],
+)
+def test_an_optimiser_that_cannot_be_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_optimizer(Train(**settings), [torch.nn.Parameter(torch.ones(1))])
+
+
+def test_a_run_learns_its_rows_and_leaves_what_it_promises(tiny_folder, tmp_path, capsys) -> None:
+    trains = "--method.unfreeze", '["head.weight", "embed.weight"]'
+    out = finetune(tiny_folder, tmp_path, "--train.epochs", "40", "--train.lr", "1e-2", "--tensorboard", *trains)
+    rows = read_metrics(out)
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    validation = [row["val_loss"] for row in rows if row["val_loss"] is not None]
+    assert losses[-1] < 0.1 * losses[0]
+    assert len(losses) == 80
+    assert len(validation) == 11
+    facts = json.loads((out / "final" / "delta.json").read_text())
+    assert facts["method"] == "lora"
+    method = LoRA(unfreeze=("head.weight", "embed.weight"))
+    assert set(load_file(out / "final" / "delta.safetensors")) == build(tiny_folder, torch.float32, method).delta_keys
+    assert "## " in (out / "report.md").read_text()
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert any((out / "tensorboard").iterdir())
+    assert "all steps done" in (out / "report.md").read_text()
+
+
+def test_the_same_command_twice_gives_the_same_bytes_and_run_yaml_repeats_it(tiny_folder, tmp_path) -> None:
+    args = "--method.dropout", "0.2", "--train.batch_size", "3", "--base.precision", "bf16-true"
+    a = finetune(tiny_folder, tmp_path, *args, out="a")
+    b = finetune(tiny_folder, tmp_path, *args, out="b")
+    command = COMMANDS["finetune lora"]
+    settings, method = parse("finetune lora", command, ["--config", str(a / "run.yaml"), "--out", "c"])
+    assert (settings.train.batch_size, method.dropout, method.targets) == (3, 0.2, ("*.attn.*", "*.mlp.*"))
+    bytes_of = [(run / "final" / "delta.safetensors").read_bytes() for run in (a, b)]
+    assert bytes_of[0] == bytes_of[1]
+    assert yaml.safe_load((a / "run.yaml").read_text())["method"]["rank"] == 8
+
+
+def test_a_dry_run_shows_the_data_and_writes_nothing(tiny_folder, tmp_path, capsys) -> None:
+    out = finetune(tiny_folder, tmp_path, "--dry_run")
+    said = capsys.readouterr().out
+    assert not out.exists()
+    assert "lora would train 15,616 of" in said  # 2 layers of rank 8: (in + out) of q, k, v, o, gate, up, down
+    assert "[red<|im_end|>]" in said
+
+
+def test_steps_that_diverge_stop_before_anything_is_saved(tiny_folder, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        finetune(tiny_folder, tmp_path, "--train.lr", "1e30", "--train.epochs", "5", "--train.max_norm", "null")
+    assert stop.value.code == 5
+    assert "is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_base_with_a_nan_is_refused_before_training(tmp_path, capsys) -> None:
+    folder = make_folder(tmp_path / "bad")
+    from safetensors.torch import save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as stop:
+        finetune(folder, tmp_path)
+    assert stop.value.code == 4
+    assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().err
+
+
+def test_an_output_that_exists_is_refused_or_replaced_as_a_whole(tiny_folder, tmp_path, capsys) -> None:
+    out = finetune(tiny_folder, tmp_path)
+    (out / "stale").write_text("x")
+    with pytest.raises(SystemExit) as stop:
+        finetune(tiny_folder, tmp_path)
+    assert stop.value.code == 2
+    assert "the output exists" in capsys.readouterr().err
+    finetune(tiny_folder, tmp_path, "--overwrite")
+    assert not (out / "stale").exists()
+
+
+def test_ctrl_c_ends_after_the_step_with_the_delta_saved(tiny_folder, tmp_path) -> None:
+    data, out = write_rows(tmp_path), tmp_path / "run"
+    argv = ["--base.dir", str(tiny_folder), "--data.path", str(data), "--out", str(out), "--train.epochs", "100000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "litpeft", "finetune", "lora", *argv]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "metrics.csv").exists():
+        time.sleep(0.1)
+    while process.poll() is None and len((out / "metrics.csv").read_text().splitlines()) < 5:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()
+    assert process.returncode == 130, said
+    assert json.loads((out / "final" / "delta.json").read_text())["step"] >= 3
+    assert "Ctrl-C at step" in (out / "report.md").read_text()
+
+
+def test_the_plan_of_an_epoch_holds_every_row_once_and_its_last_step_is_smaller() -> None:
+    plan = plan_steps(some_rows(11), 4, 64, 1, True, 0, 0)
+    assert [sum(map(len, step)) for step in plan] == [4, 4, 3]
+    assert sorted(i for step in plan for micro in step for i in micro) == list(range(11))
