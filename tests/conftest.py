@@ -50,8 +50,8 @@ def make_folder(folder: Path, seed: int = 0, **changes: object) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, "initializer_range": 0.05, "dtype": "float32"} | changes))
-    model.save_pretrained(folder)
+    config = LlamaConfig(**{**TINY, "initializer_range": 0.05, "dtype": "float32"} | changes)
+    LlamaForCausalLM(config).to(config.dtype).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
 

@@ -177,19 +177,39 @@ def test_the_same_command_twice_gives_the_same_bytes_and_run_yaml_repeats_it(tin
     assert yaml.safe_load((a / "run.yaml").read_text())["method"]["rank"] == 8
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-true", torch.float32), ("bf16-mixed", torch.float32), ("64-true", torch.float64)],
+)
+def test_every_precision_of_the_cpu_learns_and_saves_what_trained(
+    tiny_folder, tmp_path, precision: str, dtype: torch.dtype
+) -> None:
+    learn = "--train.epochs", "10", "--train.lr", "1e-2", "--method.unfreeze", '["head.weight"]'
+    out = finetune(tiny_folder, tmp_path, *learn, "--base.precision", precision)
+    losses = [row["val_loss"] for row in read_metrics(out) if row["val_loss"] is not None]
+    assert losses[-1] < losses[0] - 1
+    assert {tensor.dtype for tensor in load_file(out / "final" / "delta.safetensors").values()} == {dtype}
+
+
 def test_a_dry_run_shows_the_data_and_writes_nothing(tiny_folder, tmp_path, capsys) -> None:
     out = finetune(tiny_folder, tmp_path, "--dry_run")
     said = capsys.readouterr().out
     assert not out.exists()
     assert "lora would train 15,616 of" in said  # 2 layers of rank 8: (in + out) of q, k, v, o, gate, up, down
-    assert "[red<|im_end|>]" in said
+    assert "[blue<|im_end|>]" in said
 
 
-def test_steps_that_diverge_stop_before_anything_is_saved(tiny_folder, tmp_path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("interval", "message"), [("1", "the validation loss is nan after step 1"), ("99", "train.jsonl:")]
+)
+def test_steps_that_diverge_stop_before_anything_is_saved(
+    tiny_folder, tmp_path, capsys, interval: str, message: str
+) -> None:
+    diverge = "--train.lr", "1e30", "--train.epochs", "5", "--train.max_norm", "null"
     with pytest.raises(SystemExit) as stop:
-        finetune(tiny_folder, tmp_path, "--train.lr", "1e30", "--train.epochs", "5", "--train.max_norm", "null")
+        finetune(tiny_folder, tmp_path, *diverge, "--validation.interval", interval)
     assert stop.value.code == 5
-    assert "is not finite" in capsys.readouterr().err
+    assert message in capsys.readouterr().err.splitlines()[-2]
     assert not (tmp_path / "run" / "final").exists()
 
 

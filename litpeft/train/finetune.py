@@ -1,5 +1,6 @@
 """The command `litpeft finetune METHOD`: settings in, a folder with what was learned out."""
 
+import json
 import os
 import resource
 import shlex
@@ -60,7 +61,7 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
     wrapped = fabric.setup_module(model, move_to_device=False)
     optimizer = fabric.setup_optimizers(make_optimizer(settings.train, trainable(model).values()))
     # 3. the run
-    begin_run(out, settings, name, method)
+    begin_run(out, settings, name, method, rows)
     loaded = Loaded(model, tokenizer, template, settings.data.system, None)
     seconds = None if settings.train.max_time is None else 60 * settings.train.max_time
     samples: list[Sample] = []
@@ -90,13 +91,17 @@ def dry_run(settings: Finetune, name: str, method: Method, rows: DataSet, tokeni
     print(show(rows.train[0], tokenizer, color=sys.stdout.isatty()))
 
 
-def begin_run(out: Path, settings: Finetune, name: str, method: Method) -> None:
-    """Makes the folder of the run, instead of what it held, and writes run.yaml, which is itself a --config."""
+def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: DataSet) -> None:
+    """Makes the folder of the run, instead of what it held; writes run.yaml, itself a --config, and rejected rows."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     record = asdict(settings) | {"method": asdict(method)}
     text = yaml.safe_dump(plain(record), sort_keys=False, allow_unicode=True)
-    (out / "run.yaml").write_text(f"# litpeft finetune {name} --config {out / 'run.yaml'} --out ANOTHER\n{text}")
+    command = f"# litpeft finetune {name} --config {out / 'run.yaml'} --out ANOTHER\n"
+    (out / "run.yaml").write_text(command + text, encoding="utf-8")
+    if rows.rejected:
+        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows.rejected]
+        (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def plain(value: object) -> object:

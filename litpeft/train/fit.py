@@ -1,5 +1,6 @@
 """The one training loop. It knows rows, losses and steps, and nothing of any method."""
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +62,9 @@ def fit(
         if held_out:
             measured = held_out[: validation.max_rows]
             loss = mean_loss(model, measured, train.micro_tokens, fabric.device)
+            if not math.isfinite(loss):
+                what = f"the validation loss is {loss} after step {progress.step}: nothing more is trained or saved"
+                raise UserError("NUMERIC-002", what, hint="lower train.lr, or choose another base.precision")
             progress.validations.append((progress.step, loss))
             log.validation(progress.step, loss, sum(sum(row.trained) for row in measured))
             sample(progress.step)

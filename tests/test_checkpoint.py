@@ -1,0 +1,144 @@
+"""Model files: what is whole is read, what is not is named, and folders appear as a whole or not at all."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_folder
+from safetensors.torch import load_file, save_file
+
+from litpeft.build import build
+from litpeft.checkpoint import Weights, atomic_folder, write_safetensors
+from litpeft.errors import UserError
+
+
+def test_shards_hold_the_same_tensors_and_have_the_same_fingerprint(tiny_folder, tmp_path) -> None:
+    tensors = load_file(tiny_folder / "model.safetensors")
+    write_safetensors(tmp_path, tensors.items(), shard_bytes=60_000)
+    sharded = Weights(tmp_path)
+    assert len(sharded.headers) > 2
+    assert all(torch.equal(sharded.read(name), tensor) for name, tensor in tensors.items())
+    assert sharded.fingerprint() == Weights(tiny_folder).fingerprint()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    tensors["model.norm.weight"][0] += 1
+    write_safetensors(tmp_path, tensors.items())
+    assert Weights(tmp_path).fingerprint() == sharded.fingerprint()  # the index still names the shards
+    assert load_file(tmp_path / "model.safetensors")["model.norm.weight"][0] == tensors["model.norm.weight"][0]
+
+
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin"])
+def test_an_index_that_points_outside_is_refused(tiny_folder, tmp_path, file: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(UserError, match="escapes the folder or is no safetensors"):
+        Weights(tmp_path)
+
+
+def broken(folder: Path, change) -> Path:
+    make_folder(folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"is \(3,\), config.json says \(64,\)"),
+        (lambda t: t.update({"model.extra.weight": torch.ones(3)}), "model.extra.weight is not of this architecture"),
+        (lambda t: t["model.norm.weight"].fill_(float("inf")), "not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_named_before_anything_runs(tmp_path, change, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(broken(tmp_path / "m", change), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "gpt_oss"}', "model_type 'gpt_oss' is not supported; litpeft has llama"),
+        ('{"model_type": "llama"}', "the key '.*' is missing"),
+        ("{", "cannot be read"),
+        ("[1]", "must be a JSON object"),
+        (None, "there is no config.json"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_named(tiny_folder, tmp_path, config: str | None, message: str) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
+        ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
+        ({"quantization_config": {}}, "already quantised"),
+        ({"num_hidden_layers": -1}, "n_layers must be a whole number"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_by_name(tiny_folder, tmp_path, change: dict, message: str) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, torch.float32)
+
+
+def test_a_damaged_file_is_one_clear_error_or_differs_in_its_fingerprint(tiny_folder, tmp_path) -> None:
+    whole = (tiny_folder / "model.safetensors").read_bytes()
+    want, chance = Weights(tiny_folder).fingerprint(), random.Random(0)
+    for _ in range(60):
+        data = bytearray(whole[: chance.choice([len(whole), chance.randrange(len(whole))])])
+        for _ in range(chance.randrange(3)):
+            if data:
+                data[chance.randrange(min(len(data), chance.choice([16, 3000, len(data)])))] ^= 1 << chance.randrange(8)
+        (tmp_path / "model.safetensors").write_bytes(data)
+        if data == whole:
+            continue
+        try:
+            got = Weights(tmp_path).fingerprint()
+        except UserError as error:
+            assert str(tmp_path) in str(error)
+        else:
+            assert got != want or json.loads(data[8:].split(b"}}")[0] + b"}}")  # metadata may differ
+
+
+def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
+        (folder / "a").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(UserError, match="the output exists"), atomic_folder(target):
+        pass
+    with atomic_folder(target, overwrite=True) as folder:
+        assert (target / "a").read_text() == "old"
+        (folder / "b").write_text("new")
+    assert [p.name for p in target.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_left_is_cleared_and_a_folder_moved_aside_comes_back(tmp_path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".tmp-out-{dead.pid}").mkdir()
+    (tmp_path / f".tmp-out-{dead.pid}-old").mkdir()
+    (tmp_path / f".tmp-out-{dead.pid}-old" / "a").write_text("old")
+    (tmp_path / f".tmp-out-{os.getppid()}").mkdir()  # its process lives: not ours to touch
+    with pytest.raises(UserError, match="the output exists"), atomic_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".tmp-out-{os.getppid()}", "out"]

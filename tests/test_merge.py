@@ -1,0 +1,132 @@
+"""Merging: the files compute what the run computes, and nothing wrong is ever written."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from conftest import TINY, finetune, make_folder
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from litpeft.build import load
+from litpeft.cli import main
+from litpeft.families import llama, renamed
+from litpeft.run import find_run
+
+IDS = torch.randint(0, TINY["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(5))
+
+
+def fails(capsys, *argv: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    return stop.value.code, capsys.readouterr().err
+
+
+def learnt(base, folder, *argv: str):
+    return finetune(base, folder, "--train.epochs", "3", "--train.lr", "1e-2", *argv)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_the_merged_folder_and_computes_the_same(tmp_path, tied: bool) -> None:
+    run = learnt(make_folder(tmp_path / "base", tie_word_embeddings=tied), tmp_path, "--method.ranks", '{"*.mlp.*": 3}')
+    main(["merge", str(run)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs, info = AutoModelForCausalLM.from_pretrained(run / "merged", output_loading_info=True)
+    assert not any(info.values())
+    assert AutoTokenizer.from_pretrained(run / "merged").chat_template
+    with torch.no_grad():
+        want = load(str(run), precision="32-true").model(IDS)
+        base = load(str(tmp_path / "base"), precision="32-true").model(IDS)
+        assert (theirs(IDS).logits - want).abs().max() <= 5e-6 * want.abs().max()
+        assert (load(str(run / "merged"), precision="32-true").model(IDS) - want).abs().max() <= 5e-6 * want.abs().max()
+    assert (base - want).abs().max() > 1e-2
+
+
+def test_weights_are_folded_in_float32_and_rounded_once(tmp_path, capsys) -> None:
+    base = make_folder(tmp_path / "base", dtype="bfloat16")
+    run = learnt(base, tmp_path)
+    main(["merge", str(run)])
+    delta = load_file(run / "final" / "delta.safetensors")
+    plain, merged = (load_file(folder / "model.safetensors") for folder in (base, run / "merged"))
+    for name in ("blocks.0.attn.q", "blocks.1.mlp.down"):
+        theirs = renamed(f"{name}.weight", llama.NAMES)
+        exact = plain[theirs].double() + 2 * delta[f"{name}.slot.B"].double() @ delta[f"{name}.slot.A"].double()
+        assert merged[theirs].dtype == torch.bfloat16
+        assert (merged[theirs] == exact.bfloat16()).float().mean() >= 0.9999
+    assert torch.equal(merged["model.norm.weight"], plain["model.norm.weight"])
+    said = capsys.readouterr().out
+    assert "folded in float32" in said
+    assert "rounding took" in said
+
+
+def test_an_output_that_exists_is_refused_or_replaced(tiny_folder, tmp_path, capsys) -> None:
+    run = learnt(tiny_folder, tmp_path)
+    main(["merge", str(run)])
+    (run / "merged" / "stale").write_text("x")
+    code, said = fails(capsys, "merge", str(run))
+    assert (code, "the output exists" in said) == (2, True)
+    main(["merge", str(run), "--overwrite"])
+    assert not (run / "merged" / "stale").exists()
+    assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_merge_that_changes_nothing_fails_and_leaves_nothing(tiny_folder, tmp_path, capsys) -> None:
+    run = finetune(tiny_folder, tmp_path, "--train.lr", "1e-12", "--train.max_steps", "1")
+    code, said = fails(capsys, "merge", str(run), "--dtype", "bfloat16")
+    assert code == 4
+    assert "no weight changed" in said
+    assert not (run / "merged").exists()
+    assert not list(run.glob(".tmp*"))
+
+
+def test_another_base_of_the_same_shape_is_refused_with_both_fingerprints(tiny_folder, tmp_path, capsys) -> None:
+    run = learnt(tiny_folder, tmp_path)
+    other = make_folder(tmp_path / "other", seed=7)
+    for command in (["merge"], ["generate", "--prompt", "x"]):
+        code, said = fails(capsys, command[0], str(run), "--base", str(other), *command[1:])
+        assert code == 4
+        assert "the run was trained on other weights" in said
+        assert json.loads((run / "final" / "delta.json").read_text())["base"]["fingerprint"][:12] in said
+
+
+def test_a_base_that_moved_is_asked_for_and_taken(tmp_path, capsys) -> None:
+    base = make_folder(tmp_path / "base")
+    run = learnt(base, tmp_path)
+    moved = shutil.move(base, tmp_path / "moved")
+    code, said = fails(capsys, "merge", str(run))
+    assert code == 4
+    assert "--base" in said
+    main(["merge", str(run), "--base", str(moved)])
+    assert (run / "merged" / "model.safetensors").exists()
+
+
+def test_a_changed_delta_is_refused(tiny_folder, tmp_path, capsys) -> None:
+    run = learnt(tiny_folder, tmp_path)
+    path = run / "final" / "delta.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "sha256 mismatch" in fails(capsys, "merge", str(run))[1]
+    path.write_bytes(whole[:-100])
+    assert "not a whole safetensors file" in fails(capsys, "chat", str(run))[1]
+    save_file({"x": torch.ones(1)}, path)
+    assert fails(capsys, "generate", str(run), "--prompt", "x")[0] == 4
+
+
+def test_a_delta_whose_settings_were_changed_does_not_fit(tiny_folder, tmp_path, capsys) -> None:
+    run = learnt(tiny_folder, tmp_path)
+    path = run / "final" / "delta.json"
+    facts = json.loads(path.read_text())
+    facts["settings"]["rank"] = 4
+    path.write_text(json.dumps(facts))
+    code, said = fails(capsys, "merge", str(run))
+    assert code == 4
+    assert "does not fit this model: blocks.0.attn.k.slot.A is (8, 64), expected (4, 64)" in said
+
+
+def test_what_is_no_run_is_refused(tiny_folder, tmp_path, capsys) -> None:
+    assert "this is no run" in fails(capsys, "merge", str(tiny_folder))[1]
+    assert "there is no such folder" in fails(capsys, "merge", str(tmp_path / "none"))[1]
+    assert find_run(tiny_folder) is None
