@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 SHORT = 512  # tokens; longer documents go to the fused kernel, which holds no attention weights
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Fabric's mixed precision copies what forward is given, and cannot copy a frozen one
 class Documents:
     """The documents that lie one after the other in a packed row."""
 

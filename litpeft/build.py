@@ -43,6 +43,7 @@ def build(folder: Path, dtype: torch.dtype, method: Method | None = None, device
         if isinstance(module, Delta):
             module.to_empty(device=device).reset_parameters()
             module.to(wide)
+    model.dtype = dtype
     if method is not None:  # 5. starts that depend on the base's weights
         method.init(model, lambda ours: weights.read(names[ours]))
     return model

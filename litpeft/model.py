@@ -4,7 +4,7 @@ Letters: B rows, T new tokens, S keys, D head size, d model width, H query heads
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,8 @@ class KVCache:
     def update(self, k: Tensor, v: Tensor, pos: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Writes k and v (B, G, T, D) at positions `pos` (B, T); returns the keys and values (B, G, end, D) so far."""
         row = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[row, :, pos], self.v[row, :, pos] = k.transpose(1, 2), v.transpose(1, 2)
+        self.k[row, :, pos] = k.transpose(1, 2).to(self.k.dtype)  # autocast gives other types than the cache's
+        self.v[row, :, pos] = v.transpose(1, 2).to(self.v.dtype)
         return self.k[:, :, :end], self.v[:, :, :end]
 
 
@@ -42,7 +43,7 @@ class Context:
     cache: list[KVCache] | None = None  # one for each layer, while generating
     end: int = 0  # with a cache: one more than the highest position of this call
     mask: Tensor | None = None  # (B, 1, T, S) True = may see; None = causal within the document
-    rope: tuple[Tensor, Tensor] = field(init=False)  # cos and sin (B, 1, T, D/2)
+    rope: tuple[Tensor, Tensor] | None = None  # cos and sin (B, 1, T, D/2)
 
     @classmethod
     def rows(cls, ids: Tensor) -> "Context":
@@ -87,6 +88,13 @@ class Sdpa(Slot):
         return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window)
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight; a weight that trains is float32 whatever x is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -124,10 +132,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm1 = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config, layer)
         self.after_attn = Slot()
-        self.norm2 = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm2 = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
         self.after_mlp = Slot()
         self.after_block = Slot()
@@ -146,6 +154,9 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.dtype: torch.dtype | None = (
+            None  # of the frozen weights and what runs through the blocks; None = embedding's
+        )
         self.recompute = False  # activation checkpointing: keep a block's input only, compute the rest again backwards
         self.base_keys: set[str] = set()  # these three are filled by methods/base.py
         self.delta_keys: set[str] = set()
@@ -154,7 +165,7 @@ class GPT(nn.Module):
         self.after_embed = Slot()
         self.bank = Bank()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = TiedHead(self.embed) if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
 
     def forward(
@@ -165,7 +176,7 @@ class GPT(nn.Module):
         Only where logits are asked for are they computed, and a loss never holds them all.
         """
         ctx = ctx or Context.rows(ids)
-        x = self.after_embed(self.embed(ids), ctx)
+        x = self.after_embed(self.embed(ids).to(self.dtype), ctx)
         angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
         ctx.rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         if ctx.cache is not None and ctx.mask is None and ids.size(1) < ctx.end:  # else all rows start here: causal

@@ -43,7 +43,9 @@ class Linear(nn.Linear):
 
     def base(self, x: Tensor) -> Tensor:
         """Returns W x + b of the frozen base: (..., in) -> (..., out)."""
-        return F.linear(x, self.weight, self.bias)
+        # what trains is float32 whatever x is; for the rest this casts nothing
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
     def dense(self) -> Tensor:
         """Returns the weight (out, in) that `base` multiplies with."""
@@ -64,7 +66,7 @@ class TiedHead(Linear):
         self.slot = Slot()
 
     def base(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense())
+        return F.linear(x, self.dense().to(x.dtype))
 
     def dense(self) -> Tensor:
         return self.embed[0].weight

@@ -116,9 +116,13 @@ def test_a_damaged_file_is_one_clear_error_or_differs_in_its_fingerprint(tiny_fo
 
 def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), atomic_folder(target) as folder:
-        (folder / "a").write_text("half")
-        raise ZeroDivisionError
+
+    def fail_half_way() -> None:
+        with atomic_folder(target) as folder:
+            (folder / "a").write_text("half")
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, fail_half_way)
     assert list(tmp_path.iterdir()) == []
     with atomic_folder(target) as folder:
         (folder / "a").write_text("old")
