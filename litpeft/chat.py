@@ -12,11 +12,9 @@ from litpeft.chat_session import Session
 from litpeft.errors import UserError, nearest
 from litpeft.generate import Answer
 from litpeft.settings.generate import Chat
+from litpeft.terminal import clean
 
 HISTORY_LINES = 1000
-# A model's text must not drive the terminal: control characters but tab and newline are shown as pictures.
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
-PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def chat(settings: Chat) -> None:
@@ -134,7 +132,7 @@ def write(text: str) -> None:
 
 def write_seen(text: str) -> None:
     """Writes an answer's text to a terminal, where it can do no more than be seen."""
-    write(text.translate(PICTURES))
+    write(clean(text))
 
 
 def say(text: str) -> None:

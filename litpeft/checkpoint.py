@@ -212,9 +212,14 @@ def _commit(temporary: Path, path: Path) -> None:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises if `path` holds something that was not said to be replaced."""
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+    """Raises if `path` holds something that was not said to be replaced, or that litpeft did not write."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
         raise UserError("CONFIG-030", "the output exists", where=str(path), hint="name another, or say --overwrite")
+    if not any((path / name).is_file() for name in ("run.yaml", "delta.json", "config.json")):
+        what = "the output exists and is neither a run nor a model folder: it is not replaced"
+        raise UserError("CONFIG-035", what, where=str(path), hint="name another")
 
 
 def remove_leftovers(path: Path) -> None:

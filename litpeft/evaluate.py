@@ -18,7 +18,7 @@ from litpeft.prompts import atomic_file, new_file
 from litpeft.settings.data import Data
 from litpeft.settings.evaluate import Evaluate
 from litpeft.settings.generate import Sampling
-from litpeft.train.log import clean
+from litpeft.terminal import clean
 
 MICRO_TOKENS = 2048  # of one forward pass
 SHOWN = 240  # characters of a text in the terminal

@@ -21,6 +21,7 @@ from litpeft.model import GPT, Context, KVCache
 from litpeft.prompts import Prompt, atomic_file, new_file, read_prompts, typed_prompt
 from litpeft.sampling import next_tokens
 from litpeft.settings.generate import Generate, Sampling
+from litpeft.terminal import clean
 from litpeft.tokenizer import StreamDecoder, Tokenizer
 
 FIRST_LENGTH = 256  # tokens that a new cache has room for
@@ -238,7 +239,7 @@ def generate(settings: Generate) -> None:
     if settings.input is None and output is None:
         stream = Stream(TokenCache(loaded.model), ids[0], loaded.tokenizer, settings.sampling, stop_ids)
         for text in stream:
-            print(text, end="", flush=True)
+            print(clean(text) if sys.stdout.isatty() else text, end="", flush=True)
         print()
         answers = [stream.answer]
     else:

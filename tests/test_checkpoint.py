@@ -125,14 +125,16 @@ def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path) -> None:
     pytest.raises(ZeroDivisionError, fail_half_way)
     assert list(tmp_path.iterdir()) == []
     with atomic_folder(target) as folder:
-        (folder / "a").write_text("old")
+        (folder / "config.json").write_text("old")
     with pytest.raises(UserError, match="the output exists"), atomic_folder(target):
         pass
     with atomic_folder(target, overwrite=True) as folder:
-        assert (target / "a").read_text() == "old"
+        assert (target / "config.json").read_text() == "old"
         (folder / "b").write_text("new")
     assert [p.name for p in target.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="neither a run nor a model"), atomic_folder(target, overwrite=True):
+        pass
 
 
 def test_what_a_killed_process_left_is_cleared_and_a_folder_moved_aside_comes_back(tmp_path) -> None:

@@ -59,7 +59,7 @@ def test_weights_are_folded_in_float32_and_rounded_once(tmp_path, capsys) -> Non
     assert torch.equal(merged["model.norm.weight"], plain["model.norm.weight"])
     said = capsys.readouterr().out
     assert "folded in float32" in said
-    assert "rounding took" in said
+    assert "rounding to bfloat16 took" in said
 
 
 def test_an_output_that_exists_is_refused_or_replaced(tiny_folder, tmp_path, capsys) -> None:

@@ -20,6 +20,7 @@ from litpeft.checkpoint import refuse_existing
 from litpeft.config import read_config
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, Row, load, show
+from litpeft.errors import UserError
 from litpeft.evaluate import asked
 from litpeft.generate import answer
 from litpeft.methods.base import Method, attach, delta_state, trainable
@@ -38,7 +39,10 @@ from litpeft.train.report import RunFacts, Sample, summary_lines, write_report
 def finetune(settings: Finetune, name: str, method: Method) -> None:
     """Trains `method` as the settings say; leaves run.yaml, metrics.csv, final/ and report.md in `settings.out`."""
     out, base = Path(settings.out), Path(settings.base.dir)
-    refuse_existing(out, settings.overwrite or settings.dry_run)
+    if not settings.dry_run:
+        refuse_existing(out, settings.overwrite)
+    if base.resolve().is_relative_to(out.resolve()):
+        raise UserError("CONFIG-037", "the run would replace the base model", where="out", hint="name another folder")
     # 1. what would go wrong later goes wrong now: settings, model files, rows
     device = pick_device()
     precision = pick_precision(settings.base.precision, device)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import unicodedata
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from litpeft.errors import UserError
+from litpeft.terminal import clean
 
 COLUMNS = (
     "step",
@@ -153,12 +153,6 @@ class Log:
             for name in SCALARS:
                 if name in row:
                     self._writer.add_scalar(name, row[name], row["step"])
-
-
-def clean(text: str) -> str:
-    """Returns `text` without what a terminal would obey or UTF-8 cannot hold: control characters, lone surrogates."""
-    text = text.replace("\r\n", "\n").expandtabs(4)
-    return "".join("\ufffd" if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def _text(value: float | None) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litpeft.train.log import clean, duration, read_metrics
+from litpeft.terminal import clean
+from litpeft.train.log import duration, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
