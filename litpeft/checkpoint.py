@@ -16,24 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litpeft.config import read_json
+from litpeft.config import COMPANIONS, read_json
 from litpeft.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
-# What belongs to a model beside its weights; copied from folder to folder as it is.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 class Weights:

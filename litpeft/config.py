@@ -7,6 +7,21 @@ from typing import Any
 
 from litpeft.errors import UserError
 
+# What belongs to a model beside its weights; copied from folder to folder as it is.
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
 
 @dataclass(frozen=True)
 class RopeScaling:

