@@ -10,15 +10,15 @@ PYTHON=${PYTHON:-python3}
 CONSTRAINTS=${CONSTRAINTS-constraints.txt}
 
 install_litpeft() {
-    local site=()
+    local torch
     if [ ! -x .venv/bin/python ]; then
-        # a torch that is there is taken: it may be the only build that knows this machine's GPU
-        if "$PYTHON" -c "import torch" 2>/dev/null; then
-            echo "== using the torch that $PYTHON has"
-            site=(--system-site-packages)
-        fi
         echo "== making .venv with $("$PYTHON" --version)"
-        "$PYTHON" -m venv "${site[@]}" .venv
+        "$PYTHON" -m venv .venv
+        # a torch that is there is taken: it may be the only build that knows this machine's GPU
+        if torch=$("$PYTHON" -c "import os, torch; print(os.path.dirname(torch.__path__[0]))" 2>/dev/null); then
+            echo "== using the torch in $torch"
+            echo "$torch" >"$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/found_torch.pth"
+        fi
     fi
     local pins=()
     if [ -n "$CONSTRAINTS" ]; then

@@ -226,6 +226,23 @@ def test_a_base_with_a_nan_is_refused_before_training(tmp_path, capsys) -> None:
     assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().err
 
 
+def test_packing_changes_the_layout_and_not_what_is_learnt(tiny_folder, tmp_path) -> None:
+    common = "--base.precision", "64-true", "--train.epochs", "4", "--train.lr", "1e-2"
+    packed = finetune(tiny_folder, tmp_path, *common, "--train.micro_tokens", "70", out="a")
+    alone = finetune(
+        tiny_folder, tmp_path, *common, "--data.packing", "false", "--train.micro_batch_size", "2", out="b"
+    )
+    states = [load_file(run / "final" / "delta.safetensors") for run in (packed, alone)]
+    assert all((states[0][key] - states[1][key]).abs().max() < 1e-9 for key in states[0])
+    assert any(tensor.abs().max() > 1e-3 for key, tensor in states[0].items() if key.endswith(".B"))
+
+
+def test_a_run_out_of_time_ends_after_its_step_and_says_so(tiny_folder, tmp_path) -> None:
+    out = finetune(tiny_folder, tmp_path, "--train.epochs", "1000", "--train.max_time", "1e-6")
+    assert "reached at step 1 of 2000" in (out / "report.md").read_text()
+    assert json.loads((out / "final" / "delta.json").read_text())["step"] == 1
+
+
 def test_an_output_that_exists_is_refused_or_replaced_as_a_whole(tiny_folder, tmp_path, capsys) -> None:
     out = finetune(tiny_folder, tmp_path)
     (out / "stale").write_text("x")

@@ -161,7 +161,7 @@ def report(
     held_out = settings.data.validation_path or settings.data.path
     facts = RunFacts(
         title=f"{name} on {base.name}",
-        command=shlex.join(["litpeft", *sys.argv[1:]]),
+        command=shlex.join(["litpeft", "finetune", name, "--config", str(out / "run.yaml"), "--out", f"{out}-again"]),
         method=name,
         settings=asdict(method),
         base=str(base),
