@@ -24,6 +24,9 @@ def build(folder: Path, dtype: torch.dtype, method: Method | None = None, device
     """Returns the model of a Hugging Face folder in `dtype`, with a method attached at its start."""
     name, config = read_config(folder)
     weights = Weights(folder)
+    if config.n_layers > len(weights.file_of):  # before so many layers are made
+        what = f"config.json says {config.n_layers} layers, the files hold {len(weights.file_of)} tensors"
+        raise UserError("MODEL-042", what, where=str(folder))
     with torch.device("meta"):  # 1. shapes
         model = GPT(config)
     if method is not None:  # 2. slots filled; names of the base stay as they are
@@ -58,10 +61,15 @@ def check_names(model: GPT, weights: Weights, base: dict[str, str], ours_of: dic
         for name, shape in shapes.items()
         if name in weights.file_of and weights.shape(name) != shape
     ]
+    for name in weights.file_of:
+        if weights.dtype(name) not in ("F64", "F32", "F16", "BF16"):
+            wrong.append(f"{name} is {weights.dtype(name)}, expected F64, F32, F16 or BF16")
     for name in set(weights.file_of) - set(shapes):
         tied = model.config.tie_embeddings and renamed(name, ours_of) == "head.weight"  # a copy of the embedding
         if not tied and not name.endswith("rotary_emb.inv_freq"):
             wrong.append(f"{name} is not of this architecture")
+        elif tied and not torch.equal(weights.read(name), weights.read(base["embed.weight"])):
+            wrong.append(f"{name} is not the embedding, though config.json says tie_word_embeddings")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         what = f"the weights do not fit config.json: {'; '.join(sorted(wrong)[:5])}{more}"

@@ -20,6 +20,8 @@ from litpeft.config import COMPANIONS, read_json
 from litpeft.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
+RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "final", "report.md", "loss.png", "tensorboard", "merged")
+OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json")  # what --overwrite may remove
 
 
 class Weights:
@@ -57,6 +59,10 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.headers[self.file_of[name]][name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """Returns the type of a tensor as safetensors spells it: F32, BF16, ..."""
+        return self.headers[self.file_of[name]][name]["dtype"]
 
     def read(self, name: str) -> Tensor:
         """Returns one tensor, straight from the file's pages."""
@@ -98,6 +104,7 @@ def file_sha256(path: Path) -> str:
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
     """Returns the header of a safetensors file, name -> {dtype, shape, data_offsets}; the file must be whole."""
+    size = 0
     try:
         size = path.stat().st_size
         with safe_open(path, framework="pt"):  # checks the layout: offsets, sizes, no overlap
@@ -181,6 +188,26 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def replaced(path: Path, overwrite: bool) -> Iterator[None]:
+    """Makes an empty folder at `path` for the block; what was there is moved aside, and comes back if the block fails."""
+    refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
+    old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
+    if path.exists() and any(path.iterdir()):
+        os.rename(path, old)
+    path.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if old.exists():
+            shutil.rmtree(path)
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _commit(temporary: Path, path: Path) -> None:
     """Makes a finished folder take its place; what was there is moved aside first and removed last."""
     try:
@@ -203,8 +230,10 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError("CONFIG-030", "the output exists", where=str(path), hint="name another, or say --overwrite")
-    if not any((path / name).is_file() for name in ("run.yaml", "delta.json", "config.json")):
-        what = "the output exists and is neither a run nor a model folder: it is not replaced"
+    entries = [path] if not path.is_dir() else list(path.iterdir())
+    foreign = sorted(p.name for p in entries if p.name not in OURS and not p.match("*.safetensors"))
+    if foreign or path.is_symlink():
+        what = f"the output holds {_some(foreign)}, which litpeft did not write: it is not replaced"
         raise UserError("CONFIG-035", what, where=str(path), hint="name another")
 
 

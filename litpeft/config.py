@@ -1,6 +1,7 @@
 """What a model is, read from the config.json of a Hugging Face folder. No table of sizes, no torch."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        factor = self.rope_scaling.factor if self.rope_scaling else 1.0
+        for name, value in {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, "rope factor": factor}.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {value}")
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+            raise ValueError(f"sliding_window must be null or at least 1, got {self.window!r}")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ValueError(f"tie_word_embeddings must be true or false, got {self.tie_embeddings!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
         if self.head_dim % 2:
@@ -86,7 +95,7 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
     path = folder / "config.json"
     hf = read_json(path, "config.json of a model")
     name = hf.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             "MODEL-004", f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=str(path)
         )
@@ -98,7 +107,7 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
         return name, family(name).config(hf)
     except KeyError as error:
         raise UserError("MODEL-006", f"the key {error} is missing", where=str(path)) from None
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError("MODEL-007", str(error), where=str(path)) from None
 
 

@@ -8,7 +8,8 @@ EXIT_CODES = {
     "RESOURCE": 6,  # disk, memory, network
 }
 INTERNAL_ERROR = 70
-INTERRUPTED = 130
+INTERRUPTED = 130  # by Ctrl-C
+STOPPED = 75  # by SIGTERM or SIGUSR1, with what was learnt saved: a scheduler may start it again
 
 
 class UserError(Exception):

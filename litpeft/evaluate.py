@@ -9,6 +9,7 @@ from torch import Tensor
 
 from litpeft.build import Loaded, load
 from litpeft.data.batches import Batch, collate, pack
+from litpeft.data.formats.turn import Turn
 from litpeft.data.tokenise import Row
 from litpeft.data.tokenise import load as load_rows
 from litpeft.generate import answer_all
@@ -55,20 +56,34 @@ class Score:
     seconds: float
 
 
-def asked(row: Row) -> str:
-    """Returns what a row's last answer answers, as one text."""
-    return "\n\n".join(filter(None, (row.turns[-2].content, row.turns[-2].input))) if len(row.turns) > 1 else ""
+@dataclass
+class Exchange:
+    """The last answer of a row that is to be learnt, and what comes before it."""
+
+    before: list[Turn]
+    expected: str
+
+    @classmethod
+    def of(cls, row: Row) -> "Exchange":
+        last = max((i for i, turn in enumerate(row.turns) if turn.trained), default=len(row.turns) - 1)
+        return cls(row.turns[:last], row.turns[last].content)
+
+    @property
+    def asked(self) -> str:
+        """Returns the last message before the answer, as one text."""
+        return "\n\n".join(filter(None, (self.before[-1].content, self.before[-1].input))) if self.before else ""
 
 
 def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Score:
     """Returns the loss and the greedy answers of a model; spaces around an answer do not count."""
     began = time.perf_counter()
     loss = mean_loss(loaded.model, rows, MICRO_TOKENS, loaded.model.embed.weight.device)
-    prompts = [loaded.template.prompt(row.turns[:-1]) for row in rows]
+    exchanges = [Exchange.of(row) for row in rows]
+    prompts = [loaded.template.prompt(exchange.before) for exchange in exchanges]
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
     answers = answer_all(loaded, prompts, settings.batch_size, sampling, loaded.template.stop_ids)
     answers = [a.text.strip() for a in answers]
-    exact = [answer == row.turns[-1].content.strip() for answer, row in zip(answers, rows, strict=True)]
+    exact = [answer == exchange.expected.strip() for answer, exchange in zip(answers, exchanges, strict=True)]
     return Score(name, loss, answers, exact, time.perf_counter() - began)
 
 
@@ -90,7 +105,7 @@ def evaluate(settings: Evaluate) -> None:
     if output is not None:
         with atomic_file(output) as handle:
             for i, row in enumerate(rows):
-                record = {"source": row.source, "expected": row.turns[-1].content}
+                record = {"source": row.source, "expected": Exchange.of(row).expected}
                 record |= {s.name: {"answer": s.answers[i], "exact": s.exact[i]} for s in scores}
                 handle.write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -105,7 +120,8 @@ def table(scores: list[Score], rows: list[Row], samples: int) -> str:
     }
     lines = [f"{name:<22}" + "".join(f"{value:>18}" for value in values) for name, values in figures.items()]
     for i, row in enumerate(rows[:samples]):
-        texts = {"row": row.source, "asked": asked(row), "expected": row.turns[-1].content}
+        exchange = Exchange.of(row)
+        texts = {"row": row.source, "asked": exchange.asked, "expected": exchange.expected}
         texts |= {s.name: s.answers[i] for s in scores}
         lines += ["", *(f"{name:<10} {one_line(text)}" for name, text in texts.items())]
     return "\n".join(lines)

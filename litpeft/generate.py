@@ -69,7 +69,7 @@ class TokenCache:
         room = max(length, min(2 * have, config.max_positions), min(FIRST_LENGTH, config.max_positions))
         grown = []
         for layer in old:
-            new = KVCache(rows, room, config, weight.dtype, weight.device)
+            new = KVCache(rows, room, config, self.model.dtype or weight.dtype, weight.device)
             if layer is not None:
                 new.k[:, :, :have], new.v[:, :, :have] = layer.k, layer.v
             grown.append(new)

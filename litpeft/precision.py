@@ -24,16 +24,19 @@ PRECISIONS = {
 }
 
 
-def pick_precision(name: str, device: torch.device) -> Precision:
-    """Returns the precision of that name; `auto` is bf16-true where the device computes in bfloat16, else 32-true."""
+def pick_precision(name: str, device: torch.device, key: str = "precision") -> Precision:
+    """Returns the precision of that name; `auto` is bf16-true where the device computes in bfloat16, else 32-true.
+
+    `key` is the setting that names it, for errors.
+    """
     if name == "auto":
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
         name = "bf16-true" if native else "32-true"
     if name not in PRECISIONS:
-        raise UserError("CONFIG-032", f"{name!r} is not one of auto, {', '.join(PRECISIONS)}", where="precision")
+        raise UserError("CONFIG-032", f"{name!r} is not one of auto, {', '.join(PRECISIONS)}", where=key)
     if name == "16-mixed" and device.type == "cpu":
         what = "16-mixed needs a GPU; this machine's CPU has bf16-true, bf16-mixed and 32-true"
-        raise UserError("CONFIG-033", what, where="precision")
+        raise UserError("CONFIG-033", what, where=key)
     return PRECISIONS[name]
 
 

@@ -1,5 +1,6 @@
 """What a run leaves behind and how it is read again: delta.safetensors, delta.json, and what they were trained on."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,9 +79,12 @@ def find_run(path: Path) -> Run | None:
     for folder in (path / "final", path):
         if (folder / "delta.json").exists():
             facts = read_json(folder / "delta.json", "delta.json of a run")
-            if facts.get("format") != FORMAT or facts.get("method") not in METHODS:
-                what = f"format {facts.get('format')!r}, method {facts.get('method')!r}: not of this version of litpeft"
-                raise UserError("MODEL-051", what, where=str(folder / "delta.json"))
+            where = str(folder / "delta.json")
+            if facts.pop("checksum", None) != checksum(facts):
+                raise UserError("MODEL-057", "the file is not as the run wrote it (checksum mismatch)", where=where)
+            if facts["format"] != FORMAT or facts["method"] not in METHODS:
+                what = f"format {facts['format']!r}, method {facts['method']!r}: not of this version of litpeft"
+                raise UserError("MODEL-051", what, where=where)
             return Run(folder, facts)
     if (path / "run.yaml").exists():
         hint = "it did not finish; train it again"
@@ -106,4 +110,10 @@ def save_delta(
             "sha256": file_sha256(temporary / "delta.safetensors"),
             **facts,
         }
+        record["checksum"] = checksum(record)
         (temporary / "delta.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def checksum(facts: dict[str, Any]) -> str:
+    """Returns the sha256 of what delta.json says, by which a later change of it is noticed."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

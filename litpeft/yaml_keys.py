@@ -1,8 +1,9 @@
 """Strict options and YAML keys: what no option knows, and what is said twice, is an error that names its place."""
 
+import json
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -42,7 +43,9 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
         if not word.startswith("--") or word == "--":
             rest.append(word)
             continue
-        name = name.removesuffix("+")
+        if name not in ("config", "help") and any(option.startswith(f"{name}.") for option in options):
+            what = f"--{name} takes no value of its own; give its keys, as in --{name}.KEY VALUE"
+            raise UserError("CONFIG-018", what)
         inside = any(
             kind is not None and "dict" in str(kind) and name.startswith(f"{o}.") for o, kind in options.items()
         )
@@ -50,10 +53,12 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
             hint = "`--help` lists the options"
             raise UserError("CONFIG-004", f"there is no option --{name}{_suggest(name, options)}", hint=hint)
         value = [] if has_value or not words or words[0].startswith("--") else [words.pop(0)]
-        if not has_value and options.get(name) is bool and (not value or value[0] not in ("true", "false")):
-            rest += [word, "true", *value]
-        else:
-            (first if name == "config" else rest).extend([word, *value])
+        if not has_value and options.get(name) is bool:
+            said = value[0].lower() if value else ""
+            value = [said] if said in ("true", "false") else ["true", *value]
+        if "tuple[str" in str(options.get(name)) and value and not value[0].startswith("["):
+            value = [json.dumps(value)]  # one string where a list is meant
+        (first if name == "config" else rest).extend([word, *value])
     return first + rest
 
 
@@ -61,7 +66,7 @@ def check_yaml(parser: ArgumentParser, argv: list[str]) -> dict[str, str]:
     """Returns `file:line` of every key in the --config files; raises on a key that is unknown or stands twice."""
     files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     files += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
-    options = _options(parser)
+    options = {name: kind for name, kind in _options(parser).items() if name not in ("help", "config", "print_config")}
     lines: dict[str, str] = {}
     for file in files:
         try:
@@ -69,6 +74,8 @@ def check_yaml(parser: ArgumentParser, argv: list[str]) -> dict[str, str]:
             if len(text) > LARGEST:
                 raise UserError("CONFIG-005", f"{len(text):,} bytes are too many for a YAML file", where=file)
             root = yaml.compose(text, Loader=yaml.SafeLoader)
+        except RecursionError:
+            raise UserError("CONFIG-017", "the file is nested too deeply", where=file) from None
         except OSError as error:
             raise UserError("CONFIG-006", error.strerror or str(error), where=file) from None
         except yaml.YAMLError as error:
@@ -76,10 +83,14 @@ def check_yaml(parser: ArgumentParser, argv: list[str]) -> dict[str, str]:
             where = f"{file}:{mark.line + 1}" if mark else file
             what = getattr(error, "problem", None) or " ".join(str(error).split())
             raise UserError("CONFIG-007", f"not YAML: {what}", where=where) from None
-        if root is not None and not isinstance(root, yaml.MappingNode):
+        if not isinstance(root, yaml.MappingNode):
             raise UserError("CONFIG-008", "the file must hold keys and values", where=file)
-        if root is not None:
+        try:
             _walk(root, "", file, options, lines)
+        except RecursionError:
+            raise UserError(
+                "CONFIG-016", "the keys are nested too deeply, or an alias holds itself", where=file
+            ) from None
     # the longest first: an error that names `train.lr` must not be placed at `train`
     return dict(sorted(lines.items(), key=lambda item: -len(item[0])))
 
@@ -91,14 +102,21 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError("CONFIG-009", "a key must be a word", where=where)
         key = prefix + key_node.value
+        free = any("dict" in str(kind) and prefix.startswith(f"{option}.") for option, kind in options.items() if kind)
+        group = not free and any(option.startswith(f"{key}.") for option in options)
         if key_node.value in seen:
             raise UserError("CONFIG-010", f'the key "{key}" stands twice', where=where)
         seen.add(key_node.value)
-        free = any("dict" in str(kind) and prefix.startswith(f"{option}.") for option, kind in options.items() if kind)
-        if not free and key not in options and not any(option.startswith(f"{key}.") for option in options):
+        if not free and ((key not in options and not group) or "." in key_node.value):
             raise UserError("CONFIG-011", f'there is no key "{key}"{_suggest(key, options)}', where=where)
         if not value.tag.startswith("tag:yaml.org,2002:") or "python" in value.tag:
             raise UserError("CONFIG-012", f'the tag {value.tag} of "{key}" is not plain YAML', where=where)
+        if group and not isinstance(value, yaml.MappingNode):
+            raise UserError("CONFIG-013", f'"{key}" must hold keys and values', where=where)
+        if value.tag.endswith(":null") and options.get(key) and type(None) not in get_args(options[key]):
+            raise UserError("CONFIG-014", f'"{key}" must not be null; leave it out for its default', where=where)
+        if isinstance(value, yaml.ScalarNode) and "\0" in value.value:
+            raise UserError("CONFIG-015", f'"{key}" holds a NUL character', where=where)
         lines[key] = where
         if isinstance(value, yaml.MappingNode):
             _walk(value, f"{key}.", file, options, lines)

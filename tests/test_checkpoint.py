@@ -133,7 +133,7 @@ def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path) -> None:
         (folder / "b").write_text("new")
     assert [p.name for p in target.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(UserError, match="neither a run nor a model"), atomic_folder(target, overwrite=True):
+    with pytest.raises(UserError, match="holds b, which litpeft did not write"), atomic_folder(target, overwrite=True):
         pass
 
 

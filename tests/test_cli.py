@@ -92,7 +92,7 @@ YAML = "base: {dir: b}\ndata: {path: d}\nout: o\n"
         (YAML + "train: {schedule: cosin}\n", 4, "train.schedule must be cosine, linear or constant"),
         (YAML + "train: {micro_batch_size: 2}\n", 4, "train.micro_batch_size is used only with data.packing false"),
         (YAML + "train: {schedule: constant, min_lr: 1e-5}\n", 4, "train.min_lr is not used"),
-        (YAML + "method: {rank: 0}\n", 4, "method.rank must be at least 1, got 0"),
+        (YAML + "method: {rank: 0}\n", 4, "method.rank must be at least 1 and at most 65536, got 0"),
         (YAML + "train: [1, 2\n", 5, "not YAML"),
         ("- a\n- b\n", None, "the file must hold keys and values"),
         (YAML.replace("out: o", "out: !!python/object/apply:os.system ['touch pwned']"), 3, "python/object/apply"),

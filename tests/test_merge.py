@@ -10,9 +10,12 @@ from conftest import TINY, finetune, make_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from litpeft.build import load
+from litpeft.build import build, load
 from litpeft.cli import main
+from litpeft.errors import UserError
 from litpeft.families import llama, renamed
+from litpeft.methods.base import load_delta
+from litpeft.methods.lora import LoRA
 from litpeft.run import find_run
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(5))
@@ -65,11 +68,11 @@ def test_weights_are_folded_in_float32_and_rounded_once(tmp_path, capsys) -> Non
 def test_an_output_that_exists_is_refused_or_replaced(tiny_folder, tmp_path, capsys) -> None:
     run = learnt(tiny_folder, tmp_path)
     main(["merge", str(run)])
-    (run / "merged" / "stale").write_text("x")
+    (run / "merged" / "vocab.json").write_text("stale")
     code, said = fails(capsys, "merge", str(run))
     assert (code, "the output exists" in said) == (2, True)
     main(["merge", str(run), "--overwrite"])
-    assert not (run / "merged" / "stale").exists()
+    assert not (run / "merged" / "vocab.json").exists()
     assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
 
 
@@ -115,15 +118,17 @@ def test_a_changed_delta_is_refused(tiny_folder, tmp_path, capsys) -> None:
     assert fails(capsys, "generate", str(run), "--prompt", "x")[0] == 4
 
 
-def test_a_delta_whose_settings_were_changed_does_not_fit(tiny_folder, tmp_path, capsys) -> None:
+def test_settings_that_were_changed_after_the_run_are_noticed(tiny_folder, tmp_path, capsys) -> None:
     run = learnt(tiny_folder, tmp_path)
     path = run / "final" / "delta.json"
     facts = json.loads(path.read_text())
-    facts["settings"]["rank"] = 4
+    facts["settings"]["alpha"] = 999.0
     path.write_text(json.dumps(facts))
     code, said = fails(capsys, "merge", str(run))
-    assert code == 4
-    assert "does not fit this model: blocks.0.attn.k.slot.A is (8, 64), expected (4, 64)" in said
+    assert (code, "checksum mismatch" in said) == (4, True)
+    model = build(tiny_folder, torch.float32, LoRA(rank=4))
+    with pytest.raises(UserError, match=r"blocks.0.attn.k.slot.A is \(8, 64\), expected \(4, 64\)"):
+        load_delta(model, load_file(run / "final" / "delta.safetensors"), "run")
 
 
 def test_what_is_no_run_is_refused(tiny_folder, tmp_path, capsys) -> None:

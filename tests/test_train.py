@@ -55,7 +55,7 @@ def one_step(folder: Path, dtype: torch.dtype, split: list[list[int]]) -> tuple[
     optimizer = fabric.setup_optimizers(torch.optim.SGD(trainable(model).values(), lr=1.0))
     rows = some_rows()
     batches = [collate([rows[i] for i in numbers]) for numbers in split]
-    loss, norm = train_step(fabric, wrapped, optimizer, batches, 1.0, None)
+    loss, norm = train_step(fabric, wrapped, optimizer, batches, 1.0, None, 1)
     return loss, norm, {key: value.clone() for key, value in delta_state(model).items()}
 
 
@@ -138,7 +138,9 @@ def test_an_optimiser_is_made_by_name(name: str) -> None:
         ({"optimizer_args": {"betaz": 1}}, "AdamW takes no 'betaz'"),
         ({"optimizer_args": {"lr": 1}}, "lr has a key of its own"),
         ({"optimizer_args": {"betas": [2, 3]}}, "AdamW refuses"),
-        ({"optimizer": "LBFGS", "weight_decay": 0.1}, "LBFGS has no weight decay"),
+        ({"optimizer": "Rprop", "weight_decay": 0.1}, "Rprop has no weight decay"),
+        ({"optimizer": "LBFGS"}, "torch.optim has no 'LBFGS'"),
+        ({"optimizer_args": {"foreach": True, "fused": True}}, "AdamW refuses"),
     ],
 )
 def test_an_optimiser_that_cannot_be_is_refused(settings: dict, message: str) -> None:
@@ -245,16 +247,28 @@ def test_a_run_out_of_time_ends_after_its_step_and_says_so(tiny_folder, tmp_path
 
 def test_an_output_that_exists_is_refused_or_replaced_as_a_whole(tiny_folder, tmp_path, capsys) -> None:
     out = finetune(tiny_folder, tmp_path)
-    (out / "stale").write_text("x")
-    with pytest.raises(SystemExit) as stop:
-        finetune(tiny_folder, tmp_path)
-    assert stop.value.code == 2
-    assert "the output exists" in capsys.readouterr().err
+    (out / "rejected.jsonl").write_text("stale")
+
+    def refused(*argv: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            finetune(tiny_folder, tmp_path, *argv)
+        assert stop.value.code in (2, 5)
+        return capsys.readouterr().err
+
+    assert "the output exists" in refused()
+    refused("--overwrite", "--train.lr", "1e30")  # diverges: what was there comes back
+    assert (out / "rejected.jsonl").exists()
     finetune(tiny_folder, tmp_path, "--overwrite")
-    assert not (out / "stale").exists()
+    assert not (out / "rejected.jsonl").exists()
+    (out / "thesis.txt").write_text("precious")
+    assert "holds thesis.txt, which litpeft did not write" in refused("--overwrite")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
 
 
-def test_ctrl_c_ends_after_the_step_with_the_delta_saved(tiny_folder, tmp_path) -> None:
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_ends_the_run_after_its_step_with_the_delta_saved(
+    tiny_folder, tmp_path, number: signal.Signals, exit_code: int
+) -> None:
     data, out = write_rows(tmp_path), tmp_path / "run"
     argv = ["--base.dir", str(tiny_folder), "--data.path", str(data), "--out", str(out), "--train.epochs", "100000"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -264,11 +278,11 @@ def test_ctrl_c_ends_after_the_step_with_the_delta_saved(tiny_folder, tmp_path) 
         time.sleep(0.1)
     while process.poll() is None and len((out / "metrics.csv").read_text().splitlines()) < 5:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate()
-    assert process.returncode == 130, said
+    assert process.returncode == exit_code, said
     assert json.loads((out / "final" / "delta.json").read_text())["step"] >= 3
-    assert "Ctrl-C at step" in (out / "report.md").read_text()
+    assert f"{number.name} at step" in (out / "report.md").read_text()
 
 
 def test_the_plan_of_an_epoch_holds_every_row_once_and_its_last_step_is_smaller() -> None:

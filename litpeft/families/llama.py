@@ -39,7 +39,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        tie_embeddings=hf.get("tie_word_embeddings", False),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bool(hf.get("mlp_bias", False)),

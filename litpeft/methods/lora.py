@@ -6,6 +6,7 @@ LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732.
 Trains rank * (in + out) parameters for each target. Folds: W <- W + s B A.
 """
 
+import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -18,6 +19,8 @@ from litpeft.errors import UserError
 from litpeft.methods.base import Method, linears
 from litpeft.model import GPT
 from litpeft.slots import Delta, Linear
+
+LARGEST_RANK = 65536  # wider than any layer there is
 
 
 class LowRank(Delta):
@@ -60,10 +63,10 @@ class LoRA(Method):
 
     def __post_init__(self) -> None:
         for key, rank in {"rank": self.rank, **{f'ranks["{glob}"]': rank for glob, rank in self.ranks.items()}}.items():
-            if rank < 1:
-                raise ValueError(f"method.{key} must be at least 1, got {rank}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"method.alpha must be above 0, got {self.alpha}")
+            if not 1 <= rank <= LARGEST_RANK:
+                raise ValueError(f"method.{key} must be at least 1 and at most {LARGEST_RANK}, got {rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"method.alpha must be above 0 and finite, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
 

@@ -35,3 +35,5 @@ class Evaluate:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.format not in ("auto", "alpaca", "messages"):
+            raise ValueError(f"format must be auto, alpaca or messages, got {self.format!r}")

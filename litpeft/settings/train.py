@@ -1,5 +1,6 @@
 """Settings of `litpeft finetune`: what every method shares. A method's own keys are in litpeft/methods."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,12 @@ class Train:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"train.{name} must be at least {least}, got {value}")
+        for name in ("lr", "min_lr", "max_time", "max_norm", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"train.{name} must be a finite number, got {value}")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"train.seed must be at least 0 and below 2**62, got {self.seed}")
         for name in ("lr", "max_time", "max_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:

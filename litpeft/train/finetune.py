@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shlex
-import shutil
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -16,12 +15,13 @@ from lightning.fabric import Fabric
 
 from litpeft import __version__
 from litpeft.build import Loaded, build
-from litpeft.checkpoint import refuse_existing
+from litpeft.checkpoint import refuse_existing, replaced
 from litpeft.config import read_config
+from litpeft.data.sources import find
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, Row, load, show
 from litpeft.errors import UserError
-from litpeft.evaluate import asked
+from litpeft.evaluate import Exchange
 from litpeft.generate import answer
 from litpeft.methods.base import Method, attach, delta_state, trainable
 from litpeft.model import GPT
@@ -41,11 +41,12 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
     out, base = Path(settings.out), Path(settings.base.dir)
     if not settings.dry_run:
         refuse_existing(out, settings.overwrite)
-    if base.resolve().is_relative_to(out.resolve()):
-        raise UserError("CONFIG-037", "the run would replace the base model", where="out", hint="name another folder")
+    for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
+        if Path(kept).resolve().is_relative_to(out.resolve()):
+            raise UserError("CONFIG-037", f"the run would replace {kept}", where="out", hint="name another folder")
     # 1. what would go wrong later goes wrong now: settings, model files, rows
     device = pick_device()
-    precision = pick_precision(settings.base.precision, device)
+    precision = pick_precision(settings.base.precision, device, "base.precision")
     _, config = read_config(base)
     tokenizer = Tokenizer.load(base)
     tokenizer.check_vocabulary(config.vocab_size)
@@ -64,24 +65,25 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
     fabric = Fabric(accelerator=device.type, devices=1, precision=precision.fabric)
     wrapped = fabric.setup_module(model, move_to_device=False)
     optimizer = fabric.setup_optimizers(make_optimizer(settings.train, trainable(model).values()))
-    # 3. the run
-    begin_run(out, settings, name, method, rows)
+    # 3. the run, and what is left of it
     loaded = Loaded(model, tokenizer, template, settings.data.system, None)
     seconds = None if settings.train.max_time is None else 60 * settings.train.max_time
     samples: list[Sample] = []
-    with Log(out, steps, settings.tensorboard, max_time=seconds) as log:
-        sample = partial(show_sample, fabric, loaded, rows.validation, settings.validation.sample_tokens, log, samples)
-        progress = fit(fabric, wrapped, optimizer, rows.train, rows.validation, settings, log, sample)
-    # 4. what is left of it
-    facts = {
-        "template": {"name": template.name, "sha256": tokenizer.template_hash, "system": settings.data.system},
-        "precision": precision.name,
-        "step": progress.step,
-    }
-    save_delta(out / "final", delta_state(model), name, method, base, facts)
-    report(out, settings, name, method, model, rows, progress, samples, precision.name)
-    if progress.stopped.startswith("Ctrl-C"):
-        raise KeyboardInterrupt
+    with replaced(out, settings.overwrite):
+        begin_run(out, settings, name, method, rows)
+        with Log(out, steps, settings.tensorboard, max_time=seconds) as log:
+            tokens = settings.validation.sample_tokens
+            sample = partial(show_sample, fabric, loaded, rows.validation, tokens, log, samples)
+            progress = fit(fabric, wrapped, optimizer, rows.train, rows.validation, settings, log, sample)
+        facts = {
+            "template": {"name": template.name, "sha256": tokenizer.template_hash, "system": settings.data.system},
+            "precision": precision.name,
+            "step": progress.step,
+        }
+        save_delta(out / "final", delta_state(model), name, method, base, facts)
+        report(out, settings, name, method, model, rows, progress, samples, precision.name)
+    if progress.exit_code:
+        sys.exit(progress.exit_code)
 
 
 def dry_run(settings: Finetune, name: str, method: Method, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:
@@ -96,9 +98,7 @@ def dry_run(settings: Finetune, name: str, method: Method, rows: DataSet, tokeni
 
 
 def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: DataSet) -> None:
-    """Makes the folder of the run, instead of what it held; writes run.yaml, itself a --config, and rejected rows."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    """Writes run.yaml, which is itself a --config, and the rows that were rejected."""
     record = asdict(settings) | {"method": asdict(method)}
     text = yaml.safe_dump(plain(record), sort_keys=False, allow_unicode=True)
     command = f"# litpeft finetune {name} --config {out / 'run.yaml'} --out ANOTHER\n"
@@ -122,8 +122,8 @@ def show_sample(
     """Answers the first two held-out rows and shows the first; `samples` keeps what was said first and last."""
     if not tokens:
         return
-    rows = held_out[:2]
-    prompts = [loaded.template.prompt(row.turns[:-1]) for row in rows]
+    exchanges = [Exchange.of(row) for row in held_out[:2]]
+    prompts = [loaded.template.prompt(exchange.before) for exchange in exchanges]
     loaded.model.eval()
     with fabric.autocast():
         answers = answer(
@@ -131,12 +131,12 @@ def show_sample(
         )
     loaded.model.train()
     if step == 0:
-        log.message(f"  asked:    {asked(rows[0])}")
-        log.message(f"  expected: {rows[0].turns[-1].content}")
+        log.message(f"  asked:    {exchanges[0].asked}")
+        log.message(f"  expected: {exchanges[0].expected}")
     log.message(f"  answered: {answers[0].text}")
-    for i, row in enumerate(rows):
+    for i, exchange in enumerate(exchanges):
         first = samples[i].before if len(samples) > i else answers[i].text
-        samples[i : i + 1] = [Sample(asked(row), row.turns[-1].content, before=first, after=answers[i].text)]
+        samples[i : i + 1] = [Sample(exchange.asked, exchange.expected, before=first, after=answers[i].text)]
 
 
 def report(
@@ -158,7 +158,8 @@ def report(
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     edge = max(1, len(progress.losses) // 20)
-    held_out = settings.data.validation_path or settings.data.path
+    _, held_out = find(settings.data.path, settings.data.validation_path)
+    evaluation = [f"litpeft evaluate {out} {held_out}"] if held_out else []
     facts = RunFacts(
         title=f"{name} on {base.name}",
         command=shlex.join(["litpeft", "finetune", name, "--config", str(out / "run.yaml"), "--out", f"{out}-again"]),
@@ -186,7 +187,7 @@ def report(
         validation=progress.validations,
         samples=samples,
         next_commands=[
-            f"litpeft evaluate {out} {held_out}",
+            *evaluation,
             f"litpeft chat {out}",
             f"litpeft merge {out}",
         ],

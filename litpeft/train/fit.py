@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 
 from litpeft.data.batches import Batch, collate, plan_steps
 from litpeft.data.tokenise import Row
-from litpeft.errors import UserError
+from litpeft.errors import INTERRUPTED, STOPPED, UserError
 from litpeft.evaluate import mean_loss, summed_loss
 from litpeft.methods.base import trainable
 from litpeft.settings.train import Finetune, Train
@@ -34,6 +34,7 @@ class Progress:
     losses: list[float] = field(default_factory=list)  # nats per trained token, one a step
     validations: list[tuple[int, float]] = field(default_factory=list)  # step, nats per trained token
     stopped: str = DONE
+    exit_code: int = 0
 
 
 def total_steps(rows: int, train: Train) -> int:
@@ -71,16 +72,17 @@ def fit(
 
     model.train()
     measure()
-    with stop_on_signal() as asked:
+    with stop_on_signal(log) as asked:
         for micro_batches in steps_of_rows(rows, settings, steps, progress):
             batches = [collate([rows[i] for i in numbers]).to(fabric.device) for numbers in micro_batches]
             lr = lr_at(progress.step, steps, train)
             began = time.perf_counter()
-            loss, norm = train_step(fabric, model, optimizer, batches, lr, train.max_norm)
+            loss, norm = train_step(fabric, model, optimizer, batches, lr, train.max_norm, progress.step + 1)
             now = time.perf_counter()
             log.step(record(progress, batches, loss, lr, norm, now - began, now - start))
             if asked:
                 progress.stopped = f"{asked[0]} at step {progress.step} of {steps}"
+                progress.exit_code = INTERRUPTED if asked[0] == "SIGINT" else STOPPED
             elif train.max_time is not None and now - start >= 60 * train.max_time:
                 progress.stopped = f"max_time reached at step {progress.step} of {steps}"
             if progress.stopped != DONE or progress.step == steps or progress.step % interval == 0:
@@ -112,8 +114,9 @@ def train_step(
     batches: list[Batch],
     lr: float,
     max_norm: float | None,
+    step: int,
 ) -> tuple[float, float]:
-    """Takes one optimizer step; returns the loss in nats per trained token and the norm of its gradient.
+    """Takes optimizer step `step`; returns the loss in nats per trained token and the norm of its gradient.
 
     The loss is the sum over the trained tokens of all micro-batches, divided by their number: how the rows of a step
     are spread over micro-batches changes nothing.
@@ -129,13 +132,15 @@ def train_step(
     norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
     total = torch.stack(sums)
     if not torch.isfinite(total.sum()) or not torch.isfinite(norm):
-        refuse_nonfinite(fabric, model, batches, total)
+        refuse_nonfinite(fabric, model, batches, total, step)
     optimizer.step()
     optimizer.zero_grad()
     return float(total.sum()) / tokens, float(norm)
 
 
-def refuse_nonfinite(fabric: Fabric, model: torch.nn.Module, batches: list[Batch], sums: torch.Tensor) -> None:
+def refuse_nonfinite(
+    fabric: Fabric, model: torch.nn.Module, batches: list[Batch], sums: torch.Tensor, step: int
+) -> None:
     """Raises, naming the rows whose loss is not finite, or the first gradient that is not.
 
     A gradient that overflows in float16 is no error: the scaler of 16-mixed skips that step and lowers its scale.
@@ -143,10 +148,11 @@ def refuse_nonfinite(fabric: Fabric, model: torch.nn.Module, batches: list[Batch
     rows = [source for batch, ok in zip(batches, sums.isfinite(), strict=True) if not ok for source in batch.sources]
     if not rows and getattr(fabric.strategy.precision, "scaler", None) is not None:
         return
-    bad = next((n for n, p in trainable(model).items() if p.grad is not None and not p.grad.isfinite().all()), "?")
-    what = f"the loss of rows {', '.join(rows[:8])}" if rows else f"the gradient of {bad}"
+    bad = [n for n, p in trainable(model).items() if p.grad is not None and not p.grad.isfinite().all()]
+    gradient = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
+    what = f"the loss of rows {', '.join(rows[:8])}" if rows else gradient
     hint = "nothing of this step was taken; lower train.lr, or choose another base.precision"
-    raise UserError("NUMERIC-001", f"{what} is not finite", hint=hint)
+    raise UserError("NUMERIC-001", f"step {step}: {what} is not finite", hint=hint)
 
 
 def record(
@@ -173,17 +179,23 @@ def record(
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[list[str]]:
-    """Yields a list that the first Ctrl-C fills, so that the loop can end after its step; the second one interrupts."""
+def stop_on_signal(log: Log) -> Iterator[list[str]]:
+    """Yields a list that a signal fills with its name, so that the loop can end after its step.
+
+    A second Ctrl-C ends the program at once.
+    """
     asked: list[str] = []
 
     def ask(number: int, frame: object) -> None:
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append("Ctrl-C")
+        asked.append(signal.Signals(number).name)
+        log.message(f"{asked[0]}: stopping after this step, then saving; Ctrl-C now would throw the run away")
 
-    before = signal.signal(signal.SIGINT, ask)
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, ask) for number in signals}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

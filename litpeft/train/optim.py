@@ -34,7 +34,9 @@ def make_optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.op
         raise UserError("CONFIG-040", what, where="train.optimizer")
     module = _bitsandbytes() if library else torch.optim
     known = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
-    if name not in known or known[name] is torch.optim.Optimizer:
+    for unfit in ("Optimizer", "LBFGS", "SparseAdam"):  # a base class; wants a closure; wants sparse gradients
+        known.pop(unfit, None)
+    if name not in known:
         what = f"{module.__name__} has no {name!r}{nearest(name, sorted(known))}"
         raise UserError("CONFIG-041", what, where="train.optimizer")
     takes = inspect.signature(known[name]).parameters
@@ -55,7 +57,7 @@ def make_optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.op
         arguments["fused"] = True  # one pass over each tensor instead of one for each operation
     try:
         return known[name](list(parameters), lr=train.lr, **arguments)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise UserError("CONFIG-045", f"{name} refuses: {error}", where="train.optimizer_args") from None
 
 
