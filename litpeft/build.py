@@ -46,6 +46,8 @@ def build(folder: Path, dtype: torch.dtype, method: Method | None = None, device
         if isinstance(module, Delta):
             module.to_empty(device=device).reset_parameters()
             module.to(wide)
+    for name, shared in model.bank.items():  # tensors of several deltas; Method.init gives them their start
+        model.bank[name] = nn.Parameter(torch.zeros(shared.shape, dtype=wide, device=device), shared.requires_grad)
     model.dtype = dtype
     if method is not None:  # 5. starts that depend on the base's weights
         method.init(model, lambda ours: weights.read(names[ours]))

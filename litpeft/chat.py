@@ -46,7 +46,10 @@ def read_message(session: Session, terminal: bool) -> str:
         lines = [input(name if terminal else "")]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
-            lines.append(input("... " if terminal else ""))
+            try:
+                lines.append(input("... " if terminal else ""))
+            except EOFError:  # nothing more comes: what there is, is the message
+                break
     except UnicodeDecodeError as error:
         raise UserError("DATA-403", f"this is not UTF-8: {error}", where="standard input") from None
     return "\n".join(lines).strip()

@@ -190,7 +190,7 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replaced(path: Path, overwrite: bool) -> Iterator[None]:
-    """Makes an empty folder at `path` for the block; what was there is moved aside, and comes back if the block fails."""
+    """Makes an empty folder at `path` for the block; what was there is moved aside, and comes back if that fails."""
     refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)

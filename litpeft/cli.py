@@ -3,6 +3,7 @@
 Nothing heavy is imported before it is needed: `litpeft --help` reads the table only.
 """
 
+import signal
 import sys
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -54,16 +55,27 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
+    pressed: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         dispatch(argv)
         sys.stdout.flush()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        # some imports turn a Ctrl-C into an error of their own
+        interrupted = isinstance(error, KeyboardInterrupt) or (pressed and not isinstance(error, UserError))
+        if interrupted:
+            print("litpeft: interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         if debug:
             raise
         sys.exit(_report(error))
-    except KeyboardInterrupt:
-        print("litpeft: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _report(error: Exception) -> int:
@@ -94,7 +106,9 @@ def dispatch(argv: list[str]) -> None:
     while argv and not argv[0].startswith("-") and " ".join(words) not in COMMANDS:
         words.append(argv.pop(0))
         if not any(f"{name} ".startswith(" ".join(words) + " ") for name in COMMANDS):
-            what = f"there is no command {' '.join(words)!r}{nearest(' '.join(words), list(COMMANDS))}"
+            two = " ".join([*words, *argv[:1]])  # a misspelt `finetune` is told from its method
+            near = nearest(two, list(COMMANDS)) or nearest(" ".join(words), list(COMMANDS))
+            what = f"there is no command {' '.join(words)!r}{near}"
             raise UserError("CONFIG-001", what, hint="litpeft --help lists the commands")
     name = " ".join(words)
     if name not in COMMANDS:
@@ -103,9 +117,13 @@ def dispatch(argv: list[str]) -> None:
             raise UserError("CONFIG-002", f"{unknown[0]!r} comes before a command", hint="litpeft --help lists them")
         return usage(name)
     command = COMMANDS[name]
-    settings, method = parse(name, command, argv)
+    settings, method, lines = parse(name, command, argv)
     function = _load(command.function)
-    function(settings) if command.method is None else function(settings, command.method, method)
+    try:
+        function(settings) if command.method is None else function(settings, command.method, method)
+    except UserError as error:  # one that names a key is told with the key's place in its file
+        error.where = f"{lines[error.where]}: {error.where}" if error.where in lines else error.where
+        raise
 
 
 def usage(prefix: str) -> None:
@@ -117,8 +135,8 @@ def usage(prefix: str) -> None:
     print("\n`litpeft COMMAND --help` lists a command's options; --debug shows where an error came from.")
 
 
-def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any]:
-    """Returns the settings of a command and, for `finetune`, its method, from the command line and its YAML files."""
+def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[str, str]]:
+    """Returns the settings of a command, its method (for `finetune`), and `file:line` of each key of a YAML file."""
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     from litpeft.yaml_keys import check_options, check_yaml
@@ -142,7 +160,7 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any]:
     except (ArgumentError, TypeError, ValueError) as error:
         text = " ".join(str(getattr(error, "message", None) or error).split())
         raise UserError("CONFIG-003", text, where=next((at for key, at in lines.items() if key in text), "")) from None
-    return settings, parsed.get("method")
+    return settings, parsed.get("method"), lines
 
 
 def _load(path: str) -> Any:

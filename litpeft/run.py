@@ -74,8 +74,10 @@ class Run:
 def find_run(path: Path) -> Run | None:
     """Returns the run at `path` (a run's folder or its final/), or None if `path` is a model folder."""
     if not path.exists():
-        hint = "give a model folder, a run, or a merged folder"
+        hint = "give a model folder, a run, or a merged folder; `litpeft download` gets a model of the hub"
         raise UserError("MODEL-050", "there is no such folder", where=str(path), hint=hint)
+    if not path.is_dir():
+        raise UserError("MODEL-058", "this is a file; a model is a folder", where=str(path))
     for folder in (path / "final", path):
         if (folder / "delta.json").exists():
             facts = read_json(folder / "delta.json", "delta.json of a run")

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, make_folder
+from safetensors.torch import load_file, save_file
 
 from litpeft.build import build
 from litpeft.config import ModelConfig
@@ -13,9 +14,11 @@ from litpeft.methods.base import attach, delta_state, folded, load_delta, traina
 from litpeft.model import GPT, Context, KVCache
 from litpeft.slots import Delta
 
-LENGTHS = (9, 15, 8)
+LENGTHS = (9, 15, 8)  # tokens of three documents
+PROMPTS = (4, 5, 3)  # tokens of their prompts
 IDS = torch.randint(0, TINY["vocab_size"], (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
 NOT_IDENTITY_AT_THE_START: set[str] = set()  # methods whose papers start elsewhere
+NOT_FOLDABLE: set[str] = set()  # methods that act on activations
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -26,7 +29,7 @@ def make(folder, name: str, dtype: torch.dtype = torch.float64) -> GPT:
 
 
 def forward(model: GPT, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return model(ids, Context.packed(LENGTHS, ids.device, (4, 5, 3)))
+    return model(ids, Context.packed(LENGTHS, ids.device, PROMPTS))
 
 
 def steps(model: GPT, count: int = 3) -> list[float]:
@@ -35,11 +38,16 @@ def steps(model: GPT, count: int = 3) -> list[float]:
     for _ in range(count):
         optimizer.zero_grad()
         at = torch.arange(IDS.numel() - 1)
-        loss = model(IDS, Context.packed(LENGTHS, IDS.device, (4, 5, 3)), at=at, targets=IDS[0, 1:]) / len(at)
+        loss = model(IDS, Context.packed(LENGTHS, IDS.device, PROMPTS), at=at, targets=IDS[0, 1:]) / len(at)
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
     return losses
+
+
+@every_method
+def test_its_keys_are_fields_of_a_dataclass_of_its_own(name: str) -> None:
+    assert "__dataclass_fields__" in vars(method_class(name))
 
 
 @every_method
@@ -109,21 +117,45 @@ def test_the_delta_switches_off_and_on(tiny_folder, name: str) -> None:
     assert not torch.equal(want, base)
 
 
+@pytest.fixture(scope="module", params=["no biases", "biases"])
+def either_folder(request, tiny_folder, tmp_path_factory):
+    """The tiny Llama, and one whose linear layers have biases that are not zero."""
+    if request.param == "no biases":
+        return tiny_folder
+    folder = make_folder(tmp_path_factory.mktemp("models") / "biased", attention_bias=True, mlp_bias=True)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(tensors[name], std=0.2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @every_method
-def test_fold_equals_forward_or_refuses_by_name(tiny_folder, name: str) -> None:
-    model = make(tiny_folder, name)
+def test_fold_equals_forward_or_refuses_by_name(either_folder, name: str) -> None:
+    model = make(either_folder, name)
     steps(model)
     with torch.no_grad():
-        try:
-            state = dict(folded(model))
-        except TypeError as error:
-            assert "nothing can be merged" in str(error)
+        if name in NOT_FOLDABLE:
+            with pytest.raises(TypeError, match="nothing can be merged"):
+                dict(folded(model))
             return
-        plain = build(tiny_folder, torch.float64)
-        for key, tensor in state.items():
-            plain.get_parameter(key).data = tensor
-        assert set(state) == set(plain.state_dict())
+        plain, state = build(either_folder, torch.float64), dict(folded(model))
+        assert set(plain.state_dict()) <= set(state)
+        for key, tensor in state.items():  # a method may add biases
+            module, _, leaf = key.rpartition(".")
+            setattr(plain.get_submodule(module), leaf, torch.nn.Parameter(tensor))
         assert (forward(plain) - forward(model)).abs().max() <= 1e-10
+
+
+@every_method
+def test_a_packed_row_gives_each_document_what_it_gets_alone(tiny_folder, name: str) -> None:
+    model = make(tiny_folder, name).eval()
+    steps(model)
+    with torch.no_grad():
+        parts = zip(IDS.split(LENGTHS, dim=1), LENGTHS, PROMPTS, strict=True)
+        alone = [model(ids, Context.packed((n,), ids.device, (prompt,))) for ids, n, prompt in parts]
+        assert (torch.cat(alone, 1) - forward(model)).abs().max() <= 1e-10
 
 
 @every_method

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import TINY, in_float64, make_folder
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from litpeft.attention import Documents, attend, document_mask
 from litpeft.build import build
@@ -18,16 +18,15 @@ CASES = {
     "biases": {"attention_bias": True, "mlp_bias": True},
     "rope llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 500000.0}},
     "rope linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
-    "mistral with a window": {"sliding_window": 8},
+    "mistral with a window": {"model_type": "mistral", "sliding_window": 8},
 }
 
 
 def reference(changes: dict, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
-    window = "sliding_window" in changes
-    config = (MistralConfig if window else LlamaConfig)(**{**TINY, "initializer_range": 0.1} | changes)
+    config = AutoConfig.for_model(**{"model_type": "llama", **TINY, "initializer_range": 0.1} | changes)
     config._attn_implementation = "sdpa"  # eager attention falls to float32 in its softmax
-    model = (MistralForCausalLM if window else LlamaForCausalLM)(config)
+    model = AutoModelForCausalLM.from_config(config)
     for module in model.modules():  # biases start at zero, norms at one: neither would show a mistake
         for name, parameter in module.named_parameters(recurse=False):
             if name == "bias" or parameter.dim() == 1:

@@ -172,7 +172,7 @@ def test_the_same_command_twice_gives_the_same_bytes_and_run_yaml_repeats_it(tin
     a = finetune(tiny_folder, tmp_path, *args, out="a")
     b = finetune(tiny_folder, tmp_path, *args, out="b")
     command = COMMANDS["finetune lora"]
-    settings, method = parse("finetune lora", command, ["--config", str(a / "run.yaml"), "--out", "c"])
+    settings, method, _ = parse("finetune lora", command, ["--config", str(a / "run.yaml"), "--out", "c"])
     assert (settings.train.batch_size, method.dropout, method.targets) == (3, 0.2, ("*.attn.*", "*.mlp.*"))
     bytes_of = [(run / "final" / "delta.safetensors").read_bytes() for run in (a, b)]
     assert bytes_of[0] == bytes_of[1]

