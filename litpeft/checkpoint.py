@@ -176,9 +176,8 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     A `path` that exists is refused, or, with `overwrite`, replaced as a whole: no reader ever sees half of either.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
     refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
     temporary.mkdir()
     try:
@@ -193,7 +192,6 @@ def replaced(path: Path, overwrite: bool) -> Iterator[None]:
     """Makes an empty folder at `path` for the block; what was there is moved aside, and comes back if that fails."""
     refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
     old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
     if path.exists() and any(path.iterdir()):
         os.rename(path, old)
@@ -226,6 +224,7 @@ def _commit(temporary: Path, path: Path) -> None:
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raises if `path` holds something that was not said to be replaced, or that litpeft did not write."""
+    remove_leftovers(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
@@ -243,7 +242,9 @@ def remove_leftovers(path: Path) -> None:
         match = re.fullmatch(rf"\.tmp-{re.escape(path.name)}-(\d+)(-old)?", folder.name)
         if match is None or _alive(int(match.group(1))):
             continue
-        if match.group(2) and not path.exists():
+        finished = any((path / name).exists() for name in ("final/delta.json", "delta.json", "config.json"))
+        if match.group(2) and not finished:
+            shutil.rmtree(path, ignore_errors=True)  # what was to take its place, and never got its result
             os.rename(folder, path)
         else:
             shutil.rmtree(folder, ignore_errors=True)

@@ -265,15 +265,20 @@ def test_an_output_that_exists_is_refused_or_replaced_as_a_whole(tiny_folder, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
 
 
+def start(base: Path, folder: Path, *argv: str) -> subprocess.Popen:
+    """Starts a run that would take very long, in a process of its own."""
+    data = write_rows(folder)
+    common = ["--base.dir", base, "--data.path", data, "--out", folder / "run", "--train.epochs", 100000]
+    command = [sys.executable, "-m", "litpeft", "finetune", "lora", *map(str, common), *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_ends_the_run_after_its_step_with_the_delta_saved(
     tiny_folder, tmp_path, number: signal.Signals, exit_code: int
 ) -> None:
-    data, out = write_rows(tmp_path), tmp_path / "run"
-    argv = ["--base.dir", str(tiny_folder), "--data.path", str(data), "--out", str(out), "--train.epochs", "100000"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "litpeft", "finetune", "lora", *argv]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process, out = start(tiny_folder, tmp_path), tmp_path / "run"
     while process.poll() is None and not (out / "metrics.csv").exists():
         time.sleep(0.1)
     while process.poll() is None and len((out / "metrics.csv").read_text().splitlines()) < 5:
@@ -283,6 +288,21 @@ def test_a_signal_ends_the_run_after_its_step_with_the_delta_saved(
     assert process.returncode == exit_code, said
     assert json.loads((out / "final" / "delta.json").read_text())["step"] >= 3
     assert f"{number.name} at step" in (out / "report.md").read_text()
+
+
+def test_a_run_that_was_killed_while_replacing_another_gives_that_one_back(tiny_folder, tmp_path) -> None:
+    out = finetune(tiny_folder, tmp_path)
+    whole = (out / "final" / "delta.safetensors").read_bytes()
+    process = start(tiny_folder, tmp_path, "--overwrite")
+    while process.poll() is None and not (list(tmp_path.glob(".tmp-run-*-old")) and (out / "metrics.csv").exists()):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (out / "final").exists()
+    with pytest.raises(SystemExit):
+        finetune(tiny_folder, tmp_path)
+    assert (out / "final" / "delta.safetensors").read_bytes() == whole
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_the_plan_of_an_epoch_holds_every_row_once_and_its_last_step_is_smaller() -> None:
