@@ -12,6 +12,7 @@ from litpeft.data.batches import Batch, collate, pack
 from litpeft.data.formats.turn import Turn
 from litpeft.data.tokenise import Row
 from litpeft.data.tokenise import load as load_rows
+from litpeft.errors import UserError
 from litpeft.generate import answer_all
 from litpeft.methods.base import without_delta
 from litpeft.model import Context
@@ -79,7 +80,12 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
     began = time.perf_counter()
     loss = mean_loss(loaded.model, rows, MICRO_TOKENS, loaded.model.embed.weight.device)
     exchanges = [Exchange.of(row) for row in rows]
-    prompts = [loaded.template.prompt(exchange.before) for exchange in exchanges]
+    prompts = []
+    for row, exchange in zip(rows, exchanges, strict=True):
+        try:
+            prompts.append(loaded.template.prompt(exchange.before))
+        except ValueError as error:
+            raise UserError("DATA-430", f"the row cannot be asked: {error}", where=row.source) from None
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
     answers = answer_all(loaded, prompts, settings.batch_size, sampling, loaded.template.stop_ids)
     answers = [a.text.strip() for a in answers]

@@ -90,7 +90,8 @@ def finetune(base: Path, folder: Path, *argv: str, out: str = "run") -> Path:
     """Runs `litpeft finetune lora` on the small rows in batches of three, in float32; returns the run's folder."""
     from litpeft.cli import main
 
-    common = ["--base.dir", base, "--data.path", write_rows(folder), "--out", folder / out, "--train.warmup_steps", 0]
+    data = [] if "--data.path" in argv else ["--data.path", write_rows(folder)]
+    common = ["--base.dir", base, *data, "--out", folder / out, "--train.warmup_steps", 0]
     common += ["--train.batch_size", 3, "--base.precision", "32-true", "--validation.sample_tokens", 4]
     given = {word for word in argv if word.startswith("--")}
     pairs = zip(common[::2], common[1::2], strict=True)

@@ -228,6 +228,14 @@ def test_a_base_with_a_nan_is_refused_before_training(tmp_path, capsys) -> None:
     assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().err
 
 
+def test_held_out_rows_that_cannot_be_asked_are_measured_all_the_same(tiny_folder, tmp_path) -> None:
+    data = write_rows(tmp_path)
+    row = json.dumps({"instruction": "x" * 700, "output": "yes" * 50})  # its prompt is longer than the model reaches
+    (data / "validation.jsonl").write_text(row)
+    out = finetune(tiny_folder, tmp_path, "--data.path", str(data), "--data.overlong", "split", out="run")
+    assert any(metrics["val_loss"] is not None for metrics in read_metrics(out))
+
+
 def test_packing_changes_the_layout_and_not_what_is_learnt(tiny_folder, tmp_path) -> None:
     common = "--base.precision", "64-true", "--train.epochs", "4", "--train.lr", "1e-2"
     packed = finetune(tiny_folder, tmp_path, *common, "--train.micro_tokens", "70", out="a")

@@ -121,11 +121,11 @@ def plain(value: object) -> object:
 def show_sample(
     fabric: Fabric, loaded: Loaded, held_out: list[Row], tokens: int, log: Log, samples: list[Sample], step: int
 ) -> None:
-    """Answers the first two held-out rows and shows the first; `samples` keeps what was said first and last."""
-    if not tokens:
+    """Answers the first two held-out rows that can be asked and shows the first; `samples` keeps the first and last."""
+    questions = askable(loaded, held_out)[:2]
+    if not tokens or not questions:
         return
-    exchanges = [Exchange.of(row) for row in held_out[:2]]
-    prompts = [loaded.template.prompt(exchange.before) for exchange in exchanges]
+    exchanges, prompts = zip(*questions, strict=True)
     loaded.model.eval()
     with fabric.autocast():
         answers = answer(
@@ -139,6 +139,20 @@ def show_sample(
     for i, exchange in enumerate(exchanges):
         first = samples[i].before if len(samples) > i else answers[i].text
         samples[i : i + 1] = [Sample(exchange.asked, exchange.expected, before=first, after=answers[i].text)]
+
+
+def askable(loaded: Loaded, rows: list[Row]) -> list[tuple[Exchange, list[int]]]:
+    """Returns exchanges, with their prompts as tokens, that the template takes and that leave room for an answer."""
+    found = []
+    for row in rows[:20]:
+        exchange = Exchange.of(row)
+        try:
+            prompt = loaded.template.prompt(exchange.before)
+        except ValueError:  # a chat that the assistant opens, say: learnt from, but not to be asked
+            continue
+        if 0 < len(prompt) < loaded.model.config.max_positions:
+            found.append((exchange, prompt))
+    return found
 
 
 def report(
