@@ -24,6 +24,18 @@ COMPANIONS = (
 )
 
 
+# What config.json calls an activation -> what model.py does.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How the rotary frequencies are stretched to reach beyond the length that the model was trained on."""
@@ -47,10 +59,16 @@ class ModelConfig:
     head_dim: int
     d_ff: int
     max_positions: int
+    norm: str = "rms"  # rms | layer, which has a bias
     norm_eps: float = 1e-5
+    rotary_dim: int | None = None  # so many first dimensions of a head turn with the position; None = all, 0 = none
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    learned_positions: bool = False  # a table of max_positions vectors, one added to each token's embedding
     tie_embeddings: bool = False
+    activation: str = "silu"  # silu | relu | gelu | gelu_tanh
+    gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
+    parallel_residual: bool = False  # the MLP sees what the attention of its block saw, not what it gave
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -66,12 +84,20 @@ class ModelConfig:
                 raise ValueError(f"{name} must be above 0 and finite, got {value}")
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"sliding_window must be null or at least 1, got {self.window!r}")
+        if self.norm not in ("rms", "layer") or self.activation not in ACTIVATIONS.values():
+            raise ValueError(f"norm {self.norm!r} with activation {self.activation!r}: model.py does not have both")
         if not isinstance(self.tie_embeddings, bool):
             raise ValueError(f"tie_word_embeddings must be true or false, got {self.tie_embeddings!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.turned % 2 or not 0 <= self.turned <= self.head_dim:
+            what = f"the rotary part of a head must be even and at most head_dim ({self.head_dim})"
+            raise ValueError(f"{what}, got {self.turned}")
+
+    @property
+    def turned(self) -> int:
+        """Dimensions of a head that turn with the position."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -109,6 +135,14 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
         raise UserError("MODEL-006", f"the key {error} is missing", where=str(path)) from None
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError("MODEL-007", str(error), where=str(path)) from None
+
+
+def activation(hf: dict[str, Any], key: str, default: str) -> str:
+    """Returns what model.py calls the activation that config.json names under `key`."""
+    name = hf.get(key, default)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{key} {name!r} is not supported; litpeft has {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def rope_settings(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:

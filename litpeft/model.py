@@ -1,10 +1,12 @@
 """A decoder-only transformer whose slots are the only trace of finetuning.
 
-Letters: B rows, T new tokens, S keys, D head size, d model width, H query heads, G key/value heads, V vocabulary.
+Letters: B rows, T new tokens, S keys, D head size, R of them that rotate, d model width, H query heads,
+G key/value heads, V vocabulary. Families differ in the switches of ModelConfig.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -14,8 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from litpeft.attention import Documents, attend, causal_mask
 from litpeft.config import ModelConfig
+from litpeft.errors import UserError
 from litpeft.loss import summed_cross_entropy
 from litpeft.slots import Bank, Linear, Slot, TiedHead
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class KVCache:
@@ -43,7 +48,7 @@ class Context:
     cache: list[KVCache] | None = None  # one for each layer, while generating
     end: int = 0  # with a cache: one more than the highest position of this call
     mask: Tensor | None = None  # (B, 1, T, S) True = may see; None = causal within the document
-    rope: tuple[Tensor, Tensor] | None = None  # cos and sin (B, 1, T, D/2)
+    rope: tuple[Tensor, Tensor] | None = None  # cos and sin (B, 1, T, R/2); None = nothing rotates
 
     @classmethod
     def rows(cls, ids: Tensor) -> "Context":
@@ -58,10 +63,16 @@ class Context:
         documents = Documents(lengths)
         return cls(documents.positions(device)[None], documents, prompt_lengths)
 
+    def reach(self) -> int:
+        """Returns one more than the highest position, from what is known without asking the device."""
+        if self.cache is not None:
+            return self.end
+        return self.pos.size(1) if self.documents is None else max(self.documents.lengths)
+
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Returns the rotary frequencies (D/2,) in radians a token; in float32, like those the models were trained with."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    """Returns the rotary frequencies (R/2,) in radians a token; in float32, like those the models were trained with."""
+    exponent = torch.arange(0, config.turned, 2, device=device).float() / config.turned
     frequency = 1.0 / config.rope_theta**exponent
     scaling = config.rope_scaling
     if scaling is None:
@@ -76,9 +87,10 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns x (B, heads, T, D) with each pair (i, i + D/2) turned by its angle; cos and sin are (B, 1, T, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Returns x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle; cos and sin are (B, 1, T, R/2)."""
+    half = cos.size(-1)
+    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
 class Sdpa(Slot):
@@ -93,6 +105,18 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean(x)) / deviation(x) * weight + bias; what trains is float32 whatever x is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """Returns a norm over the model's width."""
+    return (LayerNorm if config.norm == "layer" else RMSNorm)(config.d_model, config.norm_eps)
 
 
 class Attention(nn.Module):
@@ -112,7 +136,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
-        q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
+        if ctx.rope is not None:
+            q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
         if ctx.cache is not None:
             k, v = ctx.cache[self.layer].update(k, v, ctx.pos, ctx.end)
         return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2))
@@ -121,31 +146,35 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate = Linear(config.d_model, config.d_ff, config.mlp_bias)
+        self.act = ACTIVATIONS[config.activation]
+        self.gate = Linear(config.d_model, config.d_ff, config.mlp_bias) if config.gated_mlp else None
         self.up = Linear(config.d_model, config.d_ff, config.mlp_bias)
         self.down = Linear(config.d_ff, config.d_model, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        if self.gate is None:
+            return self.down(self.act(self.up(x)))
+        return self.down(self.act(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.norm1 = RMSNorm(config.d_model, config.norm_eps)
+        self.parallel = config.parallel_residual
+        self.norm1 = make_norm(config)
         self.attn = Attention(config, layer)
         self.after_attn = Slot()
-        self.norm2 = RMSNorm(config.d_model, config.norm_eps)
+        self.norm2 = make_norm(config)
         self.mlp = MLP(config)
         self.after_mlp = Slot()
         self.after_block = Slot()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         h = self.norm1(x)
-        x = x + self.after_attn(self.attn(h, ctx), h, ctx)
-        h = self.norm2(x)
-        x = x + self.after_mlp(self.mlp(h), h, ctx)
-        return self.after_block(x, ctx)
+        y = x + self.after_attn(self.attn(h, ctx), h, ctx)
+        h = self.norm2(x if self.parallel else y)
+        y = y + self.after_mlp(self.mlp(h), h, ctx)
+        return self.after_block(y, ctx)
 
 
 class GPT(nn.Module):
@@ -162,10 +191,11 @@ class GPT(nn.Module):
         self.delta_keys: set[str] = set()
         self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.max_positions, config.d_model) if config.learned_positions else None
         self.after_embed = Slot()
         self.bank = Bank()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = make_norm(config)
         self.head = TiedHead(self.embed) if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
 
     def forward(
@@ -177,8 +207,14 @@ class GPT(nn.Module):
         """
         ctx = ctx or Context.rows(ids)
         x = self.after_embed(self.embed(ids).to(self.dtype), ctx)
-        angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
-        ctx.rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        if self.positions is not None:
+            if ctx.reach() > self.config.max_positions:
+                what = f"{ctx.reach()} tokens are more than the {self.config.max_positions} positions of this model"
+                raise UserError("MODEL-080", what, hint="give it shorter texts")
+            x = x + self.positions(ctx.pos).to(x.dtype)
+        if self.config.turned:
+            angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
+            ctx.rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         if ctx.cache is not None and ctx.mask is None and ids.size(1) < ctx.end:  # else all rows start here: causal
             keys = torch.arange(ctx.end, device=ids.device)[None]
             ctx.mask = causal_mask(ctx.pos, keys, self.config.window)[:, None]

@@ -9,7 +9,14 @@ from litpeft.attention import Documents, attend, document_mask
 from litpeft.build import build
 from litpeft.model import GPT, Context, KVCache
 
+GPT2 = {"vocab_size": 320, "n_embd": 64, "n_inner": 112, "n_layer": 2, "n_head": 4, "n_positions": 512}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def rotary(share: float, **rope: object) -> dict:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": share, **rope}}
+
+
 CASES = {
     "grouped queries": {},
     "as many key heads as query heads": {"num_key_value_heads": 4},
@@ -19,12 +26,24 @@ CASES = {
     "rope llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 500000.0}},
     "rope linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
     "mistral with a window": {"model_type": "mistral", "sliding_window": 8},
+    "gpt_neox, parallel, a quarter rotates": {"model_type": "gpt_neox"},
+    "gpt_neox, serial, all rotates": {"model_type": "gpt_neox", "use_parallel_residual": False} | rotary(1.0),
+    "gpt_neox, tied, no attention bias": {
+        "model_type": "gpt_neox",
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "hidden_act": "gelu_fast",
+    },
+    "gpt_neox, rope linear": {"model_type": "gpt_neox"} | rotary(0.5, rope_type="linear", factor=4.0),
+    "gpt2": {"model_type": "gpt2"},
+    "gpt2, untied": {"model_type": "gpt2", "tie_word_embeddings": False, "activation_function": "relu"},
 }
 
 
 def reference(changes: dict, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**{"model_type": "llama", **TINY, "initializer_range": 0.1} | changes)
+    sizes = {**GPT2, "bos_token_id": 1, "eos_token_id": 1} if changes.get("model_type") == "gpt2" else TINY
+    config = AutoConfig.for_model(**{"model_type": "llama", **sizes, "initializer_range": 0.1} | changes)
     config._attn_implementation = "sdpa"  # eager attention falls to float32 in its softmax
     model = AutoModelForCausalLM.from_config(config)
     for module in model.modules():  # biases start at zero, norms at one: neither would show a mistake

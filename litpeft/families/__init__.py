@@ -1,13 +1,36 @@
-"""Model families: one file each, with `config(hf)`, which returns a ModelConfig, and NAMES, the two-way name map."""
+"""Model families: one file each, with `config(hf)`, which returns a ModelConfig, and NAMES, the two-way name map.
+
+NAMES maps our modules to those of the files, with `{}` for the layer's number; weight and bias follow. A value is the
+name of a module whose tensors are as ours, or a `Place`. A family may also have BUFFERS, globs of what its files may
+hold beside the weights and nobody needs, and OTHER_PREFIXES: how a name of NAMES starts -> how it may start instead.
+"""
 
 import re
+from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 
 FAMILIES = {
     "llama": "litpeft.families.llama",
     "mistral": "litpeft.families.llama",
+    "gpt_neox": "litpeft.families.gpt_neox",
+    "gpt2": "litpeft.families.gpt2",
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module's tensors lie in the files, if not alone or not as they are.
+
+    Modules of one layer with the same `module` are fused there, in the order of their lines in NAMES:
+
+        per=None       q q q q k k k k v v v v     one block after the other
+        per="n_heads"  q k v q k v q k v q k v     so many groups (a field of ModelConfig), each with a part of all
+    """
+
+    module: str
+    per: str | None = None
+    transposed: bool = False  # the files hold a weight as (in, out)
 
 
 def family(name: str) -> ModuleType:
@@ -15,19 +38,10 @@ def family(name: str) -> ModuleType:
     return import_module(FAMILIES[name])
 
 
-def renamed(name: str, names: dict[str, str]) -> str | None:
-    """Returns a parameter's name on the other side of `names`, or None if the map does not know it.
-
-    `names` maps modules, with `{}` for the layer's number; the last part (weight, bias) stays:
-    `blocks.3.attn.q.weight` <-> `model.layers.3.self_attn.q_proj.weight`.
-    """
+def split_name(name: str) -> tuple[str, str, str]:
+    """Returns the module with `{}` for the layer, the layer and the leaf: `blocks.{}.attn.q`, `3` and `weight`."""
     module, _, leaf = name.rpartition(".")
     layer = re.search(r"(?<=\.)\d+(?=\.)", module)
-    key = module if layer is None else f"{module[: layer.start()]}{{}}{module[layer.end() :]}"
-    other = names.get(key)
-    return None if other is None else f"{other.format(layer.group() if layer else '')}.{leaf}"
-
-
-def inverse(names: dict[str, str]) -> dict[str, str]:
-    """Returns the map of Hugging Face names to ours."""
-    return {theirs: ours for ours, theirs in names.items()}
+    if layer is None:
+        return module, "", leaf
+    return f"{module[: layer.start()]}{{}}{module[layer.end() :]}", layer.group(), leaf

@@ -18,6 +18,7 @@ NAMES = {
     "norm": "model.norm",
     "head": "lm_head",
 }
+BUFFERS = ("*.rotary_emb.inv_freq",)
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:
