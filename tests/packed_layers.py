@@ -1,0 +1,23 @@
+"""Layers with packed weights for the tests of storages."""
+
+import torch
+
+from litpeft.slots import Linear
+from litpeft.storage import storage_class
+from litpeft.storage.quantized import Quantized
+
+KEYS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]  # storage, double_quantize
+
+
+def make(name: str, double: bool, weight: torch.Tensor, dtype=torch.float32, bias: bool = False) -> Quantized:
+    """Returns a layer that holds this weight (out, in)."""
+    with torch.device("meta"):
+        layer = Linear(weight.size(1), weight.size(0))
+    layer.__class__ = storage_class(name)
+    layer.convert(dtype, double)
+    for key, tensor in layer.pack(weight).items():
+        assert (tensor.shape, tensor.dtype) == (getattr(layer, key).shape, getattr(layer, key).dtype)
+        setattr(layer, key, torch.nn.Parameter(tensor, requires_grad=False))
+    if bias:
+        layer.bias = torch.nn.Parameter(torch.randn(weight.size(0)))
+    return layer
