@@ -27,7 +27,7 @@ class Delta(nn.Module):
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns the weight (out, in) and bias (out,) that compute the same without this Delta, if there are such."""
-        raise TypeError(f"{type(self).__name__} acts on activations: nothing can be merged")
+        raise NotImplementedError  # a Delta that leaves it so acts on activations, and cannot be merged
 
 
 class Bank(nn.ParameterDict):

@@ -9,23 +9,35 @@ from safetensors.torch import load_file, save_file
 
 from litpeft.build import build
 from litpeft.config import ModelConfig
-from litpeft.methods import METHODS, method_class
+from litpeft.methods import METHODS, PRESETS, method_class
 from litpeft.methods.base import attach, delta_state, folded, load_delta, trainable, without_delta
 from litpeft.model import GPT, Context, KVCache
+from litpeft.precision import Storage
 from litpeft.slots import Delta
+from litpeft.storage.quantized import store
 
 LENGTHS = (9, 15, 8)  # tokens of three documents
 PROMPTS = (4, 5, 3)  # tokens of their prompts
 IDS = torch.randint(0, TINY["vocab_size"], (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
 NOT_IDENTITY_AT_THE_START: set[str] = set()  # methods whose papers start elsewhere
-NOT_FOLDABLE: set[str] = set()  # methods that act on activations
+NOT_FOLDABLE = {"adapter", "adapter_v2"}  # methods that act on activations
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
 
+def base(folder, name: str, dtype: torch.dtype = torch.float64) -> GPT:
+    """Returns the base as the method holds it."""
+    return build(folder, dtype, storage=storage_of(name))
+
+
+def storage_of(name: str) -> Storage | None:
+    kind = PRESETS.get(name, {}).get("base.quantize")
+    return None if kind is None else Storage(kind)
+
+
 def make(folder, name: str, dtype: torch.dtype = torch.float64) -> GPT:
     torch.manual_seed(1)
-    return build(folder, dtype, method_class(name)())
+    return build(folder, dtype, method_class(name)(), storage=storage_of(name))
 
 
 def forward(model: GPT, ids: torch.Tensor = IDS) -> torch.Tensor:
@@ -52,13 +64,13 @@ def test_its_keys_are_fields_of_a_dataclass_of_its_own(name: str) -> None:
 
 @every_method
 def test_base_names_stay_as_they_are(tiny_folder, name: str) -> None:
-    assert set(build(tiny_folder, torch.float32).state_dict()) <= set(make(tiny_folder, name).state_dict())
+    assert set(base(tiny_folder, name).state_dict()) <= set(make(tiny_folder, name).state_dict())
 
 
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_changes_nothing_at_the_start(tiny_folder, name: str, dtype: torch.dtype) -> None:
-    same = torch.equal(forward(make(tiny_folder, name, dtype)), forward(build(tiny_folder, dtype)))
+    same = torch.equal(forward(make(tiny_folder, name, dtype)), forward(base(tiny_folder, name, dtype)))
     assert same != (name in NOT_IDENTITY_AT_THE_START)
 
 
@@ -87,7 +99,8 @@ def test_every_trainable_tensor_has_a_gradient_after_a_validation_pass(tiny_fold
 def test_what_trains_is_float32_on_a_bfloat16_base(tiny_folder, name: str) -> None:
     model = make(tiny_folder, name, torch.bfloat16)
     assert {p.dtype for p in trainable(model).values()} == {torch.float32}
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {torch.bfloat16}
+    held = {p.dtype for p in base(tiny_folder, name, torch.bfloat16).parameters()}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} <= held
     losses = steps(model, 8)
     assert losses[-1] < losses[0]
     assert forward(model).dtype == torch.bfloat16
@@ -98,7 +111,7 @@ def test_a_saved_delta_gives_bit_equal_logits(tiny_folder, name: str) -> None:
     model = make(tiny_folder, name)
     steps(model)
     torch.manual_seed(9)
-    fresh = build(tiny_folder, torch.float64, method_class(name)())
+    fresh = build(tiny_folder, torch.float64, method_class(name)(), storage=storage_of(name))
     load_delta(fresh, {key: value.clone() for key, value in delta_state(model).items()}, "test")
     assert torch.equal(forward(fresh), forward(model))
 
@@ -110,11 +123,11 @@ def test_the_delta_switches_off_and_on(tiny_folder, name: str) -> None:
     model = make(tiny_folder, name)
     load_delta(model, delta_state(trained), "test")
     with torch.no_grad():
-        want, base = forward(model), forward(build(tiny_folder, torch.float64))
+        want, plain = forward(model), forward(base(tiny_folder, name))
         with without_delta(model):
-            assert torch.equal(forward(model), base)
+            assert torch.equal(forward(model), plain)
         assert torch.equal(forward(model), want)
-    assert not torch.equal(want, base)
+    assert not torch.equal(want, plain)
 
 
 @pytest.fixture(scope="module", params=["no biases", "biases"])
@@ -186,6 +199,8 @@ def test_it_attaches_on_the_meta_device(tiny_folder, name: str) -> None:
     made = make(tiny_folder, name)
     with torch.device("meta"):
         model = GPT(made.config)
+        if storage_of(name) is not None:
+            store(model, storage_of(name).name, True, torch.float64)
         attach(model, method_class(name)())
     assert all(value.is_meta for value in model.state_dict().values())
     assert model.delta_keys == made.delta_keys
@@ -219,6 +234,10 @@ LLAMA_7B = ModelConfig(
         ("lora", {"rank": 8, "targets": ("*.attn.q", "*.attn.v")}, 4_194_304),
         ("lora", {"rank": 16}, 39_976_960),
         ("lora", {"rank": 64}, 159_907_840),
+        ("adapter", {}, 1_229_760),
+        ("adapter_v2", {}, 4_215_744),
+        ("adapter_v2", {"targets": ("*.attn.*", "*.mlp.*", "head")}, 4_279_744),
+        ("full", {}, 6_738_415_616),
     ],
 )
 def test_parameter_counts_on_llama_7b_are_those_of_the_papers(name: str, settings: dict, count: int) -> None:

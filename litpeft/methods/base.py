@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.distributed import fill
 from litpeft.errors import UserError, nearest
 from litpeft.model import GPT, Sdpa
 from litpeft.slots import Bank, Delta, Linear, Slot, TiedHead
@@ -18,6 +20,8 @@ from litpeft.slots import Bank, Delta, Linear, Slot, TiedHead
 class Method:
     """One way to finetune. The fields are its YAML keys and its `--method.*` options."""
 
+    writes_model: ClassVar[bool] = False  # its result is a model folder of its own, not a delta beside the base
+
     unfreeze: tuple[str, ...] = ()
     """Globs of the base model's own parameters that train too, e.g. `*norm*`."""
 
@@ -26,6 +30,10 @@ class Method:
 
     def init(self, model: GPT, dense: Callable[[str], Tensor]) -> None:
         """Sets what depends on the base weights; `dense(name)` reads one (out, in) from the base's files."""
+
+    def trained_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Returns the type in which what trains is held, on a base of `dtype`: float32 or better."""
+        return torch.promote_types(dtype, torch.float32)
 
 
 def linears(model: GPT, targets: tuple[str, ...], key: str = "method.targets") -> dict[str, Linear]:
@@ -64,7 +72,13 @@ def attach(model: GPT, method: Method) -> None:
             what = f'"{glob}" matches no parameter; the model has {known}'
             raise UserError("CONFIG-022", what, where="method.unfreeze")
         for name in hits:
-            model.get_parameter(name).requires_grad_(True)
+            parameter = model.get_parameter(name)
+            if not parameter.is_floating_point():
+                what = f'"{glob}" matches {name}, which base.quantize holds in codes: those cannot train'
+                raise UserError(
+                    "CONFIG-025", what, where="method.unfreeze", hint="set base.quantize null, or narrow it"
+                )
+            parameter.requires_grad_(True)
     if not trainable(model):
         raise UserError("CONFIG-023", "this method would train 0 parameters", where="method", hint="give it targets")
     model.delta_keys = {k for k, v in model.state_dict(keep_vars=True).items() if k not in base or v.requires_grad}
@@ -94,9 +108,14 @@ def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError("MODEL-020", f"the delta does not fit this model: {'; '.join(wrong[:5])}{more}", where=where)
     model.base_values = {name: own[name].detach().clone() for name in state if name in model.base_keys}
-    with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
+    put(model, state)
+
+
+def put(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies tensors into the model's own of these names, or each rank its share of them."""
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        fill(own[name], tensor)
 
 
 @contextmanager
@@ -122,23 +141,36 @@ def without_delta(model: GPT) -> Iterator[None]:
             model.get_parameter(name).data = tensor
 
 
-def folded(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yields name and tensor of the plain model that computes the same without deltas; folds in float32 or better.
+def unfoldable(model: nn.Module) -> str | None:
+    """Returns the name of a Delta that is no change of weights, or None if the model can be folded."""
+    return next(
+        (type(m).__name__ for m in model.modules() if isinstance(m, Delta) and type(m).fold is Delta.fold), None
+    )
 
-    Raises TypeError, with the Delta's name, if one of them is no change of weights.
+
+def folded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields name and tensor of the plain model that computes the same without deltas; see `folds`."""
+    return ((name, tensor) for name, tensor, _ in folds(model))
+
+
+def folds(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yields name, tensor and former tensor of the plain model that computes the same without deltas.
+
+    Folds in float32 or better; the former tensor, before the fold, is None where a method adds one. Raises TypeError,
+    with the Delta's name, if one of them is no change of weights.
     """
+    if not prefix and unfoldable(module):
+        raise TypeError(f"{unfoldable(module)} acts on activations: nothing can be merged")
     if isinstance(module, Linear):
-        weight, bias = module.dense(), module.bias
+        weight, bias = before = module.dense(), module.bias
         if isinstance(module.slot, Delta):
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight, bias = module.slot.fold(weight.to(wide), None if bias is None else bias.to(wide))
         if not isinstance(module, TiedHead):
-            yield f"{prefix}weight", weight
+            yield f"{prefix}weight", weight, before[0]
         if bias is not None:
-            yield f"{prefix}bias", bias
-    elif isinstance(module, Delta):  # not in a linear: raises, and says why
-        module.fold(torch.empty(0), None)
-    elif not isinstance(module, Bank | Slot):
-        yield from ((prefix + name, p) for name, p in module.named_parameters(recurse=False))
+            yield f"{prefix}bias", bias, before[1]
+    elif not isinstance(module, Bank | Slot | Delta):
+        yield from ((prefix + name, p, p) for name, p in module.named_parameters(recurse=False))
         for name, child in module.named_children():
-            yield from folded(child, f"{prefix}{name}.")
+            yield from folds(child, f"{prefix}{name}.")

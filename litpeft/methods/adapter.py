@@ -1,0 +1,71 @@
+"""LLaMA-Adapter: in the top blocks every token also looks at a few learned prompts, through a gate that starts shut.
+
+    y = softmax(q k^T / sqrt(D)) v  +  tanh(gate) * softmax(q kp^T / sqrt(D)) vp
+    kp = W_k prompt,  vp = W_v prompt        prompt (n, d) ~ N(0, 1), gate (heads,) = 0, so nothing changes at first
+
+LLaMA-Adapter https://arxiv.org/abs/2303.16199.
+Trains layers * (prompt_length * d + heads) parameters. Does not fold: the prompts act on activations.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.attention import attend
+from litpeft.methods.base import Method
+from litpeft.model import GPT, Attention, Context
+from litpeft.slots import Delta
+
+LONGEST_PROMPT = 65536  # tokens; longer than what any model reads
+
+
+class PromptAttention(Delta):
+    """Attention to the text plus gated attention to prompts (n, d), each with a softmax of its own.
+
+    The prompts go as they are, without norm or rotary angle, through the block's own projections and whatever other
+    methods put into their slots: an adapted k gives adapted keys. All documents and positions see all prompts. Keys and
+    values of the prompts are computed anew in each call: kept ones would be old after an optimizer step, and those of
+    a validation pass would pass no gradient on to the prompts.
+    """
+
+    def __init__(self, width: int, heads: int, prompt_length: int):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.empty(prompt_length, width, dtype=torch.float32))
+        self.gate = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.prompt)
+        nn.init.zeros_(self.gate)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: Attention) -> Tensor:
+        y = attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window)  # (B, H, T, D)
+        prompt = self.prompt.to(q.dtype)[None]
+        kp, vp = attn.heads(attn.k(prompt)), attn.heads(attn.v(prompt))  # (1, G, n, D)
+        kp, vp = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (kp, vp))  # (1, H, n, D)
+        # Plain products: with keys as few as these they take a third of the fused kernel's time in bfloat16 (measured
+        # on the CPU, forward and backward), and the weights that they hold are small.
+        weights = (q @ (kp * attn.head_dim**-0.5).mT).softmax(-1)  # (B, H, T, n)
+        return y + (weights * self.gate.tanh().to(q.dtype)[:, None, None]) @ vp
+
+
+@dataclass
+class Adapter(Method):
+    """Learned prompts in the attention of the top blocks, behind gates that start shut."""
+
+    layers: int = 30
+    """Blocks that get prompts, counted from the top; a model with fewer gets them in all."""
+    prompt_length: int = 10
+    """Prompts of each of these blocks."""
+
+    def __post_init__(self) -> None:
+        if self.layers < 1:
+            raise ValueError(f"method.layers must be at least 1, got {self.layers}")
+        if not 1 <= self.prompt_length <= LONGEST_PROMPT:
+            limits = f"at least 1 and at most {LONGEST_PROMPT}"
+            raise ValueError(f"method.prompt_length must be {limits}, got {self.prompt_length}")
+
+    def attach(self, model: GPT) -> None:
+        for block in model.blocks[-self.layers :]:
+            block.attn.core = PromptAttention(model.config.d_model, model.config.n_heads, self.prompt_length)

@@ -1,0 +1,59 @@
+"""LLaMA-Adapter V2: the prompts of LLaMA-Adapter, a factor and a bias on linear layers' outputs, and trained norms.
+
+    y = (1 + scale) * (W x + b + bias)        scale (out,) = bias (out,) = 0, so nothing changes at first
+
+The paper's factor is s = 1 + scale. It is held as its offset from 1, the same function, so that weight decay pulls it
+to 1, where the model is its base, and not to 0, where the layer would be silent.
+
+LLaMA-Adapter V2 https://arxiv.org/abs/2304.15010 (its part for text).
+Trains layers * (prompt_length * d + heads) parameters, 2 * out for each target, and the norms.
+Folds but for the prompts, so a run of it does not: W <- (1 + scale) * W, b <- (1 + scale) * (b + bias).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.methods.adapter import Adapter
+from litpeft.methods.base import linears
+from litpeft.model import GPT
+from litpeft.slots import Delta, Linear
+
+
+class ScaleBias(Delta):
+    """(1 + scale) * (y + bias), with scale (out,) and bias (out,) zero at the start."""
+
+    def __init__(self, out_features: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.scale)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, y: Tensor, x: Tensor, linear: Linear) -> Tensor:
+        # as an addition to y: the factor itself would be rounded in bfloat16, which has nothing between 1 and 1.0078
+        bias = ((1 + self.scale) * self.bias).to(y.dtype)
+        return y + torch.addcmul(bias, y, self.scale.to(y.dtype))
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        factor, own = 1 + self.scale.to(weight.dtype), self.bias.to(weight.dtype)
+        return factor[:, None] * weight, factor * (own if bias is None else bias + own)
+
+
+@dataclass
+class AdapterV2(Adapter):
+    """Gated prompts, a factor and a bias for each output of linear layers, and trained norms."""
+
+    unfreeze: tuple[str, ...] = ("*norm*",)
+    """Globs of the base model's own parameters that train too."""
+    targets: tuple[str, ...] = ("*.attn.*", "*.mlp.*")
+    """Globs of the linear layers that get a factor and a bias for each output."""
+
+    def attach(self, model: GPT) -> None:
+        super().attach(model)
+        for linear in linears(model, self.targets).values():
+            linear.slot = ScaleBias(linear.out_features)
