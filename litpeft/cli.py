@@ -3,14 +3,17 @@
 Nothing heavy is imported before it is needed: `litpeft --help` reads the table only.
 """
 
+import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
 from litpeft import __version__
-from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, UserError, nearest
+from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, nearest
+from litpeft.launch import launch, leave, peer_lost, started_by
 from litpeft.methods import METHODS
 
 
@@ -53,7 +56,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Runs one command and exits with its code (see litpeft/errors.py)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
+    debug = ["--debug"] if "--debug" in argv else []
     argv = [word for word in argv if word != "--debug"]
     pressed: list[int] = []
 
@@ -63,17 +66,23 @@ def main(argv: list[str] | None = None) -> None:
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        dispatch(argv)
+        dispatch(argv, debug)
         sys.stdout.flush()
+        if started_by() is not None:
+            leave(0)
+    except SystemExit as stop:
+        if started_by() is not None:
+            leave(int(stop.code or 0))
+        raise
     except (Exception, KeyboardInterrupt) as error:
         # some imports turn a Ctrl-C into an error of their own
         interrupted = isinstance(error, KeyboardInterrupt) or (pressed and not isinstance(error, UserError))
         if interrupted:
             print("litpeft: interrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            leave(INTERRUPTED)
         if debug:
-            raise
-        sys.exit(_report(error))
+            traceback.print_exception(error)
+        leave(_report(error))
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -84,6 +93,12 @@ def _report(error: Exception) -> int:
         sys.stderr.close()  # whoever read our output has left: nobody to tell
         return 1
     text = " ".join(str(error).split())
+    if peer_lost(error):
+        print(f"litpeft: another rank of the run is gone: {text[:200]}", file=sys.stderr)
+        return PEER_LOST
+    others = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
+    if isinstance(error, UserError) and others and not error.code.startswith("RESOURCE"):
+        return error.exit_code  # every rank found the same: the first of the machine tells
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         hint = "lower train.micro_tokens or data.max_length, or set train.activation_checkpointing true"
         error = UserError("RESOURCE-001", f"out of memory: {text[:200]}", hint=hint)
@@ -97,8 +112,11 @@ def _report(error: Exception) -> int:
     return INTERNAL_ERROR
 
 
-def dispatch(argv: list[str]) -> None:
-    """Finds the command that `argv` begins with, parses the rest into its settings, and runs it."""
+def dispatch(argv: list[str], debug: list[str]) -> None:
+    """Finds the command that `argv` begins with, parses the rest into its settings, and runs it.
+
+    `debug` goes to the processes that the command starts.
+    """
     if argv and argv[0] == "--version":
         print(__version__)
         return
@@ -117,7 +135,12 @@ def dispatch(argv: list[str]) -> None:
             raise UserError("CONFIG-002", f"{unknown[0]!r} comes before a command", hint="litpeft --help lists them")
         return usage(name)
     command = COMMANDS[name]
+    given = [*words, *argv, *debug]
     settings, method, lines = parse(name, command, argv)
+    if command.method is not None and settings.devices * settings.num_nodes > 1 and not settings.dry_run:
+        code = launch(given, settings.devices, settings.num_nodes)
+        if code is not None:
+            sys.exit(code)
     function = _load(command.function)
     try:
         function(settings) if command.method is None else function(settings, command.method, method)
@@ -149,9 +172,10 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     )
     parser.add_class_arguments(cls, as_group=False, as_positional=command.method is None)
     if command.method is not None:
-        from litpeft.methods import method_class
+        from litpeft.methods import PRESETS, method_class
 
         parser.add_class_arguments(method_class(command.method), "method")
+        parser.set_defaults(PRESETS.get(command.method, {}))
     argv = check_options(parser, argv)
     lines = check_yaml(parser, argv)
     try:

@@ -7,6 +7,7 @@ EXIT_CODES = {
     "NUMERIC": 5,  # a number that is not finite
     "RESOURCE": 6,  # disk, memory, network
 }
+PEER_LOST = 7  # another process of the run is gone
 INTERNAL_ERROR = 70
 INTERRUPTED = 130  # by Ctrl-C
 STOPPED = 75  # by SIGTERM or SIGUSR1, with what was learnt saved: a scheduler may start it again

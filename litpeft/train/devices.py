@@ -1,0 +1,82 @@
+"""Where a run computes: one device, or several that each hold the model (DDP) or share it between them (FSDP2)."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from litpeft.errors import UserError
+from litpeft.launch import check_world
+from litpeft.model import GPT
+from litpeft.precision import Precision
+from litpeft.settings.train import Finetune
+
+
+def make_fabric(settings: Finetune, precision: Precision, device: torch.device) -> Fabric:
+    """Returns Fabric on the devices that the settings name, with the processes of the run connected."""
+    check_world(settings.devices, settings.num_nodes)
+    if device.type == "cuda" and settings.devices > torch.cuda.device_count():
+        what = f"{settings.devices} are asked for, this machine has {torch.cuda.device_count()} GPUs"
+        raise UserError("CONFIG-050", what, where="devices")
+    sharded = settings.strategy == "fsdp"
+    if sharded and precision.fabric == "16-mixed":
+        hint = "take bf16-true or bf16-mixed, or strategy ddp"
+        what = "16-mixed scales its gradients, which Fabric does not do over sharded ones"
+        raise UserError("CONFIG-051", what, where="base.precision", hint=hint)
+    world, timeout = settings.devices * settings.num_nodes, timedelta(seconds=settings.timeout)
+    strategy: Strategy | str = "auto"
+    if sharded:  # the model is sharded where it is built (see build.py), so there is nothing left for Fabric to do
+        strategy = ModelParallelStrategy(lambda model, mesh: model, world, 1, timeout=timeout)
+    elif world > 1:  # the ranks build the same model from the same files and seed: nothing to send at the start
+        strategy = DDPStrategy(timeout=timeout, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.rank_zero").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*experimental.*")
+        fabric = Fabric(
+            accelerator=device.type,
+            devices=settings.devices if world > 1 or device.index is None else [device.index],
+            num_nodes=settings.num_nodes,
+            strategy=strategy,
+            precision=precision.fabric,
+        )
+        fabric.launch()
+    return fabric
+
+
+def sharder(settings: Finetune, precision: Precision, fabric: Fabric) -> Callable[[GPT], None] | None:
+    """Returns what spreads a model over the ranks while it is built, or None where each holds all of it."""
+    if settings.strategy != "fsdp":
+        return None
+    mixed = precision.fabric == "bf16-mixed" and settings.base.quantize is None  # constants of 4 bits stay float32
+    half = torch.bfloat16 if mixed else None
+    policy = MixedPrecisionPolicy(half, torch.float32 if mixed else None, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=fabric.device.type == "cuda") if settings.cpu_offload else OffloadPolicy()
+    mesh = fabric.strategy.device_mesh["data_parallel"]
+    device = torch.device("cpu") if settings.cpu_offload else fabric.device
+    return partial(shard, mesh=mesh, policy=policy, offload=offload, device=device)
+
+
+def shard(
+    model: GPT, mesh: DeviceMesh, policy: MixedPrecisionPolicy, offload: OffloadPolicy, device: torch.device
+) -> None:
+    """Leaves each rank its share of every parameter, block by block; what was on the meta device gets its memory."""
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+
+
+def is_first() -> bool:
+    """Returns whether this process is the one that speaks and writes; known before the processes are connected."""
+    names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
+    if "LOCAL_RANK" not in os.environ:
+        names = ("SLURM_PROCID",)
+    return all(os.environ.get(name, "0") == "0" for name in names)
