@@ -1,5 +1,6 @@
 """How a model comes to be. Training, generation and merging all use this one order."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,77 +11,93 @@ from torch import Tensor
 from litpeft.checkpoint import Weights
 from litpeft.config import read_config
 from litpeft.data.templates import ChatTemplate
+from litpeft.distributed import fill
 from litpeft.errors import UserError
-from litpeft.families import family, inverse, renamed
+from litpeft.families.names import NameMap
 from litpeft.methods.base import Method, attach, load_delta
 from litpeft.model import GPT
-from litpeft.precision import pick_device, pick_precision
+from litpeft.precision import Storage, pick_device, pick_precision
 from litpeft.run import Run, find_run
 from litpeft.slots import Delta
+from litpeft.storage.cache import Cache
+from litpeft.storage.quantized import store
 from litpeft.tokenizer import Tokenizer
 
 
-def build(folder: Path, dtype: torch.dtype, method: Method | None = None, device: torch.device | str = "cpu") -> GPT:
-    """Returns the model of a Hugging Face folder in `dtype`, with a method attached at its start."""
+def build(
+    folder: Path,
+    dtype: torch.dtype,
+    method: Method | None = None,
+    device: torch.device | str = "cpu",
+    storage: Storage | None = None,
+    shard: Callable[[GPT], None] | None = None,
+    first: bool = True,
+) -> GPT:
+    """Returns the model of a Hugging Face folder in `dtype`, with a method attached at its start.
+
+    `storage` says how the linear layers are held, `shard` spreads the model over the ranks (of which the first writes
+    the quantised weights to disk, if they are to be kept).
+    """
     name, config = read_config(folder)
     weights = Weights(folder)
     if config.n_layers > len(weights.file_of):  # before so many layers are made
         what = f"config.json says {config.n_layers} layers, the files hold {len(weights.file_of)} tensors"
         raise UserError("MODEL-042", what, where=str(folder))
+    names = NameMap(name, config)
+    names.check(weights)
     with torch.device("meta"):  # 1. shapes
         model = GPT(config)
-    if method is not None:  # 2. slots filled; names of the base stay as they are
-        attach(model, method)
-    names = {ours: renamed(ours, family(name).NAMES) for ours in model.state_dict()}
-    base = {ours: theirs for ours, theirs in names.items() if not model.delta_keys or ours in model.base_keys}
-    check_names(model, weights, base, inverse(family(name).NAMES))
-    wide = torch.promote_types(dtype, torch.float32)
-    for ours, theirs in base.items():  # 3. the base's weights, tensor by tensor
-        trains = method is not None and model.get_parameter(ours).requires_grad
-        tensor = weights.read(theirs).to(device, wide if trains else dtype)
-        if not torch.isfinite(tensor).all():
-            hint = "take the model's files again, or another precision"
-            raise UserError("MODEL-041", f"{theirs} holds numbers that are not finite", where=str(folder), hint=hint)
-        _place(model, ours, tensor.clone() if trains else tensor, trains)
-    for module in model.modules():  # 4. the deltas at their start
-        if isinstance(module, Delta):
-            module.to_empty(device=device).reset_parameters()
-            module.to(wide)
-    for name, shared in model.bank.items():  # tensors of several deltas; Method.init gives them their start
-        model.bank[name] = nn.Parameter(torch.zeros(shared.shape, dtype=wide, device=device), shared.requires_grad)
     model.dtype = dtype
-    if method is not None:  # 5. starts that depend on the base's weights
-        method.init(model, lambda ours: weights.read(names[ours]))
+    quantized = {} if storage is None else store(model, storage.name, storage.double_quantize, dtype)  # 2. storages
+    if method is not None:  # 3. slots filled; names of the base stay as they are
+        attach(model, method)
+    wide = dtype if method is None else method.trained_dtype(dtype)
+    for key, parameter in model.named_parameters():
+        if parameter.is_floating_point() and key in names.ours:
+            parameter.data = parameter.data.to(wide if parameter.requires_grad and method else dtype)
+    for module in model.modules():  # 4. the deltas at their start: drawn on the CPU, the same on every device
+        if isinstance(module, Delta):
+            module.to_empty(device="cpu").reset_parameters()
+            module.to(device, wide)
+    for key, shared in model.bank.items():  # tensors of several deltas; Method.init gives them their start
+        model.bank[key] = nn.Parameter(torch.zeros(shared.shape, dtype=wide, device=device), shared.requires_grad)
+    if shard is not None:  # 5. each rank has memory for its share
+        shard(model)
+    cache = Cache(folder, storage.key, weights.fingerprint()) if storage is not None and storage.cache else None
+    cached, packed = None if cache is None else cache.tensors(), {}
+    for ours in names.ours:  # 6. the base's weights, tensor by tensor
+        module, _, leaf = ours.rpartition(".")
+        layer = quantized.get(module) if leaf == "weight" else None
+        if layer is not None and cached is not None:
+            values = {f"{module}.{key}": cached.get_tensor(f"{module}.{key}") for key in layer.packed_names}
+        else:
+            tensor = names.read(weights, ours).to(device)
+            if not torch.isfinite(tensor).all():
+                hint = "take the model's files again, or another precision"
+                what = f"{names.file_name(ours)} holds numbers that are not finite"
+                raise UserError("MODEL-041", what, where=str(folder), hint=hint)
+            values = {ours: tensor} if layer is None else {f"{module}.{k}": v for k, v in layer.pack(tensor).items()}
+        for key, value in values.items():
+            _place(model, key, value)
+        if layer is not None and cache is not None and cached is None and first:
+            packed |= values
+    if packed:
+        cache.write(packed)
+    if method is not None:  # 7. starts that depend on the base's weights
+        method.init(model, lambda ours: names.read(weights, ours))
     return model
 
 
-def check_names(model: GPT, weights: Weights, base: dict[str, str], ours_of: dict[str, str]) -> None:
-    """Raises unless the files hold exactly the tensors that the config asks for, in those shapes."""
-    shapes = {theirs: tuple(model.get_parameter(ours).shape) for ours, theirs in base.items()}
-    wrong = [f"{name} is missing" for name in shapes if name not in weights.file_of]
-    wrong += [
-        f"{name} is {weights.shape(name)}, config.json says {shape}"
-        for name, shape in shapes.items()
-        if name in weights.file_of and weights.shape(name) != shape
-    ]
-    for name in weights.file_of:
-        if weights.dtype(name) not in ("F64", "F32", "F16", "BF16"):
-            wrong.append(f"{name} is {weights.dtype(name)}, expected F64, F32, F16 or BF16")
-    for name in set(weights.file_of) - set(shapes):
-        tied = model.config.tie_embeddings and renamed(name, ours_of) == "head.weight"  # a copy of the embedding
-        if not tied and not name.endswith("rotary_emb.inv_freq"):
-            wrong.append(f"{name} is not of this architecture")
-        elif tied and not torch.equal(weights.read(name), weights.read(base["embed.weight"])):
-            wrong.append(f"{name} is not the embedding, though config.json says tie_word_embeddings")
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        what = f"the weights do not fit config.json: {'; '.join(sorted(wrong)[:5])}{more}"
-        raise UserError("MODEL-040", what, where=str(weights.folder))
-
-
-def _place(model: GPT, name: str, tensor: Tensor, trains: bool) -> None:
+def _place(model: GPT, name: str, tensor: Tensor) -> None:
+    """Gives a parameter its value: the tensor itself where the parameter is only a shape, else a copy, or a share."""
+    own = model.get_parameter(name)
+    if not own.is_meta:
+        fill(own, tensor)
+        return
     module, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=trains))
+    tensor = tensor.to(own.dtype)
+    tensor = tensor.clone() if own.requires_grad else tensor  # what trains must not write into the file's pages
+    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=own.requires_grad))
 
 
 @dataclass
@@ -95,7 +112,7 @@ class Loaded:
 
     @property
     def has_delta(self) -> bool:
-        return self.run is not None
+        return self.run is not None and not self.run.is_model
 
 
 def load(path: str, base: str | None = None, precision: str = "auto") -> Loaded:
@@ -109,9 +126,13 @@ def load(path: str, base: str | None = None, precision: str = "auto") -> Loaded:
             raise UserError("CONFIG-034", what, where="base")
         folder = Path(path)
         model = build(folder, dtype, device=device)
+    elif run.is_model:
+        run.check_files()
+        folder = run.folder
+        model = build(folder, dtype, device=device)
     else:
         folder = run.base_folder(base)
-        model = build(folder, dtype, run.method(), device)
+        model = build(folder, dtype, run.method(), device, run.storage)
         load_delta(model, run.delta(), str(run.folder))
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model.config.vocab_size)

@@ -20,7 +20,9 @@ from litpeft.config import COMPANIONS, read_json
 from litpeft.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
-RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "final", "report.md", "loss.png", "tensorboard", "merged")
+RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard")
+RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "loss.png", *RUN_FOLDERS)
+FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them: a folder that is whole
 OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json")  # what --overwrite may remove
 
 
@@ -177,6 +179,13 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     refuse_existing(path, overwrite)
+    with whole_folder(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Does the work of `atomic_folder`, and replaces what is at `path` whatever it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
     temporary.mkdir()
@@ -189,7 +198,10 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replaced(path: Path, overwrite: bool) -> Iterator[None]:
-    """Makes an empty folder at `path` for the block; what was there is moved aside, and comes back if that fails."""
+    """Makes an empty folder at `path` for the block; what was there is moved aside.
+
+    It comes back if the block fails, but not if that leaves something to go on from.
+    """
     refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
@@ -199,26 +211,29 @@ def replaced(path: Path, overwrite: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if old.exists():
+        if old.exists() and not has_result(path):
             shutil.rmtree(path)
             os.rename(old, path)
+        shutil.rmtree(old, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _commit(temporary: Path, path: Path) -> None:
     """Makes a finished folder take its place; what was there is moved aside first and removed last."""
+    old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
     try:
         for file in temporary.rglob("*"):
             sync(file)
         sync(temporary)
-        old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
         if path.exists():
             os.rename(path, old)
         os.rename(temporary, path)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         raise UserError("RESOURCE-030", f"cannot be written: {error.strerror or error}", where=str(path)) from error
 
 
@@ -236,14 +251,18 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise UserError("CONFIG-035", what, where=str(path), hint="name another")
 
 
+def has_result(path: Path) -> bool:
+    """Returns whether a folder is whole, or a run that can go on from a checkpoint."""
+    return any((path / name).exists() for name in FINISHED) or any((path / "checkpoints").glob("step-*"))
+
+
 def remove_leftovers(path: Path) -> None:
     """Clears what a killed process left beside `path`: unfinished folders go, one that was moved aside comes back."""
     for folder in path.parent.glob(f".tmp-{path.name}-*"):
         match = re.fullmatch(rf"\.tmp-{re.escape(path.name)}-(\d+)(-old)?", folder.name)
         if match is None or _alive(int(match.group(1))):
             continue
-        finished = any((path / name).exists() for name in ("final/delta.json", "delta.json", "config.json"))
-        if match.group(2) and not finished:
+        if match.group(2) and not has_result(path):
             shutil.rmtree(path, ignore_errors=True)  # what was to take its place, and never got its result
             os.rename(folder, path)
         else:
@@ -260,6 +279,9 @@ def sync(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
+    """Returns whether another process has this number; what has ours is of one before us, as in a container."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

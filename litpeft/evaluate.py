@@ -3,12 +3,13 @@
 import json
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from litpeft.build import Loaded, load
-from litpeft.data.batches import Batch, collate, pack
+from litpeft.data.batches import Batch, collate, idle, lay_out
 from litpeft.data.formats.turn import Turn
 from litpeft.data.tokenise import Row
 from litpeft.data.tokenise import load as load_rows
@@ -22,6 +23,9 @@ from litpeft.settings.evaluate import Evaluate
 from litpeft.settings.generate import Sampling
 from litpeft.terminal import clean
 
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
 MICRO_TOKENS = 2048  # of one forward pass
 SHOWN = 240  # characters of a text in the terminal
 
@@ -33,17 +37,32 @@ def summed_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: torch.nn.Module, rows: list[Row], micro_tokens: int, device: torch.device) -> float:
-    """Returns the loss over all trained tokens of the rows, in nats per token."""
+def mean_loss(
+    model: torch.nn.Module, rows: list[Row], micro_tokens: int, device: torch.device, fabric: "Fabric | None" = None
+) -> float:
+    """Returns the loss over all trained tokens of the rows, in nats per token; the ranks of `fabric` share the work."""
+    ranks, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
     training = model.training
     model.eval()
-    total = tokens = 0.0
-    for numbers in pack([len(row.ids) for row in rows], micro_tokens):
-        batch = collate([rows[i] for i in numbers]).to(device)
-        total += float(summed_loss(model, batch))
-        tokens += len(batch.targets)
+    layout = lay_out(range(len(rows)), [len(row.ids) for row in rows], ranks, micro_tokens, None)[rank]
+    total = torch.zeros((), dtype=torch.float64)
+    for numbers in layout:
+        batch = collate([rows[i] for i in numbers]) if numbers else idle(rows[0])
+        total += summed_loss(model, batch.to(device)).double().cpu()
+    if ranks > 1:
+        total = fabric.all_reduce(total.to(device), reduce_op="sum")
     model.train(training)
-    return total / tokens
+    return float(total) / sum(sum(row.trained) for row in rows)
+
+
+def exactly(
+    loaded: Loaded, prompts: list[list[int]], expected: list[str], max_new_tokens: int, batch_size: int
+) -> tuple[list[str], list[bool]]:
+    """Returns the greedy answers, and whether each is the expected one; spaces around an answer do not count."""
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    answers = answer_all(loaded, prompts, batch_size, sampling, loaded.template.stop_ids)
+    texts = [answer.text.strip() for answer in answers]
+    return texts, [text == want.strip() for text, want in zip(texts, expected, strict=True)]
 
 
 @dataclass
@@ -76,7 +95,7 @@ class Exchange:
 
 
 def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Score:
-    """Returns the loss and the greedy answers of a model; spaces around an answer do not count."""
+    """Returns the loss and the greedy answers of a model."""
     began = time.perf_counter()
     loss = mean_loss(loaded.model, rows, MICRO_TOKENS, loaded.model.embed.weight.device)
     exchanges = [Exchange.of(row) for row in rows]
@@ -86,10 +105,8 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
             prompts.append(loaded.template.prompt(exchange.before))
         except ValueError as error:
             raise UserError("DATA-430", f"the row cannot be asked: {error}", where=row.source) from None
-    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
-    answers = answer_all(loaded, prompts, settings.batch_size, sampling, loaded.template.stop_ids)
-    answers = [a.text.strip() for a in answers]
-    exact = [answer == exchange.expected.strip() for answer, exchange in zip(answers, exchanges, strict=True)]
+    expected = [exchange.expected for exchange in exchanges]
+    answers, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size)
     return Score(name, loss, answers, exact, time.perf_counter() - began)
 
 

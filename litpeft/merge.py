@@ -1,6 +1,5 @@
 """Fold what a run learned into its base, and show that the files written compute what the run computes."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ from torch import Tensor
 
 from litpeft.build import build
 from litpeft.checkpoint import Weights, atomic_folder, copy_companions, file_dtype, refuse_existing, write_safetensors
-from litpeft.config import read_config, read_json
+from litpeft.config import read_config
 from litpeft.errors import UserError
-from litpeft.families import family, renamed
-from litpeft.methods.base import folded, load_delta
+from litpeft.families.names import NameMap
+from litpeft.methods.base import folded, folds, load_delta, without_delta
 from litpeft.model import GPT
-from litpeft.run import Run, find_run
+from litpeft.precision import Storage
+from litpeft.run import Run, find_run, write_dtype
 from litpeft.settings.files import Merge
 from litpeft.tokenizer import Tokenizer
 
@@ -58,6 +58,12 @@ def merge(settings: Merge) -> None:
     run = find_run(Path(settings.run))
     if run is None:
         raise UserError("MODEL-060", "this is no run: it has no final/delta.json", where=settings.run)
+    if run.is_model:
+        what = f"there is nothing to merge: {run.folder} is an ordinary Hugging Face folder already"
+        raise UserError("MODEL-065", what, where=settings.run)
+    if settings.onto == "original" and run.storage is None:
+        what = "the run saw the original weights (base.quantize null), so there are no others to choose"
+        raise UserError("CONFIG-038", what, where="onto", hint="leave it out")
     out = Path(settings.out) if settings.out else Path(settings.run) / "merged"
     refuse_existing(out, settings.overwrite)
     base = run.base_folder(settings.base)
@@ -65,7 +71,8 @@ def merge(settings: Merge) -> None:
         if kept.resolve().is_relative_to(out.resolve()):
             what = f"the merged model would replace {kept}, from which it is made"
             raise UserError("CONFIG-036", what, where="out", hint="name another folder")
-    model = build(base, _dtype_of(base), run.method())
+    storage = run.storage if settings.onto == "trained" else None
+    model = build(base, _dtype_of(base) if storage is None else torch.float32, run.method(), storage=storage)
     load_delta(model, run.delta(), str(run.folder))
     dtype = file_dtype(settings.dtype) if settings.dtype else _dtype_of(base)
     rounding = Rounding()
@@ -77,43 +84,36 @@ def merge(settings: Merge) -> None:
             raise UserError("MODEL-061", f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
         del model
         copy_companions(base, folder)
-        _write_config(folder, dtype)
-        _check(run, base, folder, dtype, rounding, settings.run)
+        write_dtype(folder, dtype)
+        _check(run, base, folder, dtype, rounding, storage, settings.run)
     print(f"merged model in {out}; next: litpeft chat {out}")
 
 
 def _dtype_of(base: Path) -> torch.dtype:
     """Returns the type of most of the base's weights."""
+    known = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     sizes: dict[str, int] = {}
     for header in Weights(base).headers.values():
         for entry in header.values():
             first, last = entry["data_offsets"]
-            sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + last - first
-    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return known.get(max(sizes, key=sizes.__getitem__), torch.float32)
+            if entry["dtype"] in known:  # not a mask of booleans, which some files hold beside the weights
+                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + last - first
+    return known[max(sizes, key=sizes.__getitem__, default="F32")]
 
 
 def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
     """Yields the folded weights under their Hugging Face names, rounded once to the type of the files."""
-    weights = Weights(base)
-    names = family(read_config(base)[0]).NAMES
+
+    def rounded() -> Iterator[tuple[str, Tensor]]:
+        for ours, exact, before in folds(model):
+            after = exact.to(dtype)
+            before = model.base_values.get(ours, before)
+            if before is not None:  # else the method adds it, and `written` knows whether there is a place for it
+                rounding.add(exact, after, before)
+            yield ours, after
+
     with torch.no_grad():
-        for ours, exact in folded(model):
-            theirs = renamed(ours, names)
-            if theirs not in weights.file_of:
-                what = f"the method adds {ours}, which this family's files have no place for"
-                raise UserError("MODEL-062", what, where=str(base))
-            rounded = exact.to(dtype)
-            rounding.add(exact, rounded, weights.read(theirs))
-            yield theirs, rounded
-
-
-def _write_config(folder: Path, dtype: torch.dtype) -> None:
-    path = folder / "config.json"
-    config = read_json(path, "config.json of the base")
-    name = str(dtype).removeprefix("torch.")
-    config |= {"dtype": name, "torch_dtype": name}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        yield from NameMap(*read_config(base)).written(rounded(), where=str(base))
 
 
 @torch.inference_mode()
@@ -121,17 +121,20 @@ def _logits(model: GPT, prompts: list[list[int]]) -> Tensor:
     return torch.cat([model(torch.tensor([ids]))[0] for ids in prompts])
 
 
-def _check(run: Run, base: Path, folder: Path, dtype: torch.dtype, rounding: Rounding, where: str) -> None:
+def _check(
+    run: Run, base: Path, folder: Path, dtype: torch.dtype, rounding: Rounding, storage: Storage | None, where: str
+) -> None:
     """Compares logits of base + delta, of the folded weights, and of the files read back; raises if they differ."""
     tokenizer = Tokenizer.load(base)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
-    model = build(base, torch.float32, run.method()).eval()
+    model = build(base, torch.float32, run.method(), storage=storage).eval()
     load_delta(model, run.delta(), str(run.folder))
     want = _logits(model, prompts)
     with torch.no_grad():
         state = dict(folded(model))
+        with without_delta(model):
+            before = _logits(model, prompts)
     plain = build(base, torch.float32).eval()
-    before = _logits(plain, prompts)
     for name, tensor in state.items():
         plain.get_parameter(name).data = tensor
     fold = _logits(plain, prompts)
@@ -146,6 +149,8 @@ def _check(run: Run, base: Path, folder: Path, dtype: torch.dtype, rounding: Rou
     for name, logits in names.items():
         same = float((logits.argmax(-1) == want.argmax(-1)).float().mean())
         print(f"  {name:<32} differs by {float((logits - want).abs().max()):.2e}, same next token at {same:.0%}")
+    if storage != run.storage:
+        _tell_of_original(run, base, prompts, want)
     print(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
     print(f"rounding to {str(dtype).removeprefix('torch.')} took {rounding.error:.1%} of the update", end="")
     print("; --dtype float32 would keep all of it" if rounding.error > 0.1 else "")
@@ -159,3 +164,16 @@ def _check(run: Run, base: Path, folder: Path, dtype: torch.dtype, rounding: Rou
                 f"logits of the {name} are off by {off:.1e} of the largest, more than {limit:.0e}: nothing was written"
             )
             raise UserError("MODEL-064", what, where=where, hint="try --dtype float32")
+
+
+def _tell_of_original(run: Run, base: Path, prompts: list[list[int]], want: Tensor) -> None:
+    """Says how far the model that is written is from the one that was trained, on a base that it has never seen."""
+    model = build(base, torch.float32, run.method(), storage=run.storage).eval()
+    load_delta(model, run.delta(), str(run.folder))
+    trained = _logits(model, prompts)
+    off = float((want - trained).norm() / trained.norm())
+    same = float((want.argmax(-1) == trained.argmax(-1)).float().mean())
+    print(
+        f"warning: --onto original: the delta was trained on weights in {run.storage.name}, and is merged into others: "
+        f"logits differ from the run's by {off:.1%} (relative norm), same next token at {same:.0%}"
+    )

@@ -1,5 +1,6 @@
-"""Which number type the frozen weights are held in, and which the arithmetic runs in. What trains is float32."""
+"""How the frozen weights are held, and which type the arithmetic runs in. What trains is float32."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,22 @@ PRECISIONS = {
     "bf16-mixed": Precision("bf16-mixed", torch.float32, "bf16-mixed"),
     "16-mixed": Precision("16-mixed", torch.float32, "16-mixed"),
     "32-true": Precision("32-true", torch.float32, "32-true"),
-    "64-true": Precision("64-true", torch.float64, "64-true"),
+    "64-true": Precision("64-true", torch.float64, "32-true"),
 }
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How the linear layers of a frozen base are held, where not as they are: see litpeft/storage."""
+
+    name: str
+    double_quantize: bool = True
+    cache: bool = False  # keep the quantised weights on disk, beside the base's
+
+    @property
+    def key(self) -> str:
+        """Returns the name under which such weights are kept on disk."""
+        return f"{self.name}-dq" if self.double_quantize and self.name != "int8" else self.name
 
 
 def pick_precision(name: str, device: torch.device, key: str = "precision") -> Precision:
@@ -41,5 +56,6 @@ def pick_precision(name: str, device: torch.device, key: str = "precision") -> P
 
 
 def pick_device() -> torch.device:
-    """Returns the first GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Returns this process's GPU if there are GPUs, else the CPU."""
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device("cuda", int(rank)) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,7 +1,8 @@
-"""What a run leaves behind and how it is read again: delta.safetensors, delta.json, and what they were trained on."""
+"""What a run leaves behind and how it is read again: a delta or a model, and delta.json, which says what it is."""
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from litpeft import __version__
-from litpeft.checkpoint import Weights, atomic_folder, file_sha256, read_header, save_tensors
-from litpeft.config import read_json
+from litpeft.checkpoint import (
+    Weights,
+    atomic_folder,
+    copy_companions,
+    file_sha256,
+    read_header,
+    save_tensors,
+    write_safetensors,
+)
+from litpeft.config import read_config, read_json
+from litpeft.distributed import whole
 from litpeft.errors import UserError
+from litpeft.families.names import NameMap
 from litpeft.methods import METHODS, method_class
-from litpeft.methods.base import Method
+from litpeft.methods.base import Method, delta_state
+from litpeft.model import GPT
+from litpeft.precision import Storage
 from litpeft.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -27,6 +40,17 @@ class Run:
 
     folder: Path
     facts: dict[str, Any]  # delta.json
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the folder is an ordinary model by itself, since the method trained the base's own weights."""
+        return self.facts["holds"] == "model"
+
+    @property
+    def storage(self) -> Storage | None:
+        """How the base's linear layers were held while the delta was trained; None = as they are."""
+        saved = self.facts["base"]["storage"]
+        return None if saved is None else Storage(**saved)
 
     @property
     def template(self) -> str:
@@ -43,12 +67,17 @@ class Run:
 
     def delta(self) -> dict[str, Tensor]:
         """Returns the saved tensors; their file must be the one that was written."""
-        path = self.folder / "delta.safetensors"
-        read_header(path)
-        if file_sha256(path) != self.facts["sha256"]:
-            what = "the file is not the one that the run wrote (sha256 mismatch with delta.json)"
-            raise UserError("MODEL-052", what, where=str(path))
-        return load_file(path)
+        self.check_files()
+        return load_file(self.folder / "delta.safetensors")
+
+    def check_files(self) -> None:
+        """Raises unless the tensors' files are those that the run wrote."""
+        for name, sha256 in self.facts["files"].items():
+            path = self.folder / name
+            read_header(path)
+            if file_sha256(path) != sha256:
+                what = "the file is not the one that the run wrote (sha256 mismatch with delta.json)"
+                raise UserError("MODEL-052", what, where=str(path))
 
     def base_folder(self, moved_to: str | None = None) -> Path:
         """Returns the base model's folder; its weights and template must be those that the run was trained on."""
@@ -94,26 +123,66 @@ def find_run(path: Path) -> Run | None:
     return None
 
 
-def save_delta(
-    folder: Path, state: dict[str, Tensor], method: str, settings: Method, base: Path, facts: dict[str, Any]
+def save_result(
+    folder: Path, model: GPT, method: str, settings: Method, base: Path, facts: dict[str, Any], first: bool = True
 ) -> None:
-    """Writes a delta with all that is needed to use it again; the folder appears as a whole."""
-    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise UserError("NUMERIC-050", f"{bad[0]} is not finite: nothing was saved", where=str(folder))
+    """Writes what a run learned with all that is needed to use it again; the folder appears as a whole.
+
+    All ranks give their shares of the tensors; the first of them writes.
+    """
+    if settings.writes_model:
+        tensors = _whole_model(model, base)
+    else:
+        tensors = ((name, whole(tensor).cpu()) for name, tensor in delta_state(model).items())
+    if not first:
+        for _ in tensors:
+            pass
+        return
     with atomic_folder(folder, overwrite=True) as temporary:
-        save_tensors({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary / "delta.safetensors")
+        if settings.writes_model:
+            write_safetensors(temporary, _finite(tensors, folder))
+            copy_companions(base, temporary)
+            write_dtype(temporary, model.dtype)
+        else:
+            save_tensors({k: v.contiguous() for k, v in _finite(tensors, folder)}, temporary / "delta.safetensors")
         record = {
             "format": FORMAT,
             "litpeft": __version__,
+            "holds": "model" if settings.writes_model else "delta",
             "method": method,
             "settings": asdict(settings),
-            "base": {"path": str(base.resolve()), "fingerprint": Weights(base).fingerprint()},
-            "sha256": file_sha256(temporary / "delta.safetensors"),
+            "files": {path.name: file_sha256(path) for path in sorted(temporary.glob("*.safetensors"))},
             **facts,
         }
         record["checksum"] = checksum(record)
         (temporary / "delta.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole_model(model: GPT, base: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields all weights under their Hugging Face names, in the type that they compute in."""
+    own = ((name, whole(tensor).to("cpu", model.dtype)) for name, tensor in model.state_dict().items())
+    return NameMap(*read_config(base)).written(own, where=str(base))
+
+
+def _finite(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            raise UserError("NUMERIC-050", f"{name} is not finite: nothing was saved", where=str(folder))
+        yield name, tensor
+
+
+def write_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Says in config.json of which type the weights are; under both names, since readers differ in which they know."""
+    path = folder / "config.json"
+    config = read_json(path, "config.json of the base")
+    name = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config | {"dtype": name, "torch_dtype": name}, indent=2) + "\n", encoding="utf-8")
+
+
+def base_facts(base: Path, storage: Storage | None, fingerprint: str) -> dict[str, Any]:
+    """Returns what says on which weights something was trained."""
+    held = None if storage is None else {"name": storage.name, "double_quantize": storage.double_quantize}
+    return {"path": str(base.resolve()), "fingerprint": fingerprint, "storage": held}
 
 
 def checksum(facts: dict[str, Any]) -> str:

@@ -5,9 +5,11 @@ import random
 import pytest
 import torch
 
+from litpeft.build import build
 from litpeft.config import ModelConfig
-from litpeft.data.batches import collate, pack, plan_steps
+from litpeft.data.batches import collate, idle, lay_out, pack, plan_epoch
 from litpeft.data.tokenise import Row
+from litpeft.evaluate import summed_loss
 from litpeft.model import GPT, Context
 
 
@@ -63,32 +65,44 @@ def test_the_loss_of_packed_rows_is_the_sum_of_the_rows_alone():
         torch.testing.assert_close(loss(rows), alone, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_an_epoch_holds_every_row_once_in_steps_of_batch_size_rows(packing):
-    for seed in range(30):
-        rows = make_rows(random.Random(seed).randint(1, 60), seed)
-        plan = plan_steps(rows, 8, 64, 3, packing, 0, seed)
-        assert sorted(i for step in plan for micro in step for i in micro) == list(range(len(rows)))
-        sizes = [sum(map(len, step)) for step in plan]
-        assert sizes == [8] * (len(rows) // 8) + ([len(rows) % 8] if len(rows) % 8 else [])
-        for micro in (micro for step in plan for micro in step):
-            if packing:
-                assert len(micro) == 1 or sum(len(rows[i].ids) for i in micro) <= 64
-            else:
-                assert len(micro) <= 3
+@pytest.mark.parametrize("seed", range(30))
+def test_an_epoch_holds_every_row_once_in_steps_of_batch_size_rows(seed: int):
+    rows = random.Random(seed).randint(1, 60)
+    plan = plan_epoch(rows, 8, 0, seed)
+    assert sorted(i for step in plan for i in step) == list(range(rows))
+    assert [len(step) for step in plan] == [8] * (rows // 8) + ([rows % 8] if rows % 8 else [])
 
 
-def test_packing_changes_only_how_the_rows_of_a_step_are_grouped():
-    rows = make_rows(50)
-    packed, single = plan_steps(rows, 16, 64, 1, True, 3, 5), plan_steps(rows, 16, 64, 1, False, 3, 5)
-    as_sets = [[{i for micro in step for i in micro} for step in plan] for plan in (packed, single)]
-    assert as_sets[0] == as_sets[1]
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 3])
+def test_a_layout_holds_every_row_of_a_step_once_and_no_rank_waits_for_another(ranks: int, micro_batch_size):
+    lengths = [len(row.ids) for row in make_rows(40)]
+    for count in (1, 2, 7, 16):
+        step = random.Random(count).sample(range(40), count)
+        layout = lay_out(step, lengths, ranks, 64, micro_batch_size)
+        assert len(layout) == ranks
+        assert len({len(micros) for micros in layout}) == 1
+        micros = [micro for share in layout for micro in share]
+        assert sorted(i for micro in micros for i in micro) == sorted(step)
+        fits = (
+            (lambda m: len(m) <= micro_batch_size) if micro_batch_size else (lambda m: sum(lengths[i] for i in m) <= 64)
+        )
+        assert all(len(micro) <= 1 or fits(micro) for micro in micros)
+        tokens = [sum(lengths[i] for micro in share for i in micro) for share in layout]
+        assert max(tokens) - min(tokens) <= max(lengths[i] for i in step)  # nobody has a row to give away
+
+
+def test_an_idle_micro_batch_adds_no_loss_and_a_gradient_of_zeros(tiny_folder):
+    model = build(tiny_folder, torch.float64)
+    loss = summed_loss(model, idle(make_rows(1)[0]))
+    loss.backward()
+    assert float(loss) == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 def test_a_plan_depends_on_epoch_and_seed_and_nothing_else():
-    rows = make_rows(40)
-    plans = {(e, s): plan_steps(rows, 8, 64, 1, True, e, s) for e in range(3) for s in range(3)}
-    assert all(plan_steps(rows, 8, 64, 1, True, e, s) == plan for (e, s), plan in plans.items())
+    plans = {(e, s): plan_epoch(40, 8, e, s) for e in range(3) for s in range(3)}
+    assert all(plan_epoch(40, 8, e, s) == plan for (e, s), plan in plans.items())
     assert len({str(plan) for plan in plans.values()}) == 9
 
 

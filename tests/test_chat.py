@@ -17,11 +17,12 @@ from conftest import make_folder
 from litpeft.build import build, load
 from litpeft.chat import chat
 from litpeft.chat_session import Session
+from litpeft.checkpoint import Weights
 from litpeft.errors import UserError
 from litpeft.generate import answer
-from litpeft.methods.base import delta_state
+from litpeft.methods.base import delta_state, put
 from litpeft.methods.lora import LoRA
-from litpeft.run import save_delta
+from litpeft.run import base_facts, save_result
 from litpeft.settings.generate import Chat, Sampling
 from litpeft.tokenizer import Tokenizer
 
@@ -40,10 +41,11 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     method = LoRA(rank=4)
     model = build(base, torch.float32, method)
     torch.manual_seed(0)
-    state = {name: torch.randn_like(tensor) * 0.1 for name, tensor in delta_state(model).items()}
+    put(model, {name: torch.randn_like(tensor) * 0.1 for name, tensor in delta_state(model).items()})
     folder = tmp_path_factory.mktemp("runs") / "lora"
     facts = {"template": {"name": "model", "system": None, "sha256": Tokenizer.load(base).template_hash}}
-    save_delta(folder / "final", state, "lora", method, base, facts)
+    facts["base"] = base_facts(base, None, Weights(base).fingerprint())
+    save_result(folder / "final", model, "lora", method, base, facts)
     return folder
 
 

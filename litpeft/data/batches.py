@@ -30,6 +30,12 @@ class Batch:
         return replace(self, ids=self.ids.to(device), at=self.at.to(device), targets=self.targets.to(device))
 
 
+def idle(row: Row) -> Batch:
+    """Returns a micro-batch that trains nothing: a rank without rows of its own must still step with the others."""
+    batch = collate([row])
+    return replace(batch, at=batch.at[:0], targets=batch.targets[:0])
+
+
 def collate(rows: Sequence[Row]) -> Batch:
     """Returns the rows as one micro-batch."""
     ids = torch.tensor([i for row in rows for i in row.ids])
@@ -61,28 +67,38 @@ def pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     return bins
 
 
-def plan_steps(
-    rows: Sequence[Row],
-    batch_size: int,
-    micro_tokens: int,
-    micro_batch_size: int,
-    packing: bool,
-    epoch: int,
-    seed: int,
-) -> list[list[list[int]]]:
-    """Returns an epoch as optimizer steps, each a list of micro-batches, each a list of row numbers.
+def plan_epoch(rows: int, batch_size: int, epoch: int, seed: int) -> list[list[int]]:
+    """Returns an epoch as optimizer steps, each a list of row numbers; the last step takes what is left.
 
-    The rows are shuffled and cut into steps of `batch_size`; the last step takes what is left. The plan depends on
-    nothing but the arguments, so a resumed run needs to know only its epoch and step.
+    The plan depends on nothing but the arguments, so a resumed run needs to know only its step.
     """
-    order = list(range(len(rows)))
+    order = list(range(rows))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    steps = []
-    for start in range(0, len(order), batch_size):
-        step = order[start : start + batch_size]
-        if packing:
-            bins = pack([len(rows[i].ids) for i in step], micro_tokens)
-            steps.append([[step[i] for i in numbers] for numbers in bins])
-        else:
-            steps.append([step[i : i + micro_batch_size] for i in range(0, len(step), micro_batch_size)])
-    return steps
+    return [order[start : start + batch_size] for start in range(0, rows, batch_size)]
+
+
+def lay_out(
+    step: Sequence[int], lengths: Sequence[int], ranks: int, micro_tokens: int, micro_batch_size: int | None
+) -> list[list[list[int]]]:
+    """Returns the micro-batches of each rank for a step of row numbers; `lengths` are those of all rows, in tokens.
+
+    Packed up to `micro_tokens`, or with `micro_batch_size` in rows of that many. Every rank gets equally many, since
+    they wait for each other; an empty one is to be idle in.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    if ranks == 1:
+        shares = [list(step)]
+    else:  # the longest rows first, each to the rank that has the least
+        for number in sorted(step, key=lambda i: -lengths[i]):
+            rank = load.index(min(load))
+            shares[rank].append(number)
+            load[rank] += lengths[number]
+    if micro_batch_size is None:
+        packed = [pack([lengths[i] for i in share], micro_tokens) for share in shares]
+        layout = [[[share[i] for i in numbers] for numbers in bins] for share, bins in zip(shares, packed, strict=True)]
+    else:
+        starts = [range(0, len(share), micro_batch_size) for share in shares]
+        layout = [[s[i : i + micro_batch_size] for i in at] for s, at in zip(shares, starts, strict=True)]
+    most = max(map(len, layout))
+    return [micro + [[] for _ in range(most - len(micro))] for micro in layout]

@@ -41,5 +41,11 @@ class Merge:
     """Folder of the base model, if it has moved since the run; its weights must be the same."""
     dtype: str | None = None
     """float32, bfloat16 or float16; default: that of the base's file."""
+    onto: str = "trained"
+    """trained: the weights that the run saw, dequantised where it held them quantised; original: those of the files."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
+
+    def __post_init__(self) -> None:
+        if self.onto not in ("trained", "original"):
+            raise ValueError(f"onto must be trained or original, got {self.onto!r}")

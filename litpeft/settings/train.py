@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from litpeft.settings.data import Data
+from litpeft.storage import STORAGES
 
 
 @dataclass
@@ -15,6 +16,18 @@ class Base:
     """Hugging Face folder of the base model."""
     precision: str = "auto"
     """bf16-true, bf16-mixed, 16-mixed, 32-true or 64-true; auto: bf16-true where the device has it, else 32-true."""
+    quantize: str | None = None
+    """Hold the linear layers of the blocks as nf4, fp4 (4 bits a weight) or int8; null: as base.precision says."""
+    double_quantize: bool = True
+    """With nf4 and fp4: quantise the constants too, 0.127 bits a weight for them instead of 0.5."""
+    cache: bool = False
+    """Keep the quantised weights in a folder of base.dir, and read them from there the next time."""
+
+    def __post_init__(self) -> None:
+        if self.quantize is not None and self.quantize not in STORAGES:
+            raise ValueError(f"base.quantize must be null, {' or '.join(STORAGES)}, got {self.quantize!r}")
+        if self.cache and self.quantize is None:
+            raise ValueError("base.cache is used only with base.quantize, which is null")
 
 
 @dataclass
@@ -46,7 +59,7 @@ class Train:
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the optimizer, e.g. {"betas": [0.9, 0.95]}."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of all that trains but vectors: norms and biases keep their size."""
     max_norm: float | None = 1.0
     """Largest norm of the gradient; a larger one is scaled down. null = no limit."""
     activation_checkpointing: bool = False
@@ -86,12 +99,39 @@ class Validation:
     """Measure on the first so many held-out rows only."""
     sample_tokens: int = 64
     """Longest sample answer that is shown at each measurement, in tokens; 0 shows none."""
+    metric: str = "loss"
+    """What the best checkpoint and patience go by: loss, or exact, the share of rows whose answer is the row's own."""
+    patience: int | None = None
+    """Stop after so many measurements in a row that are no better than the best; null = never."""
+    final: str = "last"
+    """The weights that the run ends with: last, or best by the metric."""
 
     def __post_init__(self) -> None:
-        for name, least in {"interval": 1, "max_rows": 1, "sample_tokens": 0}.items():
+        for name, least in {"interval": 1, "max_rows": 1, "sample_tokens": 0, "patience": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"validation.{name} must be at least {least}, got {value}")
+        for name, choices in {"metric": ("loss", "exact"), "final": ("last", "best")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"validation.{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
+
+
+@dataclass
+class Checkpoint:
+    """What is kept on disk while a run goes on, so that `--resume` can continue it."""
+
+    interval: int | None = None
+    """Optimizer steps between two checkpoints; default: ten in the run. 0: only when the run is stopped."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Keep the one that measured best on the held-out rows too."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"interval": 0, "keep_last": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"checkpoint.{name} must be at least {least}, got {value}")
 
 
 @dataclass
@@ -104,6 +144,21 @@ class Finetune:
     """Folder of the run; must not hold another."""
     train: Train = field(default_factory=Train)
     validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    devices: int = 1
+    """GPUs of each machine, or processes where there is no GPU."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """Over several devices: ddp (each holds the model), fsdp (they share it between them); auto: ddp."""
+    cpu_offload: bool = False
+    """With fsdp: keep each device's share in the machine's memory while it is not used."""
+    timeout: float = 1800.0
+    """Seconds that a device waits for another before it gives the run up."""
+    resume: bool = False
+    """Continue the run that `out` holds from its newest checkpoint; where it holds none, begin."""
+    resume_changed: tuple[str, ...] = ()
+    """Globs of settings that may differ from those that the run began with, e.g. train.epochs."""
     tensorboard: bool = False
     """Write TensorBoard files too; metrics.csv is always written."""
     dry_run: bool = False
@@ -113,6 +168,19 @@ class Finetune:
 
     def __post_init__(self) -> None:
         train, default = self.train, Train()
+        for name in ("devices", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.strategy not in ("auto", "ddp", "fsdp"):
+            raise ValueError(f"strategy must be auto, ddp or fsdp, got {self.strategy!r}")
+        if self.cpu_offload and self.strategy != "fsdp":
+            raise ValueError(f"cpu_offload is used only with strategy fsdp, got {self.strategy}")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be above 0 and finite, got {self.timeout}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: one continues the run, the other removes it")
+        if self.validation.final == "best" and not self.checkpoint.keep_best:
+            raise ValueError("validation.final best needs checkpoint.keep_best true")
         if self.data.packing and train.micro_batch_size != default.micro_batch_size:
             raise ValueError("train.micro_batch_size is used only with data.packing false; see train.micro_tokens")
         if not self.data.packing and train.micro_tokens != default.micro_tokens:

@@ -1,14 +1,15 @@
 """The command `litpeft finetune METHOD`: settings in, a folder with what was learned out."""
 
 import json
-import logging
-import os
 import resource
 import shlex
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -16,92 +17,220 @@ from lightning.fabric import Fabric
 
 from litpeft import __version__
 from litpeft.build import Loaded, build
-from litpeft.checkpoint import refuse_existing, replaced
-from litpeft.config import read_config
+from litpeft.checkpoint import Weights, refuse_existing, replaced
+from litpeft.config import ModelConfig, read_config
 from litpeft.data.sources import find
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import DataSet, Row, load, show
+from litpeft.data.tokenise import DataSet, load, show
 from litpeft.errors import UserError
-from litpeft.evaluate import Exchange
-from litpeft.generate import answer
-from litpeft.methods.base import Method, attach, delta_state, trainable
+from litpeft.methods.base import Method, attach, put, trainable, unfoldable
 from litpeft.model import GPT
-from litpeft.precision import pick_device, pick_precision
-from litpeft.run import save_delta
-from litpeft.settings.generate import Sampling
+from litpeft.precision import Precision, Storage, pick_device, pick_precision
+from litpeft.run import base_facts, find_run, save_result
 from litpeft.settings.train import Finetune
 from litpeft.tokenizer import Tokenizer
-from litpeft.train.fit import Progress, fit, total_steps
+from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
+from litpeft.train.devices import is_first, make_fabric, sharder
+from litpeft.train.fit import Progress, Trainer, total_steps
 from litpeft.train.log import Log
 from litpeft.train.optim import make_optimizer
-from litpeft.train.report import RunFacts, Sample, summary_lines, write_report
+from litpeft.train.report import RunFacts, summary_lines, write_report
+from litpeft.train.resume import began, check_same_run, circumstances, find_saved, rows_sha256
+from litpeft.train.samples import askable, exact_share, show_sample
+from litpeft.train.signals import StopSignals
 
 
 def finetune(settings: Finetune, name: str, method: Method) -> None:
     """Trains `method` as the settings say; leaves run.yaml, metrics.csv, final/ and report.md in `settings.out`."""
+    first = is_first()
+    say = print if first else (lambda text: None)
+    with StopSignals(partial(print, file=sys.stderr) if first else (lambda text: None)) as signals:
+        run = prepare(settings, name, method, say)
+        if run is None:
+            return
+        progress = run.train(signals)
+    if progress.exit_code:
+        sys.exit(progress.exit_code)
+
+
+def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], None]) -> "Preparation | None":
+    """Returns a run that can begin or go on, or None if nothing is left to do. What would go wrong later does here."""
     out, base = Path(settings.out), Path(settings.base.dir)
-    if not settings.dry_run:
+    # 1. the output
+    if not settings.dry_run and not settings.resume and is_first():
         refuse_existing(out, settings.overwrite)
     for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
         if Path(kept).resolve().is_relative_to(out.resolve()):
             raise UserError("CONFIG-037", f"the run would replace {kept}", where="out", hint="name another folder")
-    # 1. what would go wrong later goes wrong now: settings, model files, rows
+    checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, say, clear=is_first())
+    saved = find_saved(out, checkpoints, say) if settings.resume else None
+    # 2. model files and rows
     device = pick_device()
     precision = pick_precision(settings.base.precision, device, "base.precision")
     _, config = read_config(base)
     tokenizer = Tokenizer.load(base)
     tokenizer.check_vocabulary(config.vocab_size)
-    template = ChatTemplate(tokenizer, settings.data.template)
+    start = began(saved)
+    template = ChatTemplate(tokenizer, settings.data.template, now=start)
     rows = load(settings.data, tokenizer, template, config.max_positions)
-    print(rows.report)
+    say(str(rows.report))
     steps = total_steps(len(rows.train), settings.train)
     if settings.train.warmup_steps > steps:
-        print(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
+        say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
     if settings.dry_run:
-        return dry_run(settings, name, method, rows, tokenizer, steps)
-    # 2. the model, with the method at its start
-    torch.manual_seed(settings.train.seed)
-    model = build(base, precision.weights, method, device)
-    model.recompute = settings.train.activation_checkpointing
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    fabric = Fabric(accelerator=device.type, devices=1, precision=precision.fabric)
-    wrapped = fabric.setup_module(model, move_to_device=False)
-    optimizer = fabric.setup_optimizers(make_optimizer(settings.train, trainable(model).values()))
-    # 3. the run, and what is left of it
-    loaded = Loaded(model, tokenizer, template, settings.data.system, None)
-    seconds = None if settings.train.max_time is None else 60 * settings.train.max_time
-    samples: list[Sample] = []
-    with replaced(out, settings.overwrite):
-        begin_run(out, settings, name, method, rows)
-        with Log(out, steps, settings.tensorboard, max_time=seconds) as log:
-            tokens = settings.validation.sample_tokens
-            sample = partial(show_sample, fabric, loaded, rows.validation, tokens, log, samples)
-            progress = fit(fabric, wrapped, optimizer, rows.train, rows.validation, settings, log, sample)
+        dry_run(settings, name, method, rows, tokenizer, steps)
+        return None
+    # 3. is it the same run?
+    facts = {
+        "method": name,
+        "settings": plain(asdict(settings) | {"method": asdict(method)}),
+        "base": Weights(base).fingerprint(),
+        "rows": rows_sha256(rows.train, rows.validation),
+        "began": start.isoformat(),
+        "circumstances": circumstances(device, settings.devices * settings.num_nodes),
+    }
+    if saved is not None:
+        lines = check_same_run(saved, facts, settings.resume_changed, say)
+        done = find_run(out) if (out / "final").exists() else None
+        if done is not None and done.facts["finished"] and not lines:
+            say(f"{out} is finished: step {done.facts['step']}; nothing is left to do")
+            return None
+        say(f"going on after step {saved.step} of {steps}")
+    return Preparation(
+        settings, name, method, config, rows, tokenizer, template, precision, checkpoints, saved, facts, steps
+    )
+
+
+@dataclass
+class Preparation:
+    """All that a run needs before the model is built."""
+
+    settings: Finetune
+    name: str
+    method: Method
+    config: ModelConfig
+    rows: DataSet
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    precision: Precision
+    checkpoints: Checkpoints
+    saved: Checkpoint | None
+    facts: dict[str, Any]
+    steps: int
+
+    def train(self, signals: StopSignals) -> Progress:
+        """Builds the model, trains it, and writes what is left of the run."""
+        settings, method, out = self.settings, self.method, Path(self.settings.out)
+        fabric = make_fabric(settings, self.precision, pick_device())
+        # 1. the model, with the method at its start
+        torch.manual_seed(settings.train.seed)
+        held = settings.base
+        storage = None if held.quantize is None else Storage(held.quantize, held.double_quantize, held.cache)
+        device = torch.device("cpu") if settings.cpu_offload else fabric.device
+        base = Path(settings.base.dir)
+        shard = sharder(settings, self.precision, fabric)
+        model = build(base, self.precision.weights, method, device, storage, shard, fabric.is_global_zero)
+        model.recompute = settings.train.activation_checkpointing
+        wrapped = fabric.setup_module(model, move_to_device=False)
+        optimizer = fabric.setup_optimizers(make_optimizer(settings.train, trainable(model).values(), fabric.device))
+        if fabric.is_global_zero:
+            room(out, self.bytes_needed(model))
+        # 2. the run folder, and the run
+        with ExitStack() as stack:
+            if fabric.is_global_zero:
+                stack.enter_context(
+                    nullcontext() if self.saved else replaced(out, settings.overwrite or settings.resume)
+                )
+                begin_run(out, settings, self.name, method, self.rows)
+            fabric.barrier()
+            log = stack.enter_context(self.log(fabric.is_global_zero))
+            signals.tell = log.message
+            loaded = Loaded(model, self.tokenizer, self.template, settings.data.system, None)
+            questions = askable(loaded, self.rows.validation[: settings.validation.max_rows])
+            trainer = Trainer(
+                fabric,
+                wrapped,
+                model,
+                optimizer,
+                self.rows.train,
+                self.rows.validation,
+                settings,
+                log,
+                self.checkpoints,
+                self.facts,
+                partial(show_sample, fabric, loaded, questions, settings.validation.sample_tokens, log),
+                partial(exact_share, fabric, loaded, questions),
+                signals,
+            )
+            if self.saved is not None:
+                trainer.resume(self.saved)
+            progress = trainer.fit()
+            step = self.choose(model, progress)
+            self.save(model, progress, step, storage, fabric.is_global_zero)
+            if fabric.is_global_zero:
+                report(self, model, progress, fabric)
+        fabric.barrier()
+        return progress
+
+    def log(self, enabled: bool) -> Log:
+        """Returns where the loop reports to; a resumed run goes on in its files."""
+        limit, at = self.settings.train.max_time, self.saved
+        elapsed = at.state["progress"]["elapsed"] if at else 0.0
+        seconds = None if limit is None else elapsed + 60 * limit
+        step = at.step if at else 0
+        return Log(Path(self.settings.out), self.steps, self.settings.tensorboard, enabled, step, seconds)
+
+    def bytes_needed(self, model: GPT) -> int:
+        """Returns the room on disk for the checkpoints that are kept, the one being written, and the result."""
+        trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
+        kept = self.settings.checkpoint.keep_last + self.settings.checkpoint.keep_best + 1
+        return 3 * trained * kept + trained  # with two moments for each parameter
+
+    def choose(self, model: GPT, progress: Progress) -> int:
+        """Returns the step whose weights the run ends with, and puts them into the model."""
+        best = progress.best
+        if self.settings.validation.final == "last" or best is None or best[0] == progress.step or progress.exit_code:
+            return progress.step
+        put(model, self.checkpoints.at(best[0]).tensors("delta"))
+        return best[0]
+
+    def save(self, model: GPT, progress: Progress, step: int, storage: Storage | None, first: bool) -> None:
+        """Writes final/."""
         facts = {
-            "template": {"name": template.name, "sha256": tokenizer.template_hash, "system": settings.data.system},
-            "precision": precision.name,
-            "step": progress.step,
+            "base": base_facts(Path(self.settings.base.dir), storage, self.facts["base"]),
+            "template": {
+                "name": self.template.name,
+                "sha256": self.tokenizer.template_hash,
+                "system": self.settings.data.system,
+            },
+            "precision": self.precision.name,
+            "step": step,
+            "finished": not progress.exit_code and not progress.out_of_time,
         }
-        save_delta(out / "final", delta_state(model), name, method, base, facts)
-        report(out, settings, name, method, model, rows, progress, samples, precision.name)
-    if progress.exit_code:
-        sys.exit(progress.exit_code)
+        base = Path(self.settings.base.dir)
+        save_result(Path(self.settings.out) / "final", model, self.name, self.method, base, facts, first)
 
 
 def dry_run(settings: Finetune, name: str, method: Method, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:
     """Prints what the run would do; trains nothing, writes nothing, reads no weights."""
-    with torch.device("meta"):
-        model = GPT(read_config(Path(settings.base.dir))[1])
-        attach(model, method)
+    model = empty_model(read_config(Path(settings.base.dir))[1])
+    attach(model, method)
     total, train = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable(model).values())
     print(f"{name} would train {train:,} of {total:,} parameters ({train / total:.3%}) in {steps} optimizer steps")
     print(f"{rows.train[0].source}, as the model sees it (what is trained is marked):")
     print(show(rows.train[0], tokenizer, color=sys.stdout.isatty()))
 
 
+def empty_model(config: ModelConfig) -> GPT:
+    """Returns the model without memory for its weights, to be counted."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
 def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: DataSet) -> None:
     """Writes run.yaml, which is itself a --config, and the rows that were rejected."""
-    record = asdict(settings) | {"method": asdict(method)}
+    once = {"resume": False, "resume_changed": (), "overwrite": False}  # said of one command, not of the run
+    record = asdict(settings) | once | {"method": asdict(method)}
     text = yaml.safe_dump(plain(record), sort_keys=False, allow_unicode=True)
     command = f"# litpeft finetune {name} --config {out / 'run.yaml'} --out ANOTHER\n"
     (out / "run.yaml").write_text(command + text, encoding="utf-8")
@@ -117,58 +246,10 @@ def plain(value: object) -> object:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-@torch.no_grad()
-def show_sample(
-    fabric: Fabric, loaded: Loaded, held_out: list[Row], tokens: int, log: Log, samples: list[Sample], step: int
-) -> None:
-    """Answers the first two held-out rows that can be asked and shows the first; `samples` keeps the first and last."""
-    questions = askable(loaded, held_out)[:2]
-    if not tokens or not questions:
-        return
-    exchanges, prompts = zip(*questions, strict=True)
-    loaded.model.eval()
-    with fabric.autocast():
-        answers = answer(
-            loaded.model, prompts, loaded.tokenizer, Sampling(max_new_tokens=tokens), loaded.template.stop_ids
-        )
-    loaded.model.train()
-    if step == 0:
-        log.message(f"  asked:    {exchanges[0].asked}")
-        log.message(f"  expected: {exchanges[0].expected}")
-    log.message(f"  answered: {answers[0].text}")
-    for i, exchange in enumerate(exchanges):
-        first = samples[i].before if len(samples) > i else answers[i].text
-        samples[i : i + 1] = [Sample(exchange.asked, exchange.expected, before=first, after=answers[i].text)]
-
-
-def askable(loaded: Loaded, rows: list[Row]) -> list[tuple[Exchange, list[int]]]:
-    """Returns exchanges, with their prompts as tokens, that the template takes and that leave room for an answer."""
-    found = []
-    for row in rows[:20]:
-        exchange = Exchange.of(row)
-        try:
-            prompt = loaded.template.prompt(exchange.before)
-        except ValueError:  # a chat that the assistant opens, say: learnt from, but not to be asked
-            continue
-        if 0 < len(prompt) < loaded.model.config.max_positions:
-            found.append((exchange, prompt))
-    return found
-
-
-def report(
-    out: Path,
-    settings: Finetune,
-    name: str,
-    method: Method,
-    model: GPT,
-    rows: DataSet,
-    progress: Progress,
-    samples: list[Sample],
-    precision: str,
-) -> None:
+def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric) -> None:
     """Writes report.md and loss.png, and prints the same in a few lines."""
-    base = Path(settings.base.dir)
-    device = next(model.parameters()).device
+    settings, name, out = run.settings, run.name, Path(run.settings.out)
+    base, device = Path(settings.base.dir), fabric.device
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:
@@ -180,20 +261,20 @@ def report(
         title=f"{name} on {base.name}",
         command=shlex.join(["litpeft", "finetune", name, "--config", str(out / "run.yaml"), "--out", f"{out}-again"]),
         method=name,
-        settings=asdict(method),
+        settings=asdict(run.method),
         base=str(base),
-        parameters=sum(p.numel() for n, p in model.named_parameters() if n in model.base_keys),
-        precision=precision,
-        data=str(rows.report),
+        parameters=sum(p.numel() for p in empty_model(run.config).parameters()),
+        precision=run.precision.name,
+        data=str(run.rows.report),
         trainable=sum(p.numel() for p in trainable(model).values()),
-        delta_bytes=os.path.getsize(out / "final" / "delta.safetensors"),
+        delta_bytes=sum(path.stat().st_size for path in (out / "final").glob("*.safetensors")),
         steps=progress.step,
-        epochs=progress.step * settings.train.batch_size / len(rows.train),
+        epochs=progress.step * settings.train.batch_size / len(run.rows.train),
         tokens=progress.tokens,
         trained_tokens=progress.trained_tokens,
         seconds=progress.seconds,
         tokens_per_second=progress.tokens / progress.seconds,
-        device=str(device),
+        device=str(device) if fabric.world_size == 1 else f"{fabric.world_size} of {device.type}, {settings.strategy}",
         threads=torch.get_num_threads(),
         versions={"litpeft": __version__, "torch": torch.__version__},
         stopped=progress.stopped,
@@ -201,11 +282,11 @@ def report(
         first_loss=sum(progress.losses[:edge]) / edge,
         last_loss=sum(progress.losses[-edge:]) / edge,
         validation=progress.validations,
-        samples=samples,
+        samples=progress.samples,
         next_commands=[
             *evaluation,
             f"litpeft chat {out}",
-            f"litpeft merge {out}",
+            *([] if run.method.writes_model or unfoldable(model) else [f"litpeft merge {out}"]),
         ],
     )
     path = write_report(out, facts)

@@ -1,40 +1,62 @@
 """The one training loop. It knows rows, losses and steps, and nothing of any method."""
 
 import math
-import signal
+import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
+import torch.distributed
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 
-from litpeft.data.batches import Batch, collate, plan_steps
+from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
 from litpeft.data.tokenise import Row
-from litpeft.errors import INTERRUPTED, STOPPED, UserError
+from litpeft.distributed import whole
+from litpeft.errors import UserError
 from litpeft.evaluate import mean_loss, summed_loss
-from litpeft.methods.base import trainable
+from litpeft.methods.base import delta_state, put, trainable
+from litpeft.model import GPT
 from litpeft.settings.train import Finetune, Train
+from litpeft.train.checkpoints import Checkpoint, Checkpoints
 from litpeft.train.log import Log, StepRecord
 from litpeft.train.optim import lr_at
+from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
+from litpeft.train.report import Sample
+from litpeft.train.signals import NAMES, StopSignals, exit_code
 
 DONE = "all steps done"
 
 
 @dataclass
 class Progress:
-    """Where a run is and what it has seen."""
+    """Where a run is and what it has seen; a checkpoint holds it as JSON."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0  # spent in optimizer steps
+    elapsed: float = 0.0  # since the run began, without the time between a stop and its resume
     losses: list[float] = field(default_factory=list)  # nats per trained token, one a step
     validations: list[tuple[int, float]] = field(default_factory=list)  # step, nats per trained token
-    stopped: str = DONE
+    best: tuple[int, float] | None = None  # step and value of the metric
+    waited: int = 0  # measurements since then
+    samples: list[Sample] = field(default_factory=list)
+    stopped: str = ""
+    out_of_time: bool = False
     exit_code: int = 0
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Progress":
+        """Returns the progress that a checkpoint's JSON holds, ready to go on."""
+        samples = [Sample(**sample) for sample in record["samples"]]
+        validations = [(step, loss) for step, loss in record["validations"]]
+        best = record["best"] and tuple(record["best"])
+        record |= {"samples": samples, "validations": validations, "best": best}
+        return cls(**record | {"stopped": "", "out_of_time": False, "exit_code": 0})
 
 
 def total_steps(rows: int, train: Train) -> int:
@@ -43,68 +65,177 @@ def total_steps(rows: int, train: Train) -> int:
     return steps if train.max_steps is None else min(steps, train.max_steps)
 
 
-def fit(
-    fabric: Fabric,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    rows: list[Row],
-    held_out: list[Row],
-    settings: Finetune,
-    log: Log,
-    sample: Callable[[int], None],
-) -> Progress:
-    """Trains to the end of the run; `sample(step)` shows an answer at each measurement on the held-out rows."""
-    train, validation = settings.train, settings.validation
-    steps = total_steps(len(rows), train)
-    interval = validation.interval or max(1, steps // 10)
-    progress, start = Progress(), time.perf_counter()
+@dataclass
+class Trainer:
+    """A run: a model, its optimiser, its rows, and where they have got to."""
 
-    def measure() -> None:
-        if held_out:
-            measured = held_out[: validation.max_rows]
-            loss = mean_loss(model, measured, train.micro_tokens, fabric.device)
-            if not math.isfinite(loss):
-                what = f"the validation loss is {loss} after step {progress.step}: nothing more is trained or saved"
-                raise UserError("NUMERIC-002", what, hint="lower train.lr, or choose another base.precision")
-            progress.validations.append((progress.step, loss))
-            log.validation(progress.step, loss, sum(sum(row.trained) for row in measured))
-            sample(progress.step)
+    fabric: Fabric
+    model: torch.nn.Module  # as Fabric wraps it
+    gpt: GPT
+    optimizer: torch.optim.Optimizer
+    rows: list[Row]
+    held_out: list[Row]
+    settings: Finetune
+    log: Log
+    checkpoints: Checkpoints
+    facts: dict[str, Any]  # of the run, for the manifest of each checkpoint
+    sample: Callable[[Progress], None]  # shows answers to held-out rows
+    exact: Callable[[], float]  # the share of held-out rows that are answered exactly
+    signals: StopSignals
+    progress: Progress = field(default_factory=Progress)
 
-    model.train()
-    measure()
-    with stop_on_signal(log) as asked:
-        for micro_batches in steps_of_rows(rows, settings, steps, progress):
-            batches = [collate([rows[i] for i in numbers]).to(fabric.device) for numbers in micro_batches]
-            lr = lr_at(progress.step, steps, train)
-            began = time.perf_counter()
-            loss, norm = train_step(fabric, model, optimizer, batches, lr, train.max_norm, progress.step + 1)
-            now = time.perf_counter()
-            log.step(record(progress, batches, loss, lr, norm, now - began, now - start))
-            if asked:
-                progress.stopped = f"{asked[0]} at step {progress.step} of {steps}"
-                progress.exit_code = INTERRUPTED if asked[0] == "SIGINT" else STOPPED
-            elif train.max_time is not None and now - start >= 60 * train.max_time:
-                progress.stopped = f"max_time reached at step {progress.step} of {steps}"
-            if progress.stopped != DONE or progress.step == steps or progress.step % interval == 0:
-                measure()
-            if progress.stopped != DONE:
-                break
-    return progress
+    def __post_init__(self) -> None:
+        train, validation, checkpoint = self.settings.train, self.settings.validation, self.settings.checkpoint
+        self.steps = total_steps(len(self.rows), train)
+        tenth = max(1, self.steps // 10)
+        self.measure_every = validation.interval or tenth
+        self.save_every = tenth if checkpoint.interval is None else checkpoint.interval
+        self.lengths = [len(row.ids) for row in self.rows]
+        names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
+        self.names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
+    def fit(self) -> Progress:
+        """Trains to the end of the run, or to where it is stopped."""
+        progress = self.progress
+        self.start = time.perf_counter() - progress.elapsed
+        limit = self.settings.train.max_time
+        self.deadline = math.inf if limit is None else time.perf_counter() + 60 * limit
+        self.model.train()
+        if progress.step == 0:
+            self.measure()
+        self.signals.training = True
+        for numbers in self.planned_steps():
+            self.take_step(numbers)
+            if progress.stopped:
+                self.save()
+                if not progress.exit_code:
+                    self.measure()
+                return progress
+            better = False
+            if progress.step % self.measure_every == 0 or progress.step == self.steps:
+                better = self.judge(self.measure())
+            if better or (self.save_every and progress.step % self.save_every == 0):
+                self.save()
+            if progress.stopped:
+                return progress
+        progress.stopped = DONE
+        return progress
 
-def steps_of_rows(rows: list[Row], settings: Finetune, steps: int, progress: Progress) -> Iterator[list[list[int]]]:
-    """Yields each optimizer step of the run as its micro-batches of row numbers."""
-    data, train = settings.data, settings.train
-    left = steps
-    for epoch in range(train.epochs):
-        plan = plan_steps(
-            rows, train.batch_size, train.micro_tokens, train.micro_batch_size, data.packing, epoch, data.seed
+    def planned_steps(self) -> Iterator[list[int]]:
+        """Yields the row numbers of each optimizer step that is still to be done."""
+        train, seen = self.settings.train, 0
+        for epoch in range(train.epochs):
+            self.progress.epoch = epoch
+            plan = plan_epoch(len(self.rows), train.batch_size, epoch, self.settings.data.seed)
+            yield from plan[max(0, self.progress.step - seen) : self.steps - seen]
+            seen += len(plan)
+            if seen >= self.steps:
+                return
+
+    def take_step(self, numbers: list[int]) -> None:
+        """Takes one optimizer step with these rows, and counts it in."""
+        fabric, train, progress = self.fabric, self.settings.train, self.progress
+        began = time.perf_counter()
+        size = None if self.settings.data.packing else train.micro_batch_size
+        layout = lay_out(numbers, self.lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
+        batches = [collate([self.rows[i] for i in micro]) if micro else idle(self.rows[numbers[0]]) for micro in layout]
+        trained = sum(sum(self.rows[i].trained) for i in numbers)
+        lr = lr_at(progress.step, self.steps, train)
+        # what is random in a step follows from its number, so that a resumed run draws the same
+        torch.manual_seed(random.Random(f"{train.seed} {progress.step} {fabric.global_rank}").getrandbits(62))
+        batches = [batch.to(fabric.device) for batch in batches]
+        loss, norm, wishes = train_step(
+            fabric, self.model, self.optimizer, batches, trained, lr, train.max_norm, progress.step + 1, self.wishes
         )
-        progress.epoch = epoch
-        yield from plan[:left]
-        left -= len(plan)
-        if left <= 0:
-            return
+        now = time.perf_counter()
+        tokens = sum(self.lengths[i] for i in numbers)
+        progress.step += 1
+        progress.tokens += tokens
+        progress.trained_tokens += trained
+        progress.losses.append(loss)
+        progress.seconds += now - began
+        progress.elapsed = now - self.start
+        self.heed(wishes)
+        self.log.step(
+            StepRecord(
+                step=progress.step,
+                epoch=progress.epoch,
+                loss=loss,
+                lr=lr,
+                grad_norm=norm,
+                tokens=progress.tokens,
+                trained_tokens=progress.trained_tokens,
+                tokens_per_second=tokens / (now - began),
+                seconds=progress.elapsed,
+            )
+        )
+
+    def wishes(self) -> list[float]:
+        """Returns 1 for each reason that this rank has to stop: the signals, then max_time."""
+        return [*(float(self.signals.asked == name) for name in NAMES), float(time.perf_counter() >= self.deadline)]
+
+    def heed(self, wishes: list[float]) -> None:
+        """Notes why the run stops, if any rank wished it: all of them know, and stop after the same step."""
+        reason = next((name for name, wish in zip([*NAMES, ""], wishes, strict=True) if wish), None)
+        if reason is not None:
+            self.progress.stopped = f"{reason or 'max_time reached'} at step {self.progress.step} of {self.steps}"
+            self.progress.exit_code = exit_code(reason) if reason else 0
+            self.progress.out_of_time = not reason
+
+    def measure(self) -> float | None:
+        """Returns the metric on the held-out rows, and shows an answer; None where there are no such rows."""
+        progress, validation = self.progress, self.settings.validation
+        measured = self.held_out[: validation.max_rows]
+        if not measured:
+            return None
+        loss = mean_loss(self.model, measured, self.settings.train.micro_tokens, self.fabric.device, self.fabric)
+        if not math.isfinite(loss):
+            what = f"the validation loss is {loss} after step {progress.step}: nothing more is trained or saved"
+            raise UserError("NUMERIC-002", what, hint="lower train.lr, or choose another base.precision")
+        progress.validations.append((progress.step, loss))
+        exact = self.exact() if validation.metric == "exact" else None
+        self.log.validation(progress.step, loss, sum(sum(row.trained) for row in measured), exact)
+        self.sample(progress)
+        progress.elapsed = time.perf_counter() - self.start
+        return loss if exact is None else exact
+
+    def judge(self, value: float | None) -> bool:
+        """Returns whether a measurement is the best so far and to be kept; notes it if patience is at its end."""
+        progress, validation = self.progress, self.settings.validation
+        if value is None:
+            return False
+        sign = 1 if validation.metric == "loss" else -1  # smaller is better, or larger
+        if progress.best is None or sign * value < sign * progress.best[1]:
+            progress.best, progress.waited = (progress.step, value), 0
+            return self.settings.checkpoint.keep_best
+        progress.waited += 1
+        if validation.patience is not None and progress.waited >= validation.patience:
+            step, best = progress.best
+            progress.stopped = (
+                f"no better {validation.metric} than {best:.4f} of step {step} in {progress.waited} measurements, "
+                f"at step {progress.step} of {self.steps}"
+            )
+        return False
+
+    def save(self) -> None:
+        """Writes a checkpoint: all ranks give their shares, the first writes."""
+        delta = {name: whole(tensor).cpu() for name, tensor in delta_state(self.gpt).items()}
+        moments, values = optimizer_tensors(self.optimizer, self.names)
+        if self.fabric.is_global_zero:
+            scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+            state = {"progress": asdict(self.progress), "optimizer": values, "scaler": scaler and scaler.state_dict()}
+            best = {self.progress.best[0]} if self.progress.best and self.settings.checkpoint.keep_best else set()
+            tensors = {"delta": delta, "optimizer": moments}
+            self.checkpoints.save(self.progress.step, tensors, state, self.facts, keep=best)
+        self.fabric.barrier()
+
+    def resume(self, saved: Checkpoint) -> None:
+        """Puts model, optimiser and progress back to where a checkpoint has them."""
+        put(self.gpt, saved.tensors("delta"))
+        load_optimizer(self.optimizer, self.names, saved.tensors("optimizer"), saved.state["optimizer"])
+        if saved.state["scaler"]:
+            self.fabric.strategy.precision.scaler.load_state_dict(saved.state["scaler"])
+        self.progress = Progress.of(saved.state["progress"])
 
 
 def train_step(
@@ -112,90 +243,57 @@ def train_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[Batch],
+    trained: int,
     lr: float,
     max_norm: float | None,
     step: int,
-) -> tuple[float, float]:
-    """Takes optimizer step `step`; returns the loss in nats per trained token and the norm of its gradient.
+    wishes: Callable[[], list[float]] = list,
+) -> tuple[float, float, list[float]]:
+    """Takes optimizer step `step` with this rank's micro-batches; `trained` tokens train in those of all ranks.
 
-    The loss is the sum over the trained tokens of all micro-batches, divided by their number: how the rows of a step
-    are spread over micro-batches changes nothing.
+    Returns the loss in nats per trained token, the norm of its gradient, and the `wishes` summed over the ranks. The
+    loss is the sum over the trained tokens of all micro-batches of all ranks, divided by their number: how the rows of
+    a step are spread changes nothing.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    tokens = sum(len(batch.targets) for batch in batches)
-    sums = []
-    for batch in batches:
-        loss = summed_loss(model, batch)
-        fabric.backward(loss / tokens)
-        sums.append(loss.detach())
-    norm = fabric.clip_gradients(model, optimizer, max_norm=max_norm or float("inf"), error_if_nonfinite=False)
-    total = torch.stack(sums)
-    if not torch.isfinite(total.sum()) or not torch.isfinite(norm):
-        refuse_nonfinite(fabric, model, batches, total, step)
+    losses = []
+    for number, batch in enumerate(batches, 1):
+        # FSDP would hold whole gradients while it does not exchange them: there each micro-batch does
+        wait = number < len(batches) and isinstance(fabric.strategy, DDPStrategy)
+        with fabric.no_backward_sync(model, enabled=wait):
+            loss = summed_loss(model, batch)
+            fabric.backward(loss * (fabric.world_size / trained))  # Fabric averages the gradients of the ranks
+        losses.append(loss.detach())
+    norm = whole(fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False))
+    total = float(torch.stack(losses).double().sum())
+    sums = torch.tensor([total, *wishes()], dtype=torch.float64, device=fabric.device)
+    sums = fabric.all_reduce(sums, reduce_op="sum").tolist()
+    if not (math.isfinite(sums[0]) and torch.isfinite(norm)):
+        refuse_nonfinite(fabric, model, batches, losses, step)
     optimizer.step()
     optimizer.zero_grad()
-    return float(total.sum()) / tokens, float(norm)
+    return sums[0] / trained, float(norm), sums[1:]
 
 
 def refuse_nonfinite(
-    fabric: Fabric, model: torch.nn.Module, batches: list[Batch], sums: torch.Tensor, step: int
+    fabric: Fabric, model: torch.nn.Module, batches: list[Batch], losses: list[torch.Tensor], step: int
 ) -> None:
-    """Raises, naming the rows whose loss is not finite, or the first gradient that is not.
+    """Raises on all ranks, naming the rows whose loss is not finite on any, or the first gradient that is not.
 
     A gradient that overflows in float16 is no error: the scaler of 16-mixed skips that step and lowers its scale.
     """
-    rows = [source for batch, ok in zip(batches, sums.isfinite(), strict=True) if not ok for source in batch.sources]
+    rows = [
+        source for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite() for source in batch.sources
+    ]
+    if fabric.world_size > 1:
+        everyones: list[list[str]] = [[] for _ in range(fabric.world_size)]
+        torch.distributed.all_gather_object(everyones, rows)
+        rows = [source for one in everyones for source in one]
     if not rows and getattr(fabric.strategy.precision, "scaler", None) is not None:
         return
-    bad = [n for n, p in trainable(model).items() if p.grad is not None and not p.grad.isfinite().all()]
+    bad = [n for n, p in trainable(model).items() if p.grad is not None and not whole(p.grad).isfinite().all()]
     gradient = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
     what = f"the loss of rows {', '.join(rows[:8])}" if rows else gradient
     hint = "nothing of this step was taken; lower train.lr, or choose another base.precision"
     raise UserError("NUMERIC-001", f"step {step}: {what} is not finite", hint=hint)
-
-
-def record(
-    progress: Progress, batches: list[Batch], loss: float, lr: float, norm: float, took: float, seconds: float
-) -> StepRecord:
-    """Counts a step in and returns its figures; `took` and `seconds` are the step's and the run's time."""
-    tokens = sum(batch.tokens for batch in batches)
-    progress.step += 1
-    progress.tokens += tokens
-    progress.trained_tokens += sum(len(batch.targets) for batch in batches)
-    progress.losses.append(loss)
-    progress.seconds += took
-    return StepRecord(
-        step=progress.step,
-        epoch=progress.epoch,
-        loss=loss,
-        lr=lr,
-        grad_norm=norm,
-        tokens=progress.tokens,
-        trained_tokens=progress.trained_tokens,
-        tokens_per_second=tokens / took,
-        seconds=seconds,
-    )
-
-
-@contextmanager
-def stop_on_signal(log: Log) -> Iterator[list[str]]:
-    """Yields a list that a signal fills with its name, so that the loop can end after its step.
-
-    A second Ctrl-C ends the program at once.
-    """
-    asked: list[str] = []
-
-    def ask(number: int, frame: object) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-        log.message(f"{asked[0]}: stopping after this step, then saving; Ctrl-C now would throw the run away")
-
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    before = {number: signal.signal(number, ask) for number in signals}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

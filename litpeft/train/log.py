@@ -20,6 +20,7 @@ COLUMNS = (
     "epoch",
     "loss",
     "val_loss",
+    "val_exact",
     "lr",
     "grad_norm",
     "tokens",
@@ -27,7 +28,7 @@ COLUMNS = (
     "tokens_per_second",
     "seconds",
 )
-SCALARS = ("loss", "val_loss", "lr", "grad_norm", "tokens_per_second")  # what TensorBoard draws
+SCALARS = ("loss", "val_loss", "val_exact", "lr", "grad_norm", "tokens_per_second")  # what TensorBoard draws
 LINES = 20  # lines of a whole run where there is no terminal
 WINDOW = 100  # steps whose mean duration predicts the time left
 
@@ -129,12 +130,16 @@ class Log:
             self.message(self._unprinted)
             self._printed, self._unprinted = part, ""
 
-    def validation(self, step: int, loss: float, tokens: int) -> None:
-        """Reports the loss on held-out rows after `step`, a mean over their `tokens` trained tokens."""
+    def validation(self, step: int, loss: float, tokens: int, exact: float | None = None) -> None:
+        """Reports the loss on held-out rows after `step`, a mean over their `tokens` trained tokens.
+
+        `exact` is the share of them that is answered exactly, where that is measured.
+        """
         if not self.enabled:
             return
-        self._record({"step": step, "val_loss": loss})
-        self.message(f"step {step}/{self.steps}  validation loss {loss:.4f} over {tokens:,} tokens")
+        self._record({"step": step, "val_loss": loss} | ({} if exact is None else {"val_exact": exact}))
+        score = "" if exact is None else f", {exact:.1%} answered exactly"
+        self.message(f"step {step}/{self.steps}  validation loss {loss:.4f} over {tokens:,} tokens{score}")
 
     def message(self, text: str) -> None:
         """Prints a line on standard error, above the bar if there is one."""

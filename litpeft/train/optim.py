@@ -3,12 +3,14 @@
 import inspect
 import math
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
 import torch.nn as nn
 
 from litpeft.errors import UserError, nearest
 from litpeft.settings.train import Train
+from litpeft.storage.kernels import bitsandbytes
 
 
 def lr_at(step: int, steps: int, train: Train) -> float:
@@ -26,8 +28,13 @@ def lr_at(step: int, steps: int, train: Train) -> float:
     return train.min_lr + left * (train.lr - train.min_lr)
 
 
-def make_optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Returns the optimiser that `train.optimizer` names, over these parameters."""
+def make_optimizer(
+    train: Train, parameters: Iterable[nn.Parameter], device: torch.device | str = "cpu"
+) -> torch.optim.Optimizer:
+    """Returns the optimiser that `train.optimizer` names, over these parameters, which are on `device`.
+
+    Norms' weights and biases do not decay: towards zero is not towards the model.
+    """
     library, _, name = train.optimizer.rpartition(".")
     if library not in ("", "bitsandbytes"):
         what = f"{train.optimizer!r} is neither a class of torch.optim nor bitsandbytes.NAME"
@@ -39,6 +46,10 @@ def make_optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.op
     if name not in known:
         what = f"{module.__name__} has no {name!r}{nearest(name, sorted(known))}"
         raise UserError("CONFIG-041", what, where="train.optimizer")
+    if library and name.startswith("Paged") and torch.device(device).type != "cuda":
+        what = f"{name} pages its state between a GPU and the machine's memory, and this run is on {device}"
+        hint = f"take bitsandbytes.{name.removeprefix('Paged')}"
+        raise UserError("CONFIG-047", what, where="train.optimizer", hint=hint)
     takes = inspect.signature(known[name]).parameters
     arguments = dict(train.optimizer_args)
     both = sorted({"lr", "weight_decay"} & set(arguments))
@@ -53,21 +64,19 @@ def make_optimizer(train: Train, parameters: Iterable[nn.Parameter]) -> torch.op
         raise UserError("CONFIG-044", f"{name} has no weight decay", where="train.weight_decay")
     if "weight_decay" in takes:
         arguments["weight_decay"] = train.weight_decay
-    if "fused" in takes and not {"fused", "foreach"} & set(arguments):
+    if name in ("Adam", "AdamW") and not library and not {"fused", "foreach"} & set(arguments):
         arguments["fused"] = True  # one pass over each tensor instead of one for each operation
+    every = list(parameters)
+    matrices, vectors = ([p for p in every if (p.ndim > 1) == many] for many in (True, False))
+    groups = [{"params": matrices}, {"params": vectors} | ({"weight_decay": 0.0} if "weight_decay" in takes else {})]
     try:
-        return known[name](list(parameters), lr=train.lr, **arguments)
+        return known[name]([group for group in groups if group["params"]], lr=train.lr, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError("CONFIG-045", f"{name} refuses: {error}", where="train.optimizer_args") from None
 
 
-def _bitsandbytes():
-    import logging
-
-    # it tells of a kernel that only its own 4-bit layers would use
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+def _bitsandbytes() -> ModuleType:
     try:
-        import bitsandbytes
+        return bitsandbytes().optim
     except ImportError as error:
         raise UserError("CONFIG-046", f"bitsandbytes cannot be used: {error}", where="train.optimizer") from None
-    return bitsandbytes.optim

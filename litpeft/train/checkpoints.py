@@ -1,0 +1,288 @@
+"""The checkpoints of a run: folders written as a whole or not at all, and read only if every byte is as written.
+
+RUN/checkpoints/step-00000123/
+    delta.safetensors, optimizer.safetensors, ...   tensors, one file for each stem
+    state.json                                      where the run is, in plain values
+    MANIFEST.json                                   size and sha256 of each file, what the run was made of, checksum
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from litpeft.checkpoint import file_sha256, read_header, remove_leftovers, save_tensors, sync, whole_folder
+from litpeft.config import read_json
+from litpeft.errors import UserError
+from litpeft.run import checksum
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint on disk whose files were found to be as they were written."""
+
+    step: int  # optimizer steps done
+    folder: Path
+    state: dict[str, Any]
+    facts: dict[str, Any]
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """Returns the tensors that were saved under this stem, straight from the file's pages."""
+        path = self.folder / f"{stem}.safetensors"
+        if not path.is_file():
+            raise UserError("MODEL-622", f"this checkpoint holds no {path.name}", where=str(self.folder))
+        return load_file(path)
+
+
+class Checkpoints:
+    """The folder `RUN/checkpoints`. One process of a run writes it; the newest is found by step, never by date."""
+
+    def __init__(self, folder: Path, keep_last: int = 2, tell: Callable[[str], None] = print, clear: bool = True):
+        """What killed runs left is removed if `clear`: one process of a run may do that."""
+        assert keep_last >= 1, "a run keeps at least its last checkpoint"
+        self.folder, self.keep_last, self.tell = Path(folder), keep_last, tell
+        self._seen: dict[int, list[tuple]] = {}  # step -> what its files looked like when they were last verified
+        left = (re.fullmatch(r"\.tmp-(step-[0-9]{8,})-[0-9]+(-old)?", p.name) for p in self.folder.glob(".tmp-step-*"))
+        try:
+            for name in sorted({match[1] for match in left if match and clear}):
+                remove_leftovers(self.folder / name)
+        except OSError as error:
+            what = f"what a killed run left cannot be cleared: {error.strerror or error}"
+            raise UserError("RESOURCE-622", what, where=str(self.folder)) from None
+
+    def steps(self) -> list[int]:
+        """Returns the steps that there are folders for, in order; what is in them is not looked at."""
+        if not self.folder.is_dir():
+            return []
+        found = []
+        for path in self.folder.iterdir():
+            match = re.fullmatch(r"step-([0-9]{8,18})", path.name)
+            if match and path.name == folder_name(int(match[1])) and path.is_dir() and not path.is_symlink():
+                found.append(int(match[1]))
+        return sorted(found)
+
+    def newest(self) -> Checkpoint | None:
+        """Returns the newest checkpoint that verifies, or None; tells of each newer one why it is passed over."""
+        found, broken = None, {}
+        for step in reversed(self.steps()):
+            try:
+                found = self._read(step)
+                break
+            except ValueError as error:
+                broken[step] = error
+        for step, why in broken.items():
+            instead = f"{folder_name(found.step)} is taken" if found else "there is no whole one before it"
+            self.tell(f"checkpoint {folder_name(step)} is passed over ({why}): {instead}")
+        return found
+
+    def at(self, step: int) -> Checkpoint:
+        """Returns the checkpoint of this step."""
+        steps = self.steps()
+        if step not in steps:
+            what = f"there is no checkpoint of step {step}; there is {', '.join(map(str, steps)) or 'none'}"
+            raise UserError("MODEL-620", what, where=str(self.folder))
+        try:
+            return self._read(step)
+        except ValueError as error:
+            others = ", ".join(str(other) for other in steps if other != step)
+            hint = f"take another: {others}" if others else "begin the run again"
+            raise UserError("MODEL-621", str(error), where=str(self.folder / folder_name(step)), hint=hint) from None
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        facts: dict[str, Any],
+        keep: Collection[int] = (),
+    ) -> None:
+        """Writes the checkpoint of a step, in place of one that is there, and then removes what need not be kept.
+
+        Kept are the newest `keep_last` whole ones up to this step, and those of the steps in `keep`. One of a later
+        step goes: the run went back behind it, and it must not be what the next resume finds.
+        """
+        bad = next(nonfinite({**tensors, "state": state, "facts": facts}), None)
+        if bad:
+            what = f"{bad} is not finite at step {step}: no checkpoint is written, the ones before are as they were"
+            raise UserError("NUMERIC-620", what, where=str(self.folder))
+        try:
+            self._write(step, tensors, state, facts)
+        except (OSError, UserError) as error:
+            why = error.what if isinstance(error, UserError) else error.strerror or error
+            what = f"the checkpoint of step {step} is not written, the ones before are as they were: {why}"
+            hint = "make room or give the right to write there, then go on with --resume true"
+            raise UserError("RESOURCE-621", what, where=str(self.folder), hint=hint) from error
+        self._prune(step, keep)
+
+    def _write(
+        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        new = not self.folder.is_dir()
+        path = self.folder / folder_name(step)
+        with whole_folder(path) as folder:
+            for stem, named in tensors.items():
+                save_tensors(writable(named), folder / f"{stem}.safetensors")
+            (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+            files = {p.name: {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.iterdir())}
+            record = {"format": FORMAT, "step": step, "files": files, "facts": json.loads(json.dumps(facts))}
+            record["checksum"] = checksum(record)
+            (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if new:  # the names of the folder and of the run are in the folders above
+            sync(self.folder.parent)
+            with suppress(PermissionError):  # one that may not be listed cannot be synced; it need not be ours
+                sync(self.folder.parent.parent)
+        self._seen[step] = looks(path)
+
+    def _read(self, step: int) -> Checkpoint:
+        """Returns a checkpoint all of whose files are as they were written; a ValueError says what is not."""
+        folder = self.folder / folder_name(step)
+        try:
+            facts = read_manifest(folder, step)
+            checkpoint = Checkpoint(step, folder, read_json(folder / STATE, "the file"), facts)
+            self._seen[step] = looks(folder)
+        except UserError as error:
+            raise ValueError(f"{Path(error.where).name}: {error.what}") from None
+        except (OSError, RecursionError) as error:
+            raise ValueError(f"cannot be read: {error}") from None
+        return checkpoint
+
+    def _is_whole(self, step: int) -> bool:
+        """Returns whether a checkpoint verifies; one whose files look as they did then is not read again."""
+        try:
+            if self._seen.get(step) != looks(self.folder / folder_name(step)):
+                self._read(step)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def _prune(self, step: int, keep: Collection[int]) -> None:
+        kept = {step}
+        for older in reversed(self.steps()):
+            if len(kept) < self.keep_last and older < step and self._is_whole(older):
+                kept.add(older)
+        for other in self.steps():
+            if other in kept or other in keep:
+                continue
+            path = self.folder / folder_name(other)
+            gone = self.folder / f".tmp-{path.name}-{os.getpid()}"  # if we are killed now, the next run clears it
+            try:
+                os.rename(path, gone)
+            except OSError as error:
+                self.tell(f"checkpoint {path.name} cannot be removed: {error.strerror or error}")
+                continue
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def looks(folder: Path) -> list[tuple]:
+    """Returns what tells, without reading them, that a folder's files are those that they were."""
+    stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
+    return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
+
+
+def read_manifest(folder: Path, step: int) -> dict[str, Any]:
+    """Returns the facts in a checkpoint's manifest; a ValueError says which file is not as it was written, and how."""
+    if (folder / MANIFEST).is_symlink() or not (folder / MANIFEST).is_file():
+        raise ValueError(f"{MANIFEST} is missing")
+    record = read_json(folder / MANIFEST, "the file")
+    if record.pop("checksum", None) != checksum(record):
+        raise ValueError(f"{MANIFEST}: checksum mismatch")
+    files, facts = record.get("files"), record.get("facts")
+    if record.get("format") != FORMAT or not isinstance(files, dict) or not isinstance(facts, dict):
+        raise ValueError(f"{MANIFEST}: format {str(record.get('format'))[:20]!r} is not of this version of litpeft")
+    if record.get("step") != step:
+        raise ValueError(f"{MANIFEST} is of step {str(record.get('step'))[:20]!r}")
+    if STATE not in files:
+        raise ValueError(f"{MANIFEST} does not name {STATE}")
+    for name, written in files.items():
+        path = folder / name
+        if not re.fullmatch(r"\w+\.(safetensors|json)", name, re.ASCII) or path.is_symlink():
+            raise ValueError(f"{name[:60]!r} escapes the checkpoint's folder")
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        size, digest = (written.get(key) for key in ("size", "sha256")) if isinstance(written, dict) else (None, None)
+        if path.stat().st_size != size:
+            raise ValueError(f"{name}: size {path.stat().st_size} of {str(size)[:20]}")
+        if file_sha256(path) != digest:
+            raise ValueError(f"{name}: sha256 mismatch")
+        if path.suffix == ".safetensors":
+            read_header(path)
+    return facts
+
+
+def writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors as a file takes them: on the CPU, contiguous, and no two in the same memory."""
+    ready: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return ready
+
+
+def nonfinite(value: object, name: str = "") -> Iterator[str]:
+    """Yields the name of each tensor and number in `value`, a dict of them at any depth, that is not finite."""
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from nonfinite(item, f"{name}: {key}" if name else str(key))
+    elif isinstance(value, Tensor):
+        if not torch.isfinite(value).all():
+            yield name
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield name
+
+
+def room(folder: Path, needed_bytes: int) -> None:
+    """Raises if the file system that `folder` is on, or will be on, has less room left than needed."""
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed_bytes:
+        what = f"the checkpoints need {needed_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left"
+        hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.r)"
+        raise UserError("RESOURCE-620", what, where=str(folder), hint=hint)
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings under dotted keys, with lists for tuples."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def changed(then: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> list[str]:
+    """Returns a line like `train.lr: 0.001 -> 0.002` for each setting that differs and that no glob allows to."""
+
+    def shown(settings: dict[str, Any], key: str) -> str:
+        return json.dumps(settings[key], default=str) if key in settings else "not set"
+
+    then, now = flat(then), flat(now)
+    lines = []
+    for key in dict.fromkeys((*then, *now)):
+        differs = key not in then or key not in now or then[key] != now[key]
+        if differs and not any(fnmatchcase(key, glob) for glob in allowed):
+            lines.append(f"{key}: {shown(then, key)} -> {shown(now, key)}")
+    return lines

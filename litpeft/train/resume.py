@@ -1,0 +1,90 @@
+"""Which run a command continues: its checkpoint, and whether it is still the same run."""
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litpeft import __version__
+from litpeft.data.tokenise import Row
+from litpeft.errors import UserError
+from litpeft.train.checkpoints import Checkpoint, Checkpoints, changed
+
+# What may differ between a run and its resume: none of it changes what is learned, and rows and weights are compared by
+# their content.
+FREE = (
+    *("out", "resume", "resume_changed", "overwrite", "dry_run", "tensorboard", "timeout"),
+    *("devices", "num_nodes", "strategy", "cpu_offload", "base.dir", "base.cache", "data.path", "data.validation_path"),
+    *("checkpoint.*", "validation.sample_tokens", "train.max_time", "train.activation_checkpointing"),
+)
+
+
+def rows_sha256(*groups: Sequence[Row]) -> str:
+    """Returns the sha256 over the tokens of all rows, in their order, and over which of them are trained."""
+    digest = hashlib.sha256()
+    for rows in groups:
+        for row in rows:
+            digest.update(repr((row.ids, row.trained)).encode())
+        digest.update(b"next")
+    return digest.hexdigest()
+
+
+def circumstances(device: torch.device, ranks: int) -> dict[str, Any]:
+    """Returns what the last bits of a run's numbers depend on beside its settings."""
+    return {
+        "litpeft": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+    }
+
+
+def find_saved(out: Path, checkpoints: Checkpoints, say: Callable[[str], None]) -> Checkpoint | None:
+    """Returns the newest whole checkpoint of the run in `out`, or None if the run is to begin."""
+    saved = checkpoints.newest()
+    if saved is not None:
+        return saved
+    if (out / "final").exists():
+        what = "the run has a result but no checkpoint to continue from"
+        hint = "name another out, or begin again with --overwrite"
+        raise UserError("MODEL-090", what, where=str(out), hint=hint)
+    say(f"{out} holds no checkpoint: the run begins")
+    return None
+
+
+def began(saved: Checkpoint | None) -> datetime:
+    """Returns the time that a run began, which a chat template may print: a resumed run must see the same tokens."""
+    return datetime.now() if saved is None else datetime.fromisoformat(saved.facts["began"])
+
+
+def check_same_run(
+    saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str, ...], say: Callable[[str], None]
+) -> list[str]:
+    """Returns the settings that changed and were allowed to; raises if anything else of the run is another."""
+    where = str(saved.folder)
+    names = {"method": "another method", "base": "other base weights", "rows": "other rows"}
+    for key, what in names.items():
+        if saved.facts[key] != facts[key]:
+            values = f"{str(saved.facts[key])[:12]} then, {str(facts[key])[:12]} now"
+            hint = "a resumed run continues on what it began with; take another out for a new run"
+            raise UserError("CONFIG-090", f"the run began with {what}: {values}", where=where, hint=hint)
+    lines = changed(saved.facts["settings"], facts["settings"], FREE)
+    refused = [line for line in lines if not any(fnmatchcase(line.split(":")[0], glob) for glob in allowed)]
+    if refused:
+        what = f"the run began with other settings: {'; '.join(refused)}"
+        hint = f"take them back, or say that they may: --resume_changed '[\"{refused[0].split(':')[0]}\"]'"
+        raise UserError("CONFIG-091", what, where=where, hint=hint)
+    then, now = saved.facts["circumstances"], facts["circumstances"]
+    other = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
+    if other:
+        say(f"the last bits may differ from those of an uninterrupted run: {'; '.join(other)}")
+    for line in lines:
+        say(f"changed since the run began: {line}")
+    return lines

@@ -1,0 +1,70 @@
+"""Held-out rows as questions: what a run shows of its model's answers, and how many of them are exactly right."""
+
+import torch
+from lightning.fabric import Fabric
+
+from litpeft.build import Loaded
+from litpeft.data.tokenise import Row
+from litpeft.errors import UserError
+from litpeft.evaluate import Exchange, exactly
+from litpeft.generate import answer
+from litpeft.settings.generate import Sampling
+from litpeft.train.fit import Progress
+from litpeft.train.log import Log
+from litpeft.train.report import Sample
+
+ANSWERED_AT_ONCE = 16
+Question = tuple[Exchange, list[int]]  # and its prompt as tokens
+
+
+@torch.no_grad()
+def show_sample(
+    fabric: Fabric, loaded: Loaded, questions: list[Question], tokens: int, log: Log, progress: Progress
+) -> None:
+    """Answers the first two questions and shows the first; `progress.samples` keeps the first and last answers."""
+    if not tokens or not questions:
+        return
+    exchanges, prompts = zip(*questions[:2], strict=True)
+    loaded.model.eval()
+    with fabric.autocast():
+        answers = answer(
+            loaded.model, prompts, loaded.tokenizer, Sampling(max_new_tokens=tokens), loaded.template.stop_ids
+        )
+    loaded.model.train()
+    if progress.step == 0:
+        log.message(f"  asked:    {exchanges[0].asked}")
+        log.message(f"  expected: {exchanges[0].expected}")
+    log.message(f"  answered: {answers[0].text}")
+    samples = progress.samples
+    for i, exchange in enumerate(exchanges):
+        first = samples[i].before if len(samples) > i else answers[i].text
+        samples[i : i + 1] = [Sample(exchange.asked, exchange.expected, before=first, after=answers[i].text)]
+
+
+@torch.no_grad()
+def exact_share(fabric: Fabric, loaded: Loaded, questions: list[Question]) -> float:
+    """Returns the share of the questions whose greedy answer is exactly the expected one."""
+    if not questions:
+        what = "no held-out row can be asked, so there are no answers to compare"
+        raise UserError("CONFIG-092", what, where="validation.metric", hint="take validation.metric loss")
+    expected = [exchange.expected for exchange, _ in questions]
+    longest = max(len(loaded.tokenizer.encode(text)) for text in expected)
+    loaded.model.eval()
+    with fabric.autocast():
+        _, exact = exactly(loaded, [prompt for _, prompt in questions], expected, longest + 8, ANSWERED_AT_ONCE)
+    loaded.model.train()
+    return sum(exact) / len(exact)
+
+
+def askable(loaded: Loaded, rows: list[Row]) -> list[Question]:
+    """Returns exchanges, with their prompts as tokens, that the template takes and that leave room for an answer."""
+    found = []
+    for row in rows:
+        exchange = Exchange.of(row)
+        try:
+            prompt = loaded.template.prompt(exchange.before)
+        except ValueError:  # a chat that the assistant opens, say: learnt from, but not to be asked
+            continue
+        if 0 < len(prompt) < loaded.model.config.max_positions:
+            found.append((exchange, prompt))
+    return found

@@ -1,0 +1,42 @@
+"""Ctrl-C, SIGTERM and SIGUSR1: before the first step they end the program, later they end the run after its step."""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+from litpeft.errors import INTERRUPTED, STOPPED
+
+NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+class StopSignals:
+    """Catches the signals for the time of a `with` block; `asked` is the name of the first that came."""
+
+    def __init__(self, tell: Callable[[str], None]):
+        self.tell, self.asked, self.training = tell, "", False
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {name: signal.signal(getattr(signal, name), self._ask) for name in NAMES}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, handler in self._before.items():
+            signal.signal(getattr(signal, name), handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self.training:
+            self.tell(f"{name}: no step was taken, there is nothing to save")
+            sys.exit(exit_code(name))
+        if self.asked and name == "SIGINT":
+            raise KeyboardInterrupt  # a second Ctrl-C ends the program at once
+        self.asked = self.asked or name
+        self.tell(f"{name}: stopping after this step, then saving; Ctrl-C would end at once, and keep only checkpoints")
+
+
+def exit_code(name: str) -> int:
+    """Returns the exit code of a program that this signal ended, with its work saved."""
+    return INTERRUPTED if name == "SIGINT" else STOPPED
