@@ -19,6 +19,7 @@ from litpeft.model import GPT
 from litpeft.precision import Storage, pick_device, pick_precision
 from litpeft.run import Run, find_run
 from litpeft.slots import Delta
+from litpeft.storage import storage_class
 from litpeft.storage.cache import Cache
 from litpeft.storage.quantized import store
 from litpeft.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def build(
     the quantised weights to disk, if they are to be kept).
     """
     name, config = read_config(folder)
-    weights = Weights(folder)
+    weights = Weights(folder, mapped=storage is None)  # else memory holds what is packed, and one tensor more
     if config.n_layers > len(weights.file_of):  # before so many layers are made
         what = f"config.json says {config.n_layers} layers, the files hold {len(weights.file_of)} tensors"
         raise UserError("MODEL-042", what, where=str(folder))
@@ -72,7 +73,7 @@ def build(
             values = {f"{module}.{key}": cached.get_tensor(f"{module}.{key}") for key in layer.packed_names}
         else:
             tensor = names.read(weights, ours).to(device)
-            if not torch.isfinite(tensor).all():
+            if not torch.stack(tensor.aminmax()).isfinite().all():  # which copies nothing, and passes nan on
                 hint = "take the model's files again, or another precision"
                 what = f"{names.file_name(ours)} holds numbers that are not finite"
                 raise UserError("MODEL-041", what, where=str(folder), hint=hint)
@@ -115,21 +116,32 @@ class Loaded:
         return self.run is not None and not self.run.is_model
 
 
-def load(path: str, base: str | None = None, precision: str = "auto") -> Loaded:
-    """Returns the model of a base folder, a merged folder or a run, in eval mode on the first device there is."""
+def load(path: str, base: str | None = None, precision: str = "auto", quantize: str | None = None) -> Loaded:
+    """Returns the model of a base folder, a merged folder or a run, in eval mode on the first device there is.
+
+    `quantize` names the storage of its linear layers; a delta's base is held as it was in training.
+    """
     device = pick_device()
     dtype = pick_precision(precision, device).weights
     run = find_run(Path(path))
+    storage = None
+    if quantize is not None:
+        storage_class(quantize, "quantize")
+        storage = Storage(quantize)
+    if storage is not None and run is not None and not run.is_model:
+        held = "not quantised" if run.storage is None else f"in {run.storage.key}"
+        what = f"the delta was trained on a base that was {held}: that is how it is used"
+        raise UserError("CONFIG-039", what, where="quantize", hint="merge the run first, or leave it out")
     if run is None:
         if base is not None:
             what = "base is for a run, and this is a model by itself"
             raise UserError("CONFIG-034", what, where="base")
         folder = Path(path)
-        model = build(folder, dtype, device=device)
+        model = build(folder, dtype, device=device, storage=storage)
     elif run.is_model:
         run.check_files()
         folder = run.folder
-        model = build(folder, dtype, device=device)
+        model = build(folder, dtype, device=device, storage=storage)
     else:
         folder = run.base_folder(base)
         model = build(folder, dtype, run.method(), device, run.storage)

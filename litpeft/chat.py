@@ -19,7 +19,9 @@ HISTORY_LINES = 1000
 
 def chat(settings: Chat) -> None:
     """The command. Answers go to stdout, all else to stderr; without a terminal an error ends the program."""
-    session = Session(load(settings.model, settings.base, settings.precision), settings.system, settings.sampling)
+    session = Session(
+        load(settings.model, settings.base, settings.precision, settings.quantize), settings.system, settings.sampling
+    )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with line_editing() if terminal else nullcontext():
         if terminal:

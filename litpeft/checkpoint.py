@@ -19,9 +19,10 @@ from torch import Tensor
 from litpeft.config import COMPANIONS, read_json
 from litpeft.errors import UserError
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard")
-RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "loss.png", *RUN_FOLDERS)
+RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "report.json", "loss.png", *RUN_FOLDERS)
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them: a folder that is whole
 OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json")  # what --overwrite may remove
 
@@ -29,8 +30,9 @@ OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json")  
 class Weights:
     """The tensors of a folder's safetensors files, by name; read one at a time, when asked for."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, mapped: bool = True):
+        """A tensor is read straight from the file's pages if `mapped`, which then count as this process's memory."""
+        self.folder, self.mapped = folder, mapped
         index = folder / "model.safetensors.index.json"
         if index.exists():
             placed = read_json(index, "index of the weights").get("weight_map")
@@ -67,11 +69,26 @@ class Weights:
         return self.headers[self.file_of[name]][name]["dtype"]
 
     def read(self, name: str) -> Tensor:
-        """Returns one tensor, straight from the file's pages."""
+        """Returns one tensor."""
         file = self.file_of[name]
+        if not self.mapped:
+            return self._copied(file, name)
         if file not in self._open:
             self._open[file] = safe_open(self.folder / file, framework="pt")
         return self._open[file].get_tensor(name)
+
+    def _copied(self, file: str, name: str) -> Tensor:
+        """Returns one tensor in memory of its own."""
+        entry = self.headers[file][name]
+        first, last = entry["data_offsets"]
+        data = bytearray(last - first)
+        with open(self.folder / file, "rb", buffering=0) as handle:
+            start = 8 + struct.unpack("<Q", handle.read(8))[0]
+            handle.seek(start + first)
+            view, read = memoryview(data), 0
+            while read < len(data):  # one call reads at most 2 GiB
+                read += handle.readinto(view[read:])
+        return torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def fingerprint(self) -> str:
         """Returns the sha256 over every tensor's name, type, shape and bytes; the same however they are sharded."""

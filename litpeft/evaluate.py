@@ -113,17 +113,20 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
 def evaluate(settings: Evaluate) -> None:
     """The command `litpeft evaluate`."""
     output = new_file(settings.output)
-    loaded = load(settings.model, settings.base, settings.precision)
+    loaded = load(settings.model, settings.base, settings.precision, settings.quantize)
     template = loaded.run.template if loaded.run else "auto"
     reach = loaded.model.config.max_positions
     data = Data(settings.data, None, 0.0, settings.format, template, loaded.system, max_length=reach)
     sets = load_rows(data, loaded.tokenizer, loaded.template, reach)
     rows = (sets.validation or sets.train)[: settings.max_rows]
-    scores = []
-    if loaded.has_delta and settings.compare_base:
-        with without_delta(loaded.model):
-            scores.append(score("base", loaded, rows, settings))
-    scores.append(score("finetuned" if loaded.has_delta else "model", loaded, rows, settings))
+    scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings)]
+    if loaded.run and settings.compare_base:
+        if loaded.has_delta:
+            with without_delta(loaded.model):
+                scores.insert(0, score("base", loaded, rows, settings))
+        else:  # the run's result is a model of its own: here one follows the other
+            loaded.model = load(str(loaded.run.base_folder(settings.base)), precision=settings.precision).model
+            scores.insert(0, score("base", loaded, rows, settings))
     print(table(scores, rows, settings.samples))
     if output is not None:
         with atomic_file(output) as handle:

@@ -229,7 +229,7 @@ def generate(settings: Generate) -> None:
         prompts = [typed_prompt(settings.prompt, settings.raw)]
     else:
         prompts = read_prompts(Path(settings.input), settings.raw)
-    loaded = load(settings.model, settings.base, settings.precision)
+    loaded = load(settings.model, settings.base, settings.precision, settings.quantize)
     system = loaded.system if settings.system is None else settings.system
     ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]
     for tokens, prompt in zip(ids, prompts, strict=True):

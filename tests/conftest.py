@@ -86,8 +86,8 @@ def write_rows(folder: Path) -> Path:
     return data
 
 
-def finetune(base: Path, folder: Path, *argv: str, out: str = "run") -> Path:
-    """Runs `litpeft finetune lora` on the small rows in batches of three, in float32; returns the run's folder."""
+def finetune(base: Path, folder: Path, *argv: str, out: str = "run", method: str = "lora") -> Path:
+    """Runs `litpeft finetune METHOD` on the small rows in batches of three, in float32; returns the run's folder."""
     from litpeft.cli import main
 
     data = [] if "--data.path" in argv else ["--data.path", write_rows(folder)]
@@ -95,5 +95,5 @@ def finetune(base: Path, folder: Path, *argv: str, out: str = "run") -> Path:
     common += ["--train.batch_size", 3, "--base.precision", "32-true", "--validation.sample_tokens", 4]
     given = {word for word in argv if word.startswith("--")}
     pairs = zip(common[::2], common[1::2], strict=True)
-    main(["finetune", "lora", *(str(w) for pair in pairs if pair[0] not in given for w in pair), *argv])
+    main(["finetune", method, *(str(w) for pair in pairs if pair[0] not in given for w in pair), *argv])
     return folder / out

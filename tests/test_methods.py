@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from litpeft.build import build
 from litpeft.config import ModelConfig
+from litpeft.errors import UserError
 from litpeft.methods import METHODS, PRESETS, method_class
 from litpeft.methods.base import attach, delta_state, folded, load_delta, trainable, without_delta
 from litpeft.model import GPT, Context, KVCache
 from litpeft.precision import Storage
-from litpeft.slots import Delta
+from litpeft.slots import Delta, Linear
 from litpeft.storage.quantized import store
 
 LENGTHS = (9, 15, 8)  # tokens of three documents
@@ -55,6 +56,25 @@ def steps(model: GPT, count: int = 3) -> list[float]:
         optimizer.step()
         losses.append(float(loss))
     return losses
+
+
+@every_method
+def test_on_a_quantised_base_it_learns_what_it_learns_on_the_weights_that_the_codes_stand_for(
+    tiny_folder, name: str
+) -> None:
+    torch.manual_seed(1)
+    twin = build(tiny_folder, torch.float64, method_class(name)())
+    torch.manual_seed(1)
+    if any(isinstance(m, Linear) and m.weight.requires_grad for m in twin.blocks.modules()):
+        with pytest.raises(UserError, match="holds in codes: those cannot train"):
+            build(tiny_folder, torch.float64, method_class(name)(), storage=Storage("nf4"))
+        return
+    model = build(tiny_folder, torch.float64, method_class(name)(), storage=Storage("nf4"))
+    for key, layer in model.blocks.named_modules():
+        if isinstance(layer, Linear):
+            twin.blocks.get_submodule(key).weight.data = layer.dense()
+    assert steps(model) == steps(twin)
+    assert all(torch.equal(tensor, delta_state(twin)[key]) for key, tensor in delta_state(model).items())
 
 
 @every_method

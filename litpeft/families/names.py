@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from litpeft.checkpoint import Weights
+from litpeft.checkpoint import DTYPES, Weights
 from litpeft.config import ModelConfig
 from litpeft.errors import UserError
 from litpeft.families import Place, family, split_name
@@ -85,7 +85,7 @@ class NameMap:
         for name in weights.file_of:
             if name not in shapes and any(fnmatchcase(name, glob) for glob in self.buffers):
                 continue
-            if weights.dtype(name) not in ("F64", "F32", "F16", "BF16"):
+            if weights.dtype(name) not in DTYPES:
                 wrong.append(f"{name} is {weights.dtype(name)}, expected F64, F32, F16 or BF16")
             if name == head and self.config.tie_embeddings:  # a copy of the embedding
                 if embed in weights.file_of and not torch.equal(weights.read(name), weights.read(embed)):

@@ -7,6 +7,7 @@ Trains every parameter that `unfreeze` names; an embedding that is also the head
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -17,8 +18,10 @@ from litpeft.methods.base import Method
 class Full(Method):
     """The model's own weights train, all of them or those that globs name."""
 
+    writes_model: ClassVar[bool] = True
+
     unfreeze: tuple[str, ...] = ("*",)
-    """Globs of the model's parameters that train; the others stay as they are and are not saved."""
+    """Globs of the model's parameters that train; the others stay as they are."""
     master_weights: bool = True
     """Hold what trains in float32. False holds it in the type of base.precision: in bfloat16 half the memory of the
     weights, but a step that is smaller than their rounding is lost."""

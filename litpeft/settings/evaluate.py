@@ -17,6 +17,8 @@ class Evaluate:
     """Folder of the base model, if it has moved since the run."""
     precision: str = "auto"
     """auto, bf16-true, 16-true or 32-true."""
+    quantize: str | None = None
+    """Hold a model's linear layers as nf4, fp4 or int8; a run's base is held as the run held it."""
     compare_base: bool = True
     """For a run: measure its base too, and show both side by side."""
     max_rows: int | None = None

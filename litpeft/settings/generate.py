@@ -64,6 +64,8 @@ class Generate:
     """Folder of the base model, if it has moved since the run."""
     precision: str = "auto"
     """auto, bf16-true, 16-true or 32-true."""
+    quantize: str | None = None
+    """Hold a model's linear layers as nf4, fp4 or int8; a run's base is held as the run held it."""
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
@@ -87,4 +89,6 @@ class Chat:
     """Folder of the base model, if it has moved since the run."""
     precision: str = "auto"
     """auto, bf16-true, 16-true or 32-true."""
+    quantize: str | None = None
+    """Hold a model's linear layers as nf4, fp4 or int8; a run's base is held as the run held it."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.9, max_new_tokens=512))

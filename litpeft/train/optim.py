@@ -29,10 +29,11 @@ def lr_at(step: int, steps: int, train: Train) -> float:
 
 
 def make_optimizer(
-    train: Train, parameters: Iterable[nn.Parameter], device: torch.device | str = "cpu"
+    train: Train, parameters: Iterable[nn.Parameter], device: torch.device | str = "cpu", scaled: bool = False
 ) -> torch.optim.Optimizer:
     """Returns the optimiser that `train.optimizer` names, over these parameters, which are on `device`.
 
+    `scaled` says that their gradients will be, as in 16-mixed: Fabric cannot clip those of a fused optimiser.
     Norms' weights and biases do not decay: towards zero is not towards the model.
     """
     library, _, name = train.optimizer.rpartition(".")
@@ -64,8 +65,11 @@ def make_optimizer(
         raise UserError("CONFIG-044", f"{name} has no weight decay", where="train.weight_decay")
     if "weight_decay" in takes:
         arguments["weight_decay"] = train.weight_decay
-    if name in ("Adam", "AdamW") and not library and not {"fused", "foreach"} & set(arguments):
+    if name in ("Adam", "AdamW") and not library and not scaled and not {"fused", "foreach"} & set(arguments):
         arguments["fused"] = True  # one pass over each tensor instead of one for each operation
+    if scaled and arguments.get("fused"):
+        what = "base.precision 16-mixed scales its gradients, which a fused optimiser cannot clip"
+        raise UserError("CONFIG-048", what, where="train.optimizer_args", hint="leave fused out")
     every = list(parameters)
     matrices, vectors = ([p for p in every if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": matrices}, {"params": vectors} | ({"weight_decay": 0.0} if "weight_decay" in takes else {})]
