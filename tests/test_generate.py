@@ -13,9 +13,8 @@ from conftest import make_folder
 from transformers import LlamaForCausalLM
 from transformers.generation import logits_process as theirs
 
+from litpeft.build import build
 from litpeft.errors import UserError
-from litpeft.families import renamed
-from litpeft.families.llama import NAMES, config
 from litpeft.generate import Stream, TokenCache, answer, generate
 from litpeft.model import GPT
 from litpeft.prompts import read_prompts
@@ -38,11 +37,8 @@ def llama(model_folder: Path) -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def model(llama: LlamaForCausalLM) -> GPT:
-    gpt = GPT(config(llama.config.to_dict()))
-    weights = llama.state_dict()
-    gpt.load_state_dict({name: weights[renamed(name, NAMES)] for name in gpt.state_dict()})
-    return gpt.eval()
+def model(model_folder: Path) -> GPT:
+    return build(model_folder, torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litpeft.build import build, load
 from litpeft.cli import main
+from litpeft.config import read_config
 from litpeft.errors import UserError
-from litpeft.families import llama, renamed
+from litpeft.families.names import NameMap
 from litpeft.methods.base import load_delta
 from litpeft.methods.lora import LoRA
 from litpeft.run import find_run
@@ -54,8 +55,9 @@ def test_weights_are_folded_in_float32_and_rounded_once(tmp_path, capsys) -> Non
     main(["merge", str(run)])
     delta = load_file(run / "final" / "delta.safetensors")
     plain, merged = (load_file(folder / "model.safetensors") for folder in (base, run / "merged"))
+    names = NameMap(*read_config(base))
     for name in ("blocks.0.attn.q", "blocks.1.mlp.down"):
-        theirs = renamed(f"{name}.weight", llama.NAMES)
+        theirs = names.file_name(f"{name}.weight")
         exact = plain[theirs].double() + 2 * delta[f"{name}.slot.B"].double() @ delta[f"{name}.slot.A"].double()
         assert merged[theirs].dtype == torch.bfloat16
         assert (merged[theirs] == exact.bfloat16()).float().mean() >= 0.9999

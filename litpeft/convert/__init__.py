@@ -9,6 +9,7 @@ from litpeft.settings.files import Convert
 
 if TYPE_CHECKING:
     from litpeft.convert.gguf import GgufFile
+    from litpeft.families.names import NameMap
 
 PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 
@@ -88,19 +89,12 @@ def open_gguf(path: Path) -> "GgufFile":
     return GgufFile(path)
 
 
-def expected_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Returns name -> shape of every tensor that the model of `folder`/config.json has, in Hugging Face names."""
-    import torch
-
+def name_map(folder: Path) -> "NameMap":
+    """Returns the name map of the model that `folder`/config.json describes."""
     from litpeft.config import read_config
-    from litpeft.families import family, renamed
-    from litpeft.model import GPT
+    from litpeft.families.names import NameMap
 
-    name, config = read_config(folder)
-    with torch.device("meta"):
-        model = GPT(config)
-    names = family(name).NAMES
-    return {renamed(ours, names): tuple(parameter.shape) for ours, parameter in model.named_parameters()}
+    return NameMap(*read_config(folder))
 
 
 def check(folder: Path, source: str) -> tuple[int, int, str]:
@@ -109,18 +103,18 @@ def check(folder: Path, source: str) -> tuple[int, int, str]:
 
     from litpeft.checkpoint import Weights
 
-    weights, expected = Weights(folder), expected_shapes(folder)
-    found = {name: weights.shape(name) for name in weights.file_of}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        cases = "; ".join(f"{name} is {found.get(name)}, should be {expected.get(name)}" for name in wrong[:5])
-        what = f"{len(wrong)} tensors are not those of config.json: {cases}"
-        raise UserError("MODEL-200", what, where=source, hint="the source is incomplete, or of another model")
+    weights = Weights(folder)
+    try:
+        name_map(folder).check(weights)
+    except UserError as error:  # the user knows the source, not the folder that goes away
+        error.where, error.hint = source, "the source is incomplete, or of another model"
+        raise
     dtypes = set()
-    for name in found:
+    for name in weights.file_of:
         tensor = weights.read(name)
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
         if not torch.isfinite(tensor).all():
             hint = "the source is damaged; or, with --dtype float16, its numbers are too large: take bfloat16"
             raise UserError("MODEL-201", f"{name} holds numbers that are not finite", where=source, hint=hint)
-    return len(found), sum(map(math.prod, found.values())), " and ".join(sorted(dtypes))
+    shapes = [weights.shape(name) for name in weights.file_of]
+    return len(shapes), sum(map(math.prod, shapes)), " and ".join(sorted(dtypes))

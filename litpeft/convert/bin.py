@@ -5,6 +5,7 @@ import pickle
 import re
 import struct
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 ONE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BUFFERS = (".rotary_emb.inv_freq",)  # old transformers stored what config.json already says
 
 
 class BinFolder:
@@ -30,6 +29,10 @@ class BinFolder:
         self.family, self.config = read_config(folder)
         self.hf = read_json(folder / "config.json", "config.json of a model")
         self.shards = self._shards()
+        size, layers = sum((folder / file).stat().st_size for file in self.shards), self.config.n_layers
+        if layers * self.config.d_model > size:  # before so many layers are made
+            what = f"config.json says {layers} layers of width {self.config.d_model}, the files have {size} bytes"
+            raise UserError("MODEL-280", what, where=str(folder))
 
     def summary(self) -> str:
         files = f"{len(self.shards)} shards" if len(self.shards) > 1 else next(iter(self.shards))
@@ -47,27 +50,35 @@ class BinFolder:
         write_safetensors(folder, self.tensors(dtype))
 
     def tensors(self, dtype: "torch.dtype | None") -> Iterator[tuple[str, "Tensor"]]:
-        """Returns every tensor once, shard by shard; a head that is the embedding is not repeated."""
+        """Returns every tensor once, shard by shard, but for buffers and a head that is the embedding."""
         import torch
 
-        tie = {}
-        for file, names in self.shards.items():
+        from litpeft.families.names import NameMap
+
+        names = NameMap(self.family, self.config)
+        ends = {names.file_name(f"{end}.weight"): end for end in ("embed", "head")}
+        for usual, other in names.other_prefixes.items():
+            ends |= {other + name.removeprefix(usual): end for name, end in ends.items() if name.startswith(usual)}
+        tied: dict[str, Tensor] = {}
+        for file, listed in self.shards.items():
             state = load(self.folder / file)
-            if names is not None and names != state.keys():
-                odd = ", ".join(sorted(names ^ state.keys())[:5])
+            if listed is not None and listed != state.keys():
+                odd = ", ".join(sorted(listed ^ state.keys())[:5])
                 raise UserError("MODEL-240", f"the index and the file disagree on {odd}", where=str(self.folder / file))
             seen: set[int] = set()
             for name, tensor in state.items():
-                if name in (EMBEDDING, HEAD) and self.config.tie_embeddings:
-                    tie[name] = tensor
-                if (name == HEAD and name in tie) or name.endswith(BUFFERS):
+                end = ends.get(name) if self.config.tie_embeddings else None
+                if end is not None:
+                    tied[end] = tensor
+                if end == "head" or any(fnmatchcase(name, glob) for glob in names.buffers):
                     continue
                 shared = tensor.data_ptr() in seen  # safetensors keeps no two names of one memory
                 seen.add(tensor.data_ptr())
                 tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
                 yield name, tensor.clone() if shared else tensor
-        if len(tie) == 2 and not torch.equal(tie[EMBEDDING], tie[HEAD]):
-            what = f"config.json says that {HEAD} is {EMBEDDING}, but they differ"
+        if len(tied) == 2 and not torch.equal(tied["embed"], tied["head"]):
+            embed, head = (names.file_name(f"{end}.weight") for end in ("embed", "head"))
+            what = f"config.json says that {head} is {embed}, but they differ"
             raise UserError("MODEL-239", what, where=str(self.folder), hint='set "tie_word_embeddings": false')
 
     def _shards(self) -> dict[str, set[str] | None]:

@@ -74,14 +74,14 @@ class GgufFile:
         import torch
 
         from litpeft.checkpoint import write_safetensors
-        from litpeft.convert import expected_shapes
+        from litpeft.convert import name_map
 
         dtype = dtype or getattr(torch, self._own_dtype())
         name = str(dtype).removeprefix("torch.")
         config = self.config | {"dtype": name, "torch_dtype": name}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         self.tokenizer.write(folder, self.config["max_position_embeddings"])
-        write_safetensors(folder, self.tensors(expected_shapes(folder), dtype))
+        write_safetensors(folder, self.tensors(name_map(folder).shapes, dtype))
 
     def tensors(self, shapes: dict[str, tuple[int, ...]], dtype: "torch.dtype") -> Iterator[tuple[str, "Tensor"]]:
         """Returns every tensor of `shapes` (Hugging Face names), one at a time; rounded once, from float32."""

@@ -7,8 +7,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from litpeft.build import build
+from litpeft.config import read_config
 from litpeft.errors import UserError
-from litpeft.families import llama, renamed
+from litpeft.families.names import NameMap
 from litpeft.methods.base import trainable
 from litpeft.methods.lora import LoRA, LowRank
 
@@ -22,10 +23,11 @@ def pair(folder, rslora: bool):
     config = LoraConfig(r=4, lora_alpha=20, target_modules=ALL, use_rslora=rslora, task_type="CAUSAL_LM")
     theirs = get_peft_model(theirs, config, autocast_adapter_dtype=False).eval()
     ours = build(folder, torch.float64, LoRA(rank=4, alpha=20, rslora=rslora)).eval()
+    names = NameMap(*read_config(folder))
     torch.manual_seed(4)
     for name, module in ours.named_modules():
         if isinstance(module, LowRank):
-            linear = renamed(f"{name.removesuffix('.slot')}.weight", llama.NAMES).removesuffix(".weight")
+            linear = names.file_name(f"{name.removesuffix('.slot')}.weight").removesuffix(".weight")
             layer = theirs.get_submodule(f"base_model.model.{linear}")
             for own, other in ((module.A, layer.lora_A), (module.B, layer.lora_B)):
                 torch.nn.init.normal_(own, std=0.1)
