@@ -1,0 +1,64 @@
+"""Every file of config_hub is a command that parses, says only what differs, and leaves its run where it should."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from litpeft.cli import COMMANDS, parse
+from litpeft.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+FILES = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "config_hub").glob("*/*.yaml"))]
+BASES = {
+    "smollm2-135m": "checkpoints/SmolLM2-135M-Instruct",
+    "pythia-160m": "checkpoints/EleutherAI/pythia-160m",
+    "llama-3.2-1b": "checkpoints/meta-llama/Llama-3.2-1B",
+    "llama-3.1-8b": "checkpoints/meta-llama/Llama-3.1-8B",
+}
+REQUIRED = {"base.dir": "b", "data.path": "d", "out": "o"}
+
+
+def settings(method: str, *argv: str) -> dict[str, Any]:
+    """Returns all keys of a finetuning command with their values, by dotted name."""
+    parsed, method_settings, _ = parse(f"finetune {method}", COMMANDS[f"finetune {method}"], list(argv))
+    return dict(leaves(asdict(parsed) | {"method": asdict(method_settings)}))
+
+
+def leaves(keys: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in keys.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_every_model_has_a_file_for_every_method() -> None:
+    assert set(FILES) == {f"config_hub/{folder}/{method}.yaml" for folder in BASES for method in METHODS}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_parses_with_its_method_and_sets_nothing_to_its_default(file: str, monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    method = Path(file).stem
+    defaults = settings(method, *(word for key, value in REQUIRED.items() for word in (f"--{key}", value)))
+    values = settings(method, "--config", file)
+    said = dict(leaves(yaml.safe_load(Path(file).read_text())))
+    assert REQUIRED.keys() <= said.keys()
+    assert [key for key in said if values[key] == defaults[key]] == []
+    assert {key for key in values if values[key] != defaults[key]} == said.keys()
+    assert (values["base.quantize"] == "nf4") == (method == "qlora")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_begins_with_its_command_and_names_the_models_folder_and_its_own(file: str) -> None:
+    folder, method = Path(file).parent.name, Path(file).stem
+    text = (ROOT / file).read_text()
+    keys = yaml.safe_load(text)
+    assert text.splitlines()[0] == f"# litpeft finetune {method} --config {file}"
+    assert keys["base"] == {"dir": BASES[folder]}
+    assert keys["out"] == f"out/{folder}/{method}"
+    assert (ROOT / keys["data"]["path"] / "train.jsonl").is_file()
