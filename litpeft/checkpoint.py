@@ -254,15 +254,22 @@ def _commit(temporary: Path, path: Path) -> None:
         raise UserError("RESOURCE-030", f"cannot be written: {error.strerror or error}", where=str(path)) from error
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises if `path` holds something that was not said to be replaced, or that litpeft did not write."""
-    remove_leftovers(path)
+def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
+    """Raises if `path` holds something that was not said to be replaced, or that litpeft did not write.
+
+    What a killed process left beside it is removed if `clear`: one process of a run may do that.
+    """
+    if clear:
+        remove_leftovers(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
         raise UserError("CONFIG-030", "the output exists", where=str(path), hint="name another, or say --overwrite")
     entries = [path] if not path.is_dir() else list(path.iterdir())
-    foreign = sorted(p.name for p in entries if p.name not in OURS and not p.match("*.safetensors"))
+    half = [".tmp-*", *(f"{name}.part" for name in RUN_FILES)]  # what a kill left of us
+    foreign = sorted(
+        p.name for p in entries if p.name not in OURS and not any(p.match(name) for name in ("*.safetensors", *half))
+    )
     if foreign or path.is_symlink():
         what = f"the output holds {_some(foreign)}, which litpeft did not write: it is not replaced"
         raise UserError("CONFIG-035", what, where=str(path), hint="name another")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -14,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from litpeft.errors import UserError
-from litpeft.launch import check_world
 from litpeft.model import GPT
 from litpeft.precision import Precision
 from litpeft.settings.train import Finetune
@@ -22,7 +22,6 @@ from litpeft.settings.train import Finetune
 
 def make_fabric(settings: Finetune, precision: Precision, device: torch.device) -> Fabric:
     """Returns Fabric on the devices that the settings name, with the processes of the run connected."""
-    check_world(settings.devices, settings.num_nodes)
     if device.type == "cuda" and settings.devices > torch.cuda.device_count():
         what = f"{settings.devices} are asked for, this machine has {torch.cuda.device_count()} GPUs"
         raise UserError("CONFIG-050", what, where="devices")
@@ -36,9 +35,9 @@ def make_fabric(settings: Finetune, precision: Precision, device: torch.device) 
     if sharded:  # the model is sharded where it is built (see build.py), so there is nothing left for Fabric to do
         strategy = ModelParallelStrategy(lambda model, mesh: model, world, 1, timeout=timeout)
     elif world > 1:  # the ranks build the same model from the same files and seed: nothing to send at the start
-        strategy = DDPStrategy(timeout=timeout, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.rank_zero").setLevel(logging.WARNING)
+        strategy = DDPStrategy(timeout=timeout, init_sync=False, gradient_as_bucket_view=True)
+    for name in ("lightning.fabric", "lightning.pytorch"):  # which of the two speaks depends on what was imported
+        logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*experimental.*")
         fabric = Fabric(
@@ -50,6 +49,18 @@ def make_fabric(settings: Finetune, precision: Precision, device: torch.device) 
         )
         fabric.launch()
     return fabric
+
+
+def check_agreement(fabric: Fabric, facts: dict[str, Any]) -> None:
+    """Raises on every rank if they are about to do different work: files may differ from one machine to another."""
+    if fabric.world_size == 1:
+        return
+    everyones: list[dict[str, Any]] = [{}] * fabric.world_size
+    torch.distributed.all_gather_object(everyones, facts)
+    differ = [key for key in facts if any(one[key] != facts[key] for one in everyones)]
+    if differ:
+        hint = "give every machine the same files and start it with the same command"
+        raise UserError("CONFIG-053", f"the ranks differ in {', '.join(differ)}", where="devices", hint=hint)
 
 
 def sharder(settings: Finetune, precision: Precision, fabric: Fabric) -> Callable[[GPT], None] | None:

@@ -17,25 +17,27 @@ from lightning.fabric import Fabric
 
 from litpeft import __version__
 from litpeft.build import Loaded, build
-from litpeft.checkpoint import Weights, refuse_existing, replaced
+from litpeft.checkpoint import Weights, refuse_existing, remove_leftovers, replaced
 from litpeft.config import ModelConfig, read_config
 from litpeft.data.sources import find
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load, show
 from litpeft.errors import UserError
+from litpeft.launch import check_world
 from litpeft.methods.base import Method, attach, put, trainable, unfoldable
 from litpeft.model import GPT
 from litpeft.precision import Precision, Storage, pick_device, pick_precision
-from litpeft.run import base_facts, find_run, save_result
+from litpeft.run import base_facts, save_result
 from litpeft.settings.train import Finetune
 from litpeft.tokenizer import Tokenizer
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
-from litpeft.train.devices import is_first, make_fabric, sharder
-from litpeft.train.fit import Progress, Trainer, total_steps
+from litpeft.train.devices import check_agreement, is_first, make_fabric, sharder
+from litpeft.train.fit import Trainer, total_steps
 from litpeft.train.log import Log
 from litpeft.train.optim import make_optimizer
+from litpeft.train.progress import Progress
 from litpeft.train.report import RunFacts, summary_lines, write_report
-from litpeft.train.resume import began, check_same_run, circumstances, find_saved, rows_sha256
+from litpeft.train.resume import began, check_same_run, circumstances, find_saved, finished_at, rows_sha256
 from litpeft.train.samples import askable, exact_share, show_sample
 from litpeft.train.signals import StopSignals
 
@@ -56,9 +58,12 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
 def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], None]) -> "Preparation | None":
     """Returns a run that can begin or go on, or None if nothing is left to do. What would go wrong later does here."""
     out, base = Path(settings.out), Path(settings.base.dir)
+    check_world(settings.devices, settings.num_nodes)
     # 1. the output
-    if not settings.dry_run and not settings.resume and is_first():
-        refuse_existing(out, settings.overwrite)
+    if not settings.dry_run and not settings.resume:  # each rank looks: it cannot wait for one that has left already
+        refuse_existing(out, settings.overwrite, clear=is_first())
+    elif not settings.dry_run and is_first():
+        remove_leftovers(out)
     for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
         if Path(kept).resolve().is_relative_to(out.resolve()):
             raise UserError("CONFIG-037", f"the run would replace {kept}", where="out", hint="name another folder")
@@ -67,6 +72,9 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     # 2. model files and rows
     device = pick_device()
     precision = pick_precision(settings.base.precision, device, "base.precision")
+    if precision.name == "16-true":
+        what = "16-true is for generate and evaluate: gradients that pass through float16 unscaled vanish"
+        raise UserError("CONFIG-049", what, where="base.precision", hint="take 16-mixed, which scales them")
     _, config = read_config(base)
     tokenizer = Tokenizer.load(base)
     tokenizer.check_vocabulary(config.vocab_size)
@@ -89,11 +97,11 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         "began": start.isoformat(),
         "circumstances": circumstances(device, settings.devices * settings.num_nodes),
     }
+    facts["settings"]["base"]["precision"] = precision.name  # auto may be another one on another machine
     if saved is not None:
         lines = check_same_run(saved, facts, settings.resume_changed, say)
-        done = find_run(out) if (out / "final").exists() else None
-        if done is not None and done.facts["finished"] and not lines:
-            say(f"{out} is finished: step {done.facts['step']}; nothing is left to do")
+        if not lines and (done := finished_at(out)) is not None:
+            say(f"{out} is finished: step {done}; nothing is left to do")
             return None
         say(f"going on after step {saved.step} of {steps}")
     return Preparation(
@@ -122,6 +130,7 @@ class Preparation:
         """Builds the model, trains it, and writes what is left of the run."""
         settings, method, out = self.settings, self.method, Path(self.settings.out)
         fabric = make_fabric(settings, self.precision, pick_device())
+        check_agreement(fabric, self.agreed())
         # 1. the model, with the method at its start
         torch.manual_seed(settings.train.seed)
         held = settings.base
@@ -132,7 +141,9 @@ class Preparation:
         model = build(base, self.precision.weights, method, device, storage, shard, fabric.is_global_zero)
         model.recompute = settings.train.activation_checkpointing
         wrapped = fabric.setup_module(model, move_to_device=False)
-        optimizer = fabric.setup_optimizers(make_optimizer(settings.train, trainable(model).values(), fabric.device))
+        scaled = self.precision.fabric == "16-mixed"
+        optimizer = make_optimizer(settings.train, trainable(model).values(), fabric.device, scaled)
+        optimizer = fabric.setup_optimizers(optimizer)
         if fabric.is_global_zero:
             room(out, self.bytes_needed(model))
         # 2. the run folder, and the run
@@ -172,6 +183,14 @@ class Preparation:
         fabric.barrier()
         return progress
 
+    def agreed(self) -> dict[str, Any]:
+        """Returns by name what must be the same on every rank; their paths need not be."""
+        said = self.facts["settings"]
+        same = {key: said[key] for key in ("train", "validation", "checkpoint", "method")}
+        same |= {"base.precision": self.precision.name, "base.quantize": said["base"]["quantize"]}
+        same |= {"the method": self.name, "the base's weights": self.facts["base"], "the rows": self.facts["rows"]}
+        return same | {"the checkpoint that they resume from": self.saved and self.saved.step}
+
     def log(self, enabled: bool) -> Log:
         """Returns where the loop reports to; a resumed run goes on in its files."""
         limit, at = self.settings.train.max_time, self.saved
@@ -184,7 +203,8 @@ class Preparation:
         """Returns the room on disk for the checkpoints that are kept, the one being written, and the result."""
         trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
         kept = self.settings.checkpoint.keep_last + self.settings.checkpoint.keep_best + 1
-        return 3 * trained * kept + trained  # with two moments for each parameter
+        there = (Path(self.settings.out) / "checkpoints").rglob("*") if self.saved else ()
+        return 3 * trained * kept + trained - sum(p.stat().st_size for p in there)  # two moments for each parameter
 
     def choose(self, model: GPT, progress: Progress) -> int:
         """Returns the step whose weights the run ends with, and puts them into the model."""
@@ -233,6 +253,7 @@ def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: Da
     record = asdict(settings) | once | {"method": asdict(method)}
     text = yaml.safe_dump(plain(record), sort_keys=False, allow_unicode=True)
     command = f"# litpeft finetune {name} --config {out / 'run.yaml'} --out ANOTHER\n"
+    (out / "report.md").unlink(missing_ok=True)  # the run is not over: see finished_at
     (out / "run.yaml").write_text(command + text, encoding="utf-8")
     if rows.rejected:
         lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows.rejected]
@@ -255,6 +276,7 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric) -> 
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     edge = max(1, len(progress.losses) // 20)
+    whole_epochs, more = divmod(progress.step, -(-len(run.rows.train) // settings.train.batch_size))
     _, held_out = find(settings.data.path, settings.data.validation_path)
     evaluation = [f"litpeft evaluate {out} {held_out}"] if held_out else []
     facts = RunFacts(
@@ -269,12 +291,12 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric) -> 
         trainable=sum(p.numel() for p in trainable(model).values()),
         delta_bytes=sum(path.stat().st_size for path in (out / "final").glob("*.safetensors")),
         steps=progress.step,
-        epochs=progress.step * settings.train.batch_size / len(run.rows.train),
+        epochs=whole_epochs + more * settings.train.batch_size / len(run.rows.train),
         tokens=progress.tokens,
         trained_tokens=progress.trained_tokens,
         seconds=progress.seconds,
         tokens_per_second=progress.tokens / progress.seconds,
-        device=str(device) if fabric.world_size == 1 else f"{fabric.world_size} of {device.type}, {settings.strategy}",
+        device=str(device) if fabric.world_size == 1 else f"{fabric.world_size} of {device.type}, {settings.strategy.replace('auto', 'ddp')}",
         threads=torch.get_num_threads(),
         versions={"litpeft": __version__, "torch": torch.__version__},
         stopped=progress.stopped,

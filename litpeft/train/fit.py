@@ -24,39 +24,10 @@ from litpeft.train.checkpoints import Checkpoint, Checkpoints
 from litpeft.train.log import Log, StepRecord
 from litpeft.train.optim import lr_at
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
-from litpeft.train.report import Sample
+from litpeft.train.progress import Progress
 from litpeft.train.signals import NAMES, StopSignals, exit_code
 
 DONE = "all steps done"
-
-
-@dataclass
-class Progress:
-    """Where a run is and what it has seen; a checkpoint holds it as JSON."""
-
-    step: int = 0  # optimizer steps done
-    epoch: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    seconds: float = 0.0  # spent in optimizer steps
-    elapsed: float = 0.0  # since the run began, without the time between a stop and its resume
-    losses: list[float] = field(default_factory=list)  # nats per trained token, one a step
-    validations: list[tuple[int, float]] = field(default_factory=list)  # step, nats per trained token
-    best: tuple[int, float] | None = None  # step and value of the metric
-    waited: int = 0  # measurements since then
-    samples: list[Sample] = field(default_factory=list)
-    stopped: str = ""
-    out_of_time: bool = False
-    exit_code: int = 0
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> "Progress":
-        """Returns the progress that a checkpoint's JSON holds, ready to go on."""
-        samples = [Sample(**sample) for sample in record["samples"]]
-        validations = [(step, loss) for step, loss in record["validations"]]
-        best = record["best"] and tuple(record["best"])
-        record |= {"samples": samples, "validations": validations, "best": best}
-        return cls(**record | {"stopped": "", "out_of_time": False, "exit_code": 0})
 
 
 def total_steps(rows: int, train: Train) -> int:
@@ -101,25 +72,31 @@ class Trainer:
         limit = self.settings.train.max_time
         self.deadline = math.inf if limit is None else time.perf_counter() + 60 * limit
         self.model.train()
+        owed = self.due() and progress.step not in dict(progress.validations)  # a signal ended the run before that
         if progress.step == 0:
             self.measure()
+        elif owed and self.judge(self.measure()):
+            self.save()
+        self.lose_patience()  # it may have been stopped so, and killed before it had written its result
         self.signals.training = True
-        for numbers in self.planned_steps():
+        for numbers in () if progress.stopped else self.planned_steps():
             self.take_step(numbers)
-            if progress.stopped:
+            if progress.exit_code:
                 self.save()
-                if not progress.exit_code:
-                    self.measure()
                 return progress
-            better = False
-            if progress.step % self.measure_every == 0 or progress.step == self.steps:
-                better = self.judge(self.measure())
-            if better or (self.save_every and progress.step % self.save_every == 0):
+            better = self.due() and self.judge(self.measure())
+            if progress.out_of_time and not self.due():
+                self.measure()
+            if better or progress.out_of_time or (self.save_every and progress.step % self.save_every == 0):
                 self.save()
             if progress.stopped:
                 return progress
-        progress.stopped = DONE
+        progress.stopped = progress.stopped or DONE
         return progress
+
+    def due(self) -> bool:
+        """Returns whether the held-out rows are measured after this step."""
+        return self.progress.step % self.measure_every == 0 or self.progress.step == self.steps
 
     def planned_steps(self) -> Iterator[list[int]]:
         """Yields the row numbers of each optimizer step that is still to be done."""
@@ -209,13 +186,18 @@ class Trainer:
             progress.best, progress.waited = (progress.step, value), 0
             return self.settings.checkpoint.keep_best
         progress.waited += 1
+        self.lose_patience()
+        return False
+
+    def lose_patience(self) -> None:
+        """Stops the run if as many measurements in a row were no better as it has patience for."""
+        progress, validation = self.progress, self.settings.validation
         if validation.patience is not None and progress.waited >= validation.patience:
             step, best = progress.best
             progress.stopped = (
                 f"no better {validation.metric} than {best:.4f} of step {step} in {progress.waited} measurements, "
                 f"at step {progress.step} of {self.steps}"
             )
-        return False
 
     def save(self) -> None:
         """Writes a checkpoint: all ranks give their shares, the first writes."""
@@ -236,6 +218,8 @@ class Trainer:
         if saved.state["scaler"]:
             self.fabric.strategy.precision.scaler.load_state_dict(saved.state["scaler"])
         self.progress = Progress.of(saved.state["progress"])
+        if self.settings.validation.final == "best" and self.progress.best:
+            self.checkpoints.at(self.progress.best[0])  # what is wrong with it is better known now than at the end
 
 
 def train_step(
@@ -266,14 +250,14 @@ def train_step(
             fabric.backward(loss * (fabric.world_size / trained))  # Fabric averages the gradients of the ranks
         losses.append(loss.detach())
     norm = whole(fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False))
-    total = float(torch.stack(losses).double().sum())
-    sums = torch.tensor([total, *wishes()], dtype=torch.float64, device=fabric.device)
+    total, norm = torch.stack([torch.stack(losses).double().sum(), norm.to(losses[0].device).double()]).tolist()
+    sums = torch.tensor([total, norm, *wishes()], dtype=torch.float64, device=fabric.device)
     sums = fabric.all_reduce(sums, reduce_op="sum").tolist()
-    if not (math.isfinite(sums[0]) and torch.isfinite(norm)):
+    if not (math.isfinite(sums[0]) and math.isfinite(sums[1])):  # of the sums, so that all ranks decide the same
         refuse_nonfinite(fabric, model, batches, losses, step)
     optimizer.step()
     optimizer.zero_grad()
-    return sums[0] / trained, float(norm), sums[1:]
+    return sums[0] / trained, norm, sums[2:]
 
 
 def refuse_nonfinite(
@@ -292,7 +276,8 @@ def refuse_nonfinite(
         rows = [source for one in everyones for source in one]
     if not rows and getattr(fabric.strategy.precision, "scaler", None) is not None:
         return
-    bad = [n for n, p in trainable(model).items() if p.grad is not None and not whole(p.grad).isfinite().all()]
+    named = trainable(model.module).items()  # Fabric's wrapper would put its own name before each
+    bad = [n for n, p in named if p.grad is not None and not whole(p.grad).isfinite().all()]
     gradient = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
     what = f"the loss of rows {', '.join(rows[:8])}" if rows else gradient
     hint = "nothing of this step was taken; lower train.lr, or choose another base.precision"

@@ -7,10 +7,13 @@ from types import ModuleType
 
 import torch
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
 
 from litpeft.errors import UserError, nearest
+from litpeft.launch import peer_lost
 from litpeft.settings.train import Train
 from litpeft.storage.kernels import bitsandbytes
+from litpeft.train.optimizer_state import fresh_state
 
 
 def lr_at(step: int, steps: int, train: Train) -> float:
@@ -74,9 +77,30 @@ def make_optimizer(
     matrices, vectors = ([p for p in every if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": matrices}, {"params": vectors} | ({"weight_decay": 0.0} if "weight_decay" in takes else {})]
     try:
-        return known[name]([group for group in groups if group["params"]], lr=train.lr, **arguments)
+        optimizer = known[name]([group for group in groups if group["params"]], lr=train.lr, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UserError("CONFIG-045", f"{name} refuses: {error}", where="train.optimizer_args") from None
+    _check_step(optimizer)
+    return optimizer
+
+
+def _check_step(optimizer: torch.optim.Optimizer) -> None:
+    """Raises unless the optimiser can step on what it was given; tries it on zeros of the smallest of each kind.
+
+    Few optimisers say so themselves: a row-wise or a foreign kernel, for one, cannot work on FSDP's shares.
+    """
+    for group in optimizer.param_groups:
+        smallest = min(group["params"], key=lambda parameter: parameter.numel())
+        try:
+            fresh_state(optimizer, group, smallest)
+        except (NameError, RuntimeError, TypeError, ValueError) as error:
+            if peer_lost(error):
+                raise
+            shared = isinstance(smallest, DTensor)
+            name, why = type(optimizer).__name__, " ".join(str(error).split())[:160]
+            what = f"{name} cannot step on {'the shares of strategy fsdp' if shared else 'what this trains'}: {why}"
+            hint = "take AdamW, or another of torch.optim" + (", or strategy ddp" if shared else "")
+            raise UserError("CONFIG-052", what, where="train.optimizer", hint=hint) from None
 
 
 def _bitsandbytes() -> ModuleType:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from litpeft import __version__
+from litpeft.checkpoint import has_result
 from litpeft.data.tokenise import Row
 from litpeft.errors import UserError
+from litpeft.run import find_run
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, changed
 
 # What may differ between a run and its resume: none of it changes what is learned, and rows and weights are compared by
@@ -51,12 +53,19 @@ def find_saved(out: Path, checkpoints: Checkpoints, say: Callable[[str], None]) 
     saved = checkpoints.newest()
     if saved is not None:
         return saved
-    if (out / "final").exists():
-        what = "the run has a result but no checkpoint to continue from"
-        hint = "name another out, or begin again with --overwrite"
-        raise UserError("MODEL-090", what, where=str(out), hint=hint)
+    hint = "name another out, or begin again with --overwrite"
+    if checkpoints.steps():
+        raise UserError("MODEL-091", "none of the run's checkpoints is whole", where=str(out), hint=hint)
+    if has_result(out):  # to begin here would replace it
+        raise UserError("MODEL-090", "it holds a result but no checkpoint to continue from", where=str(out), hint=hint)
     say(f"{out} holds no checkpoint: the run begins")
     return None
+
+
+def finished_at(out: Path) -> int | None:
+    """Returns the step whose weights a finished run holds, or None: its report, written last, is not there."""
+    done = find_run(out) if (out / "final").exists() and (out / "report.md").exists() else None
+    return done.facts["step"] if done and done.facts["finished"] else None
 
 
 def began(saved: Checkpoint | None) -> datetime:

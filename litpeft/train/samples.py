@@ -9,8 +9,8 @@ from litpeft.errors import UserError
 from litpeft.evaluate import Exchange, exactly
 from litpeft.generate import answer
 from litpeft.settings.generate import Sampling
-from litpeft.train.fit import Progress
 from litpeft.train.log import Log
+from litpeft.train.progress import Progress
 from litpeft.train.report import Sample
 
 ANSWERED_AT_ONCE = 16

@@ -1,0 +1,35 @@
+"""Where a run is and what it has seen, which is what a checkpoint holds beside its tensors."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from litpeft.train.report import Sample
+
+
+@dataclass
+class Progress:
+    """Where a run is and what it has seen; a checkpoint holds it as JSON."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0  # spent in optimizer steps
+    elapsed: float = 0.0  # since the run began, without the time between a stop and its resume
+    losses: list[float] = field(default_factory=list)  # nats per trained token, one a step
+    validations: list[tuple[int, float]] = field(default_factory=list)  # step, nats per trained token
+    best: tuple[int, float] | None = None  # step and value of the metric
+    waited: int = 0  # measurements since then
+    samples: list[Sample] = field(default_factory=list)
+    stopped: str = ""
+    out_of_time: bool = False
+    exit_code: int = 0
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Progress":
+        """Returns the progress that a checkpoint's JSON holds, ready to go on."""
+        samples = [Sample(**sample) for sample in record["samples"]]
+        validations = [(step, loss) for step, loss in record["validations"]]
+        best = record["best"] and tuple(record["best"])
+        record |= {"samples": samples, "validations": validations, "best": best}
+        return cls(**record | {"stopped": "", "out_of_time": False, "exit_code": 0})

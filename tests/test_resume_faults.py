@@ -1,0 +1,237 @@
+"""Signals, kills, full disks and numbers that are not finite: what is saved by then, and that it goes on from there."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from short_runs import (
+    LONG,
+    QUIET,
+    Settings,
+    assert_same,
+    cut,
+    delta,
+    figures,
+    kills,
+    leftovers,
+    newest,
+    resume,
+    start,
+    train,
+    wait_for_step,
+    words,
+)
+from torch import Tensor
+
+import litpeft.train.fit
+from litpeft.train.checkpoints import Checkpoints
+from litpeft.train.log import read_metrics
+
+
+@pytest.fixture(scope="module")
+def long_run(tiny_folder, tmp_path_factory) -> Path:
+    """A run of forty steps with LONG, which was not interrupted."""
+    return train(tiny_folder, tmp_path_factory.mktemp("long") / "run", LONG)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_saves_the_step_and_the_run_goes_on(number, code: int, long_run, tiny_folder, tmp_path) -> None:
+    run = tmp_path / "run"
+    rare = LONG | {"checkpoint.interval": 0, "checkpoint.keep_best": False}
+    process = start(words(tiny_folder, run, rare), tmp_path / "said")
+    wait_for_step(run, 7, process)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == code, (tmp_path / "said").read_text()
+    step = newest(run).step
+    assert 7 <= step < 40
+    facts = json.loads((run / "final/delta.json").read_text())
+    assert (facts["step"], facts["finished"]) == (step, False)
+    assert f"{number.name} at step {step} of 40" in (run / "report.md").read_text()
+    assert_same(resume(tiny_folder, run, LONG), long_run)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_before_the_first_step_has_nothing_to_save(number, code: int, tiny_folder, tmp_path) -> None:
+    said = tmp_path / "said"
+    process = start(words(tiny_folder, tmp_path / "run", LONG), said)
+    while process.is_alive() and "template" not in (said.read_text() if said.exists() else ""):
+        time.sleep(0.001)  # the rows are read, the model is not built
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == code
+    assert f"{number.name}: no step was taken, there is nothing to save" in said.read_text()
+    assert not list(tmp_path.rglob("step-*"))
+
+
+def poisoned(monkeypatch, call: int, spoil) -> None:
+    """Has `spoil` act on the loss of one of the run's micro-batches."""
+    calls, summed_loss = count(1), litpeft.train.fit.summed_loss
+
+    def loss(model: torch.nn.Module, batch: object) -> Tensor:
+        value = summed_loss(model, batch)
+        return spoil(value) if next(calls) == call else value
+
+    monkeypatch.setattr(litpeft.train.fit, "summed_loss", loss)
+
+
+def interrupt_twice(loss: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    return loss
+
+
+def test_a_second_interrupt_ends_the_run_at_once_and_keeps_its_checkpoints(tiny_folder, tmp_path, monkeypatch) -> None:
+    whole, run = train(tiny_folder, tmp_path / "whole"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        poisoned(patch, 8, interrupt_twice)  # in step 3
+        with pytest.raises(SystemExit) as stop:
+            train(tiny_folder, run)
+    assert stop.value.code == 130
+    assert newest(run).step == 2
+    assert not (run / "final").exists()
+    assert_same(resume(tiny_folder, run), whole)
+
+
+def interrupt(loss: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGINT)
+    return loss
+
+
+def test_what_a_signal_left_unmeasured_is_measured_when_the_run_goes_on(tiny_folder, tmp_path, monkeypatch) -> None:
+    whole, run = train(tiny_folder, tmp_path / "whole"), tmp_path / "run"  # each step is measured
+    with monkeypatch.context() as patch:
+        poisoned(patch, 5, interrupt)  # in step 2
+        with pytest.raises(SystemExit) as stop:
+            train(tiny_folder, run)
+    assert stop.value.code == 130
+    assert newest(run).step == 2
+    assert newest(run).state["progress"]["validations"][-1][0] == 1
+    assert_same(resume(tiny_folder, run), whole)
+
+
+def test_a_run_that_was_out_of_time_goes_on(tiny_folder, tmp_path) -> None:
+    whole = train(tiny_folder, tmp_path / "whole")
+    run = train(tiny_folder, tmp_path / "run", {"train.max_time": 1e-6})
+    assert json.loads((run / "final/delta.json").read_text())["finished"] is False
+    assert_same(resume(tiny_folder, run), whole)
+
+
+def in_gradient(loss: Tensor) -> Tensor:
+    loss.register_hook(lambda gradient: gradient * torch.inf)
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(lambda loss: loss * torch.nan, "the loss of rows"), (in_gradient, "the gradient of blocks.0")],
+    ids=["loss", "gradient"],
+)
+def test_what_is_not_finite_ends_the_run_before_its_step(
+    spoil, said, tiny_folder, tmp_path, monkeypatch, capsys
+) -> None:
+    whole = train(tiny_folder, tmp_path / "whole")
+    run = shutil.copytree(whole, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        poisoned(patch, 4 + 2 + 3, spoil)  # the third micro-batch of step 3
+        with pytest.raises(SystemExit) as stop:
+            train(tiny_folder, run, {"overwrite": True})
+    error = capsys.readouterr().err
+    assert stop.value.code == 5
+    assert f"step 3: {said}" in error
+    assert error.count("train.jsonl:") == ("rows" in said)  # of four rows in that step
+    assert newest(run).step == 2
+    assert not (run / "final").exists()
+    assert not leftovers(run)
+    assert_same(resume(tiny_folder, run), whole)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny_folder, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_folder, tmp_path / "run", {"train.lr": 1e30, "train.max_norm": "null"})
+    assert stop.value.code == 5
+    for saved in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in litpeft.checkpoint.load_file(saved).values())
+
+
+def against(folder: Path) -> Path:
+    """Writes held-out rows that say other than the rows to learn: the better those are known, the worse these."""
+    path = folder / "against.jsonl"
+    rows = [{"instruction": f"Colour of {thing}?", "output": "zinc, I'd say"} for thing in ("sky", "grass")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_patience_ends_the_run_and_the_best_is_kept_and_taken(tiny_folder, tmp_path, capsys) -> None:
+    trains = {"train.epochs": 40, "train.schedule": "constant", "data.validation_path": against(tmp_path)}
+    ends = {"validation.interval": 1, "validation.patience": 3, "validation.final": "best", "checkpoint.keep_last": 1}
+    settings: Settings = QUIET | trains | ends
+    run = train(tiny_folder, tmp_path / "run", settings)
+    losses = {row["step"]: row["val_loss"] for row in read_metrics(run) if row["val_loss"] is not None and row["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    assert f"of step {best:.0f} in 3 measurements, at step {best + 3:.0f} of 80" in (run / "report.md").read_text()
+    steps = Checkpoints(run / "checkpoints").steps()
+    assert steps == [best, best + 3]
+    facts = json.loads((run / "final/delta.json").read_text())
+    assert (facts["step"], facts["finished"]) == (best, True)
+    kept = Checkpoints(run / "checkpoints").at(int(best)).tensors("delta")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in delta(run).items())
+    for step in steps:  # also where patience was at its end when it was killed
+        again = cut(run, step, tmp_path / f"after-{step}")
+        resume(tiny_folder, again, settings)
+        assert (again / "final/delta.safetensors").read_bytes() == (run / "final/delta.safetensors").read_bytes()
+        assert figures(again) == figures(run)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / f"step-{best:08.0f}")
+    with pytest.raises(SystemExit):
+        resume(tiny_folder, run, settings)
+    assert f"there is no checkpoint of step {best:.0f}" in capsys.readouterr().err
+
+
+def test_the_best_by_exact_answers_is_kept(tiny_folder, tmp_path) -> None:
+    exact = {"validation.metric": "exact", "validation.final": "best", "validation.interval": 10}
+    learns = {"train.epochs": 30, "train.schedule": "constant", "checkpoint.keep_last": 1, "train.lr": 2e-3}
+    run = train(tiny_folder, tmp_path / "run", QUIET | learns | exact, "full")
+    shares = [(row["val_exact"], -row["step"]) for row in read_metrics(run) if row["val_exact"] is not None]
+    share, step = max(share for share in shares if share[1])
+    assert share > 0
+    assert -step < 60
+    assert Checkpoints(run / "checkpoints").steps() == [-step, 60]
+    assert json.loads((run / "final/delta.json").read_text())["step"] == -step
+
+
+def test_a_disk_that_is_full_keeps_the_checkpoints_before(long_run, tiny_folder, tmp_path) -> None:
+    run = tmp_path / "run"
+    process = start(words(tiny_folder, run, LONG), tmp_path / "said")
+    wait_for_step(run, 5, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (40_000, 40_000))  # the optimizer's file is larger
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 6, said
+    step = newest(run).step
+    assert 4 <= step < 40
+    assert "is not written, the ones before are as they were" in said
+    assert_same(resume(tiny_folder, run, LONG), long_run)
+
+
+def test_too_small_a_disk_is_told_before_the_run(tiny_folder, tmp_path, monkeypatch, capsys) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    whole = train(tiny_folder, tmp_path / "whole", {"checkpoint.keep_last": 2})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=700_000))
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_folder, tmp_path / "run", {"checkpoint.keep_last": 2})
+    assert stop.value.code == 6
+    assert "the checkpoints need 0.00 GB" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    resume(tiny_folder, cut(whole, 3, tmp_path / "again"), {"checkpoint.keep_last": 2})  # most of it is there already
+
+
+def test_a_run_killed_at_random_instants_is_lost_in_no_part(long_run, tiny_folder, tmp_path) -> None:
+    kills(tiny_folder, long_run, tmp_path, 5, LONG, "lora", seed=0)
