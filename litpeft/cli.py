@@ -6,6 +6,7 @@ Nothing heavy is imported before it is needed: `litpeft --help` reads the table 
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -13,7 +14,7 @@ from typing import Any
 
 from litpeft import __version__
 from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, nearest
-from litpeft.launch import launch, leave, peer_lost, started_by
+from litpeft.launch import PATIENCE, launch, leave, peer_lost, started_by
 from litpeft.methods import METHODS
 
 
@@ -98,7 +99,9 @@ def _report(error: Exception) -> int:
         return PEER_LOST
     others = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
     if isinstance(error, UserError) and others and not error.code.startswith("RESOURCE"):
-        return error.exit_code  # every rank found the same: the first of the machine tells
+        if started_by() == "litpeft":
+            return error.exit_code  # every rank found the same: the first of the machine tells
+        time.sleep(PATIENCE)  # torchrun ends the others as soon as one has left: not before the first has told
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
         hint = "lower train.micro_tokens or data.max_length, or set train.activation_checkpointing true"
         error = UserError("RESOURCE-001", f"out of memory: {text[:200]}", hint=hint)
