@@ -1,7 +1,7 @@
 """How a model comes to be. Training, generation and merging all use this one order."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -144,7 +144,10 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
         model = build(folder, dtype, device=device, storage=storage)
     else:
         folder = run.base_folder(base)
-        model = build(folder, dtype, run.method(), device, run.storage)
+        storage = run.storage
+        if storage is not None:  # a cache that a run has left is read, none is made
+            storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
+        model = build(folder, dtype, run.method(), device, storage)
         load_delta(model, run.delta(), str(run.folder))
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model.config.vocab_size)

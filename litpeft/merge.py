@@ -12,7 +12,7 @@ from litpeft.checkpoint import Weights, atomic_folder, copy_companions, file_dty
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
-from litpeft.methods.base import folded, folds, load_delta, without_delta
+from litpeft.methods.base import folded, folds, load_delta, put, without_delta
 from litpeft.model import GPT
 from litpeft.precision import Storage
 from litpeft.run import Run, find_run, write_dtype
@@ -72,8 +72,7 @@ def merge(settings: Merge) -> None:
             what = f"the merged model would replace {kept}, from which it is made"
             raise UserError("CONFIG-036", what, where="out", hint="name another folder")
     storage = run.storage if settings.onto == "trained" else None
-    model = build(base, _dtype_of(base) if storage is None else torch.float32, run.method(), storage=storage)
-    load_delta(model, run.delta(), str(run.folder))
+    model = _trained(run, base, storage, torch.promote_types(_dtype_of(base), run.dtype if storage else _dtype_of(base)))
     dtype = file_dtype(settings.dtype) if settings.dtype else _dtype_of(base)
     rounding = Rounding()
     with atomic_folder(out, settings.overwrite) as folder:
@@ -87,6 +86,16 @@ def merge(settings: Merge) -> None:
         write_dtype(folder, dtype)
         _check(run, base, folder, dtype, rounding, storage, settings.run)
     print(f"merged model in {out}; next: litpeft chat {out}")
+
+
+def _trained(run: Run, base: Path, storage: Storage | None, dtype: torch.dtype) -> GPT:
+    """Returns the run's model in `dtype`, its linear layers with the very numbers that `storage` unpacks for the run."""
+    model = build(base, dtype, run.method()).eval()
+    if storage is not None:
+        with torch.no_grad():
+            put(model, dict(folded(build(base, run.dtype, storage=storage))))
+    load_delta(model, run.delta(), str(run.folder))
+    return model
 
 
 def _dtype_of(base: Path) -> torch.dtype:
@@ -127,8 +136,7 @@ def _check(
     """Compares logits of base + delta, of the folded weights, and of the files read back; raises if they differ."""
     tokenizer = Tokenizer.load(base)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
-    model = build(base, torch.float32, run.method(), storage=storage).eval()
-    load_delta(model, run.delta(), str(run.folder))
+    model = _trained(run, base, storage, torch.float32)
     want = _logits(model, prompts)
     with torch.no_grad():
         state = dict(folded(model))
@@ -168,9 +176,7 @@ def _check(
 
 def _tell_of_original(run: Run, base: Path, prompts: list[list[int]], want: Tensor) -> None:
     """Says how far the model that is written is from the one that was trained, on a base that it has never seen."""
-    model = build(base, torch.float32, run.method(), storage=run.storage).eval()
-    load_delta(model, run.delta(), str(run.folder))
-    trained = _logits(model, prompts)
+    trained = _logits(_trained(run, base, run.storage, torch.float32), prompts)
     off = float((want - trained).norm() / trained.norm())
     same = float((want.argmax(-1) == trained.argmax(-1)).float().mean())
     print(

@@ -28,7 +28,7 @@ from litpeft.families.names import NameMap
 from litpeft.methods import METHODS, method_class
 from litpeft.methods.base import Method, delta_state
 from litpeft.model import GPT
-from litpeft.precision import Storage
+from litpeft.precision import PRECISIONS, Storage
 from litpeft.tokenizer import Tokenizer
 
 FORMAT = 2
@@ -51,6 +51,11 @@ class Run:
         """How the base's linear layers were held while the delta was trained; None = as they are."""
         saved = self.facts["base"]["storage"]
         return None if saved is None else Storage(**saved)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the base's weights were held, or came out of their storage."""
+        return PRECISIONS[self.facts["precision"]].weights
 
     @property
     def template(self) -> str:

@@ -168,6 +168,7 @@ def test_the_cache_gives_the_same_run(tmp_path, storage: str, capsys) -> None:
         (("--base.cache", "true"), "base.cache is used only with base.quantize"),
         (("--train.optimizer", "bitsandbytes.PagedAdamW8bit"), "pages its state between a GPU and"),
         (("--base.precision", "16-mixed"), "16-mixed needs a GPU"),
+        (("--base.precision", "16-true"), "gradients that pass through float16 unscaled vanish"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_reason(tiny_folder, tmp_path, capsys, argv, message: str) -> None:
