@@ -4,6 +4,7 @@ Letters: B rows, T new tokens, S keys, H query heads, G key/value heads, D head 
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,13 @@ class Documents:
     """The documents that lie one after the other in a packed row."""
 
     lengths: tuple[int, ...]  # tokens
+    _starts: Tensor | None = None
+
+    def starts(self, device: torch.device) -> Tensor:
+        """Returns where each document begins, and the last one ends (documents + 1,), int32; made once for all layers."""
+        if self._starts is None:
+            self._starts = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device, non_blocking=True)
+        return self._starts
 
     def positions(self, device: torch.device) -> Tensor:
         """Returns the position (T,) of each token in its own document."""
@@ -107,8 +115,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """The kernel for ragged batches that flash attention brings; half precision on CUDA only."""
-    lengths = torch.tensor((0, *documents.lengths), device=q.device)
-    starts, longest = lengths.cumsum(0).to(torch.int32), max(documents.lengths)
+    starts, longest = documents.starts(q.device), max(documents.lengths)
     rows = [x[0].transpose(0, 1) for x in (q, k, v)]  # (T, heads, D)
     back = -1 if window is None else window - 1
     y = varlen_attn(*rows, starts, starts, longest, longest, window_size=(back, 0), enable_gqa=True)

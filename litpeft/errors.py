@@ -36,3 +36,8 @@ def nearest(word: str, options: list[str]) -> str:
 
     hits = get_close_matches(word, options, n=1, cutoff=0.6)
     return f' (did you mean "{hits[0]}"?)' if hits else ""
+
+
+def some(names: list[str], between: str = ", ") -> str:
+    """Returns at most five names as text, and how many more there are."""
+    return between.join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -45,12 +45,12 @@ def mean_loss(
     training = model.training
     model.eval()
     layout = lay_out(range(len(rows)), [len(row.ids) for row in rows], ranks, micro_tokens, None)[rank]
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for numbers in layout:
         batch = collate([rows[i] for i in numbers]) if numbers else idle(rows[0])
-        total += summed_loss(model, batch.to(device)).double().cpu()
+        total += summed_loss(model, batch.to(device)).double()
     if ranks > 1:
-        total = fabric.all_reduce(total.to(device), reduce_op="sum")
+        total = fabric.all_reduce(total, reduce_op="sum")
     model.train(training)
     return float(total) / sum(sum(row.trained) for row in rows)
 

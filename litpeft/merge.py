@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from litpeft.build import build
-from litpeft.checkpoint import Weights, atomic_folder, copy_companions, file_dtype, refuse_existing, write_safetensors
+from litpeft.checkpoint import Weights, copy_companions, file_dtype, write_safetensors
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
+from litpeft.folders import atomic_folder, refuse_existing
 from litpeft.methods.base import folded, folds, load_delta, put, without_delta
 from litpeft.model import GPT
 from litpeft.precision import Storage
@@ -72,7 +73,9 @@ def merge(settings: Merge) -> None:
             what = f"the merged model would replace {kept}, from which it is made"
             raise UserError("CONFIG-036", what, where="out", hint="name another folder")
     storage = run.storage if settings.onto == "trained" else None
-    model = _trained(run, base, storage, torch.promote_types(_dtype_of(base), run.dtype if storage else _dtype_of(base)))
+    model = _trained(
+        run, base, storage, torch.promote_types(_dtype_of(base), run.dtype if storage else _dtype_of(base))
+    )
     dtype = file_dtype(settings.dtype) if settings.dtype else _dtype_of(base)
     rounding = Rounding()
     with atomic_folder(out, settings.overwrite) as folder:

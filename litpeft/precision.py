@@ -45,7 +45,11 @@ def pick_precision(name: str, device: torch.device, key: str = "precision") -> P
     `key` is the setting that names it, for errors.
     """
     if name == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported()
+        )
         name = "bf16-true" if native else "32-true"
     if name not in PRECISIONS:
         raise UserError("CONFIG-032", f"{name!r} is not one of auto, {', '.join(PRECISIONS)}", where=key)

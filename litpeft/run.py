@@ -12,19 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from litpeft import __version__
-from litpeft.checkpoint import (
-    Weights,
-    atomic_folder,
-    copy_companions,
-    file_sha256,
-    read_header,
-    save_tensors,
-    write_safetensors,
-)
+from litpeft.checkpoint import Weights, copy_companions, file_sha256, read_header, save_tensors, write_safetensors
 from litpeft.config import read_config, read_json
 from litpeft.distributed import whole
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
+from litpeft.folders import atomic_folder
 from litpeft.methods import METHODS, method_class
 from litpeft.methods.base import Method, delta_state
 from litpeft.model import GPT

@@ -13,8 +13,9 @@ from conftest import make_folder
 from safetensors.torch import load_file, save_file
 
 from litpeft.build import build
-from litpeft.checkpoint import Weights, atomic_folder, write_safetensors
+from litpeft.checkpoint import Weights, write_safetensors
 from litpeft.errors import UserError
+from litpeft.folders import atomic_folder
 
 
 def test_shards_hold_the_same_tensors_and_have_the_same_fingerprint(tiny_folder, tmp_path) -> None:

@@ -16,8 +16,9 @@ PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 
 def convert(settings: Convert) -> None:
     """Writes the Hugging Face folder `settings.out`, reads it again and says what was done."""
-    from litpeft.checkpoint import atomic_folder, file_dtype
+    from litpeft.checkpoint import file_dtype
     from litpeft.convert.bin import BinFolder
+    from litpeft.folders import atomic_folder
 
     source, out = Path(settings.source), Path(settings.out)
     dtype = file_dtype(settings.dtype) if settings.dtype else None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from litpeft.checkpoint import DTYPES, Weights
 from litpeft.config import ModelConfig
-from litpeft.errors import UserError
+from litpeft.errors import UserError, some
 from litpeft.families import Place, family, split_name
 from litpeft.model import GPT
 
@@ -69,7 +69,7 @@ class NameMap:
                 left.pop(theirs, None)
         missing = [ours for theirs in left for ours in self.parts[theirs] if ours not in waiting.get(theirs, {})]
         if missing:
-            what = f"the files would not be a whole model: {_some(missing)} missing"
+            what = f"the files would not be a whole model: {some(missing)} missing"
             raise UserError("MODEL-070", what, where=where)
 
     def check(self, weights: Weights) -> None:
@@ -93,7 +93,7 @@ class NameMap:
             elif name not in shapes:
                 wrong.append(f"{name} is not of this architecture")
         if wrong:
-            what = f"the weights do not fit config.json: {_some(sorted(wrong), '; ')}"
+            what = f"the weights do not fit config.json: {some(sorted(wrong), '; ')}"
             raise UserError("MODEL-040", what, where=str(weights.folder))
 
     def _known(self, ours: str, where: str) -> str:
@@ -131,8 +131,3 @@ class NameMap:
             groups = self._groups(place)
             tensor = torch.cat([given[part].unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
         return (tensor.t() if place.transposed else tensor).contiguous()
-
-
-def _some(names: list[str], between: str = ", ") -> str:
-    """Returns the first few names, and how many more there are."""
-    return between.join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.distributed import fill
-from litpeft.errors import UserError, nearest
+from litpeft.errors import UserError, nearest, some
 from litpeft.model import GPT, Sdpa
 from litpeft.slots import Bank, Delta, Linear, Slot, TiedHead
 
@@ -105,8 +105,7 @@ def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
         if state[name].shape != own[name].shape
     ]
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UserError("MODEL-020", f"the delta does not fit this model: {'; '.join(wrong[:5])}{more}", where=where)
+        raise UserError("MODEL-020", f"the delta does not fit this model: {some(wrong, '; ')}", where=where)
     model.base_values = {name: own[name].detach().clone() for name in state if name in model.base_keys}
     put(model, state)
 

@@ -9,9 +9,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from litpeft import __version__
-from litpeft.checkpoint import atomic_folder, file_sha256, read_header, save_tensors
+from litpeft.checkpoint import file_sha256, read_header, save_tensors
 from litpeft.config import read_json
 from litpeft.errors import UserError
+from litpeft.folders import atomic_folder
 
 FORMAT = 1
 FILES = ("packed.safetensors", "packed.json")

@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from litpeft.checkpoint import file_sha256, read_header, remove_leftovers, save_tensors, sync, whole_folder
+from litpeft.checkpoint import file_sha256, read_header, save_tensors
 from litpeft.config import read_json
 from litpeft.errors import UserError
+from litpeft.folders import remove_leftovers, sync, whole_folder
 from litpeft.run import checksum
 
 FORMAT = 1

@@ -1,8 +1,5 @@
 """The command `litpeft finetune METHOD`: settings in, a folder with what was learned out."""
 
-import json
-import resource
-import shlex
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -12,19 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.fabric import Fabric
 
-from litpeft import __version__
 from litpeft.build import Loaded, build
-from litpeft.checkpoint import Weights, refuse_existing, remove_leftovers, replaced
+from litpeft.checkpoint import Weights
 from litpeft.config import ModelConfig, read_config
-from litpeft.data.sources import find
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load, show
 from litpeft.errors import UserError
+from litpeft.folders import refuse_existing, remove_leftovers, replaced
 from litpeft.launch import check_world
-from litpeft.methods.base import Method, attach, put, trainable, unfoldable
+from litpeft.methods.base import Method, attach, put, trainable
 from litpeft.model import GPT
 from litpeft.precision import Precision, Storage, pick_device, pick_precision
 from litpeft.run import base_facts, save_result
@@ -36,7 +30,7 @@ from litpeft.train.fit import Trainer, total_steps
 from litpeft.train.log import Log
 from litpeft.train.optim import make_optimizer
 from litpeft.train.progress import Progress
-from litpeft.train.report import RunFacts, summary_lines, write_report
+from litpeft.train.records import begin_run, empty_model, plain, report
 from litpeft.train.resume import began, check_same_run, circumstances, find_saved, finished_at, rows_sha256
 from litpeft.train.samples import askable, exact_share, show_sample
 from litpeft.train.signals import StopSignals
@@ -239,78 +233,3 @@ def dry_run(settings: Finetune, name: str, method: Method, rows: DataSet, tokeni
     print(f"{name} would train {train:,} of {total:,} parameters ({train / total:.3%}) in {steps} optimizer steps")
     print(f"{rows.train[0].source}, as the model sees it (what is trained is marked):")
     print(show(rows.train[0], tokenizer, color=sys.stdout.isatty()))
-
-
-def empty_model(config: ModelConfig) -> GPT:
-    """Returns the model without memory for its weights, to be counted."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
-def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: DataSet) -> None:
-    """Writes run.yaml, which is itself a --config, and the rows that were rejected."""
-    once = {"resume": False, "resume_changed": (), "overwrite": False}  # said of one command, not of the run
-    record = asdict(settings) | once | {"method": asdict(method)}
-    text = yaml.safe_dump(plain(record), sort_keys=False, allow_unicode=True)
-    command = f"# litpeft finetune {name} --config {out / 'run.yaml'} --out ANOTHER\n"
-    (out / "report.md").unlink(missing_ok=True)  # the run is not over: see finished_at
-    (out / "run.yaml").write_text(command + text, encoding="utf-8")
-    if rows.rejected:
-        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows.rejected]
-        (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def plain(value: object) -> object:
-    """Returns `value` with lists for tuples, as YAML knows them."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric) -> None:
-    """Writes report.md and loss.png, and prints the same in a few lines."""
-    settings, name, out = run.settings, run.name, Path(run.settings.out)
-    base, device = Path(settings.base.dir), fabric.device
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    edge = max(1, len(progress.losses) // 20)
-    whole_epochs, more = divmod(progress.step, -(-len(run.rows.train) // settings.train.batch_size))
-    _, held_out = find(settings.data.path, settings.data.validation_path)
-    evaluation = [f"litpeft evaluate {out} {held_out}"] if held_out else []
-    facts = RunFacts(
-        title=f"{name} on {base.name}",
-        command=shlex.join(["litpeft", "finetune", name, "--config", str(out / "run.yaml"), "--out", f"{out}-again"]),
-        method=name,
-        settings=asdict(run.method),
-        base=str(base),
-        parameters=sum(p.numel() for p in empty_model(run.config).parameters()),
-        precision=run.precision.name,
-        data=str(run.rows.report),
-        trainable=sum(p.numel() for p in trainable(model).values()),
-        delta_bytes=sum(path.stat().st_size for path in (out / "final").glob("*.safetensors")),
-        steps=progress.step,
-        epochs=whole_epochs + more * settings.train.batch_size / len(run.rows.train),
-        tokens=progress.tokens,
-        trained_tokens=progress.trained_tokens,
-        seconds=progress.seconds,
-        tokens_per_second=progress.tokens / progress.seconds,
-        device=str(device) if fabric.world_size == 1 else f"{fabric.world_size} of {device.type}, {settings.strategy.replace('auto', 'ddp')}",
-        threads=torch.get_num_threads(),
-        versions={"litpeft": __version__, "torch": torch.__version__},
-        stopped=progress.stopped,
-        peak_memory=memory,
-        first_loss=sum(progress.losses[:edge]) / edge,
-        last_loss=sum(progress.losses[-edge:]) / edge,
-        validation=progress.validations,
-        samples=progress.samples,
-        next_commands=[
-            *evaluation,
-            f"litpeft chat {out}",
-            *([] if run.method.writes_model or unfoldable(model) else [f"litpeft merge {out}"]),
-        ],
-    )
-    path = write_report(out, facts)
-    print("\n".join(summary_lines(facts)))
-    print(f"the whole story: {path}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from litpeft.distributed import fill, whole
-from litpeft.errors import UserError
+from litpeft.errors import UserError, some
 
 
 def optimizer_tensors(
@@ -56,8 +56,7 @@ def load_optimizer(
     wrong += [f"{path} is both a tensor and a plain value" for path in plain.keys() & tensors.keys()]
     wrong += misfits(expected, {**plain, **tensors})
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        what = f"the saved state is not of this optimizer over these parameters: {'; '.join(wrong[:5])}{more}"
+        what = f"the saved state is not of this optimizer over these parameters: {some(wrong, '; ')}"
         hint = "resume with the method, train.optimizer and train.optimizer_args that the run began with"
         raise UserError("MODEL-623", what, where="optimizer", hint=hint)
     for name, parameter in parameters:

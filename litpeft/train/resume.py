@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from litpeft import __version__
-from litpeft.checkpoint import has_result
 from litpeft.data.tokenise import Row
 from litpeft.errors import UserError
+from litpeft.folders import has_result
 from litpeft.run import find_run
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, changed
 

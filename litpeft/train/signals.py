@@ -25,10 +25,13 @@ class StopSignals:
     ) -> None:
         for name, handler in self._before.items():
             signal.signal(getattr(signal, name), handler)
+        if self.asked and not self.training and not isinstance(error, SystemExit):
+            sys.exit(exit_code(self.asked))  # some imports turn the exit that a signal asks for into an error of their own
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self.training:
+            self.asked = self.asked or name
             self.tell(f"{name}: no step was taken, there is nothing to save")
             sys.exit(exit_code(name))
         if self.asked and name == "SIGINT":

@@ -1,0 +1,143 @@
+"""Folders that appear as a whole or not at all, and what a killed process may leave of them."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from litpeft.config import COMPANIONS
+from litpeft.errors import UserError, some
+
+RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard")
+RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "report.json", "loss.png", *RUN_FOLDERS)
+FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them: a folder that is whole
+OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json")  # what --overwrite may remove
+
+
+@contextmanager
+def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and is removed otherwise.
+
+    A `path` that exists is refused, or, with `overwrite`, replaced as a whole: no reader ever sees half of either.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite)
+    with whole_folder(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Does the work of `atomic_folder`, and replaces what is at `path` whatever it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        _commit(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replaced(path: Path, overwrite: bool) -> Iterator[None]:
+    """Makes an empty folder at `path` for the block; what was there is moved aside.
+
+    It comes back if the block fails, but not if that leaves something to go on from.
+    """
+    refuse_existing(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
+    if path.exists() and any(path.iterdir()):
+        os.rename(path, old)
+    path.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if old.exists() and not has_result(path):
+            shutil.rmtree(path)
+            os.rename(old, path)
+        shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _commit(temporary: Path, path: Path) -> None:
+    """Makes a finished folder take its place; what was there is moved aside first and removed last."""
+    old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
+    try:
+        for file in temporary.rglob("*"):
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise UserError("RESOURCE-030", f"cannot be written: {error.strerror or error}", where=str(path)) from error
+
+
+def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
+    """Raises if `path` holds something that was not said to be replaced, or that litpeft did not write.
+
+    What a killed process left beside it is removed if `clear`: one process of a run may do that.
+    """
+    if clear:
+        remove_leftovers(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise UserError("CONFIG-030", "the output exists", where=str(path), hint="name another, or say --overwrite")
+    entries = [path] if not path.is_dir() else list(path.iterdir())
+    half = [".tmp-*", *(f"{name}.part" for name in RUN_FILES)]  # what a kill left of us
+    foreign = sorted(
+        p.name for p in entries if p.name not in OURS and not any(p.match(name) for name in ("*.safetensors", *half))
+    )
+    if foreign or path.is_symlink():
+        what = f"the output holds {some(foreign)}, which litpeft did not write: it is not replaced"
+        raise UserError("CONFIG-035", what, where=str(path), hint="name another")
+
+
+def has_result(path: Path) -> bool:
+    """Returns whether a folder is whole, or a run that can go on from a checkpoint."""
+    return any((path / name).exists() for name in FINISHED) or any((path / "checkpoints").glob("step-*"))
+
+
+def remove_leftovers(path: Path) -> None:
+    """Clears what a killed process left beside `path`: unfinished folders go, one that was moved aside comes back."""
+    for folder in path.parent.glob(f".tmp-{path.name}-*"):
+        match = re.fullmatch(rf"\.tmp-{re.escape(path.name)}-(\d+)(-old)?", folder.name)
+        if match is None or _alive(int(match.group(1))):
+            continue
+        if match.group(2) and not has_result(path):
+            shutil.rmtree(path, ignore_errors=True)  # what was to take its place, and never got its result
+            os.rename(folder, path)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Forces a file's or folder's content to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _alive(pid: int) -> bool:
+    """Returns whether another process has this number; what has ours is of one before us, as in a container."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

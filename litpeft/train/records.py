@@ -1,0 +1,104 @@
+"""What a run writes beside its weights: run.yaml when it begins, the report when it ends."""
+
+import json
+import resource
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+from lightning.fabric import Fabric
+
+from litpeft import __version__
+from litpeft.config import ModelConfig
+from litpeft.data.sources import find
+from litpeft.data.tokenise import DataSet
+from litpeft.methods.base import Method, trainable, unfoldable
+from litpeft.model import GPT
+from litpeft.settings.train import Finetune
+from litpeft.train.progress import Progress
+from litpeft.train.report import RunFacts, summary_lines, write_report
+
+if TYPE_CHECKING:
+    from litpeft.train.finetune import Preparation
+
+
+def empty_model(config: ModelConfig) -> GPT:
+    """Returns the model without memory for its weights, to be counted."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: DataSet) -> None:
+    """Writes run.yaml, which is itself a --config, and the rows that were rejected."""
+    once = {"resume": False, "resume_changed": (), "overwrite": False}  # said of one command, not of the run
+    record = asdict(settings) | once | {"method": asdict(method)}
+    text = yaml.safe_dump(plain(record), sort_keys=False, allow_unicode=True)
+    command = f"# litpeft finetune {name} --config {out / 'run.yaml'} --out ANOTHER\n"
+    (out / "report.md").unlink(missing_ok=True)  # the run is not over: see finished_at
+    (out / "run.yaml").write_text(command + text, encoding="utf-8")
+    if rows.rejected:
+        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows.rejected]
+        (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def plain(value: object) -> object:
+    """Returns `value` with lists for tuples, as YAML knows them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric) -> None:
+    """Writes report.md and loss.png, and prints the same in a few lines."""
+    settings, name, out = run.settings, run.name, Path(run.settings.out)
+    base, device = Path(settings.base.dir), fabric.device
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    where = str(device)
+    if fabric.world_size > 1:
+        where = f"{fabric.world_size} of {device.type}, {'fsdp' if settings.strategy == 'fsdp' else 'ddp'}"
+    edge = max(1, len(progress.losses) // 20)
+    whole_epochs, more = divmod(progress.step, -(-len(run.rows.train) // settings.train.batch_size))
+    _, held_out = find(settings.data.path, settings.data.validation_path)
+    evaluation = [f"litpeft evaluate {out} {held_out}"] if held_out else []
+    facts = RunFacts(
+        title=f"{name} on {base.name}",
+        command=shlex.join(["litpeft", "finetune", name, "--config", str(out / "run.yaml"), "--out", f"{out}-again"]),
+        method=name,
+        settings=asdict(run.method),
+        base=str(base),
+        parameters=sum(p.numel() for p in empty_model(run.config).parameters()),
+        precision=run.precision.name,
+        data=str(run.rows.report),
+        trainable=sum(p.numel() for p in trainable(model).values()),
+        delta_bytes=sum(path.stat().st_size for path in (out / "final").glob("*.safetensors")),
+        steps=progress.step,
+        epochs=whole_epochs + more * settings.train.batch_size / len(run.rows.train),
+        tokens=progress.tokens,
+        trained_tokens=progress.trained_tokens,
+        seconds=progress.seconds,
+        tokens_per_second=progress.tokens / progress.seconds,
+        device=where,
+        threads=torch.get_num_threads(),
+        versions={"litpeft": __version__, "torch": torch.__version__},
+        stopped=progress.stopped,
+        peak_memory=memory,
+        first_loss=sum(progress.losses[:edge]) / edge,
+        last_loss=sum(progress.losses[-edge:]) / edge,
+        validation=progress.validations,
+        samples=progress.samples,
+        next_commands=[
+            *evaluation,
+            f"litpeft chat {out}",
+            *([] if run.method.writes_model or unfoldable(model) else [f"litpeft merge {out}"]),
+        ],
+    )
+    path = write_report(out, facts)
+    print("\n".join(summary_lines(facts)))
+    print(f"the whole story: {path}")
