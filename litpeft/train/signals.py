@@ -26,7 +26,7 @@ class StopSignals:
         for name, handler in self._before.items():
             signal.signal(getattr(signal, name), handler)
         if self.asked and not self.training and not isinstance(error, SystemExit):
-            sys.exit(exit_code(self.asked))  # some imports turn the exit that a signal asks for into an error of their own
+            sys.exit(exit_code(self.asked))  # some imports turn the exit into an error of their own
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
