@@ -23,7 +23,7 @@ class Documents:
     _starts: Tensor | None = None
 
     def starts(self, device: torch.device) -> Tensor:
-        """Returns where each document begins, and the last one ends (documents + 1,), int32; made once for all layers."""
+        """Returns where the documents begin and the last one ends (documents + 1,), int32; made once for all layers."""
         if self._starts is None:
             self._starts = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device, non_blocking=True)
         return self._starts

@@ -92,7 +92,7 @@ def merge(settings: Merge) -> None:
 
 
 def _trained(run: Run, base: Path, storage: Storage | None, dtype: torch.dtype) -> GPT:
-    """Returns the run's model in `dtype`, its linear layers with the very numbers that `storage` unpacks for the run."""
+    """Returns the run's model in `dtype`, its linear layers with the very numbers that `storage` unpacked for it."""
     model = build(base, dtype, run.method()).eval()
     if storage is not None:
         with torch.no_grad():

@@ -129,7 +129,8 @@ def save_result(
     All ranks give their shares of the tensors; the first of them writes.
     """
     if settings.writes_model:
-        tensors = _whole_model(model, base)
+        dtype = settings.result_dtype(model.dtype)
+        tensors = _whole_model(model, base, dtype)
     else:
         tensors = ((name, whole(tensor).cpu()) for name, tensor in delta_state(model).items())
     if not first:
@@ -140,7 +141,7 @@ def save_result(
         if settings.writes_model:
             write_safetensors(temporary, _finite(tensors, folder))
             copy_companions(base, temporary)
-            write_dtype(temporary, model.dtype)
+            write_dtype(temporary, dtype)
         else:
             save_tensors({k: v.contiguous() for k, v in _finite(tensors, folder)}, temporary / "delta.safetensors")
         record = {
@@ -156,9 +157,9 @@ def save_result(
         (temporary / "delta.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _whole_model(model: GPT, base: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields all weights under their Hugging Face names, in the type that they compute in."""
-    own = ((name, whole(tensor).to("cpu", model.dtype)) for name, tensor in model.state_dict().items())
+def _whole_model(model: GPT, base: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yields all weights under their Hugging Face names, in this type."""
+    own = ((name, whole(tensor).to("cpu", dtype)) for name, tensor in model.state_dict().items())
     return NameMap(*read_config(base)).written(own, where=str(base))
 
 

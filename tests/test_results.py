@@ -68,19 +68,24 @@ def test_a_run_merges_or_says_why_not(run: Path, capsys) -> None:
     assert (theirs - want).abs().max() <= 5e-6 * want.abs().max()
 
 
-def test_the_result_of_full_is_a_folder_that_transformers_loads(tmp_path) -> None:
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_the_result_of_full_is_a_folder_that_transformers_loads(tmp_path, saved: torch.dtype) -> None:
     base = make_folder(tmp_path / "base", tie_word_embeddings=True, dtype="bfloat16")
-    run = finetune(base, tmp_path, *LEARN, "--base.precision", "bf16-true", method="full")
+    choice = () if saved == torch.float32 else ("--method.save_dtype", "bfloat16")  # float32 is how it was held
+    run = finetune(base, tmp_path, *LEARN, "--base.precision", "bf16-true", *choice, method="full")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         theirs, info = AutoModelForCausalLM.from_pretrained(run / "final", output_loading_info=True)
     assert not any(info.values())
-    assert theirs.dtype == torch.bfloat16  # as it was computed with
+    assert theirs.dtype == saved
     with torch.no_grad():
         mine = load(str(run), precision="32-true").model(IDS)
         before = load(str(base), precision="32-true").model(IDS)
         assert (theirs.float()(IDS).logits - mine).abs().max() <= 5e-6 * mine.abs().max()
     assert (mine - before).abs().max() > 1e-2
+    held = load_file(sorted((run / "checkpoints").iterdir())[-1] / "delta.safetensors")["blocks.0.mlp.up.weight"]
+    final = load_file(run / "final" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(final, held.to(saved))
     assert load(str(run / "final"), precision="32-true").run.facts["holds"] == "model"
 
 

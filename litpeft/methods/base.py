@@ -35,6 +35,10 @@ class Method:
         """Returns the type in which what trains is held, on a base of `dtype`: float32 or better."""
         return torch.promote_types(dtype, torch.float32)
 
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Returns the type of the weights that are saved, where the result is a model."""
+        return self.trained_dtype(dtype)
+
 
 def linears(model: GPT, targets: tuple[str, ...], key: str = "method.targets") -> dict[str, Linear]:
     """Returns the linear layers whose names match one of the globs; an error if a glob matches none."""
