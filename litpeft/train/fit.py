@@ -201,9 +201,13 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint: all ranks give their shares, the first writes."""
-        delta = {name: whole(tensor).cpu() for name, tensor in delta_state(self.gpt).items()}
-        moments, values = optimizer_tensors(self.optimizer, self.names)
-        if self.fabric.is_global_zero:
+        first, delta = self.fabric.is_global_zero, {}
+        for name, tensor in delta_state(self.gpt).items():
+            tensor = whole(tensor)
+            if first:  # nobody else holds more than its share, and one tensor
+                delta[name] = tensor.cpu()
+        moments, values = optimizer_tensors(self.optimizer, self.names, keep=first)
+        if first:
             scaler = getattr(self.fabric.strategy.precision, "scaler", None)
             state = {"progress": asdict(self.progress), "optimizer": values, "scaler": scaler and scaler.state_dict()}
             best = {self.progress.best[0]} if self.progress.best and self.settings.checkpoint.keep_best else set()

@@ -12,12 +12,12 @@ from litpeft.errors import UserError, some
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: list[str]
+    optimizer: torch.optim.Optimizer, names: list[str], keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, dict | None]]:
     """Returns the tensors of the state as `NAME/KEY`, and the rest of it by parameter; None: it has no state yet.
 
-    `names` are those of the parameters in the order of the optimiser's groups. Every rank must ask. The tensors are on
-    the CPU, and those that were there are the optimiser's own.
+    `names` are those of the parameters in the order of the optimiser's groups. Every rank must ask, and those that
+    do not `keep` get no tensors. The tensors are on the CPU, and those that were there are the optimiser's own.
     """
     optimizer = unwrapped(optimizer)
     tensors: dict[str, Tensor] = {}
@@ -27,7 +27,9 @@ def optimizer_tensors(
         values[name] = without_tensors(state) if state else None
         for path, value in leaves(state or {}, name).items():
             if isinstance(value, Tensor):
-                tensors[path] = whole(value).detach().cpu()
+                value = whole(value).detach()
+                if keep:
+                    tensors[path] = value.cpu()
     return tensors, values
 
 
