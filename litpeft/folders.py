@@ -1,8 +1,10 @@
 """Folders that appear as a whole or not at all, and what a killed process may leave of them."""
 
+import fcntl
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +64,37 @@ def replaced(path: Path, overwrite: bool) -> Iterator[None]:
         shutil.rmtree(old, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keeps other processes from working on `path` for the time of the block; one that already does is an error.
+
+    The lock is a file beside `path` that the system frees when its process ends, however that happens.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.parent / f".lock-{path.name}"
+    while True:
+        handle = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 (closed below, after the block)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            handle.close()
+            hint = "wait for it to end, or name another folder"
+            raise UserError("RESOURCE-032", f"{holder} is working on it", where=str(path), hint=hint) from None
+        if lock.exists() and os.fstat(handle.fileno()).st_ino == lock.stat().st_ino:
+            break
+        handle.close()  # the one before has just removed its file: ours is not the one that the next will find
+    try:
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        handle.close()
 
 
 def _commit(temporary: Path, path: Path) -> None:

@@ -16,7 +16,7 @@ from litpeft.config import ModelConfig, read_config
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load, show
 from litpeft.errors import UserError
-from litpeft.folders import refuse_existing, remove_leftovers, replaced
+from litpeft.folders import alone, refuse_existing, remove_leftovers, replaced
 from litpeft.launch import check_world
 from litpeft.methods.base import Method, attach, put, trainable
 from litpeft.model import GPT
@@ -143,6 +143,7 @@ class Preparation:
         # 2. the run folder, and the run
         with ExitStack() as stack:
             if fabric.is_global_zero:
+                stack.enter_context(alone(out))
                 stack.enter_context(
                     nullcontext() if self.saved else replaced(out, settings.overwrite or settings.resume)
                 )

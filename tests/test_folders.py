@@ -1,0 +1,52 @@
+"""Two processes never work on one run."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+from conftest import finetune
+
+from litpeft.errors import UserError
+from litpeft.folders import alone
+
+
+def hold(path, pipe) -> None:
+    with alone(path):
+        pipe.send("working")
+        pipe.recv()
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that works on tmp_path / run."""
+    context = multiprocessing.get_context("fork")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=hold, args=(tmp_path / "run", theirs))
+    process.start()
+    pipe.recv()
+    yield process, pipe
+    if process.is_alive():
+        pipe.send("end")
+    process.join()
+
+
+def test_a_second_run_on_the_same_folder_is_refused_and_names_the_first(tiny_folder, tmp_path, holder, capsys) -> None:
+    for argv in ((), ("--overwrite",), ("--resume",)):
+        with pytest.raises(SystemExit) as stop:
+            finetune(tiny_folder, tmp_path, *argv)
+        assert stop.value.code == 6
+        assert f"process {holder[0].pid} on " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGKILL])
+def test_the_folder_is_free_when_its_process_ends_however_that_happens(tmp_path, holder, number) -> None:
+    process, pipe = holder
+    with pytest.raises(UserError, match="is working on it"), alone(tmp_path / "run"):
+        pass
+    os.kill(process.pid, number) if number else pipe.send("end")
+    process.join()
+    with alone(tmp_path / "run"):
+        assert (tmp_path / ".lock-run").read_text().startswith(f"process {os.getpid()} on ")
+    assert list(tmp_path.iterdir()) == []
