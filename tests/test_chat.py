@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -179,6 +180,7 @@ class Terminal:
         env = os.environ | {"XDG_STATE_HOME": str(state), "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)}
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a terminal; tests in the background ignore it
             os.execve(sys.executable, [sys.executable, "-c", code], env)
         self.seen = ""
 
