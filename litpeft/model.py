@@ -18,6 +18,7 @@ from litpeft.attention import Documents, attend, causal_mask
 from litpeft.config import ModelConfig
 from litpeft.errors import UserError
 from litpeft.loss import summed_cross_entropy
+from litpeft.ops import Rotate, SwiGLU, rms_norm
 from litpeft.slots import Bank, Linear, Slot, TiedHead
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -86,13 +87,6 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return mix * frequency + (1 - mix) * frequency / scaling.factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle; cos and sin are (B, 1, T, R/2)."""
-    half = cos.size(-1)
-    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
-
-
 class Sdpa(Slot):
     """Softmax attention: what `Attention.core` is until a method replaces it."""
 
@@ -104,7 +98,7 @@ class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight; a weight that trains is float32 whatever x is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -137,7 +131,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
         if ctx.rope is not None:
-            q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
+            q, k = Rotate.apply(q, *ctx.rope), Rotate.apply(k, *ctx.rope)
         if ctx.cache is not None:
             k, v = ctx.cache[self.layer].update(k, v, ctx.pos, ctx.end)
         return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2))
@@ -154,6 +148,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.act(self.up(x)))
+        if self.act is F.silu:
+            return self.down(SwiGLU.apply(self.gate(x), self.up(x)))
         return self.down(self.act(self.gate(x)) * self.up(x))
 
 

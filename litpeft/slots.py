@@ -1,5 +1,6 @@
 """The places where a finetuning method may act. Each is the identity until a method fills it."""
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +29,13 @@ class Delta(nn.Module):
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns the weight (out, in) and bias (out,) that compute the same without this Delta, if there are such."""
         raise NotImplementedError  # a Delta that leaves it so acts on activations, and cannot be merged
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Returns the type in which a product with x is computed: that of x, unless autocast says otherwise."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 class Bank(nn.ParameterDict):

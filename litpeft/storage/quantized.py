@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.model import GPT
-from litpeft.slots import Linear
+from litpeft.slots import Linear, product_dtype
 from litpeft.storage import storage_class
 
 
@@ -77,9 +77,7 @@ class Quantized(Linear):
         return self.unpack(tuple(self.packed().values()), (self.out_features, self.in_features), self.dtype)
 
     def base(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))  # as F.linear, which would cast both
+        x = x.to(product_dtype(x))  # as F.linear, which would cast both
         bias = None if self.bias is None else self.bias.to(x.dtype)
         shape = (self.out_features, self.in_features)
         return Product.apply(x, bias, type(self), shape, *self.packed().values())

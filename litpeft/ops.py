@@ -1,0 +1,88 @@
+"""Element-wise steps of a block whose backward passes are written out: fewer passes over memory, and less held.
+
+What autograd makes of the same formulas keeps every intermediate; each function here keeps its inputs.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PIECE = 1 << 18  # numbers whose float32 copies stay in a CPU's cache: it is memory that a norm waits for
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Returns x / rms(x) * weight for x (..., d) and weight (d,), in the type of x; computed in float32 or better."""
+    if x.is_cuda:  # where torch has a kernel for it
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the same rows (rows, n) of tensors of like leading shape, a cacheful at a time."""
+    rows = [x.flatten(0, -2) if x.dim() > 1 else x[None] for x in tensors]
+    return zip(*(x.split(max(1, PIECE // rows[0].size(1))) for x in rows), strict=True)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=wide)  # scale = 1 / rms(x)
+        weight_ = weight.to(wide)
+        for x_, y_, scale_ in _pieces(x, y, scale):
+            size = torch.linalg.vector_norm(x_, dim=-1, keepdim=True, dtype=wide)
+            scale_.copy_(size.square_().div_(x.size(-1)).add_(eps).rsqrt_())
+            y_.copy_((x_.to(wide) * scale_).mul_(weight_))
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        dx, weight_ = torch.empty_like(x), weight.to(scale.dtype)
+        dweight = torch.zeros_like(weight_) if ctx.needs_input_grad[1] else None
+        for x_, dy_, scale_, dx_ in _pieces(x, dy, scale, dx):
+            unit, dy_ = x_.to(scale.dtype) * scale_, dy_.to(scale.dtype)
+            if dweight is not None:
+                dweight += (dy_ * unit).sum(0)
+            dunit = dy_ * weight_
+            along = (dunit * unit).mean(-1, keepdim=True)
+            dx_.copy_(dunit.addcmul_(unit, along, value=-1).mul_(scale_))
+        return dx, None if dweight is None else dweight.to(weight.dtype), None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up https://arxiv.org/abs/2002.05202; the backward pass computes silu(gate) again."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+class Rotate(torch.autograd.Function):
+    """x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle; cos and sin are (B, 1, T, R/2)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(dy, *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """Returns x turned forwards (1) or back (-1)."""
+    half = cos.size(-1)
+    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), -1)
+    first = torch.addcmul(a * cos, b, sin, value=-direction)
+    return torch.cat((first, torch.addcmul(b * cos, a, sin, value=direction), rest), -1)

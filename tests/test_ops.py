@@ -1,0 +1,122 @@
+"""The hand-written backward passes against what autograd makes of the plain formulas, values and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litpeft import loss, ops
+from litpeft.loss import summed_cross_entropy
+from litpeft.ops import Rotate, SwiGLU, rms_norm
+from litpeft.slots import Linear, Slot
+
+SHAPES = [(7,), (1, 7), (2, 5, 7), (1, 1, 7)]
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def gradients(function, *inputs: Tensor) -> list[Tensor]:
+    """Returns the value, and the gradient of a random sum of it by each input that is a floating point number."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad((y * random(*y.shape, seed=9).to(y.dtype)).sum(), leaves)]
+
+
+def same(got: list[Tensor], want: list[Tensor], limit: float = 1e-12) -> bool:
+    return all(
+        g.dtype == w.dtype and torch.allclose(g, w, rtol=limit, atol=limit) for g, w in zip(got, want, strict=True)
+    )
+
+
+def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+
+@pytest.mark.parametrize("piece", [8, 1 << 18])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_equals_its_formula(shape: tuple[int, ...], piece: int, monkeypatch) -> None:
+    monkeypatch.setattr(ops, "PIECE", piece)  # one row at a time, or all
+    x, weight = random(*shape), random(7, seed=1)
+    assert same(gradients(lambda x, w: rms_norm(x, w, 1e-5), x, weight), gradients(plain_rms_norm, x, weight))
+
+
+def test_rms_norm_of_rows_in_half_precision_is_computed_in_float32() -> None:
+    x, weight = random(40, 64, dtype=torch.bfloat16), random(64, seed=1).float()
+    y, dx, dweight = gradients(lambda x, w: rms_norm(x, w, 1e-5), x, weight)
+    want = gradients(plain_rms_norm, x.double(), weight.double())
+    assert (y.dtype, dx.dtype, dweight.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert torch.equal(y, want[0].bfloat16()) or (y - want[0]).abs().max() <= 2**-8 * want[0].abs().max()
+    assert (dx - want[1]).abs().max() <= 2**-8 * want[1].abs().max()
+    assert (dweight - want[2]).abs().max() <= 1e-2 * want[2].abs().max()  # the random sum is rounded too
+
+
+def test_swiglu_equals_its_formula() -> None:
+    gate, up = random(2, 5, 7), random(2, 5, 7, seed=1)
+    assert same(gradients(SwiGLU.apply, gate, up), gradients(lambda g, u: g * torch.sigmoid(g) * u, gate, up))
+
+
+@pytest.mark.parametrize("turned", [2, 6, 8])
+def test_a_rotation_is_the_product_with_a_complex_number(turned: int) -> None:
+    x, angle = random(2, 3, 5, 8), random(2, 1, 5, turned // 2, seed=1)
+
+    def plain(x: Tensor) -> Tensor:
+        half = turned // 2
+        z = torch.complex(x[..., :half], x[..., half:turned]) * torch.exp(1j * angle)
+        return torch.cat((z.real, z.imag, x[..., turned:]), -1)
+
+    assert same(gradients(lambda x: Rotate.apply(x, angle.cos(), angle.sin()), x), gradients(plain, x))
+
+
+class Doubled(Slot):
+    """A slot that is filled: such a head's loss goes the way of any module."""
+
+    def forward(self, y: Tensor, *context: object) -> Tensor:
+        return 2 * y
+
+
+@pytest.mark.parametrize("piece", [8, 60, 1 << 21])
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_summed_loss_equals_cross_entropy_for_every_head(bias: bool, filled: bool, piece: int, monkeypatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 5)
+    monkeypatch.setattr(loss, "PIECE", piece)
+    head = Linear(6, 11, bias).double()
+    if filled:
+        head.slot = Doubled()
+    x, targets = random(13, 6), torch.randint(0, 11, (13,), generator=torch.Generator().manual_seed(2))
+
+    def of(function):
+        rows = x.clone().requires_grad_()
+        total = function(rows)
+        return [total.detach(), *torch.autograd.grad(3 * total, [rows, *head.parameters()])]
+
+    want = of(
+        lambda x: F.cross_entropy(F.linear(x, head.weight, head.bias) * (2 if filled else 1), targets, reduction="sum")
+    )
+    assert same(of(lambda x: summed_cross_entropy(head, x, targets)), want)
+    with torch.no_grad():
+        assert same([summed_cross_entropy(head, x, targets)], want[:1])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_summed_loss_in_bfloat16_is_as_near_as_autograds(trained: bool) -> None:
+    head = Linear(64, 999)
+    head.weight.data = random(999, 64, seed=1).to(torch.float32 if trained else torch.bfloat16)
+    head.requires_grad_(trained)
+    x, targets = random(600, 64, dtype=torch.bfloat16), torch.arange(600)
+    exact = F.linear(x.double(), head.weight.double().bfloat16().double())
+
+    def off(y: Tensor, want: Tensor) -> float:
+        return float((y.detach() - want).norm() / want.norm())
+
+    rows, leaves = x.clone().requires_grad_(), ([head.weight] if trained else [])
+    total = summed_cross_entropy(head, rows, targets)
+    got = torch.autograd.grad(total, [rows, *leaves])
+    slope = exact.softmax(-1) - F.one_hot(targets, 999)
+    want = [slope @ head.weight.double(), slope.T @ x.double()]
+    assert total.dtype == torch.float32
+    assert off(total, F.cross_entropy(exact, targets, reduction="sum")) < 1e-3
+    assert [g.dtype for g in got] == [torch.bfloat16, torch.float32][: len(got)]
+    assert all(off(g, w) < 1e-2 for g, w in zip(got, want, strict=False))
