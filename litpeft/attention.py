@@ -73,8 +73,10 @@ def attend(
     """Returns softmax(q k^T / sqrt(D)) v as (B, H, T, D); q is (B, H, T, D), k and v are (B, G, S, D).
 
     `mask` (B, 1, T, S) says what a query sees; without it a query sees its own and the earlier tokens of its document
-    (of its row if `documents` is None), at most `window` of them.
+    (of its row if `documents` is None), at most `window` of them. One token by itself sees all keys.
     """
+    if q.size(2) == 1:
+        return _one(q, k, v, mask)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     if documents is None or len(documents.lengths) == 1:
@@ -82,6 +84,12 @@ def attend(
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, documents, window)
     return _by_length(q, k, v, documents, window)
+
+
+def _one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """One token of each row, as when an answer is written: the heads that share a key are rows of one product."""
+    y = F.scaled_dot_product_attention(q.view(len(q), k.size(1), -1, q.size(3)), k, v, attn_mask=mask)
+    return y.reshape(q.shape)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -21,6 +21,7 @@ from litpeft.run import Run, find_run
 from litpeft.slots import Delta
 from litpeft.storage import storage_class
 from litpeft.storage.cache import Cache
+from litpeft.storage.packed import can_pack, pack
 from litpeft.storage.quantized import store
 from litpeft.tokenizer import Tokenizer
 
@@ -149,7 +150,10 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
             storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
         model = build(folder, dtype, run.method(), device, storage)
         load_delta(model, run.delta(), str(run.folder))
+    model.eval().requires_grad_(False)
+    if device.type == "cpu" and dtype == torch.bfloat16 and can_pack():
+        pack(model)
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model.config.vocab_size)
     template = ChatTemplate(tokenizer, run.template if run else "auto")
-    return Loaded(model.eval().requires_grad_(False), tokenizer, template, run.system if run else None, run)
+    return Loaded(model, tokenizer, template, run.system if run else None, run)

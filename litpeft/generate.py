@@ -55,7 +55,9 @@ class TokenCache:
         ids = torch.tensor([part + [0] * (width - len(part)) for part in new], device=device)  # (B, T)
         pos = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
         last = torch.tensor([i * width + len(part) - 1 for i, part in enumerate(new)], device=device)
-        logits = self.model(ids, Context(pos, cache=self.layers, end=max(starts) + width), at=last)
+        start = starts[0] if len(set(starts)) == 1 else None
+        ctx = Context(pos, cache=self.layers, end=max(starts) + width, start=start)
+        logits = self.model(ids, ctx, at=last)
         self.rows = [list(row) for row in rows]
         return logits
 

@@ -18,7 +18,7 @@ from litpeft.attention import Documents, attend, causal_mask
 from litpeft.config import ModelConfig
 from litpeft.errors import UserError
 from litpeft.loss import summed_cross_entropy
-from litpeft.ops import Rotate, SwiGLU, rms_norm
+from litpeft.ops import rms_norm, rotate, swiglu
 from litpeft.slots import Bank, Linear, Slot, TiedHead
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -31,12 +31,16 @@ class KVCache:
         shape = (rows, config.n_kv_heads, length, config.head_dim)
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
 
-    def update(self, k: Tensor, v: Tensor, pos: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Writes k and v (B, G, T, D) at positions `pos` (B, T); returns the keys and values (B, G, end, D) so far."""
-        row = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[row, :, pos] = k.transpose(1, 2).to(self.k.dtype)  # autocast gives other types than the cache's
-        self.v[row, :, pos] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[:, :, :end], self.v[:, :, :end]
+    def update(self, k: Tensor, v: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, G, T, D) at their positions; returns the keys and values (B, G, end, D) so far."""
+        if ctx.start is not None:
+            span = slice(ctx.start, ctx.start + k.size(2))
+            self.k[:, :, span], self.v[:, :, span] = k, v
+        else:
+            row = torch.arange(k.size(0), device=k.device)[:, None]
+            self.k[row, :, ctx.pos] = k.transpose(1, 2).to(self.k.dtype)  # autocast gives other types than the cache's
+            self.v[row, :, ctx.pos] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[:, :, : ctx.end], self.v[:, :, : ctx.end]
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Context:
     prompt_lengths: tuple[int, ...] | None = None  # tokens before the first answer, for each document
     cache: list[KVCache] | None = None  # one for each layer, while generating
     end: int = 0  # with a cache: one more than the highest position of this call
+    start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
     mask: Tensor | None = None  # (B, 1, T, S) True = may see; None = causal within the document
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin (B, 1, T, R/2); None = nothing rotates
 
@@ -63,6 +68,10 @@ class Context:
         """Returns the context of one row (1, T) that holds documents of these lengths one after the other."""
         documents = Documents(lengths)
         return cls(documents.positions(device)[None], documents, prompt_lengths)
+
+    def is_plain(self, tokens: int, window: int | None) -> bool:
+        """Returns whether no mask is needed over a cache: all rows begin here, or their last token sees everything."""
+        return tokens >= self.end or (tokens == 1 and self.start is not None and self.end <= (window or self.end))
 
     def reach(self) -> int:
         """Returns one more than the highest position, from what is known without asking the device."""
@@ -131,9 +140,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
         if ctx.rope is not None:
-            q, k = Rotate.apply(q, *ctx.rope), Rotate.apply(k, *ctx.rope)
+            q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
         if ctx.cache is not None:
-            k, v = ctx.cache[self.layer].update(k, v, ctx.pos, ctx.end)
+            k, v = ctx.cache[self.layer].update(k, v, ctx)
         return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2))
 
 
@@ -149,7 +158,7 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.down(self.act(self.up(x)))
         if self.act is F.silu:
-            return self.down(SwiGLU.apply(self.gate(x), self.up(x)))
+            return self.down(swiglu(self.gate(x), self.up(x)))
         return self.down(self.act(self.gate(x)) * self.up(x))
 
 
@@ -211,7 +220,7 @@ class GPT(nn.Module):
         if self.config.turned:
             angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
             ctx.rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        if ctx.cache is not None and ctx.mask is None and ids.size(1) < ctx.end:  # else all rows start here: causal
+        if ctx.cache is not None and ctx.mask is None and not ctx.is_plain(ids.size(1), self.config.window):
             keys = torch.arange(ctx.end, device=ids.device)[None]
             ctx.mask = causal_mask(ctx.pos, keys, self.config.window)[:, None]
         for block in self.blocks:

@@ -14,7 +14,7 @@ PIECE = 1 << 18  # numbers whose float32 copies stay in a CPU's cache: it is mem
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Returns x / rms(x) * weight for x (..., d) and weight (d,), in the type of x; computed in float32 or better."""
-    if x.is_cuda:  # where torch has a kernel for it
+    if x.is_cuda or not torch.is_grad_enabled():  # the same bits
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight, eps)
 
@@ -53,8 +53,13 @@ class _RMSNorm(torch.autograd.Function):
         return dx, None if dweight is None else dweight.to(weight.dtype), None
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up https://arxiv.org/abs/2002.05202; the backward pass computes silu(gate) again."""
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Returns silu(gate) * up, of https://arxiv.org/abs/2002.05202."""
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Holds its inputs only: the backward pass computes silu(gate) again."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -67,9 +72,12 @@ class SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
-class Rotate(torch.autograd.Function):
-    """x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle; cos and sin are (B, 1, T, R/2)."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle; cos and sin are (B, 1, T, R/2)."""
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin, 1)
 
+
+class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)

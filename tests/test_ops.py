@@ -7,7 +7,7 @@ from torch import Tensor
 
 from litpeft import loss, ops
 from litpeft.loss import summed_cross_entropy
-from litpeft.ops import Rotate, SwiGLU, rms_norm
+from litpeft.ops import rms_norm, rotate, swiglu
 from litpeft.slots import Linear, Slot
 
 SHAPES = [(7,), (1, 7), (2, 5, 7), (1, 1, 7)]
@@ -54,7 +54,7 @@ def test_rms_norm_of_rows_in_half_precision_is_computed_in_float32() -> None:
 
 def test_swiglu_equals_its_formula() -> None:
     gate, up = random(2, 5, 7), random(2, 5, 7, seed=1)
-    assert same(gradients(SwiGLU.apply, gate, up), gradients(lambda g, u: g * torch.sigmoid(g) * u, gate, up))
+    assert same(gradients(swiglu, gate, up), gradients(lambda g, u: g * torch.sigmoid(g) * u, gate, up))
 
 
 @pytest.mark.parametrize("turned", [2, 6, 8])
@@ -66,7 +66,7 @@ def test_a_rotation_is_the_product_with_a_complex_number(turned: int) -> None:
         z = torch.complex(x[..., :half], x[..., half:turned]) * torch.exp(1j * angle)
         return torch.cat((z.real, z.imag, x[..., turned:]), -1)
 
-    assert same(gradients(lambda x: Rotate.apply(x, angle.cos(), angle.sin()), x), gradients(plain, x))
+    assert same(gradients(lambda x: rotate(x, angle.cos(), angle.sin()), x), gradients(plain, x))
 
 
 class Doubled(Slot):

@@ -169,3 +169,21 @@ def test_a_finetuned_model_has_the_bits_of_one_with_the_unpacked_weights(tiny_fo
 def test_a_quantised_weight_cannot_train(tiny_folder) -> None:
     with pytest.raises(UserError, match="CONFIG-025.*blocks.0.mlp.up.weight, which base.quantize holds in codes"):
         build(tiny_folder, torch.float32, LoRA(unfreeze=("*.mlp.up.weight",)), storage=Storage("nf4"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(32, 64), (96, 32), (33, 64), (64, 31)])
+@pytest.mark.parametrize("rows", [(), (1, 1), (3, 100), (2, 200)])
+def test_int8_without_a_gradient_computes_what_it_computes_with_one(
+    rows: tuple[int, ...], shape: tuple[int, int], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = make("int8", False, torch.randn(shape), torch.bfloat16, bias)
+    x = torch.randn(*rows, shape[1]).bfloat16()
+    exact = F.linear(x.double(), layer.dense().double(), layer.bias.detach().double() if bias else None)
+    with torch.no_grad():
+        got = layer(x)
+    with_gradient = layer(x).detach()
+    assert got.dtype == torch.bfloat16
+    assert got.shape == with_gradient.shape
+    assert (got - exact).norm() < (with_gradient - exact).norm() + 4e-3 * exact.norm()  # the scale is rounded too
