@@ -9,7 +9,6 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 
 SHORT = 512  # tokens; longer documents go to the fused kernel, which holds no attention weights
@@ -132,6 +131,8 @@ def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
     """The kernel for ragged batches that flash attention brings; half precision on CUDA only."""
+    from torch.nn.attention.varlen import varlen_attn  # which loads torch's compiler, and that takes a second
+
     starts, longest = documents.starts(q.device), max(documents.lengths)
     rows = [x[0].transpose(0, 1) for x in (q, k, v)]  # (T, heads, D)
     back = -1 if window is None else window - 1

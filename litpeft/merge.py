@@ -14,7 +14,7 @@ from litpeft.errors import UserError
 from litpeft.families.names import NameMap
 from litpeft.folders import atomic_folder, refuse_existing
 from litpeft.methods.base import folded, folds, load_delta, put, without_delta
-from litpeft.model import GPT
+from litpeft.model import GPT, Context
 from litpeft.precision import Storage
 from litpeft.run import Run, find_run, write_dtype
 from litpeft.settings.files import Merge
@@ -45,8 +45,8 @@ class Rounding:
             return
         self.changed += int((rounded != base.to(rounded.dtype)).sum())
         self.total += exact.numel()
-        self.lost += float((rounded.to(exact.dtype) - exact).double().square().sum())
-        self.update += float((exact - base.to(exact.dtype)).double().square().sum())
+        self.lost += float(torch.linalg.vector_norm(rounded - exact, dtype=torch.float64)) ** 2
+        self.update += float(torch.linalg.vector_norm(exact - base, dtype=torch.float64)) ** 2
 
     @property
     def error(self) -> float:
@@ -73,27 +73,40 @@ def merge(settings: Merge) -> None:
             what = f"the merged model would replace {kept}, from which it is made"
             raise UserError("CONFIG-036", what, where="out", hint="name another folder")
     storage = run.storage if settings.onto == "trained" else None
-    model = _trained(
-        run, base, storage, torch.promote_types(_dtype_of(base), run.dtype if storage else _dtype_of(base))
-    )
     dtype = file_dtype(settings.dtype) if settings.dtype else _dtype_of(base)
-    rounding = Rounding()
+    model = _trained(run, base, storage)
+    tokenizer = Tokenizer.load(base)
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    want, rounding = _logits(model, prompts), Rounding()
+    with without_delta(model):
+        before = _logits(model, prompts)
     with atomic_folder(out, settings.overwrite) as folder:
         try:
             write_safetensors(folder, _merged(model, base, dtype, rounding))
         except TypeError as error:
             hint = "generate and chat take the run as it is"
             raise UserError("MODEL-061", f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
-        del model
         copy_companions(base, folder)
         write_dtype(folder, dtype)
-        _check(run, base, folder, dtype, rounding, storage, settings.run)
+        model.base_values = {}
+        with without_delta(model):  # which its weights hold by now
+            fold = _logits(model, prompts)
+        del model  # there is room for one in memory
+        files = _logits(build(folder, torch.float32).eval(), prompts)
+        print(
+            f"logits at {len(want)} positions of {len(PROMPTS)} prompts, "
+            f"compared with base + delta (largest {float(want.abs().max()):.1f}):"
+        )
+        print(f"  {'the base without the delta':<32} differs by {float((before - want).abs().max()):.2e}")
+        if storage != run.storage:
+            _tell_of_original(run, base, prompts, want)
+        _check(want, fold, files, dtype, rounding, settings.run)
     print(f"merged model in {out}; next: litpeft chat {out}")
 
 
-def _trained(run: Run, base: Path, storage: Storage | None, dtype: torch.dtype) -> GPT:
-    """Returns the run's model in `dtype`, its linear layers with the very numbers that `storage` unpacked for it."""
-    model = build(base, dtype, run.method()).eval()
+def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:
+    """Returns the run's model in float32, its linear layers with the very numbers that `storage` unpacked for it."""
+    model = build(base, torch.float32, run.method()).eval()
     if storage is not None:
         with torch.no_grad():
             put(model, dict(folded(build(base, run.dtype, storage=storage))))
@@ -114,7 +127,10 @@ def _dtype_of(base: Path) -> torch.dtype:
 
 
 def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
-    """Yields the folded weights under their Hugging Face names, rounded once to the type of the files."""
+    """Yields the folded weights under their Hugging Face names, rounded once to the type of the files.
+
+    The model keeps them as they are before that, so that afterwards it is the plain one.
+    """
 
     def rounded() -> Iterator[tuple[str, Tensor]]:
         for ours, exact, before in folds(model):
@@ -122,6 +138,7 @@ def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> I
             before = model.base_values.get(ours, before)
             if before is not None:  # else the method adds it, and `written` knows whether there is a place for it
                 rounding.add(exact, after, before)
+                model.get_parameter(ours).data = exact
             yield ours, after
 
     with torch.no_grad():
@@ -130,38 +147,17 @@ def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> I
 
 @torch.inference_mode()
 def _logits(model: GPT, prompts: list[list[int]]) -> Tensor:
-    return torch.cat([model(torch.tensor([ids]))[0] for ids in prompts])
+    ids = torch.tensor([[i for prompt in prompts for i in prompt]])
+    return model(ids, Context.packed(tuple(map(len, prompts)), ids.device, None))[0]
 
 
-def _check(
-    run: Run, base: Path, folder: Path, dtype: torch.dtype, rounding: Rounding, storage: Storage | None, where: str
-) -> None:
+def _check(want: Tensor, fold: Tensor, files: Tensor, dtype: torch.dtype, rounding: Rounding, where: str) -> None:
     """Compares logits of base + delta, of the folded weights, and of the files read back; raises if they differ."""
-    tokenizer = Tokenizer.load(base)
-    prompts = [tokenizer.encode(text) for text in PROMPTS]
-    model = _trained(run, base, storage, torch.float32)
-    want = _logits(model, prompts)
-    with torch.no_grad():
-        state = dict(folded(model))
-        with without_delta(model):
-            before = _logits(model, prompts)
-    plain = build(base, torch.float32).eval()
-    for name, tensor in state.items():
-        plain.get_parameter(name).data = tensor
-    fold = _logits(plain, prompts)
-    del model, plain, state
-    files = _logits(build(folder, torch.float32).eval(), prompts)
     size = float(want.abs().max())
     names = {"folded in float32": fold, f"files read back, {str(dtype).removeprefix('torch.')}": files}
-    print(
-        f"logits at {len(want)} positions of {len(PROMPTS)} prompts, compared with base + delta (largest {size:.1f}):"
-    )
-    print(f"  {'the base without the delta':<32} differs by {float((before - want).abs().max()):.2e}")
     for name, logits in names.items():
         same = float((logits.argmax(-1) == want.argmax(-1)).float().mean())
         print(f"  {name:<32} differs by {float((logits - want).abs().max()):.2e}, same next token at {same:.0%}")
-    if storage != run.storage:
-        _tell_of_original(run, base, prompts, want)
     print(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
     print(f"rounding to {str(dtype).removeprefix('torch.')} took {rounding.error:.1%} of the update", end="")
     print("; --dtype float32 would keep all of it" if rounding.error > 0.1 else "")
@@ -179,7 +175,7 @@ def _check(
 
 def _tell_of_original(run: Run, base: Path, prompts: list[list[int]], want: Tensor) -> None:
     """Says how far the model that is written is from the one that was trained, on a base that it has never seen."""
-    trained = _logits(_trained(run, base, run.storage, torch.float32), prompts)
+    trained = _logits(_trained(run, base, run.storage), prompts)
     off = float((want - trained).norm() / trained.norm())
     same = float((want.argmax(-1) == trained.argmax(-1)).float().mean())
     print(

@@ -19,7 +19,7 @@ from litpeft.config import ModelConfig
 from litpeft.errors import UserError
 from litpeft.loss import summed_cross_entropy
 from litpeft.ops import rms_norm, rotate, swiglu
-from litpeft.slots import Bank, Linear, Slot, TiedHead
+from litpeft.slots import Bank, Embedding, Linear, Slot, TiedHead
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
@@ -195,8 +195,8 @@ class GPT(nn.Module):
         self.base_keys: set[str] = set()  # these three are filled by methods/base.py
         self.delta_keys: set[str] = set()
         self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.max_positions, config.d_model) if config.learned_positions else None
+        self.embed = Embedding(config.vocab_size, config.d_model)
+        self.positions = Embedding(config.max_positions, config.d_model) if config.learned_positions else None
         self.after_embed = Slot()
         self.bank = Bank()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))

@@ -49,6 +49,10 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias)
         self.slot = Slot()
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where torch would load its compiler to draw numbers that nobody keeps
+            super().reset_parameters()
+
     def base(self, x: Tensor) -> Tensor:
         """Returns W x + b of the frozen base: (..., in) -> (..., out)."""
         # what trains is float32 whatever x is; for the rest this casts nothing
@@ -62,6 +66,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         return y if type(self.slot) is Slot else self.slot(y, x, self)  # to ask an empty one takes as long as to write
+
+
+class Embedding(nn.Embedding):
+    """A row of the weight for each token."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class TiedHead(Linear):

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
+from litpeft.distributed import is_share
 from litpeft.errors import UserError, nearest
 from litpeft.launch import peer_lost
 from litpeft.settings.train import Train
@@ -96,7 +96,7 @@ def _check_step(optimizer: torch.optim.Optimizer) -> None:
         except (NameError, RuntimeError, TypeError, ValueError) as error:
             if peer_lost(error):
                 raise
-            shared = isinstance(smallest, DTensor)
+            shared = is_share(smallest)
             name, why = type(optimizer).__name__, " ".join(str(error).split())[:160]
             what = f"{name} cannot step on {'the shares of strategy fsdp' if shared else 'what this trains'}: {why}"
             hint = "take AdamW, or another of torch.optim" + (", or strategy ddp" if shared else "")
