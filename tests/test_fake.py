@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import varlen
 
 from litpeft import attention
 from litpeft.config import ModelConfig
@@ -82,8 +83,8 @@ def test_a_step_of_a_real_size_needs_no_number_back_from_the_device(name: str) -
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("window", [None, 64])
 def test_the_ragged_kernel_of_a_gpu_takes_what_it_is_given(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, given = attention.varlen_attn, []
-    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **kw: given.append((args, kw)) or kernel(*args, **kw))
+    kernel, given = varlen.varlen_attn, []
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *args, **kw: given.append((args, kw)) or kernel(*args, **kw))
     tokens = sum(LENGTHS)
     q, k, v = (torch.empty(1, heads, tokens, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (32, 8, 8))
     y = attention._varlen(q, k, v, attention.Documents(LENGTHS), window)
