@@ -11,7 +11,7 @@ from litpeft.build import build, load
 from litpeft.generate import answer
 from litpeft.methods.lora import LoRA
 from litpeft.settings.generate import Sampling
-from litpeft.slots import Linear
+from litpeft.slots import Linear, TiedHead
 from litpeft.storage.packed import Packed, PackedTiedHead, can_pack, pack
 
 IDS = torch.arange(40).view(2, 20)
@@ -23,6 +23,8 @@ pytestmark = pytest.mark.skipif(not can_pack(), reason="this processor has no pr
 def test_a_packed_layer_has_the_weight_and_the_products_of_a_dense_one(shape: tuple[int, int], bias: bool) -> None:
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"layer": Linear(shape[1], shape[0], bias).bfloat16().requires_grad_(False)})
+    if bias:
+        model["layer"].bias.data = model["layer"].bias.float()  # as one that has been trained
     model.base_values = {}
     layer, weight = model["layer"], model["layer"].weight.clone()
     inputs = [torch.randn(*rows, shape[1]).bfloat16() for rows in ((1, 1), (1, 5), (3, 300))]
@@ -51,9 +53,12 @@ def test_a_packed_model_answers_as_the_one_that_it_was(tied: bool, method: LoRA 
 
 
 def test_a_weight_that_a_delta_replaced_is_left_as_it_is(tmp_path: Path) -> None:
-    model = build(make_folder(tmp_path / "model"), torch.bfloat16, LoRA(unfreeze=("*.attn.q.weight",)))
-    model.base_values = {"blocks.0.attn.q.weight": torch.zeros(1)}
+    folder = make_folder(tmp_path / "model", tie_word_embeddings=True)
+    model = build(folder, torch.bfloat16, LoRA(unfreeze=("*.attn.q.weight", "embed.weight")))
+    model.base_values = {"blocks.0.attn.q.weight": torch.zeros(1), "embed.weight": torch.zeros(1)}
+    model.bfloat16()  # what trained is float32 otherwise, and not packed for that
     pack(model)
+    assert type(model.head) is TiedHead
     assert type(model.blocks[0].attn.q) is Linear  # without_delta must be able to put the base's own back
     assert type(model.blocks[0].attn.k) is Packed
 

@@ -21,8 +21,9 @@ def can_pack() -> bool:
 
 def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """Returns W x + b for x (..., in), and as F.linear for a type that the weight was not packed for."""
+    bias = None if bias is None else bias.to(x.dtype)
     if x.dtype != packed.dtype:
-        return F.linear(x, packed.to_dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, packed.to_dense().to(x.dtype), bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
@@ -50,10 +51,13 @@ def pack(model: GPT) -> None:
     for name, layer in list(model.named_modules()):
         if type(layer) not in (Linear, TiedHead) or layer.dense().dtype != torch.bfloat16:
             continue
+        owner = "embed" if isinstance(layer, TiedHead) else name
+        if f"{owner}.weight" in model.base_values:
+            continue
         if isinstance(layer, TiedHead):
             layer.packed = _packed(layer.dense())
             layer.__class__ = PackedTiedHead
-        elif f"{name}.weight" not in model.base_values:
+        else:
             layer.weight = nn.Parameter(_packed(layer.weight), requires_grad=False)
             layer.__class__ = Packed
 
