@@ -48,15 +48,15 @@ class Quantized(Linear):
     @classmethod
     def unpack(cls, packed: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Returns the weight (out, in) that the packed tensors stand for."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__} must say how its weight is unpacked")
 
     def layout(self) -> dict[str, Tensor]:
         """Returns the packed tensors' shapes and types by name, on the meta device."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what it holds")
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns the packed tensors by name of one weight (out, in), on its device; keeps none of them."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say how a weight is packed")
 
     def convert(self, dtype: torch.dtype, double_quantize: bool) -> None:
         """Makes what was a Linear on the meta device this storage, without a weight yet."""
