@@ -5,6 +5,7 @@ G key/value heads, V vocabulary. Families differ in the switches of ModelConfig.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -182,6 +183,11 @@ class Block(nn.Module):
         return self.after_block(y, ctx)
 
 
+def through(block: Block, x: Tensor, ctx: Context) -> Tensor:
+    """Returns what a block makes of x (B, T, d)."""
+    return block(x, ctx)
+
+
 class GPT(nn.Module):
     """Token ids in, logits or a loss out. Parameters are named as in families/*.py, whatever method is attached."""
 
@@ -192,6 +198,7 @@ class GPT(nn.Module):
             None  # of the frozen weights and what runs through the blocks; None = embedding's
         )
         self.recompute = False  # activation checkpointing: keep a block's input only, compute the rest again backwards
+        self.compiled: Callable[[Block, Tensor, Context], Tensor] | None = None  # `through`, by train/compiled.py
         self.base_keys: set[str] = set()  # these three are filled by methods/base.py
         self.delta_keys: set[str] = set()
         self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
@@ -224,9 +231,11 @@ class GPT(nn.Module):
             keys = torch.arange(ctx.end, device=ids.device)[None]
             ctx.mask = causal_mask(ctx.pos, keys, self.config.window)[:, None]
         for block in self.blocks:
+            # compiled for what has a gradient only: not once more for measuring, or for the block above the embedding
+            step = self.compiled if self.compiled is not None and x.requires_grad else through
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, ctx, use_reentrant=False)
+                x = checkpoint(step, block, x, ctx, use_reentrant=False)
             else:
-                x = block(x, ctx)
+                x = step(block, x, ctx)
         x = self.norm(x if at is None else x.flatten(0, 1)[at])
         return self.head(x) if targets is None else summed_cross_entropy(self.head, x, targets)

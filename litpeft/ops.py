@@ -12,9 +12,14 @@ from torch import Tensor
 PIECE = 1 << 18  # numbers whose float32 copies stay in a CPU's cache: it is memory that a norm waits for
 
 
+def plain() -> bool:
+    """Returns whether a formula is best left as it is: nothing is held, or the compiler does what is done here."""
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Returns x / rms(x) * weight for x (..., d) and weight (d,), in the type of x; computed in float32 or better."""
-    if x.is_cuda or not torch.is_grad_enabled():  # the same bits
+    if x.is_cuda or plain():  # the same bits
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight, eps)
 
@@ -55,7 +60,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns silu(gate) * up, of https://arxiv.org/abs/2002.05202."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)
+    return F.silu(gate).mul_(up) if plain() else _SwiGLU.apply(gate, up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -74,7 +79,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Returns x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle; cos and sin are (B, 1, T, R/2)."""
-    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin, 1)
+    return _turn(x, cos, sin, 1) if plain() else _Rotate.apply(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # ranks that are forked cannot use their parent's pool of compilers
 torch.set_num_threads(1)
 
 TINY = {

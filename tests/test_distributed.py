@@ -1,6 +1,7 @@
 """Training on two processes is training on one: the same losses, the same delta, and checkpoints that change hands."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def test_two_ranks_agree_with_one_whatever_the_settings(case: str, train: Train,
     argv = [word.format(data=folder / "data") if "{data}" in str(word) else word for word in CASES[case]]
     one = train("lora", "one", *argv)
     assert all(train("lora", strategy, *argv).apart(one) <= 1e-10 for strategy in STRATEGIES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch needs a C++ compiler")
+def test_two_ranks_agree_with_one_where_the_blocks_are_compiled(train: Train) -> None:
+    one = train("lora", "one")
+    for strategy in ("one", *STRATEGIES):
+        assert train("lora", strategy, "--train.compile", "true", out=f"compiled-{strategy}").apart(one) <= 1e-9
 
 
 def test_an_embedding_that_is_the_head_trains_in_shares(train: Train) -> None:

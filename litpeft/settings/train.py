@@ -64,6 +64,8 @@ class Train:
     """Largest norm of the gradient; a larger one is scaled down. null = no limit."""
     activation_checkpointing: bool = False
     """Keep only the input of each block and compute the rest again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Have torch compile the blocks, which takes up to a minute at the start and makes each step faster."""
     seed: int = 0
     """Seeds the new parameters and the dropout."""
 

@@ -25,6 +25,7 @@ from litpeft.run import base_facts, save_result
 from litpeft.settings.train import Finetune
 from litpeft.tokenizer import Tokenizer
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
+from litpeft.train.compiled import compile_blocks
 from litpeft.train.devices import check_agreement, is_first, make_fabric, sharder
 from litpeft.train.fit import Trainer, total_steps
 from litpeft.train.log import Log
@@ -134,6 +135,8 @@ class Preparation:
         shard = sharder(settings, self.precision, fabric)
         model = build(base, self.precision.weights, method, device, storage, shard, fabric.is_global_zero)
         model.recompute = settings.train.activation_checkpointing
+        if settings.train.compile:
+            compile_blocks(model, fabric.device)
         wrapped = fabric.setup_module(model, move_to_device=False)
         scaled = self.precision.fabric == "16-mixed"
         optimizer = make_optimizer(settings.train, trainable(model).values(), fabric.device, scaled)

@@ -22,7 +22,8 @@ from litpeft.train.checkpoints import Checkpoint, Checkpoints, changed
 FREE = (
     *("out", "resume", "resume_changed", "overwrite", "dry_run", "tensorboard", "timeout"),
     *("devices", "num_nodes", "strategy", "cpu_offload", "base.dir", "base.cache", "data.path", "data.validation_path"),
-    *("checkpoint.*", "validation.sample_tokens", "train.max_time", "train.activation_checkpointing"),
+    *("checkpoint.*", "validation.sample_tokens", "train.max_time"),
+    *("train.activation_checkpointing", "train.compile"),
 )
 
 

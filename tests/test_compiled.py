@@ -1,0 +1,67 @@
+"""Blocks that torch has compiled learn what the same blocks learn step by step."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from test_methods import make, steps
+
+from litpeft.build import build
+from litpeft.errors import UserError
+from litpeft.methods import METHODS
+from litpeft.methods.base import delta_state
+from litpeft.methods.lora import LoRA
+from litpeft.model import GPT, Context
+from litpeft.train.compiled import compile_blocks
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def loss(model: GPT, lengths: tuple[int, ...]) -> torch.Tensor:
+    ids = torch.randint(0, TINY["vocab_size"], (1, sum(lengths)), generator=torch.Generator().manual_seed(3))
+    context = Context.packed(lengths, CPU, tuple(1 for _ in lengths))
+    return model(ids, context, at=torch.arange(ids.numel() - 1), targets=ids[0, 1:])
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_learns_the_same(tiny_folder: Path, name: str) -> None:
+    plain, compiled = make(tiny_folder, name), make(tiny_folder, name)
+    compile_blocks(compiled, CPU)
+    assert steps(compiled) == pytest.approx(steps(plain), abs=1e-9)
+    state = delta_state(compiled)
+    assert all(torch.allclose(state[key], tensor, atol=1e-7) for key, tensor in delta_state(plain).items())
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("recompute", [False, True])
+def test_other_documents_need_no_other_program(tiny_folder: Path, recompute: bool) -> None:
+    model = build(tiny_folder, torch.float32, LoRA())
+    model.recompute = recompute
+    compile_blocks(model, CPU)
+    layouts = ((9, 15, 8), (30, 7), (21,), (100, 40, 60, 3, 80), (55,), (2, 2))
+    for lengths in layouts:  # one size, any size, and one document by itself are all that it compiles for
+        with torch._dynamo.config.patch(error_on_recompile=lengths in layouts[3:]):
+            loss(model, lengths).backward()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():  # measuring compiles nothing
+        loss(model, (5, 6))
+
+
+def test_without_a_compiler_it_says_so(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tiny_folder))
+    model = build(tiny_folder, torch.float32, LoRA())
+    with pytest.raises(UserError, match=r"(?s)CONFIG-054.*needs a C\+\+ compiler.*set train.compile false"):
+        compile_blocks(model, CPU)
+    assert model.compiled is None
