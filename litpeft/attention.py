@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 PART = 192  # queries of a short document that are computed at a time
+FEW = 64  # tokens, of a row whose earlier ones are cached, up to which its heads go together
+LEAST = 4  # rows of a product below which torch's CPU kernel sums in another order
 SHORT = 512  # tokens; longer documents go to the fused kernel, which holds no attention weights
 
 
@@ -72,11 +74,11 @@ def attend(
 ) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) v as (B, H, T, D); q is (B, H, T, D), k and v are (B, G, S, D).
 
-    `mask` (B, 1, T, S) says what a query sees; without it a query sees its own and the earlier tokens of its document
-    (of its row if `documents` is None), at most `window` of them. One token by itself sees all keys.
+    `mask` (B, 1, T, S), added to the scores or True where a query may look, says what it sees; without it a query sees
+    its own and the earlier tokens of its document (of its row if `documents` is None), at most `window` of them.
     """
-    if q.size(2) == 1:
-        return _one(q, k, v, mask)
+    if mask is not None and q.size(2) <= FEW and mask.dtype != torch.bool:
+        return _few(q, k, v, mask)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     if documents is None or len(documents.lengths) == 1:
@@ -86,10 +88,19 @@ def attend(
     return _by_length(q, k, v, documents, window)
 
 
-def _one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """One token of each row, as when an answer is written: the heads that share a key are rows of one product."""
-    y = F.scaled_dot_product_attention(q.view(len(q), k.size(1), -1, q.size(3)), k, v, attn_mask=mask)
-    return y.reshape(q.shape)
+def _few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Few tokens of each row, as when an answer is written: the heads that share a key are rows of one product.
+
+    `mask` is added to the scores. What a token gets does not depend on how many come with it.
+    """
+    shared = k.size(1)
+    rows = q.reshape(len(q), shared, -1, q.size(3))
+    count, lacking = rows.size(2), max(0, LEAST - rows.size(2))
+    if q.size(2) > 1:
+        mask = F.pad(mask.repeat(1, 1, q.size(1) // shared, 1), (0, 0, 0, lacking))
+    if lacking:
+        rows = F.pad(rows, (0, 0, 0, lacking))
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)[:, :, :count].reshape(q.shape)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

@@ -11,10 +11,11 @@ from litpeft.build import Loaded
 from litpeft.data.formats.turn import Turn
 from litpeft.data.templates import with_system
 from litpeft.errors import UserError
-from litpeft.generate import Answer, Stream, TokenCache
+from litpeft.generate import Answer, Stream
 from litpeft.methods.base import without_delta
 from litpeft.prompts import atomic_file
 from litpeft.settings.generate import Sampling
+from litpeft.token_cache import TokenCache
 
 
 class Session:

@@ -1,7 +1,4 @@
-"""Writing with a model: compute only what is new, stop where an answer ends; and the command `litpeft generate`.
-
-Letters: B rows, T new tokens, V vocabulary.
-"""
+"""Writing with a model: token by token, to where an answer ends; and the command `litpeft generate`."""
 
 import json
 import sys
@@ -12,85 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from litpeft.build import Loaded, load
 from litpeft.data.templates import with_system
 from litpeft.errors import UserError
-from litpeft.model import GPT, Context, KVCache
+from litpeft.lookup import Lookup
+from litpeft.model import GPT
 from litpeft.prompts import Prompt, atomic_file, new_file, read_prompts, typed_prompt
 from litpeft.sampling import next_tokens
 from litpeft.settings.generate import Generate, Sampling
 from litpeft.terminal import clean
+from litpeft.token_cache import TokenCache
 from litpeft.tokenizer import StreamDecoder, Tokenizer
-
-FIRST_LENGTH = 256  # tokens that a new cache has room for
-
-
-class TokenCache:
-    """The keys and values of B rows of tokens in all layers, and those tokens.
-
-    It is always whole: `rows` never names a token whose keys may have been overwritten, even if a call was interrupted.
-    """
-
-    def __init__(self, model: GPT):
-        self.model = model
-        self.layers: list[KVCache] = []
-        self.rows: list[list[int]] = []
-
-    @torch.inference_mode()
-    def logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Returns the logits (B, V) after the last token of each row; computes only what follows the tokens held.
-
-        Shorter rows are padded at the end. What is written there lies at positions that no token looks at before it
-        is overwritten.
-        """
-        held = self.rows if self.layers else [[] for _ in rows]
-        starts = [min(common_prefix(old, new), len(new) - 1) for old, new in zip(held, rows, strict=True)]
-        new = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
-        width = max(map(len, new))
-        self.reserve(len(rows), max(starts) + width)
-        self.rows = [list(row[:start]) for row, start in zip(rows, starts, strict=True)]
-        device = self.model.embed.weight.device
-        ids = torch.tensor([part + [0] * (width - len(part)) for part in new], device=device)  # (B, T)
-        pos = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
-        last = torch.tensor([i * width + len(part) - 1 for i, part in enumerate(new)], device=device)
-        start = starts[0] if len(set(starts)) == 1 else None
-        ctx = Context(pos, cache=self.layers, end=max(starts) + width, start=start)
-        logits = self.model(ids, ctx, at=last)
-        self.rows = [list(row) for row in rows]
-        return logits
-
-    def reserve(self, rows: int, length: int) -> None:
-        """Makes room for `length` tokens; by doubling, so that a token costs no copy of all earlier ones."""
-        weight, config = self.model.embed.weight, self.model.config
-        old = self.layers or [None] * config.n_layers
-        have = min((layer.k.size(2) for layer in self.layers), default=0)
-        if length <= have:
-            return
-        room = max(length, min(2 * have, config.max_positions), min(FIRST_LENGTH, config.max_positions))
-        grown = []
-        for layer in old:
-            new = KVCache(rows, room, config, self.model.dtype or weight.dtype, weight.device)
-            if layer is not None:
-                new.k[:, :, :have], new.v[:, :, :have] = layer.k, layer.v
-            grown.append(new)
-        self.layers = grown
-
-    @torch.inference_mode()
-    def keep(self, numbers: Sequence[int]) -> None:
-        """Drops all rows but these."""
-        chosen = torch.tensor(numbers, device=self.model.embed.weight.device)
-        for layer in self.layers:
-            layer.k, layer.v = layer.k[chosen], layer.v[chosen]
-        self.rows = [self.rows[number] for number in numbers]
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns how many tokens from the start are the same in both."""
-    if a == b[: len(a)]:  # each step of an answer is this case
-        return len(a)
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclass
@@ -115,6 +45,11 @@ class Draft:
         self.decoder = StreamDecoder(tokenizer)
         self.held = ""  # text that may be the beginning of a stop string
 
+    @property
+    def left(self) -> int:
+        """How many tokens the answer may still have."""
+        return self.limit - len(self.answer.ids)
+
     def add(self, token: int) -> str:
         """Takes the next token; returns the text that can be shown now."""
         if token in self.stop_ids:
@@ -122,7 +57,7 @@ class Draft:
         self.ids.append(token)
         self.answer.ids.append(token)
         shown = self.show(self.decoder.feed(token))
-        if not self.ended and len(self.answer.ids) == self.limit:
+        if not self.ended and not self.left:
             shown += self.end("length")
         return shown
 
@@ -171,12 +106,20 @@ def decode(
     """Writes all drafts to their ends at once; yields (row, new text) as it comes. Ended rows leave the batch."""
     device = cache.model.embed.weight.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    live = list(range(len(drafts)))
+    live, lookup = list(range(len(drafts))), Lookup(sampling.lookup)
     while live:
         history = [drafts[row].ids for row in live]
-        picked = next_tokens(cache.logits(history), history, sampling, [generators[row] for row in live])
-        for row, token in zip(live, picked.tolist(), strict=True):
-            yield row, drafts[row].add(token)
+        guess = lookup.guess(history[0], drafts[live[0]].left - 1) if len(live) == 1 else []
+        logits = cache.logits([ids + guess for ids in history], last=len(guess) + 1)
+        for right, guessed in enumerate([*guess, None]):  # a token that is the guessed one says what follows it
+            after = logits[right :: len(guess) + 1]
+            picked = next_tokens(after, history, sampling, [generators[row] for row in live]).tolist()
+            for row, token in zip(live, picked, strict=True):
+                yield row, drafts[row].add(token)
+            if picked != [guessed] or drafts[live[0]].ended:
+                break
+        if guess:
+            lookup.learn(right)
         stay = [number for number, row in enumerate(live) if not drafts[row].ended]
         if 0 < len(stay) < len(live):
             cache.keep(stay)

@@ -22,6 +22,7 @@ from litpeft.loss import summed_cross_entropy
 from litpeft.ops import rms_norm, rotate, swiglu
 from litpeft.slots import Bank, Embedding, Linear, Slot, TiedHead
 
+KEYS = 64  # keys that attention over a cache takes at once
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
@@ -29,6 +30,7 @@ class KVCache:
     """Keys and values of one layer. A key lies at its position, so what a row has not written yet is never seen."""
 
     def __init__(self, rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
+        length = -(-length // KEYS) * KEYS
         shape = (rows, config.n_kv_heads, length, config.head_dim)
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
 
@@ -41,7 +43,7 @@ class KVCache:
             row = torch.arange(k.size(0), device=k.device)[:, None]
             self.k[row, :, ctx.pos] = k.transpose(1, 2).to(self.k.dtype)  # autocast gives other types than the cache's
             self.v[row, :, ctx.pos] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[:, :, : ctx.end], self.v[:, :, : ctx.end]
+        return self.k[:, :, : ctx.keys], self.v[:, :, : ctx.keys]
 
 
 @dataclass
@@ -54,7 +56,8 @@ class Context:
     cache: list[KVCache] | None = None  # one for each layer, while generating
     end: int = 0  # with a cache: one more than the highest position of this call
     start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
-    mask: Tensor | None = None  # (B, 1, T, S) True = may see; None = causal within the document
+    keys: int = 0  # with a cache: how many of its keys attention is given, with those that the mask hides
+    mask: Tensor | None = None  # (B, 1, T, S) what is added to the scores; None = causal within the document
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin (B, 1, T, R/2); None = nothing rotates
 
     @classmethod
@@ -70,9 +73,18 @@ class Context:
         documents = Documents(lengths)
         return cls(documents.positions(device)[None], documents, prompt_lengths)
 
-    def is_plain(self, tokens: int, window: int | None) -> bool:
-        """Returns whether no mask is needed over a cache: all rows begin here, or their last token sees everything."""
-        return tokens >= self.end or (tokens == 1 and self.start is not None and self.end <= (window or self.end))
+    def look_back(self, tokens: int, window: int | None, dtype: torch.dtype) -> None:
+        """Sets how many keys of the cache are looked at, and which of them the new `tokens` of each row see.
+
+        If the rows do not begin here, it is a whole number of KEYS: then what a token sees sums up to the same bits,
+        whether it comes by itself or with a few more.
+        """
+        self.keys = self.end
+        if tokens < self.end:
+            self.keys = -(-self.end // KEYS) * KEYS
+            keys = torch.arange(self.keys, device=self.pos.device)[None]
+            seen = causal_mask(self.pos, keys, window)[:, None]
+            self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
     def reach(self) -> int:
         """Returns one more than the highest position, from what is known without asking the device."""
@@ -227,9 +239,8 @@ class GPT(nn.Module):
         if self.config.turned:
             angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
             ctx.rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        if ctx.cache is not None and ctx.mask is None and not ctx.is_plain(ids.size(1), self.config.window):
-            keys = torch.arange(ctx.end, device=ids.device)[None]
-            ctx.mask = causal_mask(ctx.pos, keys, self.config.window)[:, None]
+        if ctx.cache is not None:
+            ctx.look_back(ids.size(1), self.config.window, x.dtype)
         for block in self.blocks:
             # compiled for what has a gradient only: not once more for measuring, or for the block above the embedding
             step = self.compiled if self.compiled is not None and x.requires_grad else through

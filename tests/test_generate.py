@@ -15,11 +15,12 @@ from transformers.generation import logits_process as theirs
 
 from litpeft.build import build
 from litpeft.errors import UserError
-from litpeft.generate import Stream, TokenCache, answer, generate
+from litpeft.generate import Stream, answer, generate
 from litpeft.model import GPT
 from litpeft.prompts import read_prompts
 from litpeft.sampling import distribution, next_tokens, penalised
 from litpeft.settings.generate import Generate, Sampling
+from litpeft.token_cache import TokenCache
 from litpeft.tokenizer import Tokenizer
 
 PROMPTS = [[5, 9, 200, 31], [7], [80, 3, 3, 90, 41, 8, 120], [66, 12]]

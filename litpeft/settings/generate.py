@@ -22,6 +22,8 @@ class Sampling:
     """Longest answer, in tokens."""
     stop: tuple[str, ...] = ()
     """Strings at which an answer ends; they are not part of it."""
+    lookup: int = 8
+    """Guess up to so many tokens of a single answer from what the text says already, and check them in one pass."""
     seed: int = 0
     """Seeds the sampling; in a file of prompts the row's number is added."""
 
@@ -34,6 +36,7 @@ class Sampling:
         _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < inf, "above 0")
         _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
         _check("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a list of strings, none empty")
+        _check("lookup", self.lookup, 0 <= self.lookup <= 64, "at least 0 (off) and at most 64")
         _check("seed", self.seed, 0 <= self.seed < 2**62, "in [0, 2^62)")
 
 

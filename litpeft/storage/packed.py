@@ -12,6 +12,8 @@ from torch import Tensor
 from litpeft.model import GPT
 from litpeft.slots import Linear, TiedHead
 
+LONG = 1024  # inputs above which oneDNN sums a row by itself in another order than a row among others
+
 
 def can_pack() -> bool:
     """Returns whether this build of torch and this processor have oneDNN's products in bfloat16."""
@@ -24,6 +26,8 @@ def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     if x.dtype != packed.dtype:
         return F.linear(x, packed.to_dense().to(x.dtype), bias)
+    if x.numel() == x.size(-1) > LONG:
+        return torch.ops.mkldnn._linear_pointwise(torch.cat((x, x)), packed, bias, "none", [], "")[: len(x)]
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 

@@ -30,6 +30,9 @@ THINGS = ("bees", "bread", "chess", "clocks", "compost", "drums", "glass", "hone
 THINGS += ("kites", "maps", "paper", "rivers", "sailing", "soap", "tea", "violins")
 
 
+LOOKUP = 8  # tokens that are guessed from the text: litpeft's own default; without it every tool asks for each token
+
+
 @dataclass(frozen=True)
 class Writer:
     """One tool with one set of settings."""
@@ -46,11 +49,18 @@ class Writer:
 # bits: NF4 has one constant of 8 bits for 64 weights and one of 32 for 256 of those; int8 one of 32 for a row; Q8_0 one
 # of 16 for 32 weights; Q4_1 two. What is not in a block (the head, which is the embedding) litpeft keeps in 16 bits.
 WRITERS = [
-    Writer("litpeft bf16", "litpeft", 16, 16, {"precision": "bf16-true"}),
-    Writer("litpeft float16", "litpeft", 16, 16, {"precision": "16-true"}),
-    Writer("litpeft int8", "litpeft", 8, 16, {"precision": "bf16-true", "quantize": "int8"}),
-    Writer("litpeft nf4", "litpeft", 4.127, 16, {"precision": "bf16-true", "quantize": "nf4"}),
+    Writer("litpeft bf16", "litpeft", 16, 16, {"precision": "bf16-true", "lookup": 0}),
+    Writer("litpeft bf16 lookup", "litpeft", 16, 16, {"precision": "bf16-true", "lookup": LOOKUP}, (1,)),
+    Writer("litpeft float16", "litpeft", 16, 16, {"precision": "16-true", "lookup": 0}),
+    Writer("litpeft int8", "litpeft", 8, 16, {"precision": "bf16-true", "quantize": "int8", "lookup": 0}),
+    Writer(
+        *("litpeft int8 lookup", "litpeft", 8, 16),
+        {"precision": "bf16-true", "quantize": "int8", "lookup": LOOKUP},
+        (1,),
+    ),
+    Writer("litpeft nf4", "litpeft", 4.127, 16, {"precision": "bf16-true", "quantize": "nf4", "lookup": 0}),
     Writer("transformers bf16", "transformers", 16, 16, {"dtype": "bfloat16"}),
+    Writer("transformers bf16 lookup", "transformers", 16, 16, {"dtype": "bfloat16", "lookup": LOOKUP}, (1,)),
     Writer("transformers float16", "transformers", 16, 16, {"dtype": "float16"}),
     Writer("transformers static bf16", "transformers", 16, 16, {"dtype": "bfloat16", "cache": "static"}),
     Writer("litgpt bf16", "litgpt", 16, 16, {"precision": "bf16-true"}, (1,)),

@@ -25,10 +25,12 @@ def litpeft(model: str, settings: dict[str, Any], length: int) -> Write:
     from litpeft.generate import answer
     from litpeft.settings.generate import Sampling
 
+    lookup = settings.pop("lookup")
     loaded = load(model, **settings)
 
     def write(prompts: Rows, new: int) -> Rows:
-        answers = answer(loaded.model, prompts, loaded.tokenizer, Sampling(max_new_tokens=new), stop_ids=())
+        sampling = Sampling(max_new_tokens=new, lookup=lookup)
+        answers = answer(loaded.model, prompts, loaded.tokenizer, sampling, stop_ids=())
         return [a.ids for a in answers]
 
     return write
@@ -40,13 +42,14 @@ def transformers(model: str, settings: dict[str, Any], length: int) -> Write:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=settings["dtype"]).eval().to(device)
-    cache = {"cache_implementation": settings["cache"]} if "cache" in settings else {}
+    further = {"cache_implementation": settings["cache"]} if "cache" in settings else {}
+    further |= {"prompt_lookup_num_tokens": settings["lookup"]} if "lookup" in settings else {}
 
     def write(prompts: Rows, new: int) -> Rows:
         ids = torch.tensor(prompts, device=device)
         limits = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
         with torch.inference_mode():
-            out = loaded.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **limits, **cache)
+            out = loaded.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **limits, **further)
         return out[:, ids.size(1) :].tolist()
 
     return write

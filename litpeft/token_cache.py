@@ -1,0 +1,83 @@
+"""What a model has read already, so that only what is new is computed.
+
+Letters: B rows, T new tokens, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from litpeft.model import GPT, Context, KVCache
+
+FIRST_LENGTH = 256  # tokens that a new cache has room for
+
+
+class TokenCache:
+    """The keys and values of B rows of tokens in all layers, and those tokens.
+
+    It is always whole: `rows` never names a token whose keys may have been overwritten, even if a call was interrupted.
+    """
+
+    def __init__(self, model: GPT):
+        self.model = model
+        self.layers: list[KVCache] = []
+        self.rows: list[list[int]] = []
+
+    @torch.inference_mode()
+    def logits(self, rows: Sequence[Sequence[int]], last: int = 1) -> Tensor:
+        """Returns the logits (B * last, V) after the last tokens of each row; computes only what is not held yet.
+
+        Shorter rows are padded at the end. What is written there lies at positions that no token looks at before it
+        is overwritten.
+        """
+        held = self.rows if self.layers else [[] for _ in rows]
+        starts = [min(common_prefix(old, new), len(new) - last) for old, new in zip(held, rows, strict=True)]
+        new = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
+        width = max(map(len, new))
+        self.reserve(len(rows), max(starts) + width)
+        self.rows = [list(row[:start]) for row, start in zip(rows, starts, strict=True)]
+        device = self.model.embed.weight.device
+        ids = torch.tensor([part + [0] * (width - len(part)) for part in new], device=device)  # (B, T)
+        pos = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+        ends = torch.tensor([i * width + len(part) for i, part in enumerate(new)], device=device)
+        at = (ends[:, None] + torch.arange(-last, 0, device=device)).flatten()
+        start = starts[0] if len(set(starts)) == 1 else None
+        ctx = Context(pos, cache=self.layers, end=max(starts) + width, start=start)
+        logits = self.model(ids, ctx, at=at)
+        self.rows = [list(row) for row in rows]
+        return logits
+
+    def reserve(self, rows: int, length: int) -> None:
+        """Makes room for `length` tokens; by doubling, so that a token costs no copy of all earlier ones."""
+        weight, config = self.model.embed.weight, self.model.config
+        old = self.layers or [None] * config.n_layers
+        have = min((layer.k.size(2) for layer in self.layers), default=0)
+        if length <= have:
+            return
+        room = max(length, min(2 * have, config.max_positions), min(FIRST_LENGTH, config.max_positions))
+        grown = []
+        for layer in old:
+            new = KVCache(rows, room, config, self.model.dtype or weight.dtype, weight.device)
+            if layer is not None:
+                new.k[:, :, :have], new.v[:, :, :have] = layer.k, layer.v
+            grown.append(new)
+        self.layers = grown
+
+    @torch.inference_mode()
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Drops all rows but these."""
+        chosen = torch.tensor(numbers, device=self.model.embed.weight.device)
+        for layer in self.layers:
+            layer.k, layer.v = layer.k[chosen], layer.v[chosen]
+        self.rows = [self.rows[number] for number in numbers]
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Returns how many tokens from the start are the same in both."""
+    least, most = 0, min(len(a), len(b))
+    while least < most:  # halves: each step of an answer comes by, and comparing slices is fast
+        middle = (least + most + 1) // 2
+        same = a[least:middle] == b[least:middle]
+        least, most = (middle, most) if same else (least, middle - 1)
+    return least
