@@ -77,7 +77,7 @@ def attend(
     `mask` (B, 1, T, S), added to the scores or True where a query may look, says what it sees; without it a query sees
     its own and the earlier tokens of its document (of its row if `documents` is None), at most `window` of them.
     """
-    if mask is not None and q.size(2) <= FEW and mask.dtype != torch.bool:
+    if mask is not None and q.size(2) <= FEW:
         return _few(q, k, v, mask)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -91,7 +91,7 @@ def attend(
 def _few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Few tokens of each row, as when an answer is written: the heads that share a key are rows of one product.
 
-    `mask` is added to the scores. What a token gets does not depend on how many come with it.
+    What a token gets does not depend on how many come with it.
     """
     shared = k.size(1)
     rows = q.reshape(len(q), shared, -1, q.size(3))

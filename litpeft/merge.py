@@ -1,23 +1,31 @@
-"""Fold what a run learned into its base, and show that the files written compute what the run computes."""
+"""Fold what a run learned into its base, and show that the files written compute what the run computes.
+
+Everything is computed in float32, one layer at a time: the weights stay as their files hold them.
+"""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.build import build
-from litpeft.checkpoint import Weights, copy_companions, file_dtype, write_safetensors
+from litpeft.checkpoint import DTYPES, Weights, copy_companions, file_dtype, write_safetensors
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
 from litpeft.folders import atomic_folder, refuse_existing
-from litpeft.methods.base import folded, folds, load_delta, put, without_delta
+from litpeft.methods.base import folds, load_delta, without_delta
 from litpeft.model import GPT, Context
 from litpeft.precision import Storage
 from litpeft.run import Run, find_run, write_dtype
 from litpeft.settings.files import Merge
+from litpeft.slots import Delta, Linear
+from litpeft.storage.quantized import Quantized
 from litpeft.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -73,7 +81,8 @@ def merge(settings: Merge) -> None:
             what = f"the merged model would replace {kept}, from which it is made"
             raise UserError("CONFIG-036", what, where="out", hint="name another folder")
     storage = run.storage if settings.onto == "trained" else None
-    dtype = file_dtype(settings.dtype) if settings.dtype else _dtype_of(base)
+    sizes = _types(base)
+    dtype = file_dtype(settings.dtype) if settings.dtype else max(sizes, key=sizes.__getitem__, default=torch.float32)
     model = _trained(run, base, storage)
     tokenizer = Tokenizer.load(base)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
@@ -88,11 +97,10 @@ def merge(settings: Merge) -> None:
             raise UserError("MODEL-061", f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
         copy_companions(base, folder)
         write_dtype(folder, dtype)
-        model.base_values = {}
-        with without_delta(model):  # which its weights hold by now
+        with _folding(model):
             fold = _logits(model, prompts)
         del model  # there is room for one in memory
-        files = _logits(build(folder, torch.float32).eval(), prompts)
+        files = _logits(_in_float32(build(folder, dtype)), prompts)
         print(
             f"logits at {len(want)} positions of {len(PROMPTS)} prompts, "
             f"compared with base + delta (largest {float(want.abs().max()):.1f}):"
@@ -105,32 +113,56 @@ def merge(settings: Merge) -> None:
 
 
 def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:
-    """Returns the run's model in float32, its linear layers with the very numbers that `storage` unpacked for it."""
-    model = build(base, torch.float32, run.method()).eval()
-    if storage is not None:
-        with torch.no_grad():
-            put(model, dict(folded(build(base, run.dtype, storage=storage))))
+    """Returns the run's model, its linear layers with the very numbers that `storage` unpacked for it."""
+    types = set(_types(base))
+    held = types.pop() if len(types) == 1 else torch.float32
+    model = build(base, held if storage is None else run.dtype, run.method(), storage=storage)
     load_delta(model, run.delta(), str(run.folder))
-    return model
+    return _in_float32(model)
 
 
-def _dtype_of(base: Path) -> torch.dtype:
-    """Returns the type of most of the base's weights."""
-    known = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    sizes: dict[str, int] = {}
+def _in_float32(model: GPT) -> GPT:
+    """Returns `model`, computing in float32 whatever its weights are held in."""
+    model.dtype = torch.float32
+    for layer in model.modules():
+        if isinstance(layer, Quantized):  # which would not round to the type that the run saw
+            layer.base = partial(_product, layer)
+    return model.eval()
+
+
+def _product(linear: Linear, x: Tensor, fold: bool = False) -> Tensor:
+    """Returns W x + b with the dense weight of a layer, or with the one that its delta is folded into."""
+    weight, bias = linear.dense().to(x.dtype), linear.bias if linear.bias is None else linear.bias.to(x.dtype)
+    return F.linear(x, *(linear.slot.fold(weight, bias) if fold else (weight, bias)))
+
+
+@contextmanager
+def _folding(model: GPT) -> Iterator[None]:
+    """Has each layer with a delta compute with the folded weight instead, for the time of the block."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear) and isinstance(layer.slot, Delta)]
+    for layer in layers:
+        layer.forward = partial(_product, layer, fold=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _types(base: Path) -> dict[torch.dtype, int]:
+    """Returns how many bytes of the base's weights are of each type; what is wider than float32 counts as that."""
+    sizes: dict[torch.dtype, int] = {}
     for header in Weights(base).headers.values():
         for entry in header.values():
             first, last = entry["data_offsets"]
-            if entry["dtype"] in known:  # not a mask of booleans, which some files hold beside the weights
-                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + last - first
-    return known[max(sizes, key=sizes.__getitem__, default="F32")]
+            if entry["dtype"] in DTYPES:  # not a mask of booleans, which some files hold beside the weights
+                dtype = torch.float32 if entry["dtype"] == "F64" else DTYPES[entry["dtype"]]
+                sizes[dtype] = sizes.get(dtype, 0) + last - first
+    return sizes
 
 
 def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
-    """Yields the folded weights under their Hugging Face names, rounded once to the type of the files.
-
-    The model keeps them as they are before that, so that afterwards it is the plain one.
-    """
+    """Yields the folded weights under their Hugging Face names, rounded once to the type of the files."""
 
     def rounded() -> Iterator[tuple[str, Tensor]]:
         for ours, exact, before in folds(model):
@@ -138,7 +170,6 @@ def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> I
             before = model.base_values.get(ours, before)
             if before is not None:  # else the method adds it, and `written` knows whether there is a place for it
                 rounding.add(exact, after, before)
-                model.get_parameter(ours).data = exact
             yield ours, after
 
     with torch.no_grad():

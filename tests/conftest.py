@@ -68,6 +68,13 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def folded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the weights of the plain model that computes the same without deltas, by name."""
+    from litpeft.methods.base import folds
+
+    return {name: tensor for name, tensor, _ in folds(model)}
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny float32 Llama with grouped queries and an untied head. Tests must not change it."""

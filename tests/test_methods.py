@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY, make_folder
+from conftest import TINY, folded, make_folder
 from safetensors.torch import load_file, save_file
 
 from litpeft.build import build
 from litpeft.config import ModelConfig
 from litpeft.errors import UserError
 from litpeft.methods import METHODS, PRESETS, method_class
-from litpeft.methods.base import attach, delta_state, folded, load_delta, trainable, without_delta
+from litpeft.methods.base import attach, delta_state, load_delta, trainable, without_delta
 from litpeft.model import GPT, Context, KVCache
 from litpeft.precision import Storage
 from litpeft.slots import Delta, Linear
@@ -171,9 +171,9 @@ def test_fold_equals_forward_or_refuses_by_name(either_folder, name: str) -> Non
     with torch.no_grad():
         if name in NOT_FOLDABLE:
             with pytest.raises(TypeError, match="nothing can be merged"):
-                dict(folded(model))
+                folded(model)
             return
-        plain, state = build(either_folder, torch.float64), dict(folded(model))
+        plain, state = build(either_folder, torch.float64), folded(model)
         assert set(plain.state_dict()) <= set(state)
         for key, tensor in state.items():  # a method may add biases
             module, _, leaf = key.rpartition(".")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, finetune, make_folder, write_rows
+from conftest import TINY, finetune, folded, make_folder, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from litpeft.build import build, load
 from litpeft.cli import main
 from litpeft.methods import METHODS
-from litpeft.methods.base import folded, load_delta, without_delta
+from litpeft.methods.base import load_delta, without_delta
 from litpeft.precision import Storage
 from litpeft.run import find_run
 from litpeft.train.log import read_metrics
@@ -119,7 +119,7 @@ def test_qlora_merges_onto_the_weights_that_it_was_trained_on(quantized_run: Pat
     main(["merge", str(quantized_run), "--overwrite"])
     assert "warning" not in capsys.readouterr().out
     delta, base = load_file(quantized_run / "final" / "delta.safetensors"), quantized_run.parent / "base"
-    held = dict(folded(build(base, torch.float32, storage=Storage("nf4"))))
+    held = folded(build(base, torch.float32, storage=Storage("nf4")))
     merged = load_file(quantized_run / "merged" / "model.safetensors")
     a, b = (delta[f"blocks.1.mlp.up.slot.{name}"] for name in "AB")
     assert torch.allclose(merged["model.layers.1.mlp.up_proj.weight"], held["blocks.1.mlp.up.weight"] + 2 * b @ a)

@@ -151,11 +151,6 @@ def unfoldable(model: nn.Module) -> str | None:
     )
 
 
-def folded(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields name and tensor of the plain model that computes the same without deltas; see `folds`."""
-    return ((name, tensor) for name, tensor, _ in folds(model))
-
-
 def folds(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yields name, tensor and former tensor of the plain model that computes the same without deltas.
 

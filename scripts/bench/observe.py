@@ -45,6 +45,8 @@ class Observer:
         register_optimizer_step_post_hook(self.step)
 
     def step(self, *_: object) -> None:
+        if self.first is None:
+            return  # a trial of the optimizer, before there is anything to train on
         if self.cuda:
             torch.cuda.synchronize()  # else the time is that of the queue
         usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, finetune
+from conftest import TINY, finetune, folded
 from test_model import GPT2
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM
@@ -16,7 +16,6 @@ from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families import gpt2, gpt_neox
 from litpeft.families.names import NameMap
-from litpeft.methods.base import folded
 from litpeft.methods.lora import LoRA
 from litpeft.model import GPT, Context, KVCache
 
@@ -85,7 +84,7 @@ def test_lora_acts_on_every_part_of_a_fused_linear_and_folds_into_it(name: str, 
             torch.nn.init.normal_(model.get_parameter(key), std=0.1)
         want = model(IDS)
         plain = build(tmp_path, torch.float64)
-        plain.load_state_dict(dict(folded(model)))
+        plain.load_state_dict(folded(model))
         assert (plain(IDS) - want).abs().max() <= 1e-10
     assert (base - want).abs().max() > 1e-2
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import TINY, in_float64, make_folder
+from conftest import TINY, folded, in_float64, make_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from litpeft.build import build
 from litpeft.config import ModelConfig
 from litpeft.methods.adapter import Adapter, PromptAttention
-from litpeft.methods.base import attach, folded, trainable
+from litpeft.methods.base import attach, trainable
 from litpeft.methods.lora import LowRank
 from litpeft.model import GPT, Context, KVCache
 
@@ -145,7 +145,7 @@ def test_an_adapted_k_gives_adapted_prompt_keys(tiny_folder) -> None:
         torch.nn.init.normal_(linear.slot.B, std=0.1)
     want = model(IDS)
     for linear in (model.blocks[1].attn.k, model.blocks[1].attn.v):
-        linear.weight.data = dict(folded(linear))["weight"].detach()
+        linear.weight.data = folded(linear)["weight"].detach()
         linear.slot.B.data.zero_()
     assert (model(IDS) - want).abs().max() <= 1e-10 * want.abs().max()
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, make_folder
+from conftest import TINY, folded, make_folder
 from safetensors.torch import load_file, save_file
 from test_adapter import pair
 
@@ -10,7 +10,7 @@ from litpeft.build import build
 from litpeft.config import read_config
 from litpeft.families.names import NameMap
 from litpeft.methods.adapter_v2 import AdapterV2, ScaleBias
-from litpeft.methods.base import folded, trainable
+from litpeft.methods.base import trainable
 from litpeft.model import GPT, Sdpa
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(5))
@@ -78,7 +78,7 @@ def test_all_but_the_prompts_folds(folder) -> None:
         block.attn.core = Sdpa()
         torch.nn.init.normal_(block.norm1.weight)
     plain = build(folder, torch.float64).eval()
-    for name, tensor in folded(model):
+    for name, tensor in folded(model).items():
         module, _, leaf = name.rpartition(".")
         setattr(plain.get_submodule(module), leaf, torch.nn.Parameter(tensor))
     want = model(IDS)
