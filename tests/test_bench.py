@@ -19,6 +19,7 @@ import commands  # noqa: E402
 import rows as bench_rows  # noqa: E402
 from losses import from_peft  # noqa: E402
 from measure import find_rows, run, training_figures  # noqa: E402
+from observe import Observer  # noqa: E402
 from shapes import LLAMA_8B, RANK, Shapes, attention_flops, decode_bytes, step_flops  # noqa: E402
 from tables import TRAINING, Column, cell, table  # noqa: E402
 from write_gguf import rewrite  # noqa: E402
@@ -110,6 +111,15 @@ def test_rates_are_those_of_the_steps_after_the_first() -> None:
     assert figures["cpu_seconds_per_1000"] == 1000 * 3 / 5
     assert (figures["computed"], figures["real"], figures["trained"]) == (9, 8, 3)
     assert (figures["first_step_seconds"], figures["peak_bytes"]) == (3.0, 6)
+
+
+def test_an_optimizer_that_is_tried_before_there_is_a_row_takes_no_step() -> None:
+    watching = Observer()
+    watching.step()
+    assert watching.steps == []
+    watching.first = 1.0
+    watching.step()
+    assert len(watching.steps) == 1
 
 
 def test_a_process_is_measured_with_its_memory_and_time(tmp_path: Path) -> None:

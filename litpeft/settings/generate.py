@@ -23,7 +23,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Strings at which an answer ends; they are not part of it."""
     lookup: int = 8
-    """Guess up to so many tokens of a single answer from what the text says already, and check them in one pass."""
+    """Guess up to so many tokens of a single answer from what it says already, and check them in one pass; 0 = off."""
     seed: int = 0
     """Seeds the sampling; in a file of prompts the row's number is added."""
 

@@ -77,7 +77,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     template = ChatTemplate(tokenizer, settings.data.template, now=start)
     rows = load(settings.data, tokenizer, template, config.max_positions)
     say(str(rows.report))
-    say(f"precision   {precision.name} on {device}, {torch.get_num_threads()} threads")
+    say(f"precision   {precision.name} on {device}, threads: {torch.get_num_threads()}")
     steps = total_steps(len(rows.train), settings.train)
     if settings.train.warmup_steps > steps:
         say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
