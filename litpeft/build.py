@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.bare import strip
 from litpeft.checkpoint import Weights
 from litpeft.config import read_config
 from litpeft.data.templates import ChatTemplate
@@ -153,6 +154,7 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
     model.eval().requires_grad_(False)
     if device.type == "cpu" and dtype == torch.bfloat16 and can_pack():
         pack(model)
+        strip(model)
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model.config.vocab_size)
     template = ChatTemplate(tokenizer, run.template if run else "auto")

@@ -20,7 +20,7 @@ from litpeft.config import ModelConfig
 from litpeft.errors import UserError
 from litpeft.loss import summed_cross_entropy
 from litpeft.ops import rms_norm, rotate, swiglu
-from litpeft.slots import Bank, Embedding, Linear, Slot, TiedHead
+from litpeft.slots import Bank, Embedding, Linear, Slot, TiedHead, together
 
 KEYS = 64  # keys that attention over a cache takes at once
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -37,13 +37,13 @@ class KVCache:
     def update(self, k: Tensor, v: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
         """Writes k and v (B, G, T, D) at their positions; returns the keys and values (B, G, end, D) so far."""
         if ctx.start is not None:
-            span = slice(ctx.start, ctx.start + k.size(2))
-            self.k[:, :, span], self.v[:, :, span] = k, v
+            self.k.narrow(2, ctx.start, k.size(2)).copy_(k)  # faster than an index
+            self.v.narrow(2, ctx.start, v.size(2)).copy_(v)
         else:
             row = torch.arange(k.size(0), device=k.device)[:, None]
             self.k[row, :, ctx.pos] = k.transpose(1, 2).to(self.k.dtype)  # autocast gives other types than the cache's
             self.v[row, :, ctx.pos] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[:, :, : ctx.keys], self.v[:, :, : ctx.keys]
+        return self.k.narrow(2, 0, ctx.keys), self.v.narrow(2, 0, ctx.keys)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Context:
     start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
     keys: int = 0  # with a cache: how many of its keys attention is given, with those that the mask hides
     mask: Tensor | None = None  # (B, 1, T, S) what is added to the scores; None = causal within the document
-    rope: tuple[Tensor, Tensor] | None = None  # cos and sin (B, 1, T, R/2); None = nothing rotates
+    rope: tuple[Tensor, Tensor] | None = None  # of ops.rotate, (B, 1, T, R); None = nothing rotates
 
     @classmethod
     def rows(cls, ids: Tensor) -> "Context":
@@ -148,10 +148,10 @@ class Attention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D)"""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        q, k, v = (self.heads(y) for y in together(x, self.q, self.k, self.v))
         if ctx.rope is not None:
             q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
         if ctx.cache is not None:
@@ -170,9 +170,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
             return self.down(self.act(self.up(x)))
-        if self.act is F.silu:
-            return self.down(swiglu(self.gate(x), self.up(x)))
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        gate, up = together(x, self.gate, self.up)
+        return self.down(swiglu(gate, up) if self.act is F.silu else self.act(gate) * up)
 
 
 class Block(nn.Module):
@@ -238,7 +237,8 @@ class GPT(nn.Module):
             x = x + self.positions(ctx.pos).to(x.dtype)
         if self.config.turned:
             angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
-            ctx.rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+            cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+            ctx.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if ctx.cache is not None:
             ctx.look_back(ids.size(1), self.config.window, x.dtype)
         for block in self.blocks:

@@ -78,7 +78,10 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle; cos and sin are (B, 1, T, R/2)."""
+    """Returns x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle.
+
+    cos and sin are (B, 1, T, R), each angle twice; sin is negated in its first half.
+    """
     return _turn(x, cos, sin, 1) if plain() else _Rotate.apply(x, cos, sin)
 
 
@@ -95,7 +98,8 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """Returns x turned forwards (1) or back (-1)."""
-    half = cos.size(-1)
-    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), -1)
-    first = torch.addcmul(a * cos, b, sin, value=-direction)
-    return torch.cat((first, torch.addcmul(b * cos, a, sin, value=direction), rest), -1)
+    turned, rest = cos.size(-1), x.size(-1) - cos.size(-1)
+    if rest:
+        x, still = x.split((turned, rest), -1)
+        return torch.cat((_turn(x, cos, sin, direction), still), -1)
+    return torch.addcmul(x * cos, x.roll(turned // 2, -1), sin, value=direction)

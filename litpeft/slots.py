@@ -1,5 +1,7 @@
 """The places where a finetuning method may act. Each is the identity until a method fills it."""
 
+from typing import Protocol
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -42,8 +44,19 @@ class Bank(nn.ParameterDict):
     """Tensors shared by many deltas."""
 
 
+class Rows(Protocol):
+    """The weights of layers that read the same input, as one matrix."""
+
+    sizes: list[int]  # rows of each layer
+
+    def product(self, x: Tensor) -> Tensor:
+        """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""
+
+
 class Linear(nn.Linear):
     """y = slot(W x + b). A storage class (a quantised weight) overrides `base` and `dense` only."""
+
+    rows: Rows | None = None  # set by storage/packed.py; the layers of a group have the same ones
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
@@ -63,9 +76,21 @@ class Linear(nn.Linear):
         """Returns the weight (out, in) that `base` multiplies with."""
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
+        """Returns what the slot makes of y = W x + b."""
         return y if type(self.slot) is Slot else self.slot(y, x, self)  # to ask an empty one takes as long as to write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.base(x), x)
+
+
+def together(x: Tensor, *layers: Linear) -> list[Tensor]:
+    """Returns what each layer makes of x; by one product if their weights are one matrix."""
+    rows = layers[0].rows
+    if rows is None or rows is not layers[-1].rows:
+        return [layer(x) for layer in layers]
+    parts = rows.product(x).split_with_sizes(rows.sizes, -1)
+    return [layer.after(y, x) for layer, y in zip(layers, parts, strict=True)]
 
 
 class Embedding(nn.Embedding):

@@ -66,7 +66,8 @@ def test_a_rotation_is_the_product_with_a_complex_number(turned: int) -> None:
         z = torch.complex(x[..., :half], x[..., half:turned]) * torch.exp(1j * angle)
         return torch.cat((z.real, z.imag, x[..., turned:]), -1)
 
-    assert same(gradients(lambda x: rotate(x, angle.cos(), angle.sin()), x), gradients(plain, x))
+    cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+    assert same(gradients(lambda x: rotate(x, cos, sin), x), gradients(plain, x))
 
 
 class Doubled(Slot):

@@ -6,13 +6,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_folder
+from families.tiny_families import make_family
+from packed_layers import KEYS, make
 
+from litpeft.bare import BareBlock, strip
 from litpeft.build import build, load
 from litpeft.generate import answer
 from litpeft.methods.lora import LoRA
+from litpeft.model import Block, Context
+from litpeft.precision import Storage
 from litpeft.settings.generate import Sampling
 from litpeft.slots import Linear, TiedHead
-from litpeft.storage.packed import Packed, PackedTiedHead, can_pack, pack
+from litpeft.storage.packed import KINDS, Int8Rows, Packed, PackedRows, PackedTiedHead, Rows, can_pack, pack
+from litpeft.token_cache import TokenCache
 
 IDS = torch.arange(40).view(2, 20)
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this processor has no products in bfloat16")
@@ -20,36 +26,112 @@ pytestmark = pytest.mark.skipif(not can_pack(), reason="this processor has no pr
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(32, 64), (33, 7), (1, 1), (576, 192)])
-def test_a_packed_layer_has_the_weight_and_the_products_of_a_dense_one(shape: tuple[int, int], bias: bool) -> None:
+def test_packed_rows_have_the_weight_and_the_products_of_a_dense_layer(shape: tuple[int, int], bias: bool) -> None:
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"layer": Linear(shape[1], shape[0], bias).bfloat16().requires_grad_(False)})
+    layer = Linear(shape[1], shape[0], bias).bfloat16().requires_grad_(False)
     if bias:
-        model["layer"].bias.data = model["layer"].bias.float()  # as one that has been trained
-    model.base_values = {}
-    layer, weight = model["layer"], model["layer"].weight.clone()
-    inputs = [torch.randn(*rows, shape[1]).bfloat16() for rows in ((1, 1), (1, 5), (3, 300))]
-    pack(model)
-    assert type(layer) is Packed
-    assert torch.equal(layer.dense(), weight)
-    for x in inputs:
-        want = F.linear(x.double(), weight.double(), None if layer.bias is None else layer.bias.double())
-        assert layer(x).dtype == torch.bfloat16
-        for y in (layer(x), layer(x.float())):  # autocast and a delta may give other types
-            assert (y - want).abs().max() <= 2**-8 * want.abs().max()
+        layer.bias.data = layer.bias.float()  # as one that has been trained
+    rows = PackedRows([layer])
+    assert torch.equal(rows.dense(), layer.weight)
+    products_agree(rows, layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("sizes", [(64,), (96, 32, 32)])
+@pytest.mark.parametrize(("name", "double"), KEYS)
+def test_rows_of_codes_multiply_as_their_unpacked_weights(
+    name: str, double: bool, sizes: tuple[int, ...], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layers = [make(name, double, torch.randn(size, 192), torch.bfloat16, bias) for size in sizes]
+    kind = KINDS[type(layers[0])]
+    if not kind.takes(layers[0]):
+        pytest.skip("this build of bitsandbytes has no product with codes of four bits on this processor")
+    weight = torch.cat([layer.dense() for layer in layers])
+    rows = kind(layers)
+    exact = name == "int8"  # the kernel for four bits wants the absmax in bfloat16
+    assert (rows.dense() - weight).abs().max() <= (0 if exact else 2**-7 * weight.abs().max())
+    products_agree(rows, rows.dense(), torch.cat([layer.bias for layer in layers]) if bias else None)
+
+
+def products_agree(rows: Rows, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    for shape in ((1, 1), (1, 5), (3, 300)):
+        x = torch.randn(*shape, weight.size(1)).bfloat16()
+        want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert rows.product(x).dtype == torch.bfloat16
+        for y in (rows.product(x), rows.product(x.float())):  # autocast and a delta may give other types
+            assert (y - want).abs().max() <= 2**-7 * want.abs().max()
+
+
+@pytest.mark.parametrize(("name", "shape"), [("nf4", (48, 64)), ("nf4", (32, 32)), ("int8", (33, 64))])
+def test_sizes_that_a_kernel_does_not_take_are_computed_with_the_weight_unpacked(name: str, shape: tuple) -> None:
+    torch.manual_seed(0)
+    layer = make(name, False, torch.randn(shape), torch.bfloat16)
+    kind, x = KINDS[type(layer)], torch.randn(2, shape[1]).bfloat16()
+    assert kind is Int8Rows or not kind.takes(layer)
+    with torch.inference_mode():
+        y = kind([layer]).product(x) if kind.takes(layer) else layer(x)
+    assert torch.equal(y, F.linear(x, layer.dense()))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("method", [None, LoRA(rank=2)])
-def test_a_packed_model_answers_as_the_one_that_it_was(tied: bool, method: LoRA | None, tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.25, tie_word_embeddings=tied)
-    model, packed = (build(folder, torch.bfloat16, method).eval().requires_grad_(False) for _ in range(2))
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_a_packed_model_answers_as_the_one_that_it_was(
+    quantize: str | None, method: LoRA | None, tied: bool, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+    folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.1, tie_word_embeddings=tied, **sizes)
+    storage = None if quantize is None else Storage(quantize, cache=False)
+    model, packed = (
+        build(folder, torch.bfloat16, method, storage=storage).eval().requires_grad_(False) for _ in range(2)
+    )
     pack(packed)
     kinds = {type(m) for m in packed.modules() if isinstance(m, Linear)}
     assert kinds == ({Packed, PackedTiedHead} if tied else {Packed})
     with torch.inference_mode():
         want, got = model(IDS), packed(IDS)
     assert (got - want).norm() < 2e-2 * want.norm()
-    assert {name: p.shape for name, p in packed.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert set(dict(packed.named_parameters())) == set(dict(model.named_parameters()))
+    for (name, layer), (_, old) in zip(packed.named_modules(), model.named_modules(), strict=True):
+        if isinstance(layer, Linear):
+            off = (layer.dense() - old.dense()).norm() / old.dense().norm()
+            assert off <= (2**-7 if quantize == "nf4" else 0), name
+            x = torch.randn(3, layer.in_features).bfloat16()
+            with torch.inference_mode():  # a layer that lies with others still answers by itself
+                assert (layer(x) - old(x)).norm() < 2e-2 * old(x).norm()
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
+def test_a_bare_block_computes_the_same_bits(changes: dict, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.25, **changes)
+    model, bare = (build(folder, torch.bfloat16).eval().requires_grad_(False) for _ in range(2))
+    pack(model)
+    pack(bare)
+    strip(bare)
+    assert {type(block) for block in bare.blocks} == {BareBlock}
+    with torch.inference_mode():
+        assert torch.equal(bare(IDS), model(IDS))
+        lengths = Context.packed((12, 8), torch.device("cpu"), None), Context.packed((12, 8), torch.device("cpu"), None)
+        assert torch.equal(bare(IDS[:1], lengths[0]), model(IDS[:1], lengths[1]))
+    caches = TokenCache(model), TokenCache(bare)
+    for end in (5, 6, 9, 20):
+        plain, got = (cache.logits(IDS[:, :end].tolist()) for cache in caches)
+        assert torch.equal(got, plain)
+
+
+def test_a_block_that_is_not_of_llamas_kind_or_holds_a_delta_stays_as_it_is(tmp_path: Path) -> None:
+    make_family(tmp_path / "neox", "neox")
+    make_family(tmp_path / "gpt2", "gpt2")
+    folder = make_folder(tmp_path / "llama")
+    models = [build(tmp_path / name, torch.bfloat16) for name in ("neox", "gpt2")]
+    models += [build(folder, torch.bfloat16, LoRA(rank=2)), build(folder, torch.bfloat16)]
+    for model in models[:3]:
+        pack(model.requires_grad_(False))
+        strip(model)
+        assert {type(block) for block in model.blocks} == {Block}
+    strip(models[3])  # not packed
+    assert {type(block) for block in models[3].blocks} == {Block}
 
 
 def test_a_weight_that_a_delta_replaced_is_left_as_it_is(tmp_path: Path) -> None:
@@ -67,5 +149,6 @@ def test_load_packs_what_only_answers(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", seed=7)
     loaded = load(str(folder), precision="bf16-true")
     assert all(isinstance(m, Packed | PackedTiedHead) for m in loaded.model.modules() if isinstance(m, Linear))
+    assert {type(block) for block in loaded.model.blocks} == {BareBlock}
     assert not any(isinstance(m, Packed) for m in load(str(folder), precision="32-true").model.modules())
     assert len(answer(loaded.model, [[5, 9], [7]], loaded.tokenizer, Sampling(max_new_tokens=8), ())[0].ids) == 8

@@ -9,7 +9,7 @@ QLoRA https://arxiv.org/abs/2305.14314. The bytes are those of bitsandbytes.
 import torch
 from torch import Tensor
 
-from litpeft.storage.kernels import BLOCK, GROUP, dequantize_4bit, quantize_4bit, quantize_absmax
+from litpeft.storage.kernels import BLOCK, GROUP, absmax_in_torch, dequantize_4bit, quantize_4bit, quantize_absmax
 from litpeft.storage.quantized import Quantized
 
 
@@ -22,6 +22,12 @@ class FourBit(Quantized):
     def unpack(cls, packed: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         codes, absmax, scale, offset = packed if len(packed) == 4 else (*packed, None, None)
         return dequantize_4bit(codes, absmax, scale, offset, shape, cls.kind, dtype)
+
+    def blocks(self) -> Tensor:
+        """Returns the float32 absmax (ceil(out * in / 64),) of the weight's blocks."""
+        if not self.double_quantize:
+            return self.absmax
+        return absmax_in_torch(self.absmax, self.absmax_scale, self.absmax_offset)
 
     def layout(self) -> dict[str, Tensor]:
         n = self.in_features * self.out_features

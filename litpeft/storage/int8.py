@@ -24,15 +24,23 @@ class Int8(Quantized):
         codes, absmax = packed
         return (codes * absmax[:, None]).mul_(1 / 127).to(dtype)
 
+    @staticmethod
+    def few(x: Tensor, codes: Tensor) -> bool:
+        """Returns whether x (..., in) has so few rows that torch's kernel for codes is the fastest, and can be used."""
+        sizes = all(size % 32 == 0 for size in codes.shape)  # others the kernel does not check, and dies of
+        return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= FEW * x.size(-1) and sizes
+
+    @staticmethod
+    def product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        """Returns the product of x (..., in) and the weight codes * scale: (..., out), without a gradient."""
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.size(-1)), codes, scale)
+        return y.view(*x.shape[:-1], len(codes))
+
     def base(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.bfloat16 or len(rows) > FEW:
+        if torch.is_grad_enabled() or not self.few(x, self.weight):
             return super().base(x)
-        if self.in_features % 32 or self.out_features % 32:  # sizes that torch's kernel does not check, and dies of
-            return super().base(x)
-        y = torch._weight_int8pack_mm(rows, self.weight, (self.absmax / 127).to(x.dtype))
-        y = y if self.bias is None else y + self.bias.to(x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        y = self.product(x, self.weight, (self.absmax / 127).to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def layout(self) -> dict[str, Tensor]:
         codes = torch.empty(self.out_features, self.in_features, dtype=torch.int8, device="meta")

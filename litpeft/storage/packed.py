@@ -1,8 +1,12 @@
-"""The frozen weights of a model that only answers, in the layout that a CPU's matrix library reads fastest.
+"""The frozen weights of a model that only answers on a CPU, as its matrix products read them fastest.
 
-oneDNN multiplies one row with a bfloat16 weight as it lies in a file at half the speed at which memory can be read, and
-with its own layout of the same numbers at all of it. They are exactly the same numbers: `dense` gives them back.
+Layers that read the same input become one matrix, so that a token takes 4 products in a block and not 7. bfloat16 lies
+in oneDNN's own layout: one row times a weight as it lies in a file runs at half the speed at which memory can be read.
+Codes are multiplied as they are, and never unpacked for a few rows.
 """
+
+from collections.abc import Iterator, Sequence
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -11,8 +15,12 @@ from torch import Tensor
 
 from litpeft.model import GPT
 from litpeft.slots import Linear, TiedHead
+from litpeft.storage.four_bit import FP4, NF4, FourBit
+from litpeft.storage.int8 import Int8
+from litpeft.storage.kernels import BLOCK, CODES, has_kernels
 
 LONG = 1024  # inputs above which oneDNN sums a row by itself in another order than a row among others
+BELOW = 32  # outputs whose codes bitsandbytes' kernel takes at a time
 
 
 def can_pack() -> bool:
@@ -21,50 +29,189 @@ def can_pack() -> bool:
     return operators and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
-def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns W x + b for x (..., in), and as F.linear for a type that the weight was not packed for."""
-    bias = None if bias is None else bias.to(x.dtype)
-    if x.dtype != packed.dtype:
-        return F.linear(x, packed.to_dense().to(x.dtype), bias)
-    if x.numel() == x.size(-1) > LONG:
-        return torch.ops.mkldnn._linear_pointwise(torch.cat((x, x)), packed, bias, "none", [], "")[: len(x)]
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+class Rows:
+    """The weights of layers that read the same input, one below the other."""
+
+    def __init__(self, layers: Sequence[Linear]):
+        self.layers, self.sizes = layers, [layer.out_features for layer in layers]
+        self.biased = layers[0].bias is not None
+
+    @staticmethod
+    def takes(layer: Linear) -> bool:
+        """Returns whether a layer can be held so."""
+        raise NotImplementedError("a kind of rows must say what it takes")
+
+    def product(self, x: Tensor) -> Tensor:
+        """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it multiplies")
+
+    def dense(self) -> Tensor:
+        """Returns the weights (sum of sizes, in) in bfloat16."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its weights are")
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Returns the layers' biases (sum of sizes,); asked for each time, for a delta's can be taken off."""
+        return torch.cat([layer.bias for layer in self.layers]).to(dtype) if self.biased else None
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        """Returns y + b for y (..., sum of sizes)."""
+        return y + self.bias(y.dtype) if self.biased else y
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Returns W x + b with the weights unpacked, in the type of x."""
+        return F.linear(x, self.dense().to(x.dtype), self.bias(x.dtype))
+
+    def of(self, layer: Linear, y: Tensor, dim: int) -> Tensor:
+        """Returns what belongs to one of the layers."""
+        return y if len(self.layers) == 1 else y.split(self.sizes, dim)[self.layers.index(layer)]
 
 
-class Packed(Linear):
-    """A linear layer whose weight is packed."""
+class PackedRows(Rows):
+    """In bfloat16, in oneDNN's layout, which holds the same numbers."""
 
-    def base(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
+    def __init__(self, layers: Sequence[Linear]):
+        super().__init__(layers)
+        weight = torch.cat([layer.dense().detach() for layer in layers])
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+    @staticmethod
+    def takes(layer: Linear) -> bool:
+        return layer.dense().dtype == torch.bfloat16
+
+    def product(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            return self.plain(x)
+        multiply, bias = torch.ops.mkldnn._linear_pointwise, self.bias(x.dtype)
+        if x.numel() == x.size(-1) > LONG:
+            return multiply(torch.cat((x, x)), self.weight, bias, "none", [], "")[: len(x)]
+        return multiply(x, self.weight, bias, "none", [], "")
 
     def dense(self) -> Tensor:
         return self.weight.to_dense()
 
 
+class Int8Rows(Rows):
+    """As INT8 codes, with scales in bfloat16."""
+
+    def __init__(self, layers: Sequence[Int8]):
+        super().__init__(layers)
+        self.codes = torch.cat([layer.weight.detach() for layer in layers])
+        self.absmax = torch.cat([layer.absmax.detach() for layer in layers])
+        self.scale = (self.absmax / 127).bfloat16()
+
+    @staticmethod
+    def takes(layer: Int8) -> bool:
+        return layer.dtype == torch.bfloat16
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.with_bias(Int8.product(x, self.codes, self.scale)) if Int8.few(x, self.codes) else self.plain(x)
+
+    def dense(self) -> Tensor:
+        return Int8.unpack((self.codes, self.absmax), self.codes.shape, torch.bfloat16)
+
+
+class FourBitRows(Rows):
+    """As codes of four bits, in the layout of bitsandbytes' kernel for CPUs, and absmax rounded to bfloat16.
+
+    For two inputs and BELOW outputs that is 64 codes in 32 bytes: the first half of the outputs in their low halves.
+    """
+
+    def __init__(self, layers: Sequence[FourBit]):
+        super().__init__(layers)
+        size, self.kind = layers[0].in_features, layers[0].kind
+        code = torch.cat([layer.weight.detach() for layer in layers]).view(-1, BELOW, size // 2)
+        code = torch.stack((code >> 4, code & 15), -1).transpose(1, 2)  # (., in / 2, BELOW, 2)
+        low, high = code.reshape(*code.shape[:2], 2, BELOW).unbind(2)
+        self.codes = (high << 4 | low).view(-1, size // 2)
+        absmax = torch.cat([layer.blocks().detach() for layer in layers]).view(-1, size // BLOCK)
+        self.absmax = absmax.t().to(torch.bfloat16, memory_format=torch.contiguous_format)
+        self.table = torch.tensor(CODES[self.kind])
+
+    @staticmethod
+    def takes(layer: FourBit) -> bool:
+        fits = layer.in_features % BLOCK == 0 and layer.out_features % BELOW == 0
+        return layer.dtype == torch.bfloat16 and fits and _has_product(layer.kind)
+
+    def product(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            return self.plain(x)
+        shape = (len(self.codes), x.size(-1))
+        return self.with_bias(torch.ops.bitsandbytes.gemv_4bit(x, self.codes, shape, self.absmax, self.table, BLOCK))
+
+    def dense(self) -> Tensor:
+        byte = self.codes.view(-1, self.codes.size(1), BELOW)
+        code = torch.stack((byte & 15, byte >> 4), 2).view(*byte.shape, 2).transpose(1, 2).reshape(-1, BLOCK)
+        weight = self.table[code.int()] * self.absmax.float().t().reshape(-1, 1)
+        return weight.view(len(self.codes), -1).bfloat16()
+
+
+@cache
+def _has_product(kind: str) -> bool:
+    """Returns whether bitsandbytes multiplies with the codes as FourBitRows lays them out, here and in this version."""
+    if not has_kernels("cpu") or not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::gemv_4bit", "CPU"):
+        return False
+    layer = Linear(2 * BLOCK, 2 * BELOW)
+    weight, layer.__class__ = layer.weight.detach(), FP4 if kind == FP4.kind else NF4
+    layer.convert(torch.bfloat16, False)
+    for name, tensor in layer.pack(weight).items():
+        setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+    rows, x = FourBitRows([layer]), torch.eye(2 * BLOCK, dtype=torch.bfloat16)
+    return torch.allclose(rows.product(x), rows.dense().t(), rtol=2**-7)
+
+
+class Packed(Linear):
+    """A layer whose weight is in `rows`; of its own parameters only names, shapes and types are left."""
+
+    def base(self, x: Tensor) -> Tensor:
+        return self.rows.of(self, self.rows.product(x), -1)
+
+    def dense(self) -> Tensor:
+        return self.rows.of(self, self.rows.dense(), 0)
+
+
 class PackedTiedHead(TiedHead):
     """A head with a packed copy of the embedding, from which it takes rows, not products."""
 
-    packed: Tensor
-
     def base(self, x: Tensor) -> Tensor:
-        return product(x, self.packed, None)
+        return self.rows.product(x)
+
+
+KINDS = {Linear: PackedRows, TiedHead: PackedRows, Int8: Int8Rows, NF4: FourBitRows, FP4: FourBitRows}
 
 
 def pack(model: GPT) -> None:
-    """Packs, in place, every linear layer in bfloat16 that is neither quantised nor replaced by a loaded delta."""
-    for name, layer in list(model.named_modules()):
-        if type(layer) not in (Linear, TiedHead) or layer.dense().dtype != torch.bfloat16:
-            continue
-        owner = "embed" if isinstance(layer, TiedHead) else name
-        if f"{owner}.weight" in model.base_values:
-            continue
+    """Packs, in place, every linear layer that computes in bfloat16 and whose weight no loaded delta has replaced."""
+    replaced = {model.get_submodule(key.rpartition(".")[0]) for key in model.base_values if key.endswith(".weight")}
+
+    def takes(layer: Linear) -> bool:
+        owner = layer.embed[0] if type(layer) is TiedHead else layer
+        return type(layer) in KINDS and owner not in replaced and KINDS[type(layer)].takes(layer)
+
+    for group in _groups(model):
+        good = [layer for layer in group if takes(layer)]
+        for layers in [good] if len(good) == len(group) else [[layer] for layer in good]:
+            _pack(layers)
+
+
+def _groups(model: GPT) -> Iterator[list[Linear]]:
+    """Yields the layers of a model that read the same input."""
+    for block in model.blocks:
+        attn, mlp = block.attn, block.mlp
+        yield [attn.q, attn.k, attn.v]
+        yield [attn.o]
+        yield [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
+        yield [mlp.down]
+    yield [model.head]
+
+
+def _pack(layers: list[Linear]) -> None:
+    rows = KINDS[type(layers[0])](layers)
+    for layer in layers:
+        layer.rows = rows
         if isinstance(layer, TiedHead):
-            layer.packed = _packed(layer.dense())
             layer.__class__ = PackedTiedHead
-        else:
-            layer.weight = nn.Parameter(_packed(layer.weight), requires_grad=False)
-            layer.__class__ = Packed
-
-
-def _packed(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 1)
+            continue
+        layer.__class__ = Packed
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if name != "bias":
+                setattr(layer, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

@@ -62,6 +62,21 @@ def test_dropout_is_on_the_update_only_and_off_in_eval(tiny_folder) -> None:
     assert torch.equal(linear(x), base)
 
 
+@pytest.mark.parametrize("rows", [(1, 1), (2, 40)])  # few are computed in float32 where nothing trains
+def test_an_answer_gets_the_update_of_its_formula(rows: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    delta = LowRank(64, 96, rank=4, scale=3.0, dropout=0.5).eval()
+    torch.nn.init.normal_(delta.A)
+    torch.nn.init.normal_(delta.B)
+    x, y = torch.randn(*rows, 64).bfloat16(), torch.randn(*rows, 96).bfloat16()
+    want = y.double() + 3 * x.double() @ delta.A.double().T @ delta.B.double().T
+    with torch.inference_mode():
+        got = delta(y, x, None)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() < 2**-7 * want.norm()
+    assert (delta(y, x, None) - want).norm() < 2**-7 * want.norm()
+
+
 def test_a_starts_uniform_within_one_over_the_root_of_in(tiny_folder) -> None:
     slot = build(tiny_folder, torch.float32, LoRA(rank=64)).blocks[0].mlp.down.slot
     bound = slot.A.size(1) ** -0.5
