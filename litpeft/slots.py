@@ -1,5 +1,6 @@
 """The places where a finetuning method may act. Each is the identity until a method fills it."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -32,6 +33,13 @@ class Delta(nn.Module):
         """Returns the weight (out, in) and bias (out,) that compute the same without this Delta, if there are such."""
         raise NotImplementedError  # a Delta that leaves it so acts on activations, and cannot be merged
 
+    @classmethod
+    def below(cls, layers: Sequence["Linear"]) -> "Delta | None":
+        """Returns one Delta that does at once what the slots of layers with the same input do, if there is such a one.
+
+        It is for answers: its tensors are copies. Each layer has a Delta of this class, or an empty slot.
+        """
+
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Returns the type in which a product with x is computed: that of x, unless autocast says otherwise."""
@@ -47,7 +55,8 @@ class Bank(nn.ParameterDict):
 class Rows(Protocol):
     """The weights of layers that read the same input, as one matrix."""
 
-    sizes: list[int]  # rows of each layer
+    layers: Sequence["Linear"]
+    sizes: list[int]  # outputs of each layer
 
     def product(self, x: Tensor) -> Tensor:
         """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""

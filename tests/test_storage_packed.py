@@ -12,7 +12,9 @@ from packed_layers import KEYS, make
 from litpeft.bare import BareBlock, strip
 from litpeft.build import build, load
 from litpeft.generate import answer
-from litpeft.methods.lora import LoRA
+from litpeft.methods.adapter import Adapter
+from litpeft.methods.base import without_delta
+from litpeft.methods.lora import LoRA, LowRank
 from litpeft.model import Block, Context
 from litpeft.precision import Storage
 from litpeft.settings.generate import Sampling
@@ -120,18 +122,58 @@ def test_a_bare_block_computes_the_same_bits(changes: dict, tmp_path: Path) -> N
         assert torch.equal(got, plain)
 
 
-def test_a_block_that_is_not_of_llamas_kind_or_holds_a_delta_stays_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [("*.attn.*", "*.mlp.*"), ("*.q", "*.v", "*.down")])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_a_bare_block_answers_with_lora_and_without(quantize: str | None, targets: tuple, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
+    folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.1, **sizes)
+    method, storage = LoRA(rank=2, targets=targets), None if quantize is None else Storage(quantize, cache=False)
+    model, bare = (build(folder, torch.bfloat16, method, storage=storage).eval() for _ in range(2))
+    torch.manual_seed(0)
+    for delta in (m for m in model.modules() if isinstance(m, LowRank)):
+        torch.nn.init.normal_(delta.B, std=0.05)
+    bare.load_state_dict(model.state_dict())
+    pack(bare.requires_grad_(False))
+    strip(bare)
+    assert {type(block) for block in bare.blocks} == {BareBlock}
+    with torch.inference_mode():
+        want, got, few = model(IDS), bare(IDS), bare(IDS[:, :4])
+        with without_delta(model), without_delta(bare):
+            base, got_base = model(IDS), bare(IDS)
+        again = bare(IDS)
+    assert (want - base).norm() > 0.1 * base.norm()  # the delta does something
+    assert (got - want).norm() < 2e-2 * want.norm()
+    assert (few - want[:, :4]).norm() < 2e-2 * want[:, :4].norm()
+    assert (got_base - base).norm() < 2e-2 * base.norm()
+    assert torch.equal(again, got)
+
+
+class Louder(LowRank):
+    """An update that `LowRank.below` knows nothing of."""
+
+    def forward(self, y: torch.Tensor, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        return 2 * super().forward(y, x, linear)
+
+
+def test_a_block_that_is_not_of_llamas_kind_or_holds_another_delta_stays_as_it_is(tmp_path: Path) -> None:
     make_family(tmp_path / "neox", "neox")
     make_family(tmp_path / "gpt2", "gpt2")
     folder = make_folder(tmp_path / "llama")
     models = [build(tmp_path / name, torch.bfloat16) for name in ("neox", "gpt2")]
-    models += [build(folder, torch.bfloat16, LoRA(rank=2)), build(folder, torch.bfloat16)]
-    for model in models[:3]:
+    models += [build(folder, torch.bfloat16, method) for method in (Adapter(layers=2), LoRA(rank=2), LoRA(rank=2))]
+    for block, name in ((block, name) for block in models[-1].blocks for name in ("q", "o")):
+        getattr(block.attn, name).slot.__class__ = Louder
+    kinds = [Block, Block, Block, BareBlock, Block]
+    for model, kind in zip(models, kinds, strict=True):
         pack(model.requires_grad_(False))
-        strip(model)
-        assert {type(block) for block in model.blocks} == {Block}
-    strip(models[3])  # not packed
-    assert {type(block) for block in models[3].blocks} == {Block}
+        with torch.inference_mode():
+            want = model(IDS)
+            strip(model)
+            assert {type(block) for block in model.blocks} == {kind}
+            assert torch.equal(model(IDS), want)
+    model = build(folder, torch.bfloat16)
+    strip(model)  # not packed
+    assert {type(block) for block in model.blocks} == {Block}
 
 
 def test_a_weight_that_a_delta_replaced_is_left_as_it_is(tmp_path: Path) -> None:

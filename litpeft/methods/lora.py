@@ -7,6 +7,7 @@ Trains rank * (in + out) parameters for each target. Folds: W <- W + s B A.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -44,6 +45,21 @@ class LowRank(Delta):
             return torch.add(y, update, alpha=self.scale).to(y.dtype)
         x = F.dropout(x, self.dropout, self.training)
         return y + F.linear(F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
+
+    @classmethod
+    def below(cls, layers: Sequence[Linear]) -> "LowRank | None":
+        if cls.forward is not LowRank.forward:  # a subclass does something else
+            return None
+        filled = [layer.slot for layer in layers if isinstance(layer.slot, cls)]
+        a, empty = torch.cat([slot.A.detach() for slot in filled]), filled[0].B.new_empty
+        parts = [
+            layer.slot.scale * layer.slot.B.detach() if layer.slot in filled else empty(layer.out_features, 0)
+            for layer in layers
+        ]
+        b = torch.block_diag(*parts)
+        whole = LowRank(a.size(1), len(b), len(a), scale=1.0, dropout=0.0).requires_grad_(False).eval()
+        whole.A.data, whole.B.data = a, b
+        return whole
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (self.B.to(weight.dtype) @ self.A.to(weight.dtype)), bias

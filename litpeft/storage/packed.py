@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.model import GPT
-from litpeft.slots import Linear, TiedHead
+from litpeft.slots import Delta, Linear, Slot, TiedHead
 from litpeft.storage.four_bit import FP4, NF4, FourBit
 from litpeft.storage.int8 import Int8
 from litpeft.storage.kernels import BLOCK, CODES, has_kernels
@@ -35,6 +35,8 @@ class Rows:
     def __init__(self, layers: Sequence[Linear]):
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
         self.biased = layers[0].bias is not None
+        self.filled = next((layer for layer in layers if type(layer.slot) is not Slot), None)
+        self.delta = None if self.filled is None else _below(layers)
 
     @staticmethod
     def takes(layer: Linear) -> bool:
@@ -44,6 +46,18 @@ class Rows:
     def product(self, x: Tensor) -> Tensor:
         """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""
         raise NotImplementedError(f"{type(self).__name__} must say how it multiplies")
+
+    def answer(self, x: Tensor) -> Tensor:
+        """Returns what all layers make of x, with their deltas: W x + b + delta."""
+        y = self.product(x)
+        if self.delta is None or type(self.filled.slot) is Slot:  # without_delta has emptied it
+            return y
+        return self.delta(y, x, None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether `answer` is all that the layers do."""
+        return self.filled is None or self.delta is not None
 
     def dense(self) -> Tensor:
         """Returns the weights (sum of sizes, in) in bfloat16."""
@@ -157,6 +171,12 @@ def _has_product(kind: str) -> bool:
         setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
     rows, x = FourBitRows([layer]), torch.eye(2 * BLOCK, dtype=torch.bfloat16)
     return torch.allclose(rows.product(x), rows.dense().t(), rtol=2**-7)
+
+
+def _below(layers: Sequence[Linear]) -> Delta | None:
+    """Returns one Delta for what the slots of all layers do, or None if there is none."""
+    kinds = {type(layer.slot) for layer in layers} - {Slot}
+    return kinds.pop().below(layers) if len(kinds) == 1 else None
 
 
 class Packed(Linear):
