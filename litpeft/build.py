@@ -22,7 +22,7 @@ from litpeft.run import Run, find_run
 from litpeft.slots import Delta
 from litpeft.storage import storage_class
 from litpeft.storage.cache import Cache
-from litpeft.storage.packed import can_pack, pack
+from litpeft.storage.packed import pack
 from litpeft.storage.quantized import store
 from litpeft.tokenizer import Tokenizer
 
@@ -152,7 +152,7 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
         model = build(folder, dtype, run.method(), device, storage)
         load_delta(model, run.delta(), str(run.folder))
     model.eval().requires_grad_(False)
-    if device.type == "cpu" and dtype == torch.bfloat16 and can_pack():
+    if device.type == "cpu":
         pack(model)
         strip(model)
     tokenizer = Tokenizer.load(folder)

@@ -81,7 +81,7 @@ def test_a_guess_is_what_followed_the_last_time_and_grows_with_what_was_right() 
     assert Lookup(0).guess([1, 1, 1, 1], 8) == []
 
 
-@pytest.mark.skipif(not can_pack(), reason="this processor has no products in bfloat16")
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor has no products in bfloat16")
 def test_in_bfloat16_a_token_gets_the_same_bits_whatever_comes_with_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"intermediate_size": 1536, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}

@@ -23,14 +23,17 @@ from litpeft.storage.packed import KINDS, Int8Rows, Packed, PackedRows, PackedTi
 from litpeft.token_cache import TokenCache
 
 IDS = torch.arange(40).view(2, 20)
-pytestmark = pytest.mark.skipif(not can_pack(), reason="this processor has no products in bfloat16")
+pytestmark = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor has no products in bfloat16")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(32, 64), (33, 7), (1, 1), (576, 192)])
-def test_packed_rows_have_the_weight_and_the_products_of_a_dense_layer(shape: tuple[int, int], bias: bool) -> None:
+@pytest.mark.parametrize("shape", [(32, 64), (33, 7), (1, 1), (576, 1536)])
+def test_packed_rows_have_the_weight_and_the_products_of_a_dense_layer(
+    shape: tuple[int, int], bias: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    layer = Linear(shape[1], shape[0], bias).bfloat16().requires_grad_(False)
+    layer = Linear(shape[1], shape[0], bias).to(dtype).requires_grad_(False)
     if bias:
         layer.bias.data = layer.bias.float()  # as one that has been trained
     rows = PackedRows([layer])
@@ -60,9 +63,10 @@ def products_agree(rows: Rows, weight: torch.Tensor, bias: torch.Tensor | None) 
     for shape in ((1, 1), (1, 5), (3, 300)):
         x = torch.randn(*shape, weight.size(1)).bfloat16()
         want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-        assert rows.product(x).dtype == torch.bfloat16
-        for y in (rows.product(x), rows.product(x.float())):  # autocast and a delta may give other types
-            assert (y - want).abs().max() <= 2**-7 * want.abs().max()
+        for kind in (torch.bfloat16, torch.float32):  # autocast and a delta may give other types
+            y, limit = rows.product(x.to(kind)), 1e-5 if kind == torch.float32 else 2**-7
+            assert y.dtype == kind
+            assert (y - want).abs().max() <= limit * want.abs().max()
 
 
 @pytest.mark.parametrize(("name", "shape"), [("nf4", (48, 64)), ("nf4", (32, 32)), ("int8", (33, 64))])
@@ -104,10 +108,11 @@ def test_a_packed_model_answers_as_the_one_that_it_was(
                 assert (layer(x) - old(x)).norm() < 2e-2 * old(x).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
-def test_a_bare_block_computes_the_same_bits(changes: dict, tmp_path: Path) -> None:
+def test_a_bare_block_computes_the_same_bits(changes: dict, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.25, **changes)
-    model, bare = (build(folder, torch.bfloat16).eval().requires_grad_(False) for _ in range(2))
+    model, bare = (build(folder, dtype).eval().requires_grad_(False) for _ in range(2))
     pack(model)
     pack(bare)
     strip(bare)
@@ -189,8 +194,9 @@ def test_a_weight_that_a_delta_replaced_is_left_as_it_is(tmp_path: Path) -> None
 
 def test_load_packs_what_only_answers(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", seed=7)
-    loaded = load(str(folder), precision="bf16-true")
-    assert all(isinstance(m, Packed | PackedTiedHead) for m in loaded.model.modules() if isinstance(m, Linear))
-    assert {type(block) for block in loaded.model.blocks} == {BareBlock}
-    assert not any(isinstance(m, Packed) for m in load(str(folder), precision="32-true").model.modules())
+    for precision in ("32-true", "bf16-true"):
+        loaded = load(str(folder), precision=precision)
+        assert all(isinstance(m, Packed | PackedTiedHead) for m in loaded.model.modules() if isinstance(m, Linear))
+        assert {type(block) for block in loaded.model.blocks} == {BareBlock}
+    assert not any(isinstance(m, Packed) for m in load(str(folder), precision="16-true").model.modules())
     assert len(answer(loaded.model, [[5, 9], [7]], loaded.tokenizer, Sampling(max_new_tokens=8), ())[0].ids) == 8

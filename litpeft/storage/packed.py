@@ -1,7 +1,7 @@
 """The frozen weights of a model that only answers on a CPU, as its matrix products read them fastest.
 
-Layers that read the same input become one matrix, so that a token takes 4 products in a block and not 7. bfloat16 lies
-in oneDNN's own layout: one row times a weight as it lies in a file runs at half the speed at which memory can be read.
+Layers that read the same input become one matrix, so that a token takes 4 products in a block and not 7. Weights lie in
+oneDNN's own layout: one row times a weight as it lies in a file runs at half the speed at which memory can be read.
 Codes are multiplied as they are, and never unpacked for a few rows.
 """
 
@@ -23,10 +23,11 @@ LONG = 1024  # inputs above which oneDNN sums a row by itself in another order t
 BELOW = 32  # outputs whose codes bitsandbytes' kernel takes at a time
 
 
-def can_pack() -> bool:
-    """Returns whether this build of torch and this processor have oneDNN's products in bfloat16."""
+def can_pack(dtype: torch.dtype) -> bool:
+    """Returns whether this build of torch and this processor have oneDNN's products in a type."""
     operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
-    return operators and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    native = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    return native and operators and torch.backends.mkldnn.is_available()
 
 
 class Rows:
@@ -60,7 +61,7 @@ class Rows:
         return self.filled is None or self.delta is not None
 
     def dense(self) -> Tensor:
-        """Returns the weights (sum of sizes, in) in bfloat16."""
+        """Returns the weights (sum of sizes, in), in the type that they were packed for."""
         raise NotImplementedError(f"{type(self).__name__} must say what its weights are")
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -81,7 +82,7 @@ class Rows:
 
 
 class PackedRows(Rows):
-    """In bfloat16, in oneDNN's layout, which holds the same numbers."""
+    """In bfloat16 or float32, in oneDNN's layout, which holds the same numbers."""
 
     def __init__(self, layers: Sequence[Linear]):
         super().__init__(layers)
@@ -90,13 +91,13 @@ class PackedRows(Rows):
 
     @staticmethod
     def takes(layer: Linear) -> bool:
-        return layer.dense().dtype == torch.bfloat16
+        return can_pack(layer.dense().dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16:
+        if x.dtype != self.weight.dtype:
             return self.plain(x)
-        multiply, bias = torch.ops.mkldnn._linear_pointwise, self.bias(x.dtype)
-        if x.numel() == x.size(-1) > LONG:
+        multiply, bias = torch.ops.mkldnn._linear_pointwise.default, self.bias(x.dtype)
+        if x.numel() == x.size(-1) > LONG and x.dtype == torch.bfloat16:
             return multiply(torch.cat((x, x)), self.weight, bias, "none", [], "")[: len(x)]
         return multiply(x, self.weight, bias, "none", [], "")
 
@@ -200,7 +201,7 @@ KINDS = {Linear: PackedRows, TiedHead: PackedRows, Int8: Int8Rows, NF4: FourBitR
 
 
 def pack(model: GPT) -> None:
-    """Packs, in place, every linear layer that computes in bfloat16 and whose weight no loaded delta has replaced."""
+    """Packs, in place, every linear layer that a kind of rows takes, and whose weight no loaded delta has replaced."""
     replaced = {model.get_submodule(key.rpartition(".")[0]) for key in model.base_values if key.endswith(".weight")}
 
     def takes(layer: Linear) -> bool:

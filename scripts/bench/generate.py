@@ -59,6 +59,11 @@ WRITERS = [
         (1,),
     ),
     Writer("litpeft nf4", "litpeft", 4.127, 16, {"precision": "bf16-true", "quantize": "nf4", "lookup": 0}),
+    Writer(
+        *("litpeft nf4 lookup", "litpeft", 4.127, 16),
+        {"precision": "bf16-true", "quantize": "nf4", "lookup": LOOKUP},
+        (1,),
+    ),
     Writer("transformers bf16", "transformers", 16, 16, {"dtype": "bfloat16"}),
     Writer("transformers bf16 lookup", "transformers", 16, 16, {"dtype": "bfloat16", "lookup": LOOKUP}, (1,)),
     Writer("transformers float16", "transformers", 16, 16, {"dtype": "float16"}),
