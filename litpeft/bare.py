@@ -1,14 +1,15 @@
-"""Blocks that only answer, and in which nothing but weights has changed: the steps of model.py one after the other.
+"""Blocks that only answer, and in which only linear layers were finetuned: the steps of model.py one after the other.
 
 To find and call the modules of a block, and to ask each slot, takes a third of the time of one token on a CPU.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.attention import attend
 from litpeft.model import GPT, Block, Context, RMSNorm
-from litpeft.ops import rms_norm, rotate
+from litpeft.ops import rotate
 from litpeft.slots import Delta, Rows
 
 
@@ -18,39 +19,55 @@ class BareBlock(Block):
     layer: int
     sizes: tuple[int, int, int]  # H, G, D
     window: int | None
-    norms: tuple[tuple[Tensor, float], ...]  # weight and eps of both
+    norms: tuple[tuple[Tensor, float], ...]  # weight, twice, and eps of both
     products: tuple[Rows, ...]  # with q, k and v; o; gate and up; down
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         (norm1, norm2), (qkv, o, gate_up, down) = self.norms, self.products
         queries, shared, size = self.sizes
-        y = qkv.answer(rms_norm(x, *norm1)).view(*x.shape[:-1], queries + 2 * shared, size).transpose(1, 2)
+        y = qkv.answer(_norm(x, *norm1)).view(*x.shape[:-1], queries + 2 * shared, size).transpose(1, 2)
         y, v = y.split_with_sizes((queries + shared, shared), 1)
         q, k = rotate(y, *ctx.rope).split_with_sizes((queries, shared), 1)
         if ctx.cache is not None:
             k, v = ctx.cache[self.layer].update(k, v, ctx)
         y = attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=self.window)
         x = x + o.answer(y.transpose(1, 2).flatten(2))
-        gate, up = gate_up.answer(rms_norm(x, *norm2)).split_with_sizes(gate_up.sizes, -1)
+        gate, up = gate_up.answer(_norm(x, *norm2)).split_with_sizes(gate_up.sizes, -1)
         return x + down.answer(F.silu(gate).mul_(up))
 
 
+def _norm(x: Tensor, weight_twice: Tensor, eps: float) -> Tensor:
+    """Returns x / rms(x) * weight for x (..., d): the layer norm of (x, -x), whose mean is 0.
+
+    On a CPU torch has a layer norm in one step, and takes ten for a root mean square.
+    """
+    both = torch.cat((x, -x), -1)
+    return F.layer_norm(both, weight_twice.shape, weight_twice, eps=eps)[..., : x.size(-1)]
+
+
 def strip(model: GPT) -> None:
-    """Makes each block bare, in place, that can be: packed (storage/packed.py), of LLaMA's kind, no slot but its linear
-    layers' filled, and those with what can be done at once."""
+    """Makes each block bare, in place, that can be; storage/packed.py comes before."""
     for layer, block in enumerate(model.blocks):
-        attn, mlp, norms = block.attn, block.mlp, (block.norm1, block.norm2)
-        llama = isinstance(block.norm1, RMSNorm) and not block.parallel and mlp.gate is not None and mlp.act is F.silu
-        if not llama or not model.config.turned:
+        rows = _rows(block)
+        trained = any(key.startswith(f"blocks.{layer}.norm") for key in model.base_values)  # and can be switched off
+        if rows is None or trained or not model.config.turned:
             continue
-        groups = [[attn.q, attn.k, attn.v], [attn.o], [mlp.gate, mlp.up], [mlp.down]]
-        linears = [linear for group in groups for linear in group]
-        others = {m for m in block.modules() if isinstance(m, Delta)} - {linear.slot for linear in linears}
-        rows = [group[0].rows for group in groups]
-        if not others and all(
-            r is not None and r.whole and r.layers == group for r, group in zip(rows, groups, strict=True)
-        ):
-            block.__class__, block.layer, block.window = BareBlock, layer, attn.window
-            block.sizes = model.config.n_heads, model.config.n_kv_heads, attn.head_dim
-            block.norms = tuple((norm.weight, norm.eps) for norm in norms)
-            block.products = tuple(rows)
+        norms = (block.norm1, block.norm2)
+        block.__class__, block.layer, block.window = BareBlock, layer, block.attn.window
+        block.sizes = model.config.n_heads, model.config.n_kv_heads, block.attn.head_dim
+        block.norms = tuple((torch.cat((norm.weight, norm.weight)).to(model.dtype), norm.eps) for norm in norms)
+        block.products = tuple(rows)
+
+
+def _rows(block: Block) -> list[Rows] | None:
+    """Returns the packed layers of a block of LLaMA's kind, or None if there is more in it than they do."""
+    attn, mlp = block.attn, block.mlp
+    if not isinstance(block.norm1, RMSNorm) or block.parallel or mlp.gate is None or mlp.act is not F.silu:
+        return None
+    groups = [[attn.q, attn.k, attn.v], [attn.o], [mlp.gate, mlp.up], [mlp.down]]
+    rows = [group[0].rows for group in groups]
+    known = {layer.slot for group in groups for layer in group}
+    if any(isinstance(m, Delta) and m not in known for m in block.modules()):
+        return None
+    one = all(r is not None and r.whole and r.layers == group for r, group in zip(rows, groups, strict=True))
+    return rows if one else None

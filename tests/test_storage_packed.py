@@ -9,11 +9,11 @@ from conftest import make_folder
 from families.tiny_families import make_family
 from packed_layers import KEYS, make
 
-from litpeft.bare import BareBlock, strip
+from litpeft.bare import BareBlock, _norm, strip
 from litpeft.build import build, load
 from litpeft.generate import answer
 from litpeft.methods.adapter import Adapter
-from litpeft.methods.base import without_delta
+from litpeft.methods.base import delta_state, load_delta, without_delta
 from litpeft.methods.lora import LoRA, LowRank
 from litpeft.model import Block, Context
 from litpeft.precision import Storage
@@ -110,21 +110,23 @@ def test_a_packed_model_answers_as_the_one_that_it_was(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
-def test_a_bare_block_computes_the_same_bits(changes: dict, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_bare_block_computes_what_its_modules_do(changes: dict, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.25, **changes)
     model, bare = (build(folder, dtype).eval().requires_grad_(False) for _ in range(2))
     pack(model)
     pack(bare)
     strip(bare)
     assert {type(block) for block in bare.blocks} == {BareBlock}
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.inference_mode():
-        assert torch.equal(bare(IDS), model(IDS))
-        lengths = Context.packed((12, 8), torch.device("cpu"), None), Context.packed((12, 8), torch.device("cpu"), None)
-        assert torch.equal(bare(IDS[:1], lengths[0]), model(IDS[:1], lengths[1]))
+        assert (bare(IDS) - model(IDS)).norm() < limit * model(IDS).norm()
+        packed = [Context.packed((12, 8), torch.device("cpu"), None) for _ in range(2)]
+        plain, got = model(IDS[:1], packed[0]), bare(IDS[:1], packed[1])
+        assert (got - plain).norm() < limit * plain.norm()
     caches = TokenCache(model), TokenCache(bare)
     for end in (5, 6, 9, 20):
         plain, got = (cache.logits(IDS[:, :end].tolist()) for cache in caches)
-        assert torch.equal(got, plain)
+        assert (got - plain).norm() < limit * plain.norm()
 
 
 @pytest.mark.parametrize("targets", [("*.attn.*", "*.mlp.*"), ("*.q", "*.v", "*.down")])
@@ -175,10 +177,31 @@ def test_a_block_that_is_not_of_llamas_kind_or_holds_another_delta_stays_as_it_i
             want = model(IDS)
             strip(model)
             assert {type(block) for block in model.blocks} == {kind}
-            assert torch.equal(model(IDS), want)
+            assert kind is BareBlock or torch.equal(model(IDS), want)
     model = build(folder, torch.bfloat16)
     strip(model)  # not packed
     assert {type(block) for block in model.blocks} == {Block}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 7), (2, 5, 64)])
+def test_a_bare_norm_is_the_root_mean_square_norm(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, weight = 5 + torch.randn(shape, dtype=torch.float64), torch.randn(shape[-1], dtype=torch.float64)
+    want = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+    assert torch.allclose(_norm(x, torch.cat((weight, weight)), 1e-5), want, rtol=1e-12, atol=1e-12)
+
+
+def test_norms_that_trained_can_be_given_back(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", seed=7)
+    model = build(folder, torch.bfloat16, LoRA(rank=2, unfreeze=("blocks.0.norm1.weight",)))
+    state = {name: torch.ones_like(tensor) for name, tensor in delta_state(model).items()}
+    load_delta(model, state, "here")
+    pack(model.eval().requires_grad_(False))
+    strip(model)
+    assert [type(block) for block in model.blocks] == [Block, *[BareBlock] * (len(model.blocks) - 1)]
+    base = build(folder, torch.bfloat16).eval()
+    with torch.inference_mode(), without_delta(model):
+        assert (model(IDS) - base(IDS)).norm() < 2e-2 * base(IDS).norm()
 
 
 def test_a_weight_that_a_delta_replaced_is_left_as_it_is(tmp_path: Path) -> None:
