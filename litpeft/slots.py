@@ -61,6 +61,9 @@ class Rows(Protocol):
     def product(self, x: Tensor) -> Tensor:
         """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""
 
+    def answer(self, x: Tensor) -> Tensor:
+        """Returns what all layers make of x, with their slots."""
+
 
 class Linear(nn.Linear):
     """y = slot(W x + b). A storage class (a quantised weight) overrides `base` and `dense` only."""
