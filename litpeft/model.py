@@ -19,7 +19,7 @@ from litpeft.attention import Documents, attend, causal_mask
 from litpeft.config import ModelConfig
 from litpeft.errors import UserError
 from litpeft.loss import summed_cross_entropy
-from litpeft.ops import rms_norm, rotate, swiglu
+from litpeft.ops import plain, remade, rms_norm, rotate, swiglu
 from litpeft.slots import Bank, Embedding, Linear, Slot, TiedHead, together
 
 KEYS = 64  # keys that attention over a cache takes at once
@@ -58,6 +58,7 @@ class Context:
     start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
     keys: int = 0  # with a cache: how many of its keys attention is given, with those that the mask hides
     mask: Tensor | None = None  # (B, 1, T, S) what is added to the scores; None = causal within the document
+    recompute: bool = False  # the blocks keep nothing, and are computed again in the backward pass
     rope: tuple[Tensor, Tensor] | None = None  # of ops.rotate, (B, 1, T, R); None = nothing rotates
 
     @classmethod
@@ -167,11 +168,17 @@ class MLP(nn.Module):
         self.up = Linear(config.d_model, config.d_ff, config.mlp_bias)
         self.down = Linear(config.d_ff, config.d_model, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.gate is None:
             return self.down(self.act(self.up(x)))
         gate, up = together(x, self.gate, self.up)
-        return self.down(swiglu(gate, up) if self.act is F.silu else self.act(gate) * up)
+        if self.act is not F.silu:
+            return self.down(self.act(gate) * up)
+        y = swiglu(gate, up)
+        if plain() or ctx.recompute:  # where nothing is kept anyway
+            return self.down(y)
+        with remade(y, partial(swiglu, gate.detach(), up.detach())):  # a fifth of what the block would keep
+            return self.down(y)
 
 
 class Block(nn.Module):
@@ -190,7 +197,7 @@ class Block(nn.Module):
         h = self.norm1(x)
         y = x + self.after_attn(self.attn(h, ctx), h, ctx)
         h = self.norm2(x if self.parallel else y)
-        y = y + self.after_mlp(self.mlp(h), h, ctx)
+        y = y + self.after_mlp(self.mlp(h, ctx), h, ctx)
         return self.after_block(y, ctx)
 
 
@@ -241,12 +248,10 @@ class GPT(nn.Module):
             ctx.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if ctx.cache is not None:
             ctx.look_back(ids.size(1), self.config.window, x.dtype)
+        ctx.recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
             # compiled for what has a gradient only: not once more for measuring, or for the block above the embedding
             step = self.compiled if self.compiled is not None and x.requires_grad else through
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(step, block, x, ctx, use_reentrant=False)
-            else:
-                x = step(block, x, ctx)
+            x = checkpoint(step, block, x, ctx, use_reentrant=False) if ctx.recompute else step(block, x, ctx)
         x = self.norm(x if at is None else x.flatten(0, 1)[at])
         return self.head(x) if targets is None else summed_cross_entropy(self.head, x, targets)

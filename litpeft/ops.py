@@ -3,11 +3,12 @@
 What autograd makes of the same formulas keeps every intermediate; each function here keeps its inputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 PIECE = 1 << 18  # numbers whose float32 copies stay in a CPU's cache: it is memory that a norm waits for
 
@@ -75,6 +76,24 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+class remade(saved_tensors_hooks):
+    """Within the block, autograd keeps of the tensor `y` only how to make it again."""
+
+    def __init__(self, y: Tensor, make: Callable[[], Tensor]):
+        place, size = y.data_ptr(), y.numel()
+
+        def pack(kept: Tensor) -> Tensor | torch.Size:
+            return kept.shape if (kept.data_ptr(), kept.numel()) == (place, size) else kept
+
+        def unpack(kept: Tensor | torch.Size) -> Tensor:
+            if not isinstance(kept, torch.Size):
+                return kept
+            with torch.no_grad():
+                return make().view(kept)
+
+        super().__init__(pack, unpack)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
