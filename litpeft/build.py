@@ -52,7 +52,9 @@ def build(
         model = GPT(config)
     model.dtype = dtype
     quantized = {} if storage is None else store(model, storage.name, storage.double_quantize, dtype)  # 2. storages
-    if method is not None:  # 3. slots filled; names of the base stay as they are
+    if method is None:
+        model.requires_grad_(False)  # what does not train is not copied out of its file
+    else:  # 3. slots filled; names of the base stay as they are
         attach(model, method)
     wide = dtype if method is None else method.trained_dtype(dtype)
     for key, parameter in model.named_parameters():

@@ -19,6 +19,7 @@ from litpeft.errors import UserError, some
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
+HEADER_BYTES = (1 << 17) - 8  # kept free for the header of a file that is written: the tensors begin at a whole page
 
 
 class Weights:
@@ -133,34 +134,66 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
+class _Shard:
+    """A safetensors file of one type, written tensor by tensor: the library's own writer wants all of them at once."""
+
+    def __init__(self, path: Path):
+        self.path, self.end, self.header_size = path, 0, 0
+        self.entries: dict[str, Any] = {}
+        self.handle = path.open("wb")
+        self.handle.seek(8 + HEADER_BYTES)
+
+    def has_room(self, tensor: Tensor, shard_bytes: int) -> bool:
+        """Returns whether one more tensor fits; the first always does."""
+        return not self.end or (self.end + tensor.nbytes <= shard_bytes and self.header_size < HEADER_BYTES - 4096)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Writes one tensor."""
+        kind = next(kind for kind, dtype in DTYPES.items() if dtype == tensor.dtype)
+        offsets = [self.end, self.end + tensor.nbytes]
+        self.entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
+        self.header_size += len(json.dumps({name: self.entries[name]}))
+        self.end += tensor.nbytes
+        self.handle.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def close(self) -> None:
+        """Writes the header, with spaces up to the first tensor."""
+        header = json.dumps({"__metadata__": {"format": "pt"}} | self.entries).encode().ljust(HEADER_BYTES)
+        self.handle.seek(0)
+        self.handle.write(struct.pack("<Q", len(header)) + header)
+        self.handle.close()
+
+
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes model.safetensors, or shards of at most `shard_bytes` with an index; holds one shard at a time."""
-    shards: list[list[str]] = []
-    batch: dict[str, Tensor] = {}
-    size = total = 0
+    """Writes model.safetensors, or shards of at most `shard_bytes` with an index; holds one tensor at a time.
 
-    def flush() -> None:
-        shards.append(list(batch))
-        save_tensors(batch, folder / f"shard-{len(shards)}")
-        batch.clear()
-
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if batch and size + nbytes > shard_bytes:
-            flush()
-            size = 0
-        batch[name] = tensor.detach().contiguous()
-        size, total = size + nbytes, total + nbytes
-    flush()
+    A shard holds tensors of one type, which so lie where that type can be read.
+    """
+    shards: list[_Shard] = []
+    try:
+        newest: dict[torch.dtype, _Shard] = {}
+        for name, tensor in tensors:
+            shard = newest.get(tensor.dtype)
+            if shard is None or not shard.has_room(tensor, shard_bytes):
+                shard = newest[tensor.dtype] = _Shard(folder / f"shard-{len(shards)}")
+                shards.append(shard)
+            shard.add(name, tensor)
+        for shard in shards:
+            shard.close()
+    except OSError as error:
+        raise UserError("RESOURCE-033", f"cannot be written: {error}", where=str(folder)) from None
+    finally:
+        for shard in shards:
+            shard.handle.close()
     if len(shards) == 1:
-        os.rename(folder / "shard-1", folder / "model.safetensors")
+        os.rename(shards[0].path, folder / "model.safetensors")
         return
     placed = {}
-    for number, names in enumerate(shards, 1):
+    for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        os.rename(folder / f"shard-{number}", folder / file)
-        placed |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+        os.rename(shard.path, folder / file)
+        placed |= dict.fromkeys(shard.entries, file)
+    index = {"metadata": {"total_size": sum(shard.end for shard in shards)}, "weight_map": dict(sorted(placed.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

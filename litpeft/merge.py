@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from weakref import proxy
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,9 @@ from litpeft.precision import Storage
 from litpeft.run import Run, find_run, write_dtype
 from litpeft.settings.files import Merge
 from litpeft.slots import Delta, Linear
-from litpeft.storage.quantized import Quantized
 from litpeft.tokenizer import Tokenizer
 
+OUTPUTS = 8192  # of a layer that are computed at a time
 PROMPTS = (
     "The capital of France is",
     "def add(a, b):\n    return",
@@ -125,15 +126,23 @@ def _in_float32(model: GPT) -> GPT:
     """Returns `model`, computing in float32 whatever its weights are held in."""
     model.dtype = torch.float32
     for layer in model.modules():
-        if isinstance(layer, Quantized):  # which would not round to the type that the run saw
-            layer.base = partial(_product, layer)
+        if isinstance(layer, Linear):  # a quantised one would not round to the type that the run saw
+            layer.base = partial(_product, proxy(layer))  # no circle, so that memory is free once the model is
     return model.eval()
 
 
-def _product(linear: Linear, x: Tensor, fold: bool = False) -> Tensor:
-    """Returns W x + b with the dense weight of a layer, or with the one that its delta is folded into."""
-    weight, bias = linear.dense().to(x.dtype), linear.bias if linear.bias is None else linear.bias.to(x.dtype)
-    return F.linear(x, *(linear.slot.fold(weight, bias) if fold else (weight, bias)))
+def _product(linear: Linear, x: Tensor) -> Tensor:
+    """Returns W x + b with the dense weight of a layer, of which some outputs at a time are made wider."""
+    y = x.new_empty(*x.shape[:-1], linear.out_features)
+    for part, weight in zip(y.split(OUTPUTS, -1), linear.dense().split(OUTPUTS), strict=True):
+        part.copy_(F.linear(x, weight.to(x.dtype)))
+    return y if linear.bias is None else y + linear.bias.to(x.dtype)
+
+
+def _folded_product(linear: Linear, x: Tensor) -> Tensor:
+    """Returns W x + b with the weight that a layer's delta is folded into."""
+    bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype)
+    return F.linear(x, *linear.slot.fold(linear.dense().to(x.dtype), bias))
 
 
 @contextmanager
@@ -141,7 +150,7 @@ def _folding(model: GPT) -> Iterator[None]:
     """Has each layer with a delta compute with the folded weight instead, for the time of the block."""
     layers = [layer for layer in model.modules() if isinstance(layer, Linear) and isinstance(layer.slot, Delta)]
     for layer in layers:
-        layer.forward = partial(_product, layer, fold=True)
+        layer.forward = partial(_folded_product, layer)
     try:
         yield
     finally:

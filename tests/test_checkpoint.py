@@ -12,6 +12,7 @@ import torch
 from conftest import make_folder
 from safetensors.torch import load_file, save_file
 
+from litpeft import checkpoint
 from litpeft.build import build
 from litpeft.checkpoint import Weights, write_safetensors
 from litpeft.errors import UserError
@@ -31,6 +32,31 @@ def test_shards_hold_the_same_tensors_and_have_the_same_fingerprint(tiny_folder,
     write_safetensors(tmp_path, tensors.items())
     assert Weights(tmp_path).fingerprint() == sharded.fingerprint()  # the index still names the shards
     assert load_file(tmp_path / "model.safetensors")["model.norm.weight"][0] == tensors["model.norm.weight"][0]
+
+
+def test_tensors_of_several_types_are_read_by_the_library(tmp_path) -> None:
+    torch.manual_seed(0)
+    types = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
+    tensors = {f"t{n}": torch.randn(3, n + 1).to(types[n % 4]) for n in range(24)}
+    tensors |= {"one": torch.tensor(2.5), "none": torch.empty(0, 3), "transposed": torch.randn(4, 6).t()}
+    write_safetensors(tmp_path, tensors.items())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 4  # one for each type
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+def test_a_header_that_is_full_begins_another_shard(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "HEADER_BYTES", 8192 - 8)
+    tensors = {f"a.rather.long.name.of.a.tensor.{n}": torch.full((2,), float(n)) for n in range(100)}
+    write_safetensors(tmp_path, tensors.items())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    weights = Weights(tmp_path)
+    assert all(torch.equal(weights.read(name), tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin"])
