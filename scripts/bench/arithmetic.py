@@ -16,11 +16,11 @@ NF4 = 4.127  # bits a weight, double-quantised
 def activations(shapes: Shapes) -> int:
     """Returns the bytes that a block keeps of each token for its backward pass, in bf16.
 
-    The inputs of both norms and what they return, q, k, v, the attention's output, and of the MLP gate, its SiLU, up
-    and their product. A frozen product keeps nothing; LoRA's A needs the inputs that are in this list.
+    The inputs of both norms and what they return, q, k, v, the attention's output, and of the MLP gate and up; their
+    SwiGLU is made again. A frozen product keeps nothing; LoRA's A needs the inputs that are in this list.
     """
     attention = (shapes.heads + 2 * shapes.kv_heads) * shapes.head_size
-    return 2 * (4 * shapes.width + attention + shapes.heads * shapes.head_size + 4 * shapes.hidden)
+    return 2 * (4 * shapes.width + attention + shapes.heads * shapes.head_size + 2 * shapes.hidden)
 
 
 def lora_traffic(shapes: Shapes, rank: int) -> int:
@@ -55,8 +55,9 @@ def main() -> None:
     print(f"  blocks in NF4 {blocks * NF4 / 8e9:.2f}, embedding and head in bf16 {2 * embeddings / 1e9:.2f}")
     print(f"  LoRA {lora:,} parameters x (4 + 4 + 8) bytes {16 * lora / 1e9:.2f}; chunk of logits {chunk / 1e9:.2f}")
     kept, inputs = activations(shapes), 2 * shapes.width
+    again = kept + 2 * shapes.hidden  # of the one block that is computed again, whose SwiGLU is kept
     for tokens in (2048, 8192, 16384):
-        whole, light = shapes.layers * kept * tokens, (shapes.layers * inputs + kept) * tokens
+        whole, light = shapes.layers * kept * tokens, (shapes.layers * inputs + again) * tokens
         print(f"  activations of {tokens:,} tokens {whole / 1e9:.1f}; with activation checkpointing {light / 1e9:.2f}")
     ring, gather = 2 * 7 / 8 * 4 * lora / LINK, 7 / 8 * 2 * blocks / LINK
     hides = gather * 0.5 * PEAK / (flops / 2)  # half of a step's products are its forward pass
