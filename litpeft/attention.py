@@ -132,23 +132,52 @@ def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """What _dense computes, as plain batched products; q is (B, H, m, D), k and v are (B, G, m, D), bias (m, m).
 
     For short documents in half precision on the CPU it takes a third of the time of the fused kernel, forward and
-    backward (measured), at the price of holding the weights of the attention: so the queries go in parts, each over
-    the keys up to its end, and little of what no query may see is held or computed.
+    backward (measured). The queries go in parts, each over the keys up to its end, so that little of what no query may
+    see is computed.
     """
     m, size = q.shape[2:]
     parts = -(-m // PART)
     ends = [-(-m * part // parts) for part in range(parts + 1)]
     spans = [(q[:, :, a:b], k[:, :, :b], v[:, :, :b], bias[a:b, :b]) for a, b in pairwise(ends)]
-    done = [_product(*span, size**-0.5) for span in spans]
+    done = [_Part.apply(*span, size**-0.5) for span in spans]
     return torch.cat(done, 2) if parts > 1 else done[0]
 
 
-def _product(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(scale q k^T + bias) v; the query heads that share a key are rows of one product."""
-    (rows, heads, m, size), shared = q.shape, k.size(1)
-    q, k, v = q.reshape(rows * shared, -1, size), k.flatten(0, 1), v.flatten(0, 1)
-    weights = torch.baddbmm(bias.repeat(heads // shared, 1), q, k.transpose(1, 2), alpha=scale).softmax(-1)
-    return torch.bmm(weights, v).view(rows, heads, m, size)
+class _Part(torch.autograd.Function):
+    """softmax(scale q k^T + bias) v; the query heads that share a key are rows of one product.
+
+    The weights of the attention are made again in the backward pass: to hold them would take as much memory as all of
+    q, k and v, and a few hundredths of the time.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, bias)
+        rows, k, v = _Part.rows(q, k), k.flatten(0, 1), v.flatten(0, 1)
+        return torch.bmm(_Part.weights(rows, k, bias, scale), v).view(q.shape)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        rows, dy, shape = _Part.rows(q, k), _Part.rows(dy, k), k.shape
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        weights = _Part.weights(rows, k, bias, ctx.scale)
+        dv = torch.bmm(weights.transpose(1, 2), dy)
+        dweights = torch.bmm(dy, v.transpose(1, 2))
+        dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(ctx.scale)
+        dq, dk = torch.bmm(dscores, k), torch.bmm(dscores.transpose(1, 2), rows)
+        return dq.view(q.shape), dk.view(shape), dv.view(shape), None, None
+
+    @staticmethod
+    def rows(x: Tensor, k: Tensor) -> Tensor:
+        """(B, H, m, D) -> (B * G, H / G * m, D)"""
+        return x.reshape(len(k) * k.size(1), -1, k.size(3))
+
+    @staticmethod
+    def weights(rows: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+        bias = bias.repeat(rows.size(1) // len(bias), 1)
+        return torch.baddbmm(bias, rows, k.transpose(1, 2), alpha=scale).softmax(-1)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from litpeft import loss, ops
+from litpeft import attention, loss, ops
+from litpeft.attention import Documents
 from litpeft.loss import summed_cross_entropy
 from litpeft.ops import remade, rms_norm, rotate, swiglu
 from litpeft.slots import Linear, Slot
@@ -98,6 +99,17 @@ class Exp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> Tensor:
         return dy * ctx.saved_tensors[0].exp()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("part", [2, 5, 192])
+def test_attention_of_short_documents_equals_torchs_own(part: int, window: int | None, monkeypatch) -> None:
+    monkeypatch.setattr(attention, "PART", part)
+    q, k, v = random(2, 6, 7, 4), random(2, 3, 7, 4, seed=1), random(2, 3, 7, 4, seed=2)
+    bias = Documents((7,)).bias(7, window, torch.float64)
+    got = gradients(lambda q, k, v: attention._products(q, k, v, bias), q, k, v)
+    want = gradients(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True), q, k, v)
+    assert same(got, want)
 
 
 class Doubled(Slot):
