@@ -212,6 +212,10 @@ def pack(model: GPT) -> None:
         good = [layer for layer in group if takes(layer)]
         for layers in [good] if len(good) == len(group) else [[layer] for layer in good]:
             _pack(layers)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        for parameter in model.parameters():  # the rest moves out of the model's files, whose pages can go then
+            if not parameter.is_meta:
+                parameter.data = parameter.data.clone()
 
 
 def _groups(model: GPT) -> Iterator[list[Linear]]:
