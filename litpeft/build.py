@@ -36,7 +36,7 @@ def build(
     shard: Callable[[GPT], None] | None = None,
     first: bool = True,
 ) -> GPT:
-    """Returns the model of a Hugging Face folder in `dtype`, with a method attached at its start.
+    """Returns the model of a Hugging Face folder in `dtype`, with a method attached at its start; without one, frozen.
 
     `storage` says how the linear layers are held, `shard` spreads the model over the ranks (of which the first writes
     the quantised weights to disk, if they are to be kept).

@@ -82,10 +82,13 @@ class remade(saved_tensors_hooks):
     """Within the block, autograd keeps of the tensor `y` only how to make it again."""
 
     def __init__(self, y: Tensor, make: Callable[[], Tensor]):
-        place, size = y.data_ptr(), y.numel()
+        def place(x: Tensor) -> tuple[int, int, int]:
+            return x.untyped_storage()._cdata, x.storage_offset(), x.numel()
+
+        here = place(y)
 
         def pack(kept: Tensor) -> Tensor | torch.Size:
-            return kept.shape if (kept.data_ptr(), kept.numel()) == (place, size) else kept
+            return kept.shape if place(kept) == here else kept
 
         def unpack(kept: Tensor | torch.Size) -> Tensor:
             if not isinstance(kept, torch.Size):

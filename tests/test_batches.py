@@ -93,7 +93,7 @@ def test_a_layout_holds_every_row_of_a_step_once_and_no_rank_waits_for_another(r
 
 
 def test_an_idle_micro_batch_adds_no_loss_and_a_gradient_of_zeros(tiny_folder):
-    model = build(tiny_folder, torch.float64)
+    model = build(tiny_folder, torch.float64).requires_grad_(True)
     loss = summed_loss(model, idle(make_rows(1)[0]))
     loss.backward()
     assert float(loss) == 0
