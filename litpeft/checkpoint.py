@@ -140,7 +140,7 @@ class _Shard:
     def __init__(self, path: Path):
         self.path, self.end, self.header_size = path, 0, 0
         self.entries: dict[str, Any] = {}
-        self.handle = path.open("wb")
+        self.handle = path.open("wb", buffering=0)  # so that closing it has nothing left to write
         self.handle.seek(8 + HEADER_BYTES)
 
     def has_room(self, tensor: Tensor, shard_bytes: int) -> bool:
@@ -154,14 +154,22 @@ class _Shard:
         self.entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
         self.header_size += len(json.dumps({name: self.entries[name]}))
         self.end += tensor.nbytes
-        self.handle.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
-    def close(self) -> None:
+    def write(self, data: Any) -> None:
+        view = memoryview(data)
+        try:
+            while len(view):  # one call writes at most 2 GiB
+                view = view[self.handle.write(view) :]
+        except OSError as error:
+            what = f"cannot be written: {error.strerror or error}"
+            raise UserError("RESOURCE-033", what, where=str(self.path.parent)) from None
+
+    def finish(self) -> None:
         """Writes the header, with spaces up to the first tensor."""
         header = json.dumps({"__metadata__": {"format": "pt"}} | self.entries).encode().ljust(HEADER_BYTES)
         self.handle.seek(0)
-        self.handle.write(struct.pack("<Q", len(header)) + header)
-        self.handle.close()
+        self.write(struct.pack("<Q", len(header)) + header)
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
@@ -179,9 +187,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard
                 shards.append(shard)
             shard.add(name, tensor)
         for shard in shards:
-            shard.close()
-    except OSError as error:
-        raise UserError("RESOURCE-033", f"cannot be written: {error}", where=str(folder)) from None
+            shard.finish()
     finally:
         for shard in shards:
             shard.handle.close()

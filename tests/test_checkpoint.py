@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,16 @@ def test_tensors_of_several_types_are_read_by_the_library(tmp_path) -> None:
     read = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+def test_a_full_disk_is_told(tmp_path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written: File too large"):
+            write_safetensors(tmp_path, {"a": torch.zeros(10), "b": torch.zeros(100_000)}.items())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_header_that_is_full_begins_another_shard(tmp_path, monkeypatch) -> None:
