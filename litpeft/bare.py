@@ -11,6 +11,7 @@ from litpeft.attention import attend
 from litpeft.model import GPT, Block, Context, RMSNorm
 from litpeft.ops import rotate
 from litpeft.slots import Delta, Rows
+from litpeft.storage.packed import groups
 
 
 class BareBlock(Block):
@@ -61,13 +62,12 @@ def strip(model: GPT) -> None:
 
 def _rows(block: Block) -> list[Rows] | None:
     """Returns the packed layers of a block of LLaMA's kind, or None if there is more in it than they do."""
-    attn, mlp = block.attn, block.mlp
-    if not isinstance(block.norm1, RMSNorm) or block.parallel or mlp.gate is None or mlp.act is not F.silu:
+    if not isinstance(block.norm1, RMSNorm) or block.parallel or block.mlp.gate is None or block.mlp.act is not F.silu:
         return None
-    groups = [[attn.q, attn.k, attn.v], [attn.o], [mlp.gate, mlp.up], [mlp.down]]
-    rows = [group[0].rows for group in groups]
-    known = {layer.slot for group in groups for layer in group}
+    linears = groups(block)
+    rows = [group[0].rows for group in linears]
+    known = {layer.slot for group in linears for layer in group}
     if any(isinstance(m, Delta) and m not in known for m in block.modules()):
         return None
-    one = all(r is not None and r.whole and r.layers == group for r, group in zip(rows, groups, strict=True))
+    one = all(r is not None and r.whole and r.layers == group for r, group in zip(rows, linears, strict=True))
     return rows if one else None

@@ -5,7 +5,7 @@ oneDNN's own layout: one row times a weight as it lies in a file runs at half th
 Codes are multiplied as they are, and never unpacked for a few rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litpeft.model import GPT
+from litpeft.model import GPT, Block
 from litpeft.slots import Delta, Linear, Slot, TiedHead
 from litpeft.storage.four_bit import FP4, NF4, FourBit
 from litpeft.storage.int8 import Int8
@@ -208,7 +208,7 @@ def pack(model: GPT) -> None:
         owner = layer.embed[0] if type(layer) is TiedHead else layer
         return type(layer) in KINDS and owner not in replaced and KINDS[type(layer)].takes(layer)
 
-    for group in _groups(model):
+    for group in [*(group for block in model.blocks for group in groups(block)), [model.head]]:
         good = [layer for layer in group if takes(layer)]
         for layers in [good] if len(good) == len(group) else [[layer] for layer in good]:
             _pack(layers)
@@ -218,15 +218,11 @@ def pack(model: GPT) -> None:
                 parameter.data = parameter.data.clone()
 
 
-def _groups(model: GPT) -> Iterator[list[Linear]]:
-    """Yields the layers of a model that read the same input."""
-    for block in model.blocks:
-        attn, mlp = block.attn, block.mlp
-        yield [attn.q, attn.k, attn.v]
-        yield [attn.o]
-        yield [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
-        yield [mlp.down]
-    yield [model.head]
+def groups(block: Block) -> list[list[Linear]]:
+    """Returns the linear layers of a block, those together that read the same input."""
+    attn, mlp = block.attn, block.mlp
+    gated = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
+    return [[attn.q, attn.k, attn.v], [attn.o], gated, [mlp.down]]
 
 
 def _pack(layers: list[Linear]) -> None:
