@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from litpeft.ops import product
 from litpeft.slots import Linear, Slot, product_dtype
 
 CHUNK = 256  # positions whose logits exist at one time
@@ -50,14 +51,14 @@ class _Summed(torch.autograd.Function):
         size = CHUNK if x.is_cuda else max(1, PIECE // len(weight))
         for start in range(0, len(targets), CHUNK):
             part = rows[start : start + CHUNK]
-            logits = F.linear(part, weight)
+            logits = product(part, weight)
             for piece, target in zip(logits.split(size), targets[start : start + CHUNK].split(size), strict=True):
                 log_p = F.log_softmax(piece, -1, dtype=wide)
                 total -= log_p.gather(1, target[:, None]).sum()
                 if any(ctx.needs_input_grad):
                     piece.copy_(log_p.exp_().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1)))
             if dx is not None:
-                dx[start : start + CHUNK] = logits @ weight
+                dx[start : start + CHUNK] = product(logits, weight.t())
             if dweight is not None:
                 dweight += logits.T @ part
         ctx.save_for_backward(dx, dweight)

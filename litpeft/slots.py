@@ -5,8 +5,9 @@ from typing import Protocol
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
+
+from litpeft.ops import product
 
 
 class Slot(nn.Module):
@@ -30,7 +31,10 @@ class Delta(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must initialise its tensors")
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns the weight (out, in) and bias (out,) that compute the same without this Delta, if there are such."""
+        """Returns the weight (out, in) and bias (out,) that compute the same without this Delta, if there are such.
+
+        What it is given is the caller's copy, in float32 or better, and may be changed in place.
+        """
         raise NotImplementedError  # a Delta that leaves it so acts on activations, and cannot be merged
 
     @classmethod
@@ -82,7 +86,7 @@ class Linear(nn.Linear):
         """Returns W x + b of the frozen base: (..., in) -> (..., out)."""
         # what trains is float32 whatever x is; for the rest this casts nothing
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight.to(x.dtype), bias)
 
     def dense(self) -> Tensor:
         """Returns the weight (out, in) that `base` multiplies with."""
@@ -124,7 +128,7 @@ class TiedHead(Linear):
         self.slot = Slot()
 
     def base(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense().to(x.dtype))
+        return product(x, self.dense().to(x.dtype))
 
     def dense(self) -> Tensor:
         return self.embed[0].weight

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from litpeft import attention, loss, ops
 from litpeft.attention import Documents
 from litpeft.loss import summed_cross_entropy
-from litpeft.ops import remade, rms_norm, rotate, swiglu
+from litpeft.ops import product, remade, rms_norm, rotate, swiglu
 from litpeft.slots import Linear, Slot
 
 SHAPES = [(7,), (1, 7), (2, 5, 7), (1, 1, 7)]
@@ -30,6 +30,34 @@ def same(got: list[Tensor], want: list[Tensor], limit: float = 1e-12) -> bool:
     return all(
         g.dtype == w.dtype and torch.allclose(g, w, rtol=limit, atol=limit) for g, w in zip(got, want, strict=True)
     )
+
+
+@pytest.mark.parametrize("trains", [(0,), (1,), (2,), (0, 1), (0, 1, 2)])
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (40, 7), (2, 5, 7), (0, 7)])
+def test_a_product_in_float32_equals_its_formula(shape: tuple[int, ...], trains: tuple[int, ...]) -> None:
+    inputs = random(*shape), random(9, 7, seed=1), random(9, seed=2)
+
+    def of(formula, dtype: torch.dtype) -> list[Tensor]:
+        given = [x.to(dtype) for x in inputs]
+
+        def some(*leaves: Tensor) -> Tensor:
+            all_ = dict(enumerate(given)) | dict(zip(trains, leaves, strict=True))
+            return formula(*all_.values())[..., None].transpose(0, -1)  # so that its gradient comes turned round
+
+        return gradients(some, *(given[i] for i in trains))
+
+    want = [x.float() for x in of(lambda x, weight, bias: x @ weight.T + bias, torch.float64)]
+    assert same(of(product, torch.float32), want, 1e-5)
+
+
+def test_a_product_without_gradients_or_of_other_types_is_torchs() -> None:
+    x, weight = random(40, 64, dtype=torch.float32), random(30, 64, dtype=torch.float32, seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(product(x, weight), F.linear(x, weight))
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(product(x.to(dtype), weight.to(dtype)), F.linear(x.to(dtype), weight.to(dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(x, weight).dtype == torch.bfloat16
 
 
 def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:

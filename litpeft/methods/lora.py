@@ -19,6 +19,7 @@ from torch import Tensor
 from litpeft.errors import UserError
 from litpeft.methods.base import Method, linears
 from litpeft.model import GPT
+from litpeft.ops import product
 from litpeft.slots import Delta, Linear
 
 LARGEST_RANK = 65536  # wider than any layer there is
@@ -41,10 +42,10 @@ class LowRank(Delta):
     def forward(self, y: Tensor, x: Tensor, linear: Linear) -> Tensor:
         answers = not (self.training or torch.is_grad_enabled()) and x.device.type == "cpu"
         if answers and x.numel() <= FEW * x.size(-1):
-            update = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)
+            update = product(product(x.to(self.A.dtype), self.A), self.B)
             return torch.add(y, update, alpha=self.scale).to(y.dtype)
         x = F.dropout(x, self.dropout, self.training)
-        return y + F.linear(F.linear(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
+        return y + product(product(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
 
     @classmethod
     def below(cls, layers: Sequence[Linear]) -> "LowRank | None":
@@ -62,7 +63,7 @@ class LowRank(Delta):
         return whole
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * (self.B.to(weight.dtype) @ self.A.to(weight.dtype)), bias
+        return weight.addmm_(self.B.to(weight.dtype), self.A.to(weight.dtype), alpha=self.scale), bias
 
 
 @dataclass

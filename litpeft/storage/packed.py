@@ -10,10 +10,10 @@ from functools import cache
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.model import GPT, Block
+from litpeft.ops import has_onednn, product
 from litpeft.slots import Delta, Linear, Slot, TiedHead
 from litpeft.storage.four_bit import FP4, NF4, FourBit
 from litpeft.storage.int8 import Int8
@@ -25,9 +25,8 @@ BELOW = 32  # outputs whose codes bitsandbytes' kernel takes at a time
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Returns whether this build of torch and this processor have oneDNN's products in a type."""
-    operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     native = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
-    return native and operators and torch.backends.mkldnn.is_available()
+    return native and has_onednn()
 
 
 class Rows:
@@ -74,7 +73,7 @@ class Rows:
 
     def plain(self, x: Tensor) -> Tensor:
         """Returns W x + b with the weights unpacked, in the type of x."""
-        return F.linear(x, self.dense().to(x.dtype), self.bias(x.dtype))
+        return product(x, self.dense().to(x.dtype), self.bias(x.dtype))
 
     def of(self, layer: Linear, y: Tensor, dim: int) -> Tensor:
         """Returns what belongs to one of the layers."""

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.model import GPT
+from litpeft.ops import product
 from litpeft.slots import Linear, product_dtype
 from litpeft.storage import storage_class
 
@@ -21,17 +21,16 @@ class Product(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*packed)
         ctx.storage, ctx.shape, ctx.dtype = storage, shape, x.dtype
-        return F.linear(x, storage.unpack(packed, shape, x.dtype), bias)
+        return product(x, storage.unpack(packed, shape, x.dtype), bias)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = dbias = None
         packed = ctx.saved_tensors  # read once: checkpointing allows no more
-        rows = dy.reshape(-1, dy.size(-1))  # as F.linear's own backward, so that the bits are the same
         if ctx.needs_input_grad[0]:
-            dx = (rows @ ctx.storage.unpack(packed, ctx.shape, ctx.dtype)).view(*dy.shape[:-1], ctx.shape[1])
+            dx = product(dy, ctx.storage.unpack(packed, ctx.shape, ctx.dtype).t())
         if ctx.needs_input_grad[1]:
-            dbias = rows.sum(0)
+            dbias = dy.reshape(-1, dy.size(-1)).sum(0)
         return dx, dbias, None, None, *(None for _ in packed)
 
 
