@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.bare import strip
-from litpeft.checkpoint import Weights
+from litpeft.checkpoint import Weights, let_go
 from litpeft.config import read_config
 from litpeft.data.templates import ChatTemplate
 from litpeft.distributed import fill
@@ -42,7 +42,7 @@ def build(
     the quantised weights to disk, if they are to be kept).
     """
     name, config = read_config(folder)
-    weights = Weights(folder, mapped=storage is None)  # else memory holds what is packed, and one tensor more
+    weights = Weights(folder)
     if config.n_layers > len(weights.file_of):  # before so many layers are made
         what = f"config.json says {config.n_layers} layers, the files hold {len(weights.file_of)} tensors"
         raise UserError("MODEL-042", what, where=str(folder))
@@ -86,6 +86,7 @@ def build(
             _place(model, key, value)
         if layer is not None and cache is not None and cached is None and first:
             packed |= values
+        let_go()  # what is looked at here once need not be held
     if packed:
         cache.write(packed)
     if method is not None:  # 7. starts that depend on the base's weights

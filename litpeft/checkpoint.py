@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+import math
+import mmap
 import os
 import shutil
 import struct
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,14 +25,14 @@ from litpeft.errors import UserError, some
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 HEADER_BYTES = (1 << 17) - 8  # kept free for the header of a file that is written: the tensors begin at a whole page
+_mapped: WeakSet[mmap.mmap] = WeakSet()  # the files that tensors are read from
 
 
 class Weights:
-    """The tensors of a folder's safetensors files, by name; read one at a time, when asked for."""
+    """The tensors of a folder's safetensors files, by name: each is its place in the file, read when it is used."""
 
-    def __init__(self, folder: Path, mapped: bool = True):
-        """A tensor is read straight from the file's pages if `mapped`, which then count as this process's memory."""
-        self.folder, self.mapped = folder, mapped
+    def __init__(self, folder: Path):
+        self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.exists():
             placed = read_json(index, "index of the weights").get("weight_map")
@@ -54,7 +59,7 @@ class Weights:
         missing = sorted(name for name, file in (placed or {}).items() if self.file_of.get(name) != file)
         if missing:
             raise UserError("MODEL-034", f"{some(missing)} not in the file that the index names", where=str(index))
-        self._open: dict[str, Any] = {}
+        self._maps: dict[str, mmap.mmap] = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.headers[self.file_of[name]][name]["shape"])
@@ -64,55 +69,58 @@ class Weights:
         return self.headers[self.file_of[name]][name]["dtype"]
 
     def read(self, name: str) -> Tensor:
-        """Returns one tensor."""
-        file = self.file_of[name]
-        if not self.mapped:
-            return self._copied(file, name)
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file].get_tensor(name)
-
-    def _copied(self, file: str, name: str) -> Tensor:
-        """Returns one tensor in memory of its own."""
-        entry = self.headers[file][name]
-        first, last = entry["data_offsets"]
-        data = bytearray(last - first)
-        with open(self.folder / file, "rb", buffering=0) as handle:
-            start = 8 + struct.unpack("<Q", handle.read(8))[0]
-            handle.seek(start + first)
-            view, read = memoryview(data), 0
-            while read < len(data):  # one call reads at most 2 GiB
-                read += handle.readinto(view[read:])
-        return torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]).view(entry["shape"])
+        """Returns one tensor. It must not be written to: `let_go` would undo that."""
+        dtype, shape, first = DTYPES[self.dtype(name)], self.shape(name), self._span(name)[0]
+        count = math.prod(shape)
+        return torch.frombuffer(self._map(self.file_of[name]), dtype=dtype, count=count, offset=first).view(shape)
 
     def fingerprint(self) -> str:
         """Returns the sha256 over every tensor's name, type, shape and bytes; the same however they are sharded."""
-        lines = []
-        for file, header in self.headers.items():
-            path = self.folder / file
-            with open(path, "rb") as handle:
-                start = 8 + struct.unpack("<Q", handle.read(8))[0]
-                for name, entry in header.items():
-                    first, last = entry["data_offsets"]
-                    handle.seek(start + first)
-                    digest = _sha256(handle, last - first)
-                    lines.append(f"{name} {entry['dtype']} {entry['shape']} {digest}\n")
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            digests = dict(zip(self.file_of, pool.map(self._sha256, self.file_of), strict=True))
+        lines = [f"{name} {self.dtype(name)} {list(self.shape(name))} {digests[name]}\n" for name in self.file_of]
         return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
+    def _span(self, name: str) -> tuple[int, int]:
+        """Returns where a tensor's bytes begin and end in its file."""
+        first, last = self.headers[self.file_of[name]][name]["data_offsets"]
+        start = 8 + struct.unpack("<Q", self._map(self.file_of[name])[:8])[0]
+        return start + first, start + last
 
-def _sha256(handle: BinaryIO, size: int) -> str:
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            with open(self.folder / file, "rb") as handle:
+                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+            _mapped.add(self._maps[file])
+        return self._maps[file]
+
+    def _sha256(self, name: str) -> str:
+        """Returns the sha256 of a tensor's bytes; they are read, not mapped, and leave no pages behind."""
+        first, last = self._span(name)
+        with open(self.folder / self.file_of[name], "rb", buffering=0) as handle:
+            handle.seek(first)
+            return _sha256(handle, last - first)
+
+
+def let_go() -> None:
+    """Takes the pages of all mapped files out of this process's memory; they are read again where they are used."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        for pages in _mapped:
+            pages.madvise(mmap.MADV_DONTNEED)
+
+
+def _sha256(handle: FileIO, size: int) -> str:
     """Returns the sha256 of the next `size` bytes."""
-    digest = hashlib.sha256()
-    while size:
-        block = handle.read(min(size, 1 << 20))
-        digest.update(block)
-        size -= len(block)
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    while size and (count := handle.readinto(block[:size])):
+        digest.update(block[:count])
+        size -= count
     return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
     """Returns the sha256 of a file."""
-    with open(path, "rb") as handle:
+    with open(path, "rb", buffering=0) as handle:
         return _sha256(handle, path.stat().st_size)
 
 
@@ -173,9 +181,9 @@ class _Shard:
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes model.safetensors, or shards of at most `shard_bytes` with an index; holds one tensor at a time.
+    """Writes model.safetensors, or shards of at most `shard_bytes` with an index.
 
-    A shard holds tensors of one type, which so lie where that type can be read.
+    A shard holds tensors of one type, which so lie where that type can be read. One tensor is held at a time.
     """
     shards: list[_Shard] = []
     try:

@@ -11,24 +11,24 @@ from pathlib import Path
 from weakref import proxy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.build import build
-from litpeft.checkpoint import DTYPES, Weights, copy_companions, file_dtype, write_safetensors
+from litpeft.checkpoint import DTYPES, Weights, copy_companions, file_dtype, let_go, write_safetensors
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
 from litpeft.folders import atomic_folder, refuse_existing
 from litpeft.methods.base import folds, load_delta, without_delta
 from litpeft.model import GPT, Context
+from litpeft.ops import product
 from litpeft.precision import Storage
 from litpeft.run import Run, find_run, write_dtype
 from litpeft.settings.files import Merge
 from litpeft.slots import Delta, Linear
 from litpeft.tokenizer import Tokenizer
 
-OUTPUTS = 8192  # of a layer that are computed at a time
+PIECE = 1 << 20  # weights that are made wider at a time: they stay in the processor's cache
 PROMPTS = (
     "The capital of France is",
     "def add(a, b):\n    return",
@@ -50,12 +50,14 @@ class Rounding:
     update: float = 0.0  # squared size of the update
 
     def add(self, exact: Tensor, rounded: Tensor, base: Tensor) -> None:
-        if torch.equal(exact, base.to(exact.dtype)):
-            return
-        self.changed += int((rounded != base.to(rounded.dtype)).sum())
-        self.total += exact.numel()
-        self.lost += float(torch.linalg.vector_norm(rounded - exact, dtype=torch.float64)) ** 2
-        self.update += float(torch.linalg.vector_norm(exact - base, dtype=torch.float64)) ** 2
+        changed = lost = update = 0.0
+        for e, r, b in zip(*(tensor.flatten().split(PIECE) for tensor in (exact, rounded, base)), strict=True):
+            changed += float(torch.ne(r, b.to(r.dtype), out=torch.empty(r.shape)).sum())  # far faster than booleans
+            lost += float(torch.linalg.vector_norm(r - e)) ** 2
+            update += float(torch.linalg.vector_norm(e - b)) ** 2
+        if update:
+            self.changed, self.total = self.changed + int(changed), self.total + exact.numel()
+            self.lost, self.update = self.lost + lost, self.update + update
 
     @property
     def error(self) -> float:
@@ -132,25 +134,42 @@ def _in_float32(model: GPT) -> GPT:
 
 
 def _product(linear: Linear, x: Tensor) -> Tensor:
-    """Returns W x + b with the dense weight of a layer, of which some outputs at a time are made wider."""
-    y = x.new_empty(*x.shape[:-1], linear.out_features)
-    for part, weight in zip(y.split(OUTPUTS, -1), linear.dense().split(OUTPUTS), strict=True):
-        part.copy_(F.linear(x, weight.to(x.dtype)))
+    """Returns W x + b with the dense weight of a layer, of which a few outputs at a time are made wider."""
+    y, outputs = x.new_empty(*x.shape[:-1], linear.out_features), max(1, PIECE // linear.in_features)
+    for part, weight in zip(y.split(outputs, -1), linear.dense().split(outputs), strict=True):
+        part.copy_(product(x, weight.to(x.dtype)))
+    let_go()
     return y if linear.bias is None else y + linear.bias.to(x.dtype)
 
 
-def _folded_product(linear: Linear, x: Tensor) -> Tensor:
+class _Scratch:
+    """Copies in float32 or better, each in the place of the one before: new memory would take longer to get."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        if self.memory.numel() < tensor.numel() or self.memory.dtype != dtype:
+            self.memory = torch.empty(tensor.numel(), dtype=dtype)
+        return self.memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+def _folded_product(linear: Linear, widened: _Scratch, x: Tensor) -> Tensor:
     """Returns W x + b with the weight that a layer's delta is folded into."""
-    bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype)
-    return F.linear(x, *linear.slot.fold(linear.dense().to(x.dtype), bias))
+    bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype, copy=True)
+    weight, bias = linear.slot.fold(widened(linear.dense()), bias)
+    let_go()
+    return product(x, weight, bias)
 
 
 @contextmanager
 def _folding(model: GPT) -> Iterator[None]:
     """Has each layer with a delta compute with the folded weight instead, for the time of the block."""
     layers = [layer for layer in model.modules() if isinstance(layer, Linear) and isinstance(layer.slot, Delta)]
+    widened = _Scratch()
     for layer in layers:
-        layer.forward = partial(_folded_product, layer)
+        layer.forward = partial(_folded_product, layer, widened)
     try:
         yield
     finally:
@@ -174,12 +193,13 @@ def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> I
     """Yields the folded weights under their Hugging Face names, rounded once to the type of the files."""
 
     def rounded() -> Iterator[tuple[str, Tensor]]:
-        for ours, exact, before in folds(model):
-            after = exact.to(dtype)
+        for ours, exact, before in folds(model, widened=_Scratch()):
+            after = exact.to(dtype, copy=exact is not before)
             before = model.base_values.get(ours, before)
-            if before is not None:  # else the method adds it, and `written` knows whether there is a place for it
+            if before is not None and before is not exact:  # where a method adds one, `written` knows if it has a place
                 rounding.add(exact, after, before)
             yield ours, after
+            let_go()
 
     with torch.no_grad():
         yield from NameMap(*read_config(base)).written(rounded(), where=str(base))

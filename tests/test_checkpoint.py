@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from litpeft import checkpoint
 from litpeft.build import build
-from litpeft.checkpoint import Weights, write_safetensors
+from litpeft.checkpoint import Weights, let_go, write_safetensors
 from litpeft.errors import UserError
 from litpeft.folders import atomic_folder
 
@@ -33,6 +34,23 @@ def test_shards_hold_the_same_tensors_and_have_the_same_fingerprint(tiny_folder,
     write_safetensors(tmp_path, tensors.items())
     assert Weights(tmp_path).fingerprint() == sharded.fingerprint()  # the index still names the shards
     assert load_file(tmp_path / "model.safetensors")["model.norm.weight"][0] == tensors["model.norm.weight"][0]
+
+
+def test_tensors_are_read_again_after_their_pages_were_let_go(tmp_path) -> None:
+    tensors = {"odd": torch.randn(3, 5), "half": torch.randn(999).bfloat16(), "one": torch.tensor(2.5)}
+    data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values())
+    header, end = {}, 0
+    for (name, tensor), kind in zip(tensors.items(), ("F32", "BF16", "F32"), strict=True):
+        offsets, end = [end, end + tensor.nbytes], end + tensor.nbytes
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
+    words = json.dumps(header).encode()
+    words += b" " * (len(words) % 2 == 0)  # older files begin their tensors anywhere
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(words)) + words + data)
+    weights = Weights(tmp_path)
+    read = {name: weights.read(name) for name in tensors}
+    for _ in range(2):
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+        let_go()
 
 
 def test_tensors_of_several_types_are_read_by_the_library(tmp_path) -> None:

@@ -64,7 +64,14 @@ def test_weights_are_folded_in_float32_and_rounded_once(tmp_path, capsys) -> Non
     assert torch.equal(merged["model.norm.weight"], plain["model.norm.weight"])
     said = capsys.readouterr().out
     assert "folded in float32" in said
-    assert "rounding to bfloat16 took" in said
+    changed = total = lost = update = 0.0
+    for key in {name.removesuffix(".slot.A").removesuffix(".slot.B") for name in delta}:
+        before, after = (files[names.file_name(f"{key}.weight")].double() for files in (plain, merged))
+        exact = before + 2 * delta[f"{key}.slot.B"].double() @ delta[f"{key}.slot.A"].double()
+        changed, total = changed + int((after != before).sum()), total + before.numel()
+        lost, update = lost + (after - exact).square().sum(), update + (exact - before).square().sum()
+    assert f"weights changed: {changed:,.0f} of {total:,.0f}" in said
+    assert f"rounding to bfloat16 took {(lost / update) ** 0.5:.1%} of the update" in said
 
 
 def test_an_output_that_exists_is_refused_or_replaced(tiny_folder, tmp_path, capsys) -> None:

@@ -151,19 +151,27 @@ def unfoldable(model: nn.Module) -> str | None:
     )
 
 
-def folds(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor, Tensor | None]]:
+def widened(tensor: Tensor) -> Tensor:
+    """Returns a copy in float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+
+
+def folds(
+    module: nn.Module, prefix: str = "", widened: Callable[[Tensor], Tensor] = widened
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yields name, tensor and former tensor of the plain model that computes the same without deltas.
 
-    Folds in float32 or better; the former tensor, before the fold, is None where a method adds one. Raises TypeError,
-    with the Delta's name, if one of them is no change of weights.
+    Folds into what `widened` makes of a weight, a copy in float32 or better; the former tensor, before the fold, is
+    the same one where nothing is folded, and None where a method adds one. Raises TypeError, with the Delta's name, if
+    one of them is no change of weights.
     """
     if not prefix and unfoldable(module):
         raise TypeError(f"{unfoldable(module)} acts on activations: nothing can be merged")
     if isinstance(module, Linear):
         weight, bias = before = module.dense(), module.bias
         if isinstance(module.slot, Delta):
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            weight, bias = module.slot.fold(weight.to(wide), None if bias is None else bias.to(wide))
+            wide = widened(weight)
+            weight, bias = module.slot.fold(wide, None if bias is None else bias.to(wide.dtype, copy=True))
         if not isinstance(module, TiedHead):
             yield f"{prefix}weight", weight, before[0]
         if bias is not None:
@@ -171,4 +179,4 @@ def folds(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor, Te
     elif not isinstance(module, Bank | Slot | Delta):
         yield from ((prefix + name, p, p) for name, p in module.named_parameters(recurse=False))
         for name, child in module.named_children():
-            yield from folds(child, f"{prefix}{name}.")
+            yield from folds(child, f"{prefix}{name}.", widened)
