@@ -4,7 +4,6 @@ Everything is computed in float32, one layer at a time: the weights stay as thei
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from litpeft.ops import product
 from litpeft.precision import Storage
 from litpeft.run import Run, find_run, write_dtype
 from litpeft.settings.files import Merge
-from litpeft.slots import Delta, Linear
+from litpeft.slots import Delta, Linear, Slot
 from litpeft.tokenizer import Tokenizer
 
 PIECE = 1 << 20  # weights that are made wider at a time: they stay in the processor's cache
@@ -100,8 +99,8 @@ def merge(settings: Merge) -> None:
             raise UserError("MODEL-061", f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
         copy_companions(base, folder)
         write_dtype(folder, dtype)
-        with _folding(model):
-            fold = _logits(model, prompts)
+        _fold(model)
+        fold = _logits(model, prompts)
         del model  # there is room for one in memory
         files = _logits(_in_float32(build(folder, dtype)), prompts)
         print(
@@ -155,26 +154,20 @@ class _Scratch:
         return self.memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def _folded_product(linear: Linear, widened: _Scratch, x: Tensor) -> Tensor:
-    """Returns W x + b with the weight that a layer's delta is folded into."""
+def _folded_product(linear: Linear, delta: Delta, widened: _Scratch, x: Tensor) -> Tensor:
+    """Returns W x + b with the weight that a delta is folded into."""
     bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype, copy=True)
-    weight, bias = linear.slot.fold(widened(linear.dense()), bias)
+    weight, bias = delta.fold(widened(linear.dense()), bias)
     let_go()
     return product(x, weight, bias)
 
 
-@contextmanager
-def _folding(model: GPT) -> Iterator[None]:
-    """Has each layer with a delta compute with the folded weight instead, for the time of the block."""
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear) and isinstance(layer.slot, Delta)]
+def _fold(model: GPT) -> None:
+    """Has each layer with a delta compute with the folded weight instead, in place."""
     widened = _Scratch()
-    for layer in layers:
-        layer.forward = partial(_folded_product, layer, widened)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    for layer in list(model.modules()):
+        if isinstance(layer, Linear) and isinstance(layer.slot, Delta):
+            layer.base, layer.slot = partial(_folded_product, proxy(layer), layer.slot, widened), Slot()
 
 
 def _types(base: Path) -> dict[torch.dtype, int]:

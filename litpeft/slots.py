@@ -23,6 +23,7 @@ class Slot(nn.Module):
 class Delta(nn.Module):
     """What a method puts into a slot. It owns its new tensors; no Delta holds another Delta.
 
+    In `Linear.slot` it gets y = W x + b of its own, and may write over it.
     `reset_parameters` (the name that Fabric and FSDP call) must not look at other modules: what depends on the base
     weights goes to `Method.init`. Tensors of another module are reached through the module: FSDP swaps them.
     """
@@ -36,6 +37,11 @@ class Delta(nn.Module):
         What it is given is the caller's copy, in float32 or better, and may be changed in place.
         """
         raise NotImplementedError  # a Delta that leaves it so acts on activations, and cannot be merged
+
+    @classmethod
+    def beside(cls, ys: Sequence[Tensor], x: Tensor, layers: Sequence["Linear"]) -> list[Tensor]:
+        """Returns what the slots of layers that read the same x, each with a Delta of this class, make of their ys."""
+        return [layer.after(y, x) for layer, y in zip(layers, ys, strict=True)]
 
     @classmethod
     def below(cls, layers: Sequence["Linear"]) -> "Delta | None":
@@ -104,7 +110,10 @@ def together(x: Tensor, *layers: Linear) -> list[Tensor]:
     """Returns what each layer makes of x; by one product if their weights are one matrix."""
     rows = layers[0].rows
     if rows is None or rows is not layers[-1].rows:
-        return [layer(x) for layer in layers]
+        kind = type(layers[0].slot)
+        if kind is Slot or any(type(layer.slot) is not kind for layer in layers):
+            return [layer(x) for layer in layers]
+        return kind.beside([layer.base(x) for layer in layers], x, layers)
     parts = rows.product(x).split_with_sizes(rows.sizes, -1)
     return [layer.after(y, x) for layer, y in zip(layers, parts, strict=True)]
 

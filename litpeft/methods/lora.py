@@ -19,7 +19,7 @@ from torch import Tensor
 from litpeft.errors import UserError
 from litpeft.methods.base import Method, linears
 from litpeft.model import GPT
-from litpeft.ops import product
+from litpeft.ops import plain, product
 from litpeft.slots import Delta, Linear
 
 LARGEST_RANK = 65536  # wider than any layer there is
@@ -44,8 +44,18 @@ class LowRank(Delta):
         if answers and x.numel() <= FEW * x.size(-1):
             update = product(product(x.to(self.A.dtype), self.A), self.B)
             return torch.add(y, update, alpha=self.scale).to(y.dtype)
-        x = F.dropout(x, self.dropout, self.training)
-        return y + product(product(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
+        x = F.dropout(x, self.dropout, self.training).to(y.dtype)
+        if plain():
+            return y + product(product(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
+        return _Updates.apply(x, [self], y, self.A, self.B)[0]
+
+    @classmethod
+    def beside(cls, ys: Sequence[Tensor], x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
+        slots = [layer.slot for layer in layers]
+        dropped = any(slot.dropout and slot.training for slot in slots)  # each its own share of x
+        if cls.forward is not LowRank.forward or plain() or dropped:
+            return super().beside(ys, x, layers)
+        return list(_Updates.apply(x.to(ys[0].dtype), slots, *ys, *(s.A for s in slots), *(s.B for s in slots)))
 
     @classmethod
     def below(cls, layers: Sequence[Linear]) -> "LowRank | None":
@@ -64,6 +74,42 @@ class LowRank(Delta):
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.addmm_(self.B.to(weight.dtype), self.A.to(weight.dtype), alpha=self.scale), bias
+
+
+class _Updates(torch.autograd.Function):
+    """y + s B A x for layers that read the same x, each written over its y.
+
+    A is one matrix for all of them, and what a product and a sum do in three passes over y takes one, and one rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, slots: Sequence[LowRank], *tensors: Tensor) -> tuple[Tensor, ...]:
+        n, rows = len(slots), x.reshape(-1, x.size(-1))
+        ys, a, bs = tensors[:n], torch.cat(tensors[n : 2 * n]), tensors[2 * n :]
+        h = product(rows, a.to(x.dtype))  # (N, sum of ranks)
+        ctx.ranks, ctx.scales = [b.size(1) for b in bs], [slot.scale for slot in slots]
+        for y, part, b, scale in zip(ys, h.split(ctx.ranks, 1), bs, ctx.scales, strict=True):
+            y.detach().view(-1, y.size(-1)).addmm_(part, (scale * b).to(y.dtype).T)
+        trains_a, trains_b = (any(ctx.needs_input_grad[2 + i * n : 2 + (i + 1) * n]) for i in (1, 2))
+        ctx.save_for_backward(x if trains_a else None, h if trains_b else None, a, *bs)
+        return ys
+
+    @staticmethod
+    def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, a, *bs = ctx.saved_tensors
+        dx, das, dbs = None, [None] * len(dys), [None] * len(dys)
+        rows = [dy.reshape(-1, dy.size(-1)) for dy in dys]
+        if ctx.needs_input_grad[0] or x is not None:
+            parts = [product(dy, (s * b).to(dy.dtype).T) for dy, b, s in zip(rows, bs, ctx.scales, strict=True)]
+            dh = torch.cat(parts, 1)
+            if ctx.needs_input_grad[0]:
+                dx = product(dh, a.to(dh.dtype).T).view(*dys[0].shape[:-1], -1)
+            if x is not None:
+                das = (dh.T @ x.reshape(-1, x.size(-1))).to(a.dtype).split(ctx.ranks)
+        if h is not None:
+            parts = zip(rows, h.split(ctx.ranks, 1), ctx.scales, strict=True)
+            dbs = [scale * (part.T @ dy).T.to(a.dtype) for dy, part, scale in parts]
+        return dx, None, *dys, *das, *dbs
 
 
 @dataclass

@@ -12,6 +12,7 @@ from litpeft.errors import UserError
 from litpeft.families.names import NameMap
 from litpeft.methods.base import trainable
 from litpeft.methods.lora import LoRA, LowRank
+from litpeft.slots import Linear, together
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
@@ -47,6 +48,37 @@ def test_logits_and_gradients_equal_peft(tiny_folder, rslora: bool) -> None:
     slot = ours.get_submodule("blocks.1.attn.v.slot")
     for own, other in ((slot.A, layer.lora_A), (slot.B, layer.lora_B)):
         assert torch.allclose(own.grad, other["default"].weight.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", ["", "A", "B", "x", "Ax", "all but one"])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12)])
+def test_layers_of_one_input_learn_as_by_the_formula(shape: tuple[int, ...], frozen: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = []
+    for out, rank in ((7, 2), (9, 3), (4, 1)):
+        linear = Linear(12, out).to(dtype).requires_grad_(False)
+        linear.slot = LowRank(12, out, rank, scale=1.5, dropout=0.0)
+        torch.nn.init.normal_(linear.slot.A), torch.nn.init.normal_(linear.slot.B)
+        linear.slot.to(torch.promote_types(dtype, torch.float32))
+        linear.slot.A.requires_grad_("A" not in frozen and frozen != "all but one")
+        linear.slot.B.requires_grad_("B" not in frozen and (frozen != "all but one" or out == 9))
+        layers.append(linear)
+    x = torch.randn(shape).to(dtype)
+    twin = x.double().requires_grad_("x" not in frozen)
+    x.requires_grad_("x" not in frozen)
+    slots = [layer.slot for layer in layers]
+    want = [twin @ (lin.weight.double() + 1.5 * lin.slot.B.double() @ lin.slot.A.double()).T for lin in layers]
+    leaves = [p for slot in slots for p in (slot.A, slot.B) if p.requires_grad]
+    weights = [torch.randn(y.shape).to(dtype) for y in want]
+    want_loss = sum((y * w.double()).sum() for y, w in zip(want, weights, strict=True))
+    expected = torch.autograd.grad(want_loss, [*leaves, *([twin] if twin.requires_grad else [])])
+    got = together(x, *layers)
+    got_loss = sum((y * w).sum() for y, w in zip(got, weights, strict=True))
+    grads = torch.autograd.grad(got_loss, [*leaves, *([x] if x.requires_grad else [])])
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for ours, theirs in zip([*got, *grads], [*want, *expected], strict=True):
+        assert (ours - theirs).norm() <= limit * theirs.norm()
 
 
 def test_dropout_is_on_the_update_only_and_off_in_eval(tiny_folder) -> None:
