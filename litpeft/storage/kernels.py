@@ -14,7 +14,7 @@ from torch import Tensor
 
 BLOCK = 64  # values that share an absmax
 GROUP = 256  # values of absmax that share a scale, with double quantisation
-PIECE = 1 << 21  # values that are packed at a time: their float32 copies take some 40 MB
+PIECE = 1 << 19  # values that are packed at a time: their float32 copies stay in a processor's cache
 AMBIGUOUS = 255  # no code: the table of `_cells` cannot tell
 TINY = 1e-38  # a block of zeros is divided by this instead
 NF4 = (

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.checkpoint import let_go
 from litpeft.model import GPT, Block
 from litpeft.ops import has_onednn, product
 from litpeft.slots import Delta, Linear, Slot, TiedHead
@@ -85,7 +86,8 @@ class PackedRows(Rows):
 
     def __init__(self, layers: Sequence[Linear]):
         super().__init__(layers)
-        weight = torch.cat([layer.dense().detach() for layer in layers])
+        weights = [layer.dense().detach() for layer in layers]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
 
     @staticmethod
@@ -133,10 +135,9 @@ class FourBitRows(Rows):
     def __init__(self, layers: Sequence[FourBit]):
         super().__init__(layers)
         size, self.kind = layers[0].in_features, layers[0].kind
-        code = torch.cat([layer.weight.detach() for layer in layers]).view(-1, BELOW, size // 2)
-        code = torch.stack((code >> 4, code & 15), -1).transpose(1, 2)  # (., in / 2, BELOW, 2)
-        low, high = code.reshape(*code.shape[:2], 2, BELOW).unbind(2)
-        self.codes = (high << 4 | low).view(-1, size // 2)
+        low, high = torch.cat([layer.weight.detach() for layer in layers]).view(-1, 2, BELOW // 2, size // 2).unbind(1)
+        pair = torch.stack((low >> 4 | high & 240, low & 15 | high << 4), -1).view(torch.int16)[..., 0]
+        self.codes = pair.transpose(1, 2).contiguous().view(torch.uint8).view(-1, size // 2)
         absmax = torch.cat([layer.blocks().detach() for layer in layers]).view(-1, size // BLOCK)
         self.absmax = absmax.t().to(torch.bfloat16, memory_format=torch.contiguous_format)
         self.table = torch.tensor(CODES[self.kind])
@@ -211,6 +212,7 @@ def pack(model: GPT) -> None:
         good = [layer for layer in group if takes(layer)]
         for layers in [good] if len(good) == len(group) else [[layer] for layer in good]:
             _pack(layers)
+            let_go()
     if any(parameter.is_meta for parameter in model.parameters()):
         for parameter in model.parameters():  # the rest moves out of the model's files, whose pages can go then
             if not parameter.is_meta:
