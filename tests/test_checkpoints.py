@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from conftest import finetune, write_rows
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import litpeft.checkpoint
+import litpeft.train.finetune
 from litpeft.errors import UserError
 from litpeft.run import checksum
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, changed, room
@@ -411,6 +413,28 @@ def test_too_little_room_is_said_before_the_run(tmp_path) -> None:
     with pytest.raises(UserError, match=r"need [\d.]+ GB, the disk has [\d.]+ GB left") as error:
         room(tmp_path / "not" / "there" / "yet", 2 * free)
     assert (error.value.code, error.value.exit_code) == ("RESOURCE-620", 6)
+
+
+@pytest.mark.parametrize(
+    ("argv", "kept"),
+    [
+        ((), 4),  # the last two, the best and the one being written
+        (("--checkpoint.interval", "0"), 4),  # the best is still saved, when it comes
+        (("--data.validation_split", "0"), 3),
+        (("--data.validation_split", "0", "--checkpoint.keep_last", "1"), 2),
+        (("--data.validation_split", "0", "--checkpoint.interval", "0"), 1),  # of a run that is stopped
+    ],
+)
+def test_the_room_is_that_of_the_checkpoints_that_can_come_to_be(
+    tiny_folder, tmp_path, monkeypatch, argv: tuple[str, ...], kept: int
+) -> None:
+    asked = []
+    monkeypatch.setattr(litpeft.train.finetune, "room", lambda folder, needed: asked.append(needed))
+    data = write_rows(tmp_path)
+    held_out = "--data.validation_split" not in argv
+    run = finetune(tiny_folder, tmp_path, "--data.path", str(data if held_out else data / "train.jsonl"), *argv)
+    weights = sum(tensor.nbytes for tensor in load_file(run / "final" / "delta.safetensors").values())
+    assert asked == [3 * weights * kept + weights]  # two moments beside each weight
 
 
 def test_settings_that_changed_are_listed_unless_a_glob_allows_them() -> None:

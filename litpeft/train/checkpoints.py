@@ -259,7 +259,7 @@ def room(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         what = f"the checkpoints need {needed_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left"
-        hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.r)"
+        hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
         raise UserError("RESOURCE-620", what, where=str(folder), hint=hint)
 
 

@@ -201,7 +201,9 @@ class Preparation:
     def bytes_needed(self, model: GPT) -> int:
         """Returns the room on disk for the checkpoints that are kept, the one being written, and the result."""
         trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
-        kept = self.settings.checkpoint.keep_last + self.settings.checkpoint.keep_best + 1
+        checkpoint = self.settings.checkpoint
+        best = checkpoint.keep_best and bool(self.rows.validation)
+        kept = checkpoint.keep_last + best + 1 if best or checkpoint.interval != 0 else 1  # the one of a run that stops
         there = (Path(self.settings.out) / "checkpoints").rglob("*") if self.saved else ()
         return 3 * trained * kept + trained - sum(p.stat().st_size for p in there)  # two moments for each parameter
 
