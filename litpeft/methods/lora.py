@@ -85,30 +85,31 @@ class _Updates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, slots: Sequence[LowRank], *tensors: Tensor) -> tuple[Tensor, ...]:
         n, rows = len(slots), x.reshape(-1, x.size(-1))
-        ys, a, bs = tensors[:n], torch.cat(tensors[n : 2 * n]), tensors[2 * n :]
-        h = product(rows, a.to(x.dtype))  # (N, sum of ranks)
-        ctx.ranks, ctx.scales = [b.size(1) for b in bs], [slot.scale for slot in slots]
+        ys, as_, bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        h = product(rows, torch.cat(as_).to(x.dtype))  # (N, sum of ranks)
+        ctx.ranks, ctx.scales = [len(a) for a in as_], [slot.scale for slot in slots]
         for y, part, b, scale in zip(ys, h.split(ctx.ranks, 1), bs, ctx.scales, strict=True):
             y.detach().view(-1, y.size(-1)).addmm_(part, (scale * b).to(y.dtype).T)
         trains_a, trains_b = (any(ctx.needs_input_grad[2 + i * n : 2 + (i + 1) * n]) for i in (1, 2))
-        ctx.save_for_backward(x if trains_a else None, h if trains_b else None, a, *bs)
+        ctx.save_for_backward(x if trains_a else None, h if trains_b else None, *as_, *bs)
         return ys
 
     @staticmethod
     def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a, *bs = ctx.saved_tensors
-        dx, das, dbs = None, [None] * len(dys), [None] * len(dys)
+        n, (x, h, *tensors) = len(dys), ctx.saved_tensors
+        as_, bs = tensors[:n], tensors[n:]
+        dx, das, dbs = None, [None] * n, [None] * n
         rows = [dy.reshape(-1, dy.size(-1)) for dy in dys]
         if ctx.needs_input_grad[0] or x is not None:
             parts = [product(dy, (s * b).to(dy.dtype).T) for dy, b, s in zip(rows, bs, ctx.scales, strict=True)]
             dh = torch.cat(parts, 1)
             if ctx.needs_input_grad[0]:
-                dx = product(dh, a.to(dh.dtype).T).view(*dys[0].shape[:-1], -1)
+                dx = product(dh, torch.cat(as_).to(dh.dtype).T).view(*dys[0].shape[:-1], -1)
             if x is not None:
-                das = (dh.T @ x.reshape(-1, x.size(-1))).to(a.dtype).split(ctx.ranks)
+                das = (dh.T @ x.reshape(-1, x.size(-1))).to(as_[0].dtype).split(ctx.ranks)
         if h is not None:
             parts = zip(rows, h.split(ctx.ranks, 1), ctx.scales, strict=True)
-            dbs = [scale * (part.T @ dy).T.to(a.dtype) for dy, part, scale in parts]
+            dbs = [scale * (part.T @ dy).T.to(bs[0].dtype) for dy, part, scale in parts]
         return dx, None, *dys, *das, *dbs
 
 
