@@ -203,7 +203,9 @@ class Preparation:
         trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
         checkpoint = self.settings.checkpoint
         best = checkpoint.keep_best and bool(self.rows.validation)
-        kept = checkpoint.keep_last + best + 1 if best or checkpoint.interval != 0 else 1  # the one of a run that stops
+        if checkpoint.interval == 0 and not best:
+            return 3 * trained + trained  # one more, where the run is stopped: those that are there stay beside it
+        kept = checkpoint.keep_last + best + 1
         there = (Path(self.settings.out) / "checkpoints").rglob("*") if self.saved else ()
         return 3 * trained * kept + trained - sum(p.stat().st_size for p in there)  # two moments for each parameter
 
