@@ -9,9 +9,13 @@ from torch import Tensor
 
 from litpeft.attention import attend
 from litpeft.model import GPT, Block, Context, RMSNorm
+from litpeft.native import BlockStruct, library
 from litpeft.ops import rotate
-from litpeft.slots import Delta, Rows
+from litpeft.slots import Delta, Rows, Slot
+from litpeft.storage.native_rows import NativeRows
 from litpeft.storage.packed import groups
+
+FEW = 512  # tokens of all rows that litpeft/native takes at once; of far more, torch's attention is faster
 
 
 class BareBlock(Block):
@@ -22,8 +26,11 @@ class BareBlock(Block):
     window: int | None
     norms: tuple[tuple[Tensor, float], ...]  # weight, twice, and eps of both
     products: tuple[Rows, ...]  # with q, k and v; o; gate and up; down
+    native: "NativeBlock | None" = None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.native is not None and ctx.cache is not None and x.numel() <= FEW * x.size(-1):
+            return self.native.answer(x, ctx)
         (norm1, norm2), (qkv, o, gate_up, down) = self.norms, self.products
         queries, shared, size = self.sizes
         y = qkv.answer(_norm(x, *norm1)).view(*x.shape[:-1], queries + 2 * shared, size).transpose(1, 2)
@@ -35,6 +42,30 @@ class BareBlock(Block):
         x = x + o.answer(y.transpose(1, 2).flatten(2))
         gate, up = gate_up.answer(_norm(x, *norm2)).split_with_sizes(gate_up.sizes, -1)
         return x + down.answer(F.silu(gate).mul_(up))
+
+
+class NativeBlock:
+    """A bare block as decode.cpp takes it. Holds its own norms; the rest belongs to the block's rows."""
+
+    def __init__(self, block: BareBlock, turned: int):
+        self.layer, self.products = block.layer, block.products
+        self.filled = next((rows.filled for rows in block.products if rows.filled is not None), None)
+        self.norms = tuple(norm.weight.detach().float() for norm in (block.norm1, block.norm2))
+        rest = [norm.data_ptr() for norm in self.norms]
+        rest += [block.norm1.eps, block.norm2.eps, *block.sizes, turned, block.window or 1 << 62]
+        self.base = BlockStruct(*(rows.base for rows in block.products), *rest)
+        self.tuned = BlockStruct(*(rows.tuned for rows in block.products), *rest)
+
+    @staticmethod
+    def takes(block: BareBlock) -> bool:
+        """Returns whether decode.cpp does all that a block does."""
+        size = block.sizes[2]
+        known = all(isinstance(rows, NativeRows) and rows.known for rows in block.products)
+        return known and size % 32 == 0 and size <= 256
+
+    def answer(self, x: Tensor, ctx: Context) -> Tensor:
+        cache, off = ctx.cache[self.layer], self.filled is not None and type(self.filled.slot) is Slot
+        return library().block(self.base if off else self.tuned, x, cache.k, cache.v, ctx.pos, *ctx.rope)
 
 
 def _norm(x: Tensor, weight_twice: Tensor, eps: float) -> Tensor:
@@ -58,6 +89,8 @@ def strip(model: GPT) -> None:
         block.sizes = model.config.n_heads, model.config.n_kv_heads, block.attn.head_dim
         block.norms = tuple((torch.cat((norm.weight, norm.weight)).to(model.dtype), norm.eps) for norm in norms)
         block.products = tuple(rows)
+        turned = model.config.turned
+        block.native = NativeBlock(block, turned) if NativeBlock.takes(block) else None
 
 
 def _rows(block: Block) -> list[Rows] | None:

@@ -50,6 +50,9 @@ class Delta(nn.Module):
         It is for answers: its tensors are copies. Each layer has a Delta of this class, or an empty slot.
         """
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Returns A (rank, in) and B (out, rank) if all that this Delta does to an answer is to add B A x."""
+
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Returns the type in which a product with x is computed: that of x, unless autocast says otherwise."""

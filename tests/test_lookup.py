@@ -11,7 +11,7 @@ from litpeft.generate import Answer, answer
 from litpeft.lookup import Lookup
 from litpeft.model import GPT
 from litpeft.settings.generate import Sampling
-from litpeft.storage.packed import can_pack
+from litpeft.storage.rows import can_pack
 from litpeft.token_cache import TokenCache
 
 PROMPT = [5, 9, 200, 31, 7, 5, 9, 200, 31, 8, 5, 9]

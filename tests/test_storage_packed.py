@@ -19,7 +19,8 @@ from litpeft.model import Block, Context
 from litpeft.precision import Storage
 from litpeft.settings.generate import Sampling
 from litpeft.slots import Linear, TiedHead
-from litpeft.storage.packed import KINDS, Int8Rows, Packed, PackedRows, PackedTiedHead, Rows, can_pack, pack
+from litpeft.storage.packed import KINDS, Packed, PackedTiedHead, pack
+from litpeft.storage.rows import Int8Rows, PackedRows, Rows, can_pack
 from litpeft.token_cache import TokenCache
 
 IDS = torch.arange(40).view(2, 20)
@@ -80,11 +81,12 @@ def test_sizes_that_a_kernel_does_not_take_are_computed_with_the_weight_unpacked
     assert torch.equal(y, F.linear(x, layer.dense()))
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("method", [None, LoRA(rank=2)])
 @pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
 def test_a_packed_model_answers_as_the_one_that_it_was(
-    quantize: str | None, method: LoRA | None, tied: bool, tmp_path: Path
+    quantize: str | None, method: LoRA | None, tied: bool, native: bool, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.1, tie_word_embeddings=tied, **sizes)
@@ -92,7 +94,7 @@ def test_a_packed_model_answers_as_the_one_that_it_was(
     model, packed = (
         build(folder, torch.bfloat16, method, storage=storage).eval().requires_grad_(False) for _ in range(2)
     )
-    pack(packed)
+    pack(packed, native)
     kinds = {type(m) for m in packed.modules() if isinstance(m, Linear)}
     assert kinds == ({Packed, PackedTiedHead} if tied else {Packed})
     with torch.inference_mode():
@@ -108,13 +110,16 @@ def test_a_packed_model_answers_as_the_one_that_it_was(
                 assert (layer(x) - old(x)).norm() < 2e-2 * old(x).norm()
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
-def test_a_bare_block_computes_what_its_modules_do(changes: dict, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_bare_block_computes_what_its_modules_do(
+    changes: dict, dtype: torch.dtype, native: bool, tmp_path: Path
+) -> None:
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.25, **changes)
     model, bare = (build(folder, dtype).eval().requires_grad_(False) for _ in range(2))
-    pack(model)
-    pack(bare)
+    pack(model, native)
+    pack(bare, native)
     strip(bare)
     assert {type(block) for block in bare.blocks} == {BareBlock}
     limit = 1e-5 if dtype == torch.float32 else 2e-2
@@ -129,9 +134,12 @@ def test_a_bare_block_computes_what_its_modules_do(changes: dict, dtype: torch.d
         assert (got - plain).norm() < limit * plain.norm()
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("targets", [("*.attn.*", "*.mlp.*"), ("*.q", "*.v", "*.down")])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_a_bare_block_answers_with_lora_and_without(quantize: str | None, targets: tuple, tmp_path: Path) -> None:
+def test_a_bare_block_answers_with_lora_and_without(
+    quantize: str | None, targets: tuple, native: bool, tmp_path: Path
+) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.1, **sizes)
     method, storage = LoRA(rank=2, targets=targets), None if quantize is None else Storage(quantize, cache=False)
@@ -140,7 +148,7 @@ def test_a_bare_block_answers_with_lora_and_without(quantize: str | None, target
     for delta in (m for m in model.modules() if isinstance(m, LowRank)):
         torch.nn.init.normal_(delta.B, std=0.05)
     bare.load_state_dict(model.state_dict())
-    pack(bare.requires_grad_(False))
+    pack(bare.requires_grad_(False), native)
     strip(bare)
     assert {type(block) for block in bare.blocks} == {BareBlock}
     with torch.inference_mode():

@@ -72,6 +72,9 @@ class LowRank(Delta):
         whole.A.data, whole.B.data = a, b
         return whole
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        return (self.A.detach(), self.scale * self.B.detach()) if type(self).forward is LowRank.forward else None
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.addmm_(self.B.to(weight.dtype), self.A.to(weight.dtype), alpha=self.scale), bias
 

@@ -1,0 +1,139 @@
+// One step of an answer on a CPU that multiplies in bfloat16: a whole block of LLaMA's kind in one call.
+//
+// Letters: M rows (B texts of T new tokens each), d model width, D head size, R of it that rotates, H query heads,
+// G key/value heads, S keys.
+
+#include <cmath>
+
+#include "products.h"
+
+struct Block {
+    Rows qkv, o, gate_up, down;
+    const float *norm1, *norm2;  // (d,)
+    double eps1, eps2;
+    Long heads, shared, size, turned, window;  // H, G, D; how much of D rotates; keys that are seen
+};
+
+// 1. the steps of a block beside its products
+
+// y = x / rms(x) * weight, for this thread's rows
+static void norm(const bf16* x, const float* weight, double eps, Long M, Long d, bf16* y) {
+    const auto [from, to] = share(M);
+    for (Long m = from; m < to; m++) {
+        __m512 squares = _mm512_setzero_ps();
+        for (Long i = 0; i < d; i += 16) {
+            const __m512 part = widen(x + m * d + i);
+            squares = _mm512_fmadd_ps(part, part, squares);
+        }
+        const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / d + eps));
+        for (Long i = 0; i < d; i += 16) {
+            const __m512 unit = _mm512_mul_ps(widen(x + m * d + i), factor);
+            narrow(y + m * d + i, _mm512_mul_ps(unit, _mm512_loadu_ps(weight + i)));
+        }
+    }
+}
+
+// y (D,) = x with each pair (i, i + R/2) of its first R numbers turned; cos and sin (R,), sin negated in its first half
+static void turn(const float* x, const bf16* cos, const bf16* sin, Long R, Long D, bf16* y) {
+    alignas(64) float turned[256];
+    for (Long i = 0; i < R; i++)
+        turned[i] = x[i] * number(cos[i]) + x[i < R / 2 ? i + R / 2 : i - R / 2] * number(sin[i]);
+    std::copy(x + R, x + D, turned + R);
+    for (Long i = 0; i < D; i += 16) narrow(y + i, _mm512_load_ps(turned + i));
+}
+
+// y (D,) = softmax(q k^T / sqrt(D)) v over S keys; q may lie where y does; scores is room for S and 15 more
+static void attend(const bf16* q, const bf16* k, const bf16* v, Long S, Long D, float* scores, bf16* y) {
+    float most = -INFINITY;
+    for (Long s = 0; s < S; s++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (Long i = 0; i < D; i += 32)
+            sum = _mm512_dpbf16_ps(sum, pairs(q + i), pairs(k + s * D + i));
+        scores[s] = _mm512_reduce_add_ps(sum);
+        most = std::max(most, scores[s]);
+    }
+    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(float(D))), top = _mm512_set1_ps(most);
+    __m512 sum = _mm512_setzero_ps();
+    for (Long s = 0; s < S; s += 16) {
+        const __mmask16 there = S - s < 16 ? (1 << (S - s)) - 1 : 0xFFFF;
+        const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, scores + s), top);
+        const __m512 weight = _mm512_maskz_mov_ps(there, exponential(_mm512_mul_ps(below, factor)));
+        sum = _mm512_add_ps(sum, weight);
+        _mm512_storeu_ps(scores + s, weight);
+    }
+    const __m512 scale = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
+    for (Long i = 0; i < D; i += 32) {
+        __m512 left = _mm512_setzero_ps(), right = _mm512_setzero_ps();
+        for (Long s = 0; s < S; s++) {
+            const __m512 weight = _mm512_set1_ps(scores[s]);
+            left = _mm512_fmadd_ps(weight, widen(v + s * D + i), left);
+            right = _mm512_fmadd_ps(weight, widen(v + s * D + i + 16), right);
+        }
+        narrow(y + i, _mm512_mul_ps(left, scale));
+        narrow(y + i + 16, _mm512_mul_ps(right, scale));
+    }
+}
+
+// 2. what Python calls
+
+// y (M, N) = W x + b + update, for x (M, K)
+extern "C" void product(const Rows* rows, const bf16* x, bf16* y, Long M, Long threads) {
+#pragma omp parallel num_threads(threads)
+    multiply(*rows, x, M, [&](Long m, Long n, __m512 sum) { narrow(y + m * rows->outputs + n, sum); });
+}
+
+// y (B, T, d) = what a block makes of x (B, T, d), whose tokens are at `positions` (B, T); cos and sin are (B, T, R).
+// Their keys and values are written into k and v (B, G, room, D), which hold those before.
+extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, const Long* positions, const bf16* cos,
+                      const bf16* sin, Long B, Long T, Long room, Long threads) {
+    const Long M = B * T, H = b->heads, G = b->shared, D = b->size, R = b->turned;
+    const Long d = b->qkv.inputs, all = b->qkv.outputs, middle = b->down.inputs;
+    const std::unique_ptr<float[]> wide(new float[M * std::max(all, 2 * middle)]);
+    const std::unique_ptr<bf16[]> normed(new bf16[M * d]), heads(new bf16[M * H * D]), inside(new bf16[M * middle]);
+    const Long most = *std::max_element(positions, positions + M) + 1;
+    const auto keep = [&](Long N) {
+        return [&wide, N](Long m, Long n, __m512 sum) { _mm512_storeu_ps(&wide[m * N + n], sum); };
+    };
+#pragma omp parallel num_threads(threads)
+    {
+        norm(x, b->norm1, b->eps1, M, d, normed.get());
+#pragma omp barrier
+        multiply(b->qkv, normed.get(), M, keep(all));
+#pragma omp barrier
+        const auto [first, last] = share(M * (H + 2 * G));
+        for (Long i = first; i < last; i++) {
+            const Long m = i / (H + 2 * G), head = i % (H + 2 * G), group = (head - H) % G;
+            const Long key = ((m / T * G + group) * room + positions[m]) * D;
+            bf16* to = head < H ? &heads[(m * H + head) * D] : head < H + G ? k + key : v + key;
+            turn(&wide[m * all + head * D], cos + m * R, sin + m * R, head < H + G ? R : 0, D, to);
+        }
+#pragma omp barrier
+        const std::unique_ptr<float[]> scores(new float[most + 15]);
+        const auto [from, until] = share(M * H);
+        for (Long i = from; i < until; i++) {
+            const Long m = i / H, group = i % H / (H / G), keys = std::min(positions[m] + 1, b->window);
+            const Long at = ((m / T * G + group) * room + positions[m] + 1 - keys) * D;
+            attend(&heads[i * D], k + at, v + at, keys, D, scores.get(), &heads[i * D]);
+        }
+#pragma omp barrier
+        multiply(b->o, heads.get(), M, [&](Long m, Long n, __m512 sum) {
+            narrow(y + m * d + n, _mm512_add_ps(widen(x + m * d + n), sum));
+        });
+#pragma omp barrier
+        norm(y, b->norm2, b->eps2, M, d, normed.get());
+#pragma omp barrier
+        multiply(b->gate_up, normed.get(), M, keep(2 * middle));
+#pragma omp barrier
+        const auto [start, stop] = share(M * middle / 16);
+        for (Long i = start; i < stop; i++) {
+            const float* gate = &wide[16 * i + 16 * i / middle * middle];
+            const __m512 g = _mm512_loadu_ps(gate), up = _mm512_loadu_ps(gate + middle), one = _mm512_set1_ps(1);
+            const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), g)));
+            narrow(&inside[16 * i], _mm512_mul_ps(_mm512_div_ps(g, below), up));
+        }
+#pragma omp barrier
+        multiply(b->down, inside.get(), M, [&](Long m, Long n, __m512 sum) {
+            narrow(y + m * d + n, _mm512_add_ps(widen(y + m * d + n), sum));
+        });
+    }
+}
