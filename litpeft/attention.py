@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from litpeft.native import native
+
 PART = 192  # queries of a short document that are computed at a time
 FEW = 64  # tokens, of a row whose earlier ones are cached, up to which its heads go together
 LEAST = 4  # rows of a product below which torch's CPU kernel sums in another order
 SHORT = 512  # tokens; longer documents go to the fused kernel, which holds no attention weights
+LONGEST = 2048  # tokens of a document that litpeft/native takes: its backward pass has room for all weights of a head
 
 
 @dataclass  # not frozen: Fabric's mixed precision copies what forward is given, and cannot copy a frozen one
@@ -81,6 +84,9 @@ def attend(
         return _few(q, k, v, mask)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    library = None if documents is None or max(documents.lengths) > LONGEST else native(q, k, v)
+    if library is not None:
+        return _Native.apply(q, k, v, documents.starts(q.device), window)
     if documents is None or len(documents.lengths) == 1:
         return _dense(q, k, v, window)
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
@@ -110,6 +116,24 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     position = torch.arange(q.size(2), device=q.device)[None]
     mask = causal_mask(position, position, window)[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+class _Native(torch.autograd.Function):
+    """The documents of a packed row by litpeft/native: nothing is padded, and no weights of the attention are held."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None) -> Tensor:
+        y, log_sum = native(q, k, v).attention(q[0], k[0], v[0], starts, window)
+        ctx.window = window
+        ctx.save_for_backward(q, k, v, log_sum, starts)
+        return y.transpose(0, 1)[None]
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, log_sum, starts = ctx.saved_tensors
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        gradients = native(q, k, v).attention_backward(dy[0], q[0], k[0], v[0], log_sum, starts, ctx.window)
+        return *(x.transpose(0, 1)[None] for x in gradients), None, None
 
 
 def _by_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:

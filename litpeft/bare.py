@@ -9,7 +9,8 @@ from torch import Tensor
 
 from litpeft.attention import attend
 from litpeft.model import GPT, Block, Context, RMSNorm
-from litpeft.native import BlockStruct, library
+from litpeft.native import library
+from litpeft.native.library import ALL, BlockStruct
 from litpeft.ops import rotate
 from litpeft.slots import Delta, Rows, Slot
 from litpeft.storage.native_rows import NativeRows
@@ -52,7 +53,7 @@ class NativeBlock:
         self.filled = next((rows.filled for rows in block.products if rows.filled is not None), None)
         self.norms = tuple(norm.weight.detach().float() for norm in (block.norm1, block.norm2))
         rest = [norm.data_ptr() for norm in self.norms]
-        rest += [block.norm1.eps, block.norm2.eps, *block.sizes, turned, block.window or 1 << 62]
+        rest += [block.norm1.eps, block.norm2.eps, *block.sizes, turned, block.window or ALL]
         self.base = BlockStruct(*(rows.base for rows in block.products), *rest)
         self.tuned = BlockStruct(*(rows.tuned for rows in block.products), *rest)
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from litpeft.native import native
 from litpeft.ops import product
 from litpeft.slots import Linear, Slot, product_dtype
 
@@ -48,15 +49,10 @@ class _Summed(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if ctx.needs_input_grad[1] else None
         weight, rows = weight.to(dtype), x.to(dtype)
-        size = CHUNK if x.is_cuda else max(1, PIECE // len(weight))
         for start in range(0, len(targets), CHUNK):
             part = rows[start : start + CHUNK]
             logits = product(part, weight)
-            for piece, target in zip(logits.split(size), targets[start : start + CHUNK].split(size), strict=True):
-                log_p = F.log_softmax(piece, -1, dtype=wide)
-                total -= log_p.gather(1, target[:, None]).sum()
-                if any(ctx.needs_input_grad):
-                    piece.copy_(log_p.exp_().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1)))
+            total += _losses(logits, targets[start : start + CHUNK], wide, any(ctx.needs_input_grad))
             if dx is not None:
                 dx[start : start + CHUNK] = product(logits, weight.t())
             if dweight is not None:
@@ -68,3 +64,17 @@ class _Summed(torch.autograd.Function):
     def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
         return (*(d if d is None else d * scale for d in (dx, dweight)), None, None)
+
+
+def _losses(logits: Tensor, targets: Tensor, wide: torch.dtype, wants_gradient: bool) -> Tensor:
+    """Returns the summed loss of N positions; if it is wanted, the logits (N, V) become their own gradient."""
+    library = native(logits)
+    if library is not None:
+        return library.cross_entropy(logits, targets.contiguous()).sum()
+    total, size = logits.new_zeros((), dtype=wide), len(logits) if logits.is_cuda else max(1, PIECE // logits.size(1))
+    for piece, target in zip(logits.split(size), targets.split(size), strict=True):
+        log_p = F.log_softmax(piece, -1, dtype=wide)
+        total -= log_p.gather(1, target[:, None]).sum()
+        if wants_gradient:
+            piece.copy_(log_p.exp_().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1)))
+    return total

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from litpeft.native import native
+
 PIECE = 1 << 18  # numbers whose float32 copies stay in a CPU's cache: it is memory that a norm waits for
 
 
@@ -74,6 +76,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
+        library = native(x)
+        if library is not None:
+            x = x.contiguous()
+            y, scale = library.norm(x, weight.to(wide), eps)
+            ctx.save_for_backward(x, weight, scale)
+            return y
         y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=wide)  # scale = 1 / rms(x)
         weight_ = weight.to(wide)
         for x_, y_, scale_ in _pieces(x, y, scale):
@@ -86,6 +94,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
+        library = native(x, dy)
+        if library is not None:
+            needs_dweight = ctx.needs_input_grad[1]
+            dx, dweight = library.norm_backward(dy.contiguous(), x, weight.to(scale.dtype), scale, needs_dweight)
+            return dx, None if dweight is None else dweight.to(weight.dtype), None
         dx, weight_ = torch.empty_like(x), weight.to(scale.dtype)
         dweight = torch.zeros_like(weight_) if ctx.needs_input_grad[1] else None
         for x_, dy_, scale_, dx_ in _pieces(x, dy, scale, dx):
@@ -100,7 +113,12 @@ class _RMSNorm(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns silu(gate) * up, of https://arxiv.org/abs/2002.05202."""
-    return F.silu(gate).mul_(up) if plain() else _SwiGLU.apply(gate, up)
+    return _swiglu(gate, up) if plain() else _SwiGLU.apply(gate, up)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    library = native(gate, up)
+    return F.silu(gate).mul_(up) if library is None else library.swiglu(gate.contiguous(), up.contiguous())
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -109,11 +127,14 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate, up)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        library = native(dy, gate, up)
+        if library is not None:
+            return library.swiglu_backward(dy.contiguous(), gate.contiguous(), up.contiguous())
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
@@ -159,6 +180,9 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """Returns x turned forwards (1) or back (-1)."""
+    library = native(x, cos, sin) if len(x) == 1 else None
+    if library is not None:
+        return library.rotate(x, cos, sin, direction)
     turned, rest = cos.size(-1), x.size(-1) - cos.size(-1)
     if rest:
         x, still = x.split((turned, rest), -1)

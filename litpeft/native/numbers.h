@@ -24,8 +24,9 @@ static inline __m512bh pairs(const bf16* x) { return (__m512bh)_mm512_loadu_si51
 
 static inline float number(bf16 x) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(x) << 16))); }
 
-// e^x = 2^n e^r, |r| <= ln 2 / 2, by Taylor's series: right to some 2e-7 of it
+// e^x = 2^n e^r, |r| <= ln 2 / 2, by Taylor's series: right to some 2e-7 of it. Beyond 200 it is infinite or 0.
 static inline __m512 exponential(__m512 x) {
+    x = _mm512_min_ps(_mm512_set1_ps(200), _mm512_max_ps(_mm512_set1_ps(-200), x));  // in this order nan stays nan
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from litpeft.native import RowsStruct, library
+from litpeft.native import library
+from litpeft.native.library import RowsStruct
 from litpeft.slots import Linear, Slot
 from litpeft.storage.four_bit import FourBit
 from litpeft.storage.int8 import Int8

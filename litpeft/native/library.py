@@ -1,0 +1,174 @@
+"""The functions of the C++ files, on tensors that lie in a CPU's memory, in bfloat16 unless something else is said.
+
+Letters: B rows, T tokens, S keys, D head size, R of it that rotates, d model width, H query heads, G key/value heads.
+"""
+
+import ctypes
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ALL = 1 << 62  # keys that a query sees where no window says how many
+
+
+def _pointers(*names: str) -> list[tuple[str, type]]:
+    return [(name, c_void_p) for name in names]
+
+
+def _numbers(*names: str) -> list[tuple[str, type]]:
+    return [(name, c_int64) for name in names]
+
+
+class RowsStruct(Structure):
+    """`Rows` of products.h."""
+
+    _fields_ = [
+        *_pointers("weight", "scale", "codes", "bias", "a", "b"),
+        *_numbers("kind", "inputs", "outputs", "span", "rank"),
+    ]
+
+
+class BlockStruct(Structure):
+    """`Block` of decode.cpp."""
+
+    _fields_ = [
+        *((name, RowsStruct) for name in ("qkv", "o", "gate_up", "down")),
+        *_pointers("norm1", "norm2"),
+        *((name, c_double) for name in ("eps1", "eps2")),
+        *_numbers("heads", "shared", "size", "turned", "window"),
+    ]
+
+
+class AttentionStruct(Structure):
+    """`Attention` of attention.cpp."""
+
+    _fields_ = [
+        *_pointers("q", "k", "v", "y", "log_sum", "dy", "dq", "dk", "dv", "starts"),
+        *_numbers(*(f"{name}_{step}" for name in ("q", "k", "v", "dy") for step in ("head", "token"))),
+        *_numbers("documents", "tokens", "heads", "shared", "size", "window"),
+    ]
+
+
+class Library:
+    def __init__(self, file: Path):
+        library, pointer, number = ctypes.CDLL(str(file)), c_void_p, c_int64
+        arguments = {
+            "product": [POINTER(RowsStruct), *[pointer] * 2, *[number] * 2],
+            "block": [POINTER(BlockStruct), *[pointer] * 7, *[number] * 4],
+            "attention": [POINTER(AttentionStruct), number],
+            "swiglu": [*[pointer] * 3, *[number] * 2],
+            "swiglu_backward": [*[pointer] * 5, *[number] * 2],
+            "norm": [*[pointer] * 2, c_double, *[pointer] * 2, *[number] * 3],
+            "norm_backward": [*[pointer] * 6, *[number] * 3],
+            "rotate": [pointer, *[number] * 2, *[pointer] * 3, *[number] * 6],
+            "cross_entropy": [*[pointer] * 3, *[number] * 3],
+        }
+        for name, types in arguments.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None
+            setattr(self, f"_{name}", function)
+
+    # 1. answers
+
+    def product(self, rows: RowsStruct, x: Tensor) -> Tensor:
+        """Returns W x + b + update for x (..., in): (..., out)."""
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], rows.outputs))
+        self._product(rows, x.data_ptr(), y.data_ptr(), x.numel() // rows.inputs, torch.get_num_threads())
+        return y
+
+    def block(
+        self, block: BlockStruct, x: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """Returns what a block makes of x (B, T, d), whose tokens are at `positions` (B, T), in int64.
+
+        cos and sin are those of ops.rotate, (B, 1, T, R); keys and values (B, G, room, D) are completed in place.
+        """
+        y, (rows, tokens, _) = torch.empty_like(x), x.shape
+        tensors = (t.data_ptr() for t in (x, y, k, v, positions, cos, sin))
+        self._block(block, *tensors, rows, tokens, k.size(2), torch.get_num_threads())
+        return y
+
+    # 2. training
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """Returns what attend of attention.py does for documents at `starts` (documents + 1,), in int32, as (T, H, D);
+
+        and the logarithms (H, T), in float32, of the sums of the exponentials of the scores. q is (H, T, D), k and v
+        are (G, T, D), and the numbers of a head of a token lie together.
+        """
+        heads, tokens, size = q.shape
+        y, log_sum = q.new_empty(tokens, heads, size), q.new_empty(heads, tokens, dtype=torch.float32)
+        tensors = {"q": q, "k": k, "v": v, "y": y, "log_sum": log_sum, "starts": starts}
+        self._attention(_attention(tensors, window), torch.get_num_threads())
+        return y, log_sum
+
+    def attention_backward(
+        self, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sum: Tensor, starts: Tensor, window: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the gradients of q as (T, H, D) and of k and v as (T, G, D), for dy (H, T, D)."""
+        dq, dk, dv = (x.new_empty(x.size(1), x.size(0), x.size(2)) for x in (q, k, v))
+        tensors = {"q": q, "k": k, "v": v, "log_sum": log_sum, "starts": starts, "dy": dy, "dq": dq, "dk": dk, "dv": dv}
+        self._attention(_attention(tensors, window), torch.get_num_threads())
+        return dq, dk, dv
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns silu(gate) * up."""
+        y = torch.empty_like(gate)
+        self._swiglu(gate.data_ptr(), up.data_ptr(), y.data_ptr(), y.numel(), torch.get_num_threads())
+        return y
+
+    def swiglu_backward(self, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of both."""
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        tensors = (t.data_ptr() for t in (dy, gate, up, dgate, dup))
+        self._swiglu_backward(*tensors, dy.numel(), torch.get_num_threads())
+        return dgate, dup
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Returns x / rms(x) * weight for x (..., d), and 1 / rms(x) (..., 1) in float32, as the weight (d,)."""
+        y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        sizes = (scale.numel(), x.size(-1), torch.get_num_threads())
+        self._norm(x.data_ptr(), weight.data_ptr(), eps, y.data_ptr(), scale.data_ptr(), *sizes)
+        return y, scale
+
+    def norm_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, needs_dweight: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the gradients of x, and of the weight if that is needed, in float32."""
+        dx, threads = torch.empty_like(x), torch.get_num_threads()
+        dweight = weight.new_zeros(threads, len(weight)) if needs_dweight else None
+        tensors = [t.data_ptr() for t in (dy, x, weight, scale, dx)]
+        tensors.append(None if dweight is None else dweight.data_ptr())
+        self._norm_backward(*tensors, scale.numel(), x.size(-1), threads)
+        return dx, None if dweight is None else dweight.sum(0)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+        """Returns x (1, heads, T, D) turned forwards (1) or back (-1); cos and sin are (1, 1, T, R)."""
+        _, heads, tokens, size = x.shape
+        y = x.new_empty(1, tokens, heads, size)
+        tensors = (cos.data_ptr(), sin.data_ptr(), y.data_ptr())
+        sizes = (heads, tokens, size, cos.size(-1), direction, torch.get_num_threads())
+        self._rotate(x.data_ptr(), x.stride(1), x.stride(2), *tensors, *sizes)
+        return y.transpose(1, 2)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns -log p(target) (N,) in float32; the logits (N, V) become their gradient. Targets are int64."""
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        tensors = (t.data_ptr() for t in (logits, targets, losses))
+        self._cross_entropy(*tensors, *logits.shape, torch.get_num_threads())
+        return losses
+
+
+def _attention(tensors: dict[str, Tensor], window: int | None) -> AttentionStruct:
+    struct = AttentionStruct(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
+    for name in ("q", "k", "v", "dy"):
+        if name in tensors:
+            setattr(struct, f"{name}_head", tensors[name].stride(0))
+            setattr(struct, f"{name}_token", tensors[name].stride(1))
+    struct.heads, struct.tokens, struct.size = tensors["q"].shape
+    struct.documents, struct.shared = len(tensors["starts"]) - 1, tensors["k"].size(0)
+    struct.window = window or ALL
+    return struct

@@ -1,0 +1,161 @@
+"""The project's own code for the processor in training: values and gradients against the formulas in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from litpeft import attention, native
+from litpeft.attention import Documents, attend, document_mask
+from litpeft.loss import summed_cross_entropy
+from litpeft.ops import rms_norm, rotate, swiglu
+from litpeft.slots import Linear
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="this machine has no AVX-512 BF16 or no g++")
+HALF = 2**-8  # what rounding to bfloat16 may change, relative
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the functions of the library that a test has called."""
+    names, library = [], native.library()
+    for name in [name for name in vars(library) if name.startswith("_")]:
+        function = getattr(library, name)
+        monkeypatch.setattr(library, name, lambda *args, f=function, n=name[1:]: names.append(n) or f(*args))
+    return names
+
+
+def both(function: Callable[..., Tensor], truth: Callable[..., Tensor], *inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Returns the value and every gradient of a function, each beside that of the truth in float64."""
+    out = []
+    dy = None
+    for formula, dtype in ((function, None), (truth, torch.float64)):
+        leaves = [x.detach().clone().to(dtype or x.dtype).requires_grad_() for x in inputs]
+        y = formula(*leaves)
+        dy = torch.randn(y.shape).to(y.dtype) if dy is None else dy.to(y.dtype)
+        out.append([y.detach(), *torch.autograd.grad(y, leaves, dy)])
+    return list(zip(*out, strict=True))
+
+
+def near(pairs: list[tuple[Tensor, Tensor]], limit: float = 2 * HALF) -> bool:
+    assert all(got.isfinite().all() for got, _ in pairs)
+    return all((got.double() - want).norm() <= limit * want.norm() for got, want in pairs)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 70])
+@pytest.mark.parametrize("lengths", [(1, 2), (40, 1, 33, 8), (200, 32, 31, 64)])
+@pytest.mark.parametrize(("heads", "shared", "size"), [(6, 2, 32), (4, 4, 128), (9, 3, 64)])
+def test_attention_of_documents(lengths: tuple, heads: int, shared: int, size: int, window: int | None, used) -> None:
+    torch.manual_seed(0)
+    documents, tokens = Documents(lengths), sum(lengths)
+    mask = document_mask(documents, window, torch.device("cpu"))
+    inputs = [2 * random(1, tokens, count, size).transpose(1, 2) for count in (heads, shared, shared)]
+    pairs = both(
+        lambda q, k, v: attend(q, k, v, mask=None, documents=documents, window=window),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True),
+        *inputs,
+    )
+    assert used == ["attention", "attention"]
+    if window == 1:  # the only weight is 1, whatever the scores are
+        pairs = [(got, want) for got, want in pairs if want.abs().max() > 1e-9]
+    assert near(pairs)
+
+
+def test_attention_of_a_long_document_goes_another_way(monkeypatch, used) -> None:
+    monkeypatch.setattr(attention, "LONGEST", 30)
+    q = random(1, 2, 62, 32)
+    got = attend(q, q, q, mask=None, documents=Documents((31, 31)), window=None)
+    assert used == []
+    monkeypatch.setattr(attention, "LONGEST", 31)
+    want = attend(q, q, q, mask=None, documents=Documents((31, 31)), window=None)
+    assert used == ["attention"]
+    assert (got - want).norm() < 2 * HALF * want.norm()
+
+
+def test_swiglu(used) -> None:
+    torch.manual_seed(0)
+    gate, up = 4 * random(3, 5, 64), random(3, 5, 64)
+    gate[0, 0, :4] = torch.tensor([0.0, 80.0, -80.0, -3e38])  # where an exponential has no bounds
+    pairs = both(swiglu, lambda gate, up: F.silu(gate) * up, gate, up)
+    assert used == ["swiglu", "swiglu_backward"]
+    assert near(pairs)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("shape", [(1, 32), (37, 64), (2, 3, 96)])
+def test_norm(shape: tuple[int, ...], trains: bool, used) -> None:
+    torch.manual_seed(0)
+    x, weight = 3 + random(*shape), torch.randn(shape[-1])
+    given = (x, weight) if trains else (x,)
+
+    def norm(x: Tensor, w: Tensor = weight) -> Tensor:
+        return rms_norm(x, w, 1e-5)
+
+    def truth(x: Tensor, w: Tensor = weight) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w.double()
+
+    pairs = both(norm, truth, *given)
+    assert used == ["norm", "norm_backward"]
+    assert near(pairs)
+    assert not trains or pairs[2][0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("turned", [32, 64])
+def test_rotation(turned: int, used) -> None:
+    torch.manual_seed(0)
+    x, angle = random(1, 11, 3, 64).transpose(1, 2), torch.rand(1, 1, 11, turned // 2) * 6
+    cos, sin = torch.cat((angle.cos(),) * 2, -1).bfloat16(), torch.cat((-angle.sin(), angle.sin()), -1).bfloat16()
+
+    def truth(x: Tensor) -> Tensor:
+        left, right, rest = x.split((turned // 2, turned // 2, 64 - turned), -1)
+        c, s = cos.double()[..., : turned // 2], sin.double()[..., turned // 2 :]
+        return torch.cat((left * c - right * s, right * c + left * s, rest), -1)
+
+    pairs = both(lambda x: rotate(x, cos, sin), truth, x)
+    assert used == ["rotate", "rotate"]
+    assert near(pairs)
+
+
+@pytest.mark.parametrize("count", [1, 300])
+def test_loss_and_its_gradient(count: int, used) -> None:
+    torch.manual_seed(0)
+    head, x, targets = (
+        Linear(48, 96).bfloat16().requires_grad_(False),
+        3 * random(count, 48),
+        torch.randint(96, (count,)),
+    )
+    pairs = both(
+        lambda x: summed_cross_entropy(head, x, targets),
+        lambda x: F.cross_entropy((x @ head.weight.t().double()).bfloat16().double(), targets, reduction="sum"),
+        x,
+    )
+    assert used == ["cross_entropy"] * (2 if count > 256 else 1)
+    assert (pairs[0][0] - pairs[0][1]).abs() < 1e-5 * pairs[0][1]
+    assert near(pairs, 2 * HALF)
+
+
+def test_a_number_that_is_none_is_not_lost() -> None:
+    nan = torch.full((2, 32), torch.nan).bfloat16()
+    library = native.library()
+    assert library.swiglu(nan, nan).isnan().all()
+    assert library.norm(nan, torch.ones(32), 1e-5)[0].isnan().all()
+    assert library.cross_entropy(nan, torch.tensor([0, 1])).isnan().all()
+    assert (
+        library.attention(nan[:, None], nan[:, None], nan[:, None], torch.tensor([0, 1]).int(), None)[0].isnan().all()
+    )
+
+
+def test_tensors_that_it_cannot_take_go_another_way(used) -> None:
+    for x in (torch.randn(3, 64), random(3, 63), torch.randn(3, 64, dtype=torch.float64)):
+        swiglu(x, x)
+        rms_norm(x.requires_grad_(), torch.ones(x.size(-1)), 1e-5)
+    assert used == []
+    compiled = torch.compile(lambda x: swiglu(x, x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(3, 64).bfloat16()), F.silu(torch.ones(3, 64).bfloat16()))
+    assert used == []
