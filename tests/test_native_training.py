@@ -10,8 +10,9 @@ from torch import Tensor
 from litpeft import attention, native
 from litpeft.attention import Documents, attend, document_mask
 from litpeft.loss import summed_cross_entropy
+from litpeft.methods.lora import LowRank
 from litpeft.ops import rms_norm, rotate, swiglu
-from litpeft.slots import Linear
+from litpeft.slots import Linear, together
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="this machine has no AVX-512 BF16 or no g++")
 HALF = 2**-8  # what rounding to bfloat16 may change, relative
@@ -159,3 +160,44 @@ def test_tensors_that_it_cannot_take_go_another_way(used) -> None:
     compiled = torch.compile(lambda x: swiglu(x, x), backend="eager", fullgraph=True)
     assert torch.equal(compiled(torch.ones(3, 64).bfloat16()), F.silu(torch.ones(3, 64).bfloat16()))
     assert used == []
+
+
+@pytest.mark.parametrize("frozen", ["", "A", "B", "x"])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 203])
+@pytest.mark.parametrize("ranks", [(8,), (2, 64), (6, 16, 8)])
+def test_low_rank_updates(ranks: tuple[int, ...], tokens: int, frozen: str, used) -> None:
+    torch.manual_seed(0)
+    layers, deltas = [], [LowRank(96, 32 * (2 + i), rank, 0.5, 0.0) for i, rank in enumerate(ranks)]
+    for delta in deltas:
+        layers.append(Linear(96, len(delta.B)).bfloat16().requires_grad_(False))
+        layers[-1].slot = delta
+        torch.nn.init.normal_(delta.A), torch.nn.init.normal_(delta.B)
+        delta.A.requires_grad_(frozen != "A"), delta.B.requires_grad_(frozen != "B")
+    x = random(1, tokens, 96).requires_grad_(frozen != "x")
+    ys = together(x, *layers)
+    names = [(kind, i) for kind in ("A", "B") if kind != frozen for i in range(len(ranks))]
+    leaves = [getattr(deltas[i], kind) for kind, i in names] + ([x] if frozen != "x" else [])
+    dys = [random(*y.shape) for y in ys]
+    got = torch.autograd.grad(ys, leaves, dys)
+    assert used == ["low_rank", "low_rank"]
+    wide = {
+        (kind, i): getattr(d, kind).detach().double().requires_grad_() for i, d in enumerate(deltas) for kind in "AB"
+    }
+    x64 = x.detach().double().requires_grad_()
+    weights = [layer.weight.double() + 0.5 * wide["B", i] @ wide["A", i] for i, layer in enumerate(layers)]
+    want = [x64 @ weight.t() for weight in weights]
+    assert near(list(zip(ys, want, strict=True)))
+    leaves = [wide[name] for name in names] + ([x64] if frozen != "x" else [])
+    grads = torch.autograd.grad(want, leaves, [dy.double() for dy in dys])
+    assert all(g.dtype == (torch.bfloat16 if g.shape == x.shape else torch.float32) for g in got)
+    assert near(list(zip(got, grads, strict=True)), 3 * HALF)
+
+
+@pytest.mark.parametrize("rank", [3, 66])
+def test_an_odd_or_a_thick_update_goes_another_way(rank: int, used) -> None:
+    layer = Linear(64, 64).bfloat16()
+    layer.slot = LowRank(64, 64, rank, 1.0, 0.0)
+    layer.slot.reset_parameters()
+    layer(random(5, 64)).sum().backward()
+    assert used == []
+    assert layer.slot.B.grad.isfinite().all()

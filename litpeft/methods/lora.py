@@ -21,6 +21,7 @@ from litpeft.methods.base import Method, linears
 from litpeft.model import GPT
 from litpeft.ops import plain, product
 from litpeft.slots import Delta, Linear
+from litpeft.updates import Updates
 
 LARGEST_RANK = 65536  # wider than any layer there is
 FEW = 32  # rows up to which a CPU computes thin products faster in float32 than in half precision
@@ -47,7 +48,7 @@ class LowRank(Delta):
         x = F.dropout(x, self.dropout, self.training).to(y.dtype)
         if plain():
             return y + product(product(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
-        return _Updates.apply(x, [self], y, self.A, self.B)[0]
+        return Updates.apply(x, [self.scale], y, self.A, self.B)[0]
 
     @classmethod
     def beside(cls, ys: Sequence[Tensor], x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
@@ -55,7 +56,8 @@ class LowRank(Delta):
         dropped = any(slot.dropout and slot.training for slot in slots)  # each its own share of x
         if cls.forward is not LowRank.forward or plain() or dropped:
             return super().beside(ys, x, layers)
-        return list(_Updates.apply(x.to(ys[0].dtype), slots, *ys, *(s.A for s in slots), *(s.B for s in slots)))
+        scales, as_, bs = zip(*((slot.scale, slot.A, slot.B) for slot in slots), strict=True)
+        return list(Updates.apply(x.to(ys[0].dtype), scales, *ys, *as_, *bs))
 
     @classmethod
     def below(cls, layers: Sequence[Linear]) -> "LowRank | None":
@@ -77,43 +79,6 @@ class LowRank(Delta):
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.addmm_(self.B.to(weight.dtype), self.A.to(weight.dtype), alpha=self.scale), bias
-
-
-class _Updates(torch.autograd.Function):
-    """y + s B A x for layers that read the same x, each written over its y.
-
-    A is one matrix for all of them, and what a product and a sum do in three passes over y takes one, and one rounding.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, slots: Sequence[LowRank], *tensors: Tensor) -> tuple[Tensor, ...]:
-        n, rows = len(slots), x.reshape(-1, x.size(-1))
-        ys, as_, bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        h = product(rows, torch.cat(as_).to(x.dtype))  # (N, sum of ranks)
-        ctx.ranks, ctx.scales = [len(a) for a in as_], [slot.scale for slot in slots]
-        for y, part, b, scale in zip(ys, h.split(ctx.ranks, 1), bs, ctx.scales, strict=True):
-            y.detach().view(-1, y.size(-1)).addmm_(part, (scale * b).to(y.dtype).T)
-        trains_a, trains_b = (any(ctx.needs_input_grad[2 + i * n : 2 + (i + 1) * n]) for i in (1, 2))
-        ctx.save_for_backward(x if trains_a else None, h if trains_b else None, *as_, *bs)
-        return ys
-
-    @staticmethod
-    def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        n, (x, h, *tensors) = len(dys), ctx.saved_tensors
-        as_, bs = tensors[:n], tensors[n:]
-        dx, das, dbs = None, [None] * n, [None] * n
-        rows = [dy.reshape(-1, dy.size(-1)) for dy in dys]
-        if ctx.needs_input_grad[0] or x is not None:
-            parts = [product(dy, (s * b).to(dy.dtype).T) for dy, b, s in zip(rows, bs, ctx.scales, strict=True)]
-            dh = torch.cat(parts, 1)
-            if ctx.needs_input_grad[0]:
-                dx = product(dh, torch.cat(as_).to(dh.dtype).T).view(*dys[0].shape[:-1], -1)
-            if x is not None:
-                das = (dh.T @ x.reshape(-1, x.size(-1))).to(as_[0].dtype).split(ctx.ranks)
-        if h is not None:
-            parts = zip(rows, h.split(ctx.ranks, 1), ctx.scales, strict=True)
-            dbs = [scale * (part.T @ dy).T.to(bs[0].dtype) for dy, part, scale in parts]
-        return dx, None, *dys, *das, *dbs
 
 
 @dataclass

@@ -4,10 +4,9 @@
 // document with one key/value head and the query heads that share it. Its m tokens are rounded up to a multiple of 32.
 
 #include <cmath>
-#include <cstring>
 #include <memory>
 
-#include "numbers.h"
+#include "tiles.h"
 
 struct Attention {  // tensors (heads, T, D), whose heads and tokens are so many numbers apart
     const bf16 *q, *k, *v;
@@ -20,70 +19,6 @@ struct Attention {  // tensors (heads, T, D), whose heads and tokens are so many
     Long documents, tokens, heads, shared, size, window;
 };
 
-constexpr Long ROWS = 8;  // queries, or keys, that go together
-
-// y (8, 32) = the sum over pairs of inputs of x w. The rows of x are `row` apart, its pairs `pair`; w is two strips of 16
-// outputs, `strip` apart, of which each holds pairs: two inputs of output 0, of output 1, ...
-static inline void product(const bf16* x, Long row, Long pair, const bf16* w, Long strip, Long pairs, float* y,
-                           Long y_row) {
-    __m512 sum[ROWS][2] = {};
-    for (Long p = 0; p < pairs; p++) {
-        const __m512bh w0 = ::pairs(w + 32 * p), w1 = ::pairs(w + strip + 32 * p);
-#pragma GCC unroll 8
-        for (Long i = 0; i < ROWS; i++) {
-            int two;
-            std::memcpy(&two, x + i * row + p * pair, sizeof two);
-            const __m512bh xs = (__m512bh)_mm512_set1_epi32(two);
-            sum[i][0] = _mm512_dpbf16_ps(sum[i][0], w0, xs);
-            sum[i][1] = _mm512_dpbf16_ps(sum[i][1], w1, xs);
-        }
-    }
-    for (Long i = 0; i < ROWS; i++)
-        for (Long s = 0; s < 2; s++) _mm512_storeu_ps(y + i * y_row + 16 * s, sum[i][s]);
-}
-
-static inline Long rounded(Long m) { return (m + 31) / 32 * 32; }
-
-using Buffer = std::unique_ptr<bf16[]>;
-using Floats = std::unique_ptr<float[]>;
-
-// strips of 16 tokens, each token an output and D the inputs
-static void by_token(const bf16* x, Long token, Long m, Long D, bf16* y) {
-    const __m512i lanes = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                             _mm512_set1_epi32(int(token)));
-    for (Long s = 0; s < rounded(m); s += 16) {
-        const Long left = std::max<Long>(0, std::min<Long>(16, m - s));
-        const __mmask16 there = (1u << left) - 1;
-        for (Long i = 0; i < D; i += 2) {
-            const bf16* from = x + s * token + i;
-            const __m512i two = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, lanes, from, 2);
-            _mm512_storeu_si512(y + s * D + 16 * i, two);
-        }
-    }
-}
-
-static const __m512i EACH = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-
-// strips of 16 of the D numbers, each an output and the tokens the inputs
-static void by_number(const bf16* x, Long token, Long m, Long D, bf16* y) {
-    const Long M = rounded(m);
-    for (Long s = 0; s < M; s += 2)
-        for (Long i = 0; i < D; i += 16) {
-            __m256i one = _mm256_setzero_si256(), next = one;
-            if (s < m) one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + s * token + i));
-            if (s + 1 < m) next = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + (s + 1) * token + i));
-            const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(one), next, 1);
-            _mm512_storeu_si512(y + i * M + 16 * s, _mm512_permutexvar_epi16(EACH, both));
-        }
-}
-
-// y (8, D) = rows of x, zeros after the last
-static void rows(const bf16* x, Long token, Long count, Long D, bf16* y) {
-    std::memset(y, 0, ROWS * D * sizeof *y);
-    for (Long i = 0; i < std::min(ROWS, count); i++) std::memcpy(y + i * D, x + i * token, D * sizeof *y);
-}
-
 // which of 16 keys from `key` on a query sees
 static inline __mmask16 seen(Long query, Long key, Long window) {
     const auto up_to = [](Long n) { return n <= 0 ? 0u : n >= 16 ? 0xFFFFu : (1u << n) - 1; };  // the first n
@@ -94,14 +29,14 @@ static void forward(const Attention& a, Long document, Long group) {
     const Long start = a.starts[document], m = a.starts[document + 1] - start, M = rounded(m), D = a.size;
     const Buffer keys(new bf16[M * D]), values(new bf16[M * D]), weights(new bf16[ROWS * M]), q(new bf16[ROWS * D]);
     const Floats scores(new float[ROWS * M]), out(new float[ROWS * D]);
-    by_token(a.k + group * a.k_head + start * a.k_token, a.k_token, m, D, keys.get());
-    by_number(a.v + group * a.v_head + start * a.v_token, a.v_token, m, D, values.get());
+    by_row(a.k + group * a.k_head + start * a.k_token, a.k_token, m, D, keys.get());
+    by_column(a.v + group * a.v_head + start * a.v_token, a.v_token, m, D, values.get());
     const __m512 factor = _mm512_set1_ps(1 / std::sqrt(float(D)));
     for (Long head = group * (a.heads / a.shared); head < (group + 1) * (a.heads / a.shared); head++)
         for (Long from = 0; from < m; from += ROWS) {
             const Long end = rounded(std::min(m, from + ROWS)), count = std::min(ROWS, m - from);
-            rows(a.q + head * a.q_head + (start + from) * a.q_token, a.q_token, count, D, q.get());
-            for (Long s = 0; s < end; s += 32) product(q.get(), D, 2, &keys[s * D], 16 * D, D / 2, &scores[s], M);
+            some_rows(a.q + head * a.q_head + (start + from) * a.q_token, a.q_token, count, D, q.get());
+            for (Long s = 0; s < end; s += 32) product<2>(q.get(), D, 2, &keys[s * D], 16 * D, D / 2, &scores[s], M);
             float scale[ROWS];
             for (Long i = 0; i < ROWS; i++) {
                 __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
@@ -122,7 +57,7 @@ static void forward(const Attention& a, Long document, Long group) {
                 if (i < count) a.log_sum[head * a.tokens + start + from + i] = log_sum;
             }
             for (Long n = 0; n < D; n += 32)
-                product(weights.get(), M, 2, &values[n * M], 16 * M, end / 2, &out[n], D);
+                product<2>(weights.get(), M, 2, &values[n * M], 16 * M, end / 2, &out[n], D);
             for (Long i = 0; i < count; i++)
                 for (Long n = 0; n < D; n += 16) {
                     bf16* y = a.y + ((start + from + i) * a.heads + head) * D + n;
@@ -131,37 +66,31 @@ static void forward(const Attention& a, Long document, Long group) {
         }
 }
 
-// two rows of 16 numbers as pairs
-static inline void in_pairs(bf16* y, const float* one, const float* next) {
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(next), _mm512_loadu_ps(one));
-    _mm512_storeu_si512(y, _mm512_permutexvar_epi16(EACH, both));
-}
-
 static void backward(const Attention& a, Long document, Long group) {
     const Long start = a.starts[document], m = a.starts[document + 1] - start, M = rounded(m), D = a.size;
-    const Buffer keys(new bf16[M * D]), values(new bf16[M * D]), keys_by_number(new bf16[M * D]);
-    const Buffer q_by_number(new bf16[M * D]), dy_by_number(new bf16[M * D]);
+    const Buffer keys(new bf16[M * D]), values(new bf16[M * D]), keys_by_column(new bf16[M * D]);
+    const Buffer q_by_column(new bf16[M * D]), dy_by_column(new bf16[M * D]);
     const Buffer weights(new bf16[M * M]), dscores(new bf16[M * M]);  // pairs of queries: (M / 2, M, 2)
     const Buffer q(new bf16[ROWS * D]), dy(new bf16[ROWS * D]), row(new bf16[ROWS * M]);
     const Floats scores(new float[ROWS * M]), dweights(new float[ROWS * M]), out(new float[ROWS * D]);
     const Floats dk(new float[M * D]()), dv(new float[M * D]());
     const bf16* k = a.k + group * a.k_head + start * a.k_token;
-    by_token(k, a.k_token, m, D, keys.get());
-    by_number(k, a.k_token, m, D, keys_by_number.get());
-    by_token(a.v + group * a.v_head + start * a.v_token, a.v_token, m, D, values.get());
+    by_row(k, a.k_token, m, D, keys.get());
+    by_column(k, a.k_token, m, D, keys_by_column.get());
+    by_row(a.v + group * a.v_head + start * a.v_token, a.v_token, m, D, values.get());
     const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(D)));
     for (Long head = group * (a.heads / a.shared); head < (group + 1) * (a.heads / a.shared); head++) {
         const bf16* head_q = a.q + head * a.q_head + start * a.q_token;
         const bf16* head_dy = a.dy + head * a.dy_head + start * a.dy_token;
-        by_number(head_q, a.q_token, m, D, q_by_number.get());
-        by_number(head_dy, a.dy_token, m, D, dy_by_number.get());
+        by_column(head_q, a.q_token, m, D, q_by_column.get());
+        by_column(head_dy, a.dy_token, m, D, dy_by_column.get());
         for (Long from = 0; from < m; from += ROWS) {
             const Long end = rounded(std::min(m, from + ROWS)), count = std::min(ROWS, m - from);
-            rows(head_q + from * a.q_token, a.q_token, count, D, q.get());
-            rows(head_dy + from * a.dy_token, a.dy_token, count, D, dy.get());
+            some_rows(head_q + from * a.q_token, a.q_token, count, D, q.get());
+            some_rows(head_dy + from * a.dy_token, a.dy_token, count, D, dy.get());
             for (Long s = 0; s < end; s += 32) {
-                product(q.get(), D, 2, &keys[s * D], 16 * D, D / 2, &scores[s], M);
-                product(dy.get(), D, 2, &values[s * D], 16 * D, D / 2, &dweights[s], M);
+                product<2>(q.get(), D, 2, &keys[s * D], 16 * D, D / 2, &scores[s], M);
+                product<2>(dy.get(), D, 2, &values[s * D], 16 * D, D / 2, &dweights[s], M);
             }
             for (Long i = 0; i < ROWS; i++) {  // scores become weights, dweights the gradients of the scores
                 const Long token = start + std::min(m - 1, from + i);
@@ -185,11 +114,11 @@ static void backward(const Attention& a, Long document, Long group) {
             for (Long i = 0; i < ROWS; i += 2)
                 for (Long s = 0; s < end; s += 16) {
                     const Long at = i * M + s, pair = ((from + i) / 2 * M + s) * 2;
-                    in_pairs(&weights[pair], &scores[at], &scores[at + M]);
-                    in_pairs(&dscores[pair], &dweights[at], &dweights[at + M]);
+                    _mm512_storeu_si512(&weights[pair], zip(&scores[at], &scores[at + M]));
+                    _mm512_storeu_si512(&dscores[pair], zip(&dweights[at], &dweights[at + M]));
                 }
             for (Long n = 0; n < D; n += 32)
-                product(row.get(), M, 2, &keys_by_number[n * M], 16 * M, end / 2, &out[n], D);
+                product<2>(row.get(), M, 2, &keys_by_column[n * M], 16 * M, end / 2, &out[n], D);
             for (Long i = 0; i < count; i++)
                 for (Long n = 0; n < D; n += 16)
                     narrow(a.dq + ((start + from + i) * a.heads + head) * D + n, _mm512_loadu_ps(&out[i * D + n]));
@@ -199,7 +128,7 @@ static void backward(const Attention& a, Long document, Long group) {
             for (Long n = 0; n < D; n += 32) {
                 const Long first = s / 2, from = (first * M + s) * 2, at = n * M + 32 * first;
                 const auto add = [&](const Buffer& x, const Buffer& w, float* sum) {
-                    product(&x[from], 2, 2 * M, &w[at], 16 * M, pairs - first, out.get(), 32);
+                    product<2>(&x[from], 2, 2 * M, &w[at], 16 * M, pairs - first, out.get(), 32);
                     for (Long i = 0; i < ROWS; i++)
                         for (Long part = 0; part < 32; part += 16) {
                             float* to = sum + (s + i) * D + n + part;
@@ -207,8 +136,8 @@ static void backward(const Attention& a, Long document, Long group) {
                             _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), more));
                         }
                 };
-                add(weights, dy_by_number, dv.get());
-                add(dscores, q_by_number, dk.get());
+                add(weights, dy_by_column, dv.get());
+                add(dscores, q_by_column, dk.get());
             }
     }
     for (Long s = 0; s < m; s++)

@@ -48,7 +48,7 @@ static void attend(const bf16* q, const bf16* k, const bf16* v, Long S, Long D, 
     for (Long s = 0; s < S; s++) {
         __m512 sum = _mm512_setzero_ps();
         for (Long i = 0; i < D; i += 32)
-            sum = _mm512_dpbf16_ps(sum, pairs(q + i), pairs(k + s * D + i));
+            sum = _mm512_dpbf16_ps(sum, load_pairs(q + i), load_pairs(k + s * D + i));
         scores[s] = _mm512_reduce_add_ps(sum);
         most = std::max(most, scores[s]);
     }

@@ -4,6 +4,7 @@ Letters: B rows, T tokens, S keys, D head size, R of it that rotates, d model wi
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 ALL = 1 << 62  # keys that a query sees where no window says how many
+LAYERS = 3  # that read the same input, at most
 
 
 def _pointers(*names: str) -> list[tuple[str, type]]:
@@ -51,6 +53,19 @@ class AttentionStruct(Structure):
     ]
 
 
+class LowRankStruct(Structure):
+    """`LowRank` of lora.cpp."""
+
+    _fields_ = [
+        *_pointers("x", "a", "h"),
+        *((name, c_void_p * LAYERS) for name in ("b", "y", "dy")),
+        *_pointers("dx", "da"),
+        ("db", c_void_p * LAYERS),
+        *((name, c_int64 * LAYERS) for name in ("outputs", "ranks")),
+        *_numbers("layers", "rows", "inputs", "rank"),
+    ]
+
+
 class Library:
     def __init__(self, file: Path):
         library, pointer, number = ctypes.CDLL(str(file)), c_void_p, c_int64
@@ -58,6 +73,7 @@ class Library:
             "product": [POINTER(RowsStruct), *[pointer] * 2, *[number] * 2],
             "block": [POINTER(BlockStruct), *[pointer] * 7, *[number] * 4],
             "attention": [POINTER(AttentionStruct), number],
+            "low_rank": [POINTER(LowRankStruct), *[number] * 2],
             "swiglu": [*[pointer] * 3, *[number] * 2],
             "swiglu_backward": [*[pointer] * 5, *[number] * 2],
             "norm": [*[pointer] * 2, c_double, *[pointer] * 2, *[number] * 3],
@@ -113,6 +129,41 @@ class Library:
         tensors = {"q": q, "k": k, "v": v, "log_sum": log_sum, "starts": starts, "dy": dy, "dq": dq, "dk": dk, "dv": dv}
         self._attention(_attention(tensors, window), torch.get_num_threads())
         return dq, dk, dv
+
+    def low_rank(self, x: Tensor, a: Tensor, bs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+        """Adds B A x to the y (N, out) of each layer, in place; returns h = A x (N, R), for x (N, in).
+
+        a (R, in) is the A of all layers, one below the other, and b (out, r) the B of one, with the update's scale.
+        """
+        h = x.new_empty(len(x), len(a))
+        struct = LowRankStruct(x.data_ptr(), a.data_ptr(), h.data_ptr(), layers=len(bs), rows=len(x))
+        struct.inputs, struct.rank = x.size(1), len(a)
+        for layer, (b, y) in enumerate(zip(bs, ys, strict=True)):
+            struct.b[layer], struct.y[layer] = b.data_ptr(), y.data_ptr()
+            struct.outputs[layer], struct.ranks[layer] = b.shape
+        self._low_rank(struct, 0, torch.get_num_threads())
+        return h
+
+    def low_rank_backward(
+        self, dys: Sequence[Tensor], x: Tensor | None, a: Tensor, h: Tensor | None, bs: Sequence[Tensor], wants_dx: bool
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
+        """Returns the gradients of x (N, in), of a (R, in), and of each B, as (r, out); the latter two in float32.
+
+        b is (r, out) here. Without x there is no gradient of a, without h none of the Bs.
+        """
+        threads, rows = torch.get_num_threads(), len(dys[0])
+        dx = a.new_empty(rows, a.size(1)) if wants_dx else None
+        da = None if x is None else a.new_zeros(threads, *a.shape, dtype=torch.float32)
+        dbs = None if h is None else [b.new_zeros(threads, *b.shape, dtype=torch.float32) for b in bs]
+        pointers = {name: t.data_ptr() for name, t in {"x": x, "h": h, "dx": dx, "da": da}.items() if t is not None}
+        struct = LowRankStruct(a=a.data_ptr(), layers=len(bs), rows=rows, inputs=a.size(1), rank=len(a), **pointers)
+        for layer, (b, dy) in enumerate(zip(bs, dys, strict=True)):
+            struct.b[layer], struct.dy[layer] = b.data_ptr(), dy.data_ptr()
+            struct.ranks[layer], struct.outputs[layer] = b.shape
+            if dbs is not None:
+                struct.db[layer] = dbs[layer].data_ptr()
+        self._low_rank(struct, 1, threads)
+        return dx, None if da is None else da.sum(0), None if dbs is None else [db.sum(0) for db in dbs]
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """Returns silu(gate) * up."""

@@ -20,7 +20,7 @@ static inline void narrow(bf16* x, __m512 y) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), (__m256i)_mm512_cvtneps_pbh(y));
 }
 
-static inline __m512bh pairs(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }  // 32 of them, for a product
+static inline __m512bh load_pairs(const bf16* x) { return (__m512bh)_mm512_loadu_si512(x); }  // 16, for a product
 
 static inline float number(bf16 x) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(x) << 16))); }
 
