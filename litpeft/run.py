@@ -22,7 +22,7 @@ from litpeft.methods import METHODS, method_class
 from litpeft.methods.base import Method, delta_state
 from litpeft.model import GPT
 from litpeft.precision import PRECISIONS, Storage
-from litpeft.tokenizer import Tokenizer
+from litpeft.tokenizer import template_hash
 
 FORMAT = 2
 
@@ -91,8 +91,7 @@ class Run:
                 f"the run's base {saved['fingerprint'][:12]}"
             )
             raise UserError("MODEL-054", what, where=str(self.folder), hint="say where the right base is with --base")
-        template = Tokenizer.load(folder).template_hash
-        if template != self.facts["template"]["sha256"]:
+        if template_hash(folder) != self.facts["template"]["sha256"]:
             what = "the base's chat template is not the one that the run was trained with"
             raise UserError("MODEL-055", what, where=str(folder))
         return folder

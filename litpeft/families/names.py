@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from litpeft.config import ModelConfig
 from litpeft.errors import UserError, some
 from litpeft.families import Place, family, split_name
 from litpeft.model import GPT
+
+
+@cache
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter of the plain model."""
+    with torch.device("meta"):
+        return {ours: tuple(tensor.shape) for ours, tensor in GPT(config).state_dict().items()}
 
 
 class NameMap:
@@ -27,8 +35,7 @@ class NameMap:
         self.buffers: tuple[str, ...] = getattr(module, "BUFFERS", ())
         self.other_prefixes: dict[str, str] = getattr(module, "OTHER_PREFIXES", {})
         self._places = {ours: at if isinstance(at, Place) else Place(at) for ours, at in module.NAMES.items()}
-        with torch.device("meta"):
-            self.ours = {ours: tuple(tensor.shape) for ours, tensor in GPT(config).state_dict().items()}
+        self.ours = _shapes(config)
         order = list(self._places)
         self.parts: dict[str, list[str]] = {}
         for ours in sorted(self.ours, key=lambda ours: order.index(split_name(ours)[0])):
