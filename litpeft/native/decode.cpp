@@ -42,37 +42,52 @@ static void turn(const float* x, const bf16* cos, const bf16* sin, Long R, Long 
     for (Long i = 0; i < D; i += 16) narrow(y + i, _mm512_load_ps(turned + i));
 }
 
-// y (D,) = softmax(q k^T / sqrt(D)) v over S keys; q may lie where y does; scores is room for S and 15 more
-static void attend(const bf16* q, const bf16* k, const bf16* v, Long S, Long D, float* scores, bf16* y) {
-    float most = -INFINITY;
-    for (Long s = 0; s < S; s++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (Long i = 0; i < D; i += 32)
-            sum = _mm512_dpbf16_ps(sum, load_pairs(q + i), load_pairs(k + s * D + i));
-        scores[s] = _mm512_reduce_add_ps(sum);
-        most = std::max(most, scores[s]);
-    }
-    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(float(D))), top = _mm512_set1_ps(most);
-    __m512 sum = _mm512_setzero_ps();
-    for (Long s = 0; s < S; s += 16) {
-        const __mmask16 there = S - s < 16 ? (1 << (S - s)) - 1 : 0xFFFF;
-        const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, scores + s), top);
-        const __m512 weight = _mm512_maskz_mov_ps(there, exponential(_mm512_mul_ps(below, factor)));
-        sum = _mm512_add_ps(sum, weight);
-        _mm512_storeu_ps(scores + s, weight);
-    }
-    const __m512 scale = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
-    for (Long i = 0; i < D; i += 32) {
-        __m512 left = _mm512_setzero_ps(), right = _mm512_setzero_ps();
-        for (Long s = 0; s < S; s++) {
-            const __m512 weight = _mm512_set1_ps(scores[s]);
-            left = _mm512_fmadd_ps(weight, widen(v + s * D + i), left);
-            right = _mm512_fmadd_ps(weight, widen(v + s * D + i + 16), right);
+constexpr Long TOGETHER = 4;  // heads that share a key and are computed together
+
+// y (HEADS, D) = softmax(q k^T / sqrt(D)) v over S keys; q may lie where y does; weights and scores are (HEADS, row)
+template <int HEADS>
+static void attend(const bf16* q, const bf16* k, const bf16* v, Long S, Long D, Long row, float* scores, bf16* weights,
+                   bf16* y) {
+    for (Long s = 0; s < S; s++)
+        for (Long h = 0; h < HEADS; h++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (Long i = 0; i < D; i += 32)
+                sum = _mm512_dpbf16_ps(sum, load_pairs(q + h * D + i), load_pairs(k + s * D + i));
+            scores[h * row + s] = _mm512_reduce_add_ps(sum);
         }
-        narrow(y + i, _mm512_mul_ps(left, scale));
-        narrow(y + i + 16, _mm512_mul_ps(right, scale));
+    const __m512 factor = _mm512_set1_ps(1 / std::sqrt(float(D)));
+    __m512 scale[HEADS];
+    for (Long h = 0; h < HEADS; h++) {
+        const __m512 most = _mm512_set1_ps(*std::max_element(scores + h * row, scores + h * row + S));
+        __m512 sum = _mm512_setzero_ps();
+        for (Long s = 0; s < S; s += 16) {
+            const __mmask16 there = S - s < 16 ? (1 << (S - s)) - 1 : 0xFFFF;
+            const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, scores + h * row + s), most);
+            const __m512 weight = _mm512_maskz_mov_ps(there, exponential(_mm512_mul_ps(below, factor)));
+            sum = _mm512_add_ps(sum, weight);
+            narrow(weights + h * row + s, weight);
+        }
+        scale[h] = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
+    }
+    for (Long i = 0; i < D; i += 32) {
+        __m512 left[HEADS] = {}, right[HEADS] = {};
+        for (Long s = 0; s < S; s += 2) {
+            const bf16 *one = v + s * D + i, *next = s + 1 < S ? one + D : nullptr;
+            const __m512bh v0 = (__m512bh)zip(one, next), v1 = (__m512bh)zip(one + 16, next ? next + 16 : nullptr);
+            for (Long h = 0; h < HEADS; h++) {
+                const __m512bh weight = broadcast(weights + h * row + s);
+                left[h] = _mm512_dpbf16_ps(left[h], v0, weight);
+                right[h] = _mm512_dpbf16_ps(right[h], v1, weight);
+            }
+        }
+        for (Long h = 0; h < HEADS; h++) {
+            narrow(y + h * D + i, _mm512_mul_ps(left[h], scale[h]));
+            narrow(y + h * D + i + 16, _mm512_mul_ps(right[h], scale[h]));
+        }
     }
 }
+
+constexpr decltype(&attend<1>) ATTEND[TOGETHER] = {attend<1>, attend<2>, attend<3>, attend<4>};
 
 // 2. what Python calls
 
@@ -88,8 +103,8 @@ extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, 
                       const bf16* sin, Long B, Long T, Long room, Long threads) {
     const Long M = B * T, H = b->heads, G = b->shared, D = b->size, R = b->turned;
     const Long d = b->qkv.inputs, all = b->qkv.outputs, middle = b->down.inputs;
-    const std::unique_ptr<float[]> wide(new float[M * std::max(all, 2 * middle)]);
-    const std::unique_ptr<bf16[]> normed(new bf16[M * d]), heads(new bf16[M * H * D]), inside(new bf16[M * middle]);
+    const Floats wide(new float[M * std::max(all, 2 * middle)]);
+    const Buffer normed(new bf16[M * d]), heads(new bf16[M * H * D]), inside(new bf16[M * middle]);
     const Long most = *std::max_element(positions, positions + M) + 1;
     const auto keep = [&](Long N) {
         return [&wide, N](Long m, Long n, __m512 sum) { _mm512_storeu_ps(&wide[m * N + n], sum); };
@@ -108,12 +123,18 @@ extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, 
             turn(&wide[m * all + head * D], cos + m * R, sin + m * R, head < H + G ? R : 0, D, to);
         }
 #pragma omp barrier
-        const std::unique_ptr<float[]> scores(new float[most + 15]);
-        const auto [from, until] = share(M * H);
+        const Long row = rounded(most);
+        const Floats scores(new float[TOGETHER * row]);
+        const Buffer weights(new bf16[TOGETHER * row]);
+        const auto [from, until] = share(M * G);
         for (Long i = from; i < until; i++) {
-            const Long m = i / H, group = i % H / (H / G), keys = std::min(positions[m] + 1, b->window);
-            const Long at = ((m / T * G + group) * room + positions[m] + 1 - keys) * D;
-            attend(&heads[i * D], k + at, v + at, keys, D, scores.get(), &heads[i * D]);
+            const Long m = i / G, keys = std::min(positions[m] + 1, b->window);
+            const Long at = ((m / T * G + i % G) * room + positions[m] + 1 - keys) * D;
+            for (Long head = i * (H / G); head < (i + 1) * (H / G); head += TOGETHER) {
+                const Long count = std::min(TOGETHER, (i + 1) * (H / G) - head);
+                bf16* y = &heads[head * D];
+                ATTEND[count - 1](y, k + at, v + at, keys, D, row, scores.get(), weights.get(), y);
+            }
         }
 #pragma omp barrier
         multiply(b->o, heads.get(), M, [&](Long m, Long n, __m512 sum) {

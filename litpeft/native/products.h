@@ -5,11 +5,7 @@
 
 #pragma once
 
-#include <algorithm>
-#include <cstring>
-#include <memory>
-
-#include "numbers.h"
+#include "tiles.h"
 
 // W (N, K) of layers that read the same input; storage/native_rows.py says how it lies
 struct Rows {
@@ -56,11 +52,7 @@ struct FourBit {
     }
 };
 
-static inline __m512bh both(const bf16* x) {
-    int pair;
-    std::memcpy(&pair, x, sizeof pair);
-    return (__m512bh)_mm512_set1_epi32(pair);
-}
+constexpr Long AHEAD = 3072;  // bytes of a strip that are asked for before they are needed
 
 // y (M, 16 S) = what S strips of outputs from `strip` on make of x (M, K)
 template <class Weight, int M, int S>
@@ -77,11 +69,11 @@ static void tile(const Rows& rows, const bf16* x, Long strip, float* y) {
             for (int s = 0; s < S; s++) {
                 const uint8_t* p = weight + s * bytes + k / 2 * Weight::BYTES;
                 Weight::load(p, codes, first[s], second[s]);
-                _mm_prefetch(p + 1024, _MM_HINT_T0);
+                for (Long line = 0; line < 2 * Weight::BYTES; line += 64) _mm_prefetch(p + AHEAD + line, _MM_HINT_T0);
             }
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                const __m512bh x0 = both(x + m * K + k), x1 = both(x + m * K + k + 2);
+                const __m512bh x0 = broadcast(x + m * K + k), x1 = broadcast(x + m * K + k + 2);
 #pragma GCC unroll 4
                 for (int s = 0; s < S; s++) {
                     sum[m][s] = _mm512_dpbf16_ps(sum[m][s], first[s], x0);
@@ -110,9 +102,9 @@ struct Tiles {  // for 1 to 8 rows: as many strips as there are registers for, a
 template <class W>
 constexpr Tiles TILES = {
     W::BYTES,
-    {4, 4, 4, 4, 2, 2, 2, 2},
+    {4, 4, 4, 4, 4, 4, 2, 2},
     {tile<W, 1, 4>, tile<W, 2, 4>, tile<W, 3, 4>, tile<W, 4, 4>,
-     tile<W, 5, 2>, tile<W, 6, 2>, tile<W, 7, 2>, tile<W, 8, 2>},
+     tile<W, 5, 4>, tile<W, 6, 4>, tile<W, 7, 2>, tile<W, 8, 2>},
     {tile<W, 1, 1>, tile<W, 2, 1>, tile<W, 3, 1>, tile<W, 4, 1>,
      tile<W, 5, 1>, tile<W, 6, 1>, tile<W, 7, 1>, tile<W, 8, 1>},
 };
