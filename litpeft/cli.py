@@ -56,8 +56,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command and exits with its code (see litpeft/errors.py)."""
-    program = argv is None  # and not a function that somebody calls
-    argv = list(sys.argv[1:] if program else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     debug = ["--debug"] if "--debug" in argv else []
     argv = [word for word in argv if word != "--debug"]
     pressed: list[int] = []
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         dispatch(argv, debug)
         sys.stdout.flush()
-        if program or started_by() is not None:
+        if started_by() is not None:
             leave(0)
     except SystemExit as stop:
         if started_by() is not None:

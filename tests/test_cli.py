@@ -26,6 +26,14 @@ def fails(capsys, *argv: str) -> tuple[int, str]:
     return stop.value.code, capsys.readouterr().err.splitlines()[0]
 
 
+def test_a_program_that_is_done_runs_what_others_asked_for_at_its_end() -> None:
+    code = "import atexit, sys; atexit.register(print, 'at the end'); sys.argv[1:] = ['--version']; "
+    code += "from litpeft.__main__ import program; program()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\n")[1:] == ["at the end", ""]
+
+
 def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "litpeft", "--help"], capture_output=True, text=True, cwd=ROOT
