@@ -35,7 +35,7 @@ def library() -> Library | None:
         if not file.exists():
             _compile(compiler, file)
         return Library(file)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         reason = next((line for line in detail.splitlines() if "error" in line), detail).strip()[:200]
         print(f"litpeft is slower than it could be: its own code does not compile here: {reason}", file=sys.stderr)
