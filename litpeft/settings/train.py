@@ -65,8 +65,8 @@ class Train:
     activation_checkpointing: bool = False
     """Keep only the input of each block and compute the rest again in the backward pass: less memory, more time."""
     compile: bool = False
-    """Have torch compile the blocks, which takes up to a minute at the start. Meant for GPUs: on a CPU with AVX-512 BF16
-    litpeft's own code is faster."""
+    """Have torch compile the blocks, which takes up to a minute at the start. Meant for GPUs: on a CPU with AVX-512
+    BF16 litpeft's own code is faster."""
     seed: int = 0
     """Seeds the new parameters and the dropout."""
 
