@@ -67,7 +67,7 @@ class LowRankStruct(Structure):
 
 
 class Library:
-    """The compiled functions. All that they are given is contiguous, but q, k, v and dy of attention, and x of rotate."""
+    """The compiled functions, of contiguous tensors; q, k, v and dy of attention, and x of rotate, need not be."""
 
     def __init__(self, file: Path):
         library, pointer, number = ctypes.CDLL(str(file)), c_void_p, c_int64
