@@ -35,7 +35,7 @@ class NativeRows(Rows):
             absmax = torch.cat([layer.blocks().detach() for layer in layers])
             self.scale = absmax.view(-1, self.inputs // BLOCK).t().contiguous()
             self.codes = torch.tensor(CODES[first.kind]).bfloat16().repeat(2)
-        self.weight = torch.cat([_strips(layer) for layer in layers])
+        self.weight = _joined([_strips(layer) for layer in layers])
         self.added = super().bias(torch.float32)
         factors = None if self.delta is None else self.delta.factors()
         self.update = () if factors is None else (factors[0].contiguous(), factors[1].t().contiguous())
@@ -79,14 +79,21 @@ class NativeRows(Rows):
         return (self.codes.float()[codes.int()] * self.scale.t()[..., None]).bfloat16().view(outputs, -1)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Returns the parts one below the other, each copied once."""
+    sizes = [len(part) for part in parts]
+    whole = parts[0].new_empty(sum(sizes), *parts[0].shape[1:])
+    for place, part in zip(whole.split(sizes), parts, strict=True):
+        place.copy_(part)
+    return whole
+
+
 def _strips(layer: Linear) -> Tensor:
-    """Returns the weight or the codes (out / 16, bytes or numbers of a strip) of a layer in the order of strips."""
+    """Returns the weight or the codes of a layer, (out / 16, ...), in the order of strips; a view, if it can be."""
     inputs, strips = layer.in_features, layer.out_features // STRIP
     if isinstance(layer, Int8):
-        held = layer.weight.detach().view(strips, STRIP, inputs // 2, 2).permute(0, 2, 3, 1)
-    elif isinstance(layer, FourBit):  # two inputs in a byte, the first in its high half
+        return layer.weight.detach().view(strips, STRIP, inputs // 2, 2).permute(0, 2, 3, 1)
+    if isinstance(layer, FourBit):  # two inputs in a byte, the first in its high half
         first, second = layer.weight.detach().view(strips, STRIP, inputs // 4, 2).unbind(3)
-        held = torch.stack((first >> 4 | second & 240, first & 15 | second << 4), 3).transpose(1, 2)
-    else:
-        held = layer.dense().detach().view(strips, STRIP, inputs // 2, 2).transpose(1, 2)
-    return held.reshape(strips, -1)
+        return torch.stack((first >> 4 | second & 240, first & 15 | second << 4), 3).transpose(1, 2)
+    return layer.dense().detach().view(strips, STRIP, inputs // 2, 2).transpose(1, 2)
