@@ -19,18 +19,7 @@ struct Block {
 // y = x / rms(x) * weight, for this thread's rows
 static void norm(const bf16* x, const float* weight, double eps, Long M, Long d, bf16* y) {
     const auto [from, to] = share(M);
-    for (Long m = from; m < to; m++) {
-        __m512 squares = _mm512_setzero_ps();
-        for (Long i = 0; i < d; i += 16) {
-            const __m512 part = widen(x + m * d + i);
-            squares = _mm512_fmadd_ps(part, part, squares);
-        }
-        const __m512 factor = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / d + eps));
-        for (Long i = 0; i < d; i += 16) {
-            const __m512 unit = _mm512_mul_ps(widen(x + m * d + i), factor);
-            narrow(y + m * d + i, _mm512_mul_ps(unit, _mm512_loadu_ps(weight + i)));
-        }
-    }
+    for (Long m = from; m < to; m++) norm_row(x + m * d, weight, eps, d, y + m * d);
 }
 
 // y (D,) = x with each pair (i, i + R/2) of its first R numbers turned; cos and sin (R,), sin negated in its first half
@@ -148,9 +137,8 @@ extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, 
         const auto [start, stop] = share(M * middle / 16);
         for (Long i = start; i < stop; i++) {
             const float* gate = &wide[16 * i + 16 * i / middle * middle];
-            const __m512 g = _mm512_loadu_ps(gate), up = _mm512_loadu_ps(gate + middle), one = _mm512_set1_ps(1);
-            const __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), g)));
-            narrow(&inside[16 * i], _mm512_mul_ps(_mm512_div_ps(g, below), up));
+            const __m512 g = _mm512_loadu_ps(gate), up = _mm512_loadu_ps(gate + middle);
+            narrow(&inside[16 * i], _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), up));
         }
 #pragma omp barrier
         multiply(b->down, inside.get(), M, [&](Long m, Long n, __m512 sum) {

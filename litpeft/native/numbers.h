@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #include <omp.h>
 
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -34,6 +35,25 @@ static inline __m512 exponential(__m512 x) {
     for (float factor : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f})
         y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(factor));
     return _mm512_scalef_ps(y, n);
+}
+
+static inline __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+// y = x / rms(x) * weight for one row of d numbers; returns 1 / rms(x)
+static inline float norm_row(const bf16* x, const float* weight, double eps, Long d, bf16* y) {
+    __m512 squares = _mm512_setzero_ps();
+    for (Long i = 0; i < d; i += 16) {
+        const __m512 part = widen(x + i);
+        squares = _mm512_fmadd_ps(part, part, squares);
+    }
+    const float scale = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / d + eps);
+    const __m512 factor = _mm512_set1_ps(scale);
+    for (Long i = 0; i < d; i += 16)
+        narrow(y + i, _mm512_mul_ps(_mm512_mul_ps(widen(x + i), factor), _mm512_loadu_ps(weight + i)));
+    return scale;
 }
 
 // this thread's part of n things

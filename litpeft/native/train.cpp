@@ -5,11 +5,6 @@
 
 #include "numbers.h"
 
-static inline __m512 sigmoid(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
-
 // y = silu(gate) * up, n numbers, a multiple of 16
 extern "C" void swiglu(const bf16* gate, const bf16* up, bf16* y, Long n, Long threads) {
 #pragma omp parallel for num_threads(threads)
@@ -36,19 +31,7 @@ extern "C" void swiglu_backward(const bf16* dy, const bf16* gate, const bf16* up
 extern "C" void norm(const bf16* x, const float* weight, double eps, bf16* y, float* scale, Long M, Long d,
                      Long threads) {
 #pragma omp parallel for num_threads(threads)
-    for (Long m = 0; m < M; m++) {
-        __m512 squares = _mm512_setzero_ps();
-        for (Long i = 0; i < d; i += 16) {
-            const __m512 part = widen(x + m * d + i);
-            squares = _mm512_fmadd_ps(part, part, squares);
-        }
-        scale[m] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / d + eps);
-        const __m512 factor = _mm512_set1_ps(scale[m]);
-        for (Long i = 0; i < d; i += 16) {
-            const __m512 unit = _mm512_mul_ps(widen(x + m * d + i), factor);
-            narrow(y + m * d + i, _mm512_mul_ps(unit, _mm512_loadu_ps(weight + i)));
-        }
-    }
+    for (Long m = 0; m < M; m++) scale[m] = norm_row(x + m * d, weight, eps, d, y + m * d);
 }
 
 // dx = scale (dunit - unit mean(dunit unit)), with unit = x scale and dunit = dy weight; and, unless dweight is null,

@@ -50,7 +50,7 @@ def pack(model: GPT, native: bool = True) -> None:
         return next((kind for kind in (*kinds, KINDS[type(layer)]) if kind.takes(layer)), None)
 
     for group in [*(group for block in model.blocks for group in groups(block)), [model.head]]:
-        alike = len({kind(layer) for layer in group}) == 1
+        alike = len({(kind(layer), type(layer)) for layer in group}) == 1
         for layers in [group] if alike else [[layer] for layer in group]:
             rows = kind(layers[0])
             if rows is not None:
