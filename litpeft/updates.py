@@ -25,49 +25,54 @@ class Updates(torch.autograd.Function):
     def forward(ctx, x: Tensor, scales: Sequence[float], *tensors: Tensor) -> tuple[Tensor, ...]:
         n, rows = len(scales), x.reshape(-1, x.size(-1))
         ys, as_, bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        ctx.ranks, ctx.scales = [len(a) for a in as_], scales
-        a, flat = torch.cat(as_).to(x.dtype), [y.detach().view(-1, y.size(-1)) for y in ys]
-        scaled = [(s * b).to(x.dtype) for s, b in zip(scales, bs, strict=True)]
+        ctx.ranks, ctx.scales, ctx.wide = [len(a) for a in as_], scales, as_[0].dtype
+        a = (torch.cat(as_) if n > 1 else as_[0]).to(x.dtype)
+        flat = [y.detach().view(-1, y.size(-1)) for y in ys]
         library = _library(ctx.ranks, rows, *flat)
         if library is not None:
-            h = library.low_rank(rows, a, scaled, flat)
+            bs = [(s * b).to(x.dtype) for s, b in zip(scales, bs, strict=True)]
+            h = library.low_rank(rows, a, bs, flat)
         else:
-            h = product(rows, a)  # (N, R)
-            for y, part, b in zip(flat, h.split(ctx.ranks, 1), scaled, strict=True):
+            bs = [b.to(x.dtype) for b in bs]
+            h = _scaled(product(rows, a), ctx)  # (N, R)
+            for y, part, b in zip(flat, h.split(ctx.ranks, 1), bs, strict=True):
                 y.addmm_(part, b.T)
         trains_a, trains_b = (any(ctx.needs_input_grad[2 + i * n : 2 + (i + 1) * n]) for i in (1, 2))
-        ctx.save_for_backward(x if trains_a else None, h if trains_b else None, *as_, *bs)
+        ctx.save_for_backward(x if trains_a else None, h if trains_b else None, a, *bs)
         return ys
 
     @staticmethod
     def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        n, (x, h, *tensors) = len(dys), ctx.saved_tensors
+        n, (x, h, a, *bs) = len(dys), ctx.saved_tensors
         rows, x = [dy.reshape(-1, dy.size(-1)) for dy in dys], None if x is None else x.reshape(-1, x.size(-1))
-        a = torch.cat(tensors[:n]).to(rows[0].dtype)
-        scaled = [(s * b).T.to(a.dtype).contiguous() for s, b in zip(ctx.scales, tensors[n:], strict=True)]
         library = _library(ctx.ranks, a, *rows)
-        gradients = _gradients if library is None else library.low_rank_backward
-        dx, da, dbs = gradients(rows, x, a, h, scaled, ctx.needs_input_grad[0])
-        wide = tensors[0].dtype
-        das = [None] * n if da is None else da.to(wide).split(ctx.ranks)
-        dbs = [None if dbs is None else (s * dbs[i]).T.to(wide) for i, s in enumerate(ctx.scales)]
+        if library is not None:
+            bs = [b.T.contiguous() for b in bs]
+            dx, da, dbs = library.low_rank_backward(rows, x, a, h, bs, ctx.needs_input_grad[0])
+            dbs = dbs and [s * db.T for s, db in zip(ctx.scales, dbs, strict=True)]
+        else:
+            dx = da = dbs = None
+            if ctx.needs_input_grad[0] or x is not None:
+                dh = [product(dy, b.T) for dy, b in zip(rows, bs, strict=True)]
+                dh = _scaled(torch.cat(dh, 1) if n > 1 else dh[0], ctx)
+                dx, da = product(dh, a.T) if ctx.needs_input_grad[0] else None, None if x is None else dh.T @ x
+            if h is not None:
+                dbs = [dy.T @ part for dy, part in zip(rows, h.split(ctx.ranks, 1), strict=True)]
+        das = [None] * n if da is None else da.to(ctx.wide).split(ctx.ranks)
+        dbs = [None] * n if dbs is None else [db.to(ctx.wide) for db in dbs]
         return None if dx is None else dx.view(*dys[0].shape[:-1], -1), None, *dys, *das, *dbs
+
+
+def _scaled(h: Tensor, ctx: torch.autograd.function.FunctionCtx) -> Tensor:
+    """Multiplies each layer's part of h (N, R), in place, by its scale."""
+    if len(set(ctx.scales)) == 1:
+        return h.mul_(ctx.scales[0])
+    for part, scale in zip(h.split(ctx.ranks, 1), ctx.scales, strict=True):
+        part.mul_(scale)
+    return h
 
 
 def _library(ranks: Sequence[int], *tensors: Tensor) -> Library | None:
     """Returns litpeft/native if it takes these updates."""
     fits = len(ranks) <= LAYERS and all(rank % 2 == 0 and rank <= THICK for rank in ranks)
     return native(*tensors) if fits and all(x.is_contiguous() for x in tensors) else None
-
-
-def _gradients(
-    dys: Sequence[Tensor], x: Tensor | None, a: Tensor, h: Tensor | None, bs: Sequence[Tensor], wants_dx: bool
-) -> tuple[Tensor | None, Tensor | None, list[Tensor] | None]:
-    """What Library.low_rank_backward returns."""
-    dx = da = dbs = None
-    if wants_dx or x is not None:
-        dh = torch.cat([product(dy, b) for dy, b in zip(dys, bs, strict=True)], 1)
-        dx, da = product(dh, a.T) if wants_dx else None, None if x is None else dh.T @ x
-    if h is not None:
-        dbs = [part.T @ dy for dy, part in zip(dys, h.split([len(b) for b in bs], 1), strict=True)]
-    return dx, da, dbs
