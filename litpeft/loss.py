@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from litpeft.native import native
+from litpeft.native import fused
 from litpeft.ops import product
 from litpeft.slots import Linear, Slot, product_dtype
 
@@ -68,7 +68,7 @@ class _Summed(torch.autograd.Function):
 
 def _losses(logits: Tensor, targets: Tensor, wide: torch.dtype, wants_gradient: bool) -> Tensor:
     """Returns the summed loss of N positions; if it is wanted, the logits (N, V) become their own gradient."""
-    library = native(logits)
+    library = fused(logits)
     if library is not None:
         return library.cross_entropy(logits, targets.contiguous()).sum()
     total, size = logits.new_zeros((), dtype=wide), len(logits) if logits.is_cuda else max(1, PIECE // logits.size(1))

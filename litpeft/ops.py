@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from litpeft.native import native
+from litpeft.native import fused, native
 
 PIECE = 1 << 18  # numbers whose float32 copies stay in a CPU's cache: it is memory that a norm waits for
 
@@ -117,7 +117,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    library = native(gate, up)
+    library = fused(gate, up)
     return F.silu(gate).mul_(up) if library is None else library.swiglu(gate.contiguous(), up.contiguous())
 
 
@@ -132,7 +132,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        library = native(dy, gate, up)
+        library = fused(dy, gate, up)
         if library is not None:
             return library.swiglu_backward(dy.contiguous(), gate.contiguous(), up.contiguous())
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
@@ -180,7 +180,7 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """Returns x turned forwards (1) or back (-1)."""
-    library = native(x, cos, sin) if len(x) == 1 else None
+    library = fused(x, cos, sin) if len(x) == 1 else None
     if library is not None:
         return library.rotate(x, cos, sin, direction)
     turned, rest = cos.size(-1), x.size(-1) - cos.size(-1)

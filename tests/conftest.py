@@ -1,4 +1,4 @@
-"""A tiny Llama in a Hugging Face folder, made anew for the tests that want one; everything runs on the CPU."""
+"""A tiny Llama in a Hugging Face folder, made anew for the tests that want one. What has no device runs on the CPU."""
 
 import json
 import os
@@ -9,6 +9,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # ranks that are forked cannot use their parent's pool of compilers
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs are computed on the processor; read when Triton is imported
 torch.set_num_threads(1)
 
 TINY = {

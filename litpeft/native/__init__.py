@@ -1,6 +1,7 @@
-"""Code of our own for CPUs with AVX-512 BF16: the C++ files beside this one, compiled once on a machine.
+"""Code of our own, where torch makes more passes over memory than it needs; else its and bitsandbytes' kernels do.
 
-Where there is no such CPU, or no g++, torch's and bitsandbytes' kernels do the work.
+For CPUs with AVX-512 BF16 it is the C++ files beside this one, compiled once on a machine where there is a g++. For
+GPUs it is kernels.py, a little only: there torch is fast.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -51,6 +53,25 @@ def native(*tensors: Tensor) -> Library | None:
         return None
     known = all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype == torch.bfloat16 for x in tensors)
     return library() if known and all(x.size(-1) % 32 == 0 and x.stride(-1) == 1 for x in tensors) else None
+
+
+@cache
+def gpu_kernels() -> ModuleType | None:
+    """Returns kernels.py, or None without Triton (torch's builds for GPUs bring it) or the C compiler that it needs."""
+    try:
+        from litpeft.native import kernels
+    except ImportError:
+        return None
+    return kernels if shutil.which(os.environ.get("CC", "gcc")) or shutil.which("clang") else None
+
+
+def fused(*tensors: Tensor) -> Library | ModuleType | None:
+    """Returns what has swiglu, swiglu_backward, rotate and cross_entropy: as `native` does, or for these on a GPU."""
+    if torch.compiler.is_compiling():
+        return None
+    half = (torch.bfloat16, torch.float16)
+    known = all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cuda and x.dtype in half for x in tensors)
+    return gpu_kernels() if known else native(*tensors)
 
 
 def _compile(compiler: str, file: Path) -> None:

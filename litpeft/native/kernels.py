@@ -1,0 +1,97 @@
+"""Steps of a block that torch does in several passes over memory, in one, for GPUs: written in Triton.
+
+Computed in float32, and rounded once. Triton comes with torch's builds for GPUs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SIZE = 1024  # numbers that one program takes
+HEADS = 8  # heads that one program turns
+CLASSES = 4096  # logits that one program looks at together
+
+
+@triton.jit
+def _swiglu(gate, up, y, n, size: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    g, u = (tl.load(gate + at, mask=at < n).to(tl.float32), tl.load(up + at, mask=at < n).to(tl.float32))
+    tl.store(y + at, (g * u / (1 + tl.exp(-g))).to(y.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def _swiglu_backward(dy, gate, up, dgate, dup, n, size: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    g, u = (tl.load(gate + at, mask=at < n).to(tl.float32), tl.load(up + at, mask=at < n).to(tl.float32))
+    d, s = tl.load(dy + at, mask=at < n).to(tl.float32), 1 / (1 + tl.exp(-g))
+    tl.store(dgate + at, (d * u * s * (1 + g * (1 - s))).to(dgate.dtype.element_ty), mask=at < n)
+    tl.store(dup + at, (d * g * s).to(dup.dtype.element_ty), mask=at < n)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Returns silu(gate) * up."""
+    y = torch.empty_like(gate)
+    _swiglu[(triton.cdiv(y.numel(), SIZE),)](gate, up, y, y.numel(), SIZE)
+    return y
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of both."""
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    _swiglu_backward[(triton.cdiv(dy.numel(), SIZE),)](dy, gate, up, dgate, dup, dy.numel(), SIZE)
+    return dgate, dup
+
+
+@triton.jit
+def _rotate(x, y, cos, sin, x_head, x_token, y_head, y_token, heads, half, direction, sizes: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head, i = tl.program_id(1) * sizes[0] + tl.arange(0, sizes[0])[:, None], tl.arange(0, sizes[1])[None, :]
+    mask, angle = (head < heads) & (i < half), token * 2 * half + half + i
+    c = tl.load(cos + angle, mask=i < half).to(tl.float32)
+    s = tl.load(sin + angle, mask=i < half).to(tl.float32) * direction
+    x += token * x_token + head * x_head + i
+    y += token * y_token + head * y_head + i
+    first, second = (tl.load(x, mask=mask).to(tl.float32), tl.load(x + half, mask=mask).to(tl.float32))
+    tl.store(y, (first * c - second * s).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + half, (second * c + first * s).to(y.dtype.element_ty), mask=mask)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """Returns x (1, heads, T, D) with its first R numbers turned forwards (1) or back (-1).
+
+    cos and sin (1, 1, T, R) are those of ops.rotate.
+    """
+    heads, tokens, half = x.size(1), x.size(2), cos.size(-1) // 2
+    y = torch.empty_like(x) if x.size(3) == 2 * half else x.clone()
+    strides = (x.stride(1), x.stride(2), y.stride(1), y.stride(2))
+    sizes = (HEADS, triton.next_power_of_2(half))
+    _rotate[tokens, triton.cdiv(heads, HEADS)](x, y, cos, sin, *strides, heads, half, direction, sizes)
+    return y
+
+
+@triton.jit
+def _cross_entropy(logits, targets, losses, n, size: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * n
+    target, top, total, wanted = tl.load(targets + row), -float("inf"), 0.0, 0.0
+    for start in range(0, n, size):
+        at = start + tl.arange(0, size)
+        x = tl.load(logits + at, mask=at < n, other=-float("inf")).to(tl.float32)
+        wanted += tl.sum(tl.where(at == target, x, 0.0), 0)  # not from memory: it may have been written over by then
+        before, top = top, tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp(before - top) + tl.sum(tl.exp(x - top), 0)
+    log_sum = top + tl.log(total)
+    tl.store(losses + row, log_sum - wanted)
+    for start in range(0, n, size):
+        at = start + tl.arange(0, size)
+        x = tl.load(logits + at, mask=at < n).to(tl.float32)
+        dx = tl.exp(x - log_sum) - tl.where(at == target, 1.0, 0.0)
+        tl.store(logits + at, dx.to(logits.dtype.element_ty), mask=at < n)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Returns the loss of each row (N,), in float32; the logits (N, V) become their own gradients."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _cross_entropy[len(logits),](logits, targets, losses, logits.size(1), CLASSES, num_warps=8)
+    return losses
