@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from litpeft.model import GPT, Context, KVCache
+from litpeft.recorded import WIDTHS, RecordedStep
 
 FIRST_LENGTH = 256  # tokens that a new cache has room for
 
@@ -23,6 +24,8 @@ class TokenCache:
         self.model = model
         self.layers: list[KVCache] = []
         self.rows: list[list[int]] = []
+        self.records = model.embed.weight.is_cuda
+        self.recorded: dict[tuple[int, int], RecordedStep | None] = {}  # of the layers that there are now
 
     @torch.inference_mode()
     def logits(self, rows: Sequence[Sequence[int]], last: int = 1) -> Tensor:
@@ -34,7 +37,7 @@ class TokenCache:
         held = self.rows if self.layers else [[] for _ in rows]
         starts = [min(common_prefix(old, new), len(new) - last) for old, new in zip(held, rows, strict=True)]
         new = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
-        width = max(map(len, new))
+        width = self.width(max(map(len, new)), max(starts))
         self.reserve(len(rows), max(starts) + width)
         self.rows = [list(row[:start]) for row, start in zip(rows, starts, strict=True)]
         device = self.model.embed.weight.device
@@ -42,11 +45,34 @@ class TokenCache:
         pos = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
         ends = torch.tensor([i * width + len(part) for i, part in enumerate(new)], device=device)
         at = (ends[:, None] + torch.arange(-last, 0, device=device)).flatten()
-        start = starts[0] if len(set(starts)) == 1 else None
-        ctx = Context(pos, cache=self.layers, end=max(starts) + width, start=start)
-        logits = self.model(ids, ctx, at=at)
+        step = self.step(len(rows), width)
+        if step is not None:
+            logits = step(ids, pos).flatten(0, 1)[at]
+        else:
+            start = starts[0] if len(set(starts)) == 1 else None
+            ctx = Context(pos, cache=self.layers, end=max(starts) + width, start=start)
+            logits = self.model(ids, ctx, at=at)
         self.rows = [list(row) for row in rows]
         return logits
+
+    def width(self, tokens: int, start: int) -> int:
+        """Returns for how many tokens of each row a step is computed: for some more, if it can be recorded so."""
+        fitting = [n for n in WIDTHS if tokens <= n and start + n <= self.model.config.max_positions]
+        return fitting[0] if self.records and fitting else tokens
+
+    def step(self, rows: int, width: int) -> RecordedStep | None:
+        """Returns the recorded step for `width` new tokens of each row; None where it is to be computed one by one.
+
+        That is so at the first time, which makes ready what cannot be recorded.
+        """
+        if not self.records or width not in WIDTHS:
+            return None
+        shape = (rows, width)
+        if shape not in self.recorded:
+            self.recorded[shape] = None
+        elif self.recorded[shape] is None:
+            self.recorded[shape] = RecordedStep(self.model, self.layers, shape)
+        return self.recorded[shape]
 
     def reserve(self, rows: int, length: int) -> None:
         """Makes room for `length` tokens; by doubling, so that a token costs no copy of all earlier ones."""
@@ -62,7 +88,7 @@ class TokenCache:
             if layer is not None:
                 new.k[:, :, :have], new.v[:, :, :have] = layer.k, layer.v
             grown.append(new)
-        self.layers = grown
+        self.layers, self.recorded = grown, {}
 
     @torch.inference_mode()
     def keep(self, numbers: Sequence[int]) -> None:
@@ -70,7 +96,7 @@ class TokenCache:
         chosen = torch.tensor(numbers, device=self.model.embed.weight.device)
         for layer in self.layers:
             layer.k, layer.v = layer.k[chosen], layer.v[chosen]
-        self.rows = [self.rows[number] for number in numbers]
+        self.rows, self.recorded = [self.rows[number] for number in numbers], {}
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -87,6 +87,39 @@ def test_a_cache_computes_only_what_follows_the_common_prefix(model):
     torch.testing.assert_close(again, fresh)
 
 
+def assert_recorded_steps_agree(model: GPT, limit: float) -> None:
+    """Steps that are recorded give the logits of those that are not, over all that may happen to a cache."""
+    caches = TokenCache(model), TokenCache(model)
+    caches[0].records, caches[1].records = True, False
+    rows = [list(range(5, 5 + n)) for n in (9, 30, 220)]
+    for step in range(60):  # beyond the cache's first length
+        last = 4 if step % 3 else 1
+        logits, want = (cache.logits(rows, last) for cache in caches)
+        assert (logits - want).norm() <= limit * want.norm()
+        tokens = want[last - 1 :: last].argmax(-1).tolist()
+        rows = [row + [token] * (1 + step % 4) for row, token in zip(rows, tokens, strict=True)]
+        if step == 40:
+            rows = [rows[0], rows[2]]
+            for cache in caches:
+                cache.keep([0, 2])
+    assert all(step is not None for step in caches[0].recorded.values())
+    assert {width for _, width in caches[0].recorded} == {1, 16}
+    assert not caches[1].recorded
+
+
+def test_steps_as_a_gpu_records_them_give_the_same_logits(model, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("litpeft.recorded.record", lambda step: step)
+    assert_recorded_steps_agree(model, 1e-5)
+
+
+def test_no_step_is_recorded_beyond_the_model_s_reach(model):
+    cache = TokenCache(model)
+    cache.records = True
+    reach = model.config.max_positions
+    assert [cache.width(n, 0) for n in (1, 2, 16, 17)] == [1, 16, 16, 17]
+    assert [cache.width(n, reach - 8) for n in (1, 2, 8)] == [1, 2, 8]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_answers_in_a_batch_equal_answers_one_by_one(model, tokenizer, temperature):
     batch = answers(model, tokenizer, PROMPTS, max_new_tokens=40, temperature=temperature, seed=11)
