@@ -9,7 +9,17 @@ QLoRA https://arxiv.org/abs/2305.14314. The bytes are those of bitsandbytes.
 import torch
 from torch import Tensor
 
-from litpeft.storage.kernels import BLOCK, GROUP, absmax_in_torch, dequantize_4bit, quantize_4bit, quantize_absmax
+from litpeft.slots import product_dtype
+from litpeft.storage.kernels import (
+    BLOCK,
+    GROUP,
+    absmax_in_torch,
+    dequantize_4bit,
+    has_product,
+    product_4bit,
+    quantize_4bit,
+    quantize_absmax,
+)
 from litpeft.storage.quantized import Quantized
 
 
@@ -22,6 +32,12 @@ class FourBit(Quantized):
     def unpack(cls, packed: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         codes, absmax, scale, offset = packed if len(packed) == 4 else (*packed, None, None)
         return dequantize_4bit(codes, absmax, scale, offset, shape, cls.kind, dtype)
+
+    def base(self, x: Tensor) -> Tensor:
+        x = x.to(product_dtype(x))
+        if torch.is_grad_enabled() or self.in_features % BLOCK or not has_product(x):
+            return super().base(x)
+        return product_4bit(x, tuple(self.packed().values()), self.out_features, self.kind, self.bias)
 
     def blocks(self) -> Tensor:
         """Returns the float32 absmax (ceil(out * in / 64),) of the weight's blocks."""

@@ -29,6 +29,7 @@ FP4 = (
     *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
 )  # the high bit is the sign
 CODES = {"nf4": NF4, "fp4": FP4}
+KNOWN = (torch.float32, torch.bfloat16, torch.float16)  # types that bitsandbytes' kernels take
 
 
 @cache
@@ -51,6 +52,11 @@ def has_kernels(device: str) -> bool:
         return False
     names = ("bitsandbytes::dequantize_4bit", "bitsandbytes::dequantize_blockwise")
     return all(torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper()) for name in names)
+
+
+def has_product(x: Tensor) -> bool:
+    """Returns whether bitsandbytes multiplies x with weights that stay packed."""
+    return x.is_cuda and x.dtype in KNOWN and has_kernels("cuda")
 
 
 # 1. quantise: torch on every device, so that a base has the same bytes wherever it was packed
@@ -185,13 +191,26 @@ def dequantize_4bit(
     if not kernels:
         return dequantize_in_torch(codes, absmax, shape, kind, dtype)
     n = shape[0] * shape[1]
-    known = dtype in (torch.float32, torch.bfloat16, torch.float16)
     # rows of even length are what all of the kernels take; blocks run over the flattened weight anyway
     rows = shape if shape[1] % 2 == 0 else [1, n + n % 2]
-    weight = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, kind, rows, dtype if known else torch.float32)
+    given = dtype if dtype in KNOWN else torch.float32
+    weight = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, kind, rows, given)
     return weight.flatten()[:n].view(shape).to(dtype)
 
 
 @dequantize_4bit.register_fake
 def _(codes: Tensor, absmax: Tensor, scale: Tensor, offset: Tensor, shape: list[int], kind: str, dtype: torch.dtype):
     return codes.new_empty(shape, dtype=dtype)
+
+
+def product_4bit(x: Tensor, packed: tuple[Tensor, ...], outputs: int, kind: str, bias: Tensor | None) -> Tensor:
+    """Returns W x + b of a weight (outputs, in) that is not unpacked where there are few rows: (..., in) -> (..., out).
+
+    Without a gradient, and where `has_product`; `in` is a multiple of 64. `packed` is what dequantize_4bit takes first.
+    """
+    codes, absmax, *nested = packed
+    first, twice = absmax, (None, None, None)
+    if nested:
+        first, twice = nested[0], (absmax, dynamic_codes(x.device), nested[1][0])
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.ops.bitsandbytes.gemm_4bit(x, codes, [outputs, x.size(-1)], first, BLOCK, kind, bias, *twice)
