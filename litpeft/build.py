@@ -74,7 +74,8 @@ def build(
         module, _, leaf = ours.rpartition(".")
         layer = quantized.get(module) if leaf == "weight" else None
         if layer is not None and cached is not None:
-            values = {f"{module}.{key}": cached.get_tensor(f"{module}.{key}") for key in layer.packed_names}
+            keys = [f"{module}.{key}" for key in layer.packed_names]
+            values = {key: cached.get_tensor(key).to(device) for key in keys}
         else:
             tensor = names.read(weights, ours).to(device)
             if not torch.stack(tensor.aminmax()).isfinite().all():  # which copies nothing, and passes nan on

@@ -166,7 +166,7 @@ def test_a_bad_element_of_a_json_list_is_rejected_with_the_line_it_starts_on(bad
     ("name", "content", "code", "line"),
     [
         ("rows.txt", b"x", "DATA-002", ""),
-        ("rows.jsonl", gzip.compress(b"{}"), "DATA-003", ""),
+        ("rows.jsonl", gzip.compress(b"{}", mtime=0), "DATA-003", ""),
         ("rows.json", '[{"a": 1}]'.encode("utf-16"), "DATA-003", ""),
         ("rows.jsonl", b"[\n{}\n]", "DATA-005", ":1"),
         ("rows.json", b'[\n{"a": "\xff"}]', "DATA-006", ":2"),

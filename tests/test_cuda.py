@@ -1,0 +1,179 @@
+"""What only a GPU can show: its kernels, its types and its recorded steps against the same on the processor."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import COLOURS, finetune, make_folder, write_rows
+from short_runs import assert_same, cut, delta, resume, same_tensors, train
+from test_generate import assert_recorded_steps_agree
+
+from litpeft.attention import Documents, attend, document_mask
+from litpeft.build import build, load
+from litpeft.cli import main
+from litpeft.data.batches import collate
+from litpeft.data.tokenise import Row
+from litpeft.evaluate import summed_loss
+from litpeft.methods import METHODS, method_class
+from litpeft.methods.base import trainable
+from litpeft.model import GPT
+from litpeft.precision import Storage
+from litpeft.storage import STORAGES
+from litpeft.storage.kernels import dequantize_in_torch, has_product, product_4bit
+from litpeft.train.compiled import compile_blocks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of 32 numbers and rows of 128: sizes that every kernel for GPUs takes."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
+    return make_folder(tmp_path_factory.mktemp("models") / "wide-llama", **sizes)
+
+
+def rows(count: int) -> list[Row]:
+    torch.manual_seed(0)
+    lengths = [5 + 7 * n for n in range(count)]
+    return [Row(torch.randint(2, 300, (n,)).tolist(), [i >= 3 for i in range(n)], 3, f"r:{n}", []) for n in lengths]
+
+
+def made(folder: Path, dtype: torch.dtype, method: str, device: torch.device | str, storage: Storage | None = None):
+    """Returns a model whose method draws the same start on every device."""
+    torch.manual_seed(3)
+    return build(folder, dtype, method_class(method)(), device, storage)
+
+
+def learned(model: GPT, device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:
+    """Returns the summed loss of some rows, and every gradient, on the CPU in float64."""
+    model.train()
+    torch.manual_seed(1)
+    for parameter in trainable(model).values():  # what starts at zero would have no gradient behind it
+        parameter.data += 0.02 * torch.randn(parameter.shape).to(parameter)
+    loss = summed_loss(model, collate(rows(5)).to(device))
+    loss.backward()
+    return loss.item(), {name: p.grad.double().cpu() for name, p in trainable(model).items() if p.grad is not None}
+
+
+def away(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """Returns the largest relative difference of gradients by name."""
+    assert some.keys() == others.keys()
+    assert some
+    return max(float((some[k] - others[k]).norm() / others[k].norm().clamp(min=1e-12)) for k in some)
+
+
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("lengths", [(7, 40, 1, 130), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_attention_of_documents(lengths: tuple[int, ...], window: int | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    documents, tokens = Documents(lengths), sum(lengths)
+    given = [torch.randn(1, heads, tokens, 64, device=CUDA).to(dtype).requires_grad_() for heads in (6, 2, 2)]
+    exact = [x.detach().double().requires_grad_() for x in given]
+    mask = document_mask(documents, window, CUDA)
+    want = F.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
+    got = attend(*given, mask=None, documents=documents, window=window)
+    dy = torch.randn_like(want)
+    gradients = torch.autograd.grad(got, given, dy.to(dtype)), torch.autograd.grad(want, exact, dy)
+    limit = 2e-5 if dtype == torch.float32 else 2e-2
+    for x, y in zip((got, *gradients[0]), (want, *gradients[1]), strict=True):
+        assert (x.double() - y).norm() <= limit * (1 + y.norm())  # with a window of 1 a gradient is zero
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-6), (torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
+def test_every_method_learns_as_on_the_cpu(wide_folder: Path, name: str, dtype: torch.dtype, limit: float) -> None:
+    want, gradients = learned(made(wide_folder, torch.float64, name, "cpu"), torch.device("cpu"))
+    loss, own = learned(made(wide_folder, dtype, name, CUDA), CUDA)
+    assert loss == pytest.approx(want, rel=limit)
+    assert away(own, gradients) < limit
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_and_checkpointing(wide_folder: Path, recompute: bool) -> None:
+    want, gradients = learned(made(wide_folder, torch.float32, "lora", CUDA), CUDA)
+    model = made(wide_folder, torch.float32, "lora", CUDA)
+    model.recompute = recompute
+    compile_blocks(model, CUDA)
+    loss, own = learned(model, CUDA)
+    assert loss == pytest.approx(want, rel=1e-4)
+    assert away(own, gradients) < 1e-4
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_a_packed_base_has_the_same_bytes_and_gradients(wide_folder: Path, name: str) -> None:
+    models = [made(wide_folder, torch.float32, "lora", device, Storage(name)) for device in ("cpu", CUDA)]
+    for layers in zip(*(model.modules() for model in models), strict=True):
+        if hasattr(layers[0], "packed_names"):
+            here, there = (layer.packed() for layer in layers)
+            for key, tensor in here.items():
+                gap = (tensor.double() - there[key].cpu().double()).abs().max()
+                assert gap <= 1e-6 * tensor.double().abs().max(), key  # a mean may be summed in another order
+    (want, gradients), (loss, own) = learned(models[0], torch.device("cpu")), learned(models[1], CUDA)
+    assert loss == pytest.approx(want, rel=1e-4)
+    assert away(own, gradients) < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 16, 200])
+@pytest.mark.parametrize("double_quantize", [False, True])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_products_with_four_bits(wide_folder: Path, name: str, double_quantize: bool, tokens: int) -> None:
+    model = build(wide_folder, torch.bfloat16, device=CUDA, storage=Storage(name, double_quantize))
+    layer = model.blocks[0].mlp.down
+    x = torch.randn(1, tokens, layer.in_features, device=CUDA, dtype=torch.bfloat16)
+    shape = [layer.out_features, layer.in_features]
+    weight = dequantize_in_torch(layer.weight, layer.blocks(), shape, name, torch.float64)
+    assert has_product(x)
+    got = product_4bit(x, tuple(layer.packed().values()), layer.out_features, name, None)
+    want = x.double() @ weight.T
+    assert (got.double() - want).norm() <= 1e-2 * want.norm()
+    with torch.no_grad():
+        assert torch.equal(layer(x), got)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_recorded_steps_write_what_the_others_write(wide_folder: Path, quantize: str | None) -> None:
+    assert_recorded_steps_agree(load(str(wide_folder), precision="32-true", quantize=quantize).model, 1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed", "32-true"])
+def test_a_run_learns_in_every_precision(tiny_folder: Path, tmp_path: Path, precision: str) -> None:
+    run = finetune(tiny_folder, tmp_path, "--base.precision", precision, "--train.epochs", "60", "--train.lr", "2e-2")
+    report = (run / "report.md").read_text()
+    assert "cuda" in report
+    loaded = load(str(run))
+    assert loaded.model.embed.weight.is_cuda
+    assert main(["generate", str(run), "--prompt", f"Colour of {next(iter(COLOURS))}?"]) in (0, None)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_a_killed_run_goes_on_bit_for_bit(tiny_folder: Path, tmp_path: Path, method: str) -> None:
+    whole = train(tiny_folder, tmp_path / "whole", {"base.precision": "bf16-true"}, method)
+    again = cut(whole, 2, tmp_path / "again")
+    resume(tiny_folder, again, {"base.precision": "bf16-true"}, method)
+    assert_same(again, whole)
+
+
+@pytest.mark.parametrize("name", STORAGES)
+def test_a_kept_base_gives_the_same_run(tmp_path: Path, name: str) -> None:
+    base = make_folder(tmp_path / "base")
+    words = ("--base.quantize", name, "--base.cache", "true", "--base.precision", "bf16-true")
+    runs = [finetune(base, tmp_path, *words, out=out, method="qlora") for out in "ab"]
+    assert same_tensors(*(delta(run) for run in runs))
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "bitsandbytes.AdamW8bit", "bitsandbytes.PagedAdamW8bit"])
+def test_optimizers(tiny_folder: Path, tmp_path: Path, optimizer: str) -> None:
+    run = finetune(tiny_folder, tmp_path, "--train.optimizer", optimizer)
+    assert (run / "final" / "delta.safetensors").exists()
+
+
+def test_fsdp_of_one_gpu(tiny_folder: Path, tmp_path: Path) -> None:
+    words = ["--out", str(tmp_path / "run"), "--strategy", "fsdp", "--base.dir", str(tiny_folder)]
+    words += ["--data.path", str(write_rows(tmp_path)), "--base.precision", "bf16-true"]
+    subprocess.run([sys.executable, "-m", "litpeft", "finetune", "lora", *words], check=True)
+    assert (tmp_path / "run" / "final" / "delta.safetensors").exists()
