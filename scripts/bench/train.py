@@ -39,6 +39,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process")
     parser.add_argument("--no-merge", action="store_true", help="leave out litpeft merge and Lit-GPT's merge_lora")
+    parser.add_argument(
+        "--no-loss", action="store_true", help="leave out the held-out loss, which is in float32"
+    )
     args = parser.parse_args()
     if args.rows % ROWS_A_STEP or min(args.rows, args.rounds, args.epochs, args.held_out) < 1:
         parser.error(f"--rows must be a multiple of {ROWS_A_STEP}, and all counts at least 1")
@@ -66,7 +69,8 @@ def main() -> None:
     }
     if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    args.base_loss = held_out_loss([args.model, rows / "tokens.json", "base", args.model], "base", environment)
+    base = [args.model, rows / "tokens.json", "base", args.model]
+    args.base_loss = None if args.no_loss else held_out_loss(base, "base", environment)
     results: dict[str, list[Round]] = {}
     merges: dict[str, list[Round]] = {}
     roofs: list[dict[str, Any]] = []
@@ -75,6 +79,9 @@ def main() -> None:
         for variant in variants:
             job = make_job(args, variant, rows, tokens, turn)
             figures = one_run(variant, job, tokens, environment, roofs[-1])
+            if "failed" not in figures and not args.no_loss:
+                name = f"{variant.what} {variant.name}"
+                figures["loss"] = held_out_loss(loss_arguments(variant, job), name, environment)
             results.setdefault(f"{variant.what}: {variant.name}", []).append(figures)
             merged = None if args.no_merge or "failed" in figures else merge(variant, job, environment)
             if merged is not None:
@@ -137,7 +144,6 @@ def one_run(variant: Variant, job: Job, tokens: list[dict], environment: dict[st
         "process_peak": done.peak_bytes,
     }
     figures["command"] = words
-    figures["loss"] = held_out_loss(loss_arguments(variant, job), name, environment)
     shown = f"{figures['real_per_second']:.0f} real tokens/s, {100 * figures['roof_share']:.0f} % of the roof"
     print(f"round {job.seed + 1}: {name}: {shown}", file=sys.stderr, flush=True)
     return figures
