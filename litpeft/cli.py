@@ -3,6 +3,7 @@
 Nothing heavy is imported before it is needed: `litpeft --help` reads the table only.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -145,6 +146,9 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
         if code is not None:
             sys.exit(code)
     function = _load(command.function)
+    if not gc.isenabled():  # see __main__.py
+        gc.freeze()  # what was imported stays
+        gc.enable()
     try:
         function(settings) if command.method is None else function(settings, command.method, method)
     except UserError as error:  # one that names a key is told with the key's place in its file
