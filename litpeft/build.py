@@ -87,7 +87,7 @@ def build(
             _place(model, key, value)
         if layer is not None and cache is not None and cached is None and first:
             packed |= values
-        let_go()  # what is looked at here once need not be held
+        let_go(sum(value.nbytes for value in values.values()))  # what is looked at here once need not be held
     if packed:
         cache.write(packed)
     if method is not None:  # 7. starts that depend on the base's weights

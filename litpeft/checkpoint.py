@@ -25,7 +25,9 @@ from litpeft.errors import UserError, some
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 HEADER_BYTES = (1 << 17) - 8  # kept free for the header of a file that is written: the tensors begin at a whole page
+MAPPED_BYTES = 1 << 25  # of mapped files that are looked at before their pages are let go
 _mapped: WeakSet[mmap.mmap] = WeakSet()  # the files that tensors are read from
+_looked_at = 0  # bytes of them since then
 
 
 class Weights:
@@ -102,8 +104,16 @@ class Weights:
             return _sha256(handle, last - first)
 
 
-def let_go() -> None:
-    """Takes the pages of all mapped files out of this process's memory; they are read again where they are used."""
+def let_go(looked_at: int = MAPPED_BYTES) -> None:
+    """Takes the pages of all mapped files out of this process's memory; they are read again where they are used.
+
+    With `looked_at`, the bytes of a tensor that was just used, only once such tensors come to MAPPED_BYTES.
+    """
+    global _looked_at
+    _looked_at += looked_at
+    if _looked_at < MAPPED_BYTES:
+        return
+    _looked_at = 0
     if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
         for pages in _mapped:
             pages.madvise(mmap.MADV_DONTNEED)

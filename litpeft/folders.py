@@ -101,9 +101,7 @@ def _commit(temporary: Path, path: Path) -> None:
     """Makes a finished folder take its place; what was there is moved aside first and removed last."""
     old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
     try:
-        for file in temporary.rglob("*"):
-            sync(file)
-        sync(temporary)
+        sync_files(temporary)
         if path.exists():
             os.rename(path, old)
         os.rename(temporary, path)
@@ -152,6 +150,12 @@ def remove_leftovers(path: Path) -> None:
             os.rename(folder, path)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_files(folder: Path) -> None:
+    """Forces all that is in a folder to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ Everything is computed in float32, one layer at a time: the weights stay as thei
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from litpeft.checkpoint import DTYPES, Weights, copy_companions, file_dtype, let
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
-from litpeft.folders import atomic_folder, refuse_existing
+from litpeft.folders import atomic_folder, refuse_existing, sync_files
 from litpeft.methods.base import folds, load_delta, without_delta
 from litpeft.model import GPT, Context
 from litpeft.ops import product
@@ -87,10 +88,7 @@ def merge(settings: Merge) -> None:
     dtype = file_dtype(settings.dtype) if settings.dtype else max(sizes, key=sizes.__getitem__, default=torch.float32)
     model = _trained(run, base, storage)
     tokenizer = Tokenizer.load(base)
-    prompts = [tokenizer.encode(text) for text in PROMPTS]
-    want, rounding = _logits(model, prompts), Rounding()
-    with without_delta(model):
-        before = _logits(model, prompts)
+    prompts, rounding = [tokenizer.encode(text) for text in PROMPTS], Rounding()
     with atomic_folder(out, settings.overwrite) as folder:
         try:
             write_safetensors(folder, _merged(model, base, dtype, rounding))
@@ -99,10 +97,12 @@ def merge(settings: Merge) -> None:
             raise UserError("MODEL-061", f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
         copy_companions(base, folder)
         write_dtype(folder, dtype)
-        _fold(model)
-        fold = _logits(model, prompts)
-        del model  # there is room for one in memory
-        files = _logits(_in_float32(build(folder, dtype)), prompts)
+        with ThreadPoolExecutor(1) as pool:
+            written = pool.submit(sync_files, folder)  # the disk works while the model is compared
+            want, before, fold = _three_ways(model, prompts)
+            del model  # there is room for one in memory
+            files = _logits(_in_float32(build(folder, dtype)), prompts)
+            written.result()
         print(
             f"logits at {len(want)} positions of {len(PROMPTS)} prompts, "
             f"compared with base + delta (largest {float(want.abs().max()):.1f}):"
@@ -135,9 +135,10 @@ def _in_float32(model: GPT) -> GPT:
 def _product(linear: Linear, x: Tensor) -> Tensor:
     """Returns W x + b with the dense weight of a layer, of which a few outputs at a time are made wider."""
     y, outputs = x.new_empty(*x.shape[:-1], linear.out_features), max(1, PIECE // linear.in_features)
-    for part, weight in zip(y.split(outputs, -1), linear.dense().split(outputs), strict=True):
+    dense = linear.dense()
+    for part, weight in zip(y.split(outputs, -1), dense.split(outputs), strict=True):
         part.copy_(product(x, weight.to(x.dtype)))
-    let_go()
+    let_go(dense.nbytes)
     return y if linear.bias is None else y + linear.bias.to(x.dtype)
 
 
@@ -154,20 +155,32 @@ class _Scratch:
         return self.memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def _folded_product(linear: Linear, delta: Delta, widened: _Scratch, x: Tensor) -> Tensor:
-    """Returns W x + b with the weight that a delta is folded into."""
-    bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype, copy=True)
-    weight, bias = delta.fold(widened(linear.dense()), bias)
-    let_go()
-    return product(x, weight, bias)
+def _three_ways(model: GPT, prompts: list[list[int]]) -> Iterator[Tensor]:
+    """Returns the logits of base + delta, of the base, and of the folded weights, and leaves the model like that.
 
-
-def _fold(model: GPT) -> None:
-    """Has each layer with a delta compute with the folded weight instead, in place."""
-    widened = _Scratch()
+    The three are computed side by side in one row, so that every weight is made wider once.
+    """
+    tokens, widened = sum(map(len, prompts)), _Scratch()
     for layer in list(model.modules()):
         if isinstance(layer, Linear) and isinstance(layer.slot, Delta):
-            layer.base, layer.slot = partial(_folded_product, proxy(layer), layer.slot, widened), Slot()
+            layer.base, layer.slot = partial(_product_three_ways, proxy(layer), layer.slot, widened, tokens), Slot()
+    want, before, fold = _logits(model, 3 * prompts).split(tokens)
+    if model.base_values:
+        with without_delta(model):
+            before = _logits(model, 3 * prompts)[tokens : 2 * tokens]
+    return want, before, fold
+
+
+def _product_three_ways(linear: Linear, delta: Delta, widened: _Scratch, tokens: int, x: Tensor) -> Tensor:
+    """Returns what a layer makes of x (1, 3 * tokens, in): with its delta, without, and with the delta folded in."""
+    dense, given = linear.dense(), x.split(tokens, 1)
+    weight = widened(dense)
+    bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype, copy=True)
+    plain, without = product(x[:, : 2 * tokens], weight, bias).split(tokens, 1)
+    with_delta = delta(plain.clone(), given[0], linear)
+    fold = product(given[2], *delta.fold(weight, bias))
+    let_go(dense.nbytes)
+    return torch.cat((with_delta, without, fold), 1)
 
 
 def _types(base: Path) -> dict[torch.dtype, int]:
@@ -192,7 +205,7 @@ def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> I
             if before is not None and before is not exact:  # where a method adds one, `written` knows if it has a place
                 rounding.add(exact, after, before)
             yield ours, after
-            let_go()
+            let_go(after.nbytes)
 
     with torch.no_grad():
         yield from NameMap(*read_config(base)).written(rounded(), where=str(base))

@@ -39,9 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each process")
     parser.add_argument("--no-merge", action="store_true", help="leave out litpeft merge and Lit-GPT's merge_lora")
-    parser.add_argument(
-        "--no-loss", action="store_true", help="leave out the held-out loss, which is in float32"
-    )
+    parser.add_argument("--no-loss", action="store_true", help="leave out the held-out loss, which is in float32")
     args = parser.parse_args()
     if args.rows % ROWS_A_STEP or min(args.rows, args.rounds, args.epochs, args.held_out) < 1:
         parser.error(f"--rows must be a multiple of {ROWS_A_STEP}, and all counts at least 1")
