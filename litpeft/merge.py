@@ -155,7 +155,7 @@ class _Scratch:
         return self.memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def _three_ways(model: GPT, prompts: list[list[int]]) -> Iterator[Tensor]:
+def _three_ways(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the logits of base + delta, of the base, and of the folded weights, and leaves the model like that.
 
     The three are computed side by side in one row, so that every weight is made wider once.

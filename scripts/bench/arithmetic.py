@@ -1,4 +1,4 @@
-"""What Llama-3.1-8B should cost on H100s, from shapes and the maker's figures alone. Nothing here has been run on one.
+"""What Llama-3.1-8B should cost on H100s, from shapes and the maker's figures alone.
 
 python scripts/bench/arithmetic.py
 """
