@@ -29,6 +29,7 @@ from litpeft.slots import Delta, Linear, Slot
 from litpeft.tokenizer import Tokenizer
 
 PIECE = 1 << 20  # weights that are made wider at a time: they stay in the processor's cache
+COMPARED = 1 << 18  # weights whose rounding is looked at together, for the same reason
 PROMPTS = (
     "The capital of France is",
     "def add(a, b):\n    return",
@@ -51,7 +52,7 @@ class Rounding:
 
     def add(self, exact: Tensor, rounded: Tensor, base: Tensor) -> None:
         changed = lost = update = 0.0
-        for e, r, b in zip(*(tensor.flatten().split(PIECE) for tensor in (exact, rounded, base)), strict=True):
+        for e, r, b in zip(*(tensor.flatten().split(COMPARED) for tensor in (exact, rounded, base)), strict=True):
             changed += float(torch.ne(r, b.to(r.dtype), out=torch.empty(r.shape)).sum())  # far faster than booleans
             lost += float(torch.linalg.vector_norm(r - e)) ** 2
             update += float(torch.linalg.vector_norm(e - b)) ** 2
