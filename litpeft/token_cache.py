@@ -24,7 +24,7 @@ class TokenCache:
         self.model = model
         self.layers: list[KVCache] = []
         self.rows: list[list[int]] = []
-        self.records = model.embed.weight.is_cuda
+        self.records = model.embed.weight.is_cuda and type(model) is GPT  # and not FSDP's, which gathers at every step
         self.recorded: dict[tuple[int, int], RecordedStep | None] = {}  # of the layers that there are now
 
     @torch.inference_mode()

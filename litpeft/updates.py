@@ -28,7 +28,7 @@ class Updates(torch.autograd.Function):
         ctx.ranks, ctx.scales, ctx.wide = [len(a) for a in as_], scales, as_[0].dtype
         a = (torch.cat(as_) if n > 1 else as_[0]).to(x.dtype)
         flat = [y.detach().view(-1, y.size(-1)) for y in ys]
-        library = _library(ctx.ranks, rows, *flat)
+        library = ctx.library = _library(ctx.ranks, rows, *flat)  # which scales B, not h: the backward pass has to know
         if library is not None:
             bs = [(s * b).to(x.dtype) for s, b in zip(scales, bs, strict=True)]
             h = library.low_rank(rows, a, bs, flat)
@@ -45,10 +45,9 @@ class Updates(torch.autograd.Function):
     def backward(ctx, *dys: Tensor) -> tuple[Tensor | None, ...]:
         n, (x, h, a, *bs) = len(dys), ctx.saved_tensors
         rows, x = [dy.reshape(-1, dy.size(-1)) for dy in dys], None if x is None else x.reshape(-1, x.size(-1))
-        library = _library(ctx.ranks, a, *rows)
-        if library is not None:
-            bs = [b.T.contiguous() for b in bs]
-            dx, da, dbs = library.low_rank_backward(rows, x, a, h, bs, ctx.needs_input_grad[0])
+        if ctx.library is not None:
+            rows, bs = ([tensor.contiguous() for tensor in tensors] for tensors in (rows, [b.T for b in bs]))
+            dx, da, dbs = ctx.library.low_rank_backward(rows, x, a, h, bs, ctx.needs_input_grad[0])
             dbs = dbs and [s * db.T for s, db in zip(ctx.scales, dbs, strict=True)]
         else:
             dx = da = dbs = None

@@ -69,8 +69,8 @@ def fused(*tensors: Tensor) -> Library | ModuleType | None:
     """Returns what has swiglu, swiglu_backward, rotate and cross_entropy: as `native` does, or for these on a GPU."""
     if torch.compiler.is_compiling():
         return None
-    half = (torch.bfloat16, torch.float16)
-    known = all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cuda and x.dtype in half for x in tensors)
+    half, plain = (torch.bfloat16, torch.float16), (Tensor, torch.nn.Parameter)
+    known = all(x.is_cuda and type(x) in plain and x.dtype in half and x.stride(-1) == 1 for x in tensors)
     return gpu_kernels() if known else native(*tensors)
 
 
