@@ -131,9 +131,7 @@ class GgufFile:
             values = torch.empty(shape, dtype=dtype)
             rows, data = values.view(-1, shape[-1]), np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
             for at in range(0, len(rows), step := max(1, PIECE // shape[-1])):
-                with np.errstate(
-                    all="ignore"
-                ):  # what is not finite is found, and named, when it is read again
+                with np.errstate(all="ignore"):  # what is not finite is found, and named, when it is read again
                     part = gguf.dequantize(data[at : at + step], tensor.tensor_type)
                 rows[at : at + step] = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
             halves = stored.split(".")[-2] in ("attn_q", "attn_k")
