@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.bare import strip
-from litpeft.checkpoint import Weights, let_go
+from litpeft.checkpoint import Weights, is_finite, let_go
 from litpeft.config import read_config
 from litpeft.data.templates import ChatTemplate
 from litpeft.distributed import fill
@@ -78,7 +78,7 @@ def build(
             values = {key: cached.get_tensor(key).to(device) for key in keys}
         else:
             tensor = names.read(weights, ours).to(device)
-            if not torch.stack(tensor.aminmax()).isfinite().all():  # which copies nothing, and passes nan on
+            if not is_finite(tensor):
                 hint = "take the model's files again, or another precision"
                 what = f"{names.file_name(ours)} holds numbers that are not finite"
                 raise UserError("MODEL-041", what, where=str(folder), hint=hint)

@@ -32,10 +32,12 @@ class BoundedReader(gguf.GGUFReader):
     """A GGUFReader for files that may be damaged: nothing lies beyond the end, and no array is endless."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        end = offset + np.dtype(dtype).itemsize * int(count)
+        self._reach(offset + np.dtype(dtype).itemsize * int(count))
+        return super()._get(offset, dtype, count, override_order)
+
+    def _reach(self, end: int) -> None:
         if end > len(self.data):
             raise ValueError(f"something in it should reach to byte {end}, but it has {len(self.data)}")
-        return super()._get(offset, dtype, count, override_order)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         """Returns length in bytes, parts, numbers of those with a value, and types of a value; arrays quickly.
@@ -63,9 +65,9 @@ class BoundedReader(gguf.GGUFReader):
         data, strings = memoryview(self.data), []
         for _ in range(count):
             first = start + 8
-            start = first + (struct.unpack_from("=Q", data, start)[0] if first <= len(data) else 0)
-            if start > len(data):
-                raise ValueError(f"something in it should reach to byte {start}, but it has {len(data)}")
+            self._reach(first)
+            start = first + struct.unpack_from("=Q", data, start)[0]
+            self._reach(start)
             strings.append(data[first:start])
         return strings, start
 
