@@ -159,9 +159,9 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
 def usage(prefix: str) -> None:
     """Prints the commands that begin with `prefix`."""
     print(f"usage: litpeft {prefix + ' ' if prefix else ''}COMMAND [options]\n\ncommands:")
-    for name, command in COMMANDS.items():
-        if name.startswith(prefix):
-            print(f"  {name:<18}{command.help}")
+    names = [name for name in COMMANDS if name.startswith(prefix)]
+    for name in names:
+        print(f"  {name:<{max(map(len, names))}}  {COMMANDS[name].help}")
     print("\n`litpeft COMMAND --help` lists a command's options; --debug shows where an error came from.")
 
 

@@ -26,6 +26,7 @@ from litpeft.precision import Storage
 from litpeft.run import Run, find_run, write_dtype
 from litpeft.settings.files import Merge
 from litpeft.slots import Delta, Linear, Slot
+from litpeft.terminal import command_line
 from litpeft.tokenizer import Tokenizer
 
 PIECE = 1 << 20  # weights that are made wider at a time: they stay in the processor's cache
@@ -112,7 +113,7 @@ def merge(settings: Merge) -> None:
         if storage != run.storage:
             _tell_of_original(run, base, prompts, want)
         _check(want, fold, files, dtype, rounding, settings.run)
-    print(f"merged model in {out}; next: litpeft chat {out}")
+    print(f"merged model in {out}; next: {command_line('chat', out)}")
 
 
 def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:

@@ -58,3 +58,8 @@ def test_every_command_of_a_page_exists_with_its_options(page: Path) -> None:
         if COMMANDS[name].method:
             parser.add_class_arguments(method_class(COMMANDS[name].method), "method")
         check_options(parser, words[len(name.split()) :])
+
+
+def test_a_command_for_the_user_to_copy_is_put_together_by_command_line_which_quotes() -> None:
+    by_hand = re.compile(rf"litpeft (?:{'|'.join({name.split()[0] for name in COMMANDS})})\b[^\"'`\n]*\{{")
+    assert [(file.name, hit) for file in SOURCES for hit in by_hand.findall(file.read_text())] == []

