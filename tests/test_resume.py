@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CHATML, COLOURS, make_folder
-from short_runs import UNPACKED, Settings, assert_same, cut, delta, newest, resume, train
+from short_runs import QUIET, UNPACKED, Settings, assert_same, cut, delta, newest, resume, train
 
 from litpeft.methods import METHODS, method_class
 from litpeft.train.log import read_metrics
@@ -96,9 +97,26 @@ def test_another_method_base_or_rows_are_refused(finished, tiny_folder, tmp_path
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"instruction": k, "output": v}) + "\n" for k, v in COLOURS.items()))
     assert "another method: lora then, adapter now" in refusal(capsys, tiny_folder, finished, method="adapter")[1]
-    assert "other base weights" in refusal(capsys, other, finished)[1]
-    assert "other rows" in refusal(capsys, tiny_folder, finished, {"data.path": rows})[1]
+    said = refusal(capsys, other, finished)[1]
+    assert f"other base weights: those of {tiny_folder} then, of {other} now" in said
+    said = refusal(capsys, tiny_folder, finished, {"data.path": rows})[1]
+    assert f'other rows: data.path: "{finished.parent / "data"}" -> "{rows}"' in said
+    assert re.search(r"held-out rows: 2 rows, \d+ tokens, \d+ trained -> 1 rows, \d+ tokens", said)
     assert content(finished) == before
+
+
+def test_rows_that_a_setting_or_an_edit_changed_are_told_in_words(tiny_folder, tmp_path, capsys) -> None:
+    run = train(tiny_folder, tmp_path / "run", QUIET)
+    assert (
+        "other rows: data.mask_prompt: true -> false; rows to train on: 6 rows,"
+        in (refusal(capsys, tiny_folder, run, QUIET | {"data.mask_prompt": False})[1])
+    )
+    file = tmp_path / "data" / "train.jsonl"
+    edited = shutil.copytree(tmp_path / "data", tmp_path / "edited") / file.name
+    edited.write_text(file.read_text().replace("blue", "lube"))
+    said = refusal(capsys, tiny_folder, run, QUIET | {"data.path": edited.parent})[1]
+    assert f'other rows: data.path: "{file.parent}" -> "{edited.parent}"\n' in said
+    assert not re.search("[0-9a-f]{12}", said.replace(str(tmp_path), ""))
 
 
 def test_what_does_not_change_the_run_may_be_another(finished, tiny_folder, tmp_path, capsys) -> None:

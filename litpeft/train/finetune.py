@@ -90,6 +90,10 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         "settings": plain(asdict(settings) | {"method": asdict(method)}),
         "base": Weights(base).fingerprint(),
         "rows": rows_sha256(rows.train, rows.validation),
+        "counts": {
+            part: f"{count.rows:,} rows, {count.tokens:,} tokens, {count.trained:,} trained"
+            for part, count in (("rows to train on", rows.report.train), ("held-out rows", rows.report.validation))
+        },
         "began": start.isoformat(),
         "circumstances": circumstances(device, settings.devices * settings.num_nodes),
     }

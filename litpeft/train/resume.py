@@ -1,7 +1,9 @@
 """Which run a command continues: its checkpoint, and whether it is still the same run."""
 
 import hashlib
+import json
 import platform
+import shlex
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -74,22 +76,36 @@ def began(saved: Checkpoint | None) -> datetime:
     return datetime.now() if saved is None else datetime.fromisoformat(saved.facts["began"])
 
 
+def difference(key: str, then: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns in words how a run's method, base or rows differ from those that it began with."""
+    if key == "method":
+        return f"another method: {then['method']} then, {now['method']} now"
+    if key == "base":
+        old, new = (facts["settings"]["base"]["dir"] for facts in (then, now))
+        moved = f"those of {old} then, of {new} now" if old != new else f"the files in {new} have changed since"
+        return f"other base weights: {moved}"
+    differ = [line for line in changed(then["settings"], now["settings"], ()) if line.startswith("data.")]
+    counts = then.get("counts", {})  # none in a run of an earlier version
+    differ += [f"{part}: {was} -> {now['counts'][part]}" for part, was in counts.items() if was != now["counts"][part]]
+    return f"other rows: {'; '.join(differ) or 'as many rows and tokens, but other text or another order'}"
+
+
 def check_same_run(
     saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str, ...], say: Callable[[str], None]
 ) -> list[str]:
     """Returns the settings that changed and were allowed to; raises if anything else of the run is another."""
     where = str(saved.folder)
-    names = {"method": "another method", "base": "other base weights", "rows": "other rows"}
-    for key, what in names.items():
+    for key in ("method", "base", "rows"):
         if saved.facts[key] != facts[key]:
-            values = f"{str(saved.facts[key])[:12]} then, {str(facts[key])[:12]} now"
             hint = "a resumed run continues on what it began with; take another out for a new run"
-            raise UserError("CONFIG-090", f"the run began with {what}: {values}", where=where, hint=hint)
+            what = f"the run began with {difference(key, saved.facts, facts)}"
+            raise UserError("CONFIG-090", what, where=where, hint=hint)
     lines = changed(saved.facts["settings"], facts["settings"], FREE)
     refused = [line for line in lines if not any(fnmatchcase(line.split(":")[0], glob) for glob in allowed)]
     if refused:
         what = f"the run began with other settings: {'; '.join(refused)}"
-        hint = f"take them back, or say that they may: --resume_changed '[\"{refused[0].split(':')[0]}\"]'"
+        keys = shlex.quote(json.dumps([line.split(":")[0] for line in refused]))
+        hint = f"take them back, or say that they may: --resume_changed {keys}"
         raise UserError("CONFIG-091", what, where=where, hint=hint)
     then, now = saved.facts["circumstances"], facts["circumstances"]
     other = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
