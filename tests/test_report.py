@@ -29,6 +29,7 @@ FACTS = RunFacts(
     tokens=30_720,
     trained_tokens=12_000,
     seconds=112.3,
+    total_seconds=171.0,
     tokens_per_second=273.6,
     device="cpu",
     threads=2,
@@ -38,6 +39,7 @@ FACTS = RunFacts(
     first_loss=2.4127,
     last_loss=0.5013,
     validation=[(0, 2.5), (30, 0.7), (60, 0.75)],
+    best=(30, 0.7),
     samples=[Sample("Two pizzas, please", '{"item": "pizza"}', "Sure!", '{"item": "pizza"}')],
     next_commands=["litpeft chat out/orders", "litpeft merge out/orders"],
 )
@@ -74,7 +76,7 @@ def test_the_report_and_the_picture_are_written(tmp_path):
         "2.500 → 0.750 nats per token, best 0.700 at step 30",
         "1.2 M of 134.5 M parameters (0.908 %)",
         "4.9 MB",
-        "60 steps (2 epochs) in 1 min 52 s",
+        "60 steps (2 epochs) in 1 min 52 s; 2 min 51 s with start, validation and saving",
         "30,720 read, 12,000 of them trained on",
         "274 tokens/s, peak memory 1.9 GB, cpu (2 threads)",
     ):
@@ -151,6 +153,17 @@ def test_the_three_answers_stand_side_by_side_and_whole():
     assert "".join(after) == "x" * 90
 
 
+def test_the_best_measurement_is_the_one_that_patience_waits_from():
+    def told(**changes) -> str:
+        return next(line for line in summary_lines(replace(FACTS, **changes)) if line.startswith("validation"))
+
+    assert told().endswith("2.500 → 0.750 nats per token, best 0.700 at step 30")
+    worse = told(validation=[(0, 0.5), (30, 0.7), (60, 0.75)])
+    assert worse.endswith("0.500 → 0.750 nats per token, best 0.700 at step 30, no better than the start's 0.500")
+    exact = told(metric="exact", best=(60, 0.25))
+    assert exact.endswith("2.500 → 0.750 nats per token; most exact answers 25.0% at step 60")
+
+
 def test_a_long_text_says_how_much_is_left_out():
     text = markdown(replace(FACTS, samples=[Sample("p" * 2500, "a", "b", "c")]), None)
     assert "p" * 2000 + " … (500 more characters)" in text
@@ -163,7 +176,9 @@ def test_the_summary_has_four_to_eight_lines(commands, validation):
     lines = summary_lines(facts)
     assert 4 <= len(lines) <= 8
     assert not any("\n" in line for line in lines)
-    assert lines[0] == "lora on SmolLM2-135M-Instruct: all steps done, 60 steps (2 epochs) in 1 min 52 s"
+    assert lines[0].startswith(
+        "lora on SmolLM2-135M-Instruct: all steps done, 60 steps (2 epochs) in 1 min 52 s; 2 min"
+    )
     assert lines[1].endswith("2.413 → 0.501 nats per token (first and last 5 % of the steps)")
 
 

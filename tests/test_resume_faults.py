@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -124,6 +125,20 @@ def test_a_run_that_was_out_of_time_goes_on(tiny_folder, tmp_path) -> None:
     assert_same(resume(tiny_folder, run), whole)
 
 
+def test_the_report_tells_the_time_in_steps_and_in_all_of_every_command(tiny_folder, tmp_path) -> None:
+    def seconds() -> tuple[float, float]:
+        facts = json.loads((run / "report.json").read_text())
+        return facts["seconds"], facts["total_seconds"]
+
+    began = time.perf_counter()
+    run = train(tiny_folder, tmp_path / "run", {"train.max_time": 1e-6})
+    first, between = seconds(), time.perf_counter()
+    assert first[0] < first[1] < between - began
+    resume(tiny_folder, run)
+    second = seconds()
+    assert first[1] + second[0] - first[0] < second[1] < time.perf_counter() - began
+
+
 def in_gradient(loss: Tensor) -> Tensor:
     loss.register_hook(lambda gradient: gradient * torch.inf)
     return loss
@@ -176,7 +191,9 @@ def test_patience_ends_the_run_and_the_best_is_kept_and_taken(tiny_folder, tmp_p
     run = train(tiny_folder, tmp_path / "run", settings)
     losses = {row["step"]: row["val_loss"] for row in read_metrics(run) if row["val_loss"] is not None and row["step"]}
     best = min(losses, key=lambda step: losses[step])
-    assert f"of step {best:.0f} in 3 measurements, at step {best + 3:.0f} of 80" in (run / "report.md").read_text()
+    text = (run / "report.md").read_text()
+    assert f"of step {best:.0f} in 3 measurements, at step {best + 3:.0f} of 80" in text
+    assert f"best {losses[best]:.3f} at step {best:.0f}" in text
     steps = Checkpoints(run / "checkpoints").steps()
     assert steps == [best, best + 3]
     facts = json.loads((run / "final/delta.json").read_text())
@@ -228,7 +245,12 @@ def test_too_small_a_disk_is_told_before_the_run(tiny_folder, tmp_path, monkeypa
     with pytest.raises(SystemExit) as stop:
         train(tiny_folder, tmp_path / "run", {"checkpoint.keep_last": 2})
     assert stop.value.code == 6
-    assert "the checkpoints need 0.00 GB" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    need, left, short = re.search(
+        r"the checkpoints need (.+) kB, the disk has (.+) kB left: (.+) kB too little", said
+    ).groups()
+    assert left == "700.0"
+    assert abs(float(need) - 700.0 - float(short)) < 0.11
     assert not (tmp_path / "run").exists()
     resume(tiny_folder, cut(whole, 3, tmp_path / "again"), {"checkpoint.keep_last": 2})  # most of it is there already
 

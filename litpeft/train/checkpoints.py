@@ -27,6 +27,7 @@ from litpeft.config import read_json
 from litpeft.errors import UserError
 from litpeft.folders import remove_leftovers, sync, whole_folder
 from litpeft.run import checksum
+from litpeft.train.report import scaled
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -258,7 +259,8 @@ def room(folder: Path, needed_bytes: int) -> None:
     there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
-        what = f"the checkpoints need {needed_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left"
+        need, left, short = (scaled(count, "B") for count in (needed_bytes, free, needed_bytes - free))
+        what = f"the checkpoints need {need}, the disk has {left} left: {short} too little"
         hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
         raise UserError("RESOURCE-620", what, where=str(folder), hint=hint)
 

@@ -1,6 +1,7 @@
 """The command `litpeft finetune METHOD`: settings in, a folder with what was learned out."""
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -39,13 +40,13 @@ from litpeft.train.signals import StopSignals
 
 def finetune(settings: Finetune, name: str, method: Method) -> None:
     """Trains `method` as the settings say; leaves run.yaml, metrics.csv, final/ and report.md in `settings.out`."""
-    first = is_first()
+    began, first = time.perf_counter(), is_first()
     say = print if first else (lambda text: None)
     with StopSignals(partial(print, file=sys.stderr) if first else (lambda text: None)) as signals:
         run = prepare(settings, name, method, say)
         if run is None:
             return
-        progress = run.train(signals)
+        progress = run.train(signals, began)
     if progress.exit_code:
         sys.exit(progress.exit_code)
 
@@ -126,8 +127,8 @@ class Preparation:
     facts: dict[str, Any]
     steps: int
 
-    def train(self, signals: StopSignals) -> Progress:
-        """Builds the model, trains it, and writes what is left of the run."""
+    def train(self, signals: StopSignals, began: float) -> Progress:
+        """Builds the model, trains it, and writes what is left of the run; `began` is when the command did."""
         settings, method, out = self.settings, self.method, Path(self.settings.out)
         fabric = make_fabric(settings, self.precision, pick_device())
         check_agreement(fabric, self.agreed())
@@ -178,9 +179,11 @@ class Preparation:
             )
             if self.saved is not None:
                 trainer.resume(self.saved)
+            trainer.progress.startup += time.perf_counter() - began
             progress = trainer.fit()
             step = self.choose(model, progress)
             self.save(model, progress, step, storage, fabric.is_global_zero)
+            progress.elapsed = trainer.clock()
             if fabric.is_global_zero:
                 report(self, model, progress, fabric)
         fabric.barrier()

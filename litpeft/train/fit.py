@@ -94,6 +94,10 @@ class Trainer:
         progress.stopped = progress.stopped or DONE
         return progress
 
+    def clock(self) -> float:
+        """Returns the seconds since the run began, without the time between a stop and its resume."""
+        return time.perf_counter() - self.start
+
     def due(self) -> bool:
         """Returns whether the held-out rows are measured after this step."""
         return self.progress.step % self.measure_every == 0 or self.progress.step == self.steps
@@ -131,7 +135,7 @@ class Trainer:
         progress.trained_tokens += trained
         progress.losses.append(loss)
         progress.seconds += now - began
-        progress.elapsed = now - self.start
+        progress.elapsed = self.clock()
         self.heed(wishes)
         self.log.step(
             StepRecord(
@@ -173,7 +177,7 @@ class Trainer:
         exact = self.exact() if validation.metric == "exact" else None
         self.log.validation(progress.step, loss, sum(sum(row.trained) for row in measured), exact)
         self.sample(progress)
-        progress.elapsed = time.perf_counter() - self.start
+        progress.elapsed = self.clock()
         return loss if exact is None else exact
 
     def judge(self, value: float | None) -> bool:

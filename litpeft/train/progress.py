@@ -15,6 +15,7 @@ class Progress:
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0  # spent in optimizer steps
+    startup: float = 0.0  # seconds of the command before its first step, of all commands of the run
     elapsed: float = 0.0  # since the run began, without the time between a stop and its resume
     losses: list[float] = field(default_factory=list)  # nats per trained token, one a step
     validations: list[tuple[int, float]] = field(default_factory=list)  # step, nats per trained token

@@ -84,6 +84,7 @@ def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric) -
         tokens=progress.tokens,
         trained_tokens=progress.trained_tokens,
         seconds=progress.seconds,
+        total_seconds=progress.startup + progress.elapsed,
         tokens_per_second=progress.tokens / progress.seconds,
         device=where,
         threads=torch.get_num_threads(),
@@ -93,6 +94,8 @@ def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric) -
         first_loss=sum(progress.losses[:edge]) / edge,
         last_loss=sum(progress.losses[-edge:]) / edge,
         validation=progress.validations,
+        metric=settings.validation.metric,
+        best=progress.best,
         samples=progress.samples,
         next_commands=[
             *evaluation,

@@ -57,7 +57,11 @@ class RunFacts:
     tokens: int
     trained_tokens: int
     seconds: float
+    """Spent in optimizer steps."""
+    total_seconds: float
+    """Of the whole command: with its start, the measurements and what is saved."""
     tokens_per_second: float
+    """Over `seconds`."""
     device: str
     threads: int
     versions: dict[str, str]
@@ -71,6 +75,10 @@ class RunFacts:
     """The same over the last 5 %."""
     validation: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss in nats per token), in order."""
+    metric: str = "loss"
+    """What `best` goes by: loss, or exact."""
+    best: tuple[int, float] | None = None
+    """(step, value of the metric) of the best measurement after the start, the one that patience waits from."""
     samples: list[Sample] = field(default_factory=list)
     next_commands: list[str] = field(default_factory=list)
 
@@ -80,10 +88,9 @@ class RunFacts:
         return self.trainable / self.parameters
 
     @property
-    def best(self) -> tuple[int, float] | None:
-        """(step, loss) of the lowest validation loss."""
-        finite = [point for point in self.validation if math.isfinite(point[1])]
-        return min(finite, key=lambda point: point[1], default=None)
+    def best_point(self) -> tuple[int, float] | None:
+        """(step, loss) of the best measurement."""
+        return next((point for point in self.validation if self.best and point[0] == self.best[0]), None)
 
 
 def write_report(folder: Path, facts: RunFacts) -> Path:
@@ -155,7 +162,8 @@ def _table(facts: RunFacts) -> str:
 def _work(facts: RunFacts) -> str:
     steps = f"{facts.steps:,} step{'' if facts.steps == 1 else 's'}"
     epochs = f"{facts.epochs:.3g} epoch{'' if facts.epochs == 1 else 's'}"
-    return f"{steps} ({epochs}) in {duration(facts.seconds)}"
+    whole = f"{duration(facts.total_seconds)} with start, validation and saving"
+    return f"{steps} ({epochs}) in {duration(facts.seconds)}; {whole}"
 
 
 def _losses(facts: RunFacts) -> str:
@@ -165,7 +173,13 @@ def _losses(facts: RunFacts) -> str:
 def _validation(facts: RunFacts) -> str:
     first, last = facts.validation[0][1], facts.validation[-1][1]
     text = f"{first:.3f} → {last:.3f} nats per token" if len(facts.validation) > 1 else f"{first:.3f} nats per token"
-    return text if facts.best is None else f"{text}, best {facts.best[1]:.3f} at step {facts.best[0]:,}"
+    if facts.best is None:
+        return text
+    step, value = facts.best
+    if facts.metric == "exact":
+        return f"{text}; most exact answers {value:.1%} at step {step:,}"
+    start = f", no better than the start's {first:.3f}" if facts.validation[0][0] == 0 and value >= first else ""
+    return f"{text}, best {value:.3f} at step {step:,}{start}"
 
 
 def _trained(facts: RunFacts) -> str:
@@ -248,11 +262,14 @@ def loss_figure(steps: list[dict[str, float | None]], facts: RunFacts) -> "Figur
     upper.plot(x, losses, color=SMOOTH if few else RAW, label="training, each step", **thin)
     if not few:
         upper.plot(x, smoothed(losses), color=SMOOTH, linewidth=2.2, label="training, smoothed")
-    if facts.best is not None:
-        label = f"validation (best {facts.best[1]:.3f} at step {facts.best[0]:,})"
+    if facts.validation:
+        label = "validation"
+        if facts.best_point is not None:
+            label += f" (best {facts.best_point[1]:.3f} at step {facts.best_point[0]:,})"
         look = {"markersize": 6, "markeredgecolor": "white", "linewidth": 1.2, "zorder": 3}
         upper.plot(*zip(*facts.validation, strict=True), "o-", color=HELD_OUT, label=label, **look)
-        upper.plot(*facts.best, "o", markersize=12, markerfacecolor="none", markeredgecolor=HELD_OUT, zorder=4)
+    if facts.best_point is not None:
+        upper.plot(*facts.best_point, "o", markersize=12, markerfacecolor="none", markeredgecolor=HELD_OUT, zorder=4)
     upper.set_ylabel("loss (nats per token)", fontsize=11)
     upper.legend(frameon=False, fontsize=10)
     title = facts.title.encode("ascii", "replace").decode()  # the font may lack other letters
