@@ -8,16 +8,18 @@ from typing import Any
 
 from litpeft.config import read_json
 from litpeft.errors import UserError
-from litpeft.tokenizer_backends import Encoded, JsonBackend, PieceBackend, Span, any_of, overlaps
+from litpeft.tokenizer_backends import Backend, Encoded, Span, any_of, overlaps
+from litpeft.tokenizer_files import read_files
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of Llama's tokenizers that is one byte
 
 
 @dataclass
 class Tokenizer:
     """Token ids of a model. Nothing is ever added to a text (no BOS, no EOS): templates do that."""
 
-    backend: JsonBackend | PieceBackend
+    backend: Backend
     special_tokens: dict[str, str]  # bos_token, eos_token, unk_token, pad_token, as far as the model names them
     stop_ids: tuple[int, ...]  # ids that end an answer; a chat template may know one more (ChatTemplate.stop_ids)
     adds_bos: bool  # the model was trained on plain text that starts with BOS
@@ -33,29 +35,22 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """Returns the tokenizer that a Hugging Face folder holds: tokenizer.json, else tokenizer.model."""
-        config, special_map = _optional(folder / "tokenizer_config.json"), _optional(folder / "special_tokens_map.json")
-        backend, where = _backend(folder, config)
-        names = {}
-        for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            token = config.get(key, special_map.get(key))
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and token:
-                names[key] = token
         generation, model = _optional(folder / "generation_config.json"), _optional(folder / "config.json")
+        files = read_files(folder, model)
+        backend, where = Backend(files.inner), str(files.path)
+        names = files.names
         declared = {k: _ids(generation.get(k)) or _ids(model.get(k)) for k in ("bos_token_id", "eos_token_id")}
         for key in ("bos_token", "eos_token"):
             for number in declared[f"{key}_id"][:1]:
-                names.setdefault(key, backend.names.get(number, ""))
-            if names.get(key, "") not in ("", *backend.ids):
-                raise UserError("MODEL-303", f"{key} {names[key]!r} is not in the vocabulary", where=where)
-        names = {key: token for key, token in names.items() if token}
-        backend.make_special([token for token in names.values() if token in backend.ids])
+                if number in backend.names:
+                    names.setdefault(key, backend.names[number])
+        backend.make_special([token for token in (*names.values(), *files.special) if token in backend.ids])
         stop = {*declared["eos_token_id"], *([backend.ids[names["eos_token"]]] if "eos_token" in names else [])}
-        adds_bos = config.get("add_bos_token")
+        adds_bos = files.adds_bos
         if adds_bos is None:
             adds_bos = backend.bos_first(backend.ids.get(names.get("bos_token", "")))
-        template = _chat_template(folder, config)
-        return cls(backend, names, tuple(sorted(stop)), bool(adds_bos) and "bos_token" in names, template, where)
+        template = _chat_template(folder, files.config)
+        return cls(backend, names, tuple(sorted(stop)), adds_bos and "bos_token" in names, template, where)
 
     @property
     def vocab_size(self) -> int:
@@ -132,20 +127,6 @@ class Tokenizer:
             )
 
 
-def _backend(folder: Path, config: dict[str, Any]) -> tuple[JsonBackend | PieceBackend, str]:
-    declared = config.get("added_tokens_decoder") or {}
-    for name, kind in (("tokenizer.json", JsonBackend), ("tokenizer.model", PieceBackend)):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            return kind(path, {int(number): token for number, token in declared.items()}), str(path)
-        except Exception as error:  # the tokenizers library raises bare Exception, sentencepiece RuntimeError
-            raise UserError("MODEL-301", f"{name} cannot be read: {error}", where=str(path)) from None
-    hint = "a model folder holds tokenizer.json or tokenizer.model beside config.json"
-    raise UserError("MODEL-300", "there is no tokenizer in the folder", where=str(folder), hint=hint)
-
-
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
@@ -195,6 +176,9 @@ class StreamDecoder:
     def feed(self, token: int) -> str:
         """Returns the text that this id completes; empty while a character is incomplete."""
         self._ids.append(token)
+        name = self.tokenizer.backend.names.get(token, "")
+        if BYTE.fullmatch(name) or (self.skip_special and name in self.tokenizer.backend.specials):
+            return ""  # a byte that fits ill spoils those right before it: they wait for what follows
         text = self._pending()
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""

@@ -10,9 +10,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from litpeft.errors import UserError, nearest
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-SPACE = "\u2581"  # what sentencepiece writes for a space
+from litpeft.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, merges_of
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -158,12 +156,7 @@ class GgufTokenizer:
             what = f"{len(scores)} scores for {len(self.tokens)} tokens"
             raise UserError("MODEL-237", what, where=str(self.path), hint="the header is damaged")
         pieces = {token: idx for token, idx in self.vocab.items() if self.types[idx] == NORMAL}
-        return [
-            (token[:cut], token[cut:])
-            for token, idx in sorted(pieces.items(), key=lambda piece: (-scores[piece[1]], piece[1]))
-            for cut in range(1, len(token))
-            if token[:cut] in pieces and token[cut:] in pieces
-        ]
+        return merges_of(sorted(pieces, key=lambda token: (-scores[pieces[token]], pieces[token])))
 
     def _list(self, key: str, kind: type) -> list[Any]:
         value = self.values.get(f"tokenizer.ggml.{key}")
