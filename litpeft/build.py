@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litpeft.bare import strip
 from litpeft.checkpoint import Weights, is_finite, let_go
-from litpeft.config import read_config
+from litpeft.config import ModelConfig, read_config
 from litpeft.data.templates import ChatTemplate
 from litpeft.distributed import fill
 from litpeft.errors import UserError
@@ -27,6 +27,18 @@ from litpeft.storage.quantized import store
 from litpeft.tokenizer import Tokenizer
 
 
+def checked_files(folder: Path) -> tuple[ModelConfig, Weights, NameMap]:
+    """Returns the config, the weights and the names of a Hugging Face folder, whose headers fit each other."""
+    name, config = read_config(folder)
+    weights = Weights(folder)
+    if config.n_layers > len(weights.file_of):  # before so many layers are made
+        what = f"config.json says {config.n_layers} layers, the files hold {len(weights.file_of)} tensors"
+        raise UserError("MODEL-042", what, where=str(folder))
+    names = NameMap(name, config)
+    names.check(weights)
+    return config, weights, names
+
+
 def build(
     folder: Path,
     dtype: torch.dtype,
@@ -41,13 +53,7 @@ def build(
     `storage` says how the linear layers are held, `shard` spreads the model over the ranks (of which the first writes
     the quantised weights to disk, if they are to be kept).
     """
-    name, config = read_config(folder)
-    weights = Weights(folder)
-    if config.n_layers > len(weights.file_of):  # before so many layers are made
-        what = f"config.json says {config.n_layers} layers, the files hold {len(weights.file_of)} tensors"
-        raise UserError("MODEL-042", what, where=str(folder))
-    names = NameMap(name, config)
-    names.check(weights)
+    config, weights, names = checked_files(folder)
     with torch.device("meta"):  # 1. shapes
         model = GPT(config)
     model.dtype = dtype

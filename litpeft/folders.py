@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,23 +44,28 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replaced(path: Path, overwrite: bool) -> Iterator[None]:
+def replaced(path: Path, overwrite: bool, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Makes an empty folder at `path` for the block; what was there is moved aside.
 
-    It comes back if the block fails, but not if that leaves something to go on from.
+    It comes back if the block fails, but not if that leaves something to go on from. Where nothing was there, and the
+    block had not even `begun` its work, its folder goes: it would only be in the way of the next try.
     """
     refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
     if path.exists() and any(path.iterdir()):
         os.rename(path, old)
+    empty = path.exists()
     path.mkdir(exist_ok=True)
     try:
         yield
     except BaseException:
-        if old.exists() and not has_result(path):
-            shutil.rmtree(path)
-            os.rename(old, path)
+        if not has_result(path) and (old.exists() or not begun()):
+            shutil.rmtree(path, ignore_errors=True)
+            if old.exists():
+                os.rename(old, path)
+            elif empty:
+                path.mkdir(exist_ok=True)
         shutil.rmtree(old, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)

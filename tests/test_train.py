@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import yaml
 from conftest import finetune, make_folder, write_rows
 from lightning.fabric import Fabric
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from litpeft.build import build
@@ -202,6 +203,78 @@ def test_a_dry_run_shows_the_data_and_writes_nothing(tiny_folder, tmp_path, caps
     assert "[blue<|im_end|>]" in said
 
 
+REFUSED = {
+    "no such optimiser": ["--train.optimizer", "AdamV"],
+    "no such argument": ["--train.optimizer_args", '{"betaz": 1}'],
+    "an argument that the optimiser refuses": ["--train.optimizer_args", '{"betas": [2, 3]}'],
+    "an optimiser that cannot step on all that trains": ["--train.optimizer", "Muon", "--method.unfreeze", "*norm*"],
+    "an optimiser without decay": ["--train.optimizer", "Rprop", "--train.weight_decay", "0.1"],
+    "a target that is not there": ["--method.targets", "*.atn.q"],
+    "quantised weights that train": ["--base.quantize", "nf4", "--method.unfreeze", "*.attn.q.weight"],
+    "a precision that shares cannot have": ["--base.precision", "16-true"],
+    "tensorboard": ["--tensorboard"],
+    "patience": ["--data.validation_split", "0", "--validation.patience", "3"],
+    "metric": ["--data.validation_split", "0", "--validation.metric", "exact"],
+    "final": ["--data.validation_split", "0", "--validation.final", "best"],
+    "nothing to ask": ["--validation.metric", "exact", "--data.overlong", "split"],
+    "nothing to resume from": ["--resume_changed", "train.lr"],
+}
+
+
+@pytest.mark.parametrize("argv", REFUSED.values(), ids=REFUSED)
+def test_a_dry_run_refuses_what_the_run_refuses_and_neither_leaves_a_thing(
+    tiny_folder, tmp_path, capsys, monkeypatch, argv: list[str]
+) -> None:
+    for module in ("tensorboardX", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    data = write_rows(tmp_path)
+    if "--data.validation_split" in argv:
+        (data / "validation.jsonl").unlink()
+    elif "exact" in argv:
+        row = {"instruction": "x" * 700, "output": "yes" * 50}  # its prompt is longer than the model reaches
+        (data / "validation.jsonl").write_text(json.dumps(row))
+    before = sorted(tmp_path.rglob("*"))
+    told = []
+    for dry in (["--dry_run"], []):
+        with pytest.raises(SystemExit) as stop:
+            finetune(tiny_folder, tmp_path, "--data.path", str(data), *argv, *dry)
+        assert stop.value.code == 2
+        told.append(capsys.readouterr().err)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert told[0] == told[1]
+    assert "error[E-CONFIG" in told[0]
+
+
+def test_a_dry_run_refuses_an_output_that_exists_and_damaged_headers(tiny_folder, tmp_path, capsys) -> None:
+    out = finetune(tiny_folder, tmp_path)
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    for folder, argv, code, message in (
+        (tiny_folder, (), 2, "the output exists"),
+        (base, ("--overwrite",), 4, "the weights do not fit config.json"),
+        (tiny_folder, ("--resume", "--train.lr", "1e-3"), 2, "the run began with other settings: train.lr"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            finetune(folder, tmp_path, "--dry_run", *argv)
+        assert (stop.value.code, message in capsys.readouterr().err) == (code, True)
+    assert (out / "report.md").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder_in_the_way(tmp_path, capsys) -> None:
+    folder = make_folder(tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e20  # finite, and the logits are not
+    tensors["lm_head.weight"] *= 1e30
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for existed in (False, True):
+        if existed:
+            (tmp_path / "run").mkdir()
+        with pytest.raises(SystemExit) as stop:
+            finetune(folder, tmp_path)
+        assert (stop.value.code, (tmp_path / "run").exists()) == (5, existed), capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("interval", "message"), [("1", "the validation loss is nan after step 1"), ("99", "train.jsonl:")]
 )
@@ -218,8 +291,6 @@ def test_steps_that_diverge_stop_before_anything_is_saved(
 
 def test_a_base_with_a_nan_is_refused_before_training(tmp_path, capsys) -> None:
     folder = make_folder(tmp_path / "bad")
-    from safetensors.torch import save_file
-
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = math.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

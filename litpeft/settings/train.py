@@ -28,6 +28,8 @@ class Base:
             raise ValueError(f"base.quantize must be null, {' or '.join(STORAGES)}, got {self.quantize!r}")
         if self.cache and self.quantize is None:
             raise ValueError("base.cache is used only with base.quantize, which is null")
+        if not self.double_quantize and self.quantize not in ("nf4", "fp4"):
+            raise ValueError(f"base.double_quantize is used only with base.quantize nf4 or fp4, got {self.quantize}")
 
 
 @dataclass
@@ -88,6 +90,10 @@ class Train:
                 raise ValueError(f"train.{name} must be above 0, got {value}")
         if self.min_lr > self.lr:
             raise ValueError(f"train.min_lr must be at most train.lr ({self.lr}), got {self.min_lr}")
+        for name, value in self.optimizer_args.items():
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ValueError(f"train.optimizer_args.{name} must be finite, got {value}")
         if self.schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"train.schedule must be cosine, linear or constant, got {self.schedule!r}")
 
@@ -165,7 +171,8 @@ class Finetune:
     tensorboard: bool = False
     """Write TensorBoard files too; metrics.csv is always written."""
     dry_run: bool = False
-    """Resolve the settings, read the data, count, show one row with its trained tokens marked, and stop."""
+    """Check all that the run would check, read the data, count, show one row with its trained tokens marked, and stop.
+    Trains nothing, writes nothing, reads no weights but their headers."""
     overwrite: bool = False
     """Replace the run that `out` holds."""
 
@@ -182,6 +189,8 @@ class Finetune:
             raise ValueError(f"timeout must be above 0 and finite, got {self.timeout}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: one continues the run, the other removes it")
+        if self.resume_changed and not self.resume:
+            raise ValueError("resume_changed is used only with resume true: it says what may differ from that run")
         if self.validation.final == "best" and not self.checkpoint.keep_best:
             raise ValueError("validation.final best needs checkpoint.keep_best true")
         if self.data.packing and train.micro_batch_size != default.micro_batch_size:

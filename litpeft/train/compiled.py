@@ -9,15 +9,20 @@ from litpeft.errors import UserError
 from litpeft.model import GPT, through
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raises where torch could not compile for this device."""
+    if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
+        hint = "install one (Debian and Ubuntu: apt install g++), or set train.compile false"
+        what = f"true needs a C++ compiler on {device.type}, and this machine has neither g++ nor clang++"
+        raise UserError("CONFIG-054", what, where="train.compile", hint=hint)
+
+
 def compile_blocks(model: GPT, device: torch.device) -> None:
     """Makes `model` compile its blocks at the first training pass: all that are built alike share one program.
 
     Attention itself stays as it is: the documents that it keeps apart are Python numbers, other ones at every step.
     """
-    if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
-        hint = "install one (Debian and Ubuntu: apt install g++), or set train.compile false"
-        what = f"true needs a C++ compiler on {device.type}, and this machine has neither g++ nor clang++"
-        raise UserError("CONFIG-054", what, where="train.compile", hint=hint)
+    check_compiler(device)
     for block in model.blocks:
         block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
     model.compiled = torch.compile(through, dynamic=True)

@@ -20,19 +20,24 @@ from litpeft.precision import Precision
 from litpeft.settings.train import Finetune
 
 
-def make_fabric(settings: Finetune, precision: Precision, device: torch.device) -> Fabric:
-    """Returns Fabric on the devices that the settings name, with the processes of the run connected."""
+def check_devices(settings: Finetune, precision: Precision, device: torch.device) -> None:
+    """Raises if this machine has not the devices that the settings name, or they cannot train so."""
     if device.type == "cuda" and settings.devices > torch.cuda.device_count():
         what = f"{settings.devices} are asked for, this machine has {torch.cuda.device_count()} GPUs"
         raise UserError("CONFIG-050", what, where="devices")
-    sharded = settings.strategy == "fsdp"
-    if sharded and precision.fabric == "16-mixed":
+    if settings.strategy == "fsdp" and precision.fabric == "16-mixed":
         hint = "take bf16-true or bf16-mixed, or strategy ddp"
         what = "16-mixed scales its gradients, which Fabric does not do over sharded ones"
         raise UserError("CONFIG-051", what, where="base.precision", hint=hint)
+
+
+def make_fabric(settings: Finetune, precision: Precision, device: torch.device) -> Fabric:
+    """Returns Fabric on the devices that the settings name, with the processes of the run connected."""
     world, timeout = settings.devices * settings.num_nodes, timedelta(seconds=settings.timeout)
     strategy: Strategy | str = "auto"
-    if sharded:  # the model is sharded where it is built (see build.py), so there is nothing left for Fabric to do
+    if (
+        settings.strategy == "fsdp"
+    ):  # the model is sharded where it is built (see build.py), so there is nothing left for Fabric to do
         strategy = ModelParallelStrategy(lambda model, mesh: model, world, 1, timeout=timeout)
     elif world > 1:  # the ranks build the same model from the same files and seed: nothing to send at the start
         strategy = DDPStrategy(timeout=timeout, init_sync=False, gradient_as_bucket_view=True)

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,13 @@ from typing import Any
 import torch
 
 from litpeft.build import Loaded, build
-from litpeft.checkpoint import Weights
 from litpeft.config import ModelConfig, read_config
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load, show
 from litpeft.errors import UserError
 from litpeft.folders import alone, refuse_existing, remove_leftovers, replaced
 from litpeft.launch import check_world
-from litpeft.methods.base import Method, attach, put, trainable
+from litpeft.methods.base import Method, put, trainable
 from litpeft.model import GPT
 from litpeft.precision import Precision, Storage, pick_device, pick_precision
 from litpeft.run import base_facts, save_result
@@ -31,10 +30,11 @@ from litpeft.train.devices import check_agreement, is_first, make_fabric, sharde
 from litpeft.train.fit import Trainer, total_steps
 from litpeft.train.log import Log
 from litpeft.train.optim import make_optimizer
+from litpeft.train.preflight import check_held_out, check_run
 from litpeft.train.progress import Progress
 from litpeft.train.records import begin_run, empty_model, plain, report
 from litpeft.train.resume import began, check_same_run, circumstances, find_saved, finished_at, rows_sha256
-from litpeft.train.samples import askable, exact_share, show_sample
+from litpeft.train.samples import Question, askable, exact_share, show_sample
 from litpeft.train.signals import StopSignals
 
 
@@ -55,15 +55,16 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     """Returns a run that can begin or go on, or None if nothing is left to do. What would go wrong later does here."""
     out, base = Path(settings.out), Path(settings.base.dir)
     check_world(settings.devices, settings.num_nodes)
-    # 1. the output
-    if not settings.dry_run and not settings.resume:  # each rank looks: it cannot wait for one that has left already
-        refuse_existing(out, settings.overwrite, clear=is_first())
-    elif not settings.dry_run and is_first():
+    # 1. the output; each rank looks: it cannot wait for one that has left already
+    clear = is_first() and not settings.dry_run
+    if not settings.resume:
+        refuse_existing(out, settings.overwrite, clear)
+    elif clear:
         remove_leftovers(out)
     for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
         if Path(kept).resolve().is_relative_to(out.resolve()):
             raise UserError("CONFIG-037", f"the run would replace {kept}", where="out", hint="name another folder")
-    checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, say, clear=is_first())
+    checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, say, clear)
     saved = find_saved(out, checkpoints, say) if settings.resume else None
     # 2. model files and rows
     device = pick_device()
@@ -82,14 +83,22 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     steps = total_steps(len(rows.train), settings.train)
     if settings.train.warmup_steps > steps:
         say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
-    if settings.dry_run:
-        dry_run(settings, name, method, rows, tokenizer, steps)
+    questions = askable(template, config.max_positions, rows.validation[: settings.validation.max_rows])
+    # 3. what the run will need
+    check_held_out(settings, len(rows.validation), len(questions))
+    weights, shapes = check_run(settings, method, precision, device)
+    if is_first():
+        dtype = method.trained_dtype(precision.weights)
+        trained = dtype.itemsize * sum(p.numel() for p in trainable(shapes).values())
+        room(out, bytes_needed(settings, trained, bool(rows.validation), saved is not None))
+    if settings.dry_run and saved is None:
+        dry_run(name, config, shapes, rows, tokenizer, steps)
         return None
-    # 3. is it the same run?
+    # 4. is it the same run?
     facts = {
         "method": name,
         "settings": plain(asdict(settings) | {"method": asdict(method)}),
-        "base": Weights(base).fingerprint(),
+        "base": weights.fingerprint(),
         "rows": rows_sha256(rows.train, rows.validation),
         "counts": {
             part: f"{count.rows:,} rows, {count.tokens:,} tokens, {count.trained:,} trained"
@@ -105,8 +114,23 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
             say(f"{out} is finished: step {done}; nothing is left to do")
             return None
         say(f"going on after step {saved.step} of {steps}")
+    if settings.dry_run:
+        dry_run(name, config, shapes, rows, tokenizer, steps)
+        return None
     return Preparation(
-        settings, name, method, config, rows, tokenizer, template, precision, checkpoints, saved, facts, steps
+        settings,
+        name,
+        method,
+        config,
+        rows,
+        tokenizer,
+        template,
+        questions,
+        precision,
+        checkpoints,
+        saved,
+        facts,
+        steps,
     )
 
 
@@ -121,6 +145,7 @@ class Preparation:
     rows: DataSet
     tokenizer: Tokenizer
     template: ChatTemplate
+    questions: list[Question]  # that are asked of the model at each measurement
     precision: Precision
     checkpoints: Checkpoints
     saved: Checkpoint | None
@@ -147,21 +172,20 @@ class Preparation:
         scaled = self.precision.fabric == "16-mixed"
         optimizer = make_optimizer(settings.train, trainable(model).values(), fabric.device, scaled)
         optimizer = fabric.setup_optimizers(optimizer)
-        if fabric.is_global_zero:
-            room(out, self.bytes_needed(model))
         # 2. the run folder, and the run
+        log = self.log(fabric.is_global_zero)
         with ExitStack() as stack:
             if fabric.is_global_zero:
                 stack.enter_context(alone(out))
-                stack.enter_context(
-                    nullcontext() if self.saved else replaced(out, settings.overwrite or settings.resume)
-                )
+                if not self.saved:
+                    stack.enter_context(
+                        replaced(out, settings.overwrite or settings.resume, lambda: log.steps_done > 0)
+                    )
                 begin_run(out, settings, self.name, method, self.rows)
             fabric.barrier()
-            log = stack.enter_context(self.log(fabric.is_global_zero))
+            stack.enter_context(log)
             signals.tell = log.message
             loaded = Loaded(model, self.tokenizer, self.template, settings.data.system, None)
-            questions = askable(loaded, self.rows.validation[: settings.validation.max_rows])
             trainer = Trainer(
                 fabric,
                 wrapped,
@@ -173,8 +197,8 @@ class Preparation:
                 log,
                 self.checkpoints,
                 self.facts,
-                partial(show_sample, fabric, loaded, questions, settings.validation.sample_tokens, log),
-                partial(exact_share, fabric, loaded, questions),
+                partial(show_sample, fabric, loaded, self.questions, settings.validation.sample_tokens, log),
+                partial(exact_share, fabric, loaded, self.questions),
                 signals,
             )
             if self.saved is not None:
@@ -205,17 +229,6 @@ class Preparation:
         step = at.step if at else 0
         return Log(Path(self.settings.out), self.steps, self.settings.tensorboard, enabled, step, seconds)
 
-    def bytes_needed(self, model: GPT) -> int:
-        """Returns the room on disk for the checkpoints that are kept, the one being written, and the result."""
-        trained = sum(p.numel() * p.element_size() for p in trainable(model).values())
-        checkpoint = self.settings.checkpoint
-        best = checkpoint.keep_best and bool(self.rows.validation)
-        if checkpoint.interval == 0 and not best:
-            return 3 * trained + trained  # one more, where the run is stopped: those that are there stay beside it
-        kept = checkpoint.keep_last + best + 1
-        there = (Path(self.settings.out) / "checkpoints").rglob("*") if self.saved else ()
-        return 3 * trained * kept + trained - sum(p.stat().st_size for p in there)  # two moments for each parameter
-
     def choose(self, model: GPT, progress: Progress) -> int:
         """Returns the step whose weights the run ends with, and puts them into the model."""
         best = progress.best
@@ -241,11 +254,24 @@ class Preparation:
         save_result(Path(self.settings.out) / "final", model, self.name, self.method, base, facts, first)
 
 
-def dry_run(settings: Finetune, name: str, method: Method, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:
+def bytes_needed(settings: Finetune, trained: int, held_out: bool, resumes: bool) -> int:
+    """Returns the room on disk for the checkpoints that are kept, the one being written, and the result.
+
+    `trained` are the bytes of what trains; a run that `resumes` has a part of its checkpoints already.
+    """
+    best = settings.checkpoint.keep_best and held_out
+    if settings.checkpoint.interval == 0 and not best:
+        return 3 * trained + trained  # one more, where the run is stopped: those that are there stay beside it
+    kept = settings.checkpoint.keep_last + best + 1
+    there = (Path(settings.out) / "checkpoints").rglob("*") if resumes else ()
+    return 3 * trained * kept + trained - sum(p.stat().st_size for p in there)  # two moments for each parameter
+
+
+def dry_run(name: str, config: ModelConfig, shapes: GPT, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:
     """Prints what the run would do; trains nothing, writes nothing, reads no weights."""
-    model = empty_model(read_config(Path(settings.base.dir))[1])
-    attach(model, method)
-    total, train = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable(model).values())
+    trained = {key: p.numel() for key, p in trainable(shapes).items()}
+    train, new = sum(trained.values()), sum(count for key, count in trained.items() if key not in shapes.base_keys)
+    total = sum(p.numel() for p in empty_model(config).parameters()) + new  # of which a storage packs several into one
     print(f"{name} would train {train:,} of {total:,} parameters ({train / total:.3%}) in {steps} optimizer steps")
     print(f"{rows.train[0].source}, as the model sees it (what is trained is marked):")
     print(show(rows.train[0], tokenizer, color=sys.stdout.isatty()))

@@ -73,6 +73,7 @@ class Log:
     ):
         self.folder, self.steps, self.tensorboard, self.enabled = Path(folder), steps, tensorboard, enabled
         self.start_step, self.max_time = start_step, max_time
+        self.steps_done = 0  # since this process began
         self._pace: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._bar: Progress | None = None
         self._writer: Any = None
@@ -84,7 +85,9 @@ class Log:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.tensorboard:
-            self._writer = summary_writer(self.folder / "tensorboard", self.start_step)
+            purge = self.start_step + 1 if self.start_step else None  # hides what an earlier run logged after that
+            place = str(self.folder / "tensorboard")
+            self._writer = summary_writer_class()(place, purge_step=purge, flush_secs=10)
         self._file = open_metrics(self.folder / "metrics.csv", self.start_step)
         console = Console(stderr=True)
         if console.is_interactive and sys.stderr.isatty():  # is_interactive alone believes FORCE_COLOR
@@ -114,6 +117,7 @@ class Log:
         """Reports an optimizer step."""
         if not self.enabled:
             return
+        self.steps_done += 1
         self._record(asdict(record))
         self._pace.append((record.step, record.seconds))
         left = time_left(self._pace, self.steps, self.max_time)
@@ -233,8 +237,8 @@ def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
     return rows
 
 
-def summary_writer(folder: Path, start_step: int) -> Any:
-    """Returns a writer of TensorBoard event files that hides what an earlier run logged after `start_step`."""
+def summary_writer_class() -> Any:
+    """Returns the class that writes TensorBoard event files; raises where no package has one."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
@@ -244,4 +248,4 @@ def summary_writer(folder: Path, start_step: int) -> Any:
             what = "TensorBoard files need a package that is not installed"
             hint = "pip install tensorboardX"
             raise UserError("CONFIG-500", what, where="tensorboard", hint=hint) from None
-    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None, flush_secs=10)
+    return SummaryWriter

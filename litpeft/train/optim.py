@@ -11,6 +11,7 @@ import torch.nn as nn
 from litpeft.distributed import is_share
 from litpeft.errors import UserError, nearest
 from litpeft.launch import peer_lost
+from litpeft.methods.base import trainable
 from litpeft.settings.train import Train
 from litpeft.storage.kernels import bitsandbytes
 from litpeft.train.optimizer_state import fresh_state
@@ -82,6 +83,23 @@ def make_optimizer(
         raise UserError("CONFIG-045", f"{name} refuses: {error}", where="train.optimizer_args") from None
     _check_step(optimizer)
     return optimizer
+
+
+def check_optimizer(train: Train, model: nn.Module, dtype: torch.dtype, device: torch.device, scaled: bool) -> None:
+    """Raises unless `make_optimizer` takes what `model` trains, of which only the shapes are needed.
+
+    It is tried on the smallest parameter of each number of dimensions, the only ones that get memory.
+    """
+    smallest: dict[int, nn.Parameter] = {}
+    for parameter in trainable(model).values():
+        known = smallest.setdefault(parameter.ndim, parameter)
+        smallest[parameter.ndim] = min(known, parameter, key=lambda p: p.numel())
+    make_optimizer(
+        train,
+        [nn.Parameter(torch.zeros(p.shape, dtype=dtype, device=device)) for p in smallest.values()],
+        device,
+        scaled,
+    )
 
 
 def _check_step(optimizer: torch.optim.Optimizer) -> None:

@@ -4,8 +4,8 @@ import torch
 from lightning.fabric import Fabric
 
 from litpeft.build import Loaded
+from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import Row
-from litpeft.errors import UserError
 from litpeft.evaluate import Exchange, exactly
 from litpeft.generate import answer
 from litpeft.settings.generate import Sampling
@@ -44,9 +44,6 @@ def show_sample(
 @torch.no_grad()
 def exact_share(fabric: Fabric, loaded: Loaded, questions: list[Question]) -> float:
     """Returns the share of the questions whose greedy answer is exactly the expected one."""
-    if not questions:
-        what = "no held-out row can be asked, so there are no answers to compare"
-        raise UserError("CONFIG-092", what, where="validation.metric", hint="take validation.metric loss")
     expected = [exchange.expected for exchange, _ in questions]
     longest = max(len(loaded.tokenizer.encode(text)) for text in expected)
     loaded.model.eval()
@@ -56,15 +53,15 @@ def exact_share(fabric: Fabric, loaded: Loaded, questions: list[Question]) -> fl
     return sum(exact) / len(exact)
 
 
-def askable(loaded: Loaded, rows: list[Row]) -> list[Question]:
+def askable(template: ChatTemplate, max_positions: int, rows: list[Row]) -> list[Question]:
     """Returns exchanges, with their prompts as tokens, that the template takes and that leave room for an answer."""
     found = []
     for row in rows:
         exchange = Exchange.of(row)
         try:
-            prompt = loaded.template.prompt(exchange.before)
+            prompt = template.prompt(exchange.before)
         except ValueError:  # a chat that the assistant opens, say: learnt from, but not to be asked
             continue
-        if 0 < len(prompt) < loaded.model.config.max_positions:
+        if 0 < len(prompt) < max_positions:
             found.append((exchange, prompt))
     return found

@@ -1,0 +1,53 @@
+"""What is checked before a run begins, from shapes and headers: a dry run refuses all that the run would refuse."""
+
+from pathlib import Path
+
+import torch
+
+from litpeft.build import checked_files
+from litpeft.checkpoint import Weights
+from litpeft.errors import UserError
+from litpeft.methods.base import Method, attach
+from litpeft.model import GPT
+from litpeft.precision import Precision
+from litpeft.settings.train import Finetune
+from litpeft.storage.quantized import store
+from litpeft.train.compiled import check_compiler
+from litpeft.train.devices import check_devices
+from litpeft.train.log import summary_writer_class
+from litpeft.train.optim import check_optimizer
+
+
+def check_run(settings: Finetune, method: Method, precision: Precision, device: torch.device) -> tuple[Weights, GPT]:
+    """Returns the base's weights, unread, and the shapes of the model that trains; raises where the run would fail."""
+    check_devices(settings, precision, device)
+    if settings.train.compile:
+        check_compiler(device)
+    if settings.tensorboard:
+        summary_writer_class()
+    config, weights, _ = checked_files(Path(settings.base.dir))
+    with torch.device("meta"):
+        model = GPT(config)
+        if settings.base.quantize is not None:
+            store(model, settings.base.quantize, settings.base.double_quantize, precision.weights)
+        attach(model, method)
+    scaled = precision.fabric == "16-mixed"
+    check_optimizer(settings.train, model, method.trained_dtype(precision.weights), device, scaled)
+    return weights, model
+
+
+def check_held_out(settings: Finetune, held_out: int, askable: int) -> None:
+    """Raises if settings ask for what is measured on held-out rows, and there are none that it could be measured on."""
+    validation = settings.validation
+    if held_out:
+        if validation.metric == "exact" and not askable:
+            what = "no held-out row can be asked, so there are no answers to compare"
+            raise UserError("CONFIG-092", what, where="validation.metric", hint="take validation.metric loss")
+        return
+    said = {"patience": validation.patience is not None, "metric": validation.metric != "loss"}
+    said |= {"final": validation.final != "last", "interval": validation.interval is not None}
+    said |= {"max_rows": validation.max_rows is not None}
+    for key in (key for key, given in said.items() if given):
+        what = f"{getattr(validation, key)} is of no use: no row is held out, so nothing is measured"
+        hint = "name rows with data.validation_path or raise data.validation_split, or leave it out"
+        raise UserError("CONFIG-093", what, where=f"validation.{key}", hint=hint)
