@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from litpeft.errors import UserError
+from litpeft.yaml_values import check_value, check_word
 
 LARGEST = 1 << 20  # bytes of a YAML file
 
@@ -16,6 +17,14 @@ LARGEST = 1 << 20  # bytes of a YAML file
 def _options(parser: ArgumentParser) -> dict[str, Any]:
     """Returns the type of each option by its dotted name; a group of options has none."""
     return {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+
+
+def _kind(name: str, options: dict[str, Any]) -> Any:
+    """Returns the type of an option, or of the free arguments that hold it as `OPTION.KEY`; None for any other name."""
+    if name in options:
+        return options[name]
+    dicts = (kind for option, kind in options.items() if "dict" in str(kind) and name.startswith(f"{option}."))
+    return next(dicts, None)
 
 
 def _suggest(key: str, options: dict[str, Any]) -> str:
@@ -46,13 +55,14 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
         if name not in ("config", "help") and any(option.startswith(f"{name}.") for option in options):
             what = f"--{name} takes no value of its own; give its keys, as in --{name}.KEY VALUE"
             raise UserError("CONFIG-018", what)
-        inside = any(
-            kind is not None and "dict" in str(kind) and name.startswith(f"{o}.") for o, kind in options.items()
-        )
-        if name not in options and not inside:
+        kind = _kind(name, options)
+        if name not in options and kind is None:
             hint = "`--help` lists the options"
             raise UserError("CONFIG-004", f"there is no option --{name}{_suggest(name, options)}", hint=hint)
         value = [] if has_value or not words or words[0].startswith("--") else [words.pop(0)]
+        if kind is not None and kind is not bool:
+            for text in [word.partition("=")[2]] if has_value else value:
+                check_word(text, name, kind)
         if not has_value and options.get(name) is bool:
             said = value[0].lower() if value else ""
             value = [said] if said in ("true", "false") else ["true", *value]
@@ -102,7 +112,8 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError("CONFIG-009", "a key must be a word", where=where)
         key = prefix + key_node.value
-        free = any("dict" in str(kind) and prefix.startswith(f"{option}.") for option, kind in options.items() if kind)
+        kind = _kind(key, options)
+        free = key not in options and kind is not None
         group = not free and any(option.startswith(f"{key}.") for option in options)
         if key_node.value in seen:
             raise UserError("CONFIG-010", f'the key "{key}" stands twice', where=where)
@@ -117,6 +128,10 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
             raise UserError("CONFIG-014", f'"{key}" must not be null; leave it out for its default', where=where)
         if isinstance(value, yaml.ScalarNode) and "\0" in value.value:
             raise UserError("CONFIG-015", f'"{key}" holds a NUL character', where=where)
+        if free:
+            check_value(key_node, key, str, where)
+        if kind is not None and not isinstance(value, yaml.MappingNode):
+            check_value(value, key, kind, where)
         lines[key] = where
         if isinstance(value, yaml.MappingNode):
             _walk(value, f"{key}.", file, options, lines)
