@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litpeft.bare import strip
 from litpeft.checkpoint import Weights, is_finite, let_go
-from litpeft.config import ModelConfig, read_config
+from litpeft.config import ModelConfig, left_out, read_config
 from litpeft.data.templates import ChatTemplate
 from litpeft.distributed import fill
 from litpeft.errors import UserError
@@ -32,8 +32,8 @@ def checked_files(folder: Path) -> tuple[ModelConfig, Weights, NameMap]:
     name, config = read_config(folder)
     weights = Weights(folder)
     if config.n_layers > len(weights.file_of):  # before so many layers are made
-        what = f"config.json says {config.n_layers} layers, the files hold {len(weights.file_of)} tensors"
-        raise UserError("MODEL-042", what, where=str(folder))
+        what = f"config.json{left_out(folder)} says {config.n_layers} layers"
+        raise UserError("MODEL-042", f"{what}, the files hold {len(weights.file_of)} tensors", where=str(folder))
     names = NameMap(name, config)
     names.check(weights)
     return config, weights, names

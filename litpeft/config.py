@@ -1,10 +1,12 @@
 """What a model is, read from the config.json of a Hugging Face folder. No table of sizes, no torch."""
 
 import json
-import math
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from litpeft.errors import UserError
 
@@ -34,6 +36,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+LARGEST = (1 << 31) - 1  # of the whole numbers that a key may hold
 
 
 @dataclass(frozen=True)
@@ -75,24 +78,12 @@ class ModelConfig:
     window: int | None = None  # a token sees this many tokens back, itself included; None = all
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
-        factor = self.rope_scaling.factor if self.rope_scaling else 1.0
-        for name, value in {"norm_eps": self.norm_eps, "rope_theta": self.rope_theta, "rope factor": factor}.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {value}")
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
-            raise ValueError(f"sliding_window must be null or at least 1, got {self.window!r}")
-        if self.norm not in ("rms", "layer") or self.activation not in ACTIVATIONS.values():
-            raise ValueError(f"norm {self.norm!r} with activation {self.activation!r}: model.py does not have both")
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"tie_word_embeddings must be true or false, got {self.tie_embeddings!r}")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.n_heads} query heads cannot share {self.n_kv_heads} key/value heads evenly")
+            what = f"num_attention_heads {self.n_heads} is no multiple of num_key_value_heads {self.n_kv_heads}"
+            raise ValueError(what)
         if self.turned % 2 or not 0 <= self.turned <= self.head_dim:
-            what = f"the rotary part of a head must be even and at most head_dim ({self.head_dim})"
-            raise ValueError(f"{what}, got {self.turned}")
+            what = f"the rotary part of a head (partial_rotary_factor or rotary_pct of head_dim {self.head_dim})"
+            raise ValueError(f"{what} must be even and no larger than the head, got {self.turned}")
 
     @property
     def turned(self) -> int:
@@ -125,7 +116,7 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
         raise UserError(
             "MODEL-004", f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=str(path)
         )
-    if "quantization_config" in hf:
+    if hf.get("quantization_config") is not None:
         raise UserError(
             "MODEL-005", "the weights are already quantised; take the model's plain weights", where=str(path)
         )
@@ -133,29 +124,115 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
         return name, family(name).config(hf)
     except KeyError as error:
         raise UserError("MODEL-006", f"the key {error} is missing", where=str(path)) from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError("MODEL-007", str(error), where=str(path)) from None
 
 
-def activation(hf: dict[str, Any], key: str, default: str) -> str:
-    """Returns what model.py calls the activation that config.json names under `key`."""
-    name = hf.get(key, default)
-    if name not in ACTIVATIONS:
-        raise ValueError(f"{key} {name!r} is not supported; litpeft has {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+K = TypeVar("K", bound="ConfigKeys")
 
 
-def rope_settings(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Returns theta and the scaling; `rope_parameters` is of transformers 5, older files differ."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+@dataclass(frozen=True)
+class ConfigKeys:
+    """The keys of a config.json that decide the logits. Each family adds those of its class in transformers.
+
+    Names, types and defaults are those of that class, and a key that has no field here is ignored, as it is there.
+    `Literal` says that the class knows more values than litpeft.
+    """
+
+    is_causal: Literal[True] = True
+    per_layer_config: None = None
+
+    ALIASES: ClassVar[Mapping[str, str]] = {}  # other names of a field: as in transformers, they win
+
+    @classmethod
+    def read(cls: type[K], hf: Mapping[str, Any]) -> K:
+        """Returns the keys of a config.json; one that it leaves out has its default."""
+        return cls(**{field: checked(name, hf[name], kind) for field, name, kind in cls.spelt(hf) if name in hf})
+
+    @classmethod
+    def spelt(cls, hf: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+        """Returns each field with the name that this config.json has for it, and its type."""
+        names = {field: alias for alias, field in cls.ALIASES.items() if alias in hf}
+        return [(field.name, names.get(field.name, field.name), field.type) for field in fields(cls)]
+
+
+def left_out(folder: Path) -> str:
+    """Returns which sizes and switches a folder's config.json leaves out, and their defaults; a part of a message."""
+    from litpeft.families import family
+
+    hf = read_json(folder / "config.json", "config.json of a model")
+    keys = family(hf["model_type"]).Keys
+    absent = [
+        f"{field} (then {getattr(keys, field)})"
+        for field, name, kind in keys.spelt(hf)
+        if name not in hf and kind in (int, bool)
+    ]
+    return f", which leaves out {', '.join(absent)}," if absent else ""
+
+
+def checked(name: str, value: Any, kind: Any) -> Any:
+    """Returns the value of the key `name` if it is of its kind: `float`, `int | None`, `Literal[True]`, ..."""
+    kinds = get_args(kind) or (kind,)
+    if any(_fits(value, one) for one in kinds):
+        return float(value) if kind is float else value
+    allowed = " or ".join(KINDS.get(one) or json.dumps(one) for one in kinds)
+    raise ValueError(f"{name} {json.dumps(value)[:80]} is not supported; it must be {allowed}")
+
+
+KINDS = {
+    int: f"a whole number from 1 to {LARGEST}",
+    float: "a number above 0",
+    bool: "true or false",
+    dict: "an object",
+    NoneType: "null",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Returns whether a value of a JSON file is of a type, or is a literal."""
+    if kind is int:
+        return type(value) is int and 1 <= value <= LARGEST
+    if kind is float:
+        return type(value) in (int, float) and 0 < value <= sys.float_info.max
+    return type(value) is kind if isinstance(kind, type) else type(value) is type(kind) and value == kind
+
+
+PARTIAL, ORIGINAL = "partial_rotary_factor", "original_max_position_embeddings"
+
+
+def rope_settings(
+    hf: Mapping[str, Any],
+    max_positions: int,
+    theta: str = "rope_theta",
+    share: str = "partial_rotary_factor",
+    default_share: float = 1.0,
+) -> tuple[float, float, RopeScaling | None]:
+    """Returns theta, the share of a head that rotates, and the scaling.
+
+    Where several keys say it, transformers' choice is taken: the first of `rope_scaling` and `rope_parameters` that is
+    not empty, and what is in it before `theta` and `share`, the keys of older files at the top level.
+    """
+    where = next((key for key in ("rope_scaling", "rope_parameters") if checked(key, hf.get(key), dict | None)), "")
+    given = {field: (name, hf[name]) for field, name in (("rope_theta", theta), (PARTIAL, share)) if name in hf}
+    given |= {key: (f"{where}.{key}", value) for key, value in (hf[where] if where else {}).items()}
+    if nested := [name for name, value in given.values() if isinstance(value, dict)]:
+        raise ValueError(f"{', '.join(nested)}: rotary positions that differ from layer to layer are not supported")
+
+    def take(key: str, kind: Any, default: Any = None) -> Any:
+        if key not in given and default is None:
+            raise KeyError(f"{where}.{key}")
+        return checked(*given.get(key, (key, default)), kind)
+
+    base, part = take("rope_theta", float, 10000.0), take(PARTIAL, float, default_share)
+    kind = take("rope_type" if "rope_type" in given else "type", Literal["default", "linear", "llama3"], "default")
     if kind == "default":
-        return theta, None
+        return base, part, None
+    factor = take("factor", float)
     if kind == "linear":
-        return theta, RopeScaling("linear", float(rope["factor"]))
-    if kind == "llama3":
-        original = rope.get("original_max_position_embeddings", hf["max_position_embeddings"])
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        return theta, RopeScaling("llama3", float(rope["factor"]), low, high, int(original))
-    raise ValueError(f"rope scaling {kind!r} is not supported; litpeft has default, linear and llama3")
+        return base, part, RopeScaling("linear", factor)
+    low, high = take("low_freq_factor", float), take("high_freq_factor", float)
+    if low >= high:
+        raise ValueError(f"{where}.low_freq_factor {low} must be below high_freq_factor {high}")
+    if ORIGINAL in hf:  # it wins over the one inside
+        given[ORIGINAL] = (ORIGINAL, hf[ORIGINAL])
+    return base, part, RopeScaling("llama3", factor, low, high, take(ORIGINAL, int, max_positions))

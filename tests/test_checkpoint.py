@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from litpeft import checkpoint
 from litpeft.build import build
 from litpeft.checkpoint import Weights, let_go, write_safetensors
+from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.folders import atomic_folder
 
@@ -121,7 +122,7 @@ def test_weights_that_do_not_fit_the_config_are_named_before_anything_runs(tmp_p
     ("config", "message"),
     [
         ('{"model_type": "gpt_oss"}', "model_type 'gpt_oss' is not supported; litpeft has llama"),
-        ('{"model_type": "llama"}', "the key '.*' is missing"),
+        ('{"model_type": "llama", "rope_scaling": {"type": "linear"}}', "the key 'rope_scaling.factor' is missing"),
         ("{", "cannot be read"),
         ("[1]", "must be a JSON object"),
         (None, "there is no config.json"),
@@ -137,11 +138,14 @@ def test_a_config_that_cannot_be_used_is_named(tiny_folder, tmp_path, config: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
-        ({"num_key_value_heads": 3}, "4 query heads cannot share 3"),
+        ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported; it must be "silu" or "swish"'),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            'rope_parameters.rope_type "yarn" is not supported',
+        ),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         ({"quantization_config": {}}, "already quantised"),
-        ({"num_hidden_layers": -1}, "n_layers must be a whole number"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1 is not supported; it must be a whole number"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_by_name(tiny_folder, tmp_path, change: dict, message: str) -> None:
@@ -149,6 +153,12 @@ def test_what_the_model_cannot_do_is_refused_by_name(tiny_folder, tmp_path, chan
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
         build(tmp_path, torch.float32)
+
+
+def test_a_quantization_config_of_null_says_that_the_weights_are_plain(tiny_folder, tmp_path) -> None:
+    config = json.loads((tiny_folder / "config.json").read_text()) | {"quantization_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path) == read_config(tiny_folder)
 
 
 def test_a_damaged_file_is_one_clear_error_or_differs_in_its_fingerprint(tiny_folder, tmp_path) -> None:

@@ -45,12 +45,16 @@ def reference(changes: dict, dtype: torch.dtype) -> torch.nn.Module:
     sizes = {**GPT2, "bos_token_id": 1, "eos_token_id": 1} if changes.get("model_type") == "gpt2" else TINY
     config = AutoConfig.for_model(**{"model_type": "llama", **sizes, "initializer_range": 0.1} | changes)
     config._attn_implementation = "sdpa"  # eager attention falls to float32 in its softmax
-    model = AutoModelForCausalLM.from_config(config)
-    for module in model.modules():  # biases start at zero, norms at one: neither would show a mistake
+    return randomise(AutoModelForCausalLM.from_config(config)).to(dtype).eval()
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Draws biases, which start at zero, and norms, which start at one: neither would show a mistake."""
+    for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if name == "bias" or parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, 1.0 if name == "weight" else 0.0, 0.2)
-    return model.to(dtype).eval()
+    return model
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
-from litpeft.config import read_config, read_json
+from litpeft.config import left_out, read_config, read_json
 from litpeft.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ class BinFolder:
         self.shards = self._shards()
         size, layers = sum((folder / file).stat().st_size for file in self.shards), self.config.n_layers
         if layers * self.config.d_model > size:  # before so many layers are made
-            what = f"config.json says {layers} layers of width {self.config.d_model}, the files have {size} bytes"
-            raise UserError("MODEL-280", what, where=str(folder))
+            what = f"config.json{left_out(folder)} says {layers} layers of width {self.config.d_model}"
+            raise UserError("MODEL-280", f"{what}, the files have {size} bytes", where=str(folder))
 
     def summary(self) -> str:
         files = f"{len(self.shards)} shards" if len(self.shards) > 1 else next(iter(self.shards))

@@ -54,7 +54,7 @@ def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any], path: Path) 
         "head_dim": head_dim,
         "max_position_embeddings": number(values, "context_length", int, path),
         "rms_norm_eps": single(number(values, "attention.layer_norm_rms_epsilon", float, path)),
-        # transformers 5 reads the first of these, older readers the other two
+        # the same in the words of transformers 5, and in those of older readers
         "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
         "rope_theta": theta,
         "rope_scaling": scaling,

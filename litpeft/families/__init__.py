@@ -1,4 +1,5 @@
-"""Model families: one file each, with `config(hf)`, which returns a ModelConfig, and NAMES, the two-way name map.
+"""Model families: one file each, with Keys, what its class in transformers reads of a config.json, `config(hf)`, which
+returns a ModelConfig, and NAMES, the two-way name map.
 
 NAMES maps our modules to those of the files, with `{}` for the layer's number; weight and bias follow. A value is the
 name of a module whose tensors are as ours, or a `Place`. A family may also have BUFFERS, globs of what its files may
@@ -12,7 +13,7 @@ from types import ModuleType
 
 FAMILIES = {
     "llama": "litpeft.families.llama",
-    "mistral": "litpeft.families.llama",
+    "mistral": "litpeft.families.mistral",
     "gpt_neox": "litpeft.families.gpt_neox",
     "gpt2": "litpeft.families.gpt2",
 }

@@ -3,9 +3,10 @@
 The dropout that its config.json names (resid_pdrop, embd_pdrop, attn_pdrop) is not applied.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from litpeft.config import ModelConfig, activation
+from litpeft.config import ACTIVATIONS, ConfigKeys, ModelConfig
 from litpeft.families import Place
 
 QKV = Place("transformer.h.{}.attn.c_attn", transposed=True)
@@ -26,38 +27,54 @@ NAMES = {
 BUFFERS = ("*.attn.bias", "*.attn.masked_bias")
 OTHER_PREFIXES = {"transformer.": ""}  # the first files of GPT-2 on the hub
 
-# What would change the results and model.py does not do: key -> the only value that is supported.
-FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-}
+
+@dataclass(frozen=True)
+class Keys(ConfigKeys):
+    """What decides the logits of transformers' GPT2Config."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: Literal[tuple(ACTIVATIONS)] = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: Literal[True] = True
+    scale_attn_by_inverse_layer_idx: Literal[False] = False
+    reorder_and_upcast_attn: Literal[False] = False
+    add_cross_attention: Literal[False] = False
+    tie_word_embeddings: bool = True
+
+    ALIASES = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of GPT2LMHeadModel describes."""
-    for key, value in FIXED.items():
-        if bool(hf.get(key, value)) != value:
-            raise ValueError(f"{key} {hf[key]!r} is not supported; only {value} is")
-    width, heads = hf["n_embd"], hf["n_head"]
+    keys = Keys.read(hf)
+    width, heads = keys.n_embd, keys.n_head
     if width % heads:
         raise ValueError(f"n_embd {width} is no multiple of n_head {heads}")
     return ModelConfig(
-        vocab_size=hf["vocab_size"],
+        vocab_size=keys.vocab_size,
         d_model=width,
-        n_layers=hf["n_layer"],
+        n_layers=keys.n_layer,
         n_heads=heads,
         n_kv_heads=heads,
         head_dim=width // heads,
-        d_ff=hf.get("n_inner") or 4 * width,
-        max_positions=hf.get("n_positions", 1024),
+        d_ff=keys.n_inner or 4 * width,
+        max_positions=keys.n_positions,
         norm="layer",
-        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
+        norm_eps=keys.layer_norm_epsilon,
         rotary_dim=0,
         learned_positions=True,
-        tie_embeddings=hf.get("tie_word_embeddings", True),
-        activation=activation(hf, "activation_function", "gelu_new"),
+        tie_embeddings=keys.tie_word_embeddings,
+        activation=ACTIVATIONS[keys.activation_function],
         gated_mlp=False,
         qkv_bias=True,
         output_bias=True,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from litpeft.checkpoint import DTYPES, Weights
-from litpeft.config import ModelConfig
+from litpeft.config import ModelConfig, left_out
 from litpeft.errors import UserError, some
 from litpeft.families import Place, family, split_name
 from litpeft.model import GPT
@@ -100,7 +100,7 @@ class NameMap:
             elif name not in shapes:
                 wrong.append(f"{name} is not of this architecture")
         if wrong:
-            what = f"the weights do not fit config.json: {some(sorted(wrong), '; ')}"
+            what = f"the weights do not fit config.json{left_out(weights.folder)}: {some(sorted(wrong), '; ')}"
             raise UserError("MODEL-040", what, where=str(weights.folder))
 
     def _known(self, ours: str, where: str) -> str:

@@ -1,0 +1,264 @@
+"""config.json is read as transformers' class of its model_type reads it: each key of each class, in every family."""
+
+import json
+import math
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_origin
+
+import pytest
+import torch
+from conftest import TINY, in_float64
+from safetensors.torch import save_file
+from test_model import GPT2, LLAMA3, randomise, rotary
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from litpeft.build import build
+from litpeft.config import ACTIVATIONS, ConfigKeys, read_config
+from litpeft.errors import UserError
+from litpeft.families import FAMILIES, family
+from litpeft.model import ACTIVATIONS as FUNCTIONS
+
+SIZES = {
+    "llama": TINY | rotary(1.0),
+    "mistral": TINY | rotary(1.0) | {"sliding_window": 8},
+    "gpt_neox": {key: value for key, value in TINY.items() if key != "num_key_value_heads"} | rotary(0.5),
+    "gpt2": GPT2,
+}
+CLASSES = {name: CONFIG_MAPPING[name] for name in FAMILIES}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+# What is not a field of any of these classes: older spellings, and keys that transformers looks for in every config.
+BESIDE = {
+    "rope_scaling": LINEAR,
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.25,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 500,
+    "original_max_position_embeddings": 32,
+    "torch_dtype": "bfloat16",
+    "is_causal": False,
+    "per_layer_config": {"0": {"hidden_act": "relu"}},
+    "layer_types": ["full_attention", "sliding_attention"],
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    "attention_chunk_size": 8,
+    "final_logit_softcapping": 5.0,
+    "quantization_config": None,
+    "n_ctx": 256,
+    "num_labels": 3,
+    "output_attentions": True,
+    "pruned_heads": {"0": [1]},
+}
+# Values away from the default where it does not suggest one.
+AWAY = {
+    "rope_parameters": LINEAR | {"rope_theta": 5000.0},
+    "head_dim": 32,
+    "n_inner": 80,
+    "dtype": "bfloat16",
+    "id2label": {"0": "a"},
+    "label2id": {"a": 0},
+    "architectures": ["Other"],
+    "problem_type": "regression",
+    "summary_activation": "tanh",
+    "hidden_act": "relu",
+    "activation_function": "relu",
+}
+IDS = torch.randint(0, TINY["vocab_size"], (1, 48), generator=torch.Generator().manual_seed(1))
+
+
+def class_keys(name: str) -> dict[str, Any]:
+    """Returns the keys that transformers' class has, under all their names, with their defaults."""
+    found = {field.name: field.default for field in fields(CLASSES[name]) if field.default is not MISSING}
+    return found | {alias: found[key] for alias, key in CLASSES[name].attribute_map.items()}
+
+
+KEYS = BESIDE | {key: value for name in FAMILIES for key, value in class_keys(name).items()}
+
+
+def away(key: str, value: Any) -> Any:
+    """Returns a value for a key that is not `value`, but of its type."""
+    if key in AWAY | BESIDE:
+        return (AWAY | BESIDE)[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return 2 * value or 1
+    if isinstance(value, float):
+        return 1e3 * value if value < 1e-3 else 0.5
+    return 1 if value is None else f"{value} away"
+
+
+def base(folder: Path, name: str) -> dict[str, Any]:
+    """Returns the config.json that transformers writes for a tiny model, with all keys of its class."""
+    sizes = {"model_type": name, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 1} | SIZES[name]
+    AutoConfig.for_model(**sizes).save_pretrained(folder)
+    return json.loads((folder / "config.json").read_text())
+
+
+def transformers_logits(folder: Path, hf: dict[str, Any]) -> torch.Tensor | None:
+    """Writes config.json and random weights for it; returns transformers' logits, or None if it refuses the file."""
+    (folder / "config.json").write_text(json.dumps(hf))
+    torch.manual_seed(0)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        model = in_float64(randomise(AutoModelForCausalLM.from_config(config, dtype=torch.float64))).eval()
+        with torch.no_grad():
+            logits = model(IDS, use_cache=False, return_dict=True).logits
+    except Exception:  # of a dozen kinds: its checks are spread over the class, the model and torch
+        return None
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, folder / "model.safetensors")
+    return logits
+
+
+def compare(folder: Path, hf: dict[str, Any], change: dict[str, Any]) -> tuple[str, torch.Tensor | None]:
+    """Returns what is wrong with how we read a config.json with a change, and the logits if both could read it.
+
+    Nothing is, if they equal those of transformers, or if we refuse the file and name a key of the change. What
+    transformers refuses we may read, if it can be read at all.
+    """
+    inner = [key for value in change.values() if isinstance(value, dict) for key in value]
+    want = transformers_logits(folder, hf)
+    try:
+        if want is None:
+            read_config(folder)
+            return "", None
+        with torch.no_grad():
+            error = (build(folder, torch.float64)(IDS) - want).abs().max() / want.abs().max().clamp(min=1)
+    except UserError as refusal:
+        named = any(key in str(refusal) for key in [*change, *inner])
+        return "" if named else f"{change}: refused with {refusal}", None
+    return "" if error <= 1e-6 else f"{change}: logits off by {error}", want
+
+
+@pytest.mark.parametrize("change", ["absent", "null", "away"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_key_of_every_class_means_what_it_means_in_transformers(name: str, change: str, tmp_path) -> None:
+    hf = base(tmp_path, name)
+    plain = transformers_logits(tmp_path, hf)
+    wrong, idle, compared = [], set(), 0
+    for key, default in KEYS.items():
+        if change == "absent" and (key not in hf or key in ("hidden_size", "n_embd")):  # those defaults are too large
+            continue
+        now = hf.get(CLASSES[name].attribute_map.get(key, key), default)
+        value = {"absent": "left out", "null": None, "away": away(key, now)}[change]
+        rest = {k: v for k, v in hf.items() if k != key}
+        mistake, logits = compare(tmp_path, rest if change == "absent" else rest | {key: value}, {key: value})
+        wrong += [mistake] if mistake else []
+        compared += logits is not None
+        if logits is not None and torch.equal(logits, plain):
+            idle.add(key)
+    assert wrong == []
+    assert compared > len(hf) / 2  # the rest is refused by one side
+    if change == "away":  # a key without effect here would hide a mistake
+        assert idle & {field.name for field in fields(family(name).Keys)} <= {"max_position_embeddings"}
+
+
+ROPES = {
+    "scaling beside parameters": {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 500.0}},
+    "scaling beside parameters and theta": {"rope_scaling": LINEAR, "rope_theta": 500.0},
+    "scaling and parameters agree": {"rope_scaling": LINEAR, "rope_parameters": LINEAR},
+    "scaling with theta": {"rope_scaling": {"type": "linear", "factor": 2, "rope_theta": 500}, "rope_theta": 800.0},
+    "default scaling beside linear": {"rope_scaling": {"type": "default"}, "rope_parameters": LINEAR},
+    "empty scaling": {"rope_scaling": {}, "rope_parameters": LINEAR},
+    "empty both": {"rope_scaling": {}, "rope_parameters": {}, "rope_theta": 500.0, "rotary_emb_base": 700.0},
+    "theta inside and outside": {"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 800.0, "rotary_emb_base": 9.0},
+    "theta of two families": {"rope_parameters": None, "rope_theta": 800.0, "rotary_emb_base": 90.0},
+    "type and rope_type": {"rope_parameters": LINEAR | {"type": "default"}},
+    "rope_type and type": {"rope_parameters": LINEAR | {"rope_type": "default", "type": "linear"}},
+    "factor below one": {"rope_parameters": LINEAR | {"factor": 0.5}},
+    "factor of none": {"rope_parameters": {"rope_type": "default", "factor": None}},
+    "no factor": {"rope_parameters": {"rope_type": "linear"}},
+    "llama3": {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}},
+    "llama3 without its length": {"rope_scaling": LLAMA3, "max_position_embeddings": 64},
+    "llama3 of two lengths": {
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64},
+        "original_max_position_embeddings": 16,
+    },
+    "llama3 upside down": {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+    "llama3 of no width": {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}},
+    "llama3 without high_freq_factor": {"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1}},
+    "share inside and outside": {
+        "rope_parameters": {"partial_rotary_factor": 0.5},
+        "partial_rotary_factor": 0.25,
+        "rotary_pct": 1.0,
+    },
+    "share with a scaling": {"rope_parameters": LINEAR, "partial_rotary_factor": 0.5, "rotary_pct": 0.5},
+    "share of llama3": {"rope_parameters": LLAMA3 | {"partial_rotary_factor": 0.5}},
+    "odd share": {"rope_parameters": {"partial_rotary_factor": 0.2}, "rotary_pct": 0.2},
+    "by layer type": {"rope_parameters": {"full_attention": LINEAR}, "layer_types": ["full_attention"] * 2},
+    "by a layer type that is not said": {"rope_parameters": {"full_attention": LINEAR}},
+    "list": {"rope_scaling": ["linear", 4.0]},
+    "text": {"rope_parameters": "linear"},
+    **{kind: {"rope_scaling": {"rope_type": kind, "factor": 4.0}} for kind in ("yarn", "dynamic", "proportional")},
+    "unknown": {"rope_scaling": {"rope_type": "other", "factor": 4.0}},
+    "no kind": {"rope_parameters": {"rope_type": None}},
+    "no theta": {"rope_parameters": {"rope_theta": None}},
+}
+SPELLINGS = {
+    "agree": {"hidden_size": 64, "n_embd": 64, "num_hidden_layers": 2},
+    "disagree": {"hidden_size": 32, "n_head": 4, "num_attention_heads": 2, "n_positions": 512},
+    "old dtype beside new": {"torch_dtype": "float16", "dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_several_keys_that_say_the_same_are_read_as_transformers_reads_them(name: str, tmp_path) -> None:
+    hf = base(tmp_path, name)
+    cases = [*ROPES.values(), *SPELLINGS.values()]
+    assert [mistake for case in cases if (mistake := compare(tmp_path, hf | case, case)[0])] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_have_the_names_types_and_defaults_of_transformers_class(name: str) -> None:
+    theirs = {field.name: field for field in fields(CLASSES[name])}
+    general = {field.name for field in fields(ConfigKeys)}
+    for field in fields(family(name).Keys):
+        if field.type in (None, NoneType) or field.name in general:  # a key of another class, which must not be there
+            assert field.name not in theirs
+        else:
+            assert theirs[field.name].default == field.default
+            assert theirs[field.name].type == field.type or get_origin(field.type) is Literal
+    assert CLASSES[name].attribute_map == family(name).Keys.ALIASES
+
+
+WRONG = [0, -1, "8", "true", [], {}, [8], math.inf, math.nan, -0.5, None]
+WRONG_FOR = {int: [*WRONG, 1.5, 64.0, True, 1 << 40], float: [*WRONG, True, 10**400], bool: [*WRONG, 1, 1.0]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_value_of_another_type_is_refused_by_its_key(name: str, tmp_path) -> None:
+    hf = base(tmp_path, name)
+    rope = [("rope_parameters", key, WRONG_FOR[float]) for key in ("rope_theta", "factor")] if name != "gpt2" else []
+    keys = [("", key, WRONG_FOR.get(kind, [8.5, "x", [], {"a": 1}])) for _, key, kind in family(name).Keys.spelt(hf)]
+    for inside, key, values in keys + rope:
+        for value in values:
+            changed = hf | ({inside: LINEAR | {key: value}} if inside else {key: value})
+            (tmp_path / "config.json").write_text(json.dumps(changed))
+            with pytest.raises(UserError, match=rf"config.json: \S*{key}.* not supported"):
+                read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "default"),
+    [
+        ("llama", "intermediate_size", 11008),
+        ("llama", "num_hidden_layers", 32),
+        ("gpt_neox", "attention_bias", True),
+        ("gpt2", "n_positions", 1024),
+        ("gpt2", "tie_word_embeddings", True),
+    ],
+)
+def test_weights_that_do_not_fit_a_default_name_the_key_that_is_left_out(name, key, default, tmp_path) -> None:
+    hf = base(tmp_path, name) | ({key: False} if default is True else {})
+    transformers_logits(tmp_path, hf)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in hf.items() if k != key}))
+    with pytest.raises(UserError, match=rf"config.json, which leaves out {key} \(then {default}\),"):
+        build(tmp_path, torch.float64)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_that_a_config_may_name_is_that_of_transformers(name: str) -> None:
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    assert torch.allclose(FUNCTIONS[ACTIVATIONS[name]](x), ACT2FN[name](x), rtol=0, atol=1e-9)
