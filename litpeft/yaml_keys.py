@@ -1,7 +1,7 @@
 """Strict options and YAML keys: what no option knows, and what is said twice, is an error that names its place."""
 
 import json
-from difflib import get_close_matches
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,6 +9,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from litpeft.errors import UserError
+from litpeft.settings.kinds import in_words
+from litpeft.suggestions import suggest
 from litpeft.yaml_values import check_value, check_word
 
 LARGEST = 1 << 20  # bytes of a YAML file
@@ -27,22 +29,16 @@ def _kind(name: str, options: dict[str, Any]) -> Any:
     return next(dicts, None)
 
 
-def _suggest(key: str, options: dict[str, Any]) -> str:
-    """Returns ` (did you mean "x"?)` for the option most like `key`: in its own group first, then anywhere."""
-    group, _, leaf = key.rpartition(".")
-    names = list(options) + [name.partition(".")[0] for name in options if "." in name]
-    siblings = [name for name in names if name.rpartition(".")[0] == group]
-    for choice, cutoff in ((siblings, 1.0), (names, 1.0), (siblings, 0.6), (names, 0.6)):
-        by_leaf = {name.rpartition(".")[2]: name for name in choice}
-        hits = get_close_matches(leaf, by_leaf, n=1, cutoff=cutoff)
-        if hits:
-            return f' (did you mean "{by_leaf[hits[0]]}"?)'
-    return ""
+def _unknown(name: str, options: dict[str, Any]) -> str:
+    """Returns what may have been meant by a key that does not exist, to go on after its name."""
+    groups = {name.partition(".")[0] for name in options if "." in name}
+    return suggest(name, [option for option in options if option not in groups])
 
 
 def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
     """Returns `argv` with each --config first, so that options win over it, and `true` after a bare switch."""
     options = _options(parser)
+    positional = [action.dest for action in parser._actions if not action.option_strings]
     first: list[str] = []
     rest: list[str] = []
     words = list(argv)
@@ -53,18 +49,23 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
             rest.append(word)
             continue
         if name not in ("config", "help") and any(option.startswith(f"{name}.") for option in options):
-            what = f"--{name} takes no value of its own; give its keys, as in --{name}.KEY VALUE"
-            raise UserError("CONFIG-018", what)
+            keys = ", ".join(f"--{option}" for option in options if option.startswith(f"{name}."))
+            raise UserError("CONFIG-018", f"--{name} takes no value of its own; its keys are {keys}")
+        if name in positional:
+            what = f"--{name} is no option: its value is given alone, without a name before it"
+            raise UserError("CONFIG-019", what, hint=parser.epilog or "")
         kind = _kind(name, options)
         if name not in options and kind is None:
             hint = "`--help` lists the options"
-            raise UserError("CONFIG-004", f"there is no option --{name}{_suggest(name, options)}", hint=hint)
+            raise UserError("CONFIG-004", f"there is no option --{name}{_unknown(name, options)}", hint=hint)
         value = [] if has_value or not words or words[0].startswith("--") else [words.pop(0)]
         if kind is not None and kind is not bool:
             for text in [word.partition("=")[2]] if has_value else value:
                 check_word(text, name, kind)
         if not has_value and options.get(name) is bool:
             said = value[0].lower() if value else ""
+            if value and said not in ("true", "false") and not positional:
+                raise UserError("CONFIG-026", f"{name} must be true or false, got {value[0]!r}")
             value = [said] if said in ("true", "false") else ["true", *value]
         if "tuple[str" in str(options.get(name)) and value and not value[0].startswith("["):
             value = [json.dumps(value)]  # one string where a list is meant
@@ -119,12 +120,14 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
             raise UserError("CONFIG-010", f'the key "{key}" stands twice', where=where)
         seen.add(key_node.value)
         if not free and ((key not in options and not group) or "." in key_node.value):
-            raise UserError("CONFIG-011", f'there is no key "{key}"{_suggest(key, options)}', where=where)
+            raise UserError("CONFIG-011", f'there is no key "{key}"{_unknown(key, options)}', where=where)
         if not value.tag.startswith("tag:yaml.org,2002:") or "python" in value.tag:
             raise UserError("CONFIG-012", f'the tag {value.tag} of "{key}" is not plain YAML', where=where)
         if group and not isinstance(value, yaml.MappingNode):
             raise UserError("CONFIG-013", f'"{key}" must hold keys and values', where=where)
-        if value.tag.endswith(":null") and options.get(key) and type(None) not in get_args(options[key]):
+        if isinstance(value, yaml.MappingNode) and kind and "dict" not in str(kind):
+            raise UserError("CONFIG-027", f'"{key}" must be {in_words(kind)}, got keys and values', where=where)
+        if value.tag.endswith(":null") and options.get(key) and type(None) not in get_args(kind):
             raise UserError("CONFIG-014", f'"{key}" must not be null; leave it out for its default', where=where)
         if isinstance(value, yaml.ScalarNode) and "\0" in value.value:
             raise UserError("CONFIG-015", f'"{key}" holds a NUL character', where=where)
@@ -135,3 +138,18 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
         lines[key] = where
         if isinstance(value, yaml.MappingNode):
             _walk(value, f"{key}.", file, options, lines)
+
+
+def in_plain_words(complaint: str, parser: ArgumentParser) -> str:
+    """Returns what jsonargparse says of a value: the key, what it may be, and what came."""
+    options = _options(parser)
+    wrong = re.match(r'Parser key "([^"]+)": .*?(?:Got value|Given value): (.*)', complaint)
+    if wrong and options.get(wrong[1]):
+        return f"{wrong[1]} must be {in_words(options[wrong[1]])}, got {wrong[2]!r}"
+    empty = re.match(r"argument --(\S+): expected one argument", complaint)
+    if empty and options.get(empty[1]):
+        return f"--{empty[1]} needs a value: {in_words(options[empty[1]])}"
+    loose = re.match("unrecognized arguments: (.*)", complaint)
+    if loose:
+        return f"no option takes {loose[1]!r}; a value that has spaces needs quotes"
+    return complaint

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -56,6 +56,8 @@ def check_word(text: str, key: str, kind: Any) -> None:
 
 def plain_types(kind: Any) -> set[Any]:
     """Returns the types of the scalars that an option of this type may hold, None left out."""
+    if get_origin(kind) is Literal:
+        return set(map(type, get_args(kind)))
     inner = get_args(kind)[1:] if get_origin(kind) is dict else get_args(kind)
     return set().union(*(plain_types(one) for one in inner)) if inner else {kind} - {type(None), Ellipsis}
 

@@ -1,5 +1,6 @@
 """A tiny Llama in a Hugging Face folder, made anew for the tests that want one. What has no device runs on the CPU."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -107,3 +108,16 @@ def finetune(base: Path, folder: Path, *argv: str, out: str = "run", method: str
     pairs = zip(common[::2], common[1::2], strict=True)
     main(["finetune", method, *(str(w) for pair in pairs if pair[0] not in given for w in pair), *argv])
     return folder / out
+
+
+def kinds(name: str) -> dict[str, object]:
+    """Returns the types of a command's keys by their dotted names, read off the dataclasses."""
+    from litpeft.cli import COMMANDS, _load
+    from litpeft.methods import method_class
+
+    command = COMMANDS[name]
+    found = {field.name: field.type for field in dataclasses.fields(_load(command.settings))}
+    groups = {key: kind for key, kind in found.items() if dataclasses.is_dataclass(kind)}
+    groups |= {"method": method_class(command.method)} if command.method else {}
+    inner = {f"{key}.{field.name}": field.type for key, kind in groups.items() for field in dataclasses.fields(kind)}
+    return {key: kind for key, kind in found.items() if key not in groups} | inner

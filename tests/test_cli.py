@@ -1,15 +1,19 @@
 """The command line as a user meets it: real processes for what is about start-up, real argv for the rest."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
+from conftest import kinds
 
 from litpeft.cli import COMMANDS, main, parse
+from litpeft.settings.kinds import alternatives, in_words
 from litpeft.settings.train import Finetune
 
 ROOT = Path(__file__).parent.parent
@@ -47,16 +51,6 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     assert not imported & {"torch", "lightning", "jsonargparse", "numpy", "yaml", "huggingface_hub", "rich"}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_with_a_line_for_each_option(name: str, capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*name.split(), "--help"])
-    assert stop.value.code in (0, None)
-    text = capsys.readouterr().out
-    assert "--config" in text
-    assert COMMANDS[name].method is None or "--method.unfreeze" in text
-
-
 def test_download_and_a_misspelt_command_start_without_torch(tmp_path) -> None:
     code = "import sys, litpeft.cli\ntry: litpeft.cli.main({argv})\n"
     code += "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
@@ -78,12 +72,50 @@ def test_download_and_a_misspelt_command_start_without_torch(tmp_path) -> None:
             'there is no option --method.alhpa (did you mean "method.alpha"?)',
         ),
         (["--verbose"], "'--verbose' comes before a command"),
+        (["chat", "--model", "x"], "--model is no option: its value is given alone, without a name before it"),
+        (
+            ["finetune", "lora", "--train", "c.yaml"],
+            "--train takes no value of its own; its keys are --train.batch_size",
+        ),
+        (["finetune", "lora", "--train.lr"], "--train.lr needs a value: a number"),
+        (
+            ["finetune", "lora", "--data.path", "my", "rows.jsonl"],
+            "no option takes 'rows.jsonl'; a value that has spaces",
+        ),
+        (["finetune", "lora", "--base.cache", "maybe"], "base.cache must be true or false, got 'maybe'"),
     ],
 )
 def test_wrong_words_are_named_with_the_nearest_right_one(argv: list[str], message: str, capsys) -> None:
     code, line = fails(capsys, *argv)
     assert code == 2
     assert message in line
+
+
+@pytest.mark.parametrize("name", ["finetune lora", "finetune full", "generate", "merge", "evaluate"])
+def test_a_value_of_another_type_is_told_in_plain_words_with_its_key(name: str, tmp_path, capsys) -> None:
+    wrong = {key: kind for key, kind in kinds(name).items() if str not in alternatives(kind)}
+    assert len(wrong) > 1
+    file = tmp_path / "c.yaml"
+    for key, kind in wrong.items():
+        value = {"a": []} if "dict" in str(kind) else [[]]
+        if key == "train.optimizer_args":  # may hold anything
+            value = 3
+        group, _, leaf = key.rpartition(".")
+        file.write_text(json.dumps({group: {leaf: value}} if group else {key: value}))
+        code, line = fails(capsys, *name.split(), "--config", str(file))
+        assert code == 2
+        assert line.startswith(f"litpeft: error[E-CONFIG-003] {file}:1: {key} must be {in_words(kind)}, got "), line
+        file.write_text(json.dumps({group: {leaf: {"a": 1}}} if group else {key: {"a": 1}}))
+        if "dict" not in str(kind):
+            said = f'error[E-CONFIG-027] {file}:1: "{key}" must be {in_words(kind)}, got keys and values'
+            assert said in fails(capsys, *name.split(), "--config", str(file))[1]
+
+
+def test_what_a_value_may_be_is_said_in_words() -> None:
+    assert in_words(int | None) == "a whole number or null"
+    assert in_words(Literal["a", "b", "c"] | None) == "a, b, c or null"
+    assert in_words(tuple[str, ...]) == "a list, each item text"
+    assert in_words(dict[str, int]) == "keys and values, each value a whole number"
 
 
 YAML = "base: {dir: b}\ndata: {path: d}\nout: o\n"

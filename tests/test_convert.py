@@ -216,7 +216,6 @@ def test_sources_and_targets_that_cannot_be_meant_are_refused(tmp_path):
     folder = converted(source)
     assert "needs no conversion: use it where it lies" in refusal(folder, tmp_path / "hf")
     assert "CONFIG-030" in refusal(source, folder)
-    assert "CONFIG-031" in refusal(source, tmp_path / "hf", dtype="int8")
     (tmp_path / "a" / "n.gguf").write_bytes(b"")
     assert "2 GGUF files: m.gguf, n.gguf" in refusal(tmp_path / "a", tmp_path / "hf")
     assert "MODEL-210" in refusal(tmp_path / "a" / "n.gguf", tmp_path / "hf")

@@ -17,12 +17,12 @@ PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 
 def convert(settings: Convert) -> None:
     """Writes the Hugging Face folder `settings.out`, reads it again and says what was done."""
-    from litpeft.checkpoint import file_dtype
+    from litpeft.checkpoint import RESULT_DTYPES
     from litpeft.convert.bin import BinFolder
     from litpeft.folders import atomic_folder
 
     source, out = Path(settings.source), Path(settings.out)
-    dtype = file_dtype(settings.dtype) if settings.dtype else None
+    dtype = RESULT_DTYPES[settings.dtype] if settings.dtype else None
     gguf_file = find_gguf(source)
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         what = "the source lies in it, and would be lost when it is replaced"

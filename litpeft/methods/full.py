@@ -7,13 +7,13 @@ Trains every parameter that `unfreeze` names; an embedding that is also the head
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
+from litpeft.checkpoint import RESULT_DTYPES
 from litpeft.methods.base import Method
-
-SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from litpeft.settings.kinds import check_choices
 
 
 @dataclass
@@ -28,16 +28,15 @@ class Full(Method):
     """Hold what trains in float32. False holds it in the type of base.precision: in bfloat16 half the memory of the
     weights, but a step that is smaller than their rounding is lost."""
 
-    save_dtype: str | None = None
-    """Type of the result's weights: float32, bfloat16 or float16; default: as they were held. A shorter one takes a
+    save_dtype: Literal[tuple(RESULT_DTYPES)] | None = None
+    """Type of the result's weights; default: as they were held. A shorter one takes a
     part of what was learned, all of it where the steps were small."""
 
     def __post_init__(self) -> None:
-        if self.save_dtype is not None and self.save_dtype not in SAVED:
-            raise ValueError(f"method.save_dtype must be null, {' or '.join(SAVED)}, got {self.save_dtype!r}")
+        check_choices(self, "method.")
 
     def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return super().result_dtype(dtype) if self.save_dtype is None else SAVED[self.save_dtype]
+        return super().result_dtype(dtype) if self.save_dtype is None else RESULT_DTYPES[self.save_dtype]
 
     def trained_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return super().trained_dtype(dtype) if self.master_weights else dtype

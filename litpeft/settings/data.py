@@ -1,13 +1,11 @@
 """Settings of the data set: what the rows are, how they become tokens, which tokens are trained."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-CHOICES = {
-    "format": ("auto", "alpaca", "messages"),
-    "template": ("auto", "model", "alpaca"),
-    "overlong": ("error", "drop", "split"),
-    "bad_rows": ("error", "skip"),
-}
+from litpeft.settings.kinds import check_choices
+
+Format = Literal["auto", "alpaca", "messages"]
 
 
 @dataclass
@@ -20,9 +18,9 @@ class Data:
     """File of held-out rows; default: what the folder holds, else a split of `path`."""
     validation_split: float = 0.05
     """Share of the rows that is held out when there is no file of held-out rows; 0 holds out none."""
-    format: str = "auto"
+    format: Format = "auto"
     """Shape of a row: alpaca (instruction, input, output), messages (role, content), or auto: seen from its keys."""
-    template: str = "auto"
+    template: Literal["auto", "model", "alpaca"] = "auto"
     """How turns become text: model (its own chat template), alpaca, or auto: the model's if it has one, else alpaca."""
     system: str | None = None
     """System message put before every row that has none."""
@@ -30,9 +28,9 @@ class Data:
     """Train on answers only; false trains on every token."""
     max_length: int = 2048
     """Longest row, in tokens; the model's own reach, where that is shorter."""
-    overlong: str = "error"
+    overlong: Literal["error", "drop", "split"] = "error"
     """A row longer than max_length is an error, or is left out (drop), or cut into pieces (split); always counted."""
-    bad_rows: str = "error"
+    bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be used is an error, or is left out (skip) and listed with its reason in rejected.jsonl."""
     packing: bool = True
     """Put several rows into one forward pass; attention never crosses rows, so only speed changes."""
@@ -40,10 +38,7 @@ class Data:
     """Seeds the split and the order of the rows in each epoch."""
 
     def __post_init__(self) -> None:
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                allowed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-                raise ValueError(f"data.{key} must be {allowed}, got {getattr(self, key)!r}")
+        check_choices(self, "data.")
         if not self.path:
             raise ValueError("data.path must be a .json or .jsonl file or a folder, got an empty string")
         if not 0 <= self.validation_split < 1:

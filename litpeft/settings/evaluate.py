@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+from litpeft.settings.data import Format
+from litpeft.settings.generate import Precision, Quantize
+from litpeft.settings.kinds import check_choices
+
 
 @dataclass
 class Evaluate:
@@ -11,14 +15,14 @@ class Evaluate:
     """A base folder, a run, or a merged folder."""
     data: str
     """A .json or .jsonl file of rows, or a folder with validation.*."""
-    format: str = "auto"
-    """Shape of a row: alpaca, messages, or auto; see `litpeft finetune lora --help`."""
+    format: Format = "auto"
+    """Shape of a row: alpaca (instruction, input, output), messages (role, content), or auto: seen from its keys."""
     base: str | None = None
     """Folder of the base model, if it has moved since the run."""
-    precision: str = "auto"
-    """auto, bf16-true, 16-true or 32-true."""
-    quantize: str | None = None
-    """Hold a model's linear layers as nf4, fp4 or int8; a run's base is held as the run held it."""
+    precision: Precision = "auto"
+    """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
+    quantize: Quantize = None
+    """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
     compare_base: bool = True
     """For a run: measure its base too, and show both side by side."""
     max_rows: int | None = None
@@ -33,9 +37,8 @@ class Evaluate:
     """Write every row's answers and scores here, as .jsonl."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name, least in {"max_rows": 1, "max_new_tokens": 1, "batch_size": 1, "samples": 0}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.format not in ("auto", "alpaca", "messages"):
-            raise ValueError(f"format must be auto, alpaca or messages, got {self.format!r}")

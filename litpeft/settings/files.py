@@ -1,6 +1,11 @@
 """Settings of the commands that move model files: download, convert, merge."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from litpeft.settings.kinds import check_choices
+
+Dtype = Literal["float32", "bfloat16", "float16"] | None
 
 
 @dataclass
@@ -23,10 +28,13 @@ class Convert:
     """A .gguf file, a folder that holds exactly one, or a folder with pytorch_model*.bin."""
     out: str
     """The Hugging Face folder to write."""
-    dtype: str | None = None
-    """float32, bfloat16 or float16; default: what the source holds, bfloat16 where it is quantised."""
+    dtype: Dtype = None
+    """Type of the weights; default: what the source holds, bfloat16 where it is quantised."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass
@@ -39,13 +47,12 @@ class Merge:
     """Folder to write; default RUN/merged."""
     base: str | None = None
     """Folder of the base model, if it has moved since the run; its weights must be the same."""
-    dtype: str | None = None
-    """float32, bfloat16 or float16; default: that of the base's file."""
-    onto: str = "trained"
+    dtype: Dtype = None
+    """Type of the weights; default: that of the base's file."""
+    onto: Literal["trained", "original"] = "trained"
     """trained: the weights that the run saw, dequantised where it held them quantised; original: those of the files."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
 
     def __post_init__(self) -> None:
-        if self.onto not in ("trained", "original"):
-            raise ValueError(f"onto must be trained or original, got {self.onto!r}")
+        check_choices(self)

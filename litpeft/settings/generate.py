@@ -2,6 +2,13 @@
 
 from dataclasses import dataclass, field
 from math import inf
+from typing import Literal
+
+from litpeft.settings.kinds import check_choices
+from litpeft.storage import STORAGES
+
+Precision = Literal["auto", "bf16-true", "16-true", "32-true", "64-true"]
+Quantize = Literal[tuple(STORAGES)] | None
 
 
 @dataclass
@@ -65,13 +72,14 @@ class Generate:
     """System message, for every row that has none of its own."""
     base: str | None = None
     """Folder of the base model, if it has moved since the run."""
-    precision: str = "auto"
-    """auto, bf16-true, 16-true or 32-true."""
-    quantize: str | None = None
-    """Hold a model's linear layers as nf4, fp4 or int8; a run's base is held as the run held it."""
+    precision: Precision = "auto"
+    """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
+    quantize: Quantize = None
+    """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.prompt is not None and self.input is not None:
             raise ValueError("prompt and input exclude each other; the prompts come from one of them")
         if self.raw and self.system is not None:
@@ -90,8 +98,11 @@ class Chat:
     """System message."""
     base: str | None = None
     """Folder of the base model, if it has moved since the run."""
-    precision: str = "auto"
-    """auto, bf16-true, 16-true or 32-true."""
-    quantize: str | None = None
-    """Hold a model's linear layers as nf4, fp4 or int8; a run's base is held as the run held it."""
+    precision: Precision = "auto"
+    """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
+    quantize: Quantize = None
+    """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.9, max_new_tokens=512))
+
+    def __post_init__(self) -> None:
+        check_choices(self)

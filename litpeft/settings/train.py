@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from litpeft.settings.data import Data
+from litpeft.settings.kinds import check_choices
 from litpeft.storage import STORAGES
 
 
@@ -14,18 +15,18 @@ class Base:
 
     dir: str
     """Hugging Face folder of the base model."""
-    precision: str = "auto"
-    """bf16-true, bf16-mixed, 16-mixed, 32-true or 64-true; auto: bf16-true where the device has it, else 32-true."""
-    quantize: str | None = None
-    """Hold the linear layers of the blocks as nf4, fp4 (4 bits a weight) or int8; null: as base.precision says."""
+    precision: Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-true", "64-true"] = "auto"
+    """Type of weights and arithmetic; auto: bf16-true where the device has it, else 32-true. 16-true is for answers:
+    gradients that pass through float16 unscaled vanish; 16-mixed scales them."""
+    quantize: Literal[tuple(STORAGES)] | None = None
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, fp4) or 8 (int8); null: as base.precision says."""
     double_quantize: bool = True
     """With nf4 and fp4: quantise the constants too, 0.127 bits a weight for them instead of 0.5."""
     cache: bool = False
     """Keep the quantised weights in a folder of base.dir, and read them from there the next time."""
 
     def __post_init__(self) -> None:
-        if self.quantize is not None and self.quantize not in STORAGES:
-            raise ValueError(f"base.quantize must be null, {' or '.join(STORAGES)}, got {self.quantize!r}")
+        check_choices(self, "base.")
         if self.cache and self.quantize is None:
             raise ValueError("base.cache is used only with base.quantize, which is null")
         if not self.double_quantize and self.quantize not in ("nf4", "fp4"):
@@ -54,7 +55,7 @@ class Train:
     """Learning rate at the end of the schedule."""
     warmup_steps: int = 10
     """Optimizer steps over which the learning rate rises to lr; 0 starts at lr."""
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from lr to min_lr after the warmup: cosine, linear, or constant (stays at lr)."""
     optimizer: str = "AdamW"
     """A class of torch.optim, or of bitsandbytes.optim as `bitsandbytes.NAME`."""
@@ -94,8 +95,7 @@ class Train:
             numbers = value if isinstance(value, list | tuple) else [value]
             if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
                 raise ValueError(f"train.optimizer_args.{name} must be finite, got {value}")
-        if self.schedule not in ("cosine", "linear", "constant"):
-            raise ValueError(f"train.schedule must be cosine, linear or constant, got {self.schedule!r}")
+        check_choices(self, "train.")
 
 
 @dataclass
@@ -108,11 +108,11 @@ class Validation:
     """Measure on the first so many held-out rows only."""
     sample_tokens: int = 64
     """Longest sample answer that is shown at each measurement, in tokens; 0 shows none."""
-    metric: str = "loss"
+    metric: Literal["loss", "exact"] = "loss"
     """What the best checkpoint and patience go by: loss, or exact, the share of rows whose answer is the row's own."""
     patience: int | None = None
     """Stop after so many measurements in a row that are no better than the best; null = never."""
-    final: str = "last"
+    final: Literal["last", "best"] = "last"
     """The weights that the run ends with: last, or best by the metric."""
 
     def __post_init__(self) -> None:
@@ -120,9 +120,7 @@ class Validation:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"validation.{name} must be at least {least}, got {value}")
-        for name, choices in {"metric": ("loss", "exact"), "final": ("last", "best")}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"validation.{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
+        check_choices(self, "validation.")
 
 
 @dataclass
@@ -158,7 +156,7 @@ class Finetune:
     """GPUs of each machine, or processes where there is no GPU."""
     num_nodes: int = 1
     """Machines."""
-    strategy: str = "auto"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """Over several devices: ddp (each holds the model), fsdp (they share it between them); auto: ddp."""
     cpu_offload: bool = False
     """With fsdp: keep each device's share in the machine's memory while it is not used."""
@@ -181,8 +179,7 @@ class Finetune:
         for name in ("devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.strategy not in ("auto", "ddp", "fsdp"):
-            raise ValueError(f"strategy must be auto, ddp or fsdp, got {self.strategy!r}")
+        check_choices(self)
         if self.cpu_offload and self.strategy != "fsdp":
             raise ValueError(f"cpu_offload is used only with strategy fsdp, got {self.strategy}")
         if not 0 < self.timeout < math.inf:

@@ -69,9 +69,6 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     # 2. model files and rows
     device = pick_device()
     precision = pick_precision(settings.base.precision, device, "base.precision")
-    if precision.name == "16-true":
-        what = "16-true is for generate and evaluate: gradients that pass through float16 unscaled vanish"
-        raise UserError("CONFIG-049", what, where="base.precision", hint="take 16-mixed, which scales them")
     _, config = read_config(base)
     tokenizer = Tokenizer.load(base)
     tokenizer.check_vocabulary(config.vocab_size)
