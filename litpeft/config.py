@@ -83,7 +83,8 @@ class ModelConfig:
             raise ValueError(what)
         if self.turned % 2 or not 0 <= self.turned <= self.head_dim:
             what = f"the rotary part of a head (partial_rotary_factor or rotary_pct of head_dim {self.head_dim})"
-            raise ValueError(f"{what} must be even and no larger than the head, got {self.turned}")
+            origin = f"head_dim is hidden_size {self.d_model} / num_attention_heads {self.n_heads} unless it is given"
+            raise ValueError(f"{what} must be even and no larger than the head, got {self.turned}; {origin}")
 
     @property
     def turned(self) -> int:

@@ -143,6 +143,7 @@ def test_a_config_that_cannot_be_used_is_named(tiny_folder, tmp_path, config: st
             {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
             'rope_parameters.rope_type "yarn" is not supported',
         ),
+        ({"num_attention_heads": 64, "head_dim": None}, "head_dim is hidden_size 64 / num_attention_heads 64 unless"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         ({"quantization_config": {}}, "already quantised"),
         ({"num_hidden_layers": -1}, "num_hidden_layers -1 is not supported; it must be a whole number"),

@@ -59,7 +59,8 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     keys = Keys.read(hf)
     width, heads = keys.n_embd, keys.n_head
     if width % heads:
-        raise ValueError(f"n_embd {width} is no multiple of n_head {heads}")
+        names = {field: name for field, name, _ in Keys.spelt(hf)}
+        raise ValueError(f"{names['n_embd']} {width} is no multiple of {names['n_head']} {heads}")
     return ModelConfig(
         vocab_size=keys.vocab_size,
         d_model=width,

@@ -186,6 +186,7 @@ def test_older_and_newer_spellings_of_partial_rotation_mean_the_same() -> None:
             'activation_function "tanh" is not supported; it must be "silu" or "swish" or "relu"',
         ),
         ({"n_head": 5}, "n_embd 64 is no multiple of n_head 5"),
+        ({"num_attention_heads": 5}, "n_embd 64 is no multiple of num_attention_heads 5"),
     ],
 )
 def test_what_would_change_the_results_of_gpt2_is_refused_by_name(change: dict, message: str) -> None:
