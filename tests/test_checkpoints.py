@@ -1,7 +1,9 @@
 """Checkpoints of a run: whatever kills a save or damages a file, the newest whole one is found, bit for bit."""
 
+import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -413,6 +415,32 @@ def test_too_little_room_is_said_before_the_run(tmp_path) -> None:
     with pytest.raises(UserError, match=r"need [\d.]+ GB, the disk has [\d.]+ GB left") as error:
         room(tmp_path / "not" / "there" / "yet", 2 * free)
     assert (error.value.code, error.value.exit_code) == ("RESOURCE-620", 6)
+
+
+@pytest.mark.parametrize(("stem", "name"), [("delta", "a.B"), ("optimizer", "a.A/exp_avg"), ("state", "losses: 1")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_checkpoint_that_holds_a_number_that_is_not_finite_is_named_and_passed_over(
+    stem: str, name: str, value: float, tmp_path
+) -> None:
+    checkpoints = made(tmp_path, 1, 2)
+    file = next((tmp_path / "step-00000002").glob(f"{stem}.*"))
+    if stem == "state":
+        file.write_text(json.dumps(state(2) | {"losses": [1.0, value]}))
+    else:
+        changed = tensors(2)[stem]
+        changed[name].view(-1)[-1] = value
+        save_file(changed, file)
+    path = tmp_path / "step-00000002" / "MANIFEST.json"
+    record = json.loads(path.read_text())
+    data = file.read_bytes()
+    record["files"][file.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    del record["checksum"]
+    path.write_text(json.dumps(record | {"checksum": checksum(record)}))  # whoever wrote it, its sums are right
+    newest = Checkpoints(tmp_path, tell=checkpoints.told.append).newest()
+    assert newest.step == 1
+    assert checkpoints.told == [
+        f"checkpoint step-00000002 is passed over ({file.name}: {name} is not finite): step-00000001 is taken"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,35 @@ def test_what_is_not_finite_ends_the_run_before_its_step(
     assert_same(resume(tiny_folder, run), whole)
 
 
+def test_what_trains_is_named_where_it_is_not_finite_and_no_row_is_blamed(tiny_folder, tmp_path, monkeypatch, capsys):
+    step = torch.optim.AdamW.step
+
+    def spoil(self, *args) -> None:
+        step(self, *args)
+        self.param_groups[0]["params"][0].data[0, 0] = torch.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_folder, tmp_path / "run", QUIET | {"validation.interval": 99, "checkpoint.interval": 0})
+    assert stop.value.code == 5
+    said = capsys.readouterr().err
+    assert re.search(r"step 2: blocks\.0\.\S+, as step 1 left it, is not finite", said)
+    assert "train.jsonl" not in said
+
+
+def test_a_loss_that_is_not_finite_in_every_micro_batch_is_not_blamed_on_a_row(
+    tiny_folder, tmp_path, monkeypatch, capsys
+) -> None:
+    whole_loss = litpeft.train.fit.summed_loss
+    monkeypatch.setattr(litpeft.train.fit, "summed_loss", lambda *args: whole_loss(*args) * torch.nan)
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_folder, tmp_path / "run")
+    assert stop.value.code == 5
+    said = capsys.readouterr().err
+    assert "step 1: the loss of all 4 rows of the step (" in said
+    assert "the weights are at fault rather than a row" in said
+
+
 def test_weights_that_are_not_finite_are_never_saved(tiny_folder, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         train(tiny_folder, tmp_path / "run", {"train.lr": 1e30, "train.max_norm": "null"})

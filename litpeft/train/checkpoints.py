@@ -156,6 +156,7 @@ class Checkpoints:
         try:
             facts = read_manifest(folder, step)
             checkpoint = Checkpoint(step, folder, read_json(folder / STATE, "the file"), facts)
+            check_finite(checkpoint.state, STATE)
             self._seen[step] = looks(folder)
         except UserError as error:
             raise ValueError(f"{Path(error.where).name}: {error.what}") from None
@@ -227,7 +228,15 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
             raise ValueError(f"{name}: sha256 mismatch")
         if path.suffix == ".safetensors":
             read_header(path)
+            check_finite(load_file(path), name)
     return facts
+
+
+def check_finite(values: dict[str, Any], name: str) -> None:
+    """Raises a ValueError that names the first number of a file that is not finite: a run could not go on from it."""
+    bad = next(nonfinite(values), None)
+    if bad:
+        raise ValueError(f"{name}: {bad} is not finite")
 
 
 def writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from lightning.fabric.strategies import DDPStrategy
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
 from litpeft.data.tokenise import Row
 from litpeft.distributed import whole
-from litpeft.errors import UserError
+from litpeft.errors import UserError, some
 from litpeft.evaluate import mean_loss, summed_loss
 from litpeft.methods.base import delta_state, put, trainable
 from litpeft.model import GPT
@@ -271,22 +271,33 @@ def train_step(
 def refuse_nonfinite(
     fabric: Fabric, model: torch.nn.Module, batches: list[Batch], losses: list[torch.Tensor], step: int
 ) -> None:
-    """Raises on all ranks, naming the rows whose loss is not finite on any, or the first gradient that is not.
+    """Raises on all ranks, naming what is not finite: what trains, the loss of some rows, or the first gradient.
 
     A gradient that overflows in float16 is no error: the scaler of 16-mixed skips that step and lowers its scale.
     """
-    rows = [
-        source for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite() for source in batch.sources
+    judged = [
+        (batch.sources, bool(loss.isfinite()))
+        for batch, loss in zip(batches, losses, strict=True)
+        if len(batch.targets)
     ]
     if fabric.world_size > 1:
-        everyones: list[list[str]] = [[] for _ in range(fabric.world_size)]
-        torch.distributed.all_gather_object(everyones, rows)
-        rows = [source for one in everyones for source in one]
+        everyones: list[list[tuple[tuple[str, ...], bool]]] = [[] for _ in range(fabric.world_size)]
+        torch.distributed.all_gather_object(everyones, judged)
+        judged = [one for rank in everyones for one in rank]
+    rows = [source for sources, finite in judged if not finite for source in sources]
     if not rows and getattr(fabric.strategy.precision, "scaler", None) is not None:
         return
     named = trainable(model.module).items()  # Fabric's wrapper would put its own name before each
-    bad = [n for n, p in named if p.grad is not None and not whole(p.grad).isfinite().all()]
-    gradient = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
-    what = f"the loss of rows {', '.join(rows[:8])}" if rows else gradient
+    spoilt = [name for name, p in named if not whole(p.detach()).isfinite().all()]
+    bad = [name for name, p in named if p.grad is not None and not whole(p.grad).isfinite().all()]
     hint = "nothing of this step was taken; lower train.lr, or choose another base.precision"
+    if spoilt:
+        what = f"{spoilt[0]}, as step {step - 1} left it,"
+    elif len(rows) > 1 and not any(finite for _, finite in judged):
+        what = f"the loss of all {len(rows)} rows of the step ({some(rows)})"
+        hint = f"the weights are at fault rather than a row; {hint}"
+    elif rows:
+        what = f"the loss of rows {some(rows)}"
+    else:
+        what = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
     raise UserError("NUMERIC-001", f"step {step}: {what} is not finite", hint=hint)
