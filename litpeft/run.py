@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ class Run:
         """Returns the base model's folder; its weights and template must be those that the run was trained on."""
         saved = self.facts["base"]
         folder = Path(moved_to) if moved_to else Path(saved["path"])
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
             hint = "say where it is with --base FOLDER"
             raise UserError("MODEL-053", f"the run's base model is not at {folder}", where=str(self.folder), hint=hint)
         fingerprint = Weights(folder).fingerprint()
@@ -99,7 +100,7 @@ class Run:
 
 def find_run(path: Path) -> Run | None:
     """Returns the run at `path` (a run's folder or its final/), or None if `path` is a model folder."""
-    if not path.exists():
+    if not os.path.exists(path):
         hint = "give a model folder, a run, or a merged folder; `litpeft download` gets a model of the hub"
         raise UserError("MODEL-050", "there is no such folder", where=str(path), hint=hint)
     if not path.is_dir():

@@ -1,6 +1,7 @@
 """The command `convert`: a GGUF file, or a folder of pickled .bin weights, becomes a Hugging Face folder."""
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ def convert(settings: Convert) -> None:
 
 def find_gguf(source: Path) -> Path | None:
     """Returns the GGUF file that `source` is or holds, None for a folder of .bin weights; refuses all else."""
-    if not source.exists():
+    if not os.path.exists(source):  # Path.exists would raise for a name that is too long
         raise UserError("CONFIG-201", "there is no such file or folder", where=str(source))
     if source.is_file():
         if source.suffix == ".gguf":

@@ -1,6 +1,7 @@
 """Reads a Hugging Face folder of pickled weights, without ever running what a pickle may hold."""
 
 import json
+import os
 import pickle
 import re
 import struct
@@ -96,7 +97,7 @@ class BinFolder:
             if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".bin"):
                 raise UserError("MODEL-243", f"{file!r} escapes the folder or is no .bin file", where=str(path))
             shards.setdefault(file, set()).add(name)
-        missing = sorted(file for file in shards if not (self.folder / file).is_file())
+        missing = sorted(file for file in shards if not os.path.isfile(self.folder / file))
         if missing:
             raise UserError("MODEL-244", f"{', '.join(missing[:5])} not in the folder", where=str(path))
         return shards

@@ -52,7 +52,7 @@ def _check_index(path: Path) -> None:
         if not WEIGHTS.fullmatch(shard):
             what = f"names {shard[:200]!r}; only a *.safetensors file of the same folder is allowed"
             raise UserError("MODEL-103", what, where=str(path), hint="do not trust this model")
-        if not (path.parent / shard).is_file():
+        if not os.path.isfile(path.parent / shard):  # Path.is_file would raise for a name that is too long
             hint = "run the same command again; if it stays, the source itself is incomplete"
             raise UserError("MODEL-104", f"names {shard}, which is missing", where=str(path), hint=hint)
 
