@@ -167,5 +167,5 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
         strip(model)
     tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model.config.vocab_size)
-    template = ChatTemplate(tokenizer, run.template if run else "auto")
+    template = ChatTemplate(tokenizer, run.template if run else "auto", is_setting=False)
     return Loaded(model, tokenizer, template, run.system if run else None, run)

@@ -4,7 +4,7 @@ import random
 from datetime import datetime
 
 import pytest
-from chat_samples import STYLES, VICUNA, chats, write_folder
+from chat_samples import CHATML, GENERATION, STYLES, THINKING, VICUNA, chats, write_folder
 
 from litpeft.data.formats.turn import Turn
 from litpeft.data.limits import LimitError
@@ -87,6 +87,37 @@ def test_thoughts_that_the_template_strips_from_earlier_turns_are_not_trained(tm
         last = f"<think>\nhm {answers[-1]}\n</think>\n\n{answers[-1]}"
         expected = "".join(f"{text}<|im_end|>" for text in [*answers[:-1], last])
         assert trained_text(tokenizer, template.spans(turns)) == expected
+
+
+OPENING = "{{ '<|im_start|>assistant\n' }}"
+GAP = GENERATION.replace("assistant\n' }}{% gen", "assistant\n\n' }}{% gen")  # a line break that nobody writes
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (CHATML.replace(OPENING, "{{ '<|im_start|>assistant\n<think>\n' }}"), r"has '<think>\n', the row 'It is"),
+        (CHATML.replace(OPENING, "<|im_start|>assistant\n<answer>"), r"has '<answer>', the row 'It is"),
+        (CHATML.replace(OPENING, "<|im_start|>model\n"), r"has 'model\n', the row 'assistant\nIt is"),
+        (CHATML.replace(OPENING, "Now!" + OPENING), r"has 'Now!<|im_start|>assistant\n', the row '<|im_start|>"),
+        (GAP, r"after 'user\na<|im_end|><|im_end|>\n<|im_start|>assistant\n' the prompt has '', the row '\nIt"),
+        (CHATML.partition("{% if add")[0], ""),  # the model learns to write the header itself
+        (THINKING, ""),
+    ],
+)
+def test_a_prompt_that_does_not_begin_the_trained_row_is_described(tmp_path, source, told):
+    from transformers import AutoTokenizer
+
+    folder = write_folder(tmp_path, "chatml")
+    (folder / "chat_template.jinja").write_text(source)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "It is."}]
+    asked = theirs.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    learnt = theirs.apply_chat_template(chat, tokenize=False)
+    found = ChatTemplate(Tokenizer.load(folder)).spans([Turn(**message) for message in chat]).difference
+    assert told in found
+    assert bool(found) == bool(told)
+    assert source == GAP or learnt.startswith(asked) == (not told)
 
 
 def test_special_tokens_spelled_out_in_contents_stay_plain_text(style):

@@ -1,6 +1,7 @@
 """Chat templates: a chat as the text that the model reads, and the parts of it that the model is to learn to write."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,14 @@ class Rendered:
     text: str
     trained: list[Span]  # what the model is to write: the answers, each with its end-of-turn token
     plain: list[Span]  # where somebody's content spells a special token, which must stay plain text
+    difference: str = ""  # how the prompt that asks for the last answer differs from what stands before it here
 
 
+class TooLong(ValueError):
+    """A chat holds so much text that the template cannot be run on it within its limits: not the template's fault."""
+
+
+LARGE = 1 << 19  # characters of a chat: no template is blamed for what it costs to write more
 FIRST_PRIVATE = "\U000f0000"  # characters from here on mean nothing by themselves: they mark places
 Message = Turn | Mapping[str, str]  # role, content and, of an alpaca row, input
 
@@ -54,9 +61,18 @@ Message = Turn | Mapping[str, str]  # role, content and, of an alpaca row, input
 class ChatTemplate:
     """A Jinja template with the special tokens of a model."""
 
-    def __init__(self, tokenizer: Tokenizer, name: str = "auto", now: datetime | None = None):
-        """`name` is data.template; `now` the date that a template may print, the same for all that is rendered."""
+    def __init__(
+        self, tokenizer: Tokenizer, name: str = "auto", now: datetime | None = None, *, is_setting: bool = True
+    ):
+        """`name` is data.template; `now` the date that a template may print, the same for all that is rendered.
+
+        `is_setting` says that the command has data.template: where a run's template is used, errors do not offer it.
+        """
+        self.is_setting = is_setting
         if name == "model" and tokenizer.chat_template is None:
+            if not is_setting:
+                what = "the run was trained with the model's chat template, which is not there any more"
+                raise UserError("MODEL-322", what, where=tokenizer.where, hint="put it back: chat_template.jinja")
             hint = "choose data.template alpaca, or auto"
             raise UserError("CONFIG-300", "the model has no chat template", where="data.template", hint=hint)
         own = name != "alpaca" and tokenizer.chat_template is not None
@@ -68,7 +84,7 @@ class ChatTemplate:
             self._template = Template(self.source, now or datetime.now())
             self.end_of_turn = self._find_end_of_turn()
         except (LimitError, ValueError) as error:
-            hint = "data.template alpaca does without the model's template"
+            hint = "data.template alpaca does without the model's template" if is_setting else ""
             what = f"the chat template cannot be used: {error}"
             raise UserError("MODEL-320", what, where=tokenizer.where, hint=hint) from None
         if self.end_of_turn is None and tokenizer.eos is None:
@@ -89,15 +105,18 @@ class ChatTemplate:
         """Returns the text of a chat to learn from; raises ValueError if the template refuses it or hides answers."""
         messages = self._messages(turns)
         shielded, specials = self._shield(messages)
-        text, found = self._answers(shielded)
+        text, found, difference = self._answers(shielded)
         text, answers, plain = self._restore(text, found, specials)
+        for character, word in specials.items():
+            difference = difference.replace(repr(character)[1:-1], word)
         if specials and text != self._render(messages):
             raise ValueError("the chat template acts on a special token that the row spells out")
         numbers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
         if self.end_of_turn is None and numbers and numbers[-1] == len(turns) - 1:
             text = text[: answers[-1][1]] + (self.tokenizer.eos or "")
             answers[-1] = (answers[-1][0], len(text))
-        return Rendered(text, [span for i, span in zip(numbers, answers, strict=True) if turns[i].trained], plain)
+        trained = [span for i, span in zip(numbers, answers, strict=True) if turns[i].trained]
+        return Rendered(text, trained, plain, difference)
 
     def prompt(self, turns: Sequence[Message]) -> list[int]:
         """Returns the ids after which the model writes its answer; raises ValueError if the template refuses them."""
@@ -124,6 +143,9 @@ class ChatTemplate:
         try:
             return self._template.render(variables, marks)
         except LimitError as error:
+            size = sum(len(text) for message in messages for text in message.values())
+            if size > LARGE:
+                raise TooLong(f"its {size:,} characters are too many for the chat template: {error}") from None
             what = f"the chat template costs more than it may: {error}"
             raise UserError("MODEL-323", what, where=self.tokenizer.where) from None
 
@@ -165,17 +187,20 @@ class ChatTemplate:
 
     # Where the answers lie is asked of the template itself, in one of three ways.
 
-    def _answers(self, messages: list[dict[str, str]]) -> tuple[str, list[Span]]:
-        """Returns the text and, for every assistant message, what of it the model is to write."""
+    def _answers(self, messages: list[dict[str, str]]) -> tuple[str, list[Span], str]:
+        """Returns the text; for every assistant message, what of it the model is to write; and the difference."""
         full = self._render(messages)
         numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for way in (self._by_blocks, self._by_prefixes, self._by_marks):
             spans = way(full, messages, numbers)
             if spans is not None:
-                return full, [self._close(full, span) for span in spans]
+                known = way == self._by_prefixes or self.name == "alpaca" or not numbers
+                difference = "" if known else self._difference(full, messages[: numbers[-1]], spans[-1][0])
+                return full, [self._close(full, span) for span in spans], difference
         raise ValueError(
-            "the chat template rewrites the chat so that the answers cannot be told from the rest"
-            " (data.template alpaca does without it; {% generation %} blocks in it would show them)"
+            "the chat template rewrites the chat so that the answers cannot be told from the rest ("
+            + ("data.template alpaca does without it; " if self.is_setting else "")
+            + "{% generation %} blocks in it would show them)"
         )
 
     def _by_blocks(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> list[Span] | None:
@@ -246,6 +271,18 @@ class ChatTemplate:
             return None
         place = full.find(header, start, stop) if header else -1
         return place + len(header) if place >= 0 else None
+
+    def _difference(self, full: str, before: list[dict[str, str]], start: int) -> str:
+        """Returns how the prompt for an answer differs from the text up to `start`, where it is trained; or ""."""
+        try:
+            prompt = self._render(before, True)
+        except ValueError:  # never asked then
+            return ""
+        if full.startswith(prompt) and start <= len(prompt):
+            return ""
+        same = len(os.path.commonprefix([prompt, full]))
+        asked, learnt = prompt[same : same + 40], full[same : same + 40]
+        return f"after {full[max(0, same - 40) : same]!r} the prompt has {asked!r}, the row {learnt!r}"
 
     def _close(self, text: str, span: Span) -> Span:
         """Returns the span up to and with its end-of-turn token, if the template writes one here."""
