@@ -1,6 +1,7 @@
 """Measure a model on rows with known answers, and a run beside its base: loss, and answers that match exactly."""
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from torch import Tensor
 from litpeft.build import Loaded, load
 from litpeft.data.batches import Batch, collate, idle, lay_out
 from litpeft.data.formats.turn import Turn
+from litpeft.data.sources import find_measured
 from litpeft.data.tokenise import Row
 from litpeft.data.tokenise import load as load_rows
 from litpeft.errors import UserError
@@ -116,9 +118,12 @@ def evaluate(settings: Evaluate) -> None:
     loaded = load(settings.model, settings.base, settings.precision, settings.quantize)
     template = loaded.run.template if loaded.run else "auto"
     reach = loaded.model.config.max_positions
-    data = Data(settings.data, None, 0.0, settings.format, template, loaded.system, max_length=reach)
-    sets = load_rows(data, loaded.tokenizer, loaded.template, reach)
-    rows = (sets.validation or sets.train)[: settings.max_rows]
+    file = str(find_measured(settings.data))
+    data = Data(file, None, 0.0, settings.format, template, loaded.system, max_length=reach)
+    found = load_rows(data, loaded.tokenizer, loaded.template, reach, only_measured=True)
+    for note in found.report.notes:
+        print(note, file=sys.stderr)
+    rows = found.train[: settings.max_rows]
     scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings)]
     if loaded.run and settings.compare_base:
         if loaded.has_delta:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from litpeft.build import Loaded, load
+from litpeft.data.formats.keys import told
 from litpeft.data.templates import with_system
 from litpeft.errors import UserError
 from litpeft.lookup import Lookup
 from litpeft.model import GPT
-from litpeft.prompts import Prompt, atomic_file, new_file, read_prompts, typed_prompt
+from litpeft.prompts import Prompt, atomic_file, new_file, read_prompts, typed_prompt, unread
 from litpeft.sampling import next_tokens
 from litpeft.settings.generate import Generate, Sampling
 from litpeft.terminal import clean
@@ -174,6 +175,8 @@ def generate(settings: Generate) -> None:
         prompts = [typed_prompt(settings.prompt, settings.raw)]
     else:
         prompts = read_prompts(Path(settings.input), settings.raw)
+        if more := unread(prompts):
+            print(f"not read, but copied to the answers: {told(more)}", file=sys.stderr)
     loaded = load(settings.model, settings.base, settings.precision, settings.quantize)
     system = loaded.system if settings.system is None else settings.system
     ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]

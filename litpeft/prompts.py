@@ -2,16 +2,16 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from litpeft.data.formats import messages
+from litpeft.data.formats import alpaca, keys, messages
 from litpeft.data.formats.turn import Turn, text
 from litpeft.data.sources import Record, records
-from litpeft.data.templates import with_system
 from litpeft.errors import UserError
 
 
@@ -68,20 +68,26 @@ def content(row: Any, raw: bool) -> str | list[Turn]:
     if len(kinds) != 1:
         got = ", ".join(map(repr, row)) or "no key"
         raise ValueError(f"a row has one of prompt, messages and instruction; this one has {got}")
-    foreign = [key for key in ("messages", "instruction", "system") if raw and key in row]
-    if foreign:
-        raise ValueError(f"raw continues the text in `prompt`; this row has {foreign[0]}")
-    if kinds == ["messages"]:
-        turns = messages.turns(row)
-        if turns[-1].role != "user":
-            raise ValueError("the last message is not the user's: there is nothing to answer")
-        return turns
-    asked = text(row, kinds[0], kinds[0], empty=False)
     if raw:
-        return asked
-    about = text(row, "input", "input") if kinds == ["instruction"] and row.get("input") is not None else ""
-    system = text(row, "system", "system") if row.get("system") is not None else ""
-    return with_system([Turn("user", asked, input=about)], system)
+        foreign = [key for key in ("messages", *alpaca.ASKED) if key in row]
+        if foreign:
+            raise ValueError(f"raw continues the text in `prompt`; this row has {foreign[0]}")
+        keys.refuse(row)
+        return text(row, "prompt", "prompt", empty=False)
+    if kinds != ["messages"]:
+        return alpaca.asked(row, kinds[0])
+    turns = messages.turns(row)
+    if turns[-1].role != "user":
+        raise ValueError("the last message is not the user's: there is nothing to answer")
+    return turns
+
+
+def unread(prompts: list[Prompt]) -> Counter[str]:
+    """Returns the keys that the model is not shown, and in how many rows each stands."""
+    found: Counter[str] = Counter()
+    for row in (prompt.row for prompt in prompts):
+        found.update(messages.unread(row) if "messages" in row else keys.unread(row, ("prompt", *alpaca.ASKED)))
+    return found
 
 
 def typed_prompt(typed: str | None, raw: bool) -> Prompt:
@@ -104,7 +110,11 @@ def new_file(name: str | None) -> Path | None:
     if name is None:
         return None
     path = Path(name)
-    if path.exists():
+    try:
+        taken = path.exists()
+    except OSError as error:  # a name that is too long, say: known now, not after all the work
+        raise UserError("CONFIG-411", f"this can be no file: {error.strerror}", where=name) from None
+    if taken:
         raise UserError("CONFIG-406", "the output exists", where=name, hint="name another, or remove it")
     if not os.access(path.parent, os.W_OK):
         raise UserError("CONFIG-407", f"{path.parent} is no folder that can be written to", where=name)

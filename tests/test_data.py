@@ -9,7 +9,7 @@ from chat_samples import STYLES, chats, write_folder
 
 from litpeft.data.formats import FORMATS, detect
 from litpeft.data.formats.turn import Turn
-from litpeft.data.sources import find, records, split
+from litpeft.data.sources import find, find_measured, records, split
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import load, show
 from litpeft.errors import UserError
@@ -254,8 +254,34 @@ def test_a_folder_gives_its_files_of_rows_to_train_on_and_rows_held_out(tmp_path
     (tmp_path / "validation.jsonl").touch()
     with pytest.raises(UserError, match="several files could be meant: validation.jsonl, dev.json"):
         find(str(tmp_path), None)
-    with pytest.raises(UserError, match="no such file or folder"):
-        find(str(tmp_path / "nowhere"), None)
+    for nowhere in ("nowhere", "n" * 5000):
+        with pytest.raises(UserError, match="no such file or folder") as error:
+            find(str(tmp_path / nowhere), None)
+        assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train.parquet", "train.tsv", "rows.xlsx", "train-0-of-1.parquet"])
+def test_a_table_is_told_to_become_rows_not_to_change_its_name(tmp_path, name):
+    (tmp_path / name).write_text("a,b")
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(UserError) as error:
+            list(records(find(str(path), None)[0]))
+        assert error.value.exit_code == 3
+        assert f"make {(tmp_path / name).stem}.jsonl of it, each row a line: {{" in error.value.hint
+    (tmp_path / "train.jsonl").touch()
+    assert find(str(tmp_path), None) == (tmp_path / "train.jsonl", None)
+    (tmp_path / "validation.csv").touch()
+    with pytest.raises(UserError, match="CSV is not read"):  # else other rows would be held out, without a word
+        find(str(tmp_path), None)
+
+
+def test_rows_to_measure_are_the_held_out_ones_of_a_folder(tmp_path):
+    with pytest.raises(UserError, match="no validation.json or validation.jsonl in it"):
+        find_measured(str(tmp_path))
+    for name in ("train.jsonl", "dev.json"):  # each is preferred to those before it
+        (tmp_path / name).touch()
+        assert find_measured(str(tmp_path)) == tmp_path / name
+    assert find_measured(str(tmp_path / "train.jsonl")) == tmp_path / "train.jsonl"
 
 
 def test_a_split_holds_out_at_least_one_row_and_leaves_one():
@@ -325,7 +351,31 @@ def test_what_the_template_refuses_is_a_bad_row(tmp_path):
     assert "roles must alternate" in data.rejected[0].reason
 
 
+def test_a_file_without_a_usable_row_says_what_rows_look_like_and_which_keys_came(tmp_path, tokenizer, template):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "response": "b"}] * 6 + [{"text": "c"}])
+    for bad_rows in ("error", "skip"):
+        with pytest.raises(UserError) as error:
+            read(tokenizer, template, path, bad_rows=bad_rows)
+        assert (error.value.where, error.value.exit_code) == (path, 3)
+        assert f"7 bad rows:\n{path}:1: output is missing" in error.value.what
+        assert '{"instruction": "...", "input": "...", "output": "..."}' in error.value.hint
+        assert "the rows have the keys instruction (6 rows), response (6 rows), text (1 row)" in error.value.hint
+        assert "bad_rows" not in error.value.hint
+
+
 # length
+
+
+def test_a_row_that_is_too_large_for_the_template_is_named_and_left_out_as_wished(tmp_path, tokenizer, template):
+    large = {"instruction": "a", "output": "b c d " * 1_000_000}
+    path = write_jsonl(tmp_path / "rows.jsonl", [alpaca(1), large, alpaca(2)])
+    with pytest.raises(UserError) as error:
+        read(tokenizer, template, path)
+    assert (error.value.where, error.value.exit_code) == (f"{path}:2", 3)
+    for wish in ({"bad_rows": "skip", "overlong": "drop"}, {"overlong": "drop"}):
+        data = read(tokenizer, template, path, **wish)
+        assert [row.source for row in data.train] == [f"{path}:1", f"{path}:3"]
+        assert [bad.where for bad in data.rejected] == [f"{path}:2"]
 
 
 @pytest.fixture
@@ -346,8 +396,11 @@ def test_rows_that_are_too_long_are_an_error_that_names_them(long_rows, tokenize
 def test_rows_that_are_too_long_are_dropped_and_counted(long_rows, tokenizer, template):
     data = read(tokenizer, template, long_rows, max_length=100, overlong="drop")
     assert [int(row.source[-1]) for row in data.train] == [1, 3, 4, 6, 7, 9]
-    assert data.report.dropped == 3
-    assert "warning: 3 rows are longer than 100 tokens and are left out" in str(data.report)
+    assert len(data.report.dropped) == 3
+    whole = {row.source: len(row.ids) for row in read(tokenizer, template, long_rows).train}
+    named = ", ".join(f"{where} ({n} tokens, of at most 100)" for where, n in whole.items() if n > 100)
+    assert f"warning: 3 rows are longer than 100 tokens and are left out: {named}; the run's" in str(data.report)
+    assert [bad.where for bad in data.rejected] == [where for where, n in whole.items() if n > 100]
     with pytest.raises(UserError, match="no row is left to train on: 0 rejected, 9 longer than 10 tokens"):
         read(tokenizer, template, long_rows, max_length=10, overlong="drop")
 
@@ -417,6 +470,7 @@ def test_every_row_of_every_style_trains_its_end_of_turn(tmp_path, style):
     data = read(tokenizer, ChatTemplate(tokenizer), write_jsonl(tmp_path / "rows.jsonl", found))
     assert data.report.train.ended == data.report.train.rows == 60
     assert data.report.straddling == 0
+    assert data.report.unlike == []
     for row in data.train:  # what is asked later is what was learned
         asked = row.turns[: [turn.role for turn in row.turns].index("assistant")]
         assert ChatTemplate(tokenizer).prompt(asked) == row.ids[: row.prompt_length]

@@ -1,10 +1,18 @@
 """litpeft evaluate: a run beside its base, on rows with known answers."""
 
 import json
+import re
+import shutil
 
+import pytest
 from conftest import finetune, write_rows
 
 from litpeft.cli import main
+from litpeft.errors import UserError
+from litpeft.evaluate import evaluate
+from litpeft.generate import generate
+from litpeft.settings.evaluate import Evaluate
+from litpeft.settings.generate import Generate
 
 
 def test_a_run_that_learnt_its_rows_scores_all_and_its_base_none(tiny_folder, tmp_path, capsys) -> None:
@@ -25,3 +33,74 @@ def test_a_run_that_learnt_its_rows_scores_all_and_its_base_none(tiny_folder, tm
     alone = capsys.readouterr().out
     both, one = (text.split("loss, nats per token")[1].split() for text in (said, alone))
     assert both[0] == one[0]  # the base inside the run is the base alone
+
+
+GOOD = {"instruction": "a", "output": "b"}
+LONG, LARGE = {"instruction": "b" * 600, "output": "c"}, {"instruction": "b" * 5_000_000, "output": "c"}
+NUMBERS = "{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
+FAULTS = {  # rows, a template, and which commands are asked
+    "a bad row": ([GOOD, {"instruction": 3, "output": "b"}], None, "evaluate, generate"),
+    "only bad rows": ([{"text": "a"}] * 3, None, "evaluate, generate"),
+    "a row without an answer to learn": ([GOOD, {"messages": [{"role": "user", "content": "a"}]}], None, "evaluate"),
+    "a row that is too long": ([GOOD, LONG], None, "evaluate, generate"),
+    "a row that is too large": ([GOOD, LARGE], None, "evaluate, generate"),
+    "no row": ([], None, "evaluate, generate"),
+    "a template that hides answers": ([GOOD], NUMBERS, "evaluate"),
+    "a template that is none": ([GOOD], "{% for %}", "evaluate, generate"),
+    "a template that refuses": ([GOOD, GOOD | {"system": "c"}], REFUSES, "evaluate, generate"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_errors_name_no_option_that_the_command_does_not_have(tiny_folder, tmp_path, fault) -> None:
+    rows, template, commands = FAULTS[fault]
+    model, path = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "rows.jsonl"
+    if template:
+        (model / "chat_template.jinja").write_text(template)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluation, generation = Evaluate(str(model), str(path)), Generate(str(model), input=str(path))
+    for command in commands.split(", "):
+        with pytest.raises(UserError) as error:
+            evaluate(evaluation) if command == "evaluate" else generate(generation)
+        assert not re.search(r"(?:data|train|base|method|checkpoint|validation)\.[a-z]|--|skip|drop", str(error.value))
+
+
+def test_a_folder_is_measured_by_its_held_out_rows_alone(tiny_folder, tmp_path, capsys) -> None:
+    folder = write_rows(tmp_path)
+    (folder / "train.jsonl").write_text("no JSON\n")
+    with open(folder / "validation.jsonl", "a") as file:
+        file.write(json.dumps(GOOD | {"id": 7}) + "\n")
+    evaluate(Evaluate(str(tiny_folder), str(folder), max_new_tokens=1))
+    said = capsys.readouterr()
+    assert "3 rows" in said.out
+    assert said.err.splitlines()[0] == "not read    the keys id (1 row)"
+    (folder / "dev.jsonl").touch()
+    with pytest.raises(UserError, match="several files could be meant: validation.jsonl, dev.jsonl") as error:
+        evaluate(Evaluate(str(tiny_folder), str(folder)))
+    assert error.value.hint == "keep one of them, or name the file itself instead of the folder"
+
+
+def test_rows_that_are_left_out_are_listed_by_the_run_and_not_by_a_dry_run(tiny_folder, tmp_path, capsys) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [GOOD, {"instruction": "a"}, GOOD | {"output": "b" * 600}, GOOD]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--data.path", str(path), "--data.overlong", "drop", "--data.bad_rows", "skip", "--train.max_steps", "1"]
+    finetune(tiny_folder, tmp_path, *argv, "--dry_run")
+    assert not out.exists()
+    assert f"left out: {path}:2 (output is missing); the run's rejected.jsonl lists them" in capsys.readouterr().out
+    finetune(tiny_folder, tmp_path, *argv)
+    listed = [json.loads(line)["where"] for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert listed == [f"{path}:2", f"{path}:3"]
+
+
+def test_a_name_that_no_file_can_have_is_a_mistake_of_the_user(tiny_folder, tmp_path) -> None:
+    run, name = finetune(tiny_folder, tmp_path, "--train.max_steps", "1"), "n" * 5000
+    rows = str(tmp_path / "data")
+    for settings in (Evaluate(name, rows), Evaluate(str(run), rows, base=name), Generate(name, "hi")):
+        with pytest.raises(UserError) as error:
+            (evaluate if isinstance(settings, Evaluate) else generate)(settings)
+        assert error.value.exit_code == 4
+    with pytest.raises(UserError, match="File name too long") as error:  # before an hour of answers
+        generate(Generate(str(tiny_folder), "hi", output=name))
+    assert error.value.exit_code == 2

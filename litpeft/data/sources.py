@@ -1,6 +1,7 @@
 """Reads .json and .jsonl files row by row, strictly, and tells for each row the line that it starts on."""
 
 import json
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -8,9 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litpeft.errors import UserError
+from litpeft.data.formats import SHAPES
+from litpeft.errors import UserError, some
 
 SUFFIXES = (".json", ".jsonl")
+TABLES = {
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+    ".xlsx": "Excel",
+    ".txt": "plain text",
+}
+PACKED = {".gz": "gzip", ".zst": "Zstandard", ".xz": "xz", ".bz2": "bzip2", ".zip": "zip"}
+TRAIN = ("train",)
 HELD_OUT = ("validation", "valid", "val", "dev")  # names of a file of held-out rows
 SURROGATE = re.compile("[\ud800-\udfff]")
 SPACE = " \t\r\n"
@@ -91,7 +103,7 @@ class StrictDecoder:
 def records(path: Path) -> Iterator[Record]:
     """Yields the rows of a file, good and bad, in order."""
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError("DATA-002", f"a data file ends in .json or .jsonl, got {path.name!r}", where=str(path))
+        raise _not_read(path)
     try:
         with open(path, "rb") as handle:
             head = handle.read(4)
@@ -184,32 +196,71 @@ def _skip(text: str, position: int) -> int:
 
 def find(path: str, validation_path: str | None) -> tuple[Path, Path | None]:
     """Returns the file of the rows to train on and, if there is one, that of the rows held out."""
-    train, held_out = Path(path), Path(validation_path) if validation_path else None
-    for given in (train, held_out):
-        if given is not None and not given.exists():
-            raise UserError("DATA-001", "there is no such file or folder", where=str(given))
+    train, held_out = _existing(path), _existing(validation_path) if validation_path else None
     if held_out is not None and held_out.is_dir():
         raise UserError("DATA-012", "data.validation_path must be a file, this is a folder", where=str(held_out))
     if not train.is_dir():
         return train, held_out
-    folder = train
-    train = _one_of(folder, ("train",))
+    folder, train = train, _one_of(train, TRAIN, "data.path")
     if train is None:
-        present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        hint = "name the file itself, or call it train.jsonl"
-        raise UserError("DATA-013", f"no train.json or train.jsonl in it, but {present}", where=str(folder), hint=hint)
-    return train, held_out or _one_of(folder, HELD_OUT)
+        raise _nothing_in(folder, TRAIN)
+    return train, held_out or _one_of(folder, HELD_OUT, "data.validation_path")
 
 
-def _one_of(folder: Path, names: tuple[str, ...]) -> Path | None:
+def find_measured(path: str) -> Path:
+    """Returns the file of the rows to measure on: of a folder its held-out rows, or all if there are none."""
+    folder = _existing(path)
+    if not folder.is_dir():
+        return folder
+    found = _one_of(folder, HELD_OUT, "") or _one_of(folder, TRAIN, "")
+    if found is None:
+        raise _nothing_in(folder, (*HELD_OUT, *TRAIN))
+    return found
+
+
+def _existing(path: str) -> Path:
+    if not os.path.exists(path):
+        raise UserError("DATA-001", "there is no such file or folder", where=path)
+    return Path(path)
+
+
+def _one_of(folder: Path, names: tuple[str, ...], option: str) -> Path | None:
+    """Returns the one file of rows with such a name; `option` is what could name another."""
     found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
     found = [path for path in found if path.is_file()]
     if len(found) > 1:
         what = f"several files could be meant: {', '.join(path.name for path in found)}"
-        raise UserError(
-            "DATA-014", what, where=str(folder), hint="keep one, or name it: data.path, data.validation_path"
-        )
+        hint = "keep one of them, or name the file itself" + (f": {option}" if option else " instead of the folder")
+        raise UserError("DATA-014", what, where=str(folder), hint=hint)
+    if not found:  # a table of that name must not be passed over
+        for path in sorted(folder.iterdir()):
+            if path.name.partition(".")[0] in names and _other(path)[0]:
+                raise _not_read(path)
     return found[0] if found else None
+
+
+def _nothing_in(folder: Path, names: tuple[str, ...]) -> UserError:
+    present = sorted(folder.iterdir())
+    what = f"no {names[0]}.json or {names[0]}.jsonl in it, but {some([p.name for p in present]) or 'nothing'}"
+    if any(p.suffix.lower() in SUFFIXES for p in present):
+        hint = f"name the file itself, or call it {names[0]}.jsonl"
+    else:
+        hint = next((_other(p)[1] for p in present if _other(p)[0]), f"put the rows into {names[0]}.jsonl")
+    return UserError("DATA-013", what, where=str(folder), hint=hint)
+
+
+def _not_read(path: Path) -> UserError:
+    kind, hint = _other(path)
+    what = f"{kind} is not read" if kind else f"got {path.name!r}"
+    return UserError("DATA-002", f"a data file ends in .json or .jsonl, {what}", where=str(path), hint=hint)
+
+
+def _other(path: Path) -> tuple[str, str]:
+    """Returns what a file is by its name, if it could be rows that are not read, and how to make it rows that are."""
+    suffix = path.suffix.lower()
+    if suffix in PACKED:
+        return PACKED[suffix], f"unpack {path.name}"
+    return TABLES.get(suffix, ""), f"make {path.stem}.jsonl of it, each row a line: {SHAPES}"
 
 
 def split(rows: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:

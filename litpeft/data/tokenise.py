@@ -1,15 +1,17 @@
 """Rows of a data set as tokens, each with the mask of what is trained, and a report of what became of every row."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from litpeft.data.formats import FORMATS, detect
+from litpeft.data.formats import FORMATS, SHAPES, UNREAD, detect
+from litpeft.data.formats.keys import told
 from litpeft.data.formats.turn import Turn
 from litpeft.data.sources import Rejected, find, records, split
-from litpeft.data.templates import ChatTemplate, Rendered, with_system
-from litpeft.errors import UserError
+from litpeft.data.templates import ChatTemplate, Rendered, TooLong, with_system
+from litpeft.errors import UserError, some
 from litpeft.settings.data import Data
 from litpeft.tokenizer import Tokenizer
 from litpeft.tokenizer_backends import Encoded
@@ -66,33 +68,49 @@ class Counts:
 
 @dataclass
 class Report:
-    """What became of every row of the files; `str` is what the user sees."""
+    """What became of every row of the files, and of every key of a row; `str` is what the user sees."""
 
     train: Counts
     validation: Counts
     template: str  # name of the template
     max_length: int  # the limit that was applied, in tokens
-    rejected: int = 0
-    dropped: int = 0  # over-long rows left out
+    rejected: list[Rejected] = field(default_factory=list)  # rows that cannot be used
+    dropped: list[Rejected] = field(default_factory=list)  # over-long rows left out
     split_rows: int = 0  # over-long rows cut up
     split_pieces: int = 0  # into so many pieces that are trained
     empty_pieces: int = 0  # and so many, left out, in which nothing is trained
     straddling: int = 0  # rows in which a token holds the end of a prompt and the start of its answer
     duplicates: int = 0  # held-out rows that are among the rows to train on
+    unread: Counter[str] = field(default_factory=Counter)  # key that no format reads -> rows with it
+    unlike: list[str] = field(default_factory=list)  # file:line of rows that do not begin as their answer is asked for
+    difference: str = ""  # how the first of these differs
 
     def __str__(self) -> str:
         lines = [f"train       {self.train}", f"validation  {self.validation}", f"template    {self.template}"]
+        return "\n".join([*lines, *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """Returns what the user should know before trusting the figures, a line each."""
         long = f"longer than {self.max_length:,} tokens"
+
+        def out(rows: list[Rejected]) -> str:
+            named = some([f"{row.where} ({row.reason})" for row in rows])
+            return f"left out: {named}; the run's rejected.jsonl lists them"
+
         notes = {
-            f"warning: {self.rejected:,} rows cannot be used and are left out (rejected.jsonl)": self.rejected,
-            f"warning: {self.dropped:,} rows are {long} and are left out": self.dropped,
+            f"not read    the keys {told(self.unread)}": self.unread,
+            f"warning: {len(self.rejected):,} rows cannot be used and are {out(self.rejected)}": self.rejected,
+            f"warning: {len(self.dropped):,} rows are {long} and are {out(self.dropped)}": self.dropped,
             f"warning: {self.split_rows:,} rows are {long} and are cut into {self.split_pieces:,} pieces; "
             f"{self.empty_pieces:,} more hold nothing to train": self.split_rows,
             f"warning: {self.straddling:,} rows have a token across the end of a prompt and the start of an answer; "
             "it is trained": self.straddling,
+            f"warning: in {len(self.unlike):,} rows the prompt that asks for the answer is not how the row begins: "
+            f"{self.difference} ({some(self.unlike)})": self.unlike,
             f"warning: {self.duplicates:,} of the held-out rows are among the rows to train on": self.duplicates,
         }
-        return "\n".join([*lines, *(note for note, count in notes.items() if count)])
+        return [note for note, present in notes.items() if present]
 
 
 @dataclass
@@ -102,97 +120,122 @@ class DataSet:
     train: list[Row]
     validation: list[Row]
     report: Report
-    rejected: list[Rejected] = field(default_factory=list)
+
+    @property
+    def rejected(self) -> list[Rejected]:
+        """Returns all rows that are left out."""
+        return [*self.report.rejected, *self.report.dropped]
 
 
-def load(data: Data, tokenizer: Tokenizer, template: ChatTemplate, max_positions: int) -> DataSet:
-    """Returns the data set that the settings name, ready to train on. Prints nothing."""
+def load(
+    data: Data, tokenizer: Tokenizer, template: ChatTemplate, max_positions: int, only_measured: bool = False
+) -> DataSet:
+    """Returns the data set that the settings name, ready to train on. Prints nothing.
+
+    Where the rows are `only_measured`, none may be left out or cut, and errors do not offer it.
+    """
     # 1. files to chats
     path, held_out = find(data.path, data.validation_path)
-    rejected: list[Rejected] = []
-    examples = _read(path, data, rejected)
-    validation = _read(held_out, data, rejected) if held_out else []
-    _refuse(rejected, data)
-    for file, found in ((path, examples), (held_out, validation)):
-        if file is not None and not found:
-            first = (
-                f"; {len(rejected)} rejected, the first: {rejected[0].where}: {rejected[0].reason}" if rejected else ""
-            )
-            raise UserError("DATA-020", f"there are no rows in it{first}", where=str(file))
+    report = Report(Counts.of([]), Counts.of([]), template.name, min(data.max_length, max_positions))
+    examples = _read(path, data, report)
+    validation = _read(held_out, data, report) if held_out else []
+    _refuse(report.rejected, data, only_measured)
     if held_out is None:
         examples, validation = split(examples, data.validation_split, data.seed)
     # 2. chats to rows
-    report = Report(Counts.of([]), Counts.of([]), template.name, min(data.max_length, max_positions))
-    parts = [_tokenise(part, data, tokenizer, template, rejected, report) for part in (examples, validation)]
-    _refuse(rejected, data)
+    parts = [_tokenise(part, data, tokenizer, template, report) for part in (examples, validation)]
+    _refuse(report.rejected, data, only_measured or not any(parts))
     # 3. rows of the wanted length
-    _refuse_long([row for rows in parts for row in rows], data, report.max_length)
+    _refuse_long([row for rows in parts for row in rows], data, report.max_length, only_measured)
     train, validation = (_fit(rows, data, report) for rows in parts)
     if not train:
-        what = f"no row is left to train on: {len(rejected)} rejected, {report.dropped} longer than {report.max_length}"
-        raise UserError("DATA-023", what + " tokens", where=data.path, hint="see data.max_length, data.bad_rows")
+        what = f"no row is left to train on: {len(report.rejected)} rejected, {len(report.dropped)} longer than "
+        hint = "see data.max_length, data.bad_rows"
+        raise UserError("DATA-023", f"{what}{report.max_length} tokens", where=data.path, hint=hint)
     # 4. figures
     known = {hash(tuple(row.ids)) for row in train}
     report.duplicates = sum(hash(tuple(row.ids)) in known for row in validation)
-    report.train, report.validation, report.rejected = Counts.of(train), Counts.of(validation), len(rejected)
-    return DataSet(train, validation, report, rejected)
+    report.train, report.validation = Counts.of(train), Counts.of(validation)
+    return DataSet(train, validation, report)
 
 
-def _read(path: Path, data: Data, rejected: list[Rejected]) -> list[Example]:
-    """Returns the chats of a file; what cannot be used goes to `rejected`."""
-    examples = []
+def _read(path: Path, data: Data, report: Report) -> list[Example]:
+    """Returns the chats of a file; what cannot be used goes to the report. A file without one is an error."""
+    examples: list[Example] = []
+    rejected: list[Rejected] = []
+    came: Counter[str] = Counter()
     for record in records(path):
         try:
             if record.problem:
                 raise ValueError(record.problem)
             name = detect(record.value) if data.format == "auto" else data.format
             examples.append(Example(with_system(FORMATS[name](record.value), data.system), record.where))
+            report.unread.update(UNREAD[name](record.value))
         except ValueError as error:
             rejected.append(Rejected(record.where, str(error)))
+            came.update(list(record.value) if isinstance(record.value, dict) else ())
+    if not examples:
+        hint = f"a row is {SHAPES}" + (f"; the rows have the keys {told(came)}" if came else "")
+        what = f"none of its rows can be used; {len(rejected)} bad rows:\n{_listed(rejected)}"
+        raise UserError("DATA-020", what if rejected else "there are no rows in it", where=str(path), hint=hint)
+    report.rejected += rejected
     return examples
 
 
-def _refuse(rejected: list[Rejected], data: Data) -> None:
+def _refuse(rejected: list[Rejected], data: Data, must_stay: bool) -> None:
     if rejected and data.bad_rows == "error":
-        more = f"\n... and {len(rejected) - SHOWN} more" if len(rejected) > SHOWN else ""
-        rest = "".join(f"\n{bad.where}: {bad.reason}" for bad in rejected[1:SHOWN]) + more
-        hint = f"{len(rejected)} bad rows; put them right, or leave them out with data.bad_rows skip"
-        raise UserError("DATA-021", rejected[0].reason + rest, where=rejected[0].where, hint=hint)
+        hint = f"{len(rejected)} bad rows; put them right" + (
+            "" if must_stay else ", or leave them out with data.bad_rows skip"
+        )
+        what = _listed(rejected).removeprefix(f"{rejected[0].where}: ")
+        raise UserError("DATA-021", what, where=rejected[0].where, hint=hint)
+
+
+def _listed(rejected: list[Rejected]) -> str:
+    """Returns a line for each of the first rows, and how many more there are."""
+    more = [f"... and {len(rejected) - SHOWN} more"] if len(rejected) > SHOWN else []
+    return "\n".join([*(f"{bad.where}: {bad.reason}" for bad in rejected[:SHOWN]), *more])
 
 
 def _tokenise(
-    examples: list[Example],
-    data: Data,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    rejected: list[Rejected],
-    report: Report,
+    examples: list[Example], data: Data, tokenizer: Tokenizer, template: ChatTemplate, report: Report
 ) -> list[Row]:
-    """Returns the rows of the chats, however long; what cannot be used goes to `rejected`."""
+    """Returns the rows of the chats, however long; what cannot be used goes to the report."""
     end = tokenizer.token_id(template.end_of_turn or tokenizer.eos)
+    too_long = report.dropped if data.overlong == "drop" else report.rejected
     rows: list[Row] = []
     for start in range(0, len(examples), CHUNK):
-        for example, rendered, encoded in _encoded(examples[start : start + CHUNK], tokenizer, template, rejected):
+        chunk = examples[start : start + CHUNK]
+        for example, rendered, encoded in _encoded(chunk, tokenizer, template, report.rejected, too_long):
             trained, straddles = mask(encoded, rendered)
             if not any(trained):
-                rejected.append(Rejected(example.where, "nothing in it is trained: it has no answer to learn"))
+                report.rejected.append(Rejected(example.where, "nothing in it is trained: it has no answer to learn"))
                 continue
             ended = encoded.ids[len(trained) - 1 - trained[::-1].index(True)] == end
             if not data.mask_prompt:
                 trained = [False, *[True] * (len(encoded.ids) - 1)]
             report.straddling += straddles
+            if rendered.difference:
+                report.unlike.append(example.where)
+                report.difference = report.difference or rendered.difference
             rows.append(Row(encoded.ids, trained, trained.index(True), example.where, example.turns, ended))
     return rows
 
 
 def _encoded(
-    examples: list[Example], tokenizer: Tokenizer, template: ChatTemplate, rejected: list[Rejected]
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    rejected: list[Rejected],
+    too_long: list[Rejected],
 ) -> Iterator[tuple[Example, Rendered, Encoded]]:
-    """Yields each chat with its text and its tokens."""
+    """Yields each chat with its text and its tokens; names the others in one of the lists."""
     usable = []
     for example in examples:
         try:
             usable.append((example, template.spans(example.turns)))
+        except TooLong as error:
+            too_long.append(Rejected(example.where, str(error)))
         except ValueError as error:
             rejected.append(Rejected(example.where, str(error)))
     texts, plain = [rendered.text for _, rendered in usable], [rendered.plain for _, rendered in usable]
@@ -226,7 +269,7 @@ def mask(encoded: Encoded, rendered: Rendered) -> tuple[list[bool], bool]:
     return trained, straddles
 
 
-def _refuse_long(rows: list[Row], data: Data, limit: int) -> None:
+def _refuse_long(rows: list[Row], data: Data, limit: int, must_stay: bool) -> None:
     if data.overlong != "error":
         return
     long = [row for row in rows if len(row.ids) > limit]
@@ -235,6 +278,7 @@ def _refuse_long(rows: list[Row], data: Data, limit: int) -> None:
         more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
         what = f"{len(long)} rows are longer than {limit:,} tokens: {named}{more}"
         hint = "raise data.max_length as far as the model reaches, or choose data.overlong drop or split"
+        hint = "the model reaches no further; take them out of the file" if must_stay else hint
         raise UserError("DATA-022", what, where=data.path, hint=hint)
 
 
@@ -245,7 +289,8 @@ def _fit(rows: list[Row], data: Data, report: Report) -> list[Row]:
         if len(row.ids) <= report.max_length:
             kept.append(row)
         elif data.overlong == "drop":
-            report.dropped += 1
+            what = f"{len(row.ids):,} tokens, of at most {report.max_length:,}"
+            report.dropped.append(Rejected(row.source, what))
         else:
             pieces = cut(row, report.max_length)
             useful = [piece for piece in pieces if any(piece.trained)]

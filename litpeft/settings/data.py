@@ -29,7 +29,7 @@ class Data:
     max_length: int = 2048
     """Longest row, in tokens; the model's own reach, where that is shorter."""
     overlong: Literal["error", "drop", "split"] = "error"
-    """A row longer than max_length is an error, or is left out (drop), or cut into pieces (split); always counted."""
+    """A row longer than max_length is an error, or is left out and listed in rejected.jsonl (drop), or cut (split)."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be used is an error, or is left out (skip) and listed with its reason in rejected.jsonl."""
     packing: bool = True

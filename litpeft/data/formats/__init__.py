@@ -1,12 +1,18 @@
-"""What a row of a data set may look like: one file a format, each with `turns(record) -> list[Turn]`."""
+"""What a row of a data set may look like: one file a format.
+
+Each has `turns(record) -> list[Turn]`, and `unread(record)`: the keys of a usable row that have no part in its turns.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 from litpeft.data.formats import alpaca, messages
 from litpeft.data.formats.turn import Turn
+from litpeft.errors import some
 
 FORMATS: dict[str, Callable[[Any], list[Turn]]] = {"alpaca": alpaca.turns, "messages": messages.turns}
+UNREAD: dict[str, Callable[[Any], set[str]]] = {"alpaca": alpaca.unread, "messages": messages.unread}
+SHAPES = '{"instruction": "...", "input": "...", "output": "..."} or {"messages": [{"role": "...", "content": "..."}]}'
 
 
 def detect(record: Any) -> str:
@@ -15,6 +21,8 @@ def detect(record: Any) -> str:
         return "messages"
     if isinstance(record, dict) and {"instruction", "output"} & record.keys():
         return "alpaca"
-    seen = f"the keys {', '.join(map(repr, record)) or '(none)'}" if isinstance(record, dict) else type(record).__name__
+    seen = type(record).__name__
+    if isinstance(record, dict):
+        seen = f"the keys {some([repr(key[:40]) for key in record]) or '(none)'}"
     known = "alpaca (instruction, output, perhaps input, system) and messages (a list of role and content)"
     raise ValueError(f"the row has {seen}; known are {known}")

@@ -6,30 +6,49 @@
               {"role": "user", "content": "And of Peru?"},
               {"role": "assistant", "content": "Lima.", "train": false}]}
 
-Every turn of the assistant is trained, except where it says `"train": false`.
+Every turn of the assistant is trained, except where it says `"train": false`, `"loss": false` or `"weight": 0`.
+A system message may also stand beside the messages: {"system": "Be brief.", "messages": [...]}.
 """
 
 from typing import Any
 
+from litpeft.data.formats import alpaca, keys
 from litpeft.data.formats.turn import ROLES, Turn, text
 
-# What a template would write out, so that leaving it away would teach another text.
-UNSUPPORTED = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking", "weight")
+# a row of two shapes would lose one of them
+OTHER_SHAPE = dict.fromkeys(
+    sorted({*alpaca.ASKED, "output"} - {"system"}), "the row has messages, which must hold the whole chat"
+)
 
 
 def turns(record: Any) -> list[Turn]:
     """Returns the turns of a record; raises ValueError naming the key that is wrong."""
+    system = ""
     if isinstance(record, dict):
         if "messages" not in record:
             raise ValueError("messages is missing")
-        if record.get("tools"):
-            raise ValueError("tools is not supported")
+        keys.refuse(record, more=OTHER_SHAPE)
+        keys.refuse_switched_off(record)
+        system = text(record, "system", "system") if record.get("system") is not None else ""
         record = record["messages"]
     if not isinstance(record, list):
         raise ValueError(f"messages must be a list, got {'null' if record is None else type(record).__name__}")
     if not record:
         raise ValueError("messages is empty")
-    return [_turn(message, f"messages[{i}]") for i, message in enumerate(record)]
+    turns = [_turn(message, f"messages[{i}]") for i, message in enumerate(record)]
+    if not system or turns[0] == Turn("system", system):
+        return turns
+    if turns[0].role == "system":
+        raise ValueError("system and messages[0] are two system messages: keep one of them")
+    return [Turn("system", system), *turns]
+
+
+def unread(record: Any) -> set[str]:
+    """Returns the keys of a record that have no part in its turns; those of a message as messages[].key."""
+    found, messages = set(), record
+    if isinstance(record, dict):
+        found, messages = keys.unread(record, ("messages", "system", *OTHER_SHAPE)), record["messages"]
+    return found | {f"messages[].{key}" for one in messages for key in keys.unread(one, ("role", "content"))}
 
 
 def _turn(message: Any, name: str) -> Turn:
@@ -38,13 +57,10 @@ def _turn(message: Any, name: str) -> Turn:
     role = text(message, "role", f"{name}.role")
     if role not in ROLES:
         raise ValueError(f"{name}.role must be one of {', '.join(ROLES)}, got {role!r}")
-    for key in UNSUPPORTED:
-        if message.get(key) is not None:
-            raise ValueError(f"{name}.{key} is not supported")
-    train = message.get("train")
-    if train is not None and not isinstance(train, bool):
-        raise ValueError(f"{name}.train must be true or false, got {train!r}")
+    keys.refuse(message, f"{name}.")
+    train = keys.switch(message, f"{name}.")
     if train and role != "assistant":
-        raise ValueError(f"{name}.train can be true for the assistant only, not for the {role}")
+        key = next(key for key in keys.SWITCHES if message.get(key) is not None)
+        raise ValueError(f"{name}.{key} can be true for the assistant only, not for the {role}")
     trained = role == "assistant" and train is not False
     return Turn(role, text(message, "content", f"{name}.content", empty=not trained), train)
