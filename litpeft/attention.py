@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from litpeft.native import native
@@ -17,6 +18,12 @@ PART = 192  # queries of a short document that are computed at a time
 FEW = 64  # tokens, of a row whose earlier ones are cached, up to which its heads go together
 LEAST = 4  # rows of a product below which torch's CPU kernel sums in another order
 SHORT = 512  # tokens; longer documents go to the fused kernel, which holds no attention weights
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 LONGEST = 2048  # tokens of a document that litpeft/native takes: its backward pass has room for all weights of a head
 
 
@@ -87,9 +94,12 @@ def attend(
     library = None if documents is None or max(documents.lengths) > LONGEST else native(q, k, v)
     if library is not None:
         return _Native.apply(q, k, v, documents.starts(q.device), window)
+    half_on_gpu = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    if half_on_gpu and documents is not None and window is None and len(set(documents.lengths)) == 1:
+        return _batch(q, k, v, len(documents.lengths))
     if documents is None or len(documents.lengths) == 1:
         return _dense(q, k, v, window)
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if half_on_gpu:
         return _varlen(q, k, v, documents, window)
     return _by_length(q, k, v, documents, window)
 
@@ -116,6 +126,15 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     position = torch.arange(q.size(2), device=q.device)[None]
     mask = causal_mask(position, position, window)[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def _batch(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+    """Documents of one length on a GPU, as a batch: cuDNN's kernel, the fastest on Hopper, takes no other."""
+    heads, size = q.size(1), q.size(3)
+    rows = [x.transpose(1, 2).reshape(count, -1, x.size(1), size).transpose(1, 2) for x in (q, k, v)]
+    with sdpa_kernel(FASTEST_FIRST, set_priority=True):
+        y = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=True)
+    return y.transpose(1, 2).reshape(1, -1, heads, size).transpose(1, 2)
 
 
 class _Native(torch.autograd.Function):

@@ -17,6 +17,7 @@ from litpeft.errors import UserError
 from litpeft.families.names import NameMap
 from litpeft.methods.base import Method, attach, load_delta
 from litpeft.model import GPT
+from litpeft.native.fused_training import fused_step
 from litpeft.precision import Storage, pick_device, pick_precision
 from litpeft.run import Run, find_run
 from litpeft.slots import Delta
@@ -96,6 +97,8 @@ def build(
         let_go(sum(value.nbytes for value in values.values()))  # what is looked at here once need not be held
     if packed:
         cache.write(packed)
+    if torch.device(device).type == "cuda" and shard is None:
+        model.fused = fused_step
     if method is not None:  # 7. starts that depend on the base's weights
         method.init(model, lambda ours: names.read(weights, ours))
     return model

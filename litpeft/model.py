@@ -217,6 +217,9 @@ class GPT(nn.Module):
         )
         self.recompute = False  # activation checkpointing: keep a block's input only, compute the rest again backwards
         self.compiled: Callable[[Block, Tensor, Context], Tensor] | None = None  # `through`, by train/compiled.py
+        self.fused: Callable[[Block, Tensor, Context], Tensor | None] | None = (
+            None  # native/fused_training.py's, on GPUs
+        )
         self.base_keys: set[str] = set()  # these three are filled by methods/base.py
         self.delta_keys: set[str] = set()
         self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
@@ -250,6 +253,10 @@ class GPT(nn.Module):
             ctx.look_back(ids.size(1), self.config.window, x.dtype)
         ctx.recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
+            fused = self.fused(block, x, ctx) if self.fused is not None and torch.is_grad_enabled() else None
+            if fused is not None:
+                x = fused
+                continue
             # compiled for what has a gradient only: not once more for measuring, or for the block above the embedding
             step = self.compiled if self.compiled is not None and x.requires_grad else through
             x = checkpoint(step, block, x, ctx, use_reentrant=False) if ctx.recompute else step(block, x, ctx)

@@ -39,12 +39,12 @@ class RecordedStep:
         return self.logits
 
 
-def record(step: Callable[[], None]) -> Callable[[], None]:
+def record(step: Callable[[], None], pool: tuple[int, int] | None = None) -> Callable[[], None]:
     """Returns what does `step` again on the GPU, with the tensors that it has now. It must have been done before.
 
-    What a kernel loads at its first use cannot be recorded.
+    What a kernel loads at its first use cannot be recorded. Graphs with the same `pool` share memory.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         step()
     return graph.replay

@@ -51,7 +51,7 @@ class Delta(nn.Module):
         """
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Returns A (rank, in) and B (out, rank) if all that this Delta does to an answer is to add B A x."""
+        """Returns A (rank, in) and B (out, rank), differentiably, if all that this Delta does is to add B A x."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -16,6 +16,14 @@ from litpeft.loss import summed_cross_entropy  # noqa: E402
 from litpeft.native import fused, kernels  # noqa: E402
 from litpeft.ops import rotate, swiglu  # noqa: E402
 from litpeft.slots import Linear  # noqa: E402
+from litpeft.storage.kernels import (  # noqa: E402
+    CODES,
+    absmax_in_torch,
+    dequantize_in_torch,
+    dynamic_codes,
+    quantize_4bit,
+    quantize_absmax,
+)
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -103,3 +111,19 @@ def test_the_loss_takes_it() -> None:
     assert float(got) == pytest.approx(float(want), rel=1e-3)
     gradient, truth = torch.autograd.grad(got, x)[0].double(), torch.autograd.grad(want, double)[0]
     assert (gradient - truth).norm() <= 2**-6 * truth.norm()
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(5, 64), (130, 96), (3, 37)])
+def test_unpacking_four_bits(shape: tuple[int, int], kind: str, double: bool) -> None:
+    torch.manual_seed(0)
+    codes, absmax = quantize_4bit(torch.randn(shape, device=DEVICE), kind)
+    packed = quantize_absmax(absmax) if double else (absmax, None, None)
+    blocks = absmax_in_torch(*packed) if double else absmax
+    for dtype in (torch.float32, *HALF):
+        out = torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+        table = torch.tensor(CODES[kind], device=DEVICE)
+        kernels.dequantize_4bit(codes, *packed, table, dynamic_codes(out.device), out)
+        want = dequantize_in_torch(codes, blocks, list(shape), kind, torch.float32)
+        assert torch.equal(out, want) if dtype == torch.float32 else near(out, want.double())

@@ -75,7 +75,8 @@ class LowRank(Delta):
         return whole
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        return (self.A.detach(), self.scale * self.B.detach()) if type(self).forward is LowRank.forward else None
+        dropped = self.dropout and self.training
+        return None if dropped or type(self).forward is not LowRank.forward else (self.A, self.scale * self.B)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.addmm_(self.B.to(weight.dtype), self.A.to(weight.dtype), alpha=self.scale), bias

@@ -82,16 +82,51 @@ def _cross_entropy(logits, targets, losses, n, size: tl.constexpr):
         before, top = top, tl.maximum(top, tl.max(x, 0))
         total = total * tl.exp(before - top) + tl.sum(tl.exp(x - top), 0)
     log_sum = top + tl.log(total)
-    tl.store(losses + row, log_sum - wanted)
+    tl.store(losses + row, tl.where(target >= 0, log_sum - wanted, 0.0))
     for start in range(0, n, size):
         at = start + tl.arange(0, size)
         x = tl.load(logits + at, mask=at < n).to(tl.float32)
-        dx = tl.exp(x - log_sum) - tl.where(at == target, 1.0, 0.0)
+        dx = tl.where(target >= 0, tl.exp(x - log_sum) - tl.where(at == target, 1.0, 0.0), 0.0)
         tl.store(logits + at, dx.to(logits.dtype.element_ty), mask=at < n)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the loss of each row (N,), in float32; the logits (N, V) become their own gradients."""
+    """Returns the loss of each row (N,), in float32; the logits (N, V) become their own gradients.
+
+    A target below 0 stands for a row that does not count: its loss and its gradient are 0.
+    """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _cross_entropy[len(logits),](logits, targets, losses, logits.size(1), CLASSES, num_warps=8)
     return losses
+
+
+@triton.jit
+def _dequantize(codes, absmax, scale, offset, table, dynamic, out, n, nested: tl.constexpr, size: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)  # two weights in a byte, 32 bytes in a block
+    byte, block = tl.load(codes + at, mask=2 * at < n, other=0).to(tl.int32), at // 32
+    largest = tl.load(absmax + block, mask=2 * at < n, other=0)
+    if nested:
+        largest = tl.load(dynamic + largest.to(tl.int32))
+        largest = largest * tl.load(scale + block // 256, mask=2 * at < n, other=0.0) + tl.load(offset)
+    first, second = (tl.load(table + (byte >> 4)) * largest, tl.load(table + (byte & 15)) * largest)
+    both = tl.program_id(0).to(tl.int64) * 2 * size + tl.arange(0, 2 * size)
+    tl.store(out + both, tl.interleave(first, second).to(out.dtype.element_ty), mask=both < n)
+
+
+def dequantize_4bit(
+    codes: Tensor,
+    absmax: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    table: Tensor,
+    dynamic: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Returns `out`, filled with the weights of packed codes, blocks of 64; with `scale` the absmax are codes too.
+
+    `table` has the 16 numbers of a code, `dynamic` the 256 of an absmax. In float32, rounded once.
+    """
+    nested, n = scale is not None, out.numel()
+    given = (codes, absmax, scale if nested else absmax, offset if nested else absmax, table, dynamic, out, n)
+    _dequantize[(triton.cdiv(n, 2 * SIZE),)](*given, nested, SIZE, enable_fp_fusion=False)
+    return out

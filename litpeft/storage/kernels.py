@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litpeft.native import gpu_kernels
+
 BLOCK = 64  # values that share an absmax
 GROUP = 256  # values of absmax that share a scale, with double quantisation
 PIECE = 1 << 19  # values that are packed at a time: their float32 copies stay in a processor's cache
@@ -143,7 +145,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return code.flatten()[: absmax.numel()].contiguous(), scale, offset[None]
 
 
-# 2. dequantise: bitsandbytes' kernels where there are some, torch elsewhere; as one operator, which compiles
+# 2. dequantise: our kernel on a GPU, else bitsandbytes' where there is one, else torch; as one operator, which compiles
 
 
 def absmax_in_torch(absmax: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -151,6 +153,12 @@ def absmax_in_torch(absmax: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     value = dynamic_codes(absmax.device)[absmax.int()]
     value = F.pad(value, (0, -value.numel() % GROUP)).view(-1, GROUP) * scale[:, None]
     return value.flatten()[: absmax.numel()] + offset
+
+
+@cache
+def _codes(kind: str, device: torch.device) -> Tensor:
+    """Returns the number that each code stands for (16,), in float32."""
+    return torch.tensor(CODES[kind], device=device)
 
 
 @cache
@@ -181,6 +189,10 @@ def dequantize_4bit(
     dtype: torch.dtype,
 ) -> Tensor:
     """Returns the weight (out, in); with `scale` and `offset` the absmax are 8-bit codes themselves."""
+    ours = gpu_kernels() if codes.is_cuda else None
+    if ours is not None and dtype in KNOWN:
+        table, weight = _codes(kind, codes.device), torch.empty(shape, dtype=dtype, device=codes.device)
+        return ours.dequantize_4bit(codes, absmax, scale, offset, table, dynamic_codes(codes.device), weight)
     kernels = has_kernels(codes.device.type)
     if scale is not None:
         if kernels:

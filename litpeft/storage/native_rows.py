@@ -38,7 +38,9 @@ class NativeRows(Rows):
         self.weight = _joined([_strips(layer) for layer in layers])
         self.added = super().bias(torch.float32)
         factors = None if self.delta is None else self.delta.factors()
-        self.update = () if factors is None else (factors[0].contiguous(), factors[1].t().contiguous())
+        self.update = (
+            () if factors is None else (factors[0].detach().contiguous(), factors[1].detach().t().contiguous())
+        )
         self.base, self.tuned = self._struct(()), self._struct(self.update)
 
     @staticmethod

@@ -25,4 +25,5 @@ def compile_blocks(model: GPT, device: torch.device) -> None:
     check_compiler(device)
     for block in model.blocks:
         block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
+    model.fused = None
     model.compiled = torch.compile(through, dynamic=True)

@@ -25,6 +25,7 @@ from litpeft.train.log import Log, StepRecord
 from litpeft.train.optim import lr_at
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
 from litpeft.train.progress import Progress
+from litpeft.train.recorded_pass import RecordedPasses
 from litpeft.train.signals import NAMES, StopSignals, exit_code
 
 DONE = "all steps done"
@@ -63,6 +64,9 @@ class Trainer:
         self.save_every = tenth if checkpoint.interval is None else checkpoint.interval
         self.lengths = [len(row.ids) for row in self.rows]
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
+        alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
+        whole = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
+        self.recorded = RecordedPasses.of(self.gpt) if whole else None
         self.names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def fit(self) -> Progress:
@@ -126,7 +130,16 @@ class Trainer:
         torch.manual_seed(random.Random(f"{train.seed} {progress.step} {fabric.global_rank}").getrandbits(62))
         batches = [batch.to(fabric.device) for batch in batches]
         loss, norm, wishes = train_step(
-            fabric, self.model, self.optimizer, batches, trained, lr, train.max_norm, progress.step + 1, self.wishes
+            fabric,
+            self.model,
+            self.optimizer,
+            batches,
+            trained,
+            lr,
+            train.max_norm,
+            progress.step + 1,
+            self.wishes,
+            self.recorded,
         )
         now = time.perf_counter()
         tokens = sum(self.lengths[i] for i in numbers)
@@ -240,6 +253,7 @@ def train_step(
     max_norm: float | None,
     step: int,
     wishes: Callable[[], list[float]] = list,
+    recorded: RecordedPasses | None = None,
 ) -> tuple[float, float, list[float]]:
     """Takes optimizer step `step` with this rank's micro-batches; `trained` tokens train in those of all ranks.
 
@@ -251,6 +265,10 @@ def train_step(
         group["lr"] = lr
     losses = []
     for number, batch in enumerate(batches, 1):
+        loss = None if recorded is None else recorded(batch, 1 / trained)
+        if loss is not None:
+            losses.append(loss)
+            continue
         # FSDP would hold whole gradients while it does not exchange them: there each micro-batch does
         wait = number < len(batches) and isinstance(fabric.strategy, DDPStrategy)
         with fabric.no_backward_sync(model, enabled=wait):

@@ -1,0 +1,175 @@
+"""The fused block of training for GPUs against the block of model.py: losses and gradients, and what it refuses.
+
+Where there is no GPU, Triton's interpreter computes its kernels on the processor.
+"""
+
+import copy
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from conftest import make_folder  # noqa: E402
+
+from litpeft.build import build  # noqa: E402
+from litpeft.config import ModelConfig, RopeScaling  # noqa: E402
+from litpeft.data.batches import Batch, collate  # noqa: E402
+from litpeft.data.tokenise import Row  # noqa: E402
+from litpeft.evaluate import summed_loss  # noqa: E402
+from litpeft.methods.base import attach, trainable  # noqa: E402
+from litpeft.methods.lora import LoRA  # noqa: E402
+from litpeft.model import GPT, Block, Context  # noqa: E402
+from litpeft.native.fused_training import groups_of, handles, run  # noqa: E402
+from litpeft.precision import Storage  # noqa: E402
+from litpeft.slots import Delta  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Triton's interpreter takes the bits of a bfloat16 in tl.dot for a whole number
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+SIZES = {"hidden_size": 72, "intermediate_size": 80, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """No size is a multiple of a tile."""
+    return make_folder(tmp_path_factory.mktemp("models") / "odd-llama", **SIZES)
+
+
+def batch() -> Batch:
+    torch.manual_seed(1)
+    lengths = (40, 1, 90)
+    return collate([Row(torch.randint(2, 300, (n,)).tolist(), [i > 2 for i in range(n)], 3, "r", []) for n in lengths])
+
+
+def made(folder: Path, dtype: torch.dtype, fused: bool, method: LoRA, storage: Storage | None = None) -> GPT:
+    torch.manual_seed(3)
+    model = build(folder, dtype, method, DEVICE, storage)
+    for parameter in trainable(model).values():  # what starts at zero would have no gradient behind it
+        parameter.data += 0.1 * torch.randn(parameter.shape).to(parameter)
+    model.fused = step if fused else None
+    return model.train()
+
+
+def step(block: Block, x: Tensor, ctx: Context) -> Tensor:
+    groups = groups_of(block)
+    assert groups is not None
+    assert handles(block, x, ctx)
+    return run(block, x, ctx, groups)
+
+
+def learned(model: GPT) -> dict[str, Tensor]:
+    """Returns the summed loss and every gradient."""
+    loss = summed_loss(model, batch().to(DEVICE))
+    loss.backward()
+    return {"loss": loss.detach().double()} | {name: p.grad.double() for name, p in trainable(model).items()}
+
+
+METHODS = {
+    "all layers": LoRA(rank=4),
+    "some layers, ranks that differ": LoRA(rank=3, targets=("*.attn.q", "*.attn.v", "*.mlp.up"), ranks={"*.up": 20}),
+    "one layer": LoRA(rank=8, targets=("*.mlp.down",)),
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_it_learns_what_the_block_learns(folder: Path, name: str, recompute: bool) -> None:
+    want = learned(made(folder, torch.float64, False, METHODS[name]))
+    model = made(folder, torch.float32, True, METHODS[name])
+    model.recompute = recompute
+    got = learned(model)
+    assert got.keys() == want.keys()
+    for key in want:
+        assert (got[key] - want[key]).norm() <= 2e-5 * want[key].norm(), key
+
+
+@pytest.mark.parametrize("storage", [None, "nf4", "int8"])
+def test_in_half_precision_too(folder: Path, storage: str | None) -> None:
+    held = storage and Storage(storage)
+    want = learned(made(folder, torch.float64, False, METHODS["all layers"], held))
+    plain, fused = (learned(made(folder, HALF, fused, METHODS["all layers"], held)) for fused in (False, True))
+    for key in want:
+        error, allowed = ((x[key] - want[key]).norm() for x in (fused, plain))
+        assert error <= 1.5 * allowed + 0.01 * want[key].norm(), key
+
+
+def test_a_second_backward_pass_is_refused(folder: Path) -> None:
+    model = made(folder, torch.float32, True, LoRA(rank=2))
+    loss = summed_loss(model, batch().to(DEVICE))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+AWAY = {  # of the defaults of ModelConfig
+    "norm": "layer",
+    "norm_eps": 0.1,
+    "rotary_dim": 8,
+    "rope_theta": 100.0,
+    "rope_scaling": RopeScaling("linear", 4.0),
+    "learned_positions": True,
+    "tie_embeddings": True,
+    "activation": "gelu",
+    "gated_mlp": False,
+    "parallel_residual": True,
+    "qkv_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+    "window": 7,
+}
+OTHER_BLOCKS = ("norm", "rotary_dim", "activation", "gated_mlp", "parallel_residual", "output_bias", "mlp_bias")
+CONFIG = ModelConfig(
+    vocab_size=320, d_model=48, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=16, d_ff=40, max_positions=128
+)
+
+
+def test_every_switch_of_the_model_is_tried() -> None:
+    assert set(AWAY) == {field.name for field in fields(ModelConfig) if field.default is not MISSING}
+
+
+@pytest.mark.parametrize("name", [None, *AWAY])
+def test_another_model_is_computed_alike_or_left_alone(name: str | None) -> None:
+    config = CONFIG if name is None else replace(CONFIG, **{name: AWAY[name]})
+    torch.manual_seed(0)
+    plain = GPT(config)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    fused = copy.deepcopy(plain)
+    for model in (plain, fused):
+        torch.manual_seed(1)
+        attach(model, LoRA(rank=4))
+        for module in model.modules():
+            if isinstance(module, Delta):
+                module.reset_parameters()
+                module.B.data.normal_()
+    used = []
+
+    def tried(block: Block, x: Tensor, ctx: Context) -> Tensor | None:
+        groups = groups_of(block) if handles(block, x, ctx) else None
+        used.append(groups is not None)
+        return None if groups is None else run(block, x, ctx, groups)
+
+    fused.fused = tried
+    plain, fused = plain.to(DEVICE), fused.to(DEVICE)
+    want, got = learned(plain.double()), learned(fused)
+    assert used == [name not in OTHER_BLOCKS]
+    for key in want:
+        assert (got[key] - want[key]).norm() <= 2e-4 * want[key].norm(), key
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoRA(rank=4, dropout=0.1),
+        LoRA(rank=4, unfreeze=("*norm*",)),
+        LoRA(rank=4, unfreeze=("*.q.weight",)),
+        LoRA(rank=100),
+    ],
+)
+def test_what_else_trains_is_refused(folder: Path, method: LoRA) -> None:
+    with pytest.raises(AssertionError):
+        learned(made(folder, torch.float32, True, method))
