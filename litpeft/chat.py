@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from litpeft.settings.generate import Chat
 from litpeft.terminal import clean
 
 HISTORY_LINES = 1000
+PASTED_WITHIN = 0.05  # seconds in which the next line of a paste is there, where the terminal sends them one by one
 
 
 def chat(settings: Chat) -> None:
@@ -23,12 +25,12 @@ def chat(settings: Chat) -> None:
         load(settings.model, settings.base, settings.precision, settings.quantize), settings.system, settings.sampling
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    with line_editing() if terminal else nullcontext():
+    with line_editing() if terminal else nullcontext(True) as pastes_whole:
         if terminal:
             say(f"{settings.model}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
             try:
-                respond(session, read_message(session, terminal), terminal)
+                respond(session, read_message(session, terminal, pastes_whole), terminal)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -41,8 +43,8 @@ def chat(settings: Chat) -> None:
                 say(error.what + (f"; {error.hint}" if error.hint else ""))
 
 
-def read_message(session: Session, terminal: bool) -> str:
-    """Returns the next message; a line that ends with a backslash goes on in the next one."""
+def read_message(session: Session, terminal: bool, pastes_whole: bool) -> str:
+    """Returns the next message: a line, those after it where it ends with a backslash, or those pasted with it."""
     name = "base> " if session.on_base else "> "
     try:
         lines = [input(name if terminal else "")]
@@ -52,6 +54,8 @@ def read_message(session: Session, terminal: bool) -> str:
                 lines.append(input("... " if terminal else ""))
             except EOFError:  # nothing more comes: what there is, is the message
                 break
+        while not pastes_whole and more_is_there():
+            lines.append(input())
     except UnicodeDecodeError as error:
         raise UserError("DATA-403", f"this is not UTF-8: {error}", where="standard input") from None
     return "\n".join(lines).strip()
@@ -85,7 +89,9 @@ def report(session: Session, answer: Answer, terminal: bool) -> None:
 
 def show_help(session: Session, argument: str) -> str:
     rows = [f"{word + usage:<16}{meaning}" for word, (usage, _, meaning) in COMMANDS.items()]
-    return "\n".join([*rows, "A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."])
+    return "\n".join(
+        [*rows, "Pasted lines are one message, and a line that ends with \\ goes on. Ctrl-C stops an answer."]
+    )
 
 
 def reset(session: Session, argument: str) -> str:
@@ -95,8 +101,9 @@ def reset(session: Session, argument: str) -> str:
 
 def system(session: Session, argument: str) -> str:
     if argument:
-        session.system = "" if argument == '""' else argument
-    return f"system message: {session.system}" if session.system else "no system message"
+        session.instruct("" if argument == '""' else argument)
+    own = f"system message: {session.system}" if session.system else "no system message of your own"
+    return clean(f"{own}\nbefore your first message the model reads:\n{session.opening()}")
 
 
 def undo(session: Session, argument: str) -> str:
@@ -105,7 +112,9 @@ def undo(session: Session, argument: str) -> str:
 
 
 def save(session: Session, argument: str) -> str:
-    return f"written to {session.save(argument)}"
+    word, _, name = argument.partition(" ")
+    overwrite = word == "--overwrite"
+    return f"written to {session.save(name.strip() if overwrite else argument, overwrite)}"
 
 
 def base(session: Session, argument: str) -> str:
@@ -121,9 +130,9 @@ Command = Callable[[Session, str], str]  # takes what follows the word, returns 
 COMMANDS: dict[str, tuple[str, Command, str]] = {
     "/help": ("", show_help, "this list"),
     "/reset": ("", reset, "start a new conversation; the system message stays"),
-    "/system": (" [text]", system, 'show the system message, or set it; "" removes it'),
+    "/system": (" [text]", system, 'set the system message ("" removes it), or show what the model reads first'),
     "/undo": ("", undo, "drop the last exchange"),
-    "/save": (" [file]", save, "write the messages to a JSON file"),
+    "/save": (" [file]", save, "write the messages to a JSON file; /save --overwrite FILE replaces one"),
     "/base": ("", base, "switch between the finetuned model and its base, in the same conversation"),
     "/exit": ("", leave, "leave, like Ctrl-D"),
 }
@@ -145,14 +154,27 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def more_is_there() -> bool:
+    """Returns whether another line has come together with the last one: pasted, for nobody types so fast."""
+    return os.name == "posix" and bool(select.select([sys.stdin], [], [], PASTED_WITHIN)[0])
+
+
 @contextmanager
-def line_editing() -> Iterator[None]:
-    """Line editing, and a history that outlives the program, where Python comes with readline."""
+def line_editing() -> Iterator[bool]:
+    """Line editing, and a history that outlives the program, where Python comes with readline.
+
+    Yields whether a paste of several lines comes as one: with GNU's readline, where the terminal marks what is pasted.
+    """
     try:
         import readline
     except ImportError:  # on Windows the terminal edits lines itself
-        yield
+        yield False
         return
+    gnu = "libedit" not in (readline.__doc__ or "")
+    pastes_whole = gnu and os.environ.get("TERM", "dumb") != "dumb"  # a dumb one would show what asks it for marks
+    if gnu:
+        readline.parse_and_bind(r'"\e[200~": bracketed-paste-begin')
+        readline.parse_and_bind(f"set enable-bracketed-paste {'on' if pastes_whole else 'off'}")
     state = os.environ.get("XDG_STATE_HOME", "")
     folder = Path(state if os.path.isabs(state) else os.path.expanduser("~/.local/state")) / "litpeft"
     path = folder / "chat_history"
@@ -165,7 +187,7 @@ def line_editing() -> Iterator[None]:
         say(f"no history of earlier lines: {path}: {error.strerror}")
     readline.set_history_length(HISTORY_LINES)
     try:
-        yield
+        yield pastes_whole
     finally:
         try:
             readline.write_history_file(path)

@@ -17,6 +17,8 @@ from litpeft.prompts import atomic_file
 from litpeft.settings.generate import Sampling
 from litpeft.token_cache import TokenCache
 
+MARK = "\U000f0000"  # a character that no template writes
+
 
 class Session:
     """The messages so far and the model that answers the next one: the finetuned one, or its base.
@@ -57,6 +59,22 @@ class Session:
             self.turns += [question, Turn("assistant", stream.answer.text)]
         return stream.answer
 
+    def instruct(self, system: str) -> None:
+        """Takes another system message, an empty one for none; refuses one that the template refuses."""
+        before, self.system = self.system, system
+        try:
+            self.opening()
+        except UserError:
+            self.system = before
+            raise
+
+    def opening(self) -> str:
+        """Returns what the model reads before the user's first message: what was given, and what the template adds."""
+        try:
+            return self.loaded.template.render(with_system([Turn("user", MARK)], self.system)).partition(MARK)[0]
+        except ValueError as error:
+            raise UserError("DATA-412", str(error), where="/system") from None
+
     def undo(self) -> str:
         """Drops the last exchange; returns what the user had said."""
         if not self.turns:
@@ -72,10 +90,10 @@ class Session:
         self.on_base = not self.on_base
         return self.on_base
 
-    def save(self, name: str) -> Path:
+    def save(self, name: str, overwrite: bool = False) -> Path:
         """Writes the messages as a data set of one row, by default where they were written before; returns the path.
 
-        A file that this conversation has not written is never replaced.
+        A file that this conversation has not written is replaced only with `overwrite`.
         """
         if not self.turns:
             raise UserError("CONFIG-402", "there is nothing to save", where="/save")
@@ -85,8 +103,9 @@ class Session:
             taken = path.exists() and path.absolute() != self.written
         except (OSError, RuntimeError, ValueError) as error:
             raise UserError("CONFIG-408", f"this is no file name: {error}", where="/save") from None
-        if taken:
-            raise UserError("CONFIG-403", "the file exists", where=str(path), hint="name another: /save FILE")
+        if taken and not overwrite:
+            hint = f"name another, or replace it: /save --overwrite {path}"
+            raise UserError("CONFIG-403", "the file exists", where=str(path), hint=hint)
         with atomic_file(path) as handle:
             messages = [{"role": turn.role, "content": turn.content} for turn in with_system(self.turns, self.system)]
             json.dump([{"messages": messages}], handle, ensure_ascii=False, indent=2)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_folder
+from conftest import CHATML, make_folder
 
 from litpeft.build import build, load
 from litpeft.chat import chat
@@ -125,6 +125,39 @@ def test_reset_and_system_change_what_the_model_reads(base, monkeypatch, capsys)
     assert out == "".join(text + "\n" for text in (plain, plain, brief, plain))
 
 
+def test_system_shows_what_the_template_inserts_by_itself(tmp_path, monkeypatch, capsys):
+    model = make_folder(tmp_path / "model", vocab_size=258)
+    inserts = "{% if messages[0].role != 'system' %}<|im_start|>system\nI am \x1b[31mTiny<|im_end|>\n{% endif %}"
+    (model / "chat_template.jinja").write_text(inserts + CHATML)
+    _, err = pipe(monkeypatch, capsys, model, '/system\n/system be brief\n/system ""\n')
+    by_itself = "<|im_start|>system\nI am \ufffd[31mTiny<|im_end|>\n<|im_start|>user\n"
+    none = f"no system message of your own\nbefore your first message the model reads:\n{by_itself}\n"
+    own = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n"
+    assert err.endswith(f"\n{none}system message: be brief\nbefore your first message the model reads:\n{own}\n{none}")
+
+
+def test_a_system_message_that_the_template_refuses_is_not_taken(tmp_path):
+    model = make_folder(tmp_path / "model", vocab_size=258)
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refuses + CHATML)
+    talk = session(model)
+    with pytest.raises(UserError, match="no system message"):
+        talk.instruct("be brief")
+    assert len(ask(talk, "hello")) == 1
+
+
+def test_save_replaces_a_file_of_somebody_else_only_if_asked_to(base, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "two words.json"
+    path.write_text("precious")
+    with pytest.raises(UserError) as error:
+        pipe(monkeypatch, capsys, base, f"hello\n/save {path}\n")
+    assert path.read_text() == "precious"
+    way = re.search("/save --overwrite .*", error.value.hint)[0]
+    _, err = pipe(monkeypatch, capsys, base, f"hello\n{way}\n")
+    assert f"written to {path}" in err
+    assert [turn["role"] for turn in json.loads(path.read_text())[0]["messages"]] == ["user", "assistant"]
+
+
 def test_save_writes_the_messages_and_replaces_only_its_own_file(base, tmp_path):
     talk, path, foreign = session(base, system="be brief"), tmp_path / "talk.json", tmp_path / "foreign.json"
     foreign.write_text("precious")
@@ -172,12 +205,12 @@ def test_a_conversation_beyond_the_model_is_an_error_that_says_reset_and_keeps_i
 class Terminal:
     """`litpeft chat` in a process of its own, at the other end of a pseudo-terminal."""
 
-    def __init__(self, model: Path, state: Path, max_new_tokens: int):
+    def __init__(self, model: Path, state: Path, max_new_tokens: int, term: str = "dumb", first: str = ""):
         code = (
-            "from litpeft.chat import chat; from litpeft.settings.generate import Chat, Sampling;"
+            f"{first}from litpeft.chat import chat; from litpeft.settings.generate import Chat, Sampling;"
             f"chat(Chat({str(model)!r}, precision='32-true', sampling=Sampling(max_new_tokens={max_new_tokens})))"
         )
-        env = os.environ | {"XDG_STATE_HOME": str(state), "TERM": "dumb", "PYTHONPATH": os.pathsep.join(sys.path)}
+        env = os.environ | {"XDG_STATE_HOME": str(state), "TERM": term, "PYTHONPATH": os.pathsep.join(sys.path)}
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a terminal; tests in the background ignore it
@@ -211,6 +244,33 @@ def terminal(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     talk = Terminal(model, tmp_path / "state", 8000)
     yield talk
     os.close(talk.fd)
+
+
+PASTE = "one\ntwo \\\n\n/reset\nthree"
+
+
+@pytest.mark.parametrize(
+    ("term", "first", "before", "after"),
+    [
+        ("xterm", "", "\x1b[200~", "\x1b[201~\n"),  # what a terminal sends around a paste, and Enter
+        ("dumb", "", "\x1b[200~", "\x1b[201~\n"),  # unasked
+        ("dumb", "", "", "\n"),  # the lines as they are
+        ("dumb", "import sys; sys.modules['readline'] = None; ", "", "\n"),  # and no readline
+    ],
+)
+def test_a_paste_of_several_lines_is_one_message(base, tmp_path, term: str, first: str, before: str, after: str):
+    talk = Terminal(base, tmp_path / "state", 4, term, first)
+    talk.until(r"\x1b\[\?2004h> " if term == "xterm" else "> ")  # asks the terminal to mark what is pasted
+    talk.type(before + PASTE + after)
+    talk.until(r"three.*\[cut at sampling.*> ")
+    talk.type(f"/save {tmp_path / 'talk.json'}\n")
+    talk.until("written to")
+    talk.type("/exit\n")
+    assert talk.exit_code() == 0
+    os.close(talk.fd)
+    messages = json.loads((tmp_path / "talk.json").read_text())[0]["messages"]
+    assert [turn["role"] for turn in messages] == ["user", "assistant"]
+    assert messages[0]["content"] == PASTE
 
 
 def test_ctrl_c_stops_an_answer_keeps_its_part_and_not_the_program(terminal, tmp_path):
