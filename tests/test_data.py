@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from chat_samples import STYLES, chats, write_folder
+from chat_samples import CHATML, STYLES, chats, write_folder
 
 from litpeft.data.formats import FORMATS, detect
 from litpeft.data.formats.turn import Turn
@@ -349,6 +349,16 @@ def test_what_the_template_refuses_is_a_bad_row(tmp_path):
     data = read(tokenizer, ChatTemplate(tokenizer), path, bad_rows="skip")
     assert len(data.train) == 1
     assert "roles must alternate" in data.rejected[0].reason
+
+
+def test_what_a_template_says_of_a_row_is_one_line_of_the_report_and_steers_no_terminal(tmp_path):
+    folder = write_folder(tmp_path, "chatml")
+    refusal = "{% if messages[0].content == 'q' %}{{ raise_exception('a\x1b[31m\nb') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refusal + CHATML)
+    path = write_jsonl(tmp_path / "rows.jsonl", [[USER, {"role": "assistant", "content": "a"}], alpaca(1)])
+    tokenizer = Tokenizer.load(folder)
+    report = read(tokenizer, ChatTemplate(tokenizer), path, bad_rows="skip").report
+    assert [note.partition(" (")[2] for note in report.notes] == ["a\ufffd[31m b); the run's rejected.jsonl lists them"]
 
 
 def test_a_file_without_a_usable_row_says_what_rows_look_like_and_which_keys_came(tmp_path, tokenizer, template):

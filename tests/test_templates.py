@@ -201,6 +201,9 @@ def test_a_model_without_template_gets_alpaca_and_says_so_if_asked_for_its_own(t
     assert ChatTemplate(tokenizer).name == "alpaca"
     with pytest.raises(UserError, match="no chat template"):
         ChatTemplate(tokenizer, "model")
+    with pytest.raises(UserError, match="trained with the model's chat template, which is not there") as error:
+        ChatTemplate(tokenizer, "model", is_setting=False)  # a finished run's: nobody can choose another
+    assert (error.value.exit_code, "data.template" in str(error.value)) == (4, False)
 
 
 ESCAPES = """{{ ''.__class__.__mro__[1].__subclasses__() }}

@@ -13,6 +13,7 @@ from litpeft.data.sources import Rejected, find, records, split
 from litpeft.data.templates import ChatTemplate, Rendered, TooLong, with_system
 from litpeft.errors import UserError, some
 from litpeft.settings.data import Data
+from litpeft.terminal import clean
 from litpeft.tokenizer import Tokenizer
 from litpeft.tokenizer_backends import Encoded
 
@@ -110,7 +111,7 @@ class Report:
             f"{self.difference} ({some(self.unlike)})": self.unlike,
             f"warning: {self.duplicates:,} of the held-out rows are among the rows to train on": self.duplicates,
         }
-        return [note for note, present in notes.items() if present]
+        return [clean(note).replace("\n", " ") for note, present in notes.items() if present]
 
 
 @dataclass
