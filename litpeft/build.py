@@ -19,7 +19,7 @@ from litpeft.methods.base import Method, attach, load_delta
 from litpeft.model import GPT
 from litpeft.native.fused_training import fused_step
 from litpeft.precision import Storage, pick_device, pick_precision
-from litpeft.run import Run, find_run
+from litpeft.run import Run, find_run, tell_standing
 from litpeft.slots import Delta
 from litpeft.storage import storage_class
 from litpeft.storage.cache import Cache
@@ -139,6 +139,7 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
     device = pick_device()
     dtype = pick_precision(precision, device).weights
     run = find_run(Path(path))
+    tell_standing(run)
     storage = None
     if quantize is not None:
         storage_class(quantize, "quantize")
@@ -152,13 +153,16 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
             what = "base is for a run, and this is a model by itself"
             raise UserError("CONFIG-034", what, where="base")
         folder = Path(path)
+        tokenizer = Tokenizer.load(folder)
+        template = ChatTemplate(tokenizer, is_setting=False)
         model = build(folder, dtype, device=device, storage=storage)
     elif run.is_model:
-        run.check_files()
-        folder = run.folder
+        folder = run.model_folder()
+        tokenizer, template = run.text(folder)
         model = build(folder, dtype, device=device, storage=storage)
     else:
         folder = run.base_folder(base)
+        tokenizer, template = run.text(folder)
         storage = run.storage
         if storage is not None:  # a cache that a run has left is read, none is made
             storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
@@ -168,7 +172,5 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
     if device.type == "cpu":
         pack(model)
         strip(model)
-    tokenizer = Tokenizer.load(folder)
     tokenizer.check_vocabulary(model.config.vocab_size)
-    template = ChatTemplate(tokenizer, run.template if run else "auto", is_setting=False)
     return Loaded(model, tokenizer, template, run.system if run else None, run)

@@ -144,6 +144,13 @@ def has_result(path: Path) -> bool:
     return any((path / name).exists() for name in FINISHED) or any((path / "checkpoints").glob("step-*"))
 
 
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Returns the steps that `folder`, a run's checkpoints, has one of, in order; what is in them is not looked at."""
+    folders = (path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink())
+    matches = (re.fullmatch(r"step-([0-9]{8,18})", path.name) for path in folders)
+    return sorted(int(match[1]) for match in matches if match and match[0] == f"step-{int(match[1]):08d}")
+
+
 def remove_leftovers(path: Path) -> None:
     """Clears what a killed process left beside `path`: unfinished folders go, one that was moved aside comes back."""
     for folder in path.parent.glob(f".tmp-{path.name}-*"):

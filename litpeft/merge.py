@@ -23,11 +23,10 @@ from litpeft.methods.base import folds, load_delta, without_delta
 from litpeft.model import GPT, Context
 from litpeft.ops import product
 from litpeft.precision import Storage
-from litpeft.run import Run, find_run, write_dtype
+from litpeft.run import Run, find_run, tell_standing, write_dtype
 from litpeft.settings.files import Merge
 from litpeft.slots import Delta, Linear, Slot
 from litpeft.terminal import command_line
-from litpeft.tokenizer import Tokenizer
 
 PIECE = 1 << 20  # weights that are made wider at a time: they stay in the processor's cache
 COMPARED = 1 << 18  # weights whose rounding is looked at together, for the same reason
@@ -80,7 +79,9 @@ def merge(settings: Merge) -> None:
         raise UserError("CONFIG-038", what, where="onto", hint="leave it out")
     out = Path(settings.out) if settings.out else Path(settings.run) / "merged"
     refuse_existing(out, settings.overwrite)
+    tell_standing(run)
     base = run.base_folder(settings.base)
+    tokenizer, template = run.text(base)
     for kept in (base, run.folder):
         if kept.resolve().is_relative_to(out.resolve()):
             what = f"the merged model would replace {kept}, from which it is made"
@@ -89,7 +90,6 @@ def merge(settings: Merge) -> None:
     sizes = _types(base)
     dtype = RESULT_DTYPES.get(settings.dtype) or max(sizes, key=sizes.__getitem__, default=torch.float32)
     model = _trained(run, base, storage)
-    tokenizer = Tokenizer.load(base)
     prompts, rounding = [tokenizer.encode(text) for text in PROMPTS], Rounding()
     with atomic_folder(out, settings.overwrite) as folder:
         try:

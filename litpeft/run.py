@@ -1,8 +1,9 @@
 """What a run leaves behind and how it is read again: a delta or a model, and delta.json, which says what it is."""
 
-import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,17 +16,22 @@ from torch import Tensor
 from litpeft import __version__
 from litpeft.checkpoint import Weights, copy_companions, file_sha256, read_header, save_tensors, write_safetensors
 from litpeft.config import read_config, read_json
+from litpeft.data.templates import ChatTemplate
 from litpeft.distributed import whole
-from litpeft.errors import UserError
+from litpeft.errors import UserError, some
 from litpeft.families.names import NameMap
-from litpeft.folders import atomic_folder
+from litpeft.folders import atomic_folder, checkpoint_steps
+from litpeft.identity import config_changes, config_identity, tokenizer_changes, tokenizer_identity
 from litpeft.methods import METHODS, method_class
 from litpeft.methods.base import Method, delta_state
 from litpeft.model import GPT
 from litpeft.precision import PRECISIONS, Storage
-from litpeft.tokenizer import template_hash
+from litpeft.record import DELTA, FORMAT, checksum, read_record
+from litpeft.terminal import command_line
+from litpeft.tokenizer import Tokenizer
+from litpeft.typed import typed
 
-FORMAT = 2
+BACK = "put the file back as it was then, or name the right folder with --base"
 
 
 @dataclass
@@ -61,16 +67,19 @@ class Run:
 
     def method(self) -> Method:
         """Returns the method with the settings that the run was trained with."""
-        settings = {k: tuple(v) if isinstance(v, list) else v for k, v in self.facts["settings"].items()}
-        return method_class(self.facts["method"])(**settings)
+        return typed(method_class(self.facts["method"]), self.facts["settings"], "settings")
 
     def delta(self) -> dict[str, Tensor]:
         """Returns the saved tensors; their file must be the one that was written."""
         self.check_files()
-        return load_file(self.folder / "delta.safetensors")
+        return load_file(self.folder / DELTA)
 
     def check_files(self) -> None:
         """Raises unless the tensors' files are those that the run wrote."""
+        if self.is_model and self.facts["files"].keys() != (held := Weights(self.folder).headers.keys()):
+            odd = some(sorted(self.facts["files"].keys() ^ held))
+            what = f"the weights are not in the files that the run wrote: delta.json and the folder differ in {odd}"
+            raise UserError("MODEL-068", what, where=str(self.folder))
         for name, sha256 in self.facts["files"].items():
             path = self.folder / name
             read_header(path)
@@ -78,13 +87,20 @@ class Run:
                 what = "the file is not the one that the run wrote (sha256 mismatch with delta.json)"
                 raise UserError("MODEL-052", what, where=str(path))
 
+    def model_folder(self) -> Path:
+        """Returns the folder of a run that is a model by itself; weights and config must be those that it wrote."""
+        self.check_config(self.folder)
+        self.check_files()
+        return self.folder
+
     def base_folder(self, moved_to: str | None = None) -> Path:
-        """Returns the base model's folder; its weights and template must be those that the run was trained on."""
+        """Returns the base model's folder; its weights and config must be those that the run was trained on."""
         saved = self.facts["base"]
         folder = Path(moved_to) if moved_to else Path(saved["path"])
         if not os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
             hint = "say where it is with --base FOLDER"
             raise UserError("MODEL-053", f"the run's base model is not at {folder}", where=str(self.folder), hint=hint)
+        self.check_config(folder)
         fingerprint = Weights(folder).fingerprint()
         if fingerprint != saved["fingerprint"]:
             what = (
@@ -92,10 +108,47 @@ class Run:
                 f"the run's base {saved['fingerprint'][:12]}"
             )
             raise UserError("MODEL-054", what, where=str(self.folder), hint="say where the right base is with --base")
-        if template_hash(folder) != self.facts["template"]["sha256"]:
-            what = "the base's chat template is not the one that the run was trained with"
-            raise UserError("MODEL-055", what, where=str(folder))
         return folder
+
+    def check_config(self, folder: Path) -> None:
+        """Raises unless the model's config reads as it did when the run was trained; format 2 does not know that."""
+        then = self.facts["base"].get("config")
+        if then is None:
+            return
+        lines = config_changes(then, config_identity(folder))
+        if lines:
+            what = f"the model's config is not the one that the run was trained with: {some(lines, '; ')}"
+            raise UserError("MODEL-069", what, where=str(folder / "config.json"), hint=BACK)
+
+    def text(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
+        """Returns tokenizer and template of the model's folder, which must be those that the run was trained with."""
+        tokenizer = Tokenizer.load(folder)
+        if self.template == "model" and tokenizer.template_hash != self.facts["template"]["sha256"]:
+            what = "the base's chat template is not the one that the run was trained with"
+            raise UserError("MODEL-055", what, where=str(folder), hint=BACK)
+        template = ChatTemplate(tokenizer, self.template, is_setting=False)
+        then = self.facts["base"].get("tokenizer")
+        lines = [] if then is None else tokenizer_changes(then, tokenizer_identity(template))
+        if lines:
+            what = f"the tokenizer is not the one that the run was trained with: {'; '.join(lines)}"
+            raise UserError("MODEL-071", what, where=tokenizer.where, hint=BACK)
+        return tokenizer, template
+
+    def standing(self) -> str | None:
+        """Returns in one line which step of how many the result is of, or None if it is the end of its run."""
+        facts, run = self.facts, self.folder.parent if self.folder.name == "final" else self.folder
+        step, planned, finished = facts["step"], facts.get("steps_planned"), facts["finished"]
+        newest = max(checkpoint_steps(run / "checkpoints"), default=0)
+        if planned is None and finished and (run / "report.md").exists():
+            newest = 0  # format 2 does not say how far a run got that took an earlier step as its best
+        newer = newest > facts.get("steps_done", step)
+        if finished and not newer and planned in (None, step):
+            return None
+        said = [f"{self.folder} holds step {step:,}" + (f" of {planned:,}" if planned else "")]
+        said += [] if finished else ["the run was stopped"]
+        said += [f"there is a newer checkpoint, of step {newest:,}"] if newer else []
+        said += [f"it goes on with: {go_on(facts['method'], run)}"] if newer or not finished else []
+        return "; ".join(said)
 
 
 def find_run(path: Path) -> Run | None:
@@ -107,18 +160,33 @@ def find_run(path: Path) -> Run | None:
         raise UserError("MODEL-058", "this is a file; a model is a folder", where=str(path))
     for folder in (path / "final", path):
         if (folder / "delta.json").exists():
-            facts = read_json(folder / "delta.json", "delta.json of a run")
-            where = str(folder / "delta.json")
-            if facts.pop("checksum", None) != checksum(facts):
-                raise UserError("MODEL-057", "the file is not as the run wrote it (checksum mismatch)", where=where)
-            if facts["format"] != FORMAT or facts["method"] not in METHODS:
-                what = f"format {facts['format']!r}, method {facts['method']!r}: not of this version of litpeft"
-                raise UserError("MODEL-051", what, where=where)
-            return Run(folder, facts)
+            return Run(folder, read_record(folder / "delta.json"))
     if (path / "run.yaml").exists():
+        steps, method = checkpoint_steps(path / "checkpoints"), method_of(path)
         hint = "it did not finish; train it again"
+        if steps and method:
+            hint = f"it was stopped after its checkpoint of step {steps[-1]:,}; it goes on with: {go_on(method, path)}"
         raise UserError("MODEL-056", "this run holds no result (no final/delta.json)", where=str(path), hint=hint)
     return None
+
+
+def tell_standing(run: Run | None) -> None:
+    """Tells the user, in one line on stderr, of a result that is not the end of its run."""
+    standing = None if run is None else run.standing()
+    if standing:
+        print(standing, file=sys.stderr)
+
+
+def go_on(method: str, run: Path) -> str:
+    """Returns the command that goes on with a run."""
+    return command_line("finetune", method, "--config", run / "run.yaml", "--out", run, "--resume")
+
+
+def method_of(run: Path) -> str | None:
+    """Returns the method of a run that has no result yet, from the command in the first line of its run.yaml."""
+    with open(run / "run.yaml", encoding="utf-8", errors="replace") as file:
+        said = re.match(r"# litpeft finetune (\w+) ", file.readline(200))
+    return said[1] if said and said[1] in METHODS else None
 
 
 def save_result(
@@ -143,7 +211,7 @@ def save_result(
             copy_companions(base, temporary)
             write_dtype(temporary, dtype)
         else:
-            save_tensors({k: v.contiguous() for k, v in _finite(tensors, folder)}, temporary / "delta.safetensors")
+            save_tensors({k: v.contiguous() for k, v in _finite(tensors, folder)}, temporary / DELTA)
         record = {
             "format": FORMAT,
             "litpeft": __version__,
@@ -178,12 +246,10 @@ def write_dtype(folder: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config | {"dtype": name, "torch_dtype": name}, indent=2) + "\n", encoding="utf-8")
 
 
-def base_facts(base: Path, storage: Storage | None, fingerprint: str) -> dict[str, Any]:
-    """Returns what says on which weights something was trained."""
+def base_facts(
+    base: Path, storage: Storage | None, fingerprint: str, config: dict[str, Any], tokenizer: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what says on which model something was trained: its weights, and what litpeft.identity tells of it."""
     held = None if storage is None else {"name": storage.name, "double_quantize": storage.double_quantize}
-    return {"path": str(base.resolve()), "fingerprint": fingerprint, "storage": held}
-
-
-def checksum(facts: dict[str, Any]) -> str:
-    """Returns the sha256 of what delta.json says, by which a later change of it is noticed."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    known = {"path": str(base.resolve()), "fingerprint": fingerprint, "storage": held}
+    return known | {"config": config, "tokenizer": tokenizer}

@@ -20,8 +20,10 @@ from litpeft.build import build, load
 from litpeft.chat import chat
 from litpeft.chat_session import Session
 from litpeft.checkpoint import Weights
+from litpeft.data.templates import ChatTemplate
 from litpeft.errors import UserError
 from litpeft.generate import answer
+from litpeft.identity import config_identity, tokenizer_identity
 from litpeft.methods.base import delta_state, put
 from litpeft.methods.lora import LoRA
 from litpeft.run import base_facts, save_result
@@ -45,8 +47,11 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     put(model, {name: torch.randn_like(tensor) * 0.1 for name, tensor in delta_state(model).items()})
     folder = tmp_path_factory.mktemp("runs") / "lora"
-    facts = {"template": {"name": "model", "system": None, "sha256": Tokenizer.load(base).template_hash}}
-    facts["base"] = base_facts(base, None, Weights(base).fingerprint())
+    template = ChatTemplate(Tokenizer.load(base))
+    facts = {"template": {"name": "model", "sha256": template.hash, "system": None}, "precision": "32-true"}
+    facts |= {"step": 1, "steps_done": 1, "steps_planned": 1, "finished": True}
+    reads = config_identity(base), tokenizer_identity(template)
+    facts["base"] = base_facts(base, None, Weights(base).fingerprint(), *reads)
     save_result(folder / "final", model, "lora", method, base, facts)
     return folder
 

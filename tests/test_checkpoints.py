@@ -23,8 +23,9 @@ from torch import Tensor
 import litpeft.checkpoint
 import litpeft.train.finetune
 from litpeft.errors import UserError
+from litpeft.identity import changed
 from litpeft.run import checksum
-from litpeft.train.checkpoints import Checkpoint, Checkpoints, changed, room
+from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
 
 CALLS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir"}
 

@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from torch import Tensor
 from litpeft.checkpoint import file_sha256, read_header, save_tensors
 from litpeft.config import read_json
 from litpeft.errors import UserError
-from litpeft.folders import remove_leftovers, sync, whole_folder
-from litpeft.run import checksum
+from litpeft.folders import checkpoint_steps, remove_leftovers, sync, whole_folder
+from litpeft.record import checksum
 from litpeft.train.report import scaled
 
 FORMAT = 1
@@ -69,14 +68,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that there are folders for, in order; what is in them is not looked at."""
-        if not self.folder.is_dir():
-            return []
-        found = []
-        for path in self.folder.iterdir():
-            match = re.fullmatch(r"step-([0-9]{8,18})", path.name)
-            if match and path.name == folder_name(int(match[1])) and path.is_dir() and not path.is_symlink():
-                found.append(int(match[1]))
-        return sorted(found)
+        return checkpoint_steps(self.folder)
 
     def newest(self) -> Checkpoint | None:
         """Returns the newest checkpoint that verifies, or None; tells of each newer one why it is passed over."""
@@ -272,29 +264,3 @@ def room(folder: Path, needed_bytes: int) -> None:
         what = f"the checkpoints need {need}, the disk has {left} left: {short} too little"
         hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
         raise UserError("RESOURCE-620", what, where=str(folder), hint=hint)
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings under dotted keys, with lists for tuples."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return found
-
-
-def changed(then: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> list[str]:
-    """Returns a line like `train.lr: 0.001 -> 0.002` for each setting that differs and that no glob allows to."""
-
-    def shown(settings: dict[str, Any], key: str) -> str:
-        return json.dumps(settings[key], default=str) if key in settings else "not set"
-
-    then, now = flat(then), flat(now)
-    lines = []
-    for key in dict.fromkeys((*then, *now)):
-        differs = key not in then or key not in now or then[key] != now[key]
-        if differs and not any(fnmatchcase(key, glob) for glob in allowed):
-            lines.append(f"{key}: {shown(then, key)} -> {shown(now, key)}")
-    return lines

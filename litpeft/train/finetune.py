@@ -17,6 +17,7 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load, show
 from litpeft.errors import UserError
 from litpeft.folders import alone, refuse_existing, remove_leftovers, replaced
+from litpeft.identity import config_identity, tokenizer_identity
 from litpeft.launch import check_world
 from litpeft.methods.base import Method, put, trainable
 from litpeft.model import GPT
@@ -96,6 +97,11 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         "method": name,
         "settings": plain(asdict(settings) | {"method": asdict(method)}),
         "base": weights.fingerprint(),
+        "reads": {
+            "config": config_identity(base),
+            "tokenizer": tokenizer_identity(template),
+            "template": template.hash,
+        },
         "rows": rows_sha256(rows.train, rows.validation),
         "counts": {
             part: f"{count.rows:,} rows, {count.tokens:,} tokens, {count.trained:,} trained"
@@ -216,6 +222,7 @@ class Preparation:
         same = {key: said[key] for key in ("train", "validation", "checkpoint", "method")}
         same |= {"base.precision": self.precision.name, "base.quantize": said["base"]["quantize"]}
         same |= {"the method": self.name, "the base's weights": self.facts["base"], "the rows": self.facts["rows"]}
+        same |= {"the base's config, tokenizer or template": self.facts["reads"]}
         return same | {"the checkpoint that they resume from": self.saved and self.saved.step}
 
     def log(self, enabled: bool) -> Log:
@@ -236,8 +243,9 @@ class Preparation:
 
     def save(self, model: GPT, progress: Progress, step: int, storage: Storage | None, first: bool) -> None:
         """Writes final/."""
+        base, reads = Path(self.settings.base.dir), self.facts["reads"]
         facts = {
-            "base": base_facts(Path(self.settings.base.dir), storage, self.facts["base"]),
+            "base": base_facts(base, storage, self.facts["base"], reads["config"], reads["tokenizer"]),
             "template": {
                 "name": self.template.name,
                 "sha256": self.tokenizer.template_hash,
@@ -245,9 +253,10 @@ class Preparation:
             },
             "precision": self.precision.name,
             "step": step,
+            "steps_done": progress.step,
+            "steps_planned": self.steps,
             "finished": not progress.exit_code and not progress.out_of_time,
         }
-        base = Path(self.settings.base.dir)
         save_result(Path(self.settings.out) / "final", model, self.name, self.method, base, facts, first)
 
 

@@ -16,8 +16,9 @@ from litpeft import __version__
 from litpeft.data.tokenise import Row
 from litpeft.errors import UserError
 from litpeft.folders import has_result
+from litpeft.identity import changed, config_changes, tokenizer_changes
 from litpeft.run import find_run
-from litpeft.train.checkpoints import Checkpoint, Checkpoints, changed
+from litpeft.train.checkpoints import Checkpoint, Checkpoints
 
 # What may differ between a run and its resume: none of it changes what is learned, and rows and weights are compared by
 # their content.
@@ -90,16 +91,28 @@ def difference(key: str, then: dict[str, Any], now: dict[str, Any]) -> str:
     return f"other rows: {'; '.join(differ) or 'as many rows and tokens, but other text or another order'}"
 
 
+def reads_differently(then: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """Returns in words what of the base reads other than when the run began; None is of a version that kept nothing."""
+    if then is None:
+        return []
+    config = config_changes(then["config"], now["config"])
+    tokenizer = tokenizer_changes(then["tokenizer"], now["tokenizer"])
+    found = [f"another config of the base (config.json): {'; '.join(config)}"] if config else []
+    found += [f"another tokenizer: {'; '.join(tokenizer)}"] if tokenizer else []
+    return found + (["another chat template"] if then["template"] != now["template"] else [])
+
+
 def check_same_run(
     saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str, ...], say: Callable[[str], None]
 ) -> list[str]:
     """Returns the settings that changed and were allowed to; raises if anything else of the run is another."""
     where = str(saved.folder)
-    for key in ("method", "base", "rows"):
-        if saved.facts[key] != facts[key]:
-            hint = "a resumed run continues on what it began with; take another out for a new run"
-            what = f"the run began with {difference(key, saved.facts, facts)}"
-            raise UserError("CONFIG-090", what, where=where, hint=hint)
+    reasons = [difference(key, saved.facts, facts) for key in ("method", "base") if saved.facts[key] != facts[key]]
+    reasons += reads_differently(saved.facts.get("reads"), facts["reads"])
+    reasons += [difference("rows", saved.facts, facts)] if saved.facts["rows"] != facts["rows"] else []
+    if reasons:
+        hint = "a resumed run continues on what it began with; take another out for a new run"
+        raise UserError("CONFIG-090", f"the run began with {reasons[0]}", where=where, hint=hint)
     lines = changed(saved.facts["settings"], facts["settings"], FREE)
     refused = [line for line in lines if not any(fnmatchcase(line.split(":")[0], glob) for glob in allowed)]
     if refused:
