@@ -182,6 +182,16 @@ def test_the_summary_has_four_to_eight_lines(commands, validation):
     assert lines[1].endswith("2.413 → 0.501 nats per token (first and last 5 % of the steps)")
 
 
+def test_what_is_said_of_a_stopped_run_begins_with_how_it_goes_on():
+    command = "litpeft finetune lora --config out/run.yaml --out out --resume"
+    facts = replace(FACTS, go_on=command, next_commands=["x"] * 9)
+    lines = summary_lines(facts)
+    assert lines[0] == f"to go on         {command}"
+    assert lines[1].startswith("lora on SmolLM2-135M-Instruct: all steps done")
+    assert len(lines) <= 8
+    assert next(words for kind, words in outline(markdown(facts, None)) if kind == "fence") == command
+
+
 @pytest.mark.parametrize(
     ("number", "unit", "text"),
     [(0, "", "0"), (912, "B", "912 B"), (1000, "B", "1.0 kB"), (9216, "", "9.2 k"), (4_900_212, "B", "4.9 MB")]

@@ -17,6 +17,7 @@ from litpeft.data.sources import find
 from litpeft.data.tokenise import DataSet
 from litpeft.methods.base import Method, trainable, unfoldable
 from litpeft.model import GPT
+from litpeft.run import go_on
 from litpeft.settings.train import Finetune
 from litpeft.terminal import command_line
 from litpeft.train.progress import Progress
@@ -102,6 +103,7 @@ def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric) -
             command_line("chat", out),
             *([] if run.method.writes_model or unfoldable(model) else [command_line("merge", out)]),
         ],
+        go_on=go_on(name, out) if progress.exit_code or progress.out_of_time else "",
     )
     path = write_report(out, facts)
     print("\n".join(summary_lines(facts)))

@@ -81,6 +81,8 @@ class RunFacts:
     """(step, value of the metric) of the best measurement after the start, the one that patience waits from."""
     samples: list[Sample] = field(default_factory=list)
     next_commands: list[str] = field(default_factory=list)
+    go_on: str = ""
+    """The command that goes on with a run that was stopped before its end."""
 
     @property
     def share(self) -> float:
@@ -108,22 +110,26 @@ def write_report(folder: Path, facts: RunFacts) -> Path:
 
 
 def summary_lines(facts: RunFacts) -> list[str]:
-    """Returns the 4 to 8 lines that end a run in the terminal."""
-    lines = [f"{facts.title}: {facts.stopped}, {_work(facts)}"]
+    """Returns the 4 to 8 lines that end a run in the terminal; those of a stopped one begin with how it goes on."""
+    lines = [f"to go on         {facts.go_on}"] if facts.go_on else []
+    lines.append(f"{facts.title}: {facts.stopped}, {_work(facts)}")
     if facts.first_loss is not None:
         lines.append(f"training loss    {_losses(facts)} nats per token (first and last 5 % of the steps)")
     if facts.validation:
         lines.append(f"validation loss  {_validation(facts)}")
     lines.append(f"trained          {_trained(facts)}, {scaled(facts.delta_bytes, 'B')} on disk")
     lines.append(f"used             {', '.join(_cost(facts))}")
-    for command in facts.next_commands[:3]:
+    for command in facts.next_commands[: 2 if facts.go_on else 3]:
         lines.append(f"next             {command}")
     return [clean(line).replace("\n", " ") for line in lines]
 
 
 def markdown(facts: RunFacts, picture: str | None) -> str:
     """Returns the report as Markdown."""
-    parts = [f"# {_inline(facts.title)}", f"{_inline(facts.stopped)}: {_work(facts)}."]
+    parts = [f"# {_inline(facts.title)}"]
+    if facts.go_on:
+        parts += ["The run was stopped before its end. It goes on with", _fenced(facts.go_on, "sh")]
+    parts.append(f"{_inline(facts.stopped)}: {_work(facts)}.")
     if picture:
         parts.append(f"![Training loss, validation loss and learning rate over the optimizer steps]({picture})")
     parts += ["## Figures", _table(facts)]
