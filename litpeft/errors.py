@@ -4,7 +4,7 @@ EXIT_CODES = {
     "CONFIG": 2,  # a key, a value or the command line
     "DATA": 3,  # a row or a file of the data set
     "MODEL": 4,  # a file of a model, a tokenizer, a run
-    "NUMERIC": 5,  # a number that is not finite
+    "NUMERIC": 5,  # a number that is not finite, or a run that learned nothing
     "RESOURCE": 6,  # disk, memory, network
 }
 PEER_LOST = 7  # another process of the run is gone

@@ -28,8 +28,10 @@ from litpeft.methods.base import delta_state, trainable
 from litpeft.methods.lora import LoRA
 from litpeft.settings.train import Train
 from litpeft.train.fit import train_step
+from litpeft.train.learned import count_still
 from litpeft.train.log import read_metrics
 from litpeft.train.optim import lr_at, make_optimizer
+from litpeft.train.progress import Progress
 
 ROOT = Path(__file__).parent.parent
 
@@ -306,6 +308,65 @@ def test_held_out_rows_that_cannot_be_asked_are_measured_all_the_same(tiny_folde
     (data / "validation.jsonl").write_text(row)
     out = finetune(tiny_folder, tmp_path, "--data.path", str(data), "--data.overlong", "split", out="run")
     assert any(metrics["val_loss"] is not None for metrics in read_metrics(out))
+
+
+def refused_as_unlearned(base: Path, folder: Path, *argv: str, method: str = "lora") -> None:
+    """Runs a training that must end with 5 and without a result."""
+    with pytest.raises(SystemExit) as stop:
+        finetune(base, folder, *argv, method=method)
+    assert stop.value.code == 5
+    assert not (folder / "run" / "final").exists()
+    assert not (folder / "run" / "report.md").exists()
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 20])
+def test_a_run_whose_gradient_vanished_ends_with_its_own_code(tiny_folder, tmp_path, capsys, epochs: int) -> None:
+    few = "--train.lr", "1e9", "--train.batch_size", "2", "--validation.interval", "99", "--validation.max_rows", "1"
+    refused_as_unlearned(tiny_folder, tmp_path, *few, "--train.epochs", str(epochs))
+    said = capsys.readouterr().err
+    assert (
+        "the gradient is exactly 0 since step 2, and the loss 5.768 (as if each of the 320 tokens were as likely)"
+        in said
+    )
+    assert "lower train.lr" in said
+    norms = [row["grad_norm"] for row in read_metrics(tmp_path / "run") if row["grad_norm"] is not None]
+    assert norms[0] > 1
+    assert norms[1:] == [0] * (2 if epochs == 1 else 5)
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("lora", 1), ("lora", 9), ("full", 1), ("adapter_v2", 1)])
+def test_a_base_whose_activations_overflow_is_named(tmp_path, capsys, method: str, epochs: int) -> None:
+    base = make_folder(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 1e25  # finite, and its squares are not
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    refused_as_unlearned(base, tmp_path, "--train.epochs", str(epochs), "--train.weight_decay", "0.1", method=method)
+    said = capsys.readouterr().err
+    assert "the gradient is exactly 0 since step 1, and the loss 5.768" in said
+    assert "the base's activations overflow" in said
+
+
+def test_steps_that_rounding_takes_whole_are_named(tiny_folder, tmp_path, capsys) -> None:
+    lost = "--train.lr", "1e-9", "--base.precision", "bf16-true", "--method.master_weights", "false"
+    refused_as_unlearned(tiny_folder, tmp_path, *lost, method="full")
+    assert (
+        "all that trains is after 2 steps what it was before the first: nothing was learned" in capsys.readouterr().err
+    )
+
+
+def test_a_small_step_is_a_step(tiny_folder, tmp_path) -> None:
+    out = finetune(tiny_folder, tmp_path, "--train.lr", "1e-12")
+    moved = [t.abs().max() for name, t in load_file(out / "final/delta.safetensors").items() if name.endswith(".B")]
+    assert 0 < max(moved) < 1e-10
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(1e-4, 0.0), (0.0, 0.0), (2.0, math.inf), (2.0, math.nan), (2.0, 5e-324)])
+def test_no_gradient_is_right_where_all_is_known_or_a_scaler_skips_the_step(loss: float, norm: float) -> None:
+    progress = Progress()
+    for step in range(1, 20):  # every third has none by chance
+        progress.step = step
+        count_still(progress, *((2.0, 0.0) if step % 3 == 0 else (loss, norm)), vocabulary=320)
+    assert progress.still == 0
 
 
 def test_packing_changes_the_layout_and_not_what_is_learnt(tiny_folder, tmp_path) -> None:

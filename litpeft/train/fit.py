@@ -21,6 +21,7 @@ from litpeft.methods.base import delta_state, put, trainable
 from litpeft.model import GPT
 from litpeft.settings.train import Finetune, Train
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
+from litpeft.train.learned import check_learned, count_still, sums
 from litpeft.train.log import Log, StepRecord
 from litpeft.train.optim import lr_at
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
@@ -67,6 +68,7 @@ class Trainer:
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         whole = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
         self.recorded = RecordedPasses.of(self.gpt) if whole else None
+        self.before = sums(trainable(self.gpt).values())
         self.names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def fit(self) -> Progress:
@@ -94,8 +96,9 @@ class Trainer:
             if better or progress.out_of_time or (self.save_every and progress.step % self.save_every == 0):
                 self.save()
             if progress.stopped:
-                return progress
+                break
         progress.stopped = progress.stopped or DONE
+        check_learned(progress, self.before, trainable(self.gpt).values(), self.fabric, self.gpt.config.vocab_size)
         return progress
 
     def clock(self) -> float:
@@ -163,6 +166,7 @@ class Trainer:
                 seconds=progress.elapsed,
             )
         )
+        count_still(progress, loss, norm, self.gpt.config.vocab_size)
 
     def wishes(self) -> list[float]:
         """Returns 1 for each reason that this rank has to stop: the signals, then max_time."""

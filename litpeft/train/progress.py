@@ -17,6 +17,7 @@ class Progress:
     seconds: float = 0.0  # spent in optimizer steps
     startup: float = 0.0  # seconds of the command before its first step, of all commands of the run
     elapsed: float = 0.0  # since the run began, without the time between a stop and its resume
+    still: int = 0  # steps in a row, up to the last, whose gradient was exactly 0
     losses: list[float] = field(default_factory=list)  # nats per trained token, one a step
     validations: list[tuple[int, float]] = field(default_factory=list)  # step, nats per trained token
     best: tuple[int, float] | None = None  # step and value of the metric
