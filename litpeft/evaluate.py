@@ -104,7 +104,7 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
     prompts = []
     for row, exchange in zip(rows, exchanges, strict=True):
         try:
-            prompts.append(loaded.template.prompt(exchange.before))
+            prompts.append(loaded.template.prompt(exchange.before, row.source))
         except ValueError as error:
             raise UserError("DATA-430", f"the row cannot be asked: {error}", where=row.source) from None
     expected = [exchange.expected for exchange in exchanges]

@@ -203,7 +203,7 @@ def prompt_ids(loaded: Loaded, prompt: Prompt, system: str | None) -> list[int]:
     tokenizer = loaded.tokenizer
     try:
         if not isinstance(prompt.content, str):
-            return loaded.template.prompt(with_system(prompt.content, system))
+            return loaded.template.prompt(with_system(prompt.content, system), prompt.where)
         ids = tokenizer.encode(prompt.content)  # raw: BOS first if the model saw plain text so
         return [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id] else ids
     except ValueError as error:

@@ -1,14 +1,11 @@
-"""Templates: the text equals transformers', what the assistant said is trained, and nobody gets out of the box."""
+"""Templates: the text equals transformers', what the assistant said is trained."""
 
 import random
-from datetime import datetime
 
 import pytest
 from chat_samples import CHATML, GENERATION, STYLES, THINKING, VICUNA, chats, write_folder
 
 from litpeft.data.formats.turn import Turn
-from litpeft.data.limits import LimitError
-from litpeft.data.sandbox import Template
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import mask
 from litpeft.errors import UserError
@@ -206,98 +203,15 @@ def test_a_model_without_template_gets_alpaca_and_says_so_if_asked_for_its_own(t
     assert (error.value.exit_code, "data.template" in str(error.value)) == (4, False)
 
 
-ESCAPES = """{{ ''.__class__.__mro__[1].__subclasses__() }}
-{{ self.__init__.__globals__ }}
-{{ namespace.__init__.__globals__ }}
-{{ raise_exception.__globals__ }}
-{{ range.__class__ }}
-{{ cycler.__init__.__globals__.os.popen('id').read() }}
-{{ messages.append(1) }}
-{{ messages[0].update(role='x') }}
-{{ messages | attr('__class__') }}
-{{ messages | map(attribute='__class__') | list | first }}
-{{ '{0.__class__.__init__.__globals__}'.format(messages) }}
-{{ '{a.__class__}'.format_map({'a': 1}) }}
-{{ namespace(__class__=1) }}
-{% set ns = namespace() %}{% set ns.__class__ = 1 %}
-{% include '/etc/passwd' %}
-{% extends 'base' %}
-{% import 'os' as os %}
-{{ lipsum.__globals__ }}""".splitlines()
-COSTS = [
-    "{{ 'a' * 10**9 }}",
-    "{{ 10**9 * 'a' }}",
-    "{{ [0] * 10**9 }}",
-    "{{ 2 ** (10**9) }}",
-    "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
-    "{{ 'a' | center(1000000000) }}",
-    "{{ 'a'.ljust(10**9) }}",
-    "{{ '1'.zfill(10**9) }}",
-    "{{ '\t'.expandtabs(10**9) }}",
-    "{{ (1).to_bytes(10**9, 'big') }}",
-    "{{ '%1000000000d' % 1 }}",
-    "{{ '%*d' % (1000000000, 1) }}",
-    "{{ '%1000000000d' | format(1) }}",
-    "{{ '{:1000000000}'.format(1) }}",
-    "{{ '{:{}}'.format(1, 10**9) }}",
-    "{{ 'a' | indent(1000000000, true) }}",
-    "{{ 1.5 | round(1000000000, 'ceil') }}",
-    "{{ messages | tojson(indent=1000000000) }}",
-    "{{ range(99999) | join('a' * 100000) }}",
-    "{{ ('b' * 100000).join(range(99999) | map('string')) }}",
-    "{{ ('a' * 1000000).replace('a', 'b' * 10000) }}",
-    "{{ ('a' * 1000000) | replace('a', 'b' * 10000) }}",
-    "{{ range(10**9) | list }}",
-    "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
-    "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
-    "{% set ns = namespace(x={}) %}{% for i in range(60) %}{% set ns.x = {1: ns.x, 2: ns.x} %}{% endfor %}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(99999) %}{{ 'y' * 100000 }}{% endfor %}",
-    "{% for x in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}",
-    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "{% block a %}{{ self.a() }}{% endblock %}",
-    "{% filter upper %}{% for i in range(99999) %}" + "z" * 10000 + "{% endfor %}{% endfilter %}",
-    "{% macro m() %}{% for i in range(99999) %}" + "z" * 10000 + "{% endfor %}{% endmacro %}{{ m()[:1] }}",
-    "{% set a = range(99999) | list %}{% for i in a %}{% for j in a | sort | reverse %}{% endfor %}{% endfor %}",
-    "{{ " + "(" * 5000 + ")" * 5000 + " }}",
-    "{{ " + "not " * 50000 + "1 }}",
-    "{{ 1" + " + 1" * 50000 + " }}",
-    "x" * 10**6,
-]
+def test_many_chats_give_the_spans_and_the_errors_of_each(style):
+    name, _, _, template = style
+    rows = [*samples(name, 300), [Turn("user", "a"), Turn("user", "b"), Turn("assistant", "")], *samples(name, 9)]
 
+    def alone(turns):
+        try:
+            return template.spans(turns)
+        except ValueError as error:
+            return str(error)
 
-@pytest.mark.parametrize("source", ESCAPES)
-def test_a_hostile_template_reaches_nothing_outside(source):
-    messages = [{"role": "user", "content": "hi"}]
-    try:
-        text = Template(source, datetime(2024, 1, 1)).render({"messages": messages})
-    except (ValueError, LimitError):
-        text = ""
-    assert messages == [{"role": "user", "content": "hi"}]
-    assert not any(sign in text for sign in ("<class", "<function", "<module", "root:", "uid=", "{'__"))
-
-
-@pytest.mark.parametrize("source", COSTS, ids=[source[:50] for source in COSTS])
-def test_a_costly_template_is_stopped(source):  # after 2 s at most, where it would take hours or all memory
-    with pytest.raises((LimitError, ValueError)):
-        Template(source, datetime(2024, 1, 1)).render({"messages": [{"role": "user", "content": "hi"}]})
-
-
-def test_a_costly_template_of_a_model_is_an_error_of_the_model(tmp_path):
-    tokenizer = Tokenizer.load(write_folder(tmp_path, "chatml"))
-    costly = "{{ 'a' * 10**9 if loop.index == 3 }}"
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>" + costly + "{% endfor %}"
-    template = ChatTemplate(tokenizer)
-    with pytest.raises(UserError, match="costs more than it may") as error:
-        template.spans([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")])
-    assert error.value.exit_code == 4
-    tokenizer.chat_template = "{{ broken"
-    with pytest.raises(UserError, match="cannot be used: line 1"):
-        ChatTemplate(tokenizer)
-
-
-def test_templates_print_the_date_that_they_were_given():
-    template = Template("{{ strftime_now('%d %b %Y') }} {{ {'a': '<&'} | tojson }}", datetime(2024, 7, 26))
-    assert template.render({}) == '26 Jul 2024 {"a": "<&"}'
+    found = template.spans_of(rows, [""] * len(rows))
+    assert [str(one) if isinstance(one, ValueError) else one for one in found] == [alone(turns) for turns in rows]

@@ -1,244 +1,223 @@
-"""Runs a chat template that came with a model's files: nobody has read it, so it gets no more than it needs.
+"""Chat templates run in a process of their own (litpeft/data/renderer.py), which ends where one costs more than it may.
 
-Jinja's sandbox keeps it away from Python. What it may cost is bounded here: every value that an expression makes is
-weighed before it can grow (operators, calls, filters, literals, slices, output), and every iteration of a loop looks at
-the clock. So the largest single step is one linear pass over `MAX_WEIGHT` characters.
+What a template will cost cannot be foreseen, so the limits lie outside of it: processor time of each text, and memory
+of the process. One process serves all texts of a Template. It ends with the Template; and by itself when this process
+has gone, since then its input ends, and what it is doing ends at the limit.
 """
 
-import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+import weakref
+from collections.abc import Generator, Sequence
+from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import FILTERS
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-from jinja2.utils import Namespace
+from litpeft.data.pipes import packed, receive
 
-from litpeft.data.limits import (
-    CHECKED_FILTERS,
-    CHECKED_OPERATORS,
-    MAX_TEMPLATE,
-    MAX_WEIGHT,
-    MAX_WIDTH,
-    Budget,
-    LimitError,
-    check_format,
-    check_replace,
-    check_width,
-    joined,
-    weigh,
-)
+MAX_TEMPLATE = 256 * 1024  # characters
+BATCH = 128  # chats that are rendered together
+BATCH_BYTES = 1 << 20  # above which texts are asked for one by one
+LARGE = 1 << 19  # bytes of a chat: no template is blamed for what it costs to write more
+LAST_RESORT = 60.0  # seconds beyond what the limits allow, after which the process must stand still
+POLL = 0.05  # seconds between two looks at the memory of the process
+MACOS = sys.platform == "darwin"  # its kernel bounds no memory
+TOO_SLOW = -getattr(signal, "SIGPROF", 0)  # how a process ends at the limit of its processor time
+START = "import sys; sys.path[:] = sys.argv[1:]; from litpeft.data.renderer import serve; serve()"
+# What the process gets of the environment: what Python may need to start, and no token of the hub.
+ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
-# Filters that chat templates use; the others of Jinja can make much of little.
-ALLOWED_FILTERS = """
-abs capitalize count d default dictsort e escape first float format indent int items join last length list lower map max
-min reject rejectattr replace reverse round safe select selectattr sort string title trim truncate unique upper
-wordcount
-"""
-# Methods that make much of little, of str and int.
-WIDE_METHODS = {"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format_map", "encode", "to_bytes"}
+Text = tuple[dict[str, Any], Sequence[str]]  # variables, and what is written before and after a generation block
+T = TypeVar("T")
+Task = Generator[Text, str, T]  # yields what it wants rendered, is sent the text, returns what it makes of it
 
 
-def tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """Returns JSON without Jinja's escapes for HTML, which no model was trained on."""
-    check_width(value, indent)
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+class Limits(NamedTuple):
+    """What a text may cost."""
+
+    seconds: float  # of processor time: a busy machine changes nothing
+    memory: int  # bytes
+    characters: int  # written
+
+    @classmethod
+    def of(cls, size: int) -> "Limits":
+        """Returns the limits of texts whose messages have so many bytes. Honest templates take milliseconds."""
+        return cls(0.5 * (1 + size / (1 << 20)), (512 << 20) + 32 * size, (4 << 20) + 4 * size)
 
 
-def raise_exception(message: str) -> None:
-    """What templates call to refuse a chat."""
-    raise jinja2.TemplateError(message)
+class LimitError(Exception):
+    """The template costs more than it may; `number` is that of the text, or task, that it met the limit with."""
+
+    number = 0
 
 
-class PlainNamespace(Namespace):
-    """A namespace without names that Python gives a meaning."""
-
-    def __init__(*args: Any, **names: Any):  # `self` is a name that a template may choose
-        for name in (values := dict(*args[1:], **names)):
-            _refuse_private(name)
-        Namespace.__init__(args[0], values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_private(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise SecurityError(f"the name {name!r} of a namespace starts with an underscore")
-
-
-class Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` around what the assistant wrote."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        before, after = self.environment.marks.value
-        return before + caller() + after
-
-
-class Marks(threading.local):
-    """What is written before and after a generation block while its place is sought."""
-
-    value = ("", "")
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one template."""
-
-    intercepted_binops = frozenset(CHECKED_OPERATORS)
-
-    def __init__(self, now: datetime):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols], optimized=False)
-        self.budget, self.marks = Budget(), Marks()
-        self.finalize = self._weighed
-        self.filters = {name: self._bounded(name, FILTERS[name]) for name in ALLOWED_FILTERS.split()}
-        self.filters |= {"tojson": self._bounded("tojson", tojson), "_weighed": self._weighed, "_loop": self._loop}
-        names = {"raise_exception": raise_exception, "strftime_now": lambda form: now.strftime(form[:MAX_WIDTH])}
-        self.globals = {"range": self.globals["range"], "namespace": PlainNamespace, "dict": _new_dict, **names}
-
-    def _weighed(self, value: Any) -> Any:
-        self.budget.spend(weigh(value))
-        return value
-
-    def _loop(self, items: Any, weight: int) -> Iterator[Any]:
-        for item in items:
-            self.budget.spend(1 + weight)
-            yield item
-
-    def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns a filter that weighs what goes in and what comes out."""
-        pass_arg = getattr(function, "jinja_pass_arg", None)
-        check = CHECKED_FILTERS.get(name)
-
-        def bounded(*args: Any, **keywords: Any) -> Any:
-            own, args = (args[:1], args[1:]) if pass_arg else ((), args)
-            self.budget.spend()
-            if check:
-                check(*args, **keywords)
-            if name == "join":
-                args = (joined(args[0], *args[1:2], *[v for k, v in keywords.items() if k == "d"]), *args[1:])
-            return self._weighed(function(*own, *args, **keywords))
-
-        if pass_arg:
-            bounded.jinja_pass_arg = pass_arg
-        return bounded
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        check = CHECKED_OPERATORS[operator]
-        if check:
-            check(left, right)
-        return self._weighed(super().call_binop(context, operator, left, right))
-
-    def call(self, context: Any, function: Any, /, *args: Any, **keywords: Any) -> Any:
-        self.budget.spend()
-        text = getattr(function, "__self__", None)
-        if isinstance(text, str) and function.__name__ == "replace":
-            check_replace(text, *args, **keywords)
-        elif isinstance(text, str) and function.__name__ == "join":
-            args = (joined(args[0], text), *args[1:])
-        return self._weighed(super().call(context, function, *args, **keywords))
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        if getattr(value, "__name__", "") in ("format", "format_map") and isinstance(
-            getattr(value, "__self__", None), str
-        ):
-            check_format(value.__self__)
-        return super().wrap_str_format(value)
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return attr not in WIDE_METHODS and super().is_safe_attribute(obj, attr, value)
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Returns the template with every expression weighed that operators, calls and filters leave out."""
-        tree = super()._parse(source, name, filename)
-        for parent in [tree, *tree.find_all(nodes.Node)]:
-            if isinstance(parent, nodes.For):
-                if parent.recursive:
-                    raise LimitError("recursive loops are not supported")
-                static = sum(len(part.data) for child in parent.body for part in _texts(child))
-                parent.iter = _filtered(parent.iter, "_loop", nodes.Const(static))
-            for field, value in parent.iter_fields():
-                if isinstance(value, list):
-                    setattr(parent, field, [_filtered(v, "_weighed") if _makes(v) else v for v in value])
-                elif _makes(value):
-                    setattr(parent, field, _filtered(value, "_weighed"))
-        return tree
-
-
-def _new_dict(*args: Any, **keywords: Any) -> dict[Any, Any]:
-    return dict(*args, **keywords)
-
-
-def _texts(node: nodes.Node) -> list[nodes.TemplateData]:
-    return [node] if isinstance(node, nodes.TemplateData) else list(node.find_all(nodes.TemplateData))
-
-
-def _makes(node: Any) -> bool:
-    """Returns whether a node makes a new value that no operator, call or filter has weighed."""
-    if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Slice)
-    # a tuple that is assigned to or unpacked is a place, not a value
-    return isinstance(node, (nodes.Concat, nodes.List, nodes.Dict)) or (
-        isinstance(node, nodes.Tuple) and node.ctx == "load"
-    )
-
-
-def _filtered(node: nodes.Expr, name: str, *args: nodes.Expr) -> nodes.Filter:
-    return nodes.Filter(node, name, list(args), [], None, None).set_lineno(node.lineno)
+class TooLong(ValueError):
+    """A chat holds so much text that the template cannot be run on it within its limits: not the template's fault."""
 
 
 class Template:
-    """A compiled template. Raises LimitError if it costs too much, ValueError for everything else that goes wrong."""
+    """A compiled template. Raises LimitError if it costs too much, ValueError for everything else that goes wrong.
 
-    def __init__(self, source: str, now: datetime):
+    `now` is the date that it may print, `constants` are variables of every text.
+    """
+
+    def __init__(self, source: str, now: datetime, constants: dict[str, Any] | None = None):
         if len(source) > MAX_TEMPLATE:
-            raise LimitError(f"it is longer than {MAX_TEMPLATE} characters")
-        self._sandbox = Sandbox(now)
-        self._sandbox.budget.restart()
+            raise LimitError(f"it is longer than {MAX_TEMPLATE:,} characters")
         self.has_generation = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
-        with _one_kind_of_error():
-            self._template = self._sandbox.from_string(source)
+        self._setup = packed((source, now.isoformat(), constants or {}))
+        self._compiling = Limits.of(8 * len(self._setup))  # takes longer for a character than rendering
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        [compiled] = self._ask([])
+        if isinstance(compiled, ValueError):
+            raise compiled
 
     def render(self, variables: dict[str, Any], marks: tuple[str, str] = ("", "")) -> str:
         """Returns the text; `marks` are written around each generation block."""
-        self._sandbox.budget.restart()
-        self._sandbox.marks.value = marks
-        pieces, length = [], 0
-        with _one_kind_of_error():
-            for piece in self._template.generate(variables):
-                pieces.append(piece)
-                length += len(piece)
-                self._sandbox.budget.spend()
-                if length > MAX_WEIGHT:
-                    raise LimitError(f"it writes more than {MAX_WEIGHT} characters")
-        return "".join(pieces)
+        [text] = self._ask([(variables, marks)])
+        if isinstance(text, ValueError):
+            raise text
+        return text
+
+    def run(self, tasks: Sequence[Task[T]]) -> list[T | ValueError]:
+        """Returns what each task makes of its texts, or its error; texts that tasks wait for are rendered together."""
+        results: list[Any] = []
+        for start in range(0, len(tasks), BATCH):
+            results += _numbered(self._run, tasks[start : start + BATCH], range(start, len(tasks)))
+        return results
+
+    def _run(self, tasks: Sequence[Task[T]]) -> list[T | ValueError]:
+        results: list[Any] = [None] * len(tasks)
+        answers: dict[int, Any] = dict.fromkeys(range(len(tasks)))
+        while answers:
+            asked: dict[int, Text] = {}
+            for number, answer in answers.items():
+                task = tasks[number]
+                try:
+                    asked[number] = task.throw(answer) if isinstance(answer, ValueError) else task.send(answer)
+                except StopIteration as stop:
+                    results[number] = stop.value
+                except ValueError as error:
+                    results[number] = error
+            texts = _numbered(self._ask, list(asked.values()), list(asked)) if asked else []
+            answers = dict(zip(asked, texts, strict=True))
+        return results
+
+    def _ask(self, texts: Sequence[Text]) -> list[str | ValueError]:
+        """Returns each text, or the error that the template makes of it; without a text, what compiling it gives."""
+        question = packed(texts)
+        limits = Limits.of(len(question)) if texts else self._compiling
+        if len(texts) > 1 and len(question) > BATCH_BYTES:
+            return self._ask_each(texts)
+        answers, code = self._exchange(question, texts, limits)
+        if code not in (None, TOO_SLOW) and len(texts) < 2:  # it may have been ended for something else
+            answers, code = self._exchange(question, texts, limits)
+        costly = [answer["limit"] for answer in answers if isinstance(answer, dict) and "limit" in answer]
+        if code is None and not costly:
+            return [answer if isinstance(answer, str) else ValueError(answer["error"]) for answer in answers]
+        if len(texts) > 1:  # which of them it was is not known if it ended the process
+            return self._ask_each(texts)
+        reason = costly[0] if costly else _reason(code, limits)
+        if len(question) > LARGE:
+            return [TooLong(f"its {len(question):,} bytes are too many for the chat template: {reason}")]
+        raise LimitError(reason)
+
+    def _ask_each(self, texts: Sequence[Text]) -> list[str | ValueError]:
+        return [_numbered(self._ask, [text], [number])[0] for number, text in enumerate(texts)]
+
+    def _exchange(self, question: bytes, texts: Sequence[Text], limits: Limits) -> tuple[list[Any], int | None]:
+        """Returns the answers to the texts, and the code with which the process ended if it did not give them all."""
+        with self._lock:
+            try:
+                if self._process is None:
+                    self._process = _start()
+                    self._end = weakref.finalize(self, _end, self._process)
+                    answers = _answers(self._process, self._setup, 1, self._compiling)
+                    if not answers:
+                        return answers, self._close()
+                if texts:
+                    answers = _answers(self._process, question, len(texts), limits)
+                return answers, None if len(answers) >= len(texts) else self._close()
+            except BaseException:  # Ctrl-C: answers would be left that nobody reads
+                self._close()
+                raise
+
+    def _close(self) -> int:
+        """Ends the process; returns its code."""
+        self._process = None
+        return self._end()
 
 
-@contextmanager
-def _one_kind_of_error() -> Iterator[None]:
-    """A template is a program: whatever goes wrong in it becomes a ValueError of one line, but for the limits."""
+def _start() -> "subprocess.Popen[bytes]":
+    """Returns the process. It is in a session of its own: Ctrl-C in the terminal is for this process alone."""
+    command = [sys.executable, "-I", "-S", "-c", START, *sys.path]
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> int:
+    """Ends the process if it still runs; returns its code."""
+    process.kill()
+    with suppress(OSError):  # what it no longer reads
+        process.stdin.close()
+    process.stdout.close()
+    return process.wait()
+
+
+def _answers(process: "subprocess.Popen[bytes]", question: bytes, count: int, limits: Limits) -> list[Any]:
+    """Returns the answers of the process; fewer than `count` if it ends before."""
+    done, answers = threading.Event(), []
+    seconds = LAST_RESORT + 2 * count * limits.seconds
+    threading.Thread(target=_watch, args=(process, done, seconds, limits.memory), daemon=True).start()
     try:
-        yield
-    except LimitError:
+        process.stdin.write(packed(tuple(limits)) + question)
+        process.stdin.flush()
+        while len(answers) < count:
+            answers += receive(process.stdout)
+    except (BrokenPipeError, EOFError):  # it has ended
+        pass
+    finally:
+        done.set()
+    return answers
+
+
+def _watch(
+    process: "subprocess.Popen[bytes]", done: threading.Event, seconds: float, memory: int, look: bool = MACOS
+) -> None:
+    """Kills the process if it is not done in time, or, where it is to `look` at it, once it holds more memory."""
+    ends = time.monotonic() + seconds
+    while not done.wait(POLL if look else seconds):
+        if time.monotonic() >= ends or (look and _resident(process.pid) > memory):
+            process.kill()
+            return
+
+
+def _resident(pid: int) -> int:
+    """Returns the bytes of memory that a process holds."""
+    told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return int(told or 0) << 10
+
+
+def _numbered(ask: Any, items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+    """Returns what `ask` makes of the items; a LimitError of item i is told as one of numbers[i]."""
+    try:
+        return ask(items)
+    except LimitError as error:
+        error.number = numbers[error.number]
         raise
-    except (MemoryError, RecursionError):
-        raise LimitError("it is nested too deeply") from None
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"line {error.lineno}: {error.message}") from None
-    except Exception as error:
-        raise ValueError(f"{error}" or type(error).__name__) from None
+
+
+def _reason(code: int, limits: Limits) -> str:
+    """Returns why a process that ended with this code did so."""
+    if code == TOO_SLOW:
+        return f"it takes more than {limits.seconds:.1f} s of processor time"
+    if code == -getattr(signal, "SIGKILL", 0):
+        return f"its process was killed: it held more than {limits.memory >> 20:,} MiB, or stood still"
+    return f"it ended its process ({signal.Signals(-code).name if code < 0 else f'code {code}'})"

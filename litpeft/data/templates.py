@@ -6,11 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import TypeVar
 
 from litpeft.data.formats.turn import Turn
-from litpeft.data.limits import LimitError
-from litpeft.data.sandbox import Template
+from litpeft.data.sandbox import LimitError, Task, Template, Text
 from litpeft.errors import UserError
 from litpeft.tokenizer import Tokenizer
 from litpeft.tokenizer_backends import Span
@@ -49,12 +48,8 @@ class Rendered:
     difference: str = ""  # how the prompt that asks for the last answer differs from what stands before it here
 
 
-class TooLong(ValueError):
-    """A chat holds so much text that the template cannot be run on it within its limits: not the template's fault."""
-
-
-LARGE = 1 << 19  # characters of a chat: no template is blamed for what it costs to write more
 FIRST_PRIVATE = "\U000f0000"  # characters from here on mean nothing by themselves: they mark places
+T = TypeVar("T")
 Message = Turn | Mapping[str, str]  # role, content and, of an alpaca row, input
 
 
@@ -80,8 +75,9 @@ class ChatTemplate:
         alpaca = ("{{ bos_token }}" if tokenizer.adds_bos else "") + ALPACA
         self.source: str = tokenizer.chat_template if own else alpaca
         self.hash = hashlib.sha256(self.source.encode()).hexdigest()
+        constants = dict(tokenizer.special_tokens, tools=None, documents=None)
         try:
-            self._template = Template(self.source, now or datetime.now())
+            self._template = Template(self.source, now or datetime.now(), constants)
             self.end_of_turn = self._find_end_of_turn()
         except (LimitError, ValueError) as error:
             hint = "data.template alpaca does without the model's template" if is_setting else ""
@@ -99,17 +95,29 @@ class ChatTemplate:
 
     def render(self, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Returns the text of a chat; raises ValueError if the template refuses it."""
-        return self._render(self._messages(turns), add_generation_prompt)
+        return self._one(self._text(self._messages(turns), add_generation_prompt))
 
     def spans(self, turns: Sequence[Turn]) -> Rendered:
         """Returns the text of a chat to learn from; raises ValueError if the template refuses it or hides answers."""
+        return self._one(self._spans(turns))
+
+    def spans_of(self, chats: Sequence[Sequence[Turn]], places: Sequence[str]) -> list[Rendered | ValueError]:
+        """Returns for each chat what `spans` does, or its error; `places` are the files and lines of the chats."""
+        return self._all([self._spans(turns) for turns in chats], places)
+
+    def prompt(self, turns: Sequence[Message], place: str = "") -> list[int]:
+        """Returns the ids after which the model writes its answer; raises ValueError if the template refuses them."""
+        text, plain = self._one(self._prompt(turns), place)
+        return self.tokenizer.encode_with_offsets(text, plain)[0]
+
+    def _spans(self, turns: Sequence[Turn]) -> Task[Rendered]:
         messages = self._messages(turns)
         shielded, specials = self._shield(messages)
-        text, found, difference = self._answers(shielded)
+        text, found, difference = yield from self._answers(shielded)
         text, answers, plain = self._restore(text, found, specials)
         for character, word in specials.items():
             difference = difference.replace(repr(character)[1:-1], word)
-        if specials and text != self._render(messages):
+        if specials and text != (yield self._asked(messages)):
             raise ValueError("the chat template acts on a special token that the row spells out")
         numbers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
         if self.end_of_turn is None and numbers and numbers[-1] == len(turns) - 1:
@@ -118,14 +126,13 @@ class ChatTemplate:
         trained = [span for i, span in zip(numbers, answers, strict=True) if turns[i].trained]
         return Rendered(text, trained, plain, difference)
 
-    def prompt(self, turns: Sequence[Message]) -> list[int]:
-        """Returns the ids after which the model writes its answer; raises ValueError if the template refuses them."""
+    def _prompt(self, turns: Sequence[Message]) -> Task[tuple[str, list[Span]]]:
         messages = self._messages(turns)
         shielded, specials = self._shield(messages)
-        text, _, plain = self._restore(self._render(shielded, True), [], specials)
-        if specials and text != self._render(messages, True):
+        text, _, plain = self._restore((yield self._asked(shielded, True)), [], specials)
+        if specials and text != (yield self._asked(messages, True)):
             raise ValueError("the chat template acts on a special token that a message spells out")
-        return self.tokenizer.encode_with_offsets(text, plain)[0]
+        return text, plain
 
     def _messages(self, turns: Sequence[Message]) -> list[dict[str, str]]:
         """Returns what the template is given: role and content, and input where it is the alpaca template."""
@@ -135,24 +142,36 @@ class ChatTemplate:
                 message["content"] = "\n\n".join(filter(None, (message["content"], message.pop("input", ""))))
         return messages
 
-    def _render(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = False, marks: tuple[str, str] = ("", "")
-    ) -> str:
-        variables: dict[str, Any] = dict(self.tokenizer.special_tokens, tools=None, documents=None)
-        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    # Whatever needs texts is a task: it yields what it wants rendered and is sent the text, or thrown the template's
+    # error. So the texts of many chats are rendered together.
+
+    def _asked(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = False, marks: tuple[str, ...] = ("", "")
+    ) -> Text:
+        """Returns what the template is given."""
+        return {"messages": messages, "add_generation_prompt": add_generation_prompt}, marks
+
+    def _text(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> Task[str]:
+        return (yield self._asked(messages, add_generation_prompt))
+
+    def _all(self, tasks: list[Task[T]], places: Sequence[str]) -> list[T | ValueError]:
         try:
-            return self._template.render(variables, marks)
+            return self._template.run(tasks)
         except LimitError as error:
-            size = sum(len(text) for message in messages for text in message.values())
-            if size > LARGE:
-                raise TooLong(f"its {size:,} characters are too many for the chat template: {error}") from None
-            what = f"the chat template costs more than it may: {error}"
+            place = f", with {places[error.number]}" if places[error.number] else ""
+            what = f"the chat template costs more than it may{place}: {error}"
             raise UserError("MODEL-323", what, where=self.tokenizer.where) from None
+
+    def _one(self, task: Task[T], place: str = "") -> T:
+        [result] = self._all([task], [place])
+        if isinstance(result, ValueError):
+            raise result
+        return result
 
     def _find_end_of_turn(self) -> str | None:
         """Returns the special token with which the template ends an assistant's turn, looking at a small chat."""
         question, answer = {"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}
-        _, _, tail = self._render([question, answer]).rpartition("A1")
+        _, _, tail = self._one(self._text([question, answer])).rpartition("A1")
         match = self.tokenizer.special_pattern.search(tail)
         return match[0] if match else None
 
@@ -187,15 +206,16 @@ class ChatTemplate:
 
     # Where the answers lie is asked of the template itself, in one of three ways.
 
-    def _answers(self, messages: list[dict[str, str]]) -> tuple[str, list[Span], str]:
+    def _answers(self, messages: list[dict[str, str]]) -> Task[tuple[str, list[Span], str]]:
         """Returns the text; for every assistant message, what of it the model is to write; and the difference."""
-        full = self._render(messages)
+        full = yield self._asked(messages)
         numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for way in (self._by_blocks, self._by_prefixes, self._by_marks):
-            spans = way(full, messages, numbers)
+            spans = yield from way(full, messages, numbers)
             if spans is not None:
-                known = way == self._by_prefixes or self.name == "alpaca" or not numbers
-                difference = "" if known else self._difference(full, messages[: numbers[-1]], spans[-1][0])
+                difference = ""
+                if way != self._by_prefixes and self.name != "alpaca" and numbers:
+                    difference = yield from self._difference(full, messages[: numbers[-1]], spans[-1][0])
                 return full, [self._close(full, span) for span in spans], difference
         raise ValueError(
             "the chat template rewrites the chat so that the answers cannot be told from the rest ("
@@ -203,20 +223,20 @@ class ChatTemplate:
             + "{% generation %} blocks in it would show them)"
         )
 
-    def _by_blocks(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> list[Span] | None:
+    def _by_blocks(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> Task[list[Span] | None]:
         """{% generation %} blocks in the template, one for each assistant message."""
         if not self._template.has_generation:
             return None
         marks = tuple(_unused(messages, 2))
-        return _between(self._render(messages, marks=marks), full, marks, len(numbers))
+        return _between((yield self._asked(messages, marks=marks)), full, marks, len(numbers))
 
-    def _by_prefixes(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> list[Span] | None:
+    def _by_prefixes(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> Task[list[Span] | None]:
         """An answer reaches from the end of the prompt for it to the end of the chat so far, if both start the text."""
         spans = []
         for i in numbers:
             try:
-                prompt = self._render(messages[:i], True)
-                upto = self._render(messages[: i + 1]) if i + 1 < len(messages) else full
+                prompt = yield self._asked(messages[:i], True)
+                upto = (yield self._asked(messages[: i + 1])) if i + 1 < len(messages) else full
             except ValueError:  # the template may refuse a chat that ends here
                 return None
             shown = messages[i]["content"].strip() in upto[len(prompt) :]
@@ -225,17 +245,17 @@ class ChatTemplate:
             spans.append((len(prompt), len(upto)))
         return spans
 
-    def _by_marks(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> list[Span] | None:
+    def _by_marks(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> Task[list[Span] | None]:
         """Private-use characters in the contents: one at the end of each, and one where an answer's content begins."""
         begin, *ends = _unused(messages, 1 + len(messages))
         for opening in ("", begin):  # some templates look at how an answer begins, so it is left alone at first
             opened = [opening if m["role"] == "assistant" else "" for m in messages]
             marked = [_mark(m, first, end) for m, first, end in zip(messages, opened, ends, strict=True)]
             try:
-                text, places = _without_marks(self._render(marked), {begin, *ends})
+                text, places = _without_marks((yield self._asked(marked)), {begin, *ends})
             except ValueError:
                 continue
-            spans = self._marked_spans(full, messages, numbers, places, (begin, *ends))
+            spans = yield from self._marked_spans(full, messages, numbers, places, (begin, *ends))
             if text == full and spans is not None:
                 return spans
         return None
@@ -247,14 +267,14 @@ class ChatTemplate:
         numbers: list[int],
         places: dict[str, list[int]],
         marks: tuple[str, ...],
-    ) -> list[Span] | None:
+    ) -> Task[list[Span] | None]:
         """Returns the answers: each from where its prompt ends, or its content begins, to where its content ends."""
         begin, *ends = marks
         spans, position = [], 0  # position: where the content of the message before ends
         for i, end in enumerate(ends):
             stop = places.get(end, [-1])[0]
             if i in numbers:
-                start = self._prompt_end(full, messages[:i], position, stop)
+                start = yield from self._prompt_end(full, messages[:i], position, stop)
                 if start is None:
                     start = next((place for place in places.get(begin, []) if position <= place <= stop), None)
                 if start is None or len(places.get(end, [])) != 1:
@@ -263,19 +283,20 @@ class ChatTemplate:
             position = max(position, stop)
         return spans
 
-    def _prompt_end(self, full: str, before: list[dict[str, str]], start: int, stop: int) -> int | None:
+    def _prompt_end(self, full: str, before: list[dict[str, str]], start: int, stop: int) -> Task[int | None]:
         """Returns where between start and stop the generation prompt ends, if the template has one."""
         try:
-            header = self._render(before, True).removeprefix(self._render(before))
+            prompt = yield self._asked(before, True)
+            header = prompt.removeprefix((yield self._asked(before)))
         except ValueError:
             return None
         place = full.find(header, start, stop) if header else -1
         return place + len(header) if place >= 0 else None
 
-    def _difference(self, full: str, before: list[dict[str, str]], start: int) -> str:
+    def _difference(self, full: str, before: list[dict[str, str]], start: int) -> Task[str]:
         """Returns how the prompt for an answer differs from the text up to `start`, where it is trained; or ""."""
         try:
-            prompt = self._render(before, True)
+            prompt = yield self._asked(before, True)
         except ValueError:  # never asked then
             return ""
         if full.startswith(prompt) and start <= len(prompt):

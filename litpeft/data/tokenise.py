@@ -9,8 +9,9 @@ from pathlib import Path
 from litpeft.data.formats import FORMATS, SHAPES, UNREAD, detect
 from litpeft.data.formats.keys import told
 from litpeft.data.formats.turn import Turn
+from litpeft.data.sandbox import TooLong
 from litpeft.data.sources import Rejected, find, records, split
-from litpeft.data.templates import ChatTemplate, Rendered, TooLong, with_system
+from litpeft.data.templates import ChatTemplate, Rendered, with_system
 from litpeft.errors import UserError, some
 from litpeft.settings.data import Data
 from litpeft.terminal import clean
@@ -232,16 +233,15 @@ def _encoded(
 ) -> Iterator[tuple[Example, Rendered, Encoded]]:
     """Yields each chat with its text and its tokens; names the others in one of the lists."""
     usable = []
-    for example in examples:
-        try:
-            usable.append((example, template.spans(example.turns)))
-        except TooLong as error:
-            too_long.append(Rejected(example.where, str(error)))
-        except ValueError as error:
-            rejected.append(Rejected(example.where, str(error)))
+    found = template.spans_of([example.turns for example in examples], [example.where for example in examples])
+    for example, rendered in zip(examples, found, strict=True):
+        if isinstance(rendered, ValueError):
+            (too_long if isinstance(rendered, TooLong) else rejected).append(Rejected(example.where, str(rendered)))
+        else:
+            usable.append((example, rendered))
     texts, plain = [rendered.text for _, rendered in usable], [rendered.plain for _, rendered in usable]
     try:
-        found: list[Encoded] = tokenizer.encode_batch(texts, plain)
+        tokens: list[Encoded] = tokenizer.encode_batch(texts, plain)
     except ValueError:  # one of them: find it
         for example, rendered in usable:
             try:
@@ -249,7 +249,7 @@ def _encoded(
             except ValueError as error:
                 rejected.append(Rejected(example.where, str(error)))
         return
-    for (example, rendered), encoded in zip(usable, found, strict=True):
+    for (example, rendered), encoded in zip(usable, tokens, strict=True):
         yield example, rendered, encoded
 
 
