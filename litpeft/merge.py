@@ -19,6 +19,7 @@ from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
 from litpeft.folders import atomic_folder, refuse_existing, sync_files
+from litpeft.generation_config import write_stop_ids
 from litpeft.methods.base import folds, load_delta, without_delta
 from litpeft.model import GPT, Context
 from litpeft.ops import product
@@ -99,6 +100,7 @@ def merge(settings: Merge) -> None:
             raise UserError("MODEL-061", f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
         copy_companions(base, folder)
         write_dtype(folder, dtype)
+        write_stop_ids(folder, template.stop_ids)
         with ThreadPoolExecutor(1) as pool:
             written = pool.submit(sync_files, folder)  # the disk works while the model is compared
             want, before, fold = _three_ways(model, prompts)

@@ -21,6 +21,7 @@ from litpeft.distributed import whole
 from litpeft.errors import UserError, some
 from litpeft.families.names import NameMap
 from litpeft.folders import atomic_folder, checkpoint_steps
+from litpeft.generation_config import write_stop_ids
 from litpeft.identity import config_changes, config_identity, tokenizer_changes, tokenizer_identity
 from litpeft.methods import METHODS, method_class
 from litpeft.methods.base import Method, delta_state
@@ -210,6 +211,7 @@ def save_result(
             write_safetensors(temporary, _finite(tensors, folder))
             copy_companions(base, temporary)
             write_dtype(temporary, dtype)
+            write_stop_ids(temporary, facts["base"]["tokenizer"]["stop_ids"])
         else:
             save_tensors({k: v.contiguous() for k, v in _finite(tensors, folder)}, temporary / DELTA)
         record = {

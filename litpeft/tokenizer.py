@@ -39,7 +39,7 @@ class Tokenizer:
         files = read_files(folder, model)
         backend, where = Backend(files.inner), str(files.path)
         names = files.names
-        declared = {k: _ids(generation.get(k)) or _ids(model.get(k)) for k in ("bos_token_id", "eos_token_id")}
+        declared = {k: ids_of(generation.get(k)) or ids_of(model.get(k)) for k in ("bos_token_id", "eos_token_id")}
         for key in ("bos_token", "eos_token"):
             for number in declared[f"{key}_id"][:1]:
                 if number in backend.names:
@@ -154,7 +154,7 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_json(path, path.name) if path.is_file() else {}
 
 
-def _ids(value: Any) -> list[int]:
+def ids_of(value: Any) -> list[int]:
     """Returns a token id of a config, which may be one number, a list or absent, as a list."""
     return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
 

@@ -32,12 +32,27 @@ def convert(settings: Convert) -> None:
     print(f"read {gguf_file or source}: {model.summary()}")
     with atomic_folder(out, settings.overwrite) as folder:
         model.write(folder, dtype)
+        tell_stop_ids(folder)
         count, parameters, written = check(folder, settings.source)
         size = sum(file.stat().st_size for file in folder.iterdir())
         files = sorted(file.name for file in folder.iterdir())
     print(f"wrote {out}: {parameters / 1e6:.1f} M parameters in {written}, {size / 1e6:.1f} MB: {', '.join(files)}")
     print(f"checked: {count} tensors, every one finite, names and shapes as config.json asks")
     print(f"next: {command_line('chat', out)}")
+
+
+def tell_stop_ids(folder: Path) -> None:
+    """Has generation_config.json name what ends an answer in the model's template, if litpeft can read that."""
+    from litpeft.data.templates import ChatTemplate
+    from litpeft.generation_config import write_stop_ids
+    from litpeft.tokenizer import Tokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return
+    try:
+        write_stop_ids(folder, ChatTemplate(Tokenizer.load(folder), is_setting=False).stop_ids)
+    except UserError as error:  # the weights are as good for other programs
+        print(f"generation_config.json is left as it is, since an answer's end is not known: {error.what}")
 
 
 def find_gguf(source: Path) -> Path | None:
