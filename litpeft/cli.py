@@ -17,6 +17,7 @@ from litpeft import __version__
 from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, nearest
 from litpeft.launch import PATIENCE, launch, leave, peer_lost, started_by
 from litpeft.methods import METHODS
+from litpeft.terminal import Lasting
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         pressed.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    before, stderr = signal.signal(signal.SIGINT, interrupt), sys.stderr
+    sys.stderr = Lasting(stderr)  # whether somebody reads what is told changes neither the work nor the exit code
     try:
         dispatch(argv, debug)
         sys.stdout.flush()
@@ -107,6 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         leave(_report(error))
     finally:
         signal.signal(signal.SIGINT, before)
+        sys.stderr = stderr
 
 
 def _report(error: Exception) -> int:

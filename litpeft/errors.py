@@ -10,7 +10,7 @@ EXIT_CODES = {
 PEER_LOST = 7  # another process of the run is gone
 INTERNAL_ERROR = 70
 INTERRUPTED = 130  # by Ctrl-C
-STOPPED = 75  # by SIGTERM or SIGUSR1, with what was learnt saved: a scheduler may start it again
+STOPPED = 75  # by SIGTERM, SIGHUP or SIGUSR1, with what was learnt saved: a scheduler may start it again
 
 
 class UserError(Exception):

@@ -23,7 +23,7 @@ PARENT = "LITPEFT_LAUNCHER"  # in a rank that `launch` started: the process id o
 GRACE = 10.0  # seconds in which the other ranks may end by themselves after one ended badly
 PATIENCE = 5.0  # seconds from SIGTERM to SIGKILL
 POLL = 0.1  # seconds between two looks at the ranks
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 # What a RuntimeError says when a rank is gone; gloo has no class of its own for it. Seen with torch 2.13 when a rank
@@ -59,7 +59,8 @@ def launch(
     environment = rank_environment(devices, num_nodes)
     command = [*(command or (sys.executable, "-m", "litpeft")), *argv]
     asked: list[int] = []  # signals to pass on; only noted here, so that nothing is sent in the midst of a start
-    before = {number: signal.signal(number, lambda n, frame: asked.append(n)) for number in SIGNALS}
+    caught = [number for number in SIGNALS if signal.Signals(number).name != "SIGHUP" or not is_ignored(number)]
+    before = {number: signal.signal(number, lambda n, frame: asked.append(n)) for number in caught}
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for local_rank in range(devices):
@@ -149,6 +150,11 @@ def leave(code: int) -> NoReturn:
         with suppress(OSError, ValueError):  # closed, or its reader has left: nobody to tell
             stream.flush()
     os._exit(code)
+
+
+def is_ignored(number: int) -> bool:
+    """Returns whether this process was started to ignore a signal, as `nohup` does with SIGHUP."""
+    return signal.getsignal(number) is signal.SIG_IGN
 
 
 def end_with(parent: int) -> None:

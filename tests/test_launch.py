@@ -204,7 +204,7 @@ def test_a_node_must_know_its_place(
     assert refused.value.code == code
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_reaches_each_rank_once(name: str) -> None:
     script = """
 came = []

@@ -1,12 +1,18 @@
 """Signals, kills, full disks and numbers that are not finite: what is saved by then, and that it goes on from there."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import termios
 import time
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -42,7 +48,7 @@ def long_run(tiny_folder, tmp_path_factory) -> Path:
     return train(tiny_folder, tmp_path_factory.mktemp("long") / "run", LONG)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
 def test_a_signal_saves_the_step_and_the_run_goes_on(number, code: int, long_run, tiny_folder, tmp_path) -> None:
     run = tmp_path / "run"
     rare = LONG | {"checkpoint.interval": 0, "checkpoint.keep_best": False}
@@ -57,6 +63,66 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(number, code: int, long_run
     assert (facts["step"], facts["finished"]) == (step, False)
     assert f"{number.name} at step {step} of 40" in (run / "report.md").read_text()
     assert_same(resume(tiny_folder, run, LONG), long_run)
+
+
+def program(argv: list[str], **streams) -> subprocess.Popen:
+    """Returns the command as a program of its own."""
+    return subprocess.Popen([sys.executable, "-m", "litpeft", *argv], start_new_session=True, **streams)
+
+
+class Alive:
+    """Such a program, as `wait_for_step` looks at it."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.returncode
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_terminal_that_closes_ends_the_run_with_its_step_saved(devices: int, long_run, tiny_folder, tmp_path) -> None:
+    run = tmp_path / "run"
+    master, slave = pty.openpty()
+    argv = words(tiny_folder, run, LONG | {"checkpoint.interval": 0, "checkpoint.keep_best": False, "devices": devices})
+    take_it = partial(fcntl.ioctl, slave, termios.TIOCSCTTY, 0)  # as the shell of an ssh session has it
+    process = program(argv, stdin=slave, stdout=slave, stderr=slave, preexec_fn=take_it)
+    os.close(slave)
+    wait_for_step(run, 3, Alive(process))
+    os.close(master)  # the kernel sends SIGHUP, and refuses all that is written from now on
+    assert process.wait() == 75
+    step = newest(run).step
+    assert 3 <= step < 40
+    assert json.loads((run / "final/delta.json").read_text())["step"] == step
+    assert f"SIGHUP at step {step} of 40" in (run / "report.md").read_text()
+    if devices == 1:
+        assert_same(resume(tiny_folder, run, LONG), long_run)
+
+
+@pytest.mark.slow
+def test_a_run_whose_readers_leave_goes_on_to_its_end(long_run, tiny_folder, tmp_path) -> None:
+    run = tmp_path / "run"
+    process = program(words(tiny_folder, run, LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    wait_for_step(run, 3, Alive(process))
+    process.stderr.close()
+    assert process.wait() == 0
+    assert_same(run, long_run)
+
+
+def test_a_run_under_nohup_does_not_hear_the_terminal_close(tiny_folder, tmp_path, monkeypatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        poisoned(monkeypatch, 5, lambda loss: (os.kill(os.getpid(), signal.SIGHUP), loss)[1])
+        run = train(tiny_folder, tmp_path / "run")
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert json.loads((run / "final/delta.json").read_text())["finished"] is True
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])

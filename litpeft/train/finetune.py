@@ -24,6 +24,7 @@ from litpeft.model import GPT
 from litpeft.precision import Precision, Storage, pick_device, pick_precision
 from litpeft.run import base_facts, save_result
 from litpeft.settings.train import Finetune
+from litpeft.terminal import lasting
 from litpeft.tokenizer import Tokenizer
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
 from litpeft.train.compiled import compile_blocks
@@ -43,7 +44,8 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
     """Trains `method` as the settings say; leaves run.yaml, metrics.csv, final/ and report.md in `settings.out`."""
     began, first = time.perf_counter(), is_first()
     say = print if first else (lambda text: None)
-    with StopSignals(partial(print, file=sys.stderr) if first else (lambda text: None)) as signals:
+    tell = (lambda text: print(text, file=sys.stderr)) if first else (lambda text: None)
+    with lasting("stdout", "stderr"), StopSignals(tell) as signals:
         run = prepare(settings, name, method, say)
         if run is None:
             return

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: before the first step they end the program, later they end the run after its step."""
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1: before the first step they end the program, later the run, after its step."""
 
 import signal
 import sys
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from litpeft.errors import INTERRUPTED, STOPPED
+from litpeft.launch import is_ignored
 
-NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopSignals:
@@ -17,7 +18,9 @@ class StopSignals:
         self.tell, self.asked, self.training = tell, "", False
 
     def __enter__(self) -> "StopSignals":
-        self._before = {name: signal.signal(getattr(signal, name), self._ask) for name in NAMES}
+        numbers = {name: getattr(signal, name) for name in NAMES}
+        caught = {name: n for name, n in numbers.items() if name != "SIGHUP" or not is_ignored(n)}
+        self._before = {name: signal.signal(number, self._ask) for name, number in caught.items()}
         return self
 
     def __exit__(
