@@ -10,7 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from litpeft.folders import RUN_FILES
-from litpeft.train.log import Log, StepRecord
+from litpeft.train.log import Log, StepRecord, read_metrics
 from litpeft.train.report import RunFacts, Sample, loss_figure, markdown, scaled, smoothed, summary_lines, write_report
 
 FACTS = RunFacts(
@@ -46,13 +46,14 @@ FACTS = RunFacts(
 HOSTILE = "a ```` b\n```\n# no heading\n</p> | x | <script>alert(1)</script> $x$ [l](u)\x1b[31m\ud800\n~~~~\n\n---\t|"
 
 
-def log_run(folder, steps: int) -> list[float]:
+def log_run(folder, steps: int) -> list[dict[str, float]]:
+    """Returns step, loss and learning rate of each step of a run that was logged."""
     losses = [0.5 + 2 * math.exp(-step / 20) for step in range(1, steps + 1)]
     with Log(folder, steps) as log:
         for step, loss in enumerate(losses, start=1):
             log.step(StepRecord(step, step / 30, loss, 2e-4 / step, 1.0, step, step, 50.0, float(step)))
         log.validation(steps, 0.75, 100)
-    return losses
+    return log.curve()
 
 
 def outline(text: str) -> list[tuple[str, str]]:
@@ -66,8 +67,7 @@ def outline(text: str) -> list[tuple[str, str]]:
 
 
 def test_the_report_and_the_picture_are_written(tmp_path):
-    log_run(tmp_path, 60)
-    path = write_report(tmp_path, FACTS)
+    path = write_report(tmp_path, FACTS, log_run(tmp_path, 60))
     text = path.read_text(encoding="utf-8")
     assert path == tmp_path / "report.md"
     assert "](loss.png)" in text
@@ -87,9 +87,10 @@ def test_the_report_and_the_picture_are_written(tmp_path):
 
 
 def test_the_picture_shows_the_figures_of_metrics_csv(tmp_path):
-    losses = log_run(tmp_path, 60)
-    rows = [{"step": float(i), "loss": loss, "lr": 2e-4 / i} for i, loss in enumerate(losses, start=1)]
-    upper, lower = loss_figure(rows, FACTS).axes
+    curve = log_run(tmp_path, 60)
+    rows = [row for row in read_metrics(tmp_path) if row["loss"] is not None]
+    losses = [row["loss"] for row in rows]
+    upper, lower = loss_figure(curve, FACTS).axes
     raw, smooth, held_out, best = upper.lines
     assert list(raw.get_ydata()) == losses
     assert list(smooth.get_ydata()) == smoothed(losses)
@@ -103,8 +104,7 @@ def test_the_picture_shows_the_figures_of_metrics_csv(tmp_path):
 @pytest.mark.parametrize("steps", [1, 2, 19, 20, 21, 500])
 @pytest.mark.filterwarnings("error")
 def test_any_number_of_steps_can_be_drawn(tmp_path, steps):
-    log_run(tmp_path, steps)
-    write_report(tmp_path, replace(FACTS, title="prefix on 模型 $x_1^$", validation=[]))
+    write_report(tmp_path, replace(FACTS, title="prefix on 模型 $x_1^$", validation=[]), log_run(tmp_path, steps))
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
@@ -112,7 +112,7 @@ def test_a_run_without_a_step_has_no_picture(tmp_path):
     with Log(tmp_path, 10) as log:
         log.validation(0, 2.0, 10)
     facts = replace(FACTS, steps=0, first_loss=None, last_loss=None, validation=[(0, 2.0)], stopped="Ctrl-C at step 0")
-    assert "loss.png" not in write_report(tmp_path, facts).read_text()
+    assert "loss.png" not in write_report(tmp_path, facts, log.curve()).read_text()
     assert not (tmp_path / "loss.png").exists()
 
 
@@ -203,8 +203,7 @@ def test_counts_are_scaled_with_decimal_prefixes(number, unit, text):
 
 def test_the_facts_are_written_as_json_too_and_replaced_with_the_run(tmp_path):
     facts = replace(FACTS, command=HOSTILE)
-    log_run(tmp_path, 3)
-    write_report(tmp_path, facts)
+    write_report(tmp_path, facts, log_run(tmp_path, 3))
     record = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert record.keys() == {field.name for field in fields(RunFacts)}
     assert (record["command"], record["trainable"], record["seconds"]) == (HOSTILE, 1_221_120, 112.3)

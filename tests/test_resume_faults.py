@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from short_runs import (
     LONG,
     QUIET,
@@ -189,6 +190,57 @@ def test_a_run_that_was_out_of_time_goes_on(tiny_folder, tmp_path) -> None:
     run = train(tiny_folder, tmp_path / "run", {"train.max_time": 1e-6})
     assert json.loads((run / "final/delta.json").read_text())["finished"] is False
     assert_same(resume(tiny_folder, run), whole)
+
+
+def spoil_metrics(run: Path) -> None:
+    with open(run / "metrics.csv", "r+") as file:
+        file.truncate(0)
+        file.write("city,people\n")
+
+
+@pytest.mark.parametrize(
+    ("action", "whole_metrics"),
+    [
+        (lambda run: (run / "metrics.csv").unlink(), True),
+        (lambda run: (run / "run.yaml").replace(run / "metrics.csv"), True),
+        (lambda run: run.rename(run.parent / "elsewhere"), True),
+        (shutil.rmtree, True),
+        (spoil_metrics, False),
+    ],
+    ids=["metrics removed", "metrics replaced", "folder renamed", "folder removed", "metrics overwritten"],
+)
+def test_what_is_removed_while_a_run_goes_on_is_there_at_its_end(
+    action, whole_metrics: bool, tiny_folder, tmp_path, monkeypatch
+) -> None:
+    whole, run = train(tiny_folder, tmp_path / "whole"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        poisoned(patch, 8, lambda loss: (action(run), loss)[1])  # in step 3
+        train(tiny_folder, run)
+    if whole_metrics:
+        assert_same(run, whole)
+    assert delta(run).keys() == delta(whole).keys()
+    assert all(torch.equal(tensor, delta(whole)[name]) for name, tensor in delta(run).items())
+    assert (run / "loss.png").read_bytes() == (whole / "loss.png").read_bytes()
+    assert yaml.safe_load((run / "run.yaml").read_text())["train"]["batch_size"] == 4
+    assert json.loads((run / "report.json").read_text())["stopped"] == "all steps done"
+
+
+def test_a_best_checkpoint_that_is_removed_leaves_the_last_weights_and_an_error(
+    tiny_folder, tmp_path, monkeypatch, capsys
+) -> None:
+    ends = QUIET | {"validation.final": "best", "validation.interval": 1, "data.validation_path": against(tmp_path)}
+    ends |= {"train.epochs": 40, "train.schedule": "constant", "checkpoint.interval": 80}
+    run = tmp_path / "run"
+    poisoned(monkeypatch, 6 * 40, lambda loss: (shutil.rmtree(run / "checkpoints"), loss)[1])
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_folder, run, ends)
+    assert stop.value.code == 4
+    best = json.loads((run / "report.json").read_text())["best"][0]
+    said = capsys.readouterr().err
+    assert f"there is no checkpoint of step {best}" in said
+    assert f"final/ holds the weights of step 80, not the best of step {best}" in said
+    assert json.loads((run / "final/delta.json").read_text())["step"] == 80
+    assert all(torch.equal(tensor, newest(run).tensors("delta")[name]) for name, tensor in delta(run).items())
 
 
 def test_the_report_tells_the_time_in_steps_and_in_all_of_every_command(tiny_folder, tmp_path) -> None:

@@ -210,11 +210,13 @@ class Preparation:
                 trainer.resume(self.saved)
             trainer.progress.startup += time.perf_counter() - began
             progress = trainer.fit()
-            step = self.choose(model, progress)
+            step, lost = self.choose(model, progress)
             self.save(model, progress, step, storage, fabric.is_global_zero)
             progress.elapsed = trainer.clock()
             if fabric.is_global_zero:
-                report(self, model, progress, fabric)
+                report(self, model, progress, fabric, log)
+            if lost is not None:
+                raise lost
         fabric.barrier()
         return progress
 
@@ -235,13 +237,21 @@ class Preparation:
         step = at.step if at else 0
         return Log(Path(self.settings.out), self.steps, self.settings.tensorboard, enabled, step, seconds)
 
-    def choose(self, model: GPT, progress: Progress) -> int:
-        """Returns the step whose weights the run ends with, and puts them into the model."""
+    def choose(self, model: GPT, progress: Progress) -> tuple[int, UserError | None]:
+        """Returns the step whose weights the run ends with, and puts them into the model.
+
+        Where the best checkpoint is lost, those of the last step are all there is: they are to be saved first, and the
+        error that is returned raised then.
+        """
         best = progress.best
         if self.settings.validation.final == "last" or best is None or best[0] == progress.step or progress.exit_code:
-            return progress.step
-        put(model, self.checkpoints.at(best[0]).tensors("delta"))
-        return best[0]
+            return progress.step, None
+        try:
+            put(model, self.checkpoints.at(best[0]).tensors("delta"))
+        except UserError as error:
+            error.hint = f"final/ holds the weights of step {progress.step}, not the best of step {best[0]}"
+            return progress.step, error
+        return best[0], None
 
     def save(self, model: GPT, progress: Progress, step: int, storage: Storage | None, first: bool) -> None:
         """Writes final/."""

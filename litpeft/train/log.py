@@ -2,6 +2,7 @@
 
 import os
 import sys
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -74,6 +75,7 @@ class Log:
         self.folder, self.steps, self.tensorboard, self.enabled = Path(folder), steps, tensorboard, enabled
         self.start_step, self.max_time = start_step, max_time
         self.steps_done = 0  # since this process began
+        self._curve = array("d")  # step, loss and learning rate of each step of the whole run
         self._pace: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._bar: Progress | None = None
         self._writer: Any = None
@@ -88,7 +90,10 @@ class Log:
             purge = self.start_step + 1 if self.start_step else None  # hides what an earlier run logged after that
             place = str(self.folder / "tensorboard")
             self._writer = summary_writer_class()(place, purge_step=purge, flush_secs=10)
-        self._file = open_metrics(self.folder / "metrics.csv", self.start_step)
+        self._file, rows = open_metrics(self.folder / "metrics.csv", self.start_step)
+        for row in rows:
+            if row["loss"] is not None:
+                self._curve.extend((row["step"], row["loss"], row["lr"]))
         console = Console(stderr=True)
         if console.is_interactive and sys.stderr.isatty():  # is_interactive alone believes FORCE_COLOR
             count = TextColumn("step {task.completed:.0f}/{task.total:.0f}")
@@ -119,6 +124,7 @@ class Log:
             return
         self.steps_done += 1
         self._record(asdict(record))
+        self._curve.extend((record.step, record.loss, record.lr))
         self._pace.append((record.step, record.seconds))
         left = time_left(self._pace, self.steps, self.max_time)
         figures = f"loss {record.loss:.4f}  lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tokens/s"
@@ -145,6 +151,11 @@ class Log:
         score = "" if exact is None else f", {exact:.1%} answered exactly"
         self.message(f"step {step}/{self.steps}  validation loss {loss:.4f} over {tokens:,} tokens{score}")
 
+    def curve(self) -> list[dict[str, float]]:
+        """Returns step, loss and lr of each step of the run, whatever became of metrics.csv."""
+        values = self._curve
+        return [dict(zip(("step", "loss", "lr"), values[i : i + 3], strict=True)) for i in range(0, len(values), 3)]
+
     def message(self, text: str) -> None:
         """Prints a line on standard error, above the bar if there is one."""
         if not self.enabled:
@@ -156,6 +167,14 @@ class Log:
             print(text, file=sys.stderr, flush=True)
 
     def _record(self, row: dict[str, float]) -> None:
+        path = self.folder / "metrics.csv"
+        if not (path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))):
+            self.message(f"{path} was removed: it is written again")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file.seek(0)  # what was removed can be read as long as it is open
+            path.write_text(self._file.read(), encoding="utf-8", newline="\n")
+            self._file.close()
+            self._file = append_to(path)
         self._file.write(",".join(_text(row.get(column)) for column in COLUMNS) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -194,17 +213,22 @@ def duration(seconds: float) -> str:
     return f"{whole:,} {unit} {rest} {smaller}" if rest else f"{whole:,} {unit}"
 
 
-def open_metrics(path: Path, start_step: int) -> TextIO:
-    """Returns metrics.csv opened for more rows, those after `start_step` cut off (all of them where it is 0)."""
+def open_metrics(path: Path, start_step: int) -> tuple[TextIO, list[dict[str, float | None]]]:
+    """Returns metrics.csv opened for more rows, and those it holds: up to `start_step`, none where that is 0."""
     rows = _rows(path) if path.exists() else []  # read even if none stays: another program's file is not ours to empty
-    kept = [line for line, row in rows if start_step and row["step"] <= start_step]
+    rows = [(line, row) for line, row in rows if start_step and row["step"] <= start_step]
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(line + "\n" for line in (",".join(COLUMNS), *kept))
+        file.writelines(line + "\n" for line in (",".join(COLUMNS), *(line for line, _ in rows)))
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)  # a kill in between leaves the old rows
-    return open(path, "a", encoding="utf-8", newline="\n")
+    return append_to(path), [row for _, row in rows]
+
+
+def append_to(path: Path) -> TextIO:
+    """Returns a file opened to be read, and written to at its end."""
+    return open(path, "a+", encoding="utf-8", newline="\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, float | None]]:

@@ -20,6 +20,7 @@ from litpeft.model import GPT
 from litpeft.run import go_on
 from litpeft.settings.train import Finetune
 from litpeft.terminal import command_line
+from litpeft.train.log import Log
 from litpeft.train.progress import Progress
 from litpeft.train.report import RunFacts, summary_lines, write_report
 
@@ -54,7 +55,7 @@ def plain(value: object) -> object:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric) -> None:
+def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric, log: Log) -> None:
     """Writes report.md and loss.png, and prints the same in a few lines."""
     settings, name, out = run.settings, run.name, Path(run.settings.out)
     base, device = Path(settings.base.dir), fabric.device
@@ -105,6 +106,8 @@ def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric) -
         ],
         go_on=go_on(name, out) if progress.exit_code or progress.out_of_time else "",
     )
-    path = write_report(out, facts)
+    if not (out / "run.yaml").exists():  # the folder was removed while the run went on
+        begin_run(out, settings, name, run.method, run.rows)
+    path = write_report(out, facts, log.curve())
     print("\n".join(summary_lines(facts)))
     print(f"the whole story: {path}")

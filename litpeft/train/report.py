@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from litpeft.terminal import clean
-from litpeft.train.log import duration, read_metrics
+from litpeft.train.log import duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,9 +95,11 @@ class RunFacts:
         return next((point for point in self.validation if self.best and point[0] == self.best[0]), None)
 
 
-def write_report(folder: Path, facts: RunFacts) -> Path:
-    """Writes report.md, report.json and, if the run made a step, loss.png into a run's folder; returns report.md."""
-    steps = [row for row in read_metrics(folder) if row["loss"] is not None and math.isfinite(row["loss"])]
+def write_report(folder: Path, facts: RunFacts, steps: list[dict[str, float]]) -> Path:
+    """Writes report.md, report.json and, if the run made a step, loss.png into a run's folder; returns report.md.
+
+    `steps` are the step, loss and lr of each step.
+    """
     if steps:
         loss_figure(steps, facts).savefig(Path(folder) / "loss.png")
     record = json.dumps(asdict(facts), indent=2, default=str)
@@ -254,7 +256,7 @@ def _columns(sample: Sample) -> str:
     return file.getvalue()
 
 
-def loss_figure(steps: list[dict[str, float | None]], facts: RunFacts) -> "Figure":
+def loss_figure(steps: list[dict[str, float]], facts: RunFacts) -> "Figure":
     """Returns the picture of a run: its losses above, its learning rate below; `steps` are rows with a finite loss."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
