@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from litpeft.errors import UserError
 from litpeft.settings.kinds import in_words
 from litpeft.suggestions import suggest
+from litpeft.yaml_bounds import TooMuch, compose
 from litpeft.yaml_values import check_value, check_word
 
 LARGEST = 1 << 20  # bytes of a YAML file
@@ -84,9 +85,9 @@ def check_yaml(parser: ArgumentParser, argv: list[str]) -> dict[str, str]:
             text = Path(file).read_bytes()
             if len(text) > LARGEST:
                 raise UserError("CONFIG-005", f"{len(text):,} bytes are too many for a YAML file", where=file)
-            root = yaml.compose(text, Loader=yaml.SafeLoader)
-        except RecursionError:
-            raise UserError("CONFIG-017", "the file is nested too deeply", where=file) from None
+            root = compose(text)
+        except TooMuch as error:
+            raise UserError("CONFIG-016", str(error), where=f"{file}:{error.line}") from None
         except OSError as error:
             raise UserError("CONFIG-006", error.strerror or str(error), where=file) from None
         except yaml.YAMLError as error:
@@ -96,12 +97,7 @@ def check_yaml(parser: ArgumentParser, argv: list[str]) -> dict[str, str]:
             raise UserError("CONFIG-007", f"not YAML: {what}", where=where) from None
         if not isinstance(root, yaml.MappingNode):
             raise UserError("CONFIG-008", "the file must hold keys and values", where=file)
-        try:
-            _walk(root, "", file, options, lines)
-        except RecursionError:
-            raise UserError(
-                "CONFIG-016", "the keys are nested too deeply, or an alias holds itself", where=file
-            ) from None
+        _walk(root, "", file, options, lines)
     # the longest first: an error that names `train.lr` must not be placed at `train`
     return dict(sorted(lines.items(), key=lambda item: -len(item[0])))
 

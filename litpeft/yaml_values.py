@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from litpeft.errors import UserError
+from litpeft.yaml_bounds import TooMuch, compose
 
 # What YAML 1.1 takes for a number though it is not written in plain decimal digits.
 ODD_NUMBERS = {
@@ -43,14 +44,16 @@ def check_value(node: yaml.Node, key: str, kind: Any, where: str) -> None:
 
 
 def check_word(text: str, key: str, kind: Any) -> None:
-    """Does the same for a value on the command line, where text needs no quotes."""
-    if plain_types(kind) == {str}:
-        return
+    """Does the same for a value on the command line, where text needs no quotes; refuses what is out of bounds."""
+    if plain_types(kind) == {str} and not re.search("dict|list|tuple", str(kind)) and not {"&", "*"} <= set(text):
+        return  # text that no reader of YAML makes more of
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError):
+        node = compose(text)
+    except TooMuch as error:
+        raise UserError("CONFIG-017", str(error), where=f"--{key}") from None
+    except yaml.YAMLError:
         return  # the option's own type says what is wrong with it
-    if node is not None:
+    if node is not None and plain_types(kind) != {str}:
         check_value(node, key, kind, "")
 
 

@@ -142,7 +142,7 @@ YAML = "base: {dir: b}\ndata: {path: d}\nout: o\n"
         (YAML.replace("path: d", "path: d, mask_prompt: null"), 2, '"data.mask_prompt" must not be null'),
         (YAML + "train.lr: 1\n", 4, 'there is no key "train.lr"'),
         (YAML + "config: other.yaml\n", 4, 'there is no key "config"'),
-        (YAML + "train: &t {optimizer_args: *t}\n", None, "an alias holds itself"),
+        (YAML + "train: &t {optimizer_args: *t}\n", 4, '"train.optimizer_args" holds itself'),
         (YAML + "train: {max_time: .inf}\n", 4, "train.max_time must be a finite number"),
         (YAML.replace("out: o", "out: !!python/object/apply:os.system ['touch pwned']"), 3, "python/object/apply"),
     ],
