@@ -109,17 +109,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 def read_config(folder: Path) -> tuple[str, ModelConfig]:
     """Returns the family's name (`llama`, ...) and the ModelConfig of a Hugging Face folder."""
     from litpeft.families import FAMILIES, family
+    from litpeft.recognise import refuse_other
 
+    refuse_other(folder)
     path = folder / "config.json"
     hf = read_json(path, "config.json of a model")
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             "MODEL-004", f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=str(path)
-        )
-    if hf.get("quantization_config") is not None:
-        raise UserError(
-            "MODEL-005", "the weights are already quantised; take the model's plain weights", where=str(path)
         )
     try:
         return name, family(name).config(hf)

@@ -18,12 +18,13 @@ from litpeft.checkpoint import DTYPES, RESULT_DTYPES, Weights, copy_companions, 
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
-from litpeft.folders import atomic_folder, refuse_existing, sync_files
+from litpeft.folders import alone, atomic_folder, refuse_existing, sync_files
 from litpeft.generation_config import write_stop_ids
 from litpeft.methods.base import folds, load_delta, without_delta
 from litpeft.model import GPT, Context
 from litpeft.ops import product
 from litpeft.precision import Storage
+from litpeft.recognise import refuse_other
 from litpeft.run import Run, find_run, tell_standing, write_dtype
 from litpeft.settings.files import Merge
 from litpeft.slots import Delta, Linear, Slot
@@ -71,7 +72,9 @@ def merge(settings: Merge) -> None:
     """The command `litpeft merge`."""
     run = find_run(Path(settings.run))
     if run is None:
-        raise UserError("MODEL-060", "this is no run: it has no final/delta.json", where=settings.run)
+        refuse_other(Path(settings.run))
+        what = "this is no run but a model folder (it has no final/delta.json): there is nothing to merge"
+        raise UserError("MODEL-060", what, where=settings.run, hint="name the run: the `--out` of `litpeft finetune`")
     if run.is_model:
         what = f"there is nothing to merge: {run.folder} is an ordinary Hugging Face folder already"
         raise UserError("MODEL-065", what, where=settings.run)
@@ -92,7 +95,7 @@ def merge(settings: Merge) -> None:
     dtype = RESULT_DTYPES.get(settings.dtype) or max(sizes, key=sizes.__getitem__, default=torch.float32)
     model = _trained(run, base, storage)
     prompts, rounding = [tokenizer.encode(text) for text in PROMPTS], Rounding()
-    with atomic_folder(out, settings.overwrite) as folder:
+    with alone(out), atomic_folder(out, settings.overwrite) as folder:
         try:
             write_safetensors(folder, _merged(model, base, dtype, rounding))
         except TypeError as error:

@@ -27,6 +27,7 @@ from litpeft.methods import METHODS, method_class
 from litpeft.methods.base import Method, delta_state
 from litpeft.model import GPT
 from litpeft.precision import PRECISIONS, Storage
+from litpeft.recognise import refuse_file
 from litpeft.record import DELTA, FORMAT, checksum, read_record
 from litpeft.terminal import command_line
 from litpeft.tokenizer import Tokenizer
@@ -154,11 +155,7 @@ class Run:
 
 def find_run(path: Path) -> Run | None:
     """Returns the run at `path` (a run's folder or its final/), or None if `path` is a model folder."""
-    if not os.path.exists(path):
-        hint = "give a model folder, a run, or a merged folder; `litpeft download` gets a model of the hub"
-        raise UserError("MODEL-050", "there is no such folder", where=str(path), hint=hint)
-    if not path.is_dir():
-        raise UserError("MODEL-058", "this is a file; a model is a folder", where=str(path))
+    refuse_file(path)
     for folder in (path / "final", path):
         if (folder / "delta.json").exists():
             return Run(folder, read_record(folder / "delta.json"))

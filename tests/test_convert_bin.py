@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from litpeft.build import build
 from litpeft.checkpoint import Weights
 from litpeft.convert import convert
 from litpeft.errors import UserError
+from litpeft.folders import alone
 from litpeft.settings.files import Convert
 
 
@@ -219,3 +222,55 @@ def test_what_is_missing_damaged_or_no_weights_is_named(tmp_path):
     assert "layers.0.self_attn.q_proj.weight is missing" in refusal(source)
     torch.save(state | {"model.norm.weight": torch.full((64,), torch.nan)}, source / "pytorch_model.bin")
     assert "model.norm.weight holds numbers that are not finite" in refusal(source)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int64", "bool", "complex64", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_numbers_of_a_type_that_no_model_is_read_in_are_named(tmp_path, kind, dtype):
+    source, state = bin_folder(tmp_path / "bin", 2)
+    name = "model.layers.0.mlp.up_proj.weight"
+    file = json.loads((source / "pytorch_model.bin.index.json").read_text())["weight_map"][name]
+    part = torch.load(source / file)
+    torch.save(part | {name: torch.ones(part[name].shape).to(getattr(torch, kind))}, source / file)
+    with pytest.raises(UserError, match=f"{file}: {name} holds {kind}, expected float64, float32, float16, bfloat16"):
+        convert(Convert(str(source), str(tmp_path / "hf"), dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "what", [[], {}, 7, torch.ones(2), [torch.ones(2)], "text", None, {"a": 1}, {1: torch.ones(2)}]
+)
+def test_pickles_of_other_things_are_named(tmp_path, what):
+    source, _ = bin_folder(tmp_path / "bin")
+    torch.save(what, source / "pytorch_model.bin")
+    message = refusal(source)
+    assert "only a dict of plain tensors is read" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"PK", b"PK\x05\x06" + bytes(18), b"{}"])
+def test_files_that_hold_nothing_are_named(tmp_path, content):
+    source, _ = bin_folder(tmp_path / "bin")
+    (source / "pytorch_model.bin").write_bytes(content)
+    assert "pytorch_model.bin" in refusal(source)
+
+
+def test_a_number_that_is_not_finite_is_named_by_shard_and_tensor(tmp_path):
+    source, state = bin_folder(tmp_path / "bin", 2)
+    name = "model.layers.0.mlp.up_proj.weight"
+    file = json.loads((source / "pytorch_model.bin.index.json").read_text())["weight_map"][name]
+    part = torch.load(source / file)
+    part[name][2, 3] = torch.inf
+    torch.save(part, source / file)
+    assert f"{source / file}: {name} holds numbers that are not finite" in refusal(source)
+
+
+def test_one_process_at_a_time_converts_into_a_folder(tmp_path):
+    source, _ = bin_folder(tmp_path / "bin")
+    out = tmp_path / "hf"
+    with alone(out):
+        command = [sys.executable, "-m", "litpeft", "convert", str(source), str(out), "--overwrite", "true"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 6
+        assert f"{out}: process {os.getpid()} on " in done.stderr
+        assert not out.exists()
+    convert(Convert(str(source), str(out)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "hf"]

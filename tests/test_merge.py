@@ -1,6 +1,7 @@
 """Merging: the files compute what the run computes, and nothing wrong is ever written."""
 
 import json
+import os
 import shutil
 import warnings
 
@@ -15,6 +16,7 @@ from litpeft.cli import main
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
+from litpeft.folders import alone
 from litpeft.methods.base import load_delta
 from litpeft.methods.lora import LoRA
 from litpeft.run import find_run
@@ -140,7 +142,16 @@ def test_settings_that_were_changed_after_the_run_are_noticed(tiny_folder, tmp_p
         load_delta(model, load_file(run / "final" / "delta.safetensors"), "run")
 
 
+def test_one_process_at_a_time_merges_into_a_folder(tiny_folder, tmp_path, capsys):
+    run = finetune(tiny_folder, tmp_path, "--train.epochs", "1")
+    with alone(run / "merged"):
+        code, error = fails(capsys, "merge", str(run))
+    assert code == 6
+    assert f"{run / 'merged'}: process {os.getpid()} on " in error
+    assert not (run / "merged").exists()
+
+
 def test_what_is_no_run_is_refused(tiny_folder, tmp_path, capsys) -> None:
-    assert "this is no run" in fails(capsys, "merge", str(tiny_folder))[1]
+    assert "this is no run but a model folder" in fails(capsys, "merge", str(tiny_folder))[1]
     assert "there is no such folder" in fails(capsys, "merge", str(tmp_path / "none"))[1]
     assert find_run(tiny_folder) is None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litpeft.errors import UserError
+from litpeft.recognise import refuse_other
 from litpeft.settings.files import Convert
 from litpeft.terminal import command_line
 
@@ -20,7 +21,7 @@ def convert(settings: Convert) -> None:
     """Writes the Hugging Face folder `settings.out`, reads it again and says what was done."""
     from litpeft.checkpoint import RESULT_DTYPES
     from litpeft.convert.bin import BinFolder
-    from litpeft.folders import atomic_folder
+    from litpeft.folders import alone, atomic_folder
 
     source, out = Path(settings.source), Path(settings.out)
     dtype = RESULT_DTYPES[settings.dtype] if settings.dtype else None
@@ -30,7 +31,7 @@ def convert(settings: Convert) -> None:
         raise UserError("CONFIG-200", what, where=str(out), hint="name another folder for the result")
     model = open_gguf(gguf_file) if gguf_file else BinFolder(source)
     print(f"read {gguf_file or source}: {model.summary()}")
-    with atomic_folder(out, settings.overwrite) as folder:
+    with alone(out), atomic_folder(out, settings.overwrite) as folder:
         model.write(folder, dtype)
         tell_stop_ids(folder)
         count, parameters, written = check(folder, settings.source)
@@ -79,6 +80,7 @@ def find_gguf(source: Path) -> Path | None:
         return files[0]
     if any(source.glob("pytorch_model*.bin")):
         return None
+    refuse_other(source)
     what = "there is no .gguf and no pytorch_model*.bin in it"
     if any(file.suffix in PICKLED for file in source.iterdir()):
         what += "; files of Meta's or litgpt's own layout (.pth, .ckpt) are not read"
@@ -87,7 +89,8 @@ def find_gguf(source: Path) -> Path | None:
 
 
 def refuse_safetensors(folder: Path) -> None:
-    """Raises: a folder of safetensors is what convert would write."""
+    """Raises: a folder of safetensors is what convert would write, unless it is an adapter or the like."""
+    refuse_other(folder)
     raise UserError(
         "CONFIG-205",
         "needs no conversion: use it where it lies",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 from litpeft.config import left_out, read_config, read_json
-from litpeft.errors import UserError
+from litpeft.errors import UserError, some
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,14 @@ class BinFolder:
         self.family, self.config = read_config(folder)
         self.hf = read_json(folder / "config.json", "config.json of a model")
         self.shards = self._shards()
+        for file in self.shards:
+            check_archive(folder / file)
         size, layers = sum((folder / file).stat().st_size for file in self.shards), self.config.n_layers
         if layers * self.config.d_model > size:  # before so many layers are made
             what = f"config.json{left_out(folder)} says {layers} layers of width {self.config.d_model}"
-            raise UserError("MODEL-280", f"{what}, the files have {size} bytes", where=str(folder))
+            raise UserError(
+                "MODEL-280", f"{what}, the weights ({some(list(self.shards))}) have {size} bytes", where=str(folder)
+            )
 
     def summary(self) -> str:
         files = f"{len(self.shards)} shards" if len(self.shards) > 1 else next(iter(self.shards))
@@ -73,6 +77,7 @@ class BinFolder:
                     tied[end] = tensor
                 if end == "head" or any(fnmatchcase(name, glob) for glob in names.buffers):
                     continue
+                check_numbers(name, tensor, self.folder / file)
                 shared = tensor.data_ptr() in seen  # safetensors keeps no two names of one memory
                 seen.add(tensor.data_ptr())
                 tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
@@ -129,11 +134,31 @@ def load(path: Path) -> dict[str, "Tensor"]:
     return state
 
 
-def check_sums(path: Path) -> None:
-    """Raises unless `path` is an archive as torch.save writes it, and the checksum of each of its records is right."""
+def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
+    """Raises unless a tensor holds plain, finite numbers."""
+    from litpeft.checkpoint import DTYPES, is_finite
+
+    if tensor.dtype not in DTYPES.values():
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+        what = f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, expected {kinds}"
+        hint = "quantised weights are not read: take the model's plain weights"
+        raise UserError("MODEL-253", what, where=str(path), hint=hint)
+    if tensor.numel() and not is_finite(tensor):
+        hint = "the file is damaged, or was saved by a run that had failed"
+        raise UserError("MODEL-254", f"{name} holds numbers that are not finite", where=str(path), hint=hint)
+
+
+def check_archive(path: Path) -> None:
+    """Raises unless `path` is an archive, as torch.save writes it."""
     if not is_zipfile(path):
         what = "is cut short, or was written by torch before 1.6"
+        if not path.stat().st_size:
+            what = "is empty"
         raise UserError("MODEL-246", what, where=str(path), hint="download it again, or save it with a newer torch")
+
+
+def check_sums(path: Path) -> None:
+    """Raises unless the checksum of each record of an archive is right."""
     try:
         with ZipFile(path) as archive:
             packed = [record.filename for record in archive.infolist() if record.compress_type != ZIP_STORED]
