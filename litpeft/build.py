@@ -1,6 +1,7 @@
 """How a model comes to be. Training, generation and merging all use this one order."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,10 +52,12 @@ def build(
 ) -> GPT:
     """Returns the model of a Hugging Face folder in `dtype`, with a method attached at its start; without one, frozen.
 
-    `storage` says how the linear layers are held, `shard` spreads the model over the ranks (of which the first writes
-    the quantised weights to disk, if they are to be kept).
+    `storage` says how the linear layers are held, `shard` spreads the model over the ranks (of which the first compares
+    the files with their checksums, and writes the quantised weights to disk, if they are to be kept).
     """
     config, weights, names = checked_files(folder)
+    # beside all that follows
+    verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if first else None
     with torch.device("meta"):  # 1. shapes
         model = GPT(config)
     model.dtype = dtype
@@ -87,8 +90,9 @@ def build(
             tensor = names.read(weights, ours).to(device)
             if not is_finite(tensor):
                 hint = "take the model's files again, or another precision"
-                what = f"{names.file_name(ours)} holds numbers that are not finite"
-                raise UserError("MODEL-041", what, where=str(folder), hint=hint)
+                file, name = names.found(weights, ours)
+                what = f"{name} holds numbers that are not finite"
+                raise UserError("MODEL-041", what, where=str(file), hint=hint)
             values = {ours: tensor} if layer is None else {f"{module}.{k}": v for k, v in layer.pack(tensor).items()}
         for key, value in values.items():
             _place(model, key, value)
@@ -101,6 +105,8 @@ def build(
         model.fused = fused_step
     if method is not None:  # 7. starts that depend on the base's weights
         method.init(model, lambda ours: names.read(weights, ours))
+    if verified is not None:
+        verified.result()
     return model
 
 

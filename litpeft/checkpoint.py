@@ -5,11 +5,11 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from io import FileIO
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from litpeft.checksums import compare, sha256, tensor_sums, write_checksums
 from litpeft.config import COMPANIONS, read_json
 from litpeft.errors import UserError, some
+from litpeft.recognise import refuse_other
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as settings say them
@@ -44,9 +46,18 @@ class Weights:
             for file in set(placed.values()):
                 if Path(file).name != file or not file.endswith(".safetensors"):
                     raise UserError("MODEL-031", f"{file!r} escapes the folder or is no safetensors", where=str(index))
-        elif (folder / "model.safetensors").exists():
+        elif (folder / "model.safetensors").exists() or (folder / "model.safetensors").is_symlink():
             placed = None
         else:
+            refuse_other(folder)
+            shards = sorted(p.name for p in folder.glob("*.safetensors"))
+            if shards and all(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in shards):
+                what = f"there are shards ({some(shards)}), but their index {index.name} is missing"
+                raise UserError("MODEL-037", what, where=str(folder), hint="download or copy it, too")
+            if shards:
+                hint = "if that is the model, rename it to model.safetensors" if len(shards) == 1 else ""
+                what = f"there is no model.safetensors, only {some(shards)}"
+                raise UserError("MODEL-038", what, where=str(folder), hint=hint)
             pickled = sorted(p.name for ending in ("*.bin", "*.pth", "*.gguf") for p in folder.glob(ending))
             hint = f"turn {pickled[0]} into one with `litpeft convert`" if pickled else "see `litpeft download --help`"
             raise UserError("MODEL-032", "there is no model.safetensors", where=str(folder), hint=hint)
@@ -79,10 +90,20 @@ class Weights:
 
     def fingerprint(self) -> str:
         """Returns the sha256 over every tensor's name, type, shape and bytes; the same however they are sharded."""
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            digests = dict(zip(self.file_of, pool.map(self._sha256, self.file_of), strict=True))
+        digests = self.verified_sums()
         lines = [f"{name} {self.dtype(name)} {list(self.shape(name))} {digests[name]}\n" for name in self.file_of]
         return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+    def sums(self) -> dict[str, str]:
+        """Returns the sha256 of every tensor's bytes; they are read, not mapped, and leave no pages behind."""
+        found = [tensor_sums(self.folder / file, torch.get_num_threads()) for file in self.headers]
+        return {name: sums[name] for sums in found for name in sums}
+
+    def verified_sums(self) -> dict[str, str]:
+        """Returns what `sums` does; raises if they are not those of the folder's checksums.json."""
+        sums = self.sums()
+        compare(self.folder, sums, self.file_of)
+        return sums
 
     def _span(self, name: str) -> tuple[int, int]:
         """Returns where a tensor's bytes begin and end in its file."""
@@ -96,13 +117,6 @@ class Weights:
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
             _mapped.add(self._maps[file])
         return self._maps[file]
-
-    def _sha256(self, name: str) -> str:
-        """Returns the sha256 of a tensor's bytes; they are read, not mapped, and leave no pages behind."""
-        first, last = self._span(name)
-        with open(self.folder / self.file_of[name], "rb", buffering=0) as handle:
-            handle.seek(first)
-            return _sha256(handle, last - first)
 
 
 def let_go(looked_at: int = MAPPED_BYTES) -> None:
@@ -125,19 +139,10 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-def _sha256(handle: FileIO, size: int) -> str:
-    """Returns the sha256 of the next `size` bytes."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    while size and (count := handle.readinto(block[:size])):
-        digest.update(block[:count])
-        size -= count
-    return digest.hexdigest()
-
-
 def file_sha256(path: Path) -> str:
     """Returns the sha256 of a file."""
     with open(path, "rb", buffering=0) as handle:
-        return _sha256(handle, path.stat().st_size)
+        return sha256(handle, path.stat().st_size)
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -150,7 +155,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         with open(path, "rb") as handle:
             header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
     except FileNotFoundError:
-        raise UserError("MODEL-035", "the file is missing", where=str(path)) from None
+        what = f"{path.name} is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
+        raise UserError("MODEL-035", what or "the file is missing", where=str(path)) from None
     except (OSError, SafetensorError, ValueError, struct.error) as error:
         what = f"not a whole safetensors file ({size} bytes): {error}"
         raise UserError("MODEL-036", what, where=str(path), hint="download or copy it again") from None
@@ -164,6 +170,7 @@ class _Shard:
     def __init__(self, path: Path):
         self.path, self.end, self.header_size = path, 0, 0
         self.entries: dict[str, Any] = {}
+        self.sums: dict[str, str] = {}
         self.handle = path.open("wb", buffering=0)  # so that closing it has nothing left to write
         self.handle.seek(8 + HEADER_BYTES)
 
@@ -171,14 +178,17 @@ class _Shard:
         """Returns whether one more tensor fits; the first always does."""
         return not self.end or (self.end + tensor.nbytes <= shard_bytes and self.header_size < HEADER_BYTES - 4096)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Writes one tensor."""
+    def add(self, name: str, tensor: Tensor, pool: ThreadPoolExecutor) -> None:
+        """Writes one tensor, and takes its checksum meanwhile."""
         kind = next(kind for kind, dtype in DTYPES.items() if dtype == tensor.dtype)
         offsets = [self.end, self.end + tensor.nbytes]
         self.entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
         self.header_size += len(json.dumps({name: self.entries[name]}))
         self.end += tensor.nbytes
-        self.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = pool.submit(hashlib.sha256, data)
+        self.write(data)
+        self.sums[name] = digest.result().hexdigest()
 
     def write(self, data: Any) -> None:
         view = memoryview(data)
@@ -197,11 +207,12 @@ class _Shard:
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes model.safetensors, or shards of at most `shard_bytes` with an index.
+    """Writes model.safetensors, or shards of at most `shard_bytes` with an index, and checksums.json.
 
     A shard holds tensors of one type, which so lie where that type can be read. One tensor is held at a time.
     """
     shards: list[_Shard] = []
+    pool = ThreadPoolExecutor(1)
     try:
         newest: dict[torch.dtype, _Shard] = {}
         for name, tensor in tensors:
@@ -209,12 +220,14 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard
             if shard is None or not shard.has_room(tensor, shard_bytes):
                 shard = newest[tensor.dtype] = _Shard(folder / f"shard-{len(shards)}")
                 shards.append(shard)
-            shard.add(name, tensor)
+            shard.add(name, tensor, pool)
         for shard in shards:
             shard.finish()
     finally:
+        pool.shutdown()
         for shard in shards:
             shard.handle.close()
+    write_checksums(folder, {name: digest for shard in shards for name, digest in shard.sums.items()}, "litpeft")
     if len(shards) == 1:
         os.rename(shards[0].path, folder / "model.safetensors")
         return

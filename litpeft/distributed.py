@@ -1,5 +1,6 @@
 """Tensors that several processes hold in shares (FSDP2's DTensors), and plain ones, through the same few functions."""
 
+import os
 import sys
 
 import torch
@@ -32,3 +33,11 @@ def fill(parameter: Tensor, tensor: Tensor) -> None:
     if is_share(parameter):
         tensor = share(tensor.to(parameter.device, parameter.dtype), parameter)
     parameter.copy_(tensor)
+
+
+def is_first() -> bool:
+    """Returns whether this process is the one that speaks and writes; known before the processes are connected."""
+    names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
+    if "LOCAL_RANK" not in os.environ:
+        names = ("SLURM_PROCID",)
+    return all(os.environ.get(name, "0") == "0" for name in names)

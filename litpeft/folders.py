@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from litpeft.checksums import CHECKSUMS
 from litpeft.config import COMPANIONS
 from litpeft.errors import UserError, some
 
 RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard")
 RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "report.json", "loss.png", *RUN_FOLDERS)
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them: a folder that is whole
-OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json")  # what --overwrite may remove
+OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json", CHECKSUMS)  # what --overwrite may remove
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
     if not overwrite:
         raise UserError("CONFIG-030", "the output exists", where=str(path), hint="name another, or say --overwrite")
     entries = [path] if not path.is_dir() else list(path.iterdir())
-    half = [".tmp-*", *(f"{name}.part" for name in RUN_FILES)]  # what a kill left of us
+    half = [".tmp-*", ".lock-*", *(f"{name}.part" for name in RUN_FILES)]  # what a kill left of us
     foreign = sorted(
         p.name for p in entries if p.name not in OURS and not any(p.match(name) for name in ("*.safetensors", *half))
     )

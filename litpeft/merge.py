@@ -24,7 +24,6 @@ from litpeft.methods.base import folds, load_delta, without_delta
 from litpeft.model import GPT, Context
 from litpeft.ops import product
 from litpeft.precision import Storage
-from litpeft.recognise import refuse_other
 from litpeft.run import Run, find_run, tell_standing, write_dtype
 from litpeft.settings.files import Merge
 from litpeft.slots import Delta, Linear, Slot
@@ -72,7 +71,6 @@ def merge(settings: Merge) -> None:
     """The command `litpeft merge`."""
     run = find_run(Path(settings.run))
     if run is None:
-        refuse_other(Path(settings.run))
         what = "this is no run but a model folder (it has no final/delta.json): there is nothing to merge"
         raise UserError("MODEL-060", what, where=settings.run, hint="name the run: the `--out` of `litpeft finetune`")
     if run.is_model:

@@ -27,7 +27,7 @@ from litpeft.methods import METHODS, method_class
 from litpeft.methods.base import Method, delta_state
 from litpeft.model import GPT
 from litpeft.precision import PRECISIONS, Storage
-from litpeft.recognise import refuse_file
+from litpeft.recognise import refuse_file, refuse_other
 from litpeft.record import DELTA, FORMAT, checksum, read_record
 from litpeft.terminal import command_line
 from litpeft.tokenizer import Tokenizer
@@ -102,6 +102,7 @@ class Run:
         if not os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
             hint = "say where it is with --base FOLDER"
             raise UserError("MODEL-053", f"the run's base model is not at {folder}", where=str(self.folder), hint=hint)
+        refuse_other(folder)
         self.check_config(folder)
         fingerprint = Weights(folder).fingerprint()
         if fingerprint != saved["fingerprint"]:
@@ -165,6 +166,7 @@ def find_run(path: Path) -> Run | None:
         if steps and method:
             hint = f"it was stopped after its checkpoint of step {steps[-1]:,}; it goes on with: {go_on(method, path)}"
         raise UserError("MODEL-056", "this run holds no result (no final/delta.json)", where=str(path), hint=hint)
+    refuse_other(path)
     return None
 
 

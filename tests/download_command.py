@@ -64,8 +64,10 @@ def refused(done: subprocess.CompletedProcess[str], code: str, *words: str) -> N
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Returns the visible files of a folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """Returns the visible files of a folder, but for the checksums that are kept beside them."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    files.pop("checksums.json", None)
+    return files
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """`litpeft download ORG/NAME` against a hub on this machine, with its faults."""
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +9,11 @@ from pathlib import Path
 import pytest
 from download_command import INDEX, MODEL, SHARDS, content, refused, run, small_disk, weights
 from loopback_hub import Hub
+from safetensors.numpy import load
+
+from litpeft.checkpoint import Weights
+from litpeft.errors import UserError
+from litpeft.folders import alone
 
 UNWANTED = {
     "README.md": b"# hi",
@@ -35,6 +42,24 @@ def test_hub_model_arrives_byte_for_byte_and_nothing_else_is_asked_for(hub: Hub,
     size = sum(map(len, MODEL.values())) / 1e6
     assert f"will download 6 files, {size:.2f} MB to checkpoints/org/tiny" in done.stdout
     assert done.stdout.endswith("next: litpeft chat checkpoints/org/tiny\n")
+
+
+def test_the_checksums_of_what_the_hub_sent_are_kept_and_later_damage_is_named(hub: Hub, tmp_path: Path) -> None:
+    run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url)
+    kept = json.loads((tmp_path / "out/checksums.json").read_text())
+    tensors = {name: array for shard in SHARDS for name, array in load(MODEL[shard]).items()}
+    assert kept["tensors"] == {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in tensors.items()}
+    assert kept["of"].startswith("org/tiny@")
+    assert Weights(tmp_path / "out").verified_sums() == kept["tensors"]
+    (tmp_path / "out" / SHARDS[1]).write_bytes(MODEL[SHARDS[1]][:-1] + b"\x3f")
+    with pytest.raises(UserError, match=f"{SHARDS[1]}: w2 changed since the file was downloaded"):
+        Weights(tmp_path / "out").fingerprint()
+
+
+def test_one_process_at_a_time_downloads_into_a_folder(hub: Hub, tmp_path: Path) -> None:
+    with alone(tmp_path / "out"):
+        refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), "RESOURCE-032", f"process {os.getpid()} on")
+    assert hub.transfers() == []
 
 
 def test_second_run_transfers_nothing_with_and_without_the_hub(hub: Hub, tmp_path: Path) -> None:
@@ -179,7 +204,7 @@ def test_folder_of_another_model_is_left_alone(hub: Hub, tmp_path: Path) -> None
 def test_full_disk_is_told_before_the_transfer_and_during_it(hub: Hub, tmp_path: Path) -> None:
     hub.files = {"config.json": b"{}", "model.safetensors": weights(7, 500_000)}
     with small_disk(tmp_path / "disk") as disk:
-        refused(run(tmp_path, "org/tiny", "disk/a", HF_ENDPOINT=hub.url), "RESOURCE-100", "2.00 MB", "1.05 MB")
+        refused(run(tmp_path, "org/tiny", "disk/a", HF_ENDPOINT=hub.url), "RESOURCE-100", "2.00 MB", "1.04 MB")
         assert hub.transfers() == []
         assert list(disk.iterdir()) == []
         hub.listed_size = {"model.safetensors": 1000}  # a listing that lies

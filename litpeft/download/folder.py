@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from litpeft.checksums import tensor_sums, write_checksums
 from litpeft.config import COMPANIONS, read_json
 from litpeft.errors import UserError
 
@@ -41,6 +42,12 @@ def check_folder(folder: Path) -> None:
             raise UserError("MODEL-101", f"not a whole safetensors file: {error}", where=str(path), hint=hint) from None
     for path in sorted(folder.glob(f"*.safetensors{INDEX}")):
         _check_index(path)
+
+
+def keep_checksums(folder: Path, origin: str) -> None:
+    """Writes the checksums of weights that are now known to be those of the source."""
+    sums = [tensor_sums(path) for path in sorted(folder.glob("*.safetensors"))]
+    write_checksums(folder, {name: digest for part in sums for name, digest in part.items()}, origin)
 
 
 def _check_index(path: Path) -> None:

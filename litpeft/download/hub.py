@@ -5,12 +5,15 @@ import re
 import sys
 import time
 from collections.abc import Collection
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from litpeft.download.folder import amount, check_folder, disk_fault, model_files, need_space
+from litpeft.checksums import CHECKSUMS
+from litpeft.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
 from litpeft.errors import UserError
+from litpeft.folders import alone
 from litpeft.settings.files import Download
 
 if TYPE_CHECKING:
@@ -34,11 +37,22 @@ def fetch(settings: Download) -> Path:
         if refusal := _refusal(error, settings):
             raise refusal from None
         return _unreachable(error, settings, folder)
-    try:
-        pending = [name for name, file in expected.items() if _difference(folder / name, file)]
-        _refuse_other_model(repo, folder, expected, pending)
-    except OSError as error:
-        raise (disk_fault(error, folder) or error) from None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(folder))
+            pending = [name for name, file in expected.items() if _difference(folder / name, file)]
+            _refuse_other_model(repo, folder, expected, pending)
+        except OSError as error:
+            raise (disk_fault(error, folder) or error) from None
+        _complete(settings, commit, folder, expected, pending)
+    return folder
+
+
+def _complete(
+    settings: Download, commit: str | None, folder: Path, expected: dict[str, "RepoFile"], pending: list[str]
+) -> None:
+    """Downloads what is missing or differs, checks the whole, and keeps the checksums."""
+    repo = settings.source
     if pending:
         size = sum(expected[name].size for name in pending)
         need_space(folder, size)
@@ -48,10 +62,11 @@ def fetch(settings: Download) -> Path:
         for name in pending:
             _verify(folder / name, expected[name])
     check_folder(folder)
+    if pending or not (folder / CHECKSUMS).is_file():
+        keep_checksums(folder, f"{repo}@{commit}")
     told = "downloaded" if pending else "already there, nothing to download"
     size = sum(file.size for file in expected.values())
     print(f"{folder}: {len(expected)} files of {repo}, {amount(size)}, equal to the hub's ({told})")
-    return folder
 
 
 def _repo_id(source: str) -> str:

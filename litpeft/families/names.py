@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class NameMap:
             sizes = [self.ours[part][0] // groups for part in parts]
             tensor = tensor.unflatten(0, (groups, -1)).split(sizes, 1)[parts.index(ours)].flatten(0, 1)
         return tensor.contiguous()
+
+    def found(self, weights: Weights, ours: str) -> tuple[Path, str]:
+        """Returns the file that holds a parameter, and the name of its tensor there."""
+        name = self._spelt(weights, self.file_name(ours))
+        return weights.folder / weights.file_of[name], name
 
     def written(self, pairs: Iterable[tuple[str, Tensor]], where: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yields name and tensor of the files, of all our names and tensors in any order.

@@ -1,7 +1,6 @@
 """Where a run computes: one device, or several that each hold the model (DDP) or share it between them (FSDP2)."""
 
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -88,11 +87,3 @@ def shard(
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
-
-
-def is_first() -> bool:
-    """Returns whether this process is the one that speaks and writes; known before the processes are connected."""
-    names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
-    if "LOCAL_RANK" not in os.environ:
-        names = ("SLURM_PROCID",)
-    return all(os.environ.get(name, "0") == "0" for name in names)

@@ -15,6 +15,7 @@ from litpeft.build import Loaded, build
 from litpeft.config import ModelConfig, read_config
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load, show
+from litpeft.distributed import is_first
 from litpeft.errors import UserError
 from litpeft.folders import alone, refuse_existing, remove_leftovers, replaced
 from litpeft.identity import config_identity, tokenizer_identity
@@ -28,7 +29,7 @@ from litpeft.terminal import lasting
 from litpeft.tokenizer import Tokenizer
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
 from litpeft.train.compiled import compile_blocks
-from litpeft.train.devices import check_agreement, is_first, make_fabric, sharder
+from litpeft.train.devices import check_agreement, make_fabric, sharder
 from litpeft.train.fit import Trainer, total_steps
 from litpeft.train.log import Log
 from litpeft.train.optim import make_optimizer

@@ -1,0 +1,137 @@
+"""What is no plain model folder is called by its name, with the command that takes it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import finetune
+from safetensors.torch import load_file, save_file
+
+from litpeft.build import load
+from litpeft.cli import main
+from litpeft.config import read_config
+from litpeft.errors import UserError
+from litpeft.merge import merge
+from litpeft.settings.files import Convert, Merge
+
+
+def refused(call, *args: object) -> str:
+    with pytest.raises(UserError) as error:
+        call(*args)
+    assert error.value.exit_code in (2, 4)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_folder, tmp_path_factory) -> Path:
+    """What peft's save_pretrained leaves."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("peft")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names", [("adapter_config.json", "adapter_model.safetensors"), ("adapter_model.safetensors",)]
+)
+def test_an_adapter_beside_full_weights_is_refused_by_every_command(tiny_folder, adapter, tmp_path, names):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    for name in names:
+        shutil.copy(adapter / name, folder / name)
+    what = f"holds a PEFT adapter ({', '.join(names)}) beside full weights"
+    from litpeft.convert import convert
+
+    for call, arg in ((read_config, folder), (load, str(folder)), (merge, Merge(str(folder)))):
+        assert what in refused(call, arg)
+    assert what in refused(convert, Convert(str(folder), str(tmp_path / "out")))
+
+
+def test_an_adapter_alone_is_told_with_its_base_and_what_to_do(adapter, tiny_folder):
+    message = refused(load, str(adapter))
+    assert f"this is a PEFT adapter of {tiny_folder}, which litpeft does not read" in message
+    assert "merge_and_unload" in message
+    assert "this is a PEFT adapter" in refused(merge, Merge(str(adapter)))
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "bitsandbytes"])
+def test_quantised_weights_are_named_by_their_method(tiny_folder, tmp_path, kind):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": kind, "bits": 4}}))
+    message = refused(load, str(folder))
+    assert f"the weights are already quantised ({kind})" in message
+    assert "base.quantize" in message
+    path.write_text(json.dumps(config | {"quantization_config": None}))
+    assert load(str(folder)).model.config.n_layers == 2
+    (folder / "quantize_config.json").write_text('{"bits": 4}')  # as AutoGPTQ wrote it
+    assert "already quantised (gptq)" in refused(load, str(folder))
+
+
+def test_gguf_files_and_folders_of_them_name_the_command_that_converts(tmp_path):
+    file = tmp_path / "a model" / "x.Q4_K_M.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    command = f"litpeft convert '{file}' '{file.with_suffix('')}'"
+    assert f"this is a GGUF file\nhint: `{command}`" in refused(load, str(file))
+    message = refused(load, str(file.parent))
+    assert "this is a folder of GGUF files: x.Q4_K_M.gguf" in message
+    assert command in message
+
+
+def test_a_run_as_base_names_merge_or_the_folder_that_is_a_model(tiny_folder, tmp_path, capsys):
+    run = finetune(tiny_folder, tmp_path, "--train.epochs", "1")
+    for part in (run, run / "final"):
+        message = refused(read_config, part)
+        assert "this is a run, and a model folder is asked for" in message
+        assert f"`litpeft merge {run}` makes a model of it" in message
+    checkpoint = next((run / "checkpoints").glob("step-*"))
+    assert "this is a checkpoint of a run" in refused(load, str(checkpoint))
+    main(["merge", str(run)])
+    assert f"give {run / 'merged'}" in refused(read_config, run)
+    with pytest.raises(SystemExit, match="4"):
+        finetune(run, tmp_path, out="second")
+    assert f"give {run / 'merged'}" in capsys.readouterr().err
+    full = finetune(tiny_folder, tmp_path, "--train.epochs", "1", out="full", method="full")
+    assert f"give {full / 'final'}" in refused(read_config, full)
+    assert read_config(full / "final")[1].n_layers == 2
+    assert "no run but a model folder" in refused(merge, Merge(str(tiny_folder)))
+
+
+def test_a_folder_around_the_model_names_the_model(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "models--org--tiny" / "snapshots" / "abc")
+    inside = tmp_path / "models--org--tiny" / "snapshots" / "abc"
+    assert f"hint: give {inside}" in refused(load, str(tmp_path / "models--org--tiny"))
+
+
+def test_shards_without_an_index_name_the_index(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for number, part in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
+        save_file({name: tensors[name] for name in part}, folder / f"model-0000{number}-of-00002.safetensors")
+    message = refused(load, str(folder))
+    assert "there are shards (model-00001-of-00002.safetensors, model-00002-of-00002.safetensors)" in message
+    assert "their index model.safetensors.index.json is missing" in message
+
+
+def test_weights_of_another_name_are_told(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "tiny.safetensors")
+    assert "rename it to model.safetensors" in refused(load, str(folder))
+    assert "a file of weights; a model is the folder" in refused(load, str(folder / "tiny.safetensors"))
+
+
+@pytest.mark.parametrize("storage", [None, "nf4"])
+def test_a_number_that_is_not_finite_is_named_by_file_and_tensor(tiny_folder, tmp_path, storage):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refused(load, str(folder), None, "auto", storage)
+    assert f"{folder / 'model.safetensors'}: model.layers.1.mlp.up_proj.weight holds numbers that are not" in message
