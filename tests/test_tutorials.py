@@ -164,9 +164,9 @@ class Here:
 
 
 def plain(line: str, exact: bool) -> str:
-    """Returns a line without its spaces and, unless it has to be exact, without the values of its numbers."""
+    """Returns a line without its spaces and, unless it has to be exact, without the values and units of its numbers."""
     line = " ".join(line.split())
-    return line if exact else re.sub(r"\d[\d,]*(\.\d+)?(e[-+]\d+)?", "#", line)
+    return line if exact else re.sub(r"\d[\d,]*(\.\d+)?(e[-+]\d+)?( [kMG]?B\b| [kMG]\b)?", "#", line)
 
 
 def follow(page: str, here: Here, monkeypatch, exact: bool = False) -> int:
