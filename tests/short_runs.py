@@ -27,7 +27,7 @@ SETTINGS = {
     "checkpoint.interval": 1,
     "checkpoint.keep_last": 99,
 }
-UNPACKED = {"data.packing": False, "train.micro_tokens": 2048, "train.micro_batch_size": 2}
+UNPACKED = {"data.packing": False, "train.micro_tokens": "auto", "train.micro_batch_size": 2}
 QUIET = {"validation.sample_tokens": 0}
 LONG = QUIET | {"train.epochs": 20}  # 40 steps
 Settings = dict[str, object]

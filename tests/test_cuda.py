@@ -2,19 +2,21 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import COLOURS, finetune, make_folder, write_rows
+from lightning.fabric import Fabric
 from short_runs import assert_same, cut, delta, resume, same_tensors, train
 from test_generate import assert_recorded_steps_agree
 
 from litpeft.attention import Documents, attend, document_mask
 from litpeft.build import build, load
 from litpeft.cli import main
-from litpeft.data.batches import collate
+from litpeft.data.batches import Batch, collate
 from litpeft.data.tokenise import Row
 from litpeft.evaluate import summed_loss
 from litpeft.methods import METHODS, method_class
@@ -24,6 +26,8 @@ from litpeft.precision import Storage
 from litpeft.storage import STORAGES
 from litpeft.storage.kernels import dequantize_in_torch, has_product, product_4bit
 from litpeft.train.compiled import compile_blocks
+from litpeft.train.micro_tokens import MOST, fitting_tokens
+from litpeft.train.recorded_pass import RecordedPasses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 CUDA = torch.device("cuda")
@@ -138,6 +142,48 @@ def test_products_with_four_bits(wide_folder: Path, name: str, double_quantize: 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 def test_recorded_steps_write_what_the_others_write(wide_folder: Path, quantize: str | None) -> None:
     assert_recorded_steps_agree(load(str(wide_folder), precision="32-true", quantize=quantize).model, 1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recorded_passes_learn_what_the_others_learn(wide_folder: Path, dtype: torch.dtype, recompute: bool) -> None:
+    model = made(wide_folder, dtype, "lora", CUDA)
+    model.recompute = recompute
+    batches = [collate(rows(count)).to(CUDA) for count in (5, 3, 5, 7)]
+    learned(model, CUDA)  # so that no factor is zero
+    passes = RecordedPasses.of(model)
+    assert passes is not None
+
+    def gradients(step: Callable[[Batch], torch.Tensor]) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model.zero_grad()
+        losses = [float(step(one)) for one in batches]
+        return losses, {name: p.grad.double().cpu() for name, p in trainable(model).items()}
+
+    def eagerly(one: Batch) -> torch.Tensor:
+        loss = summed_loss(model, one)
+        (loss * 0.1).backward()
+        return loss.detach()
+
+    losses, want = gradients(eagerly)
+    for _ in range(3):
+        again, got = gradients(lambda one: passes(one, 0.1))
+        assert again == pytest.approx(losses, rel=1e-2)
+        assert away(got, want) < 6e-2
+    assert any(one.replay is not None for one in passes.sizes.values())
+
+
+def test_other_models_are_not_recorded(wide_folder: Path) -> None:
+    for dtype, method in ((torch.float32, "lora"), (torch.bfloat16, "adapter"), (torch.bfloat16, "full")):
+        assert RecordedPasses.of(made(wide_folder, dtype, method, CUDA)) is None
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_small_model_takes_the_most_tokens(wide_folder: Path, name: str) -> None:
+    fabric = Fabric(accelerator="cuda", devices=1, precision="32-true")
+    model = made(wide_folder, torch.bfloat16, name, CUDA)
+    wrapped = fabric.setup_module(model, move_to_device=False)
+    assert fitting_tokens(wrapped, fabric) == MOST
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed", "32-true"])

@@ -9,6 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the twin on the processor; see test_cuda.py")
+
 from litpeft import attention  # noqa: E402
 from litpeft.build import build  # noqa: E402
 from litpeft.data.batches import Batch, collate  # noqa: E402

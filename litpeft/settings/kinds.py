@@ -13,8 +13,10 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def choices(kind: Any) -> list[Any]:
-    """Returns the values that a `Literal` names, with None where it may be null; none for another type."""
+    """Returns the values that a `Literal` names, with None where it may be null; none where others may stand too."""
     parts = alternatives(kind)
+    if any(get_origin(part) is not Literal and part is not NoneType for part in parts):
+        return []
     named = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
     return [*named, None] if named and NoneType in parts else named
 

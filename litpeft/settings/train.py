@@ -39,8 +39,9 @@ class Train:
 
     batch_size: int = 8
     """Rows of an optimizer step."""
-    micro_tokens: int = 2048
-    """With data.packing: tokens of one forward pass, which holds as many of the step's rows as fit."""
+    micro_tokens: int | Literal["auto"] = "auto"
+    """With data.packing: tokens of one forward pass, which holds as many of the step's rows as fit; auto: 2,048 on a
+    CPU, on a GPU what fits into its memory, at most 8,192."""
     micro_batch_size: int = 1
     """Without data.packing: rows of one forward pass."""
     epochs: int = 1
@@ -77,7 +78,7 @@ class Train:
         at_least = {"batch_size": 1, "micro_tokens": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1}
         for name, least in at_least.items() | {"warmup_steps": 0, "weight_decay": 0, "min_lr": 0}.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value not in (None, "auto") and value < least:
                 raise ValueError(f"train.{name} must be at least {least}, got {value}")
         for name in ("lr", "min_lr", "max_time", "max_norm", "weight_decay"):
             value = getattr(self, name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 
 from litpeft.build import Loaded, build
 from litpeft.config import ModelConfig, read_config
@@ -32,6 +33,7 @@ from litpeft.train.compiled import compile_blocks
 from litpeft.train.devices import check_agreement, make_fabric, sharder
 from litpeft.train.fit import Trainer, total_steps
 from litpeft.train.log import Log
+from litpeft.train.micro_tokens import fitting_tokens
 from litpeft.train.optim import make_optimizer
 from litpeft.train.preflight import check_held_out, check_run
 from litpeft.train.progress import Progress
@@ -114,6 +116,9 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         "circumstances": circumstances(device, settings.devices * settings.num_nodes),
     }
     facts["settings"]["base"]["precision"] = precision.name  # auto may be another one on another machine
+    if saved is not None and settings.train.micro_tokens == "auto":
+        settings.train.micro_tokens = saved.facts["settings"]["train"]["micro_tokens"]
+        facts["settings"]["train"]["micro_tokens"] = settings.train.micro_tokens
     if saved is not None:
         lines = check_same_run(saved, facts, settings.resume_changed, say)
         if not lines and (done := finished_at(out)) is not None:
@@ -178,6 +183,7 @@ class Preparation:
         scaled = self.precision.fabric == "16-mixed"
         optimizer = make_optimizer(settings.train, trainable(model).values(), fabric.device, scaled)
         optimizer = fabric.setup_optimizers(optimizer)
+        self.settle_micro_tokens(wrapped, fabric)
         # 2. the run folder, and the run
         log = self.log(fabric.is_global_zero)
         with ExitStack() as stack:
@@ -220,6 +226,12 @@ class Preparation:
                 raise lost
         fabric.barrier()
         return progress
+
+    def settle_micro_tokens(self, model: torch.nn.Module, fabric: Fabric) -> None:
+        """Sets how many tokens a forward pass takes, where that is left open; a resumed run takes as many as before."""
+        train, said = self.settings.train, self.facts["settings"]["train"]
+        if train.micro_tokens == "auto" and self.settings.data.packing:
+            train.micro_tokens = said["micro_tokens"] = fitting_tokens(model, fabric)
 
     def agreed(self) -> dict[str, Any]:
         """Returns by name what must be the same on every rank; their paths need not be."""

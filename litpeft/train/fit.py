@@ -16,7 +16,7 @@ from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
 from litpeft.data.tokenise import Row
 from litpeft.distributed import whole
 from litpeft.errors import UserError, some
-from litpeft.evaluate import mean_loss, summed_loss
+from litpeft.evaluate import MICRO_TOKENS, mean_loss, summed_loss
 from litpeft.methods.base import delta_state, put, trainable
 from litpeft.model import GPT
 from litpeft.settings.train import Finetune, Train
@@ -186,7 +186,9 @@ class Trainer:
         measured = self.held_out[: validation.max_rows]
         if not measured:
             return None
-        loss = mean_loss(self.model, measured, self.settings.train.micro_tokens, self.fabric.device, self.fabric)
+        tokens = self.settings.train.micro_tokens
+        tokens = MICRO_TOKENS if tokens == "auto" else tokens  # it is left open where rows are not packed
+        loss = mean_loss(self.model, measured, tokens, self.fabric.device, self.fabric)
         if not math.isfinite(loss):
             what = f"the validation loss is {loss} after step {progress.step}: nothing more is trained or saved"
             raise UserError("NUMERIC-002", what, hint="lower train.lr, or choose another base.precision")

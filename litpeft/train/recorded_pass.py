@@ -15,7 +15,7 @@ from litpeft.attention import Documents
 from litpeft.data.batches import Batch
 from litpeft.methods.base import trainable
 from litpeft.model import GPT, Context
-from litpeft.native.fused_training import fused_step, groups_of
+from litpeft.native.fused_training import HALF, fused_step, groups_of, kernels
 from litpeft.recorded import record
 from litpeft.slots import Slot
 
@@ -99,11 +99,13 @@ class RecordedPasses:
     @classmethod
     def of(cls, model: GPT) -> "RecordedPasses | None":
         """Returns the passes of a model on a GPU whose blocks are all fused, else None."""
-        plain = type(model) is GPT and type(model.head.slot) is type(model.after_embed) is Slot
-        frozen = model.head.bias is None and not any(parameter.requires_grad for parameter in model.head.parameters())
-        fits = plain and frozen and model.positions is None and model.fused is fused_step and model.compiled is None
-        whole = model.config.turned == model.config.head_dim
-        return cls(model) if fits and whole and all(groups_of(block) is not None for block in model.blocks) else None
+        fused = type(model) is GPT and model.fused is fused_step and model.dtype in HALF and kernels() is not None
+        plain = type(model.head.slot) is type(model.after_embed) is Slot and model.head.bias is None
+        rotates = model.positions is None and model.config.turned == model.config.head_dim
+        around = (*model.embed.parameters(), *model.norm.parameters(), *model.head.parameters())
+        if not (fused and plain and rotates) or any(parameter.requires_grad for parameter in around):
+            return None
+        return cls(model) if all(groups_of(block) is not None for block in model.blocks) else None
 
     def __call__(self, batch: Batch, factor: float) -> Tensor | None:
         """Adds the gradient of factor * loss to the gradients, and returns the summed loss; None for too large ones."""

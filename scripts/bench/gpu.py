@@ -1,0 +1,254 @@
+"""One measurement on a GPU in a process of its own, as a line of JSON: scripts/bench_gpu.sh runs them all.
+
+gpu.py make FOLDER --tokenizer FOLDER      random weights of Llama-3.1-8B's shapes, as a Hugging Face folder
+gpu.py small FOLDER --tokenizer FOLDER     random weights of the shapes in the tokenizer folder's config.json
+gpu.py train FOLDER --tool litpeft         steps of LoRA on four documents of 2,048 tokens, all of them trained
+gpu.py short FOLDER --tokens 2048          steps of four passes over documents of 100 to 600 tokens
+gpu.py decode FOLDER --rows 1              answers, token by token
+gpu.py command ARGUMENTS                   the command `litpeft ARGUMENTS`
+"""
+
+import argparse
+import functools
+import inspect
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.attention.varlen as varlen
+
+SHAPES = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 32}
+HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+OTHERS = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "bos_token_id": 1}
+CONFIG = {**SHAPES, **HEADS, **OTHERS, "eos_token_id": 2, "rope_theta": 5e5, "max_position_embeddings": 131072}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS, LENGTH, STEPS = 4, 2048, 8
+
+
+def suit_older_torch() -> None:
+    """Has varlen_attn of a torch before 2.13 take `enable_gqa`; its kernel shares keys between heads anyway."""
+    if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:
+        given = varlen.varlen_attn
+
+        @functools.wraps(given)
+        def attend(*tensors: torch.Tensor, enable_gqa: bool = False, **options: object) -> torch.Tensor:
+            return given(*tensors, **options)
+
+        varlen.varlen_attn = attend
+
+
+def make(folder: Path, tokenizer: Path) -> None:
+    """Writes random weights, four layers to a file."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    d, ff, kv = 4096, 14336, 1024
+    shapes = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
+    mlp = {"gate_proj": (ff, d), "up_proj": (ff, d), "down_proj": (d, ff)}
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16).mul_(0.02).cpu()
+
+    ones, index = torch.ones(d, dtype=torch.bfloat16), {}
+    parts = [{"model.embed_tokens.weight": random(128256, d), "lm_head.weight": random(128256, d)}]
+    for first in range(0, 32, 4):
+        part = {} if first else {"model.norm.weight": ones.clone()}
+        for layer in range(first, first + 4):
+            start = f"model.layers.{layer}."
+            part |= {f"{start}{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
+            part |= {f"{start}self_attn.{name}.weight": random(*shape) for name, shape in shapes.items()}
+            part |= {f"{start}mlp.{name}.weight": random(*shape) for name, shape in mlp.items()}
+        parts.append(part)
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        save_file(part, folder / name, metadata={"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer / file, folder / file)
+
+
+def small(folder: Path, tokenizer: Path) -> None:
+    """Writes random weights of a smaller Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(tokenizer))
+    model.bfloat16().save_pretrained(folder)
+
+
+def timed(step: Callable[[], object], steps: int = STEPS) -> tuple[float, float]:
+    """Returns the seconds of the first step and the median of those after the second."""
+    seconds = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds[0], statistics.median(seconds[2:])
+
+
+def optimized(parameters: Iterable[torch.nn.Parameter], passes: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """Returns a step: the passes, clipping, and AdamW."""
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> None:
+        passes()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def litpeft_model(folder: Path, quantize: str | None = None, lora: bool = True):
+    from litpeft.build import build
+    from litpeft.methods.lora import LoRA
+    from litpeft.precision import Storage
+
+    storage = None if quantize is None else Storage(quantize)
+    return build(folder, torch.bfloat16, LoRA() if lora else None, torch.device("cuda"), storage)
+
+
+def batch(lengths: list[int], generator: torch.Generator):
+    from litpeft.data.batches import collate
+    from litpeft.data.tokenise import Row
+
+    ids = [torch.randint(100, 40000, (length,), generator=generator).tolist() for length in lengths]
+    return collate([Row(one, [False] + [True] * (len(one) - 1), 1, "random", []) for one in ids]).to("cuda")
+
+
+def train(folder: Path, tool: str) -> dict[str, object]:
+    """Measures litpeft, litpeft-nf4, litpeft-checkpointing, peft (with liger), unsloth or unsloth-nf4."""
+    began, generator = time.perf_counter(), torch.Generator().manual_seed(1)
+    if tool.startswith("litpeft"):
+        from litpeft.evaluate import summed_loss
+
+        model = litpeft_model(folder, "nf4" if tool.endswith("nf4") else None).train()
+        model.recompute = tool.endswith("checkpointing")
+        rows = batch([LENGTH] * ROWS, generator)
+        step = optimized(model.parameters(), lambda: (summed_loss(model, rows) / len(rows.at)).backward())
+    else:
+        model = unsloth(folder, tool.endswith("nf4")) if tool.startswith("unsloth") else peft_with_liger(folder)
+        ids = torch.randint(100, 40000, (ROWS, LENGTH), generator=generator).cuda()
+
+        def passes() -> None:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                model(input_ids=ids, labels=ids).loss.backward()
+
+        step = optimized(model.parameters(), passes)
+    loaded = time.perf_counter() - began
+    first, median = timed(step)
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    figures = {"tokens_per_second": round(ROWS * LENGTH / median), "peak_gb": round(peak, 1)}
+    return {"tool": tool, **figures, "loaded_s": round(loaded, 1), "first_step_s": round(first, 1)}
+
+
+def unsloth(folder: Path, nf4: bool) -> torch.nn.Module:
+    from unsloth import FastLanguageModel
+
+    options = {"max_seq_length": LENGTH, "dtype": torch.bfloat16, "load_in_4bit": nf4, "local_files_only": True}
+    model, _ = FastLanguageModel.from_pretrained(str(folder), **options)
+    options = {"r": 8, "lora_alpha": 16, "lora_dropout": 0, "bias": "none", "target_modules": TARGETS}
+    model = FastLanguageModel.get_peft_model(model, **options, use_gradient_checkpointing=False)
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=False)
+    return model
+
+
+def peft_with_liger(folder: Path) -> torch.nn.Module:
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    apply_liger_kernel_to_llama()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
+    model.config.use_cache = False
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).train()
+
+
+def short(folder: Path, tokens: int) -> dict[str, object]:
+    """Measures steps of four passes of up to `tokens` tokens, as `litpeft finetune` computes them."""
+    from litpeft.evaluate import summed_loss
+    from litpeft.train.recorded_pass import RecordedPasses
+
+    generator, batches = torch.Generator().manual_seed(0), []
+    for _ in range(4):
+        lengths: list[int] = []
+        while sum(lengths) + 600 <= max(tokens, 600):
+            lengths.append(int(torch.randint(100, 600, (), generator=generator)))
+        batches.append(batch(lengths, generator))
+    model = litpeft_model(folder).train()
+    recorded, total = RecordedPasses.of(model), sum(one.tokens for one in batches)
+
+    def passes() -> None:
+        for one in batches:
+            if recorded is None or recorded(one, 1 / total) is None:
+                (summed_loss(model, one) / total).backward()
+
+    _, median = timed(optimized(model.parameters(), passes))
+    sizes = [one.tokens for one in batches]
+    return {"short": str(folder), "tokens": sizes, "tokens_per_second": round(total / median)}
+
+
+def decode(folder: Path, rows: int, quantize: str | None) -> dict[str, object]:
+    """Measures tokens of answers to prompts of 64 tokens, and the share of the time that reading the weights takes."""
+    from litpeft.token_cache import TokenCache
+
+    model = litpeft_model(folder, quantize, lora=False).eval()
+    cache, ids = TokenCache(model), [list(range(5, 69)) for _ in range(rows)]
+
+    def step() -> None:
+        cache.logits(ids)
+        for one in ids:
+            one.append(7)
+
+    _, median = timed(step, 40)
+    read = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes
+    source, target = (torch.empty(1 << 31, dtype=torch.uint8, device="cuda") for _ in range(2))
+    _, copying = timed(lambda: target.copy_(source))
+    figures = {"tokens_per_second": round(rows / median, 1), "weights_tb_per_s": round(read / median / 1e12, 2)}
+    return {
+        "decode": quantize or "bf16",
+        "rows": rows,
+        **figures,
+        "copy_tb_per_s": round(2 * source.nbytes / copying / 1e12, 2),
+    }
+
+
+def main() -> None:
+    suit_older_torch()
+    if sys.argv[1] == "command":
+        from litpeft.cli import main as command
+
+        sys.exit(command(sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "small", "train", "short", "decode"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--tool", default="litpeft")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--quantize")
+    given = parser.parse_args()
+    if given.what in ("make", "small"):
+        (make if given.what == "make" else small)(given.folder, given.tokenizer)
+        return
+    actions = {
+        "train": lambda: train(given.folder, given.tool),
+        "short": lambda: short(given.folder, given.tokens),
+        "decode": lambda: decode(given.folder, given.rows, given.quantize),
+    }
+    card = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
+    print(json.dumps({**actions[given.what](), **card}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
