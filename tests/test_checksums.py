@@ -58,9 +58,10 @@ def test_damage_is_named_by_file_and_tensor_in_every_command_that_reads_the_fold
         with pytest.raises(UserError, match=f"model.safetensors: {NAME} changed since .*sha256 mismatch") as error:
             use(folder, torch.float32)
         assert error.value.exit_code == 4
-    with pytest.raises(SystemExit, match="4"):
-        finetune(folder, tmp_path, "--train.epochs", "1")
-    assert f"{NAME} changed since" in capsys.readouterr().err
+    for more in ((), ("--dry_run", "true")):
+        with pytest.raises(SystemExit, match="4"):
+            finetune(folder, tmp_path, "--train.epochs", "1", *more)
+        assert f"{NAME} changed since" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

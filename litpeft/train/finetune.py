@@ -94,6 +94,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         dtype = method.trained_dtype(precision.weights)
         trained = dtype.itemsize * sum(p.numel() for p in trainable(shapes).values())
         room(out, bytes_needed(settings, trained, bool(rows.validation), saved is not None))
+    fingerprint = weights.fingerprint()  # which compares the files with their checksums
     if settings.dry_run and saved is None:
         dry_run(name, config, shapes, rows, tokenizer, steps)
         return None
@@ -101,7 +102,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     facts = {
         "method": name,
         "settings": plain(asdict(settings) | {"method": asdict(method)}),
-        "base": weights.fingerprint(),
+        "base": fingerprint,
         "reads": {
             "config": config_identity(base),
             "tokenizer": tokenizer_identity(template),
