@@ -49,22 +49,40 @@ class Rounding:
     changed: int = 0  # weights that differ from the base's, after rounding
     total: int = 0  # weights of the tensors that the method folds into
     lost: float = 0.0  # squared error of the update after rounding
+    along: float = 0.0  # product of that error and the update
     update: float = 0.0  # squared size of the update
 
     def add(self, exact: Tensor, rounded: Tensor, base: Tensor) -> None:
-        changed = lost = update = 0.0
+        changed = lost = along = update = 0.0
         for e, r, b in zip(*(tensor.flatten().split(COMPARED) for tensor in (exact, rounded, base)), strict=True):
             changed += float(torch.ne(r, b.to(r.dtype), out=torch.empty(r.shape)).sum())  # far faster than booleans
-            lost += float(torch.linalg.vector_norm(r - e)) ** 2
-            update += float(torch.linalg.vector_norm(e - b)) ** 2
+            error, step = r - e, e - b
+            lost += float(torch.linalg.vector_norm(error)) ** 2
+            along += float(torch.dot(error, step))
+            update += float(torch.linalg.vector_norm(step)) ** 2
         if update:
             self.changed, self.total = self.changed + int(changed), self.total + exact.numel()
-            self.lost, self.update = self.lost + lost, self.update + update
+            self.lost, self.along, self.update = self.lost + lost, self.along + along, self.update + update
 
     @property
     def error(self) -> float:
         """Error of the update, relative to its size."""
         return (self.lost / self.update) ** 0.5 if self.update else 0.0
+
+    @property
+    def kept(self) -> float:
+        """How much of the update is kept along its own direction: 1 is all of it, and the error is noise beside it."""
+        return 1 + self.along / self.update if self.update else 1.0
+
+    def lines(self, dtype: str) -> list[str]:
+        """Returns what the error is, and what it means for what was learned."""
+        kept = f"kept along its own direction: {self.kept:.1%}"
+        said = [f"relative error of the update, rounded to {dtype}: {self.error:.1%}; {kept}"]
+        if self.kept < 0.9:
+            said.append("  so a part of what was learned is lost: --dtype float32 keeps it")
+        elif self.error > 0.1:
+            said.append("  so what was learned is kept, and the error is noise beside it; --dtype float32 avoids it")
+        return said
 
 
 def merge(settings: Merge) -> None:
@@ -230,8 +248,7 @@ def _check(want: Tensor, fold: Tensor, files: Tensor, dtype: torch.dtype, roundi
         same = float((logits.argmax(-1) == want.argmax(-1)).float().mean())
         print(f"  {name:<32} differs by {float((logits - want).abs().max()):.2e}, same next token at {same:.0%}")
     print(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
-    print(f"rounding to {str(dtype).removeprefix('torch.')} took {rounding.error:.1%} of the update", end="")
-    print("; --dtype float32 would keep all of it" if rounding.error > 0.1 else "")
+    print("\n".join(rounding.lines(str(dtype).removeprefix("torch."))))
     if rounding.changed == 0:
         hint = "train longer, or write float32 with --dtype float32"
         raise UserError("MODEL-063", "no weight changed: the merged model would be the base", where=where, hint=hint)

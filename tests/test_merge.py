@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import warnings
 
@@ -66,14 +67,38 @@ def test_weights_are_folded_in_float32_and_rounded_once(tmp_path, capsys) -> Non
     assert torch.equal(merged["model.norm.weight"], plain["model.norm.weight"])
     said = capsys.readouterr().out
     assert "folded in float32" in said
-    changed = total = lost = update = 0.0
+    changed = total = lost = along = update = 0.0
     for key in {name.removesuffix(".slot.A").removesuffix(".slot.B") for name in delta}:
         before, after = (files[names.file_name(f"{key}.weight")].double() for files in (plain, merged))
-        exact = before + 2 * delta[f"{key}.slot.B"].double() @ delta[f"{key}.slot.A"].double()
+        step = 2 * delta[f"{key}.slot.B"].double() @ delta[f"{key}.slot.A"].double()
         changed, total = changed + int((after != before).sum()), total + before.numel()
-        lost, update = lost + (after - exact).square().sum(), update + (exact - before).square().sum()
+        lost, update = lost + (after - before - step).square().sum(), update + step.square().sum()
+        along += ((after - before) * step).sum()
     assert f"weights changed: {changed:,.0f} of {total:,.0f}" in said
-    assert f"rounding to bfloat16 took {(lost / update) ** 0.5:.1%} of the update" in said
+    error, kept = (lost / update) ** 0.5, along / update
+    line = f"relative error of the update, rounded to bfloat16: {error:.1%}; kept along its own direction: {kept:.1%}"
+    assert line in said
+
+
+def test_a_merge_that_loses_what_was_learned_says_so_and_one_that_adds_noise_does_not(tmp_path, capsys) -> None:
+    base = make_folder(tmp_path / "base", dtype="bfloat16")
+    words = {
+        "1e-5": "so a part of what was learned is lost",
+        "3e-4": "so what was learned is kept, and the error is noise",
+    }
+    for lr, word in words.items():
+        run = finetune(base, tmp_path, "--train.lr", lr, "--train.schedule", "constant", out=lr)
+        capsys.readouterr()
+        main(["merge", str(run)])
+        said = capsys.readouterr().out
+        found = re.search(r"relative error of the update, .*: ([\d.]+)%; kept along its own direction: ([\d.]+)%", said)
+        assert word in said
+        assert (float(found[2]) < 90) == ("lost" in word)
+        assert float(found[1]) > 10
+        main(["merge", str(run), "--dtype", "float32", "--overwrite"])
+        said = capsys.readouterr().out
+        assert "rounded to float32: 0.0%; kept along its own direction: 100.0%" in said
+        assert "so " not in said.partition("relative error")[2]
 
 
 def test_an_output_that_exists_is_refused_or_replaced(tiny_folder, tmp_path, capsys) -> None:
