@@ -1,4 +1,4 @@
-"""delta.json is not trusted for having the right sum: a forged value is refused by its name, before anything is run."""
+"""What a run wrote is not trusted for having the right sum: a forged value is refused by its name."""
 
 import json
 import shutil
@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from conftest import finetune
 from safetensors.torch import load_file, save_file
+from short_runs import cut, resume, train
 
+from litpeft.checkpoint import file_sha256
 from litpeft.cli import main
 from litpeft.record import checksum
 from litpeft.run import find_run
@@ -63,10 +65,9 @@ FORGED: list[tuple[str, Any]] = [
 ]
 
 
-def forge(record: Path, key: str, value: Any) -> None:
-    """Writes another value for a dotted key into delta.json, with a sum that fits."""
-    facts = json.loads(record.read_text())
-    del facts["checksum"]
+def change(path: Path, key: str, value: Any) -> None:
+    """Writes another value for a dotted key of a JSON file."""
+    facts = json.loads(path.read_text())
     inner, names = facts, ["files", key[6:]] if key.startswith("files.") else key.split(".")
     for name in names[:-1]:
         inner = inner[name]
@@ -74,6 +75,14 @@ def forge(record: Path, key: str, value: Any) -> None:
         del inner[names[-1]]
     else:
         inner[names[-1]] = value
+    path.write_text(json.dumps(facts))
+
+
+def forge(record: Path, key: str, value: Any) -> None:
+    """Writes another value for a dotted key into delta.json, with a sum that fits."""
+    change(record, key, value)
+    facts = json.loads(record.read_text())
+    del facts["checksum"]
     record.write_text(json.dumps(facts | {"checksum": checksum(facts)}))
 
 
@@ -172,3 +181,70 @@ def test_a_record_that_nests_deeply_is_refused(runs, tmp_path, capsys) -> None:
 def test_what_was_written_is_read(runs) -> None:
     for run in runs.values():
         assert find_run(run).facts["steps_done"] == find_run(run / "final").facts["steps_planned"]
+
+
+# Of a checkpoint: the file, the key that is forged, and a value that no run writes there.
+FORGED_CHECKPOINT: list[tuple[str, str, Any]] = [
+    *(("state.json", "progress", value) for value in (None, [], {}, "2", GONE)),
+    *(("state.json", "progress.step", value) for value in (None, "2", 2.0, -1, 1, 10**30, GONE)),
+    *(("state.json", "progress.losses", value) for value in (None, "1", [1.0], ["a", "b"], [None, None])),
+    *(("state.json", "progress.validations", value) for value in (None, [[1]], [["a", 1.0]], {"1": 2})),
+    *(("state.json", "progress.best", value) for value in ("2", [1], [2, "x"], {})),
+    *(("state.json", "progress.samples", value) for value in (None, [{}], ["a"], [{"prompt": 1}])),
+    *(("state.json", "progress.seconds", value) for value in (None, "1", 0, -5.0)),
+    ("state.json", "progress.more", 1),
+    *(("state.json", "optimizer", value) for value in (None, [], GONE)),
+    *(("state.json", "scaler", value) for value in (1, "x", GONE)),
+    *(("MANIFEST.json", "facts.method", value) for value in (None, 1, GONE)),
+    *(("MANIFEST.json", "facts.settings", value) for value in (None, [], GONE)),
+    *(("MANIFEST.json", "facts.began", value) for value in (None, 1, "yesterday", GONE)),
+    *(("MANIFEST.json", "facts.rows", value) for value in (None, 1, GONE)),
+    *(("MANIFEST.json", "facts.circumstances", value) for value in (None, [], GONE)),
+    *(("MANIFEST.json", "facts.reads", value) for value in ([], {}, {"config": {}}, "x")),
+    *(("MANIFEST.json", "facts.counts", value) for value in (None, [], {"rows": 1})),
+]
+
+
+def reseal(checkpoint: Path) -> None:
+    """Makes a checkpoint's sums fit its files and its manifest."""
+    record = json.loads((checkpoint / "MANIFEST.json").read_text())
+    for name in record["files"]:
+        path = checkpoint / name
+        record["files"][name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    del record["checksum"]
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(record | {"checksum": checksum(record)}))
+
+
+def test_every_forged_value_of_a_checkpoint_is_refused(tiny_folder, tmp_path, capsys) -> None:
+    run = cut(train(tiny_folder, tmp_path / "whole"), 2, tmp_path / "run")
+    checkpoint, wrong = run / "checkpoints" / "step-00000002", []
+    written = {name: (checkpoint / name).read_text() for name in ("state.json", "MANIFEST.json")}
+    for file, key, value in FORGED_CHECKPOINT:
+        for name, text in written.items():
+            (checkpoint / name).write_text(text)
+        change(checkpoint / file, key, value)
+        reseal(checkpoint)
+        capsys.readouterr()
+        try:
+            resume(tiny_folder, run)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr().err
+        if code != 4 or key.split(".")[1 if "." in key else 0] not in said:
+            wrong.append((key, value, code, said))
+    assert wrong == []
+
+
+def test_tensors_that_a_manifest_does_not_list_are_not_taken(tiny_folder, tmp_path, capsys) -> None:
+    run = cut(train(tiny_folder, tmp_path / "whole"), 2, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step-00000002"
+    change(checkpoint / "MANIFEST.json", "files.delta.safetensors", GONE)
+    reseal(checkpoint)
+    tensors = load_file(checkpoint / "delta.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, checkpoint / "delta.safetensors")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        resume(tiny_folder, run)
+    assert (stop.value.code, "holds no delta.safetensors" in capsys.readouterr().err) == (4, True)
+    assert not (run / "final").exists()

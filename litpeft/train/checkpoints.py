@@ -45,7 +45,7 @@ class Checkpoint:
     def tensors(self, stem: str) -> dict[str, Tensor]:
         """Returns the tensors that were saved under this stem, straight from the file's pages."""
         path = self.folder / f"{stem}.safetensors"
-        if not path.is_file():
+        if path.name not in read_json(self.folder / MANIFEST, "the file")["files"]:  # only those were verified
             raise UserError("MODEL-622", f"this checkpoint holds no {path.name}", where=str(self.folder))
         return load_file(path)
 

@@ -5,6 +5,7 @@ import json
 import platform
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,9 +17,11 @@ from litpeft import __version__
 from litpeft.data.tokenise import Row
 from litpeft.errors import UserError
 from litpeft.folders import has_result
-from litpeft.identity import changed, config_changes, tokenizer_changes
+from litpeft.identity import TokenizerIdentity, changed, config_changes, tokenizer_changes
 from litpeft.run import find_run
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
+from litpeft.train.progress import Progress
+from litpeft.typed import typed
 
 # What may differ between a run and its resume: none of it changes what is learned, and rows and weights are compared by
 # their content.
@@ -28,6 +31,63 @@ FREE = (
     *("checkpoint.*", "validation.sample_tokens", "train.max_time"),
     *("train.activation_checkpointing", "train.compile"),
 )
+
+
+@dataclass
+class SavedReads:
+    """What of the base beside its weights decided logits and ids."""
+
+    config: dict[str, Any]
+    tokenizer: TokenizerIdentity
+    template: str
+
+
+@dataclass
+class SavedFacts:
+    """What a checkpoint's manifest says of its run."""
+
+    method: str
+    settings: dict[str, Any]
+    base: str
+    rows: str
+    began: str
+    circumstances: dict[str, Any]
+    reads: SavedReads | None = None  # of a version before it was noted; so is the next
+    counts: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            datetime.fromisoformat(self.began)
+        except ValueError as error:
+            raise ValueError(f"began is no time: {error}") from None
+
+
+@dataclass
+class SavedState:
+    """Where a checkpoint's run was."""
+
+    progress: Progress
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+
+
+def check_saved(saved: Checkpoint) -> None:
+    """Raises unless what a checkpoint says has the types and ranges that a run writes: its sums do not tell that."""
+    state = saved.state
+    if isinstance(state.get("progress"), dict):  # an older version wrote fewer fields
+        state = state | {"progress": asdict(Progress()) | state["progress"]}
+    try:
+        typed(SavedFacts, {"reads": None, "counts": {}} | saved.facts, "facts")
+        progress = typed(SavedState, state, "state").progress
+        if progress.step != saved.step:
+            raise ValueError(f"state.progress.step is {progress.step} in the checkpoint of step {saved.step}")
+        if len(progress.losses) != saved.step:
+            raise ValueError(f"state.progress.losses has {len(progress.losses)} of {saved.step} steps")
+        if progress.seconds <= 0:
+            raise ValueError(f"state.progress.seconds must be above 0, got {progress.seconds}")
+    except ValueError as error:
+        hint = "litpeft has not written it so: remove this checkpoint to go on from the one before"
+        raise UserError("MODEL-092", str(error), where=str(saved.folder), hint=hint) from None
 
 
 def rows_sha256(*groups: Sequence[Row]) -> str:
@@ -56,6 +116,7 @@ def find_saved(out: Path, checkpoints: Checkpoints, say: Callable[[str], None]) 
     """Returns the newest whole checkpoint of the run in `out`, or None if the run is to begin."""
     saved = checkpoints.newest()
     if saved is not None:
+        check_saved(saved)
         return saved
     hint = "name another out, or begin again with --overwrite"
     if checkpoints.steps():
