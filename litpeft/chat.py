@@ -13,7 +13,7 @@ from litpeft.chat_session import Session
 from litpeft.errors import UserError, nearest
 from litpeft.generate import Answer
 from litpeft.settings.generate import Chat
-from litpeft.terminal import clean
+from litpeft.terminal import tell, write
 
 HISTORY_LINES = 1000
 PASTED_WITHIN = 0.05  # seconds in which the next line of a paste is there, where the terminal sends them one by one
@@ -27,7 +27,7 @@ def chat(settings: Chat) -> None:
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with line_editing() if terminal else nullcontext(True) as pastes_whole:
         if terminal:
-            say(f"{settings.model}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+            tell(f"{settings.model}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
             try:
                 respond(session, read_message(session, terminal, pastes_whole), terminal)
@@ -36,11 +36,11 @@ def chat(settings: Chat) -> None:
             except KeyboardInterrupt:
                 if not terminal:
                     raise
-                say("\nleave with Ctrl-D or /exit")
+                tell("\nleave with Ctrl-D or /exit")
             except UserError as error:
                 if not terminal:
                     raise
-                say(error.what + (f"; {error.hint}" if error.hint else ""))
+                tell(error.what + (f"; {error.hint}" if error.hint else ""))
 
 
 def read_message(session: Session, terminal: bool, pastes_whole: bool) -> str:
@@ -69,9 +69,9 @@ def respond(session: Session, message: str, terminal: bool) -> None:
         if word not in COMMANDS:
             what = f"there is no command {word}{nearest(word, list(COMMANDS))}; /help lists them"
             raise UserError("CONFIG-404", what)
-        say(COMMANDS[word][1](session, argument))
+        tell(COMMANDS[word][1](session, argument))
     elif message:
-        report(session, session.ask(message, write_seen if terminal else write), terminal)
+        report(session, session.ask(message, write), terminal)
 
 
 def report(session: Session, answer: Answer, terminal: bool) -> None:
@@ -80,11 +80,11 @@ def report(session: Session, answer: Answer, terminal: bool) -> None:
     if answer.reason == "interrupted":
         if not terminal:
             raise KeyboardInterrupt
-        say("[stopped]" if answer.text else "[stopped before it began: your message is taken back]")
+        tell("[stopped]" if answer.text else "[stopped before it began: your message is taken back]")
     elif answer.reason == "length" and len(answer.ids) == session.sampling.max_new_tokens:
-        say(f"[cut at sampling.max_new_tokens = {session.sampling.max_new_tokens}]")
+        tell(f"[cut at sampling.max_new_tokens = {session.sampling.max_new_tokens}]")
     elif answer.reason == "length":
-        say(f"[cut: the model reaches {session.loaded.model.config.max_positions} tokens; /reset starts anew]")
+        tell(f"[cut: the model reaches {session.loaded.model.config.max_positions} tokens; /reset starts anew]")
 
 
 def show_help(session: Session, argument: str) -> str:
@@ -103,7 +103,7 @@ def system(session: Session, argument: str) -> str:
     if argument:
         session.instruct("" if argument == '""' else argument)
     own = f"system message: {session.system}" if session.system else "no system message of your own"
-    return clean(f"{own}\nbefore your first message the model reads:\n{session.opening()}")
+    return f"{own}\nbefore your first message the model reads:\n{session.opening()}"
 
 
 def undo(session: Session, argument: str) -> str:
@@ -138,22 +138,6 @@ COMMANDS: dict[str, tuple[str, Command, str]] = {
 }
 
 
-def write(text: str) -> None:
-    """Writes an answer's text at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def write_seen(text: str) -> None:
-    """Writes an answer's text to a terminal, where it can do no more than be seen."""
-    write(clean(text))
-
-
-def say(text: str) -> None:
-    """Tells the user something that is not part of an answer."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def more_is_there() -> bool:
     """Returns whether another line has come together with the last one: pasted, for nobody types so fast."""
     return os.name == "posix" and bool(select.select([sys.stdin], [], [], PASTED_WITHIN)[0])
@@ -184,7 +168,7 @@ def line_editing() -> Iterator[bool]:
         if path.stat().st_size:  # libedit takes an empty file for a broken one
             readline.read_history_file(path)
     except OSError as error:
-        say(f"no history of earlier lines: {path}: {error.strerror}")
+        tell(f"no history of earlier lines: {path}: {error.strerror}")
     readline.set_history_length(HISTORY_LINES)
     try:
         yield pastes_whole
@@ -192,4 +176,4 @@ def line_editing() -> Iterator[bool]:
         try:
             readline.write_history_file(path)
         except OSError as error:
-            say(f"the history was not saved: {path}: {error.strerror}")
+            tell(f"the history was not saved: {path}: {error.strerror}")

@@ -7,7 +7,6 @@ fingerprint (`Weights.fingerprint`), which needs the same sums, compares them fo
 import hashlib
 import json
 import struct
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from io import FileIO
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from litpeft.config import read_json
 from litpeft.errors import UserError, some
+from litpeft.terminal import tell
 
 CHECKSUMS = "checksums.json"
 
@@ -62,7 +62,7 @@ def tell_unverified(folder: Path) -> None:
     if not is_first():
         return
     what = f"note: {folder} is unverified: it has no {CHECKSUMS}, as `litpeft download`, `convert` and `merge` write it"
-    print(what, file=sys.stderr, flush=True)
+    tell(what)
 
 
 def tensor_sums(path: Path, threads: int = 1) -> dict[str, str]:

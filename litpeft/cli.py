@@ -4,11 +4,13 @@ Nothing heavy is imported before it is needed: `litpeft --help` reads the table 
 """
 
 import gc
+import io
 import os
 import signal
 import sys
 import time
 import traceback
+from contextlib import redirect_stdout
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
@@ -17,7 +19,7 @@ from litpeft import __version__
 from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, nearest
 from litpeft.launch import PATIENCE, launch, leave, peer_lost, started_by
 from litpeft.methods import METHODS
-from litpeft.terminal import Lasting
+from litpeft.terminal import Lasting, say, tell
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ def main(argv: list[str] | None = None) -> None:
         # some imports turn a Ctrl-C into an error of their own
         interrupted = isinstance(error, KeyboardInterrupt) or (pressed and not isinstance(error, UserError))
         if interrupted:
-            print("litpeft: interrupted", file=sys.stderr)
+            tell("litpeft: interrupted")
             leave(INTERRUPTED)
         if debug:
-            traceback.print_exception(error)
+            tell("".join(traceback.format_exception(error)).rstrip())
         leave(_report(error))
     finally:
         signal.signal(signal.SIGINT, before)
@@ -119,7 +121,7 @@ def _report(error: Exception) -> int:
         return 1
     text = " ".join(str(error).split())
     if peer_lost(error):
-        print(f"litpeft: another rank of the run is gone: {text[:200]}", file=sys.stderr)
+        tell(f"litpeft: another rank of the run is gone: {text[:200]}")
         return PEER_LOST
     others = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
     if isinstance(error, UserError) and others and not error.code.startswith("RESOURCE"):
@@ -132,10 +134,10 @@ def _report(error: Exception) -> int:
     elif isinstance(error, OSError):
         error = UserError("RESOURCE-002", error.strerror or text, where=str(error.filename or ""))
     if isinstance(error, UserError):
-        print(f"litpeft: {error}", file=sys.stderr)
+        tell(f"litpeft: {error}")
         return error.exit_code
-    print(f"litpeft: internal error: {type(error).__name__}: {text}", file=sys.stderr)
-    print("hint: this is a bug of litpeft; --debug shows where", file=sys.stderr)
+    tell(f"litpeft: internal error: {type(error).__name__}: {text}")
+    tell("hint: this is a bug of litpeft; --debug shows where")
     return INTERNAL_ERROR
 
 
@@ -145,7 +147,7 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
     `debug` goes to the processes that the command starts.
     """
     if argv and argv[0] == "--version":
-        print(__version__)
+        say(__version__)
         return
     words: list[str] = []
     while argv and not argv[0].startswith("-") and " ".join(words) not in COMMANDS:
@@ -181,11 +183,11 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
 
 def usage(prefix: str) -> None:
     """Prints the commands that begin with `prefix`."""
-    print(f"usage: litpeft {prefix + ' ' if prefix else ''}COMMAND [options]\n\ncommands:")
+    say(f"usage: litpeft {prefix + ' ' if prefix else ''}COMMAND [options]\n\ncommands:")
     names = [name for name in COMMANDS if name.startswith(prefix)]
     for name in names:
-        print(f"  {name:<{max(map(len, names))}}  {COMMANDS[name].help}")
-    print("\n`litpeft COMMAND --help` lists a command's options; --debug shows where an error came from.")
+        say(f"  {name:<{max(map(len, names))}}  {COMMANDS[name].help}")
+    say("\n`litpeft COMMAND --help` lists a command's options; --debug shows where an error came from.")
 
 
 def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[str, str]]:
@@ -210,18 +212,22 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
         parser.set_defaults(PRESETS.get(command.method, {}))
     group = wanted(argv, parser)
     if group is not None:
-        print(help_text(parser, group), end="")
+        say(help_text(parser, group), end="")
         raise SystemExit(0)
     argv = check_options(parser, argv)
     lines = check_yaml(parser, argv)
+    printed = io.StringIO()  # by --print_config
     try:
-        parsed = parser.instantiate(parser.parse_args(argv))
+        with redirect_stdout(printed):
+            parsed = parser.instantiate(parser.parse_args(argv))
         settings = cls(**{field.name: parsed[field.name] for field in fields(cls)})
     except (ArgumentError, TypeError, ValueError) as error:
         text = in_plain_words(" ".join(str(getattr(error, "message", None) or error).split()), parser)
         hint = f"for example: {example}" if "are required" in text else ""
         where = next((at for key, at in lines.items() if key in text), "")
         raise UserError("CONFIG-003", text, where=where, hint=hint) from None
+    finally:
+        say(printed.getvalue(), end="")
     return settings, parsed.get("method"), lines
 
 

@@ -26,7 +26,7 @@ class UserError(Exception):
         self.exit_code = EXIT_CODES[code.split("-")[0]]
 
     def __str__(self) -> str:
-        place = f" {self.where}:" if self.where else ""
+        place = f" {self.where}:".replace("\n", "\ufffd") if self.where else ""  # a name must not add a line of its own
         return f"error[E-{self.code}]{place} {self.what}" + (f"\nhint: {self.hint}" if self.hint else "")
 
 

@@ -1,7 +1,6 @@
 """Measure a model on rows with known answers, and a run beside its base: loss, and answers that match exactly."""
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from litpeft.prompts import atomic_file, new_file
 from litpeft.settings.data import Data
 from litpeft.settings.evaluate import Evaluate
 from litpeft.settings.generate import Sampling
-from litpeft.terminal import clean
+from litpeft.terminal import say, tell
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -122,7 +121,7 @@ def evaluate(settings: Evaluate) -> None:
     data = Data(file, None, 0.0, settings.format, template, loaded.system, max_length=reach)
     found = load_rows(data, loaded.tokenizer, loaded.template, reach, only_measured=True)
     for note in found.report.notes:
-        print(note, file=sys.stderr)
+        tell(note)
     rows = found.train[: settings.max_rows]
     scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings)]
     if loaded.run and settings.compare_base:
@@ -132,7 +131,7 @@ def evaluate(settings: Evaluate) -> None:
         else:  # the run's result is a model of its own: here one follows the other
             loaded.model = load(str(loaded.run.base_folder(settings.base)), precision=settings.precision).model
             scores.insert(0, score("base", loaded, rows, settings))
-    print(table(scores, rows, settings.samples))
+    say(table(scores, rows, settings.samples))
     if output is not None:
         with atomic_file(output) as handle:
             for i, row in enumerate(rows):
@@ -159,6 +158,6 @@ def table(scores: list[Score], rows: list[Row], samples: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """Returns the first of a text on one line of the terminal, control characters made harmless."""
-    text = clean(" ".join(text.split()))
+    """Returns the first of a text on one line of the terminal."""
+    text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text) - SHOWN} more characters)"

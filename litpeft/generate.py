@@ -1,7 +1,6 @@
 """Writing with a model: token by token, to where an answer ends; and the command `litpeft generate`."""
 
 import json
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from litpeft.model import GPT
 from litpeft.prompts import Prompt, atomic_file, new_file, read_prompts, typed_prompt, unread
 from litpeft.sampling import next_tokens
 from litpeft.settings.generate import Generate, Sampling
-from litpeft.terminal import clean
+from litpeft.terminal import tell, write
 from litpeft.token_cache import TokenCache
 from litpeft.tokenizer import StreamDecoder, Tokenizer
 
@@ -176,7 +175,7 @@ def generate(settings: Generate) -> None:
     else:
         prompts = read_prompts(Path(settings.input), settings.raw)
         if more := unread(prompts):
-            print(f"not read, but copied to the answers: {told(more)}", file=sys.stderr)
+            tell(f"not read, but copied to the answers: {told(more)}")
     loaded = load(settings.model, settings.base, settings.precision, settings.quantize)
     system = loaded.system if settings.system is None else settings.system
     ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]
@@ -187,15 +186,16 @@ def generate(settings: Generate) -> None:
     if settings.input is None and output is None:
         stream = Stream(TokenCache(loaded.model), ids[0], loaded.tokenizer, settings.sampling, stop_ids)
         for text in stream:
-            print(clean(text) if sys.stdout.isatty() else text, end="", flush=True)
-        print()
+            write(text)
+        write("\n")
         answers = [stream.answer]
     else:
         answers = answer_all(loaded, ids, settings.batch_size, settings.sampling, stop_ids)
         rows = [prompt.row | {"answer": a.text} for prompt, a in zip(prompts, answers, strict=True)]
-        with nullcontext(sys.stdout) if output is None else atomic_file(output) as handle:
-            handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    print(figures(answers, time.perf_counter() - began), file=sys.stderr)
+        with nullcontext() if output is None else atomic_file(output) as handle:
+            for row in rows:
+                (write if handle is None else handle.write)(json.dumps(row, ensure_ascii=False) + "\n")
+    tell(figures(answers, time.perf_counter() - began))
 
 
 def prompt_ids(loaded: Loaded, prompt: Prompt, system: str | None) -> list[int]:
@@ -222,7 +222,7 @@ def answer_all(
         prompts = [ids[i] for i in batch]
         done = answer(loaded.model, prompts, loaded.tokenizer, sampling, stop_ids, seeds=seeds)
         answers |= zip(batch, done, strict=True)
-        print(f"{len(answers)} of {len(ids)} prompts answered", file=sys.stderr)
+        tell(f"{len(answers)} of {len(ids)} prompts answered")
     return [answers[i] for i in range(len(ids))]
 
 

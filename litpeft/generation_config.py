@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from litpeft.config import read_json
+from litpeft.terminal import say
 from litpeft.tokenizer import ids_of
 
 NAME = "generation_config.json"
@@ -21,7 +22,7 @@ def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
     ids = [*before, *(number for number in stop_ids if number not in before)]  # transformers may pad with the first
     known.pop("_from_model_config", None)  # with it transformers may take config.json's ids instead
     path.write_text(json.dumps(known | {"eos_token_id": ids if len(ids) > 1 else ids[0]}, indent=2) + "\n")
-    print(f"{NAME} now names the ids that end an answer, {_listed(ids)}; it named {_listed(before) or 'none'}")
+    say(f"{NAME} now names the ids that end an answer, {_listed(ids)}; it named {_listed(before) or 'none'}")
 
 
 def _listed(ids: Collection[int]) -> str:

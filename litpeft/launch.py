@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from litpeft.errors import INTERRUPTED, PEER_LOST, STOPPED, UserError
+from litpeft.terminal import tell
 
 PARENT = "LITPEFT_LAUNCHER"  # in a rank that `launch` started: the process id of its parent
 GRACE = 10.0  # seconds in which the other ranks may end by themselves after one ended badly
@@ -104,7 +105,7 @@ def watch(ranks: list[subprocess.Popen[bytes]], first: int, asked: list[int], gr
             send(running, asked.pop(0))
         if time.monotonic() >= due and means:
             late = ", ".join(str(number) for number, code in codes.items() if code is None)
-            print(f"litpeft: rank {late} did not end by itself: {means[0].name}", file=sys.stderr)
+            tell(f"litpeft: rank {late} did not end by itself: {means[0].name}")
             send(running, means.pop(0))
             due = time.monotonic() + PATIENCE
         time.sleep(POLL)
@@ -133,7 +134,7 @@ def tell_killed(number: int, by: int) -> None:
     """Prints that a rank was killed by a signal that did not come through this process."""
     hint = "the kernel does this when memory runs out; `dmesg` tells" if by == signal.SIGKILL else ""
     error = UserError("RESOURCE-640", f"rank {number} was killed by {signal.Signals(by).name}", hint=hint)
-    print(f"litpeft: {error}", file=sys.stderr, flush=True)
+    tell(f"litpeft: {error}")
 
 
 def leave(code: int) -> NoReturn:

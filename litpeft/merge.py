@@ -27,7 +27,7 @@ from litpeft.precision import Storage
 from litpeft.run import Run, find_run, tell_standing, write_dtype
 from litpeft.settings.files import Merge
 from litpeft.slots import Delta, Linear, Slot
-from litpeft.terminal import command_line
+from litpeft.terminal import command_line, say
 
 PIECE = 1 << 20  # weights that are made wider at a time: they stay in the processor's cache
 COMPARED = 1 << 18  # weights whose rounding is looked at together, for the same reason
@@ -126,15 +126,15 @@ def merge(settings: Merge) -> None:
             del model  # there is room for one in memory
             files = _logits(_in_float32(build(folder, dtype)), prompts)
             written.result()
-        print(
+        say(
             f"logits at {len(want)} positions of {len(PROMPTS)} prompts, "
             f"compared with base + delta (largest {float(want.abs().max()):.1f}):"
         )
-        print(f"  {'the base without the delta':<32} differs by {float((before - want).abs().max()):.2e}")
+        say(f"  {'the base without the delta':<32} differs by {float((before - want).abs().max()):.2e}")
         if storage != run.storage:
             _tell_of_original(run, base, prompts, want)
         _check(want, fold, files, dtype, rounding, settings.run)
-    print(f"merged model in {out}; next: {command_line('chat', out)}")
+    say(f"merged model in {out}; next: {command_line('chat', out)}")
 
 
 def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:
@@ -246,9 +246,9 @@ def _check(want: Tensor, fold: Tensor, files: Tensor, dtype: torch.dtype, roundi
     names = {"folded in float32": fold, f"files read back, {str(dtype).removeprefix('torch.')}": files}
     for name, logits in names.items():
         same = float((logits.argmax(-1) == want.argmax(-1)).float().mean())
-        print(f"  {name:<32} differs by {float((logits - want).abs().max()):.2e}, same next token at {same:.0%}")
-    print(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
-    print("\n".join(rounding.lines(str(dtype).removeprefix("torch."))))
+        say(f"  {name:<32} differs by {float((logits - want).abs().max()):.2e}, same next token at {same:.0%}")
+    say(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
+    say("\n".join(rounding.lines(str(dtype).removeprefix("torch."))))
     if rounding.changed == 0:
         hint = "train longer, or write float32 with --dtype float32"
         raise UserError("MODEL-063", "no weight changed: the merged model would be the base", where=where, hint=hint)
@@ -266,7 +266,7 @@ def _tell_of_original(run: Run, base: Path, prompts: list[list[int]], want: Tens
     trained = _logits(_trained(run, base, run.storage), prompts)
     off = float((want - trained).norm() / trained.norm())
     same = float((want.argmax(-1) == trained.argmax(-1)).float().mean())
-    print(
+    say(
         f"warning: --onto original: the delta was trained on weights in {run.storage.name}, and is merged into others: "
         f"logits differ from the run's by {off:.1%} (relative norm), same next token at {same:.0%}"
     )

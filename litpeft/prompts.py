@@ -13,6 +13,7 @@ from litpeft.data.formats import alpaca, keys, messages
 from litpeft.data.formats.turn import Turn, text
 from litpeft.data.sources import Record, records
 from litpeft.errors import UserError
+from litpeft.terminal import tell
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def typed_prompt(typed: str | None, raw: bool) -> Prompt:
     """Returns the prompt of the command line, or that of standard input for `-` or none."""
     where = "prompt" if typed not in (None, "-") else "standard input"
     if where != "prompt" and sys.stdin.isatty():
-        print("type the prompt; Ctrl-D on a line of its own ends it", file=sys.stderr)
+        tell("type the prompt; Ctrl-D on a line of its own ends it")
     try:
         row = {"prompt": typed if where == "prompt" else sys.stdin.read().removesuffix("\n")}
         row["prompt"].encode()

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from litpeft.model import GPT
 from litpeft.precision import PRECISIONS, Storage
 from litpeft.recognise import refuse_file, refuse_other
 from litpeft.record import DELTA, FORMAT, checksum, read_record
-from litpeft.terminal import command_line
+from litpeft.terminal import command_line, tell
 from litpeft.tokenizer import Tokenizer
 from litpeft.typed import typed
 
@@ -174,7 +173,7 @@ def tell_standing(run: Run | None) -> None:
     """Tells the user, in one line on stderr, of a result that is not the end of its run."""
     standing = None if run is None else run.standing()
     if standing:
-        print(standing, file=sys.stderr)
+        tell(standing)
 
 
 def go_on(method: str, run: Path) -> str:

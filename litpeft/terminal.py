@@ -1,18 +1,40 @@
-"""Text on a terminal: what a model or a data set wrote must not drive it, and nothing depends on its being there."""
+"""All that litpeft prints: no text from outside may drive the terminal, and nothing depends on its being there.
+
+Names of files, keys, rows, what a template or a model says: all of it is text from outside. No other file prints.
+"""
 
 import os
+import re
 import shlex
 import sys
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+# Control characters but the line break (C0, DEL, C1), lone surrogates, and what reorders the text around it.
+UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+
 
 def clean(text: str) -> str:
-    """Returns `text` without what a terminal would obey or UTF-8 cannot hold: control characters, lone surrogates."""
-    text = text.replace("\r\n", "\n").expandtabs(4)
-    return "".join("\ufffd" if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
+    """Returns `text` without what a terminal would obey or UTF-8 cannot hold."""
+    return UNSAFE.sub("\ufffd", text.replace("\r\n", "\n").expandtabs(4))
+
+
+def say(text: object = "", *, end: str = "\n", colored: bool = False) -> None:
+    """Prints a message on stdout; `colored`: it is clean, and has our own colours in it."""
+    print(text if colored else clean(str(text)), end=end, flush=True)
+
+
+def tell(text: object) -> None:
+    """Prints a message on stderr: what is no result."""
+    print(clean(str(text)), file=sys.stderr, flush=True)
+
+
+def write(text: str) -> None:
+    """Writes a part of a result on stdout: as it is to a file or a pipe, so that a terminal shows it only, to that."""
+    sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def command_line(*words: object) -> str:

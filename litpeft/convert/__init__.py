@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from litpeft.errors import UserError
 from litpeft.recognise import refuse_other
 from litpeft.settings.files import Convert
-from litpeft.terminal import command_line
+from litpeft.terminal import command_line, say
 
 if TYPE_CHECKING:
     from litpeft.convert.gguf import GgufFile
@@ -30,16 +30,16 @@ def convert(settings: Convert) -> None:
         what = "the source lies in it, and would be lost when it is replaced"
         raise UserError("CONFIG-200", what, where=str(out), hint="name another folder for the result")
     model = open_gguf(gguf_file) if gguf_file else BinFolder(source)
-    print(f"read {gguf_file or source}: {model.summary()}")
+    say(f"read {gguf_file or source}: {model.summary()}")
     with alone(out), atomic_folder(out, settings.overwrite) as folder:
         model.write(folder, dtype)
         tell_stop_ids(folder)
         count, parameters, written = check(folder, settings.source)
         size = sum(file.stat().st_size for file in folder.iterdir())
         files = sorted(file.name for file in folder.iterdir())
-    print(f"wrote {out}: {parameters / 1e6:.1f} M parameters in {written}, {size / 1e6:.1f} MB: {', '.join(files)}")
-    print(f"checked: {count} tensors, every one finite, names and shapes as config.json asks")
-    print(f"next: {command_line('chat', out)}")
+    say(f"wrote {out}: {parameters / 1e6:.1f} M parameters in {written}, {size / 1e6:.1f} MB: {', '.join(files)}")
+    say(f"checked: {count} tensors, every one finite, names and shapes as config.json asks")
+    say(f"next: {command_line('chat', out)}")
 
 
 def tell_stop_ids(folder: Path) -> None:
@@ -53,7 +53,7 @@ def tell_stop_ids(folder: Path) -> None:
     try:
         write_stop_ids(folder, ChatTemplate(Tokenizer.load(folder), is_setting=False).stop_ids)
     except UserError as error:  # the weights are as good for other programs
-        print(f"generation_config.json is left as it is, since an answer's end is not known: {error.what}")
+        say(f"generation_config.json is left as it is, since an answer's end is not known: {error.what}")
 
 
 def find_gguf(source: Path) -> Path | None:

@@ -142,10 +142,15 @@ def _reply(call: Callable[[], str], seconds: float, memory: int, characters: int
     except RecursionError:
         return {"limit": "it is nested too deeply"}
     except jinja2.TemplateSyntaxError as error:
-        return {"error": f"line {error.lineno}: {error.message}"}
+        return {"error": _one_line(f"line {error.lineno}: {error.message}")}
     except Exception as error:
-        return {"error": f"{error}" or type(error).__name__}
+        return {"error": _one_line(str(error)) or type(error).__name__}
     return text if len(text) <= characters else {"limit": f"it writes more than {characters:,} characters"}
+
+
+def _one_line(text: str) -> str:
+    """Returns what a template says without the lines with which it could pretend to be somebody else."""
+    return " ".join(text.split())
 
 
 def _limit_time(seconds: float) -> None:

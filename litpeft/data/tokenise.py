@@ -14,7 +14,7 @@ from litpeft.data.sources import Rejected, find, records, split
 from litpeft.data.templates import ChatTemplate, Rendered, with_system
 from litpeft.errors import UserError, some
 from litpeft.settings.data import Data
-from litpeft.terminal import clean
+from litpeft.terminal import GREEN, PLAIN, clean
 from litpeft.tokenizer import Tokenizer
 from litpeft.tokenizer_backends import Encoded
 
@@ -316,7 +316,7 @@ def cut(row: Row, length: int) -> list[Row]:
 
 def show(row: Row, tokenizer: Tokenizer, color: bool) -> str:
     """Returns the text of a row with its trained tokens marked: green on a terminal, else in [brackets]."""
-    before, after = ("\x1b[32m", "\x1b[0m") if color else ("[", "]")
+    before, after = (GREEN, PLAIN) if color else ("[", "]")
     parts, position, done = [], 0, ""
     for trained, group in groupby(row.trained):
         position += len(list(group))

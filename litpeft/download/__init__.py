@@ -2,7 +2,7 @@
 
 from litpeft.errors import UserError
 from litpeft.settings.files import Download
-from litpeft.terminal import command_line
+from litpeft.terminal import command_line, say
 
 
 def download(settings: Download) -> None:
@@ -18,6 +18,6 @@ def download(settings: Download) -> None:
     folder = fetch(settings)
     ggufs = sorted(folder.glob("*.gguf"))
     for gguf in ggufs:
-        print(f"next: {command_line('convert', gguf, f'{folder}-hf')}")
+        say(f"next: {command_line('convert', gguf, f'{folder}-hf')}")
     if not ggufs:
-        print(f"next: {command_line('chat', folder)}")
+        say(f"next: {command_line('chat', folder)}")

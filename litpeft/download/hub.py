@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import sys
 import time
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from litpeft.download.folder import amount, check_folder, disk_fault, keep_check
 from litpeft.errors import UserError
 from litpeft.folders import alone
 from litpeft.settings.files import Download
+from litpeft.terminal import say, tell
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -57,7 +57,7 @@ def _complete(
         size = sum(expected[name].size for name in pending)
         need_space(folder, size)
         count = f"{len(pending)} file{'s' * (len(pending) != 1)}"
-        print(f"will download {count}, {amount(size)} to {folder}", flush=True)
+        say(f"will download {count}, {amount(size)} to {folder}")
         _transfer(settings, commit, folder, pending)
         for name in pending:
             _verify(folder / name, expected[name])
@@ -66,7 +66,7 @@ def _complete(
         keep_checksums(folder, f"{repo}@{commit}")
     told = "downloaded" if pending else "already there, nothing to download"
     size = sum(file.size for file in expected.values())
-    print(f"{folder}: {len(expected)} files of {repo}, {amount(size)}, equal to the hub's ({told})")
+    say(f"{folder}: {len(expected)} files of {repo}, {amount(size)}, equal to the hub's ({told})")
 
 
 def _repo_id(source: str) -> str:
@@ -140,7 +140,7 @@ def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pend
         what = f"already holds another {changed[0]} than {repo}"
         raise UserError("CONFIG-103", what, where=str(folder), hint=hint)
     for name in changed:
-        print(f"{folder / name}: not as the hub has it, will be replaced")
+        say(f"{folder / name}: not as the hub has it, will be replaced")
 
 
 def _transfer(settings: Download, commit: str | None, folder: Path, pending: list[str]) -> None:
@@ -164,7 +164,7 @@ def _transfer(settings: Download, commit: str | None, folder: Path, pending: lis
             return
         told = f"the transfer broke off ({_told(fault)}); still missing: {', '.join(pending[:3])}"
         if attempt < ATTEMPTS:
-            print(f"{told}: attempt {attempt + 1} of {ATTEMPTS} in {2**attempt} s", file=sys.stderr, flush=True)
+            tell(f"{told}: attempt {attempt + 1} of {ATTEMPTS} in {2**attempt} s")
             time.sleep(2**attempt)
     hint = "run the same command again: finished files are kept"
     raise UserError("RESOURCE-103", f"{told} after {ATTEMPTS} attempts", where=str(folder), hint=hint)
@@ -225,5 +225,5 @@ def _unreachable(error: Exception, settings: Download, folder: Path) -> Path:
         check_folder(folder)
     except UserError:
         raise failure from None
-    print(f"{what}; {folder} is already there and whole, but was not compared with the hub")
+    say(f"{what}; {folder} is already there and whole, but was not compared with the hub")
     return folder

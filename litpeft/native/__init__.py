@@ -8,7 +8,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from litpeft.native.library import Library
+from litpeft.terminal import tell
 
 SOURCES = sorted(file for file in Path(__file__).parent.iterdir() if file.suffix in (".h", ".cpp"))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-mfma")
@@ -40,7 +40,7 @@ def library() -> Library | None:
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         reason = next((line for line in detail.splitlines() if "error" in line), detail).strip()[:200]
-        print(f"litpeft is slower than it could be: its own code does not compile here: {reason}", file=sys.stderr)
+        tell(f"litpeft is slower than it could be: its own code does not compile here: {reason}")
         return None
 
 
@@ -76,7 +76,7 @@ def fused(*tensors: Tensor) -> Library | ModuleType | None:
 
 def _compile(compiler: str, file: Path) -> None:
     """Writes the shared library; several processes may do so at once."""
-    print("compiling what makes litpeft faster on this processor, once", file=sys.stderr)
+    tell("compiling what makes litpeft faster on this processor, once")
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name

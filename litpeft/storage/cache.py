@@ -13,6 +13,7 @@ from litpeft.checkpoint import file_sha256, read_header, save_tensors
 from litpeft.config import read_json
 from litpeft.errors import UserError
 from litpeft.folders import atomic_folder
+from litpeft.terminal import say
 
 FORMAT = 1
 FILES = ("packed.safetensors", "packed.json")
@@ -37,7 +38,7 @@ class Cache:
             return None
         reason = self._reason()
         if reason:
-            print(f"{self.folder} is not used, and made anew: {reason}")
+            say(f"{self.folder} is not used, and made anew: {reason}")
             return None
         return safe_open(self.folder / FILES[0], framework="pt")
 

@@ -26,6 +26,7 @@ from litpeft.config import read_json
 from litpeft.errors import UserError
 from litpeft.folders import checkpoint_steps, remove_leftovers, sync, whole_folder
 from litpeft.record import checksum
+from litpeft.terminal import say
 from litpeft.train.report import scaled
 
 FORMAT = 1
@@ -53,7 +54,7 @@ class Checkpoint:
 class Checkpoints:
     """The folder `RUN/checkpoints`. One process of a run writes it; the newest is found by step, never by date."""
 
-    def __init__(self, folder: Path, keep_last: int = 2, tell: Callable[[str], None] = print, clear: bool = True):
+    def __init__(self, folder: Path, keep_last: int = 2, tell: Callable[[str], None] = say, clear: bool = True):
         """What killed runs left is removed if `clear`: one process of a run may do that."""
         assert keep_last >= 1, "a run keeps at least its last checkpoint"
         self.folder, self.keep_last, self.tell = Path(folder), keep_last, tell

@@ -26,7 +26,7 @@ from litpeft.model import GPT
 from litpeft.precision import Precision, Storage, pick_device, pick_precision
 from litpeft.run import base_facts, save_result
 from litpeft.settings.train import Finetune
-from litpeft.terminal import lasting
+from litpeft.terminal import lasting, say, tell
 from litpeft.tokenizer import Tokenizer
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
 from litpeft.train.compiled import compile_blocks
@@ -46,10 +46,9 @@ from litpeft.train.signals import StopSignals
 def finetune(settings: Finetune, name: str, method: Method) -> None:
     """Trains `method` as the settings say; leaves run.yaml, metrics.csv, final/ and report.md in `settings.out`."""
     began, first = time.perf_counter(), is_first()
-    say = print if first else (lambda text: None)
-    tell = (lambda text: print(text, file=sys.stderr)) if first else (lambda text: None)
-    with lasting("stdout", "stderr"), StopSignals(tell) as signals:
-        run = prepare(settings, name, method, say)
+    said, told = (say, tell) if first else (lambda text: None,) * 2
+    with lasting("stdout", "stderr"), StopSignals(told) as signals:
+        run = prepare(settings, name, method, said)
         if run is None:
             return
         progress = run.train(signals, began)
@@ -304,6 +303,6 @@ def dry_run(name: str, config: ModelConfig, shapes: GPT, rows: DataSet, tokenize
     trained = {key: p.numel() for key, p in trainable(shapes).items()}
     train, new = sum(trained.values()), sum(count for key, count in trained.items() if key not in shapes.base_keys)
     total = sum(p.numel() for p in empty_model(config).parameters()) + new  # of which a storage packs several into one
-    print(f"{name} would train {train:,} of {total:,} parameters ({train / total:.3%}) in {steps} optimizer steps")
-    print(f"{rows.train[0].source}, as the model sees it (what is trained is marked):")
-    print(show(rows.train[0], tokenizer, color=sys.stdout.isatty()))
+    say(f"{name} would train {train:,} of {total:,} parameters ({train / total:.3%}) in {steps} optimizer steps")
+    say(f"{rows.train[0].source}, as the model sees it (what is trained is marked):")
+    say(show(rows.train[0], tokenizer, color=sys.stdout.isatty()), colored=True)

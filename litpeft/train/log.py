@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from litpeft.errors import UserError
-from litpeft.terminal import clean
+from litpeft.terminal import clean, tell
 
 COLUMNS = (
     "step",
@@ -160,11 +160,10 @@ class Log:
         """Prints a line on standard error, above the bar if there is one."""
         if not self.enabled:
             return
-        text = clean(text)
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(clean(text), markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     def _record(self, row: dict[str, float]) -> None:
         path = self.folder / "metrics.csv"

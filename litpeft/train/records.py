@@ -19,7 +19,7 @@ from litpeft.methods.base import Method, trainable, unfoldable
 from litpeft.model import GPT
 from litpeft.run import go_on
 from litpeft.settings.train import Finetune
-from litpeft.terminal import command_line
+from litpeft.terminal import command_line, say
 from litpeft.train.log import Log
 from litpeft.train.progress import Progress
 from litpeft.train.report import RunFacts, summary_lines, write_report
@@ -109,5 +109,5 @@ def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric, l
     if not (out / "run.yaml").exists():  # the folder was removed while the run went on
         begin_run(out, settings, name, run.method, run.rows)
     path = write_report(out, facts, log.curve())
-    print("\n".join(summary_lines(facts)))
-    print(f"the whole story: {path}")
+    say("\n".join(summary_lines(facts)))
+    say(f"the whole story: {path}")
