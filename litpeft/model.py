@@ -6,6 +6,7 @@ G key/value heads, V vocabulary. Families differ in the switches of ModelConfig.
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,6 +34,12 @@ class KVCache:
         length = -(-length // KEYS) * KEYS
         shape = (rows, config.n_kv_heads, length, config.head_dim)
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+    def of_rows(self, rows: slice) -> "KVCache":
+        """Returns the cache of some rows, which is written to where this one lies."""
+        part = copy(self)
+        part.k, part.v = self.k[rows], self.v[rows]
+        return part
 
     def update(self, k: Tensor, v: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
         """Writes k and v (B, G, T, D) at their positions; returns the keys and values (B, G, end, D) so far."""

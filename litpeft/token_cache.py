@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from litpeft.bare import FEW
 from litpeft.model import GPT, Context, KVCache
 from litpeft.recorded import WIDTHS, RecordedStep
 
@@ -37,23 +38,40 @@ class TokenCache:
         held = self.rows if self.layers else [[] for _ in rows]
         starts = [min(common_prefix(old, new), len(new) - last) for old, new in zip(held, rows, strict=True)]
         new = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
-        width = self.width(max(map(len, new)), max(starts))
-        self.reserve(len(rows), max(starts) + width)
+        self.reserve(len(rows), max(starts) + self.width(max(map(len, new)), max(starts)))
         self.rows = [list(row[:start]) for row, start in zip(rows, starts, strict=True)]
-        device = self.model.embed.weight.device
-        ids = torch.tensor([part + [0] * (width - len(part)) for part in new], device=device)  # (B, T)
-        pos = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
-        ends = torch.tensor([i * width + len(part) for i, part in enumerate(new)], device=device)
-        at = (ends[:, None] + torch.arange(-last, 0, device=device)).flatten()
-        step = self.step(len(rows), width)
-        if step is not None:
-            logits = step(ids, pos).flatten(0, 1)[at]
-        else:
-            start = starts[0] if len(set(starts)) == 1 else None
-            ctx = Context(pos, cache=self.layers, end=max(starts) + width, start=start)
-            logits = self.model(ids, ctx, at=at)
+        logits = [self.read(part, new[part], starts[part], last) for part in self.parts([len(row) for row in new])]
         self.rows = [list(row) for row in rows]
-        return logits
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def parts(self, tokens: Sequence[int]) -> list[slice]:
+        """Returns the rows that are read at once, each with so many new tokens: on a GPU all of them.
+
+        On a CPU as many as the fused block takes: what it computes for a row does not depend on the other rows.
+        """
+        if self.model.embed.weight.device.type != "cpu":
+            return [slice(0, len(tokens))]
+        parts, start, width = [], 0, 0
+        for row, count in enumerate(tokens):
+            width = max(width, count)
+            if row > start and (row + 1 - start) * width > FEW:
+                parts.append(slice(start, row))
+                start, width = row, count
+        return [*parts, slice(start, len(tokens))]
+
+    def read(self, part: slice, new: Sequence[Sequence[int]], starts: Sequence[int], last: int) -> Tensor:
+        """Returns the logits after the last tokens of some rows, whose new ones begin at `starts`, and holds them."""
+        width, device = self.width(max(map(len, new)), max(starts)), self.model.embed.weight.device
+        ids = torch.tensor([[*row, *(0 for _ in range(width - len(row)))] for row in new], device=device)  # (B, T)
+        pos = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+        ends = torch.tensor([i * width + len(row) for i, row in enumerate(new)], device=device)
+        at = (ends[:, None] + torch.arange(-last, 0, device=device)).flatten()
+        step = self.step(len(new), width)
+        if step is not None:
+            return step(ids, pos).flatten(0, 1)[at]
+        layers = self.layers if len(new) == len(self.rows) else [layer.of_rows(part) for layer in self.layers]
+        start = starts[0] if len(set(starts)) == 1 else None
+        return self.model(ids, Context(pos, cache=layers, end=max(starts) + width, start=start), at=at)
 
     def width(self, tokens: int, start: int) -> int:
         """Returns for how many tokens of each row a step is computed: for some more, if it can be recorded so."""

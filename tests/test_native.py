@@ -116,6 +116,21 @@ def test_a_tokens_numbers_do_not_depend_on_how_many_come_with_it(quantize: str |
 
 
 @needs_library
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_a_row_s_numbers_do_not_depend_on_the_rows_it_is_read_with(quantize: str | None, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "max_position_embeddings": 1024}
+    model = load(str(make_folder(tmp_path / "m", **sizes)), precision="bf16-true", quantize=quantize).model
+    torch.manual_seed(0)
+    rows = [torch.randint(2, 300, (n,)).tolist() for n in (30, 400, 8, 700, 90, 513, 64, 64, 512, 3)]
+    cache, alone = TokenCache(model), [TokenCache(model) for _ in rows]
+    for _ in range(3):
+        together = cache.logits(rows, last=2)
+        for number, row in enumerate(rows):
+            assert torch.equal(alone[number].logits([row], last=2), together[2 * number : 2 * number + 2]), number
+        rows = [[*row, 7 + number] for number, row in enumerate(rows)]
+
+
+@needs_library
 def test_lora_is_part_of_a_call_and_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.1, **sizes)
