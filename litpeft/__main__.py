@@ -3,14 +3,18 @@
 import gc
 
 from litpeft.cli import main
-from litpeft.launch import leave
+from litpeft.launch import end
 
 
 def program() -> None:
     """Runs the command of the command line and ends the process."""
     gc.disable()  # to look through all that is imported takes a seventh of its time; `dispatch` enables it again
-    main()
-    leave(0)
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else bool(stop.code)
+    end(int(code))
 
 
 if __name__ == "__main__":

@@ -138,14 +138,19 @@ def tell_killed(number: int, by: int) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process with `code`. What is done, and a rank, skips the interpreter's teardown.
-
-    That of torch takes a third of a second; and once another rank has left, gloo aborts or hangs in it.
-    """
-    rank = started_by() is not None
-    if code and not rank:
+    """Ends a command with `code`: a rank at once, another process where its caller ends it."""
+    if code and started_by() is None:
         sys.exit(code)
-    if not rank:
+    end(code)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process with `code`, without the interpreter's teardown.
+
+    That of torch takes a third of a second, and Triton's lists what it left behind; once another rank has left, gloo
+    aborts or hangs in it.
+    """
+    if started_by() is None:
         atexit._run_exitfuncs()  # what others have asked for: a profiler's report
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # closed, or its reader has left: nobody to tell

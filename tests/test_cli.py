@@ -39,6 +39,14 @@ def test_a_program_that_is_done_runs_what_others_asked_for_at_its_end() -> None:
     assert done.stdout.split("\n")[1:] == ["at the end", ""]
 
 
+def test_after_an_error_no_library_says_anything(tiny_folder: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing.jsonl"
+    given = ("--base.dir", str(tiny_folder), "--data.path", str(missing), "--out", str(tmp_path / "run"))
+    done = litpeft("finetune", "lora", *given)
+    assert done.returncode == 3
+    assert done.stderr == f"litpeft: error[E-DATA-001] {missing}: there is no such file or folder\n"
+
+
 def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "litpeft", "--help"], capture_output=True, text=True, cwd=ROOT
