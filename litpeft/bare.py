@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.attention import attend
-from litpeft.model import GPT, Block, Context, RMSNorm
+from litpeft.known_block import BIASES, READ, at_defaults, is_llama
+from litpeft.model import GPT, Block, Context
 from litpeft.native import library
 from litpeft.native.library import ALL, BlockStruct
 from litpeft.ops import rotate
-from litpeft.slots import Delta, Rows, Slot
+from litpeft.slots import Rows, Slot
 from litpeft.storage.native_rows import NativeRows
 from litpeft.storage.packed import groups
 
@@ -80,10 +81,12 @@ def _norm(x: Tensor, weight_twice: Tensor, eps: float) -> Tensor:
 
 def strip(model: GPT) -> None:
     """Makes each block bare, in place, that can be; storage/packed.py comes before."""
+    if not at_defaults(model.config, READ | BIASES) or not model.config.turned:
+        return
     for layer, block in enumerate(model.blocks):
         rows = _rows(block)
         trained = any(key.startswith(f"blocks.{layer}.norm") for key in model.base_values)  # and can be switched off
-        if rows is None or trained or not model.config.turned:
+        if rows is None or trained:
             continue
         norms = (block.norm1, block.norm2)
         block.__class__, block.layer, block.window = BareBlock, layer, block.attn.window
@@ -96,12 +99,9 @@ def strip(model: GPT) -> None:
 
 def _rows(block: Block) -> list[Rows] | None:
     """Returns the packed layers of a block of LLaMA's kind, or None if there is more in it than they do."""
-    if not isinstance(block.norm1, RMSNorm) or block.parallel or block.mlp.gate is None or block.mlp.act is not F.silu:
+    if not is_llama(block):
         return None
     linears = groups(block)
     rows = [group[0].rows for group in linears]
-    known = {layer.slot for group in linears for layer in group}
-    if any(isinstance(m, Delta) and m not in known for m in block.modules()):
-        return None
     one = all(r is not None and r.whole and r.layers == group for r, group in zip(rows, linears, strict=True))
     return rows if one else None

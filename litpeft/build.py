@@ -16,6 +16,7 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.distributed import fill
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
+from litpeft.known_block import READ, at_defaults
 from litpeft.methods.base import Method, attach, load_delta
 from litpeft.model import GPT
 from litpeft.native.fused_training import fused_step
@@ -101,7 +102,7 @@ def build(
         let_go(sum(value.nbytes for value in values.values()))  # what is looked at here once need not be held
     if packed:
         cache.write(packed)
-    if torch.device(device).type == "cuda" and shard is None:
+    if torch.device(device).type == "cuda" and shard is None and at_defaults(config, READ | {"qkv_bias"}):
         model.fused = fused_step
     if method is not None:  # 7. starts that depend on the base's weights
         method.init(model, lambda ours: names.read(weights, ours))

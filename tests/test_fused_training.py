@@ -4,7 +4,7 @@ Where there is no GPU, Triton's interpreter computes its kernels on the processo
 """
 
 import copy
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from conftest import make_folder  # noqa: E402
+from model_switches import AWAY, CONFIG  # noqa: E402
 
 from litpeft.build import build  # noqa: E402
-from litpeft.config import ModelConfig, RopeScaling  # noqa: E402
 from litpeft.data.batches import Batch, collate  # noqa: E402
 from litpeft.data.tokenise import Row  # noqa: E402
 from litpeft.evaluate import summed_loss  # noqa: E402
@@ -105,30 +105,7 @@ def test_a_second_backward_pass_is_refused(folder: Path) -> None:
         loss.backward()
 
 
-AWAY = {  # of the defaults of ModelConfig
-    "norm": "layer",
-    "norm_eps": 0.1,
-    "rotary_dim": 8,
-    "rope_theta": 100.0,
-    "rope_scaling": RopeScaling("linear", 4.0),
-    "learned_positions": True,
-    "tie_embeddings": True,
-    "activation": "gelu",
-    "gated_mlp": False,
-    "parallel_residual": True,
-    "qkv_bias": True,
-    "output_bias": True,
-    "mlp_bias": True,
-    "window": 7,
-}
 OTHER_BLOCKS = ("norm", "rotary_dim", "activation", "gated_mlp", "parallel_residual", "output_bias", "mlp_bias")
-CONFIG = ModelConfig(
-    vocab_size=320, d_model=48, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=16, d_ff=40, max_positions=128
-)
-
-
-def test_every_switch_of_the_model_is_tried() -> None:
-    assert set(AWAY) == {field.name for field in fields(ModelConfig) if field.default is not MISSING}
 
 
 @pytest.mark.parametrize("name", [None, *AWAY])

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import checkpoint
 
-from litpeft.model import MLP, Attention, Block, Context, RMSNorm, Sdpa
+from litpeft.known_block import is_llama
+from litpeft.model import Block, Context, RMSNorm
 from litpeft.native import gpu_kernels
 from litpeft.slots import Delta, Linear, Slot
 
@@ -92,11 +93,8 @@ def handles(block: Block, x: Tensor, ctx: Context) -> bool:
 
 def groups_of(block: Block) -> Groups | None:
     """Returns the block's linear layers if all that it does is done here, else None: what is not named is refused."""
-    norms, attn, mlp = (block.norm1, block.norm2), block.attn, block.mlp
-    known = type(block) is Block and type(attn) is Attention and type(mlp) is MLP and type(attn.core) is Sdpa
-    empty = all(type(slot) is Slot for slot in (block.after_attn, block.after_mlp, block.after_block))
-    frozen = all(type(norm) is RMSNorm and not norm.weight.requires_grad for norm in norms)
-    if not (known and empty and frozen) or block.parallel or mlp.gate is None or mlp.act is not F.silu:
+    attn, mlp = block.attn, block.mlp
+    if not is_llama(block) or block.norm1.weight.requires_grad or block.norm2.weight.requires_grad:
         return None
     if any(layer.bias is not None for layer in (attn.o, mlp.gate, mlp.up, mlp.down)):
         return None

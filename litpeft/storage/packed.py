@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.checkpoint import let_go
-from litpeft.model import GPT, Block
+from litpeft.model import GPT, MLP, Attention, Block
 from litpeft.slots import Linear, TiedHead
 from litpeft.storage.four_bit import FP4, NF4
 from litpeft.storage.int8 import Int8
@@ -69,9 +69,13 @@ def _owners(model: GPT, leaf: str) -> set[nn.Module]:
 
 def groups(block: Block) -> list[list[Linear]]:
     """Returns the linear layers of a block, those together that read the same input."""
-    attn, mlp = block.attn, block.mlp
-    gated = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
-    return [[attn.q, attn.k, attn.v], [attn.o], gated, [mlp.down]]
+    attn, mlp, known = block.attn, block.mlp, []
+    if type(attn) is Attention:
+        known += [[attn.q, attn.k, attn.v], [attn.o]]
+    if type(mlp) is MLP:
+        known += [[mlp.up] if mlp.gate is None else [mlp.gate, mlp.up], [mlp.down]]
+    named = {layer for group in known for layer in group}
+    return known + [[layer] for layer in block.modules() if isinstance(layer, Linear) and layer not in named]
 
 
 def _pack(layers: list[Linear], kind: type[Rows]) -> None:

@@ -1,0 +1,163 @@
+"""Answers on a CPU go through packed weights and fused blocks: the plain ones, for whatever model and method."""
+
+import copy
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import make_folder
+from model_switches import AWAY, CONFIG
+
+from litpeft.bare import BareBlock, strip
+from litpeft.build import build
+from litpeft.config import ModelConfig
+from litpeft.methods import METHODS, method_class
+from litpeft.methods.base import trainable
+from litpeft.model import GPT, MLP, Attention, RMSNorm
+from litpeft.slots import Linear
+from litpeft.storage.packed import pack
+from litpeft.token_cache import TokenCache
+
+LIMITS = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 3e-2}  # relative
+
+
+def made(config: ModelConfig, dtype: torch.dtype) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.dtype = dtype
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def fast(model: GPT) -> GPT:
+    """Returns a copy as `load` makes it ready to answer."""
+    model = copy.deepcopy(model)
+    pack(model)
+    strip(model)
+    return model
+
+
+def assert_answers_alike(plain: GPT, other: GPT, limit: float) -> None:
+    """Compares logits without a cache, and with one: of rows in a batch, step by step, and of guessed tokens."""
+    torch.manual_seed(1)
+    rows = [torch.randint(2, 300, (n,)).tolist() for n in (5, 17, 1)]
+    caches = TokenCache(plain), TokenCache(other)
+    with torch.inference_mode():
+        pairs = [(other(ids), plain(ids)) for ids in (torch.tensor([rows[1]]), torch.tensor([rows[1], rows[1][::-1]]))]
+        for step in range(3):
+            last = 1 if step == 0 else 2
+            want, got = (cache.logits(rows, last) for cache in caches)
+            pairs.append((got.clone(), want.clone()))
+            rows = [[*row, 3 + number, 9, 4] for number, row in enumerate(rows)]
+    for got, want in pairs:
+        assert (got - want).double().norm() <= limit * want.double().norm()
+
+
+def test_every_switch_of_the_model_is_tried() -> None:
+    assert set(AWAY) == {field.name for field in fields(ModelConfig) if field.default is not MISSING}
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", [None, *AWAY])
+def test_each_switch_of_the_model_is_heeded(name: str | None, dtype: torch.dtype) -> None:
+    plain = made(CONFIG if name is None else replace(CONFIG, **{name: AWAY[name]}), dtype)
+    other = fast(plain)
+    if name is None and dtype == torch.float32:
+        assert {type(block) for block in other.blocks} == {BareBlock}
+    assert_answers_alike(plain, other, LIMITS[dtype])
+
+
+class HeadNormed(Attention):
+    """What a family would write that norms its queries and keys."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim) for _ in range(2))
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().heads(x)
+        return self.q_norm(x) if x.size(1) == 3 else self.k_norm(x)
+
+
+class OneMore(RMSNorm):
+    """A norm whose weight is 1 + its parameter."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x
+
+
+class Experts(nn.Module):
+    """A mixture of two MLPs."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.experts = nn.ModuleList(MLP(config) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, ctx: object) -> torch.Tensor:
+        return sum(expert(x, ctx) for expert in self.experts)
+
+
+class PostNormed(nn.Module):
+    """An MLP whose output is normed."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.inner, self.norm = MLP(config), nn.RMSNorm(config.d_model)
+
+    def forward(self, x: torch.Tensor, ctx: object) -> torch.Tensor:
+        return self.norm(self.inner(x, ctx))
+
+
+class Squashed(nn.Module):
+    """What a method might do with the output of attention."""
+
+    def forward(self, y: torch.Tensor, *context: object) -> torch.Tensor:
+        return y.tanh()
+
+
+CHANGES = {
+    "norms of queries and keys": lambda block: setattr(block, "attn", HeadNormed(CONFIG, 0)),
+    "another norm": lambda block: setattr(block, "norm2", OneMore(CONFIG.d_model, CONFIG.norm_eps)),
+    "experts": lambda block: setattr(block, "mlp", Experts(CONFIG)),
+    "a norm after the MLP": lambda block: setattr(block, "mlp", PostNormed(CONFIG)),
+    "a module after attention": lambda block: setattr(block, "after_attn", Squashed()),
+}
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_block_of_another_kind_is_not_fused(name: str, dtype: torch.dtype) -> None:
+    plain = made(CONFIG, dtype)
+    CHANGES[name](plain.blocks[0])
+    torch.manual_seed(2)
+    for parameter in plain.blocks[0].parameters():
+        nn.init.normal_(parameter, std=0.3)
+    plain = plain.to(dtype).requires_grad_(False)
+    other = fast(plain)
+    assert BareBlock not in {type(block) for block in other.blocks}
+    assert_answers_alike(plain, other, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_is_heeded(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    folder = make_folder(tmp_path / "model")
+    torch.manual_seed(3)
+    plain = build(folder, dtype, method_class(name)())
+    for parameter in trainable(plain).values():
+        parameter.data += 0.1 * torch.randn(parameter.shape).to(parameter)
+    plain.eval().requires_grad_(False)
+    other = fast(plain)
+    assert_answers_alike(plain, other, LIMITS[dtype])
+
+
+def test_what_is_packed_is_every_linear_layer_of_a_block() -> None:
+    plain = made(CONFIG, torch.float32)
+    plain.blocks[0].mlp = Experts(CONFIG).requires_grad_(False)
+    other = fast(plain)
+    layers = [layer for layer in other.blocks[0].modules() if isinstance(layer, Linear)]
+    assert len(layers) == 10
+    assert all(layer.rows is not None for layer in layers)
