@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from chat_samples import CHATML, write_folder
 
+import litpeft
 from litpeft.data import sandbox
 from litpeft.data.formats.turn import Turn
 from litpeft.data.sandbox import LimitError, Template
@@ -209,6 +211,28 @@ def test_no_process_is_left_behind_at_the_end_of_a_program():
     ended = subprocess.run([sys.executable, "-c", SCRIPT, "end"], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert gone(int(ended.stdout))
+
+
+def test_it_finds_a_package_that_is_on_no_folder_of_sys_path(tmp_path):
+    program = """
+import importlib.machinery, importlib.util, sys
+from datetime import datetime
+
+class Finder:  # as pip's for `pip install -e`
+    def find_spec(name, path=None, target=None):
+        if name == "litpeft":
+            parts = [sys.argv[1] + "/litpeft"]
+            file = parts[0] + "/__init__.py"
+            return importlib.util.spec_from_file_location(name, file, submodule_search_locations=parts)
+
+sys.meta_path.insert(0, Finder)
+sys.path = [folder for folder in sys.path if not importlib.machinery.PathFinder.find_spec("litpeft", [folder])]
+from litpeft.data.sandbox import Template
+print(Template("{{ x }}", datetime.now()).render({"x": "found"}))
+"""
+    command = [sys.executable, "-c", program, str(Path(litpeft.__file__).parent.parent)]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={})
+    assert told.stdout == "found\n", told.stderr
 
 
 def gone(process):

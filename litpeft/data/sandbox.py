@@ -16,6 +16,8 @@ import weakref
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from litpeft.data.pipes import packed, receive
@@ -28,7 +30,8 @@ LAST_RESORT = 60.0  # seconds beyond what the limits allow, after which the proc
 POLL = 0.05  # seconds between two looks at the memory of the process
 MACOS = sys.platform == "darwin"  # its kernel bounds no memory
 TOO_SLOW = -getattr(signal, "SIGPROF", 0)  # how a process ends at the limit of its processor time
-START = "import sys; sys.path[:] = sys.argv[1:]; from litpeft.data.renderer import serve; serve()"
+START = "import sys; sys.path += sys.argv[1:]; from litpeft.data.renderer import serve; serve()"
+PACKAGES = ("litpeft", "jinja2", "markupsafe")  # what the process imports beside Python's own
 # What the process gets of the environment: what Python may need to start, and no token of the hub.
 ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
@@ -156,7 +159,9 @@ class Template:
 
 def _start() -> "subprocess.Popen[bytes]":
     """Returns the process. It is in a session of its own: Ctrl-C in the terminal is for this process alone."""
-    command = [sys.executable, "-I", "-S", "-c", START, *sys.path]
+    # where they lie, not sys.path: an installation that can be edited is on none of its folders
+    files = [Path(find_spec(name).origin) for name in PACKAGES]
+    command = [sys.executable, "-I", "-S", "-c", START, *dict.fromkeys(str(file.parent.parent) for file in files)]
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True)
