@@ -18,6 +18,7 @@ from typing import Any
 from litpeft import __version__
 from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, nearest
 from litpeft.launch import PATIENCE, launch, leave, peer_lost, started_by
+from litpeft.memory import memory_error, out_of_memory
 from litpeft.methods import METHODS
 from litpeft.terminal import Lasting, say, tell
 
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = ["--debug"] if "--debug" in argv else []
     argv = [word for word in argv if word != "--debug"]
+    command = argv[0] if argv else ""
     pressed: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
@@ -108,14 +110,14 @@ def main(argv: list[str] | None = None) -> None:
             leave(INTERRUPTED)
         if debug:
             tell("".join(traceback.format_exception(error)).rstrip())
-        leave(_report(error))
+        leave(_report(error, command))
     finally:
         signal.signal(signal.SIGINT, before)
         sys.stderr = stderr
 
 
-def _report(error: Exception) -> int:
-    """Prints what went wrong and returns the exit code."""
+def _report(error: Exception, command: str) -> int:
+    """Prints what went wrong in a command, by its first word, and returns the exit code."""
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()  # whoever read our output has left: nobody to tell
         return 1
@@ -128,9 +130,8 @@ def _report(error: Exception) -> int:
         if started_by() == "litpeft":
             return error.exit_code  # every rank found the same: the first of the machine tells
         time.sleep(PATIENCE)  # torchrun ends the others as soon as one has left: not before the first has told
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
-        hint = "lower train.micro_tokens or data.max_length, or set train.activation_checkpointing true"
-        error = UserError("RESOURCE-001", f"out of memory: {text[:200]}", hint=hint)
+    if out_of_memory(error):
+        error = error if isinstance(error, UserError) and error.exit_code == 6 else memory_error(error, command)
     elif isinstance(error, OSError):
         error = UserError("RESOURCE-002", error.strerror or text, where=str(error.filename or ""))
     if isinstance(error, UserError):

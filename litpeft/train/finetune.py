@@ -21,6 +21,7 @@ from litpeft.errors import UserError
 from litpeft.folders import alone, refuse_existing, remove_leftovers, replaced
 from litpeft.identity import config_identity, tokenizer_identity
 from litpeft.launch import check_world
+from litpeft.memory import out_of_memory
 from litpeft.methods.base import Method, put, trainable
 from litpeft.model import GPT
 from litpeft.precision import Precision, Storage, pick_device, pick_precision
@@ -40,6 +41,7 @@ from litpeft.train.progress import Progress
 from litpeft.train.records import begin_run, empty_model, plain, report
 from litpeft.train.resume import began, check_same_run, circumstances, find_saved, finished_at, rows_sha256
 from litpeft.train.samples import Question, askable, exact_share, show_sample
+from litpeft.train.shortage import Shortage
 from litpeft.train.signals import StopSignals
 
 
@@ -51,7 +53,13 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
         run = prepare(settings, name, method, said)
         if run is None:
             return
-        progress = run.train(signals, began)
+        try:
+            progress = run.train(signals, began)
+        except Exception as error:
+            if not out_of_memory(error) or (isinstance(error, UserError) and error.exit_code == 6):
+                raise
+            longest = max(len(row.ids) for row in run.rows.train)
+            raise Shortage(settings, method, run.shapes, run.precision, longest).error(error) from error
     if progress.exit_code:
         sys.exit(progress.exit_code)
 
@@ -136,6 +144,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         rows,
         tokenizer,
         template,
+        shapes,
         questions,
         precision,
         checkpoints,
@@ -156,6 +165,7 @@ class Preparation:
     rows: DataSet
     tokenizer: Tokenizer
     template: ChatTemplate
+    shapes: GPT  # of the model with the method attached, without memory
     questions: list[Question]  # that are asked of the model at each measurement
     precision: Precision
     checkpoints: Checkpoints
