@@ -119,11 +119,23 @@ def _commit(temporary: Path, path: Path) -> None:
         raise UserError("RESOURCE-030", f"cannot be written: {error.strerror or error}", where=str(path)) from error
 
 
+def check_place(path: Path) -> None:
+    """Raises if no folder can lie at `path`: its name is too long, say, or a file lies on the way."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        what = f"this can be no folder: {error.strerror}"
+        raise UserError("CONFIG-031", what, where=str(path), hint="name another") from None
+
+
 def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
     """Raises if `path` holds something that was not said to be replaced, or that litpeft did not write.
 
     What a killed process left beside it is removed if `clear`: one process of a run may do that.
     """
+    check_place(path)
     if clear:
         remove_leftovers(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):

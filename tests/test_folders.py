@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
-from conftest import finetune
+from conftest import finetune, write_rows
 
+from litpeft.cli import main
 from litpeft.errors import UserError
 from litpeft.folders import alone
 
@@ -29,6 +31,19 @@ def holder(tmp_path):
     if process.is_alive():
         pipe.send("end")
     process.join()
+
+
+@pytest.mark.parametrize("resume", ["true", "false"])
+@pytest.mark.parametrize("out", ["x" * 5000, "file/run"])
+def test_a_run_that_can_lie_nowhere_is_a_mistake_of_its_option(
+    tiny_folder: Path, tmp_path: Path, out: str, resume: str, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    given = ["--base.dir", str(tiny_folder), "--data.path", str(write_rows(tmp_path)), "--out", str(tmp_path / out)]
+    with pytest.raises(SystemExit) as stop:
+        main(["finetune", "lora", *given, "--resume", resume])
+    assert stop.value.code == 2
+    assert "this can be no folder" in capsys.readouterr().err
 
 
 def test_a_second_run_on_the_same_folder_is_refused_and_names_the_first(tiny_folder, tmp_path, holder, capsys) -> None:

@@ -18,7 +18,7 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load, show
 from litpeft.distributed import is_first
 from litpeft.errors import UserError
-from litpeft.folders import alone, refuse_existing, remove_leftovers, replaced
+from litpeft.folders import alone, check_place, refuse_existing, remove_leftovers, replaced
 from litpeft.identity import config_identity, tokenizer_identity
 from litpeft.launch import check_world
 from litpeft.memory import out_of_memory
@@ -70,10 +70,12 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     check_world(settings.devices, settings.num_nodes)
     # 1. the output; each rank looks: it cannot wait for one that has left already
     clear = is_first() and not settings.dry_run
-    if not settings.resume:
+    if settings.resume:
+        check_place(out)
+        if clear:
+            remove_leftovers(out)
+    else:
         refuse_existing(out, settings.overwrite, clear)
-    elif clear:
-        remove_leftovers(out)
     for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
         if Path(kept).resolve().is_relative_to(out.resolve()):
             raise UserError("CONFIG-037", f"the run would replace {kept}", where="out", hint="name another folder")
