@@ -149,7 +149,8 @@ class Run:
         said = [f"{self.folder} holds step {step:,}" + (f" of {planned:,}" if planned else "")]
         said += [] if finished else ["the run was stopped"]
         said += [f"there is a newer checkpoint, of step {newest:,}"] if newer else []
-        said += [f"it goes on with: {go_on(facts['method'], run)}"] if newer or not finished else []
+        if (newer or not finished) and (run / "run.yaml").exists():  # final/ may have been copied alone
+            said.append(f"it goes on with: {go_on(facts['method'], run)}")
         return "; ".join(said)
 
 

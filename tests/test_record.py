@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import finetune
 from safetensors.torch import load_file, save_file
-from short_runs import cut, resume, train
+from short_runs import assert_same, cut, resume, train
 
 from litpeft.checkpoint import file_sha256
 from litpeft.cli import main
@@ -194,7 +195,7 @@ FORGED_CHECKPOINT: list[tuple[str, str, Any]] = [
     *(("state.json", "progress.seconds", value) for value in (None, "1", 0, -5.0)),
     ("state.json", "progress.more", 1),
     *(("state.json", "optimizer", value) for value in (None, [], GONE)),
-    *(("state.json", "scaler", value) for value in (1, "x", GONE)),
+    *(("state.json", "scaler", value) for value in (1, "x", {}, {"scale": 2.0}, GONE)),
     *(("MANIFEST.json", "facts.method", value) for value in (None, 1, GONE)),
     *(("MANIFEST.json", "facts.settings", value) for value in (None, [], GONE)),
     *(("MANIFEST.json", "facts.began", value) for value in (None, 1, "yesterday", GONE)),
@@ -248,3 +249,12 @@ def test_tensors_that_a_manifest_does_not_list_are_not_taken(tiny_folder, tmp_pa
         resume(tiny_folder, run)
     assert (stop.value.code, "holds no delta.safetensors" in capsys.readouterr().err) == (4, True)
     assert not (run / "final").exists()
+
+
+def test_a_loss_scale_is_left_where_the_precision_has_none_any_more(tiny_folder, tmp_path) -> None:
+    whole = train(tiny_folder, tmp_path / "whole")
+    run = cut(whole, 2, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step-00000002"
+    change(checkpoint / "state.json", "scaler", torch.amp.GradScaler("cpu", init_scale=8.0).state_dict())
+    reseal(checkpoint)
+    assert_same(resume(tiny_folder, run), whole)

@@ -12,6 +12,7 @@ from conftest import CHATML, COLOURS, make_folder
 from short_runs import QUIET, UNPACKED, Settings, assert_same, cut, delta, newest, resume, train
 
 from litpeft.methods import METHODS, method_class
+from litpeft.run import find_run
 from litpeft.train.log import read_metrics
 
 SMALL: dict[str, Settings] = {"adapter": {"method.prompt_length": 3}, "adapter_v2": {"method.prompt_length": 3}}
@@ -57,6 +58,16 @@ def test_full_in_the_type_of_the_base_resumes(tiny_folder, tmp_path) -> None:
 def finished(tiny_folder, tmp_path_factory) -> Path:
     """A finished run, with a checkpoint of each of its four steps. Tests must not change it."""
     return train(tiny_folder, tmp_path_factory.mktemp("finished") / "run")
+
+
+def test_a_run_that_is_to_end_earlier_than_it_is_ends_there_with_a_result_that_is_read(
+    finished, tiny_folder, tmp_path, capsys
+) -> None:
+    settings = {"train.max_steps": 2, "resume_changed": "train.max_steps"}
+    run = resume(tiny_folder, cut(finished, 3, tmp_path / "run"), settings)
+    assert "step 3 is beyond the 2 asked for" in capsys.readouterr().out
+    assert find_run(run).facts["step"] == 3
+    assert find_run(run).standing() is None
 
 
 def content(folder: Path) -> dict[Path, tuple[int, bytes]]:

@@ -71,6 +71,12 @@ def test_each_command_says_which_step_of_a_stopped_run_it_uses(stopped, tmp_path
     assert line in told(capsys, "chat", run)
 
 
+def test_a_result_that_was_copied_alone_names_no_command_that_cannot_go_on(stopped, tmp_path, capsys) -> None:
+    shutil.copytree(stopped[0] / "final", tmp_path / "run" / "final")
+    said = told(capsys, "generate", tmp_path / "run", *PROMPT)
+    assert f"holds step {stopped[1]} of 40; the run was stopped\n" in said
+
+
 def test_a_checkpoint_newer_than_the_result_is_named(stopped, whole, tmp_path, capsys) -> None:
     run = shutil.copytree(stopped[0], tmp_path / "run")
     shutil.copytree(whole / "checkpoints" / "step-00000004", run / "checkpoints" / "step-00000039")

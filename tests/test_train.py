@@ -28,7 +28,7 @@ from litpeft.methods.base import delta_state, trainable
 from litpeft.methods.lora import LoRA
 from litpeft.settings.train import Train
 from litpeft.train.fit import train_step
-from litpeft.train.learned import count_still
+from litpeft.train.learned import PART, count_still, sums
 from litpeft.train.log import read_metrics
 from litpeft.train.optim import lr_at, make_optimizer
 from litpeft.train.progress import Progress
@@ -325,10 +325,10 @@ def test_a_run_whose_gradient_vanished_ends_with_its_own_code(tiny_folder, tmp_p
     refused_as_unlearned(tiny_folder, tmp_path, *few, "--train.epochs", str(epochs))
     said = capsys.readouterr().err
     assert (
-        "the gradient is exactly 0 since step 2, and the loss 5.768 (as if each of the 320 tokens were as likely)"
+        "the gradient is exactly 0 since step 2 at a loss of 5.768 (as if each of the 320 tokens were as likely)"
         in said
     )
-    assert "lower train.lr" in said
+    assert "a lower train.lr" in said
     norms = [row["grad_norm"] for row in read_metrics(tmp_path / "run") if row["grad_norm"] is not None]
     assert norms[0] > 1
     assert norms[1:] == [0] * (2 if epochs == 1 else 5)
@@ -342,7 +342,7 @@ def test_a_base_whose_activations_overflow_is_named(tmp_path, capsys, method: st
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     refused_as_unlearned(base, tmp_path, "--train.epochs", str(epochs), "--train.weight_decay", "0.1", method=method)
     said = capsys.readouterr().err
-    assert "the gradient is exactly 0 since step 1, and the loss 5.768" in said
+    assert "the gradient is exactly 0 since step 1 at a loss of 5.768" in said
     assert "the base's activations overflow" in said
 
 
@@ -358,6 +358,19 @@ def test_a_small_step_is_a_step(tiny_folder, tmp_path) -> None:
     out = finetune(tiny_folder, tmp_path, "--train.lr", "1e-12")
     moved = [t.abs().max() for name, t in load_file(out / "final/delta.safetensors").items() if name.endswith(".B")]
     assert 0 < max(moved) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sums_of_a_tensor_tell_the_smallest_change_of_any_number(dtype: torch.dtype) -> None:
+    tensor = torch.randn(3, PART // 2 + 1, dtype=dtype)
+    [(total, squares)] = sums([tensor])
+    assert total == pytest.approx(tensor.double().sum().item())
+    assert squares == pytest.approx(tensor.double().square().sum().item())
+    for at in ((0, 0), (1, 7), (2, -1)):
+        moved = tensor.clone()
+        moved[at] = torch.nextafter(moved[at], torch.tensor(9, dtype=dtype))
+        assert sums([moved]) != sums([tensor])
+    assert sums([torch.empty(0, dtype=dtype)]) == [(0, 0)]
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(1e-4, 0.0), (0.0, 0.0), (2.0, math.inf), (2.0, math.nan), (2.0, 5e-324)])

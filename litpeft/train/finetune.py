@@ -134,7 +134,12 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         if not lines and (done := finished_at(out)) is not None:
             say(f"{out} is finished: step {done}; nothing is left to do")
             return None
-        say(f"going on after step {saved.step} of {steps}")
+        beyond = saved.step > steps
+        say(
+            f"step {saved.step} is beyond the {steps} asked for"
+            if beyond
+            else f"going on after step {saved.step} of {steps}"
+        )
     if settings.dry_run:
         dry_run(name, config, shapes, rows, tokenizer, steps)
         return None
@@ -291,7 +296,7 @@ class Preparation:
             "precision": self.precision.name,
             "step": step,
             "steps_done": progress.step,
-            "steps_planned": self.steps,
+            "steps_planned": max(self.steps, progress.step),  # fewer may be asked for than are done already
             "finished": not progress.exit_code and not progress.out_of_time,
         }
         save_result(Path(self.settings.out) / "final", model, self.name, self.method, base, facts, first)

@@ -242,8 +242,9 @@ class Trainer:
         """Puts model, optimiser and progress back to where a checkpoint has them."""
         put(self.gpt, saved.tensors("delta"))
         load_optimizer(self.optimizer, self.names, saved.tensors("optimizer"), saved.state["optimizer"])
-        if saved.state["scaler"]:
-            self.fabric.strategy.precision.scaler.load_state_dict(saved.state["scaler"])
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        if scaler is not None and saved.state["scaler"]:  # neither where base.precision changed
+            scaler.load_state_dict(saved.state["scaler"])
         self.progress = Progress.of(saved.state["progress"])
         if self.settings.validation.final == "best" and self.progress.best:
             self.checkpoints.at(self.progress.best[0])  # what is wrong with it is better known now than at the end

@@ -13,6 +13,7 @@ from litpeft.train.progress import Progress
 
 STILL = 5  # steps in a row without a gradient that end a run
 LEARNED = 1e-3  # nats per token; at a smaller loss there may be nothing left to learn
+PART = 1 << 18  # numbers that are summed in float64 at once: a copy of a whole tensor may be gigabytes
 
 
 def count_still(progress: Progress, loss: float, norm: float, vocabulary: int) -> None:
@@ -31,17 +32,18 @@ def no_gradient(progress: Progress, vocabulary: int) -> UserError:
     guess = (
         f" (as if each of the {vocabulary:,} tokens were as likely)" if abs(loss - math.log(vocabulary)) < 0.01 else ""
     )
-    what = f"the gradient is exactly 0 since step {first}, and the loss {loss:.3f}{guess}: nothing is learned"
-    hint = "the checkpoints before are as they were; lower train.lr"
+    what = f"the gradient is exactly 0 since step {first} at a loss of {loss:.3f}{guess}: nothing is learned"
+    hint = "the steps before were too large: begin again with a lower train.lr, and --overwrite for the same out"
     if first == 1:
-        hint = "the base's activations overflow: take its files again, or another base.precision"
+        hint = "the base's activations overflow, or its weights are 0: take its files again, or another base.precision"
     return UserError("NUMERIC-003", what, hint=hint)
 
 
 def sums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
-    """Returns the sum and the norm of each tensor, or of this rank's share of it: other ones after any change of it."""
+    """Returns the sum and the sum of squares of each tensor, or of this rank's share of it: other ones after any change of it."""
     own = [p.detach().to_local() if is_share(p) else p.detach() for p in parameters]
-    pairs = [torch.stack([p.sum(dtype=torch.float64), torch.linalg.vector_norm(p, dtype=torch.float64)]) for p in own]
+    parts = ((part.double() for part in p.flatten().split(PART)) for p in own)
+    pairs = [torch.stack([torch.stack([part.sum(), part.dot(part)]) for part in each]).sum(0) for each in parts]
     return [tuple(pair.tolist()) for pair in pairs]
 
 
@@ -55,4 +57,6 @@ def check_learned(
     if not fabric.all_reduce(moved, reduce_op="sum"):
         what = f"all that trains is after {progress.step} steps what it was before the first: nothing was learned"
         hint = "raise train.lr, or hold what trains in float32 (base.precision 32-true, method.master_weights true)"
+        if getattr(fabric.strategy.precision, "scaler", None) is not None:
+            hint = "each gradient overflowed in float16: take more steps, while its scale falls, or bf16-mixed"
         raise UserError("NUMERIC-004", what, hint=hint)

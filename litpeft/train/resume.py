@@ -63,12 +63,23 @@ class SavedFacts:
 
 
 @dataclass
+class SavedScaler:
+    """The loss scale of 16-mixed."""
+
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int
+
+
+@dataclass
 class SavedState:
     """Where a checkpoint's run was."""
 
     progress: Progress
     optimizer: dict[str, Any]
-    scaler: dict[str, Any] | None
+    scaler: SavedScaler | None
 
 
 def check_saved(saved: Checkpoint) -> None:
