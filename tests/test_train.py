@@ -324,10 +324,7 @@ def test_a_run_whose_gradient_vanished_ends_with_its_own_code(tiny_folder, tmp_p
     few = "--train.lr", "1e9", "--train.batch_size", "2", "--validation.interval", "99", "--validation.max_rows", "1"
     refused_as_unlearned(tiny_folder, tmp_path, *few, "--train.epochs", str(epochs))
     said = capsys.readouterr().err
-    assert (
-        "the gradient is exactly 0 since step 2 at a loss of 5.768 (as if each of the 320 tokens were as likely)"
-        in said
-    )
+    assert "the gradient is exactly 0 since step 2 at a loss of 5.768 (as if each of the 320 tokens were as" in said
     assert "a lower train.lr" in said
     norms = [row["grad_norm"] for row in read_metrics(tmp_path / "run") if row["grad_norm"] is not None]
     assert norms[0] > 1

@@ -134,12 +134,8 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         if not lines and (done := finished_at(out)) is not None:
             say(f"{out} is finished: step {done}; nothing is left to do")
             return None
-        beyond = saved.step > steps
-        say(
-            f"step {saved.step} is beyond the {steps} asked for"
-            if beyond
-            else f"going on after step {saved.step} of {steps}"
-        )
+        begin = "going on after" if saved.step <= steps else "nothing is left to train:"
+        say(f"{begin} step {saved.step} of {steps}")
     if settings.dry_run:
         dry_run(name, config, shapes, rows, tokenizer, steps)
         return None

@@ -40,7 +40,7 @@ def no_gradient(progress: Progress, vocabulary: int) -> UserError:
 
 
 def sums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
-    """Returns the sum and the sum of squares of each tensor, or of this rank's share of it: other ones after any change of it."""
+    """Returns the sum of each tensor and of its squares, or of this rank's share: any change of it changes them."""
     own = [p.detach().to_local() if is_share(p) else p.detach() for p in parameters]
     parts = ((part.double() for part in p.flatten().split(PART)) for p in own)
     pairs = [torch.stack([torch.stack([part.sum(), part.dot(part)]) for part in each]).sum(0) for each in parts]
