@@ -22,7 +22,7 @@ from torch import Tensor
 from litpeft.checksums import compare, sha256, tensor_sums, write_checksums
 from litpeft.config import COMPANIONS, read_json
 from litpeft.errors import UserError, some
-from litpeft.recognise import refuse_other
+from litpeft.recognise import convert_hint, refuse_other
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as settings say them
@@ -58,8 +58,8 @@ class Weights:
                 hint = "if that is the model, rename it to model.safetensors" if len(shards) == 1 else ""
                 what = f"there is no model.safetensors, only {some(shards)}"
                 raise UserError("MODEL-038", what, where=str(folder), hint=hint)
-            pickled = sorted(p.name for ending in ("*.bin", "*.pth", "*.gguf") for p in folder.glob(ending))
-            hint = f"turn {pickled[0]} into one with `litpeft convert`" if pickled else "see `litpeft download --help`"
+            other = [*sorted(folder.glob("*.gguf"))[:1], *([folder] if any(folder.glob("pytorch_model*.bin")) else [])]
+            hint = convert_hint(other[0]) if other else "see `litpeft download --help`"
             raise UserError("MODEL-032", "there is no model.safetensors", where=str(folder), hint=hint)
         files = sorted(set(placed.values())) if placed else ["model.safetensors"]
         self.headers = {file: read_header(folder / file) for file in files}
@@ -156,7 +156,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
     except FileNotFoundError:
         what = f"{path.name} is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
-        raise UserError("MODEL-035", what or "the file is missing", where=str(path)) from None
+        hint = "download or copy it, too"
+        raise UserError("MODEL-035", what or "the file is missing", where=str(path), hint=hint) from None
     except (OSError, SafetensorError, ValueError, struct.error) as error:
         what = f"not a whole safetensors file ({size} bytes): {error}"
         raise UserError("MODEL-036", what, where=str(path), hint="download or copy it again") from None

@@ -31,7 +31,7 @@ class TokenizerIdentity:
 
     file: str  # sha256 of what tokenizer.json or tokenizer.model says
     vocabulary: str  # sha256 of all tokens with their ids, and of which are special
-    probe: str  # sha256 of the ids of a text that holds every special token
+    probe: str  # sha256 of the ids of a text that holds every added token
     special_tokens: dict[str, str]  # bos_token, eos_token, ... as far as the template or plain text use them
     adds_bos: bool
     stop_ids: tuple[int, ...]  # of the template and the tokenizer
@@ -52,8 +52,7 @@ def tokenizer_identity(template: ChatTemplate) -> dict[str, Any]:
         file = sha256(content)
     else:
         file = hashlib.sha256(path.read_bytes()).hexdigest()
-    specials = sorted(backend.specials)
-    text = "".join(f"{PROBE}{special}" for special in ["", *specials])
+    text = "".join(f"{PROBE}{token}" for token in ["", *sorted(backend.added)])
     used = {
         name: token
         for name, token in tokenizer.special_tokens.items()
@@ -61,7 +60,7 @@ def tokenizer_identity(template: ChatTemplate) -> dict[str, Any]:
     }
     identity = TokenizerIdentity(
         file=file,
-        vocabulary=sha256([sorted(backend.names.items()), specials]),
+        vocabulary=sha256([sorted(backend.names.items()), sorted(backend.specials)]),
         probe=sha256(backend.encode([text])[0].ids),
         special_tokens=used,
         adds_bos=tokenizer.adds_bos,

@@ -7,8 +7,9 @@ from litpeft.config import read_json
 from litpeft.errors import UserError, some
 from litpeft.terminal import command_line
 
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-PEFT_HINT = "fold it into its base with peft (PeftModel.from_pretrained, merge_and_unload, save_pretrained)"
+ADAPTER = "adapter_config.json"
+ADAPTERS = (ADAPTER, "adapter*.safetensors", "adapter*.bin", "adapter*.pt")  # of peft, MLX, torchtune
+FOLD = "fold it into its base with what made it (peft: PeftModel.from_pretrained, merge_and_unload, save_pretrained)"
 
 
 def refuse_file(path: Path) -> None:
@@ -19,11 +20,11 @@ def refuse_file(path: Path) -> None:
     if path.is_dir():
         return
     if path.suffix == ".gguf":
-        what, hint = "this is a GGUF file", _convert(path)
+        what, hint = "this is a GGUF file", convert_hint(path)
     elif path.suffix in (".safetensors", ".bin", ".pth", ".pt", ".ckpt"):
         what, hint = "this is a file of weights; a model is the folder of them", "give the folder that holds it"
     else:
-        what, hint = "this is a file; a model is a folder", ""
+        what, hint = "this is a file; a model is a folder", "give the folder that holds it"
     raise UserError("MODEL-058", what, where=str(path), hint=hint)
 
 
@@ -31,18 +32,16 @@ def refuse_other(folder: Path) -> None:
     """Raises if `folder` is something else than a plain model, such as a run, an adapter or quantised weights."""
     refuse_file(folder)
     where = str(folder)
-    adapter = [name for name in ADAPTER if (folder / name).exists()]
+    adapter = sorted(path.name for pattern in ADAPTERS for path in folder.glob(pattern))
     weights = any(any(folder.glob(name)) for name in ("model*.safetensors", "pytorch_model*.bin"))
     if adapter and weights:
-        what = (
-            f"the folder holds a PEFT adapter ({', '.join(adapter)}) beside full weights: which is meant is not clear"
-        )
-        hint = f"take the adapter out of the folder, or {PEFT_HINT}"
+        what = f"the folder holds an adapter ({', '.join(adapter)}) beside full weights: which is meant is not clear"
+        hint = f"take the adapter out of the folder, or {FOLD}"
         raise UserError("MODEL-140", what, where=where, hint=hint)
     if adapter:
-        base = _said(folder / ADAPTER[0], "base_model_name_or_path")
-        what = f"this is a PEFT adapter{f' of {base}' if base else ''}, which litpeft does not read"
-        raise UserError("MODEL-141", what, where=where, hint=PEFT_HINT)
+        base = _said(folder / ADAPTER, "base_model_name_or_path")
+        what = f"this is an adapter{f' of {base}' if base else ''} ({', '.join(adapter)}), which litpeft does not read"
+        raise UserError("MODEL-141", what, where=where, hint=FOLD)
     if not (folder / "config.json").exists():
         _refuse_without_config(folder)
     quantised = _said(folder / "config.json", "quantization_config")
@@ -77,7 +76,7 @@ def _refuse_without_config(folder: Path) -> None:
             "MODEL-145",
             f"this is a folder of GGUF files: {some([g.name for g in ggufs])}",
             where=where,
-            hint=_convert(ggufs[0]),
+            hint=convert_hint(ggufs[0]),
         )
     inside = sorted({path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json")})
     if inside:
@@ -89,5 +88,7 @@ def _said(path: Path, key: str) -> object:
     return read_json(path, path.name).get(key) if path.is_file() else None
 
 
-def _convert(path: Path) -> str:
-    return f"`{command_line('convert', path, path.with_suffix(''))}` makes a model folder of it"
+def convert_hint(path: Path) -> str:
+    """Returns the command that makes a model folder of a GGUF file, or of a folder with pytorch_model*.bin."""
+    out = path.with_suffix("") if path.suffix == ".gguf" else path.with_name(f"{path.name}-safetensors")
+    return f"`{command_line('convert', path, out)}` makes a model folder of it"

@@ -32,7 +32,7 @@ from litpeft.terminal import command_line, tell
 from litpeft.tokenizer import Tokenizer
 from litpeft.typed import typed
 
-BACK = "put the file back as it was then, or name the right folder with --base"
+BACK = "put the folder's files back as they were then, or name the right folder with --base"
 
 
 @dataclass
@@ -133,7 +133,7 @@ class Run:
         lines = [] if then is None else tokenizer_changes(then, tokenizer_identity(template))
         if lines:
             what = f"the tokenizer is not the one that the run was trained with: {'; '.join(lines)}"
-            raise UserError("MODEL-071", what, where=tokenizer.where, hint=BACK)
+            raise UserError("MODEL-071", what, where=str(folder), hint=BACK)
         return tokenizer, template
 
     def standing(self) -> str | None:
@@ -167,6 +167,7 @@ def find_run(path: Path) -> Run | None:
             hint = f"it was stopped after its checkpoint of step {steps[-1]:,}; it goes on with: {go_on(method, path)}"
         raise UserError("MODEL-056", "this run holds no result (no final/delta.json)", where=str(path), hint=hint)
     refuse_other(path)
+    read_json(path / "config.json", "config.json of a model")
     return None
 
 

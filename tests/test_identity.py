@@ -51,6 +51,11 @@ CHANGED: dict[str, tuple[str, Change, str]] = {
         lambda v: v.update(added_tokens_decoder={"258": {"content": "sky", "special": False}}),
         "other tokens are added or special",
     ),
+    "a word that takes the space before it": (
+        "tokenizer_config.json",
+        lambda v: v.update(added_tokens_decoder={"70": {"content": "a", "special": False, "lstrip": True}}),
+        "the same text becomes other ids",
+    ),
     "stop": ("generation_config.json", lambda v: v.update(eos_token_id=[1, 70]), "stop_ids: [1] -> [1, 70]"),
 }
 SAME: dict[str, tuple[str, Change, dict]] = {

@@ -37,13 +37,19 @@ def adapter(tiny_folder, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "names", [("adapter_config.json", "adapter_model.safetensors"), ("adapter_model.safetensors",)]
+    "names",
+    [
+        ("adapter_config.json", "adapter_model.safetensors"),
+        ("adapter_model.safetensors",),
+        ("adapter_config.json", "adapters.safetensors"),  # as MLX writes it
+        ("adapters.safetensors",),
+    ],
 )
 def test_an_adapter_beside_full_weights_is_refused_by_every_command(tiny_folder, adapter, tmp_path, names):
     folder = shutil.copytree(tiny_folder, tmp_path / "m")
     for name in names:
-        shutil.copy(adapter / name, folder / name)
-    what = f"holds a PEFT adapter ({', '.join(names)}) beside full weights"
+        shutil.copy(adapter / name.replace("adapters.", "adapter_model."), folder / name)
+    what = f"holds an adapter ({', '.join(names)}) beside full weights"
     from litpeft.convert import convert
 
     for call, arg in ((read_config, folder), (load, str(folder)), (merge, Merge(str(folder)))):
@@ -53,9 +59,10 @@ def test_an_adapter_beside_full_weights_is_refused_by_every_command(tiny_folder,
 
 def test_an_adapter_alone_is_told_with_its_base_and_what_to_do(adapter, tiny_folder):
     message = refused(load, str(adapter))
-    assert f"this is a PEFT adapter of {tiny_folder}, which litpeft does not read" in message
+    files = "adapter_config.json, adapter_model.safetensors"
+    assert f"this is an adapter of {tiny_folder} ({files}), which litpeft does not read" in message
     assert "merge_and_unload" in message
-    assert "this is a PEFT adapter" in refused(merge, Merge(str(adapter)))
+    assert "this is an adapter of" in refused(merge, Merge(str(adapter)))
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "bitsandbytes"])
@@ -71,6 +78,29 @@ def test_quantised_weights_are_named_by_their_method(tiny_folder, tmp_path, kind
     assert load(str(folder)).model.config.n_layers == 2
     (folder / "quantize_config.json").write_text('{"bits": 4}')  # as AutoGPTQ wrote it
     assert "already quantised (gptq)" in refused(load, str(folder))
+
+
+def test_quantised_weights_that_config_json_does_not_tell_of_are_told(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].view(torch.uint8)[:, ::8].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refused(load, str(folder))
+    assert f"{name} is U8" in message
+    assert "they seem to be quantised: take the model's plain weights" in message
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_other_weights_beside_config_json_name_the_command_that_converts_them(tiny_folder, tmp_path, name):
+    folder = shutil.copytree(tiny_folder, tmp_path / "v1.5")
+    (folder / "model.safetensors").rename(folder / name)
+    source, out = (folder / name, folder / "x") if name == "x.gguf" else (folder, tmp_path / "v1.5-safetensors")
+    assert f"hint: `litpeft convert {source} {out}` makes a model folder of it" in refused(load, str(folder))
+
+
+def test_a_folder_without_config_json_is_told_so_first(tiny_folder, tmp_path):
+    assert "config.json: there is no config.json of a model" in refused(load, str(tmp_path))
 
 
 def test_gguf_files_and_folders_of_them_name_the_command_that_converts(tmp_path):

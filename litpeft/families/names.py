@@ -94,11 +94,13 @@ class NameMap:
             for name, shape in shapes.items()
             if name in weights.file_of and weights.shape(name) != shape
         ]
+        packed = False
         embed, head = (self._spelt(weights, self.file_name(f"{name}.weight")) for name in ("embed", "head"))
         for name in weights.file_of:
             if name not in shapes and any(fnmatchcase(name, glob) for glob in self.buffers):
                 continue
             if weights.dtype(name) not in DTYPES:
+                packed = True
                 wrong.append(f"{name} is {weights.dtype(name)}, expected F64, F32, F16 or BF16")
             if name == head and self.config.tie_embeddings:  # a copy of the embedding
                 if embed in weights.file_of and not torch.equal(weights.read(name), weights.read(embed)):
@@ -107,7 +109,8 @@ class NameMap:
                 wrong.append(f"{name} is not of this architecture")
         if wrong:
             what = f"the weights do not fit config.json{left_out(weights.folder)}: {some(sorted(wrong), '; ')}"
-            raise UserError("MODEL-040", what, where=str(weights.folder))
+            hint = "they seem to be quantised: take the model's plain weights" if packed else ""
+            raise UserError("MODEL-040", what, where=str(weights.folder), hint=hint)
 
     def _known(self, ours: str, where: str) -> str:
         """Returns the file's name of a parameter that the plain model has."""
