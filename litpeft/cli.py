@@ -64,7 +64,7 @@ COMMANDS = {
     "merge": Command(
         "litpeft.settings.files:Merge",
         "litpeft.merge:merge",
-        "Fold a run into its base: an ordinary Hugging Face folder.",
+        "Fold a run into its base, as a Hugging Face folder.",
         "out/mine",
     ),
     "generate": Command(
@@ -156,6 +156,8 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
         if not any(f"{name} ".startswith(" ".join(words) + " ") for name in COMMANDS):
             two = " ".join([*words, *argv[:1]])  # a misspelt `finetune` is told from its method
             near = nearest(two, list(COMMANDS)) or nearest(" ".join(words), list(COMMANDS))
+            if words[0] in METHODS:
+                near = f' (did you mean "finetune {words[0]}"?)'
             what = f"there is no command {' '.join(words)!r}{near}"
             raise UserError("CONFIG-001", what, hint="litpeft --help lists the commands")
     name = " ".join(words)
@@ -188,7 +190,7 @@ def usage(prefix: str) -> None:
     names = [name for name in COMMANDS if name.startswith(prefix)]
     for name in names:
         say(f"  {name:<{max(map(len, names))}}  {COMMANDS[name].help}")
-    say("\n`litpeft COMMAND --help` lists a command's options; --debug shows where an error came from.")
+    say("\n`litpeft COMMAND --help` lists a command's options.\n--debug shows where an error came from.")
 
 
 def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[str, str]]:

@@ -30,8 +30,9 @@ def help_text(parser: ArgumentParser, group: str = "") -> str:
         return "\n".join(_section(f"{group}: {titles[group]}", sections[group])[1:]) + "\n"
     required = [action for action in actions if action.required or not action.option_strings]
     words = [f"--{action.dest} {_value(action)}" if action.option_strings else _value(action) for action in required]
-    lines = [f"usage: {' '.join([parser.prog, *words])} [options]", "", *wrap(parser.description, _width())]
-    lines += ["", "example:", f"  {parser.epilog}", *_section("required", required)]
+    usage = f"usage: {' '.join([parser.prog, *words])} [options]"
+    lines = [*wrap(usage, _width(), subsequent_indent=" " * 7), "", *wrap(parser.description, _width())]
+    lines += ["", "example:", *_command(parser.epilog), *_section("required", required)]
     if "method" in titles:
         lines += _section(f"method: {titles.pop('method')}", sections["method"])
     lines += _section("options", [action for action in actions if not _group(action) and action not in required])
@@ -59,7 +60,13 @@ def _width() -> int:
 
 def _section(title: str, actions: list[Action]) -> list[str]:
     rows = [line for action in actions for line in _row(_left(action), _text(action))]
-    return ["", f"{title}", *rows] if rows else []
+    return ["", *wrap(title, _width()), *rows] if rows else []
+
+
+def _command(line: str) -> list[str]:
+    """Returns a command to copy; where one line is too short, each option has its own."""
+    broken = line.replace(" --", " \\\n    --") if len(line) + 2 > _width() else line
+    return f"  {broken}".split("\n")
 
 
 def _left(action: Action) -> str:
@@ -73,15 +80,18 @@ def _value(action: Action) -> str:
     named = choices(action._typehint)
     if named:
         return "|".join("null" if value is None else value for value in named)
-    kind = next(part for part in alternatives(action._typehint) if part is not NoneType)
-    return VALUES.get(get_origin(kind) or kind) or action.dest.rpartition(".")[2].upper()
+    kinds = [part for part in alternatives(action._typehint) if part is not NoneType]
+    first = VALUES.get(get_origin(kinds[0]) or kinds[0]) or action.dest.rpartition(".")[2].upper()
+    return "|".join([first, *(word for kind in kinds[1:] for word in choices(kind))])
 
 
 def _text(action: Action) -> str:
     """Returns the option's own words and its default, which null and an empty text, list or dict are not worth."""
     default: Any = action.default
-    shown = "" if action.required or default in (None, "", (), {}) else f" [{_plain(default)}]"
-    return action.help + shown
+    if action.required or default in (None, "", (), {}):
+        return action.help
+    shown = _plain(default)
+    return f"{action.help} {shown if shown.startswith('[') else f'[{shown}]'}"
 
 
 def _plain(value: Any) -> str:

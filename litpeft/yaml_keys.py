@@ -9,7 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from litpeft.errors import UserError
-from litpeft.settings.kinds import in_words
+from litpeft.settings.kinds import alternatives, in_words
 from litpeft.suggestions import suggest
 from litpeft.yaml_bounds import TooMuch, compose
 from litpeft.yaml_values import check_value, check_word
@@ -139,12 +139,13 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
 def in_plain_words(complaint: str, parser: ArgumentParser) -> str:
     """Returns what jsonargparse says of a value: the key, what it may be, and what came."""
     options = _options(parser)
-    wrong = re.match(r'Parser key "([^"]+)": .*?(?:Got value|Given value): (.*)', complaint)
+    wrong = re.match(r'Parser key "([^"]+)": .*?(?:Got value|Given value): ?(.*)', complaint)
     if wrong and options.get(wrong[1]):
         return f"{wrong[1]} must be {in_words(options[wrong[1]])}, got {wrong[2]!r}"
     empty = re.match(r"argument --(\S+): expected one argument", complaint)
     if empty and options.get(empty[1]):
-        return f"--{empty[1]} needs a value: {in_words(options[empty[1]])}"
+        kind, dashed = options[empty[1]], f"; one that begins with - is given as --{empty[1]}=-..."
+        return f"--{empty[1]} needs a value: {in_words(kind)}{dashed if str in alternatives(kind) else ''}"
     loose = re.match("unrecognized arguments: (.*)", complaint)
     if loose:
         return f"no option takes {loose[1]!r}; a value that has spaces needs quotes"

@@ -16,7 +16,6 @@ ODD_NUMBERS = {
     r"[-+]?0[bB][01_]+": "in base 2",
     r"[-+]?0[oO][0-7_]+": "in base 8",
     r"[-+]?0[0-9_]+": "with a leading 0, which stands for base 8",
-    r"(?=.*_)[-+]?[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9_]+)?": "with _ between its digits",
 }
 
 

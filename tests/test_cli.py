@@ -70,6 +70,7 @@ def test_download_and_a_misspelt_command_start_without_torch(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["lora", "--out", "x"], "there is no command 'lora' (did you mean \"finetune lora\"?)"),
         (["fintune", "lora"], "there is no command 'fintune' (did you mean \"finetune lora\"?)"),
         (["finetune", "lorra"], "there is no command 'finetune lorra' (did you mean \"finetune lora\"?)"),
         (["merge"], "the following arguments are required: run"),
@@ -86,6 +87,11 @@ def test_download_and_a_misspelt_command_start_without_torch(tmp_path) -> None:
             "--train takes no value of its own; its keys are --train.batch_size",
         ),
         (["finetune", "lora", "--train.lr"], "--train.lr needs a value: a number"),
+        (["finetune", "lora", "--train.lr="], "train.lr must be a number, got ''"),
+        (
+            ["generate", "m", "--prompt", "-x"],
+            "--prompt needs a value: text or null; one that begins with - is given as",
+        ),
         (
             ["finetune", "lora", "--data.path", "my", "rows.jsonl"],
             "no option takes 'rows.jsonl'; a value that has spaces",

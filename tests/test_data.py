@@ -50,6 +50,7 @@ def read(tokenizer, template, path, max_positions=4096, **settings):
         ("bad_rows", "warn", "data.bad_rows must be error or skip, got 'warn'"),
         ("format", "sharegpt", "data.format must be auto, alpaca or messages"),
         ("template", "llama", "data.template must be auto, model or alpaca"),
+        ("validation_split", 0.1, "data.validation_split is used only without data.validation_path"),
         ("validation_split", 1.0, "data.validation_split must be at least 0 and below 1, got 1.0"),
         ("max_length", 1, "data.max_length must be at least 2"),
         ("seed", -1, "data.seed must be at least 0"),
@@ -57,7 +58,7 @@ def read(tokenizer, template, path, max_positions=4096, **settings):
 )
 def test_a_wrong_setting_is_told_as_the_user_typed_it(key, value, told):
     with pytest.raises(ValueError) as error:
-        Data("rows.jsonl", **{key: value})
+        Data("rows.jsonl", **{"validation_path": "held-out.jsonl", key: value})
     assert told in str(error.value)
 
 

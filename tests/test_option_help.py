@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+from contextlib import suppress
 
 import pytest
 from conftest import kinds
@@ -58,9 +59,23 @@ def test_help_shows_every_choice_and_each_of_them_is_taken(name: str, capsys) ->
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_of_a_command_parses(name: str, capsys) -> None:
-    line = re.search(r"^  litpeft (.*)$", said(capsys, *name.split(), "--help"), re.M)[1]
+    line = re.search(r"^  litpeft (.*?)\n\n", said(capsys, *name.split(), "--help"), re.M | re.S)[1]
     assert line.startswith(name)
+    line = line.replace("\\\n", "")
     parse(name, COMMANDS[name], shlex.split(line)[len(name.split()) :])
+
+
+@pytest.mark.parametrize("name", ["", "finetune", *COMMANDS])
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_fits_into_the_terminal(name: str, columns: int, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with suppress(SystemExit):
+        main([*name.split(), "--help"])
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > columns] == []
+
+
+def test_help_says_where_a_word_may_stand_for_a_number(capsys) -> None:
+    assert "--train.micro_tokens INTEGER|auto" in said(capsys, "finetune", "lora", "--train.help")
 
 
 @pytest.mark.parametrize("group", ["base", "data", "train", "validation", "checkpoint", "method"])

@@ -8,7 +8,7 @@ from litpeft.cli import COMMANDS, parse
 from litpeft.yaml_values import scalars
 
 NEEDED = ["--base.dir", "m", "--data.path", "d", "--out", "o"]
-DECIMAL = ["90", "+5", "0.0002", "2e-4", "2E-4", "1.5e+3", ".5", "5.", "0", "0.0", "1e4"]
+DECIMAL = ["90", "+5", "0.0002", "2e-4", "2E-4", "1.5e+3", ".5", "5.", "0", "0.0", "1e4", "1_000", "1_0.5"]
 ODD = {
     "1:30": "in base 60",
     "190:20:30.15": "in base 60",
@@ -18,8 +18,6 @@ ODD = {
     "0x10": "in base 16",
     "0b1": "in base 2",
     "0o10": "in base 8",
-    "1_000": "with _ between its digits",
-    "1_0.5": "with _ between its digits",
 }
 SPELT = {"plain": "{}", "quoted": '"{}"', "single": "'{}'", "tagged": "!!int '{}'"}
 

@@ -16,8 +16,8 @@ class Base:
     dir: str
     """Hugging Face folder of the base model."""
     precision: Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-true", "64-true"] = "auto"
-    """Type of weights and arithmetic; auto: bf16-true where the device has it, else 32-true. 16-true is for answers:
-    gradients that pass through float16 unscaled vanish; 16-mixed scales them."""
+    """Type of weights and arithmetic; auto: bf16-true where the device has it, else 32-true. 16-mixed scales the
+    loss, since small gradients vanish in float16."""
     quantize: Literal[tuple(STORAGES)] | None = None
     """Hold the linear layers of the blocks in 4 bits a weight (nf4, fp4) or 8 (int8); null: as base.precision says."""
     double_quantize: bool = True
