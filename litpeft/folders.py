@@ -135,7 +135,6 @@ def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
 
     What a killed process left beside it is removed if `clear`: one process of a run may do that.
     """
-    check_place(path)
     if clear:
         remove_leftovers(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):

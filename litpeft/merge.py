@@ -18,7 +18,7 @@ from litpeft.checkpoint import DTYPES, RESULT_DTYPES, Weights, copy_companions, 
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
-from litpeft.folders import alone, atomic_folder, refuse_existing, sync_files
+from litpeft.folders import alone, atomic_folder, check_place, refuse_existing, sync_files
 from litpeft.generation_config import write_stop_ids
 from litpeft.methods.base import folds, load_delta, without_delta
 from litpeft.model import GPT, Context
@@ -98,6 +98,7 @@ def merge(settings: Merge) -> None:
         what = "the run saw the original weights (base.quantize null), so there are no others to choose"
         raise UserError("CONFIG-038", what, where="onto", hint="leave it out")
     out = Path(settings.out) if settings.out else Path(settings.run) / "merged"
+    check_place(out)
     refuse_existing(out, settings.overwrite)
     tell_standing(run)
     base = run.base_folder(settings.base)

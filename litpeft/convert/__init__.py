@@ -21,7 +21,7 @@ def convert(settings: Convert) -> None:
     """Writes the Hugging Face folder `settings.out`, reads it again and says what was done."""
     from litpeft.checkpoint import RESULT_DTYPES
     from litpeft.convert.bin import BinFolder
-    from litpeft.folders import alone, atomic_folder
+    from litpeft.folders import alone, atomic_folder, check_place
 
     source, out = Path(settings.source), Path(settings.out)
     dtype = RESULT_DTYPES[settings.dtype] if settings.dtype else None
@@ -31,6 +31,7 @@ def convert(settings: Convert) -> None:
         raise UserError("CONFIG-200", what, where=str(out), hint="name another folder for the result")
     model = open_gguf(gguf_file) if gguf_file else BinFolder(source)
     say(f"read {gguf_file or source}: {model.summary()}")
+    check_place(out)
     with alone(out), atomic_folder(out, settings.overwrite) as folder:
         model.write(folder, dtype)
         tell_stop_ids(folder)

@@ -70,12 +70,11 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     check_world(settings.devices, settings.num_nodes)
     # 1. the output; each rank looks: it cannot wait for one that has left already
     clear = is_first() and not settings.dry_run
-    if settings.resume:
-        check_place(out)
-        if clear:
-            remove_leftovers(out)
-    else:
+    check_place(out)
+    if not settings.resume:
         refuse_existing(out, settings.overwrite, clear)
+    elif clear:
+        remove_leftovers(out)
     for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
         if Path(kept).resolve().is_relative_to(out.resolve()):
             raise UserError("CONFIG-037", f"the run would replace {kept}", where="out", hint="name another folder")
