@@ -24,7 +24,7 @@ from litpeft.cli import COMMANDS, main, parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = {page.stem: page for page in [ROOT / "README.md", *sorted((ROOT / "tutorials").glob("*.md"))]}
-GGUF = Path(os.environ.get("LITPEFT_GGUF", ""))  # SmolLM2-135M-Instruct; see test_convert_real.py
+GGUF = Path(os.environ.get("LITPEFT_GGUF", "")).resolve()  # SmolLM2-135M-Instruct; see test_convert_real.py
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
@@ -204,7 +204,7 @@ def test_the_commands_of_a_page_run_one_after_the_other(page: str, tiny, tmp_pat
 @pytest.mark.skipif(not GGUF.is_file(), reason="LITPEFT_GGUF names no SmolLM2 GGUF file")
 def test_the_quickstart_runs_with_the_real_model_and_prints_what_it_shows(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    here = Here(GGUF.resolve(), tmp_path / "checkpoints/SmolLM2-135M-Instruct", blocks(PAGES["quickstart"]))
+    here = Here(GGUF, tmp_path / "checkpoints/SmolLM2-135M-Instruct", blocks(PAGES["quickstart"]))
     assert follow("quickstart", here, monkeypatch, exact=True) > 15
 
 
