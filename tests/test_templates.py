@@ -87,6 +87,24 @@ def test_thoughts_that_the_template_strips_from_earlier_turns_are_not_trained(tm
 
 
 OPENING = "{{ '<|im_start|>assistant\n' }}"
+FORGETTING = THINKING.replace("not loop.last and ", "").replace(
+    "assistant\n' }}{% end", "assistant\n<think>\n' }}{% end"
+)
+
+
+def test_an_answer_whose_thoughts_the_template_leaves_out_is_trained_as_it_is_written(tmp_path):
+    folder = write_folder(tmp_path, "thinking")
+    (folder / "chat_template.jinja").write_text(FORGETTING)
+    tokenizer = Tokenizer.load(folder)
+    template = ChatTemplate(tokenizer)
+    for turns in chats(50, seed=3):
+        expected = "".join(f"{t.content}<|im_end|>" for t in turns if t.trained)
+        turns = [Turn(t.role, f"<think>\nhm\n</think>\n\n{t.content}") if t.trained else t for t in turns]
+        rendered = template.spans(turns)
+        assert trained_text(tokenizer, rendered) == expected
+        assert "the prompt has '<think>" in rendered.difference
+
+
 GAP = GENERATION.replace("assistant\n' }}{% gen", "assistant\n\n' }}{% gen")  # a line break that nobody writes
 
 

@@ -248,9 +248,10 @@ class ChatTemplate:
     def _by_marks(self, full: str, messages: list[dict[str, str]], numbers: list[int]) -> Task[list[Span] | None]:
         """Private-use characters in the contents: one at the end of each, and one where an answer's content begins."""
         begin, *ends = _unused(messages, 1 + len(messages))
-        for opening in ("", begin):  # some templates look at how an answer begins, so it is left alone at first
+        # some templates look at how an answer begins, so it is left alone at first; some leave out its thoughts
+        for opening, thoughts in (("", ""), (begin, ""), (begin, "</think>")):
             opened = [opening if m["role"] == "assistant" else "" for m in messages]
-            marked = [_mark(m, first, end) for m, first, end in zip(messages, opened, ends, strict=True)]
+            marked = [_mark(m, first, end, thoughts) for m, first, end in zip(messages, opened, ends, strict=True)]
             try:
                 text, places = _without_marks((yield self._asked(marked)), {begin, *ends})
             except ValueError:
@@ -324,11 +325,12 @@ def _unused(messages: list[dict[str, str]], count: int) -> list[str]:
     return [chr(c) for c in range(first, first + count + len(held)) if chr(c) not in held][:count]
 
 
-def _mark(message: dict[str, str], begin: str, end: str) -> dict[str, str]:
-    """Returns the message with marks around its content, within the spaces that a template may trim."""
-    core = message["content"].strip()
-    before, after = message["content"].split(core, 1) if core else (message["content"], "")
-    return {**message, "content": f"{before}{begin}{core}{end}{after}"}
+def _mark(message: dict[str, str], begin: str, end: str, thoughts: str) -> dict[str, str]:
+    """Returns the message with marks around what follows its `thoughts`, within the spaces that a template may trim."""
+    content = message["content"]
+    core = content.rpartition(thoughts)[2].strip() if thoughts else content.strip()
+    first = content.rindex(core) if core else len(content)
+    return {**message, "content": f"{content[:first]}{begin}{core}{end}{content[first + len(core) :]}"}
 
 
 def _without_marks(text: str, marks: set[str]) -> tuple[str, dict[str, list[int]]]:
