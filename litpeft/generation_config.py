@@ -17,12 +17,14 @@ def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
     path, model = folder / NAME, read_json(folder / "config.json", "config.json of a model")
     known = read_json(path, NAME) if path.is_file() else {key: model[key] for key in KEPT if model.get(key) is not None}
     before = ids_of(known.get("eos_token_id"))
-    if set(before) == set(stop_ids):
+    same = set(before) == set(stop_ids)
+    if same and path.is_file():
         return
     ids = [*before, *(number for number in stop_ids if number not in before)]  # transformers may pad with the first
     known.pop("_from_model_config", None)  # with it transformers may take config.json's ids instead
     path.write_text(json.dumps(known | {"eos_token_id": ids if len(ids) > 1 else ids[0]}, indent=2) + "\n")
-    say(f"{NAME} now names the ids that end an answer, {_listed(ids)}; it named {_listed(before) or 'none'}")
+    if not same:
+        say(f"{NAME} now names the ids that end an answer, {_listed(ids)}; it named {_listed(before) or 'none'}")
 
 
 def _listed(ids: Collection[int]) -> str:

@@ -1,6 +1,7 @@
 """An answer ends for transformers where it ends for litpeft, in every folder that is written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,17 @@ def test_a_folder_that_says_it_already_is_left_as_it_is(tiny_folder, tmp_path, c
     assert "generation_config" not in capsys.readouterr().out
     copied = (run / "merged" / "generation_config.json").read_bytes()
     assert copied == (tiny_folder / "generation_config.json").read_bytes()
+
+
+def test_a_folder_without_the_file_gets_it_even_if_config_json_says_the_same(tiny_folder, tmp_path, capsys) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    (base / "generation_config.json").unlink()
+    run = finetune(base, tmp_path)
+    capsys.readouterr()
+    main(["merge", str(run)])
+    assert "generation_config" not in capsys.readouterr().out
+    written = json.loads((run / "merged" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 0, "eos_token_id": 1}
 
 
 def test_a_folder_whose_template_cannot_be_used_is_converted_with_a_word(tmp_path, capsys) -> None:
