@@ -118,6 +118,14 @@ def test_a_costly_template_of_a_model_is_an_error_of_the_model(tmp_path):
         ChatTemplate(tokenizer)
 
 
+def test_what_a_template_says_is_cut_to_what_a_person_reads():
+    template = Template("{{ raise_exception(text) }}", datetime(2024, 1, 1))
+    for text, told in ((" too\n many ", "too many"), ("x" * 10**6, "x" * 500 + " ...")):
+        with pytest.raises(ValueError) as error:
+            template.render({"text": text})
+        assert str(error.value) == told
+
+
 def test_the_row_that_makes_a_template_too_costly_is_named(tmp_path):
     tokenizer = Tokenizer.load(write_folder(tmp_path, "chatml"))
     tokenizer.chat_template = CHATML + "{{ 2 ** (10**9) if messages[0].content == 'bad' }}"

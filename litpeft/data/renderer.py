@@ -28,6 +28,7 @@ except ImportError:  # on Windows only the clock of the parent ends a template
     resource = None
 
 FEW = 16  # texts that are sent together
+MOST_SAID = 500  # characters of an error: a template can make it as long as the whole chat
 
 
 def tojson(
@@ -149,8 +150,9 @@ def _reply(call: Callable[[], str], seconds: float, memory: int, characters: int
 
 
 def _one_line(text: str) -> str:
-    """Returns what a template says without the lines with which it could pretend to be somebody else."""
-    return " ".join(text.split())
+    """Returns what a template says without the lines with which it could pretend to be somebody else, and in short."""
+    text = " ".join(text[: 2 * MOST_SAID].split())
+    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]} ..."
 
 
 def _limit_time(seconds: float) -> None:
