@@ -28,7 +28,7 @@ from litpeft.methods.base import delta_state, trainable
 from litpeft.methods.lora import LoRA
 from litpeft.settings.train import Train
 from litpeft.train.fit import train_step
-from litpeft.train.learned import PART, count_still, sums
+from litpeft.train.learned import PART, check_learned, count_still, sums
 from litpeft.train.log import read_metrics
 from litpeft.train.optim import lr_at, make_optimizer
 from litpeft.train.progress import Progress
@@ -324,7 +324,7 @@ def test_a_run_whose_gradient_vanished_ends_with_its_own_code(tiny_folder, tmp_p
     few = "--train.lr", "1e9", "--train.batch_size", "2", "--validation.interval", "99", "--validation.max_rows", "1"
     refused_as_unlearned(tiny_folder, tmp_path, *few, "--train.epochs", str(epochs))
     said = capsys.readouterr().err
-    assert "the gradient is exactly 0 since step 2 at a loss of 5.768 (as if each of the 320 tokens were as" in said
+    assert "the gradient is exactly 0 after step 1 at a loss of 5.768 (as if each of the 320 tokens were as" in said
     assert "a lower train.lr" in said
     norms = [row["grad_norm"] for row in read_metrics(tmp_path / "run") if row["grad_norm"] is not None]
     assert norms[0] > 1
@@ -339,7 +339,7 @@ def test_a_base_whose_activations_overflow_is_named(tmp_path, capsys, method: st
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     refused_as_unlearned(base, tmp_path, "--train.epochs", str(epochs), "--train.weight_decay", "0.1", method=method)
     said = capsys.readouterr().err
-    assert "the gradient is exactly 0 since step 1 at a loss of 5.768" in said
+    assert "the gradient is exactly 0 from step 1 on at a loss of 5.768" in said
     assert "the base's activations overflow" in said
 
 
@@ -349,6 +349,37 @@ def test_steps_that_rounding_takes_whole_are_named(tiny_folder, tmp_path, capsys
     assert (
         "all that trains is after 2 steps what it was before the first: nothing was learned" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "lr", "said"),
+    [
+        ("lora", 1e9, "the gradient is exactly 0 after step 1 at a loss of 5.768"),
+        ("adapter_v2", 1e5, "the gradient is exactly 0 after step 1 at a loss of 5.768"),
+        ("full", 10, "a guess among all 320 tokens is better"),
+        ("adapter_v2", 1e3, "a guess among all 320 tokens is better"),
+    ],
+)
+def test_a_single_step_that_ruins_the_model_is_no_result(tiny_folder, tmp_path, capsys, method, lr, said) -> None:
+    one = "--train.lr", str(lr), "--train.max_steps", "1"
+    refused_as_unlearned(tiny_folder, tmp_path, *one, method=method)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "adapter", "adapter_v2"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("rate", [("1e-3", 0), ("1e-7", 50)])
+def test_a_short_run_of_small_steps_is_a_result(tiny_folder, tmp_path, method: str, steps: int, rate) -> None:
+    few = "--train.max_steps", str(steps), "--train.lr", rate[0], "--train.warmup_steps", str(rate[1])
+    out = finetune(tiny_folder, tmp_path, *few, "--train.epochs", "2", method=method)
+    assert (out / "final" / "delta.json").exists()
+
+
+def test_a_gradient_of_0_on_rows_that_nothing_reaches_is_chance() -> None:
+    check_learned(Progress(step=9, losses=[4.0] * 9), 4.0, 0.0, 320)
+    for progress, loss in ((Progress(step=9, still=1, losses=[4.0] * 9), 4.0), (Progress(step=9, losses=[4.0] * 9), 5)):
+        with pytest.raises(UserError, match="exactly 0 after step"):
+            check_learned(progress, loss, 0.0, 320)
 
 
 def test_a_small_step_is_a_step(tiny_folder, tmp_path) -> None:

@@ -230,6 +230,8 @@ class Preparation:
             trainer.progress.startup += time.perf_counter() - began
             progress = trainer.fit()
             step, lost = self.choose(model, progress)
+            if not progress.exit_code:
+                trainer.check_result()
             self.save(model, progress, step, storage, fabric.is_global_zero)
             progress.elapsed = trainer.clock()
             if fabric.is_global_zero:

@@ -21,7 +21,7 @@ from litpeft.methods.base import delta_state, put, trainable
 from litpeft.model import GPT
 from litpeft.settings.train import Finetune, Train
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
-from litpeft.train.learned import check_learned, count_still, sums
+from litpeft.train.learned import check_learned, check_moved, count_still, sums
 from litpeft.train.log import Log, StepRecord
 from litpeft.train.optim import lr_at
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
@@ -98,8 +98,19 @@ class Trainer:
             if progress.stopped:
                 break
         progress.stopped = progress.stopped or DONE
-        check_learned(progress, self.before, trainable(self.gpt).values(), self.fabric, self.gpt.config.vocab_size)
         return progress
+
+    def check_result(self) -> None:
+        """Raises if the weights that the run ends with learned nothing, or are worse than no model: see learned.py."""
+        fabric, progress, settings = self.fabric, self.progress, self.settings
+        check_moved(progress, self.before, trainable(self.gpt).values(), fabric)
+        numbers = plan_epoch(len(self.rows), settings.train.batch_size, 0, settings.data.seed)[0]
+        batches, trained = self.micro_batches(0, numbers)
+        loss, norm, _ = gradient(
+            fabric, self.model, self.optimizer, batches, trained, None, progress.step + 1, list, self.recorded
+        )
+        self.optimizer.zero_grad()
+        check_learned(progress, loss, norm, self.gpt.config.vocab_size)
 
     def clock(self) -> float:
         """Returns the seconds since the run began, without the time between a stop and its resume."""
@@ -124,14 +135,8 @@ class Trainer:
         """Takes one optimizer step with these rows, and counts it in."""
         fabric, train, progress = self.fabric, self.settings.train, self.progress
         began = time.perf_counter()
-        size = None if self.settings.data.packing else train.micro_batch_size
-        layout = lay_out(numbers, self.lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
-        batches = [collate([self.rows[i] for i in micro]) if micro else idle(self.rows[numbers[0]]) for micro in layout]
-        trained = sum(sum(self.rows[i].trained) for i in numbers)
+        batches, trained = self.micro_batches(progress.step, numbers)
         lr = lr_at(progress.step, self.steps, train)
-        # what is random in a step follows from its number, so that a resumed run draws the same
-        torch.manual_seed(random.Random(f"{train.seed} {progress.step} {fabric.global_rank}").getrandbits(62))
-        batches = [batch.to(fabric.device) for batch in batches]
         loss, norm, wishes = train_step(
             fabric,
             self.model,
@@ -167,6 +172,18 @@ class Trainer:
             )
         )
         count_still(progress, loss, norm, self.gpt.config.vocab_size)
+
+    def micro_batches(self, step: int, numbers: list[int]) -> tuple[list[Batch], int]:
+        """Returns this rank's share of these rows, and how many tokens of all of them train; seeds the step's dropout.
+
+        What is random in a step follows from its number, so that a resumed run draws the same.
+        """
+        fabric, train = self.fabric, self.settings.train
+        torch.manual_seed(random.Random(f"{train.seed} {step} {fabric.global_rank}").getrandbits(62))
+        size = None if self.settings.data.packing else train.micro_batch_size
+        layout = lay_out(numbers, self.lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
+        batches = [collate([self.rows[i] for i in micro]) if micro else idle(self.rows[numbers[0]]) for micro in layout]
+        return [batch.to(fabric.device) for batch in batches], sum(sum(self.rows[i].trained) for i in numbers)
 
     def wishes(self) -> list[float]:
         """Returns 1 for each reason that this rank has to stop: the signals, then max_time."""
@@ -262,14 +279,32 @@ def train_step(
     wishes: Callable[[], list[float]] = list,
     recorded: RecordedPasses | None = None,
 ) -> tuple[float, float, list[float]]:
-    """Takes optimizer step `step` with this rank's micro-batches; `trained` tokens train in those of all ranks.
+    """Takes optimizer step `step` with this rank's micro-batches; returns what `gradient` does."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    found = gradient(fabric, model, optimizer, batches, trained, max_norm, step, wishes, recorded)
+    optimizer.step()
+    optimizer.zero_grad()
+    return found
+
+
+def gradient(
+    fabric: Fabric,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[Batch],
+    trained: int,
+    max_norm: float | None,
+    step: int,
+    wishes: Callable[[], list[float]],
+    recorded: RecordedPasses | None,
+) -> tuple[float, float, list[float]]:
+    """Leaves the gradient of this rank's micro-batches in what trains; `trained` tokens train in those of all ranks.
 
     Returns the loss in nats per trained token, the norm of its gradient, and the `wishes` summed over the ranks. The
     loss is the sum over the trained tokens of all micro-batches of all ranks, divided by their number: how the rows of
     a step are spread changes nothing.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     losses = []
     for number, batch in enumerate(batches, 1):
         loss = None if recorded is None else recorded(batch, 1 / trained)
@@ -288,8 +323,6 @@ def train_step(
     sums = fabric.all_reduce(sums, reduce_op="sum").tolist()
     if not (math.isfinite(sums[0]) and math.isfinite(sums[1])):  # of the sums, so that all ranks decide the same
         refuse_nonfinite(fabric, model, batches, losses, step)
-    optimizer.step()
-    optimizer.zero_grad()
     return sums[0] / trained, norm, sums[2:]
 
 

@@ -1,4 +1,4 @@
-"""Tells a run that learns nothing: its gradient stays at exactly 0, or what trains is at its end what it was before."""
+"""Tells a run that learns nothing: its gradient stays at exactly 0, or its end is no better than its start."""
 
 import math
 from collections.abc import Iterable
@@ -14,6 +14,8 @@ from litpeft.train.progress import Progress
 STILL = 5  # steps in a row without a gradient that end a run
 LEARNED = 1e-3  # nats per token; at a smaller loss there may be nothing left to learn
 PART = 1 << 18  # numbers that are summed in float64 at once: a copy of a whole tensor may be gigabytes
+WORSE = 2  # times the loss of the start, and of a guess: no run that means well ends there
+TOO_LARGE = "the steps before were too large: begin again with a lower train.lr, and --overwrite for the same out"
 
 
 def count_still(progress: Progress, loss: float, norm: float, vocabulary: int) -> None:
@@ -23,18 +25,19 @@ def count_still(progress: Progress, loss: float, norm: float, vocabulary: int) -
     """
     progress.still = progress.still + 1 if norm == 0 and loss > LEARNED else 0
     if progress.still >= STILL:
-        raise no_gradient(progress, vocabulary)
+        raise no_gradient(progress, loss, vocabulary)
 
 
-def no_gradient(progress: Progress, vocabulary: int) -> UserError:
-    """Returns the error of a run whose last steps had no gradient."""
-    loss, first = progress.losses[-1], progress.step - progress.still + 1
+def no_gradient(progress: Progress, loss: float, vocabulary: int) -> UserError:
+    """Returns the error of a run without a gradient after its last steps, at this loss."""
+    last = progress.step - progress.still  # the last step that had one
     guess = (
         f" (as if each of the {vocabulary:,} tokens were as likely)" if abs(loss - math.log(vocabulary)) < 0.01 else ""
     )
-    what = f"the gradient is exactly 0 since step {first} at a loss of {loss:.3f}{guess}: nothing is learned"
-    hint = "the steps before were too large: begin again with a lower train.lr, and --overwrite for the same out"
-    if first == 1:
+    since = f"after step {last}" if last else "from step 1 on"
+    what = f"the gradient is exactly 0 {since} at a loss of {loss:.3f}{guess}: nothing is learned"
+    hint = TOO_LARGE
+    if not last:
         hint = "the base's activations overflow, or its weights are 0: take its files again, or another base.precision"
     return UserError("NUMERIC-003", what, hint=hint)
 
@@ -47,12 +50,24 @@ def sums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
     return [tuple(pair.tolist()) for pair in pairs]
 
 
-def check_learned(
-    progress: Progress, start: list[tuple[float, float]], parameters: Iterable[Tensor], fabric: Fabric, vocabulary: int
+def check_learned(progress: Progress, loss: float, norm: float, vocabulary: int) -> None:
+    """Raises at the end of a run that learned nothing, or that ends worse than no model.
+
+    `loss` and `norm` of the gradient are those of the first step's rows at the end. That a gradient is 0 may be chance
+    (rows that what trains does not reach), unless that of the step before was 0 as well, or the loss has changed.
+    """
+    first = progress.losses[0]
+    if norm == 0 and loss > LEARNED and (progress.still or abs(loss - first) > 1e-5 * first):
+        raise no_gradient(progress, loss, vocabulary)
+    if loss > WORSE * max(first, math.log(vocabulary)):
+        what = f"the loss of the first step's rows was {first:.3f} and is {loss:,.3f} after step {progress.step}"
+        raise UserError("NUMERIC-005", f"{what}: a guess among all {vocabulary:,} tokens is better", hint=TOO_LARGE)
+
+
+def check_moved(
+    progress: Progress, start: list[tuple[float, float]], parameters: Iterable[Tensor], fabric: Fabric
 ) -> None:
-    """Raises at the end of a run that learned nothing; `start` are the sums of what trains before the first step."""
-    if progress.step and progress.still >= min(2, progress.step):
-        raise no_gradient(progress, vocabulary)
+    """Raises if nothing that trains has changed; `start` are its sums before the first step."""
     moved = torch.tensor(float(sums(parameters) != start), device=fabric.device)
     if not fabric.all_reduce(moved, reduce_op="sum"):
         what = f"all that trains is after {progress.step} steps what it was before the first: nothing was learned"
