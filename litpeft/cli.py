@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from litpeft import __version__
-from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, nearest
+from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, brief, nearest, quoted
 from litpeft.launch import PATIENCE, launch, leave, peer_lost, started_by
 from litpeft.memory import memory_error, out_of_memory
 from litpeft.methods import METHODS
@@ -137,7 +137,7 @@ def _report(error: Exception, command: str) -> int:
     if isinstance(error, UserError):
         tell(f"litpeft: {error}")
         return error.exit_code
-    tell(f"litpeft: internal error: {type(error).__name__}: {text}")
+    tell(f"litpeft: internal error: {type(error).__name__}: {brief(text)}")
     tell("hint: this is a bug of litpeft; --debug shows where")
     return INTERNAL_ERROR
 
@@ -158,13 +158,15 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
             near = nearest(two, list(COMMANDS)) or nearest(" ".join(words), list(COMMANDS))
             if words[0] in METHODS:
                 near = f' (did you mean "finetune {words[0]}"?)'
-            what = f"there is no command {' '.join(words)!r}{near}"
+            what = f"there is no command {quoted(' '.join(words))}{near}"
             raise UserError("CONFIG-001", what, hint="litpeft --help lists the commands")
     name = " ".join(words)
     if name not in COMMANDS:
         unknown = [word for word in argv if word not in ("-h", "--help")]
         if unknown:
-            raise UserError("CONFIG-002", f"{unknown[0]!r} comes before a command", hint="litpeft --help lists them")
+            raise UserError(
+                "CONFIG-002", f"{quoted(unknown[0])} comes before a command", hint="litpeft --help lists them"
+            )
         return usage(name)
     command = COMMANDS[name]
     given = [*words, *argv, *debug]

@@ -1,5 +1,7 @@
 """The one error that a user may see, and the exit codes of the program."""
 
+import re
+
 EXIT_CODES = {
     "CONFIG": 2,  # a key, a value or the command line
     "DATA": 3,  # a row or a file of the data set
@@ -11,6 +13,8 @@ PEER_LOST = 7  # another process of the run is gone
 INTERNAL_ERROR = 70
 INTERRUPTED = 130  # by Ctrl-C
 STOPPED = 75  # by SIGTERM, SIGHUP or SIGUSR1, with what was learnt saved: a scheduler may start it again
+
+LONGEST = 3000  # characters of a part of an error
 
 
 class UserError(Exception):
@@ -26,8 +30,28 @@ class UserError(Exception):
         self.exit_code = EXIT_CODES[code.split("-")[0]]
 
     def __str__(self) -> str:
-        place = f" {self.where}:".replace("\n", "\ufffd") if self.where else ""  # a name must not add a line of its own
-        return f"error[E-{self.code}]{place} {self.what}" + (f"\nhint: {self.hint}" if self.hint else "")
+        # a name must not add a line of its own
+        place = f" {cut(self.where)}:".replace("\n", "\ufffd") if self.where else ""
+        return f"error[E-{self.code}]{place} {brief(self.what)}" + (f"\nhint: {cut(self.hint)}" if self.hint else "")
+
+
+def brief(text: str) -> str:
+    """Returns a message without the middle of its longest words, which are text from outside, nor its own beyond 3000.
+
+    Unlike a place or a command to copy, it need not be whole.
+    """
+    return cut(re.sub(r"(\S{100})\S{200,}(\S{20})", r"\1…\2", text))
+
+
+def cut(text: str) -> str:
+    """Returns a text without what is beyond LONGEST, but with its end."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 400]} … {text[-400:]}"
+
+
+def quoted(value: object) -> str:
+    """Returns somebody's value as Python writes it, its end left out where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def nearest(word: str, options: list[str]) -> str:

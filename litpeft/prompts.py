@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from litpeft.data.formats import alpaca, keys, messages
 from litpeft.data.formats.turn import Turn, text
 from litpeft.data.sources import Record, records
-from litpeft.errors import UserError
+from litpeft.errors import UserError, quoted, some
 from litpeft.terminal import tell
 
 
@@ -67,7 +67,7 @@ def content(row: Any, raw: bool) -> str | list[Turn]:
         raise ValueError('the row has a key "answer", where its answer would be written; rename it')
     kinds = [key for key in ("prompt", "messages", "instruction") if key in row]
     if len(kinds) != 1:
-        got = ", ".join(map(repr, row)) or "no key"
+        got = some([quoted(key) for key in row]) or "no key"
         raise ValueError(f"a row has one of prompt, messages and instruction; this one has {got}")
     if raw:
         foreign = [key for key in ("messages", *alpaca.ASKED) if key in row]

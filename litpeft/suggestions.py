@@ -76,6 +76,8 @@ MEANINGS = {
     "sampling.lookup": "prompt_lookup_num_tokens",
 }
 
+LONGEST = 100  # characters of a key that can be a misspelling; to compare longer ones takes long
+
 
 def suggest(key: str, known: Collection[str]) -> str:
     """Returns ` (did you mean "x"?)` for what `key` may stand for among the known keys, and "" where nothing is near.
@@ -83,6 +85,8 @@ def suggest(key: str, known: Collection[str]) -> str:
     In turn: the same letters, another tool's name, the same last word, a misspelling in the same group. Where the
     group is known and nothing in it is near, its keys are listed instead of a key of another group.
     """
+    if len(key) > LONGEST:
+        return ""
     group, _, leaf = _plain(key).rpartition(".")
     leaves = [name for name in known if name.rpartition(".")[2] == leaf]
     found = [name for name in known if _flat(name) == _flat(key)]

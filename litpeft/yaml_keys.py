@@ -8,7 +8,7 @@ from typing import Any, get_args
 import yaml
 from jsonargparse import ArgumentParser
 
-from litpeft.errors import UserError
+from litpeft.errors import UserError, quoted
 from litpeft.settings.kinds import alternatives, in_words
 from litpeft.suggestions import suggest
 from litpeft.yaml_bounds import TooMuch, compose
@@ -47,6 +47,8 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
         word = words.pop(0)
         name, has_value, _ = word.removeprefix("--").partition("=")
         if not word.startswith("--") or word == "--":
+            if positional:
+                check_word(word, positional[0], str, " or ".join(positional))
             rest.append(word)
             continue
         if name not in ("config", "help") and any(option.startswith(f"{name}.") for option in options):
@@ -62,11 +64,11 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
         value = [] if has_value or not words or words[0].startswith("--") else [words.pop(0)]
         if kind is not None and kind is not bool:
             for text in [word.partition("=")[2]] if has_value else value:
-                check_word(text, name, kind)
+                check_word(text, name, kind, f"--{name}")
         if not has_value and options.get(name) is bool:
             said = value[0].lower() if value else ""
             if value and said not in ("true", "false") and not positional:
-                raise UserError("CONFIG-026", f"{name} must be true or false, got {value[0]!r}")
+                raise UserError("CONFIG-026", f"{name} must be true or false, got {quoted(value[0])}")
             value = [said] if said in ("true", "false") else ["true", *value]
         if "tuple[str" in str(options.get(name)) and value and not value[0].startswith("["):
             value = [json.dumps(value)]  # one string where a list is meant
@@ -108,6 +110,8 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
         where = f"{file}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError("CONFIG-009", "a key must be a word", where=where)
+        if not key_node.value.isprintable():  # it could print a line of its own
+            raise UserError("CONFIG-028", f"the key {quoted(key_node.value)} holds a control character", where=where)
         key = prefix + key_node.value
         kind = _kind(key, options)
         free = key not in options and kind is not None
@@ -141,12 +145,12 @@ def in_plain_words(complaint: str, parser: ArgumentParser) -> str:
     options = _options(parser)
     wrong = re.match(r'Parser key "([^"]+)": .*?(?:Got value|Given value): ?(.*)', complaint)
     if wrong and options.get(wrong[1]):
-        return f"{wrong[1]} must be {in_words(options[wrong[1]])}, got {wrong[2]!r}"
+        return f"{wrong[1]} must be {in_words(options[wrong[1]])}, got {quoted(wrong[2])}"
     empty = re.match(r"argument --(\S+): expected one argument", complaint)
     if empty and options.get(empty[1]):
         kind, dashed = options[empty[1]], f"; one that begins with - is given as --{empty[1]}=-..."
         return f"--{empty[1]} needs a value: {in_words(kind)}{dashed if str in alternatives(kind) else ''}"
     loose = re.match("unrecognized arguments: (.*)", complaint)
     if loose:
-        return f"no option takes {loose[1]!r}; a value that has spaces needs quotes"
+        return f"no option takes {quoted(loose[1])}; a value that has spaces needs quotes"
     return complaint

@@ -18,6 +18,8 @@ ODD_NUMBERS = {
     r"[-+]?0[0-9_]+": "with a leading 0, which stands for base 8",
 }
 
+DIGITS = 100  # of a number; Python reads none that is far longer
+
 
 def check_value(node: yaml.Node, key: str, kind: Any, where: str) -> None:
     """Raises if `node`, the value of an option of type `kind`, holds a scalar that YAML reads in a surprising way.
@@ -28,6 +30,9 @@ def check_value(node: yaml.Node, key: str, kind: Any, where: str) -> None:
     types = plain_types(kind)
     for scalar in scalars(node, set()):
         text, plain, tag = scalar.value, scalar.style is None, scalar.tag.rpartition(":")[2]
+        if plain and tag in ("int", "float") and len(text) > DIGITS:
+            what = f'"{key}" is a number of {len(text):,} characters'
+            raise UserError("CONFIG-058", what, where=where, hint="write it shorter; text needs quotes")
         odd = next((why for pattern, why in ODD_NUMBERS.items() if re.fullmatch(pattern, text)), None)
         hint = f'put it in quotes: "{text}"'
         if types == {str}:
@@ -42,14 +47,14 @@ def check_value(node: yaml.Node, key: str, kind: Any, where: str) -> None:
             raise UserError("CONFIG-057", what, where=where, hint=f"write true or false, or {hint}")
 
 
-def check_word(text: str, key: str, kind: Any) -> None:
+def check_word(text: str, key: str, kind: Any, where: str) -> None:
     """Does the same for a value on the command line, where text needs no quotes; refuses what is out of bounds."""
     if plain_types(kind) == {str} and not re.search("dict|list|tuple", str(kind)) and not {"&", "*"} <= set(text):
         return  # text that no reader of YAML makes more of
     try:
         node = compose(text)
     except TooMuch as error:
-        raise UserError("CONFIG-017", str(error), where=f"--{key}") from None
+        raise UserError("CONFIG-017", str(error), where=where) from None
     except yaml.YAMLError:
         return  # the option's own type says what is wrong with it
     if node is not None and plain_types(kind) != {str}:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from litpeft.cli import main
 from litpeft.terminal import clean, say, tell
 
 ROOT = Path(__file__).parent.parent
@@ -149,3 +150,52 @@ def test_a_dry_run_in_a_terminal_shows_only_colours_of_its_own(tmp_path, tiny_fo
     assert program.returncode == 0
     assert text.count("\x1b[32m") == text.count("\x1b[0m") > 0
     assert DANGER.search(text.replace("\x1b[32m", "").replace("\x1b[0m", "")) is None
+
+
+def long_words(folder: Path, base: Path, case: str) -> list[str]:
+    """Returns a command with 50,000 words or letters of somebody's in one place."""
+    long = ("x" if case.endswith("one word") else "x ") * 50_000
+    run, kind = ["--base.dir", str(base), "--data.path", str(folder / "rows.jsonl"), "--out", "o"], case.split(",")[0]
+    row = {"instruction": "a", "output": "b"}
+    said = {"role": "user", "content": "a"}
+    rows = {
+        "a role": {"messages": [said | {"role": long}]},
+        "whether it trains": {"messages": [said | {"loss": long}]},
+        "whether a row trains": row | {"train": long},
+        "a key": {long: 1},
+        "a key of a prompt": {long: 1},
+    }
+    (folder / "rows.jsonl").write_text(json.dumps(rows.get(kind, row)) + "\n")
+    if kind == "a key twice":
+        (folder / "rows.jsonl").write_text(f'{{"{long}": 1, "{long}": 2}}\n')
+    (folder / "c.yaml").write_text(f'? "{long}"\n: 1\n' if kind == "a YAML key" else f'train: {{"lr": "{long}"}}\n')
+    return {
+        "a key of a prompt": ["generate", str(base), "--input", str(folder / "rows.jsonl")],
+        "a YAML key": ["finetune", "lora", "--config", str(folder / "c.yaml"), *run],
+        "a YAML value": ["finetune", "lora", "--config", str(folder / "c.yaml"), *run],
+        "an option": ["finetune", "lora", f"--{long}", "1"],
+        "a choice": ["finetune", "lora", "--data.format", long, *run],
+        "a command": [long],
+        "a folder": ["generate", long, "--prompt", "a"],
+    }.get(kind, ["finetune", "lora", *run])
+
+
+PLACES = "a role|whether it trains|whether a row trains|a key|a key twice|a key of a prompt|a YAML key|a YAML value"
+
+
+@pytest.mark.parametrize("words", ["one word", "many words"])
+@pytest.mark.parametrize("place", [*PLACES.split("|"), "an option", "a choice", "a command", "a folder"])
+def test_no_text_from_outside_makes_an_error_long(place, words, tmp_path, tiny_folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(long_words(tmp_path, tiny_folder, f"{place}, {words}"))
+    said = capsys.readouterr()
+    assert stop.value.code in (2, 3, 4)
+    assert "x" * 30 in said.err.replace(" ", "")
+    assert len(said.out + said.err) < 5000
+
+
+def test_a_key_cannot_write_a_line_of_its_own(tmp_path, tiny_folder, capsys):
+    (tmp_path / "c.yaml").write_text('"lr\\nhint: all is well": 1\n')
+    with pytest.raises(SystemExit):
+        main(["finetune", "lora", "--config", str(tmp_path / "c.yaml")])
+    assert r"the key 'lr\nhint: all is well' holds a control character" in capsys.readouterr().err

@@ -62,3 +62,26 @@ def test_the_values_that_aliases_repeat_are_all_counted(more):
             compose(text)
     else:
         assert compose(text) is not None
+
+
+@pytest.mark.parametrize(
+    "words", ["generate X", "generate m X", "evaluate m X", "merge X", "convert m X", "download X"]
+)
+def test_yaml_beyond_the_bounds_is_refused_where_no_option_stands_before_it(words):
+    name, *rest = ["{" + ", ".join(BOMB.splitlines()) + "}" if word == "X" else word for word in words.split()]
+    with pytest.raises(UserError, match="more than 10,000 values") as error:
+        parse(name, COMMANDS[name], rest)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "key", ["method.rank", "train.lr", "train.max_time", "data.system", "train.optimizer_args.eps"]
+)
+def test_a_number_of_more_digits_than_python_reads_is_refused_by_its_key(tmp_path, key):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "{" + "".join(f"{part}: {{" for part in key.split("."))[:-1] + "9" * 10_000 + "}" * key.count(".") + "}"
+    )
+    with pytest.raises(UserError, match=f'"{key}" is a number of 10,000 characters') as error:
+        parse("finetune lora", COMMANDS["finetune lora"], ["--config", str(path)])
+    assert (error.value.where, error.value.exit_code) == (f"{path}:1", 2)

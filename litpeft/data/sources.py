@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from litpeft.data.formats import SHAPES
-from litpeft.errors import UserError, some
+from litpeft.errors import UserError, quoted, some
 
 SUFFIXES = (".json", ".jsonl")
 TABLES = {
@@ -73,7 +73,7 @@ class StrictDecoder:
         result = dict(pairs)
         if len(result) < len(pairs):
             keys = [key for key, _ in pairs]
-            self._note(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+            self._note(f"the key {quoted(next(key for key in keys if keys.count(key) > 1))} appears twice")
         return result
 
     def _constant(self, name: str) -> None:

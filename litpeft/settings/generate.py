@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Literal
 
+from litpeft.errors import quoted
 from litpeft.settings.kinds import check_choices
 from litpeft.storage import STORAGES
 
@@ -49,7 +50,7 @@ class Sampling:
 
 def _check(key: str, value: object, good: bool, allowed: str) -> None:
     if not good:
-        raise ValueError(f"sampling.{key} must be {allowed}, got {value!r}")
+        raise ValueError(f"sampling.{key} must be {allowed}, got {quoted(value)}")
 
 
 @dataclass

@@ -4,6 +4,8 @@ from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from litpeft.errors import quoted
+
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
@@ -40,4 +42,4 @@ def check_choices(settings: Any, group: str = "") -> None:
     for field in fields(settings):
         allowed, value = choices(field.type), getattr(settings, field.name)
         if allowed and value not in allowed:
-            raise ValueError(f"{group}{field.name} must be {in_words(field.type)}, got {value!r}")
+            raise ValueError(f"{group}{field.name} must be {in_words(field.type)}, got {quoted(value)}")

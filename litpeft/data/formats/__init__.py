@@ -8,7 +8,7 @@ from typing import Any
 
 from litpeft.data.formats import alpaca, messages
 from litpeft.data.formats.turn import Turn
-from litpeft.errors import some
+from litpeft.errors import quoted, some
 
 FORMATS: dict[str, Callable[[Any], list[Turn]]] = {"alpaca": alpaca.turns, "messages": messages.turns}
 UNREAD: dict[str, Callable[[Any], set[str]]] = {"alpaca": alpaca.unread, "messages": messages.unread}
@@ -23,6 +23,6 @@ def detect(record: Any) -> str:
         return "alpaca"
     seen = type(record).__name__
     if isinstance(record, dict):
-        seen = f"the keys {some([repr(key[:40]) for key in record]) or '(none)'}"
+        seen = f"the keys {some([quoted(key) for key in record]) or '(none)'}"
     known = "alpaca (instruction, output, perhaps input, system) and messages (a list of role and content)"
     raise ValueError(f"the row has {seen}; known are {known}")

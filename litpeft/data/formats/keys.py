@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-from litpeft.errors import some
+from litpeft.errors import quoted, some
 
 TOOLS = "calls of tools are not trained"
 THOUGHTS = "write the thoughts into the answer's text, as the model's template writes them"
@@ -43,7 +43,8 @@ def switch(record: dict[str, Any], place: str = "") -> bool | None:
         if value is None:
             continue
         if value not in (0, 1) or isinstance(value, bool) == (key == "weight"):
-            raise ValueError(f"{place}{key} must be {'0 or 1' if key == 'weight' else 'true or false'}, got {value!r}")
+            allowed = "0 or 1" if key == "weight" else "true or false"
+            raise ValueError(f"{place}{key} must be {allowed}, got {quoted(value)}")
         said[key] = bool(value)
     if len(set(said.values())) > 1:
         raise ValueError(f"{place}{' and '.join(said)} contradict each other")

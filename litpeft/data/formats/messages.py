@@ -14,6 +14,7 @@ from typing import Any
 
 from litpeft.data.formats import alpaca, keys
 from litpeft.data.formats.turn import ROLES, Turn, text
+from litpeft.errors import quoted
 
 # a row of two shapes would lose one of them
 OTHER_SHAPE = dict.fromkeys(
@@ -56,7 +57,7 @@ def _turn(message: Any, name: str) -> Turn:
         raise ValueError(f"{name} must be an object with role and content, got {type(message).__name__}")
     role = text(message, "role", f"{name}.role")
     if role not in ROLES:
-        raise ValueError(f"{name}.role must be one of {', '.join(ROLES)}, got {role!r}")
+        raise ValueError(f"{name}.role must be one of {', '.join(ROLES)}, got {quoted(role)}")
     keys.refuse(message, f"{name}.")
     train = keys.switch(message, f"{name}.")
     if train and role != "assistant":
