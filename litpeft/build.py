@@ -21,6 +21,7 @@ from litpeft.methods.base import Method, attach, load_delta
 from litpeft.model import GPT
 from litpeft.native.fused_training import fused_step
 from litpeft.precision import Storage, pick_device, pick_precision
+from litpeft.record import NOT_OURS
 from litpeft.run import Run, find_run, tell_standing
 from litpeft.slots import Delta
 from litpeft.storage import storage_class
@@ -123,6 +124,21 @@ def _place(model: GPT, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=own.requires_grad))
 
 
+def build_run(
+    run: Run, base: Path, dtype: torch.dtype, device: torch.device | str = "cpu", storage: Storage | None = None
+) -> GPT:
+    """Returns the model of a run: `build` on the folder of its base, with the delta that it learned."""
+    try:
+        model = build(base, dtype, run.method(), device, storage)
+    except UserError as error:
+        if not error.code.startswith("CONFIG"):
+            raise
+        what = f"{error.where.replace('method', 'settings', 1)}: {error.what}"  # nobody typed them: delta.json says so
+        raise UserError("MODEL-072", what, where=str(run.folder / "delta.json"), hint=NOT_OURS) from None
+    load_delta(model, run.delta(), str(run.folder))
+    return model
+
+
 @dataclass
 class Loaded:
     """A model ready to answer, with what it needs to read and write text."""
@@ -173,8 +189,7 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
         storage = run.storage
         if storage is not None:  # a cache that a run has left is read, none is made
             storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
-        model = build(folder, dtype, run.method(), device, storage)
-        load_delta(model, run.delta(), str(run.folder))
+        model = build_run(run, folder, dtype, device, storage)
     model.eval().requires_grad_(False)
     if device.type == "cpu":
         pack(model)

@@ -13,14 +13,14 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
-from litpeft.build import build
+from litpeft.build import build, build_run
 from litpeft.checkpoint import DTYPES, RESULT_DTYPES, Weights, copy_companions, let_go, write_safetensors
 from litpeft.config import read_config
 from litpeft.errors import UserError
 from litpeft.families.names import NameMap
 from litpeft.folders import alone, atomic_folder, check_place, refuse_existing, sync_files
 from litpeft.generation_config import write_stop_ids
-from litpeft.methods.base import folds, load_delta, without_delta
+from litpeft.methods.base import folds, without_delta
 from litpeft.model import GPT, Context
 from litpeft.ops import product
 from litpeft.precision import Storage
@@ -142,9 +142,7 @@ def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:
     """Returns the run's model, its linear layers with the very numbers that `storage` unpacked for it."""
     types = set(_types(base))
     held = types.pop() if len(types) == 1 else torch.float32
-    model = build(base, held if storage is None else run.dtype, run.method(), storage=storage)
-    load_delta(model, run.delta(), str(run.folder))
-    return _in_float32(model)
+    return _in_float32(build_run(run, base, held if storage is None else run.dtype, storage=storage))
 
 
 def _in_float32(model: GPT) -> GPT:

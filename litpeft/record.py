@@ -5,6 +5,7 @@ The checksum only tells that the file is as somebody wrote it, so nothing in it 
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from litpeft.typed import typed
 FORMAT = 3
 LARGEST = 1 << 20  # bytes of a delta.json
 DELTA = "delta.safetensors"
+NOT_OURS = "litpeft has not written it so: take the run's folder again, or train again"
 
 
 @dataclass
@@ -32,7 +34,7 @@ class StorageRecord:
     double_quantize: bool
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, STORAGES)
+        one_of("name", self.name, STORAGES)
 
 
 @dataclass
@@ -44,7 +46,9 @@ class BaseOf2:
     storage: StorageRecord | None
 
     def __post_init__(self) -> None:
-        _sha256("fingerprint", self.fingerprint)
+        check_sha256("fingerprint", self.fingerprint)
+        if not os.path.isabs(self.path):
+            raise ValueError(f"path must be absolute, got {self.path[:60]!r}")
 
 
 @dataclass
@@ -56,11 +60,7 @@ class BaseRecord(BaseOf2):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config = with_defaults(self.config)
-        _one_of("config.model_type", config.pop("model_type", None), FAMILIES)
-        typed(ModelConfig, config, "config")
-        for key in ("file", "vocabulary", "probe"):
-            _sha256(f"tokenizer.{key}", getattr(self.tokenizer, key))
+        check_reads(self.config, self.tokenizer)
 
 
 @dataclass
@@ -72,9 +72,9 @@ class TemplateRecord:
     system: str | None
 
     def __post_init__(self) -> None:
-        _one_of("name", self.name, ("model", "alpaca"))
+        one_of("name", self.name, ("model", "alpaca"))
         if self.sha256 is not None or self.name == "model":
-            _sha256("sha256", self.sha256)
+            check_sha256("sha256", self.sha256)
 
 
 @dataclass
@@ -102,8 +102,8 @@ class RecordOf2:
         if holds == "delta" and [*self.files] != [DELTA]:
             raise ValueError(f"files must name {DELTA} and nothing else, got {', '.join(self.files)[:60] or 'none'}")
         for name, sha256 in self.files.items():
-            _sha256(f"files.{name[:60]}", sha256)
-        _one_of("precision", self.precision, [name for name in PRECISIONS if name != "16-true"])
+            check_sha256(f"files.{name[:60]}", sha256)
+        one_of("precision", self.precision, [name for name in PRECISIONS if name != "16-true"])
         if self.step < 1:
             raise ValueError(f"step must be at least 1, got {self.step}")
 
@@ -140,9 +140,17 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         typed(kind, facts, "")
     except ValueError as error:
-        hint = "litpeft has not written it so: take the run's folder again, or train again"
-        raise UserError("MODEL-067", str(error), where=where, hint=hint) from None
+        raise UserError("MODEL-067", str(error), where=where, hint=NOT_OURS) from None
     return facts
+
+
+def check_reads(config: dict[str, Any], tokenizer: TokenizerIdentity) -> None:
+    """Raises a ValueError unless they are what litpeft.identity tells of a base."""
+    config = with_defaults(config)
+    one_of("config.model_type", config.pop("model_type", None), FAMILIES)
+    typed(ModelConfig, config, "config")
+    for key in ("file", "vocabulary", "probe"):
+        check_sha256(f"tokenizer.{key}", getattr(tokenizer, key))
 
 
 def checksum(facts: dict[str, Any]) -> str:
@@ -150,11 +158,11 @@ def checksum(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(key: str, value: Any) -> None:
+def check_sha256(key: str, value: Any) -> None:
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
         raise ValueError(f"{key} must be a sha256 in hexadecimal, got {str(value)[:60]!r}")
 
 
-def _one_of(key: str, value: Any, allowed: Any) -> None:
+def one_of(key: str, value: Any, allowed: Any) -> None:
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{key} must be {' or '.join(allowed)}, got {str(value)[:60]!r}")

@@ -52,7 +52,7 @@ def _any_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
             return typed(kind, value, key)
         except ValueError:
             continue
-    raise _wrong(key, " or ".join(PLAIN.get(kind, str(kind)) for kind in kinds), value)
+    raise _wrong(key, " or ".join(PLAIN.get(kind) or " or ".join(get_args(kind)) for kind in kinds), value)
 
 
 def _dataclass(cls: type, value: Any, key: str) -> Any:

@@ -31,7 +31,11 @@ FORGED: list[tuple[str, Any]] = [
     *(("settings.rslora", value) for value in (None, 0, "false")),
     *(("settings.targets", value) for value in (None, "*", [1], [None], {"*": 1}, ["\ud800"], ["*.attn.*", "a\0"])),
     *(("settings.ranks", value) for value in (None, [], {"*.mlp.*": "4"}, {"*.mlp.*": 0}, {"*.mlp.*": 1.5})),
-    *(("settings.unfreeze", value) for value in (None, "*norm*", [["*"]])),
+    *(("settings.unfreeze", value) for value in (None, "*norm*", [["*"]], ["*.nothing"])),
+    *(("settings.targets", value) for value in (["*.nothing"], ["*.attn.q", "no"], ["lm_head"])),
+    ("settings.ranks", {"*.nothing": 4}),
+    ("settings.alpha", 1e308),
+    *(("base.path", value) for value in ("", "relative", "../base")),
     ("settings.scale", 2),
     *(("files", value) for value in (None, {}, [], "delta.safetensors", {"model.safetensors": SUM}, GONE)),
     *(("files.delta.safetensors", value) for value in (None, "", 1, SUM[1:], SUM.upper()[:-1] + "G", [SUM], GONE)),
@@ -194,10 +198,25 @@ FORGED_CHECKPOINT: list[tuple[str, str, Any]] = [
     *(("state.json", "progress.samples", value) for value in (None, [{}], ["a"], [{"prompt": 1}])),
     *(("state.json", "progress.seconds", value) for value in (None, "1", 0, -5.0)),
     ("state.json", "progress.more", 1),
-    *(("state.json", "optimizer", value) for value in (None, [], GONE)),
+    *(("state.json", "progress.best", value) for value in ([99, 0.1], [1, -5.0])),
+    *(("state.json", "progress.validations", value) for value in ([[2, 1.0], [1, 1.0]], [[9, 1.0]])),
+    *(("state.json", f"progress.{key}", -1) for key in ("tokens", "trained_tokens", "epoch", "elapsed", "startup")),
+    *(("state.json", f"progress.{key}", 99) for key in ("still", "waited")),
+    ("state.json", "progress.losses", [1.0, -1.0]),
+    *(("state.json", "optimizer", value) for value in (None, [], {}, {"x": 5}, {"x": None}, {"x": [1]}, GONE)),
+    ("state.json", "scaler", torch.amp.GradScaler("cpu", init_scale=8.0).state_dict() | {"scale": -2.0}),
     *(("state.json", "scaler", value) for value in (1, "x", {}, {"scale": 2.0}, GONE)),
     *(("MANIFEST.json", "facts.method", value) for value in (None, 1, GONE)),
     *(("MANIFEST.json", "facts.settings", value) for value in (None, [], GONE)),
+    *(("MANIFEST.json", "facts.settings.base", value) for value in (None, [], GONE)),
+    *(("MANIFEST.json", "facts.settings.base.dir", value) for value in (None, 5, GONE)),
+    *(("MANIFEST.json", "facts.settings.train.micro_tokens", value) for value in (-5, "many", GONE)),
+    *(("MANIFEST.json", "facts.settings.train.lr", value) for value in (-1.0, "fast")),
+    *(("MANIFEST.json", "facts.settings.method.rank", value) for value in ("8", 0)),
+    *(("MANIFEST.json", f"facts.{key}", "abc") for key in ("method", "base", "rows")),
+    ("MANIFEST.json", "facts.reads.config.n_layers", "2"),
+    ("MANIFEST.json", "facts.reads.tokenizer.file", "x"),
+    ("MANIFEST.json", "facts.circumstances.threads", [1]),
     *(("MANIFEST.json", "facts.began", value) for value in (None, 1, "yesterday", GONE)),
     *(("MANIFEST.json", "facts.rows", value) for value in (None, 1, GONE)),
     *(("MANIFEST.json", "facts.circumstances", value) for value in (None, [], GONE)),
@@ -235,6 +254,29 @@ def test_every_forged_value_of_a_checkpoint_is_refused(tiny_folder, tmp_path, ca
         if code != 4 or key.split(".")[1 if "." in key else 0] not in said:
             wrong.append((key, value, code, said))
     assert wrong == []
+
+
+def test_settings_of_an_older_version_are_taken_with_todays_defaults(tiny_folder, tmp_path) -> None:
+    whole = train(tiny_folder, tmp_path / "whole")
+    run = cut(whole, 2, tmp_path / "run")
+    checkpoint = run / "checkpoints" / "step-00000002"
+    change(checkpoint / "MANIFEST.json", "facts.settings.timeout", GONE)
+    change(checkpoint / "MANIFEST.json", "facts.settings.validation.metric", GONE)
+    change(checkpoint / "MANIFEST.json", "facts.settings.train.gone", 3)
+    reseal(checkpoint)
+    changes = {"resume_changed": '["validation.metric", "train.gone"]'}
+    assert_same(resume(tiny_folder, run, changes), whole)
+
+
+@pytest.mark.parametrize("line", ["1,,nan,,,nan,,,,,", "1,0,1.0,,,,1,9,9,9,9", "1,0,inf,,,0.1,1,9,9,9,9"])
+def test_a_forged_row_of_the_metrics_is_refused_by_its_line(line: str, tiny_folder, tmp_path, capsys) -> None:
+    run = cut(train(tiny_folder, tmp_path / "whole"), 2, tmp_path / "run")
+    rows = (run / "metrics.csv").read_text().split("\n")
+    (run / "metrics.csv").write_text("\n".join([rows[0], line, *rows[2:]]))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        resume(tiny_folder, run)
+    assert (stop.value.code, "metrics.csv:2: " in capsys.readouterr().err) == (4, True)
 
 
 def test_tensors_that_a_manifest_does_not_list_are_not_taken(tiny_folder, tmp_path, capsys) -> None:

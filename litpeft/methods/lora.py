@@ -6,7 +6,6 @@ LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732.
 Trains rank * (in + out) parameters for each target. Folds: W <- W + s B A.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -24,6 +23,7 @@ from litpeft.slots import Delta, Linear
 from litpeft.updates import Updates
 
 LARGEST_RANK = 65536  # wider than any layer there is
+LARGEST_ALPHA = 1e30  # what is far beyond it is no number in float32
 FEW = 32  # rows up to which a CPU computes thin products faster in float32 than in half precision
 
 
@@ -103,8 +103,8 @@ class LoRA(Method):
         for key, rank in {"rank": self.rank, **{f'ranks["{glob}"]': rank for glob, rank in self.ranks.items()}}.items():
             if not 1 <= rank <= LARGEST_RANK:
                 raise ValueError(f"method.{key} must be at least 1 and at most {LARGEST_RANK}, got {rank}")
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
-            raise ValueError(f"method.alpha must be above 0 and finite, got {self.alpha}")
+        if self.alpha is not None and not 0 < self.alpha < LARGEST_ALPHA:
+            raise ValueError(f"method.alpha must be above 0 and below {LARGEST_ALPHA:.0e}, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
 

@@ -20,7 +20,7 @@ from litpeft.evaluate import MICRO_TOKENS, mean_loss, summed_loss
 from litpeft.methods.base import delta_state, put, trainable
 from litpeft.model import GPT
 from litpeft.settings.train import Finetune, Train
-from litpeft.train.checkpoints import Checkpoint, Checkpoints
+from litpeft.train.checkpoints import STATE, Checkpoint, Checkpoints
 from litpeft.train.learned import check_learned, check_moved, count_still, sums
 from litpeft.train.log import Log, StepRecord
 from litpeft.train.optim import lr_at
@@ -258,7 +258,8 @@ class Trainer:
     def resume(self, saved: Checkpoint) -> None:
         """Puts model, optimiser and progress back to where a checkpoint has them."""
         put(self.gpt, saved.tensors("delta"))
-        load_optimizer(self.optimizer, self.names, saved.tensors("optimizer"), saved.state["optimizer"])
+        values, where = saved.state["optimizer"], f"{saved.folder / STATE}: optimizer"
+        load_optimizer(self.optimizer, self.names, saved.tensors("optimizer"), values, where)
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         if scaler is not None and saved.state["scaler"]:  # neither where base.precision changed
             scaler.load_state_dict(saved.state["scaler"])

@@ -1,5 +1,6 @@
 """What a run tells while it trains: a line or a bar in the terminal, metrics.csv, TensorBoard if asked for."""
 
+import math
 import os
 import sys
 from array import array
@@ -245,17 +246,19 @@ def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     if lines and lines[0] != ",".join(COLUMNS):
         what = f'the first line is "{lines[0][:80]}", not the header of litpeft\'s metrics'
-        raise UserError("CONFIG-501", what, where=str(path), hint="move that file away, or choose another folder")
+        raise UserError("MODEL-093", what, where=str(path), hint="move that file away, or choose another folder")
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         cells = line.split(",")
         try:
             row = {name: float(cell) if cell else None for name, cell in zip(COLUMNS, cells, strict=True)}
             row["step"] = float(cells[0])
+            if row["loss"] is not None and not (row["lr"] is not None and math.isfinite(row["loss"] + row["lr"])):
+                raise ValueError("both are of one step, and the curve needs them")
         except ValueError:
             what = f'"{line[:80]}" is not a row of {len(COLUMNS)} numbers'
             hint = "delete that line; every other row is still good"
-            raise UserError("CONFIG-503", what, where=f"{path}:{number}", hint=hint) from None
+            raise UserError("MODEL-094", what, where=f"{path}:{number}", hint=hint) from None
         rows.append((line, row))
     return rows
 

@@ -34,7 +34,11 @@ def optimizer_tensors(
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor], values: dict[str, dict | None]
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    tensors: dict[str, Tensor],
+    values: dict[str, dict | None],
+    where: str = "optimizer",
 ) -> None:
     """Gives a fresh optimiser the state that `optimizer_tensors` returned of one over parameters of the same shapes.
 
@@ -60,7 +64,7 @@ def load_optimizer(
     if wrong:
         what = f"the saved state is not of this optimizer over these parameters: {some(wrong, '; ')}"
         hint = "resume with the method, train.optimizer and train.optimizer_args that the run began with"
-        raise UserError("MODEL-623", what, where="optimizer", hint=hint)
+        raise UserError("MODEL-623", what, where=where, hint=hint)
     for name, parameter in parameters:
         if values[name] is not None:
             optimizer.state[parameter] = filled(states[name], name, tensors, plain)
@@ -135,7 +139,7 @@ def misfits(expected: dict[str, Any], saved: dict[str, Any]) -> list[str]:
 
 
 def describe(value: object) -> str:
-    """Returns the shape and type of a tensor, or what kind of value it is."""
+    """Returns the shape and type of a tensor, or what kind of value it is, as JSON gives it back."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return "a plain value"
+    return "a list" if isinstance(value, list | tuple) else f"a plain {type(value).__name__}"

@@ -18,9 +18,14 @@ from litpeft.data.tokenise import Row
 from litpeft.errors import UserError
 from litpeft.folders import has_result
 from litpeft.identity import TokenizerIdentity, changed, config_changes, tokenizer_changes
+from litpeft.methods import METHODS, method_class
+from litpeft.record import check_reads, check_sha256, one_of
 from litpeft.run import find_run
-from litpeft.train.checkpoints import Checkpoint, Checkpoints
+from litpeft.settings.data import Data
+from litpeft.settings.train import Base, Finetune
+from litpeft.train.checkpoints import MANIFEST, STATE, Checkpoint, Checkpoints
 from litpeft.train.progress import Progress
+from litpeft.train.records import plain
 from litpeft.typed import typed
 
 # What may differ between a run and its resume: none of it changes what is learned, and rows and weights are compared by
@@ -41,6 +46,9 @@ class SavedReads:
     tokenizer: TokenizerIdentity
     template: str
 
+    def __post_init__(self) -> None:
+        check_reads(self.config, self.tokenizer)
+
 
 @dataclass
 class SavedFacts:
@@ -51,15 +59,31 @@ class SavedFacts:
     base: str
     rows: str
     began: str
-    circumstances: dict[str, Any]
+    circumstances: dict[str, str | int]
     reads: SavedReads | None = None  # of a version before it was noted; so is the next
     counts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        one_of("method", self.method, METHODS)
+        for key in ("base", "rows"):
+            check_sha256(key, getattr(self, key))
+        default = Finetune(Base(""), Data("."), "")
+        known = plain(asdict(default) | {"method": asdict(method_class(self.method)())})
+        known["base"]["dir"] = known["train"]["micro_tokens"] = None  # every version has written them
+        saved = _over(known, self.settings)
+        typed(method_class(self.method), saved.pop("method"), "settings.method")
+        typed(Finetune, saved, "settings")
         try:
             datetime.fromisoformat(self.began)
         except ValueError as error:
             raise ValueError(f"began is no time: {error}") from None
+
+
+def _over(known: Any, saved: Any) -> Any:
+    """Returns saved settings with the defaults of keys that an older version lacked, without keys that are no more."""
+    if not (isinstance(known, dict) and isinstance(saved, dict) and known):
+        return saved
+    return {key: _over(value, saved[key]) if key in saved else value for key, value in known.items()}
 
 
 @dataclass
@@ -72,13 +96,17 @@ class SavedScaler:
     growth_interval: int
     _growth_tracker: int
 
+    def __post_init__(self) -> None:
+        if not (self.scale > 0 and self.growth_factor > 1 > self.backoff_factor > 0 and self.growth_interval > 0):
+            raise ValueError(f"no loss scale: {asdict(self)}")
+
 
 @dataclass
 class SavedState:
     """Where a checkpoint's run was."""
 
     progress: Progress
-    optimizer: dict[str, Any]
+    optimizer: dict[str, dict[str, Any] | None]
     scaler: SavedScaler | None
 
 
@@ -96,9 +124,22 @@ def check_saved(saved: Checkpoint) -> None:
             raise ValueError(f"state.progress.losses has {len(progress.losses)} of {saved.step} steps")
         if progress.seconds <= 0:
             raise ValueError(f"state.progress.seconds must be above 0, got {progress.seconds}")
+        for name, value in vars(progress).items():
+            numbers = value or [] if name in ("losses", "best") else [value]
+            if any(isinstance(number, int | float) and number < 0 for number in numbers):
+                raise ValueError(f"state.progress.{name} must not be below 0")
+        measured = [step for step, _ in progress.validations]
+        if measured != sorted(set(measured) & set(range(saved.step + 1))):
+            raise ValueError(f"state.progress.validations must be of steps up to {saved.step}, in rising order")
+        if progress.best and progress.best[0] not in measured:
+            raise ValueError(f"state.progress.best is of step {progress.best[0]}, where nothing was measured")
+        if progress.still > saved.step or progress.waited > len(measured):
+            what = f"still {progress.still} and waited {progress.waited}"
+            raise ValueError(f"state.progress has {what} after {saved.step} steps and {len(measured)} measurements")
     except ValueError as error:
         hint = "litpeft has not written it so: remove this checkpoint to go on from the one before"
-        raise UserError("MODEL-092", str(error), where=str(saved.folder), hint=hint) from None
+        where = str(saved.folder / (STATE if str(error).startswith("state") else MANIFEST))
+        raise UserError("MODEL-092", str(error), where=where, hint=hint) from None
 
 
 def rows_sha256(*groups: Sequence[Row]) -> str:
@@ -159,7 +200,8 @@ def difference(key: str, then: dict[str, Any], now: dict[str, Any]) -> str:
         return f"other base weights: {moved}"
     differ = [line for line in changed(then["settings"], now["settings"], ()) if line.startswith("data.")]
     counts = then.get("counts", {})  # none in a run of an earlier version
-    differ += [f"{part}: {was} -> {now['counts'][part]}" for part, was in counts.items() if was != now["counts"][part]]
+    pairs = [(part, was, now["counts"].get(part)) for part, was in counts.items()]
+    differ += [f"{part}: {was} -> {there}" for part, was, there in pairs if was != there]
     return f"other rows: {'; '.join(differ) or 'as many rows and tokens, but other text or another order'}"
 
 
