@@ -50,7 +50,6 @@ def read(tokenizer, template, path, max_positions=4096, **settings):
         ("bad_rows", "warn", "data.bad_rows must be error or skip, got 'warn'"),
         ("format", "sharegpt", "data.format must be auto, alpaca or messages"),
         ("template", "llama", "data.template must be auto, model or alpaca"),
-        ("validation_split", 0.1, "data.validation_split is used only without data.validation_path"),
         ("validation_split", 1.0, "data.validation_split must be at least 0 and below 1, got 1.0"),
         ("max_length", 1, "data.max_length must be at least 2"),
         ("seed", -1, "data.seed must be at least 0"),
@@ -58,7 +57,7 @@ def read(tokenizer, template, path, max_positions=4096, **settings):
 )
 def test_a_wrong_setting_is_told_as_the_user_typed_it(key, value, told):
     with pytest.raises(ValueError) as error:
-        Data("rows.jsonl", **{"validation_path": "held-out.jsonl", key: value})
+        Data("rows.jsonl", **{key: value})
     assert told in str(error.value)
 
 
@@ -294,6 +293,17 @@ def test_a_split_holds_out_at_least_one_row_and_leaves_one():
     train, held_out = split(rows, 0.1, 7)
     assert (len(held_out), sorted(train + held_out)) == (10, rows)
     assert split(rows, 0.1, 7) == (train, held_out) != split(rows, 0.1, 8)
+
+
+def test_a_share_of_the_rows_to_hold_out_is_refused_where_other_rows_are_held_out(tmp_path, tokenizer, template):
+    row = [{"instruction": "a", "output": "b"}]
+    train, held_out = (write_jsonl(tmp_path / f"{name}.jsonl", row * 4) for name in ("train", "valid"))
+    for path, settings in ((tmp_path, {}), (train, {"validation_path": str(held_out)})):
+        with pytest.raises(UserError, match=f"0.1 is of no use: the rows of {held_out} are held out") as error:
+            read(tokenizer, template, path, validation_split=0.1, **settings)
+        assert (error.value.where, error.value.exit_code) == ("data.validation_split", 2)
+        for share in (0.0, Data.validation_split):
+            assert read(tokenizer, template, path, validation_split=share, **settings).report.validation.rows == 4
 
 
 # rows

@@ -138,6 +138,10 @@ def load(
     """
     # 1. files to chats
     path, held_out = find(data.path, data.validation_path)
+    if held_out is not None and data.validation_split not in (0, Data.validation_split):
+        what, hint = f"{data.validation_split} is of no use: the rows of {held_out} are held out", "leave it out"
+        hint += "" if data.validation_path else f", or name {path} as data.path instead of its folder"
+        raise UserError("CONFIG-094", what, where="data.validation_split", hint=hint)
     report = Report(Counts.of([]), Counts.of([]), template.name, min(data.max_length, max_positions))
     examples = _read(path, data, report)
     validation = _read(held_out, data, report) if held_out else []

@@ -43,8 +43,6 @@ class Data:
             raise ValueError("data.path must be a .json or .jsonl file or a folder, got an empty string")
         if not 0 <= self.validation_split < 1:
             raise ValueError(f"data.validation_split must be at least 0 and below 1, got {self.validation_split}")
-        if self.validation_path is not None and self.validation_split not in (0, Data.validation_split):
-            raise ValueError("data.validation_split is used only without data.validation_path, which names the rows")
         if self.max_length < 2:
             raise ValueError(f"data.max_length must be at least 2 tokens, got {self.max_length}")
         if self.seed < 0:
