@@ -163,6 +163,8 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
     dtype = pick_precision(precision, device).weights
     run = find_run(Path(path))
     tell_standing(run)
+    if base is not None and (run is None or run.is_model):
+        raise UserError("CONFIG-034", "base is for a run with a delta, and this is a model by itself", where="base")
     storage = None
     if quantize is not None:
         storage_class(quantize, "quantize")
@@ -172,9 +174,6 @@ def load(path: str, base: str | None = None, precision: str = "auto", quantize: 
         what = f"the delta was trained on a base that was {held}: that is how it is used"
         raise UserError("CONFIG-039", what, where="quantize", hint="merge the run first, or leave it out")
     if run is None:
-        if base is not None:
-            what = "base is for a run, and this is a model by itself"
-            raise UserError("CONFIG-034", what, where="base")
         folder = Path(path)
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate(tokenizer, is_setting=False)

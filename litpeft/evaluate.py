@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from litpeft.generate import answer_all
 from litpeft.methods.base import without_delta
 from litpeft.model import Context
 from litpeft.prompts import atomic_file, new_file
+from litpeft.run import find_run
 from litpeft.settings.data import Data
 from litpeft.settings.evaluate import Evaluate
 from litpeft.settings.generate import Sampling
@@ -114,7 +116,9 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
 def evaluate(settings: Evaluate) -> None:
     """The command `litpeft evaluate`."""
     output = new_file(settings.output)
-    loaded = load(settings.model, settings.base, settings.precision, settings.quantize)
+    run = find_run(Path(settings.model))
+    apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
+    loaded = load(settings.model, None if apart else settings.base, settings.precision, settings.quantize)
     template = loaded.run.template if loaded.run else "auto"
     reach = loaded.model.config.max_positions
     file = str(find_measured(settings.data))

@@ -84,10 +84,12 @@ def content(row: Any, raw: bool) -> str | list[Turn]:
 
 
 def unread(prompts: list[Prompt]) -> Counter[str]:
-    """Returns the keys that the model is not shown, and in how many rows each stands."""
+    """Returns the keys that have no effect on the answers, and in how many rows each stands."""
     found: Counter[str] = Counter()
     for row in (prompt.row for prompt in prompts):
         found.update(messages.unread(row) if "messages" in row else keys.unread(row, ("prompt", *alpaca.ASKED)))
+        found.update(row.keys() & keys.SWITCHES)  # whether a row is trained
+        found.update({f"messages[].{key}" for one in row.get("messages", ()) for key in one.keys() & keys.SWITCHES})
     return found
 
 

@@ -7,12 +7,13 @@ import shutil
 import pytest
 from conftest import finetune, write_rows
 
+from litpeft.chat import chat
 from litpeft.cli import main
 from litpeft.errors import UserError
 from litpeft.evaluate import evaluate
 from litpeft.generate import generate
 from litpeft.settings.evaluate import Evaluate
-from litpeft.settings.generate import Generate
+from litpeft.settings.generate import Chat, Generate
 
 
 def test_a_run_that_learnt_its_rows_scores_all_and_its_base_none(tiny_folder, tmp_path, capsys) -> None:
@@ -33,6 +34,26 @@ def test_a_run_that_learnt_its_rows_scores_all_and_its_base_none(tiny_folder, tm
     alone = capsys.readouterr().out
     both, one = (text.split("loss, nats per token")[1].split() for text in (said, alone))
     assert both[0] == one[0]  # the base inside the run is the base alone
+
+
+def test_a_base_is_refused_where_nothing_would_read_it(tiny_folder, tmp_path, capsys) -> None:
+    run, moved = finetune(tiny_folder, tmp_path, method="full"), shutil.copytree(tiny_folder, tmp_path / "moved")
+    rows = write_rows(tmp_path) / "train.jsonl"
+    for model in map(str, (run, tiny_folder)):
+        for command, settings in (
+            (generate, Generate(model, "a", base=str(moved))),
+            (chat, Chat(model, base=str(moved))),
+            (evaluate, Evaluate(model, str(rows), base=str(moved), compare_base=False)),
+        ):
+            with pytest.raises(UserError, match="base is for a run with a delta") as error:
+                command(settings)
+            assert (error.value.where, error.value.exit_code) == ("base", 2)
+    shutil.move(tiny_folder, hidden := tmp_path / "hidden")
+    try:
+        evaluate(Evaluate(str(run), str(rows), base=str(moved), max_rows=1, max_new_tokens=1))
+    finally:
+        shutil.move(hidden, tiny_folder)
+    assert re.search("1 rows +base +finetuned", capsys.readouterr().out)
 
 
 GOOD = {"instruction": "a", "output": "b"}
