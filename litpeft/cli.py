@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from litpeft import __version__
-from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, brief, nearest, quoted
+from litpeft.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, brief, quoted
 from litpeft.launch import PATIENCE, launch, leave, peer_lost, started_by
 from litpeft.memory import memory_error, out_of_memory
 from litpeft.methods import METHODS
@@ -154,8 +154,10 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
     while argv and not argv[0].startswith("-") and " ".join(words) not in COMMANDS:
         words.append(argv.pop(0))
         if not any(f"{name} ".startswith(" ".join(words) + " ") for name in COMMANDS):
+            from litpeft.suggestions import suggest_command
+
             two = " ".join([*words, *argv[:1]])  # a misspelt `finetune` is told from its method
-            near = nearest(two, list(COMMANDS)) or nearest(" ".join(words), list(COMMANDS))
+            near = suggest_command(two, COMMANDS) or suggest_command(" ".join(words), COMMANDS)
             if words[0] in METHODS:
                 near = f' (did you mean "finetune {words[0]}"?)'
             what = f"there is no command {quoted(' '.join(words))}{near}"

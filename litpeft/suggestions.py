@@ -2,7 +2,11 @@
 
 import json
 from collections.abc import Collection
+from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher, get_close_matches
+
+from litpeft.settings.generate import Generate
+from litpeft.settings.train import Finetune
 
 # Our key, and what others call it: PEFT, transformers and TRL, Axolotl, LLaMA-Factory, torchtune, LitGPT, mlx-lm.
 MEANINGS = {
@@ -76,22 +80,33 @@ MEANINGS = {
     "sampling.lookup": "prompt_lookup_num_tokens",
 }
 
+COMMANDS = {  # as MEANINGS; other tools' names of a command
+    "finetune lora": "train sft tune fit",
+    "evaluate": "eval test benchmark measure",
+    "generate": "infer inference predict run answer complete",
+    "merge": "export fuse",
+    "download": "pull",
+}
 LONGEST = 100  # characters of a key that can be a misspelling; to compare longer ones takes long
 
 
 def suggest(key: str, known: Collection[str]) -> str:
     """Returns ` (did you mean "x"?)` for what `key` may stand for among the known keys, and "" where nothing is near.
 
-    In turn: the same letters, another tool's name, the same last word, a misspelling in the same group. Where the
-    group is known and nothing in it is near, its keys are listed instead of a key of another group.
+    In turn: the same letters, another tool's name, the same last word, a key of another command, a misspelling in the
+    same group. Where the group is known and nothing in it is near, its keys are listed instead of a key of another.
     """
     if len(key) > LONGEST:
         return ""
     group, _, leaf = _plain(key).rpartition(".")
     leaves = [name for name in known if name.rpartition(".")[2] == leaf]
     found = [name for name in known if _flat(name) == _flat(key)]
-    found = found or [name for name in known if leaf in MEANINGS.get(name, "").split()]
+    elsewhere = _elsewhere(_plain(key), known)
+    if not (group and elsewhere):  # another tool's name for a key is none where it is our name of another
+        found = found or [name for name in known if leaf in MEANINGS.get(name, "").split()]
     found = found or sorted(leaves, key=lambda name: -SequenceMatcher(None, name, key).ratio())
+    if not found and elsewhere:
+        return elsewhere
     siblings = [name for name in known if name.rpartition(".")[0] == group]
     if not found:
         near = {name.rpartition(".")[2]: name for name in siblings}
@@ -105,6 +120,26 @@ def suggest(key: str, known: Collection[str]) -> str:
     if group:
         found = found[:1]  # where the group was said, all but the nearest would be noise
     return f" (did you mean {' or '.join(map(json.dumps, found))}?)" if found else ""
+
+
+def suggest_command(word: str, names: Collection[str]) -> str:
+    """Returns ` (did you mean "x"?)` for the command that `word` may stand for among `names`, or ""."""
+    found = [name for name, words in COMMANDS.items() if word in words.split()]
+    found = found or get_close_matches(word, names, n=1, cutoff=0.7)
+    return f' (did you mean "{found[0]}"?)' if found else ""
+
+
+def _elsewhere(key: str, known: Collection[str]) -> str:
+    """Returns to which other command a key belongs, if it is one there or the last word of one; or ""."""
+    for command, settings in (("finetune", Finetune), ("generate", Generate)):
+        groups = {field.name: fields(field.type) for field in fields(settings) if is_dataclass(field.type)}
+        names = [f"{group}.{field.name}" for group, inner in groups.items() for field in inner]
+        if command == "finetune" and not any(name.startswith("method.") for name in known):
+            names += [name for name in MEANINGS if name.startswith("method.")]
+        for name in names:
+            if key in (name, name.rpartition(".")[2]):
+                return f"; {name} belongs to litpeft {command}"
+    return ""
 
 
 def _plain(key: str) -> str:

@@ -58,6 +58,12 @@ class Tokenizer:
         return max(self.backend.names) + 1
 
     @property
+    def template_where(self) -> str:
+        """Returns the file that the chat template comes from."""
+        file = Path(self.where).with_name("chat_template.jinja")
+        return str(file if file.is_file() else file.with_name("tokenizer_config.json"))
+
+    @property
     def template_hash(self) -> str | None:
         """Returns the sha256 of the model's chat template."""
         return _hash(self.chat_template)

@@ -47,6 +47,9 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
         word = words.pop(0)
         name, has_value, _ = word.removeprefix("--").partition("=")
         if not word.startswith("--") or word == "--":
+            if re.match("-[^-0-9.]", word) and word != "-h" and "--" not in rest:
+                what = f"there is no option {word}{_unknown(word[1:], options)}"
+                raise UserError("CONFIG-029", what, hint="`--help` lists the options")
             if positional:
                 check_word(word, positional[0], str, " or ".join(positional))
             rest.append(word)
@@ -67,6 +70,8 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
                 check_word(text, name, kind, f"--{name}")
         if not has_value and options.get(name) is bool:
             said = value[0].lower() if value else ""
+            if said.startswith("-"):  # no value of the switch
+                words, value, said = value + words, [], ""
             if value and said not in ("true", "false") and not positional:
                 raise UserError("CONFIG-026", f"{name} must be true or false, got {quoted(value[0])}")
             value = [said] if said in ("true", "false") else ["true", *value]

@@ -73,6 +73,13 @@ def test_download_and_a_misspelt_command_start_without_torch(tmp_path) -> None:
         (["lora", "--out", "x"], "there is no command 'lora' (did you mean \"finetune lora\"?)"),
         (["fintune", "lora"], "there is no command 'fintune' (did you mean \"finetune lora\"?)"),
         (["finetune", "lorra"], "there is no command 'finetune lorra' (did you mean \"finetune lora\"?)"),
+        (["serve"], "there is no command 'serve'\n"),
+        (["train"], "there is no command 'train' (did you mean \"finetune lora\"?)"),
+        (["infer"], "there is no command 'infer' (did you mean \"generate\"?)"),
+        (["mrge"], "there is no command 'mrge' (did you mean \"merge\"?)"),
+        (["finetune", "lora", "--dry_run", "-v"], "there is no option -v\n"),
+        (["merge", "x", "-f"], "there is no option -f\n"),
+        (["generate", "x", "-prompt", "a"], 'there is no option -prompt (did you mean "prompt"?)'),
         (["merge"], "the following arguments are required: run"),
         (["merge", "x", "--dtyp", "float32"], 'there is no option --dtyp (did you mean "dtype"?)'),
         (["finetune", "lora", "--lr", "1"], 'there is no option --lr (did you mean "train.lr"?)'),
@@ -102,7 +109,7 @@ def test_download_and_a_misspelt_command_start_without_torch(tmp_path) -> None:
 def test_wrong_words_are_named_with_the_nearest_right_one(argv: list[str], message: str, capsys) -> None:
     code, line = fails(capsys, *argv)
     assert code == 2
-    assert message in line
+    assert message in f"{line}\n"
 
 
 @pytest.mark.parametrize("name", ["finetune lora", "finetune full", "generate", "merge", "evaluate"])

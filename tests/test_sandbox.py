@@ -112,10 +112,13 @@ def test_a_costly_template_of_a_model_is_an_error_of_the_model(tmp_path):
     template = ChatTemplate(tokenizer)
     with pytest.raises(UserError, match="costs more than it may") as error:
         template.spans([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")])
-    assert error.value.exit_code == 4
+    assert (error.value.where, error.value.exit_code) == (str(tmp_path / "chat_template.jinja"), 4)
     tokenizer.chat_template = "{{ broken"
-    with pytest.raises(UserError, match="cannot be used: line 1"):
-        ChatTemplate(tokenizer)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        with pytest.raises(UserError, match="cannot be used: line 1") as error:
+            ChatTemplate(tokenizer)
+        assert error.value.where == str(tmp_path / name)
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
 
 
 def test_what_a_template_says_is_cut_to_what_a_person_reads():

@@ -74,6 +74,7 @@ class ChatTemplate:
         self.tokenizer, self.name = tokenizer, "model" if own else "alpaca"
         alpaca = ("{{ bos_token }}" if tokenizer.adds_bos else "") + ALPACA
         self.source: str = tokenizer.chat_template if own else alpaca
+        self.where = tokenizer.template_where if own else tokenizer.where
         self.hash = hashlib.sha256(self.source.encode()).hexdigest()
         constants = dict(tokenizer.special_tokens, tools=None, documents=None)
         try:
@@ -82,7 +83,7 @@ class ChatTemplate:
         except (LimitError, ValueError) as error:
             hint = "data.template alpaca does without the model's template" if is_setting else ""
             what = f"the chat template cannot be used: {error}"
-            raise UserError("MODEL-320", what, where=tokenizer.where, hint=hint) from None
+            raise UserError("MODEL-320", what, where=self.where, hint=hint) from None
         if self.end_of_turn is None and tokenizer.eos is None:
             what = "neither the chat template nor the tokenizer has a token that ends an answer"
             raise UserError("MODEL-321", what, where=tokenizer.where, hint="set eos_token in tokenizer_config.json")
@@ -160,7 +161,7 @@ class ChatTemplate:
         except LimitError as error:
             place = f", with {places[error.number]}" if places[error.number] else ""
             what = f"the chat template costs more than it may{place}: {error}"
-            raise UserError("MODEL-323", what, where=self.tokenizer.where) from None
+            raise UserError("MODEL-323", what, where=self.where) from None
 
     def _one(self, task: Task[T], place: str = "") -> T:
         [result] = self._all([task], [place])

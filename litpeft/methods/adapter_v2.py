@@ -10,7 +10,7 @@ Trains layers * (prompt_length * d + heads) parameters, 2 * out for each target,
 Folds but for the prompts, so a run of it does not: W <- (1 + scale) * W, b <- (1 + scale) * (b + bias).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -48,7 +48,7 @@ class ScaleBias(Delta):
 class AdapterV2(Adapter):
     """Gated prompts, a factor and a bias for each output of linear layers, and trained norms."""
 
-    unfreeze: tuple[str, ...] = ("*norm*",)
+    unfreeze: tuple[str, ...] = field(default=("*norm*",), kw_only=True)
     """Globs of the base model's own parameters that train too."""
     targets: tuple[str, ...] = ("*.attn.*", "*.mlp.*")
     """Globs of the linear layers that get a factor and a bias for each output."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ class Method:
 
     writes_model: ClassVar[bool] = False  # its result is a model folder of its own, not a delta beside the base
 
-    unfreeze: tuple[str, ...] = ()
+    unfreeze: tuple[str, ...] = field(default=(), kw_only=True)  # after the method's own keys
     """Globs of the base model's own parameters that train too, e.g. `*norm*`."""
 
     def attach(self, model: GPT) -> None:

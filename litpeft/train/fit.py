@@ -234,10 +234,11 @@ class Trainer:
         progress, validation = self.progress, self.settings.validation
         if validation.patience is not None and progress.waited >= validation.patience:
             step, best = progress.best
-            progress.stopped = (
-                f"no better {validation.metric} than {best:.4f} of step {step} in {progress.waited} measurements, "
-                f"at step {progress.step} of {self.steps}"
+            better = (
+                f"better loss than {best:.4f}" if validation.metric == "loss" else f"more exact answers than {best:.1%}"
             )
+            counted = f"in {progress.waited} measurements, at step {progress.step} of {self.steps}"
+            progress.stopped = f"no {better} of step {step} {counted}"
 
     def save(self) -> None:
         """Writes a checkpoint: all ranks give their shares, the first writes."""
