@@ -3,7 +3,7 @@
 import gc
 
 from litpeft.cli import main
-from litpeft.launch import end
+from litpeft.train.launch import end
 
 
 def program() -> None:

@@ -73,7 +73,7 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
 
 def folded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Returns the weights of the plain model that computes the same without deltas, by name."""
-    from litpeft.methods.base import folds
+    from litpeft.model.delta import folds
 
     return {name: tensor for name, tensor, _ in folds(model)}
 

@@ -1,6 +1,6 @@
 """A tiny model, and for each switch of ModelConfig a value away from its default."""
 
-from litpeft.config import ModelConfig, RopeScaling
+from litpeft.model.config import ModelConfig, RopeScaling
 
 CONFIG = ModelConfig(
     vocab_size=320, d_model=48, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=16, d_ff=40, max_positions=128

@@ -2,9 +2,9 @@
 
 import torch
 
-from litpeft.slots import Linear
-from litpeft.storage import storage_class
-from litpeft.storage.quantized import Quantized
+from litpeft.model.quantize import storage_class
+from litpeft.model.quantize.quantized import Quantized
+from litpeft.model.slots import Linear
 
 KEYS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]  # storage, double_quantize
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from litpeft.cli import main
-from litpeft.launch import PARENT, free_port, watch
 from litpeft.train import finetune  # noqa: F401 - forked ranks have it already
+from litpeft.train.launch import PARENT, free_port, watch
 from litpeft.train.log import read_metrics
 
 Hook = Callable[[int], object]  # done in each rank before its command, e.g. to let it fail at some place

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
-from litpeft.build import build
-from litpeft.config import ModelConfig
 from litpeft.data.batches import collate, idle, lay_out, pack, plan_epoch
 from litpeft.data.tokenise import Row
-from litpeft.evaluate import summed_loss
-from litpeft.model import GPT, Context
+from litpeft.model.build import build
+from litpeft.model.config import ModelConfig
+from litpeft.model.gpt import GPT, Context
+from litpeft.model.objective import summed_loss
 
 
 def make_rows(count: int, seed: int = 0, longest: int = 40) -> list[Row]:

@@ -16,19 +16,20 @@ import pytest
 import torch
 from conftest import CHATML, make_folder
 
-from litpeft.build import build, load
-from litpeft.chat import chat
-from litpeft.chat_session import Session
-from litpeft.checkpoint import Weights
+from litpeft.core.errors import UserError
+from litpeft.core.safetensors import Weights
 from litpeft.data.templates import ChatTemplate
-from litpeft.errors import UserError
-from litpeft.generate import answer
-from litpeft.identity import config_identity, tokenizer_identity
-from litpeft.methods.base import delta_state, put
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.identity import config_identity, tokenizer_identity
+from litpeft.exchange.run import base_facts, save_result
+from litpeft.generate.chat import chat
+from litpeft.generate.engine import answer
+from litpeft.generate.load import load
+from litpeft.generate.session import Session
+from litpeft.generate.settings import Chat, Sampling
 from litpeft.methods.lora import LoRA
-from litpeft.run import base_facts, save_result
-from litpeft.settings.generate import Chat, Sampling
-from litpeft.tokenizer import Tokenizer
+from litpeft.model.build import build
+from litpeft.model.delta import delta_state, put
 
 SHORT = Sampling(max_new_tokens=12)
 DRAWN = Sampling(max_new_tokens=12, temperature=0.9, seed=5)
@@ -212,7 +213,7 @@ class Terminal:
 
     def __init__(self, model: Path, state: Path, max_new_tokens: int, term: str = "dumb", first: str = ""):
         code = (
-            f"{first}from litpeft.chat import chat; from litpeft.settings.generate import Chat, Sampling;"
+            f"{first}from litpeft.generate.chat import chat; from litpeft.generate.settings import Chat, Sampling;"
             f"chat(Chat({str(model)!r}, precision='32-true', sampling=Sampling(max_new_tokens={max_new_tokens})))"
         )
         env = os.environ | {"XDG_STATE_HOME": str(state), "TERM": term, "PYTHONPATH": os.pathsep.join(sys.path)}

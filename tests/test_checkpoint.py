@@ -14,12 +14,12 @@ import torch
 from conftest import make_folder
 from safetensors.torch import load_file, save_file
 
-from litpeft import checkpoint
-from litpeft.build import build
-from litpeft.checkpoint import Weights, let_go, write_safetensors
-from litpeft.config import read_config
-from litpeft.errors import UserError
-from litpeft.folders import atomic_folder
+from litpeft.core import safetensors as checkpoint
+from litpeft.core.errors import UserError
+from litpeft.core.folders import atomic_folder
+from litpeft.core.safetensors import Weights, let_go, write_safetensors
+from litpeft.model.build import build
+from litpeft.model.families.read import read_config
 
 
 def test_shards_hold_the_same_tensors_and_have_the_same_fingerprint(tiny_folder, tmp_path) -> None:

@@ -20,11 +20,11 @@ from conftest import finetune, write_rows
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import litpeft.checkpoint
-import litpeft.train.finetune
-from litpeft.errors import UserError
-from litpeft.identity import changed
-from litpeft.run import checksum
+import litpeft.core.safetensors
+import litpeft.train.preparation
+from litpeft.core.errors import UserError
+from litpeft.exchange.identity import changed
+from litpeft.exchange.run import checksum
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
 
 CALLS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir"}
@@ -94,7 +94,7 @@ def killed(action: Callable[[], object], k: int) -> bool:
 
         fsync = os.fsync
         os.fsync = lambda handle: (count(), fsync(handle))
-        litpeft.checkpoint.save_file = half_then_whole
+        litpeft.core.safetensors.save_file = half_then_whole
         sys.addaudithook(lambda event, args: event in CALLS and count())
         action()
         os._exit(0)
@@ -290,7 +290,7 @@ def test_a_file_that_is_a_link_or_no_safetensors_is_refused(tmp_path) -> None:
     folder = tmp_path / "run" / "step-00000001"
     files = json.loads((folder / "MANIFEST.json").read_text())["files"]
     (folder / "bad.safetensors").write_bytes(b"?")
-    digest = litpeft.checkpoint.file_sha256(folder / "bad.safetensors")
+    digest = litpeft.core.safetensors.file_sha256(folder / "bad.safetensors")
     forged(folder, files=files | {"bad.safetensors": {"size": 1, "sha256": digest}})
     with pytest.raises(UserError, match="bad.safetensors: not a whole safetensors file"):
         checkpoints.at(1)
@@ -458,7 +458,7 @@ def test_the_room_is_that_of_the_checkpoints_that_can_come_to_be(
     tiny_folder, tmp_path, monkeypatch, argv: tuple[str, ...], kept: int
 ) -> None:
     asked = []
-    monkeypatch.setattr(litpeft.train.finetune, "room", lambda folder, needed: asked.append(needed))
+    monkeypatch.setattr(litpeft.train.preparation, "room", lambda folder, needed: asked.append(needed))
     data = write_rows(tmp_path)
     held_out = "--data.validation_split" not in argv
     run = finetune(tiny_folder, tmp_path, "--data.path", str(data if held_out else data / "train.jsonl"), *argv)

@@ -10,12 +10,13 @@ import torch
 from conftest import finetune, make_folder
 from safetensors.torch import load_file
 
-from litpeft.build import build, load
-from litpeft.checkpoint import Weights, write_safetensors
-from litpeft.checksums import CHECKSUMS, tell_unverified
-from litpeft.convert import convert
-from litpeft.errors import UserError
-from litpeft.settings.files import Convert
+from litpeft.core.checksums import CHECKSUMS, tell_unverified
+from litpeft.core.errors import UserError
+from litpeft.core.safetensors import Weights, write_safetensors
+from litpeft.exchange.convert import convert
+from litpeft.exchange.settings import Convert
+from litpeft.generate.load import load
+from litpeft.model.build import build
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 

@@ -13,8 +13,8 @@ import yaml
 from conftest import kinds
 
 from litpeft.cli import COMMANDS, main, parse
-from litpeft.settings.kinds import alternatives, in_words
-from litpeft.settings.train import Finetune
+from litpeft.core.kinds import alternatives, in_words
+from litpeft.train.settings import Finetune
 
 ROOT = Path(__file__).parent.parent
 
@@ -201,7 +201,7 @@ def test_print_config_prints_a_config_that_parses_to_the_same(tmp_path, capsys) 
 
 
 def test_an_internal_error_is_one_line_and_debug_shows_the_rest(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("litpeft.merge.merge", lambda settings: 1 / 0)
+    monkeypatch.setattr("litpeft.exchange.merge.merge", lambda settings: 1 / 0)
     code, line = fails(capsys, "merge", "x")
     assert (code, line) == (70, "litpeft: internal error: ZeroDivisionError: division by zero")
     with pytest.raises(SystemExit):

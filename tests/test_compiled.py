@@ -8,12 +8,12 @@ import torch
 from conftest import TINY
 from test_methods import make, steps
 
-from litpeft.build import build
-from litpeft.errors import UserError
+from litpeft.core.errors import UserError
 from litpeft.methods import METHODS
-from litpeft.methods.base import delta_state
 from litpeft.methods.lora import LoRA
-from litpeft.model import GPT, Context
+from litpeft.model.build import build
+from litpeft.model.delta import delta_state
+from litpeft.model.gpt import GPT, Context
 from litpeft.train.compiled import compile_blocks
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from tiny_gguf import CORPUS, byte_level, digits, llama, strings, write_gguf
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from litpeft.convert import convert
-from litpeft.errors import UserError
-from litpeft.settings.files import Convert
+from litpeft.core.errors import UserError
+from litpeft.exchange.convert import convert
+from litpeft.exchange.settings import Convert
 
 
 def converted(source: Path, dtype: str | None = None) -> Path:

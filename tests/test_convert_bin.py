@@ -13,12 +13,12 @@ from safetensors import safe_open
 from test_model import CASES, reference
 from transformers import AutoModelForCausalLM
 
-from litpeft.build import build
-from litpeft.checkpoint import Weights
-from litpeft.convert import convert
-from litpeft.errors import UserError
-from litpeft.folders import alone
-from litpeft.settings.files import Convert
+from litpeft.core.errors import UserError
+from litpeft.core.folders import alone
+from litpeft.core.safetensors import Weights
+from litpeft.exchange.convert import convert
+from litpeft.exchange.settings import Convert
+from litpeft.model.build import build
 
 
 def bin_folder(folder: Path, shards: int = 1, **changes) -> tuple[Path, dict[str, torch.Tensor]]:

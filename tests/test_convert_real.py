@@ -9,8 +9,8 @@ from tiny_gguf import strings
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from litpeft.convert import convert
-from litpeft.settings.files import Convert
+from litpeft.exchange.convert import convert
+from litpeft.exchange.settings import Convert
 
 FILE = Path(os.environ.get("LITPEFT_GGUF", ""))
 pytestmark = [

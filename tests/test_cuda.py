@@ -13,19 +13,20 @@ from lightning.fabric import Fabric
 from short_runs import assert_same, cut, delta, resume, same_tensors, train
 from test_generate import assert_recorded_steps_agree
 
-from litpeft.attention import Documents, attend, document_mask
-from litpeft.build import build, load
 from litpeft.cli import main
 from litpeft.data.batches import Batch, collate
 from litpeft.data.tokenise import Row
-from litpeft.evaluate import summed_loss
+from litpeft.generate.load import load
 from litpeft.methods import METHODS, method_class
-from litpeft.methods.base import trainable
-from litpeft.model import GPT
-from litpeft.precision import Storage
-from litpeft.storage import STORAGES
-from litpeft.storage.kernels import dequantize_in_torch, has_product, product_4bit
+from litpeft.model.attention import Documents, attend, document_mask
+from litpeft.model.build import build
+from litpeft.model.delta import trainable
+from litpeft.model.gpt import GPT
+from litpeft.model.objective import summed_loss
+from litpeft.model.quantize import STORAGES, Storage
+from litpeft.model.quantize.codes import dequantize_in_torch, has_product, product_4bit
 from litpeft.train.compiled import compile_blocks
+from litpeft.train.fused_block import use_fused_step
 from litpeft.train.micro_tokens import MOST, fitting_tokens
 from litpeft.train.recorded_pass import RecordedPasses
 
@@ -49,7 +50,9 @@ def rows(count: int) -> list[Row]:
 def made(folder: Path, dtype: torch.dtype, method: str, device: torch.device | str, storage: Storage | None = None):
     """Returns a model whose method draws the same start on every device."""
     torch.manual_seed(3)
-    return build(folder, dtype, method_class(method)(), device, storage)
+    model = build(folder, dtype, method_class(method)(), device, storage)
+    use_fused_step(model, torch.device(device))
+    return model
 
 
 def learned(model: GPT, device: torch.device) -> tuple[float, dict[str, torch.Tensor]]:

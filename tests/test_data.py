@@ -7,14 +7,14 @@ import random
 import pytest
 from chat_samples import CHATML, STYLES, chats, write_folder
 
+from litpeft.core.errors import UserError
 from litpeft.data.formats import FORMATS, detect
 from litpeft.data.formats.turn import Turn
+from litpeft.data.settings import Data
 from litpeft.data.sources import find, find_measured, records, split
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import load, show
-from litpeft.errors import UserError
-from litpeft.settings.data import Data
-from litpeft.tokenizer import Tokenizer
+from litpeft.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

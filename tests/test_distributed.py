@@ -12,8 +12,8 @@ from ranks import Hook, Result, run
 from torch.distributed.tensor import DTensor
 
 from litpeft.methods import METHODS
-from litpeft.storage.kernels import bitsandbytes
-from litpeft.storage.quantized import Quantized
+from litpeft.model.quantize.codes import bitsandbytes
+from litpeft.model.quantize.quantized import Quantized
 from litpeft.train import fit
 from litpeft.train.checkpoints import Checkpoints
 

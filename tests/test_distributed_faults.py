@@ -15,9 +15,9 @@ import torch
 from conftest import make_folder, write_rows
 from ranks import Hook, Ranks, Result, run, start
 
-from litpeft.launch import free_port
 from litpeft.train import checkpoints, finetune, fit
 from litpeft.train.checkpoints import Checkpoints
+from litpeft.train.launch import free_port
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = "--train.warmup_steps 0 --train.batch_size 4 --train.epochs 4 --train.lr 1e-2 --base.precision 64-true"

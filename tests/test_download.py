@@ -11,9 +11,9 @@ from download_command import INDEX, MODEL, SHARDS, content, refused, run, small_
 from loopback_hub import Hub
 from safetensors.numpy import load
 
-from litpeft.checkpoint import Weights
-from litpeft.errors import UserError
-from litpeft.folders import alone
+from litpeft.core.errors import UserError
+from litpeft.core.folders import alone
+from litpeft.core.safetensors import Weights
 
 UNWANTED = {
     "README.md": b"# hi",
@@ -182,7 +182,7 @@ def test_repository_that_is_no_whole_model_is_refused(
 ) -> None:
     hub.files = files
     done = run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url)
-    if code == "MODEL-002":  # the error of litpeft.config, which has no hint
+    if code == "MODEL-002":  # of core/json.py, which has no hint
         assert done.returncode == 4
         assert f"error[E-{code}] out/config.json" in done.stderr
     else:

@@ -98,7 +98,7 @@ def test_python_without_pip_is_told_in_one_line(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False)
     python = next((tmp_path / "bare").glob("[bS]*/python*"))
     # the bare interpreter lacks what the command line needs too, so the function is called without it
-    code = "from litpeft.download import download; from litpeft.settings.files import Download\n"
+    code = "from litpeft.exchange.download import download; from litpeft.exchange.settings import Download\n"
     code += "download(Download('pypi:my-model'))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([str(python), "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -7,13 +7,13 @@ import shutil
 import pytest
 from conftest import finetune, write_rows
 
-from litpeft.chat import chat
 from litpeft.cli import main
-from litpeft.errors import UserError
-from litpeft.evaluate import evaluate
-from litpeft.generate import generate
-from litpeft.settings.evaluate import Evaluate
-from litpeft.settings.generate import Chat, Generate
+from litpeft.core.errors import UserError
+from litpeft.generate.chat import chat
+from litpeft.generate.engine import generate
+from litpeft.generate.evaluate import evaluate
+from litpeft.generate.evaluate_settings import Evaluate
+from litpeft.generate.settings import Chat, Generate
 
 
 def test_a_run_that_learnt_its_rows_scores_all_and_its_base_none(tiny_folder, tmp_path, capsys) -> None:

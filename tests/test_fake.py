@@ -11,16 +11,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
-from litpeft import attention
-from litpeft.config import ModelConfig
 from litpeft.data.batches import Batch
-from litpeft.evaluate import summed_loss
 from litpeft.methods import METHODS, method_class
-from litpeft.methods.base import attach, trainable
-from litpeft.model import GPT
-from litpeft.settings.train import Train
-from litpeft.storage.quantized import store
+from litpeft.model import attention
+from litpeft.model.config import ModelConfig
+from litpeft.model.delta import attach, trainable
+from litpeft.model.gpt import GPT
+from litpeft.model.objective import summed_loss
+from litpeft.model.quantize.quantized import store
 from litpeft.train.optim import make_optimizer
+from litpeft.train.settings import Train
 
 SHAPES = {"vocab_size": 128256, "d_model": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "head_dim": 64}
 LLAMA = ModelConfig(**SHAPES, d_ff=8192, max_positions=131072, tie_embeddings=True)

@@ -10,15 +10,15 @@ import torch.nn as nn
 from conftest import make_folder
 from model_switches import AWAY, CONFIG
 
-from litpeft.bare import BareBlock, strip
-from litpeft.build import build
-from litpeft.config import ModelConfig
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.cpu.fused_block import BareBlock, strip
+from litpeft.generate.cpu.pack import pack
 from litpeft.methods import METHODS, method_class
-from litpeft.methods.base import trainable
-from litpeft.model import GPT, MLP, Attention, RMSNorm
-from litpeft.slots import Linear
-from litpeft.storage.packed import pack
-from litpeft.token_cache import TokenCache
+from litpeft.model.build import build
+from litpeft.model.config import ModelConfig
+from litpeft.model.delta import trainable
+from litpeft.model.gpt import GPT, MLP, Attention, RMSNorm
+from litpeft.model.slots import Linear
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 3e-2}  # relative
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import finetune, write_rows
 
 from litpeft.cli import main
-from litpeft.errors import UserError
-from litpeft.folders import alone
+from litpeft.core.errors import UserError
+from litpeft.core.folders import alone
 
 
 def hold(path, pipe) -> None:

@@ -16,16 +16,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from conftest import make_folder  # noqa: E402
 from model_switches import AWAY, CONFIG  # noqa: E402
 
-from litpeft.build import build  # noqa: E402
 from litpeft.data.batches import Batch, collate  # noqa: E402
 from litpeft.data.tokenise import Row  # noqa: E402
-from litpeft.evaluate import summed_loss  # noqa: E402
-from litpeft.methods.base import attach, trainable  # noqa: E402
 from litpeft.methods.lora import LoRA  # noqa: E402
-from litpeft.model import GPT, Block, Context  # noqa: E402
-from litpeft.native.fused_training import groups_of, handles, run  # noqa: E402
-from litpeft.precision import Storage  # noqa: E402
-from litpeft.slots import Delta  # noqa: E402
+from litpeft.model.build import build  # noqa: E402
+from litpeft.model.delta import attach, trainable  # noqa: E402
+from litpeft.model.gpt import GPT, Block, Context  # noqa: E402
+from litpeft.model.objective import summed_loss  # noqa: E402
+from litpeft.model.quantize import Storage  # noqa: E402
+from litpeft.model.slots import Delta  # noqa: E402
+from litpeft.train.fused_block import groups_of, handles, run  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Triton's interpreter takes the bits of a bfloat16 in tl.dot for a whole number

@@ -13,15 +13,15 @@ from conftest import make_folder
 from transformers import LlamaForCausalLM
 from transformers.generation import logits_process as theirs
 
-from litpeft.build import build
-from litpeft.errors import UserError
-from litpeft.generate import Stream, answer, generate
-from litpeft.model import GPT
-from litpeft.prompts import read_prompts
-from litpeft.sampling import distribution, next_tokens, penalised
-from litpeft.settings.generate import Generate, Sampling
-from litpeft.token_cache import TokenCache
-from litpeft.tokenizer import Tokenizer
+from litpeft.core.errors import UserError
+from litpeft.data.prompts import read_prompts
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.engine import Stream, answer, generate
+from litpeft.generate.sampling import distribution, next_tokens, penalised
+from litpeft.generate.settings import Generate, Sampling
+from litpeft.model.build import build
+from litpeft.model.gpt import GPT
 
 PROMPTS = [[5, 9, 200, 31], [7], [80, 3, 3, 90, 41, 8, 120], [66, 12]]
 
@@ -108,7 +108,7 @@ def assert_recorded_steps_agree(model: GPT, limit: float) -> None:
 
 
 def test_steps_as_a_gpu_records_them_give_the_same_logits(model, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("litpeft.recorded.record", lambda step: step)
+    monkeypatch.setattr("litpeft.generate.cuda_graph.record", lambda step: step)
     assert_recorded_steps_agree(model, 1e-5)
 
 

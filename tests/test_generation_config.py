@@ -10,10 +10,10 @@ from conftest import CHATML, finetune, make_folder
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from litpeft.build import load
 from litpeft.cli import main
-from litpeft.generate import answer
-from litpeft.settings.generate import Sampling
+from litpeft.generate.engine import answer
+from litpeft.generate.load import load
+from litpeft.generate.settings import Sampling
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1 and 2; the template ends a turn with the last
 QUESTION = [{"role": "user", "content": "Colour of sky?"}]

@@ -11,9 +11,9 @@ from conftest import CHATML, finetune, make_folder
 from short_runs import cut, resume, train
 from transformers import AutoModelForCausalLM
 
-from litpeft.build import load
 from litpeft.cli import main
-from litpeft.record import checksum
+from litpeft.exchange.record import checksum
+from litpeft.generate.load import load
 
 Change = Callable[[dict], object]
 

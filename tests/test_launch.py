@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
-from litpeft.errors import PEER_LOST, STOPPED, UserError
-from litpeft.launch import check_world, launch, peer_lost, started_by
+from litpeft.core.errors import PEER_LOST, STOPPED, UserError
+from litpeft.train.launch import check_world, launch, peer_lost, started_by
 
 ROOT = Path(__file__).parent.parent
 PARENT = """
 import sys
-from litpeft import launch
+from litpeft.train import launch
 launch.PATIENCE = 0.5
 devices, nodes, grace, script = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 sys.exit(launch.launch(sys.argv[5:], devices, nodes, command=[sys.executable, "-c", script], grace=grace))
 """
 RANK = """
 import json, os, signal, sys, time
-from litpeft.launch import launch, leave, peer_lost
+from litpeft.train.launch import launch, leave, peer_lost
 assert launch([], 2, 1) is None
 rank = int(os.environ["LOCAL_RANK"])
 def say(*words):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from litpeft.errors import UserError
+from litpeft.core.errors import UserError
 from litpeft.train.log import COLUMNS, Log, StepRecord, duration, read_metrics, time_left
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import make_folder
 
-from litpeft.build import load
-from litpeft.generate import Answer, answer
-from litpeft.lookup import Lookup
-from litpeft.model import GPT
-from litpeft.settings.generate import Sampling
-from litpeft.storage.rows import can_pack
-from litpeft.token_cache import TokenCache
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.cpu.packed_weights import can_pack
+from litpeft.generate.engine import Answer, answer
+from litpeft.generate.load import load
+from litpeft.generate.settings import Sampling
+from litpeft.generate.speculate import Lookup
+from litpeft.model.gpt import GPT
 
 PROMPT = [5, 9, 200, 31, 7, 5, 9, 200, 31, 8, 5, 9]
 

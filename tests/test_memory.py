@@ -16,22 +16,22 @@ from safetensors.torch import load_file
 from short_runs import assert_same, newest, resume, told_and_run, train
 from test_resume_faults import poisoned
 
-import litpeft.build
-import litpeft.evaluate
+import litpeft.generate.evaluate
+import litpeft.generate.load
 import litpeft.train.finetune
-from litpeft.build import build
+from litpeft.core.errors import UserError
+from litpeft.core.memory import asked_for, memory_error, out_of_memory
+from litpeft.core.precision import PRECISIONS
 from litpeft.data.batches import collate
+from litpeft.data.settings import Data
 from litpeft.data.tokenise import Row
-from litpeft.errors import UserError
-from litpeft.evaluate import summed_loss
-from litpeft.memory import asked_for, memory_error, out_of_memory
-from litpeft.methods.base import Method, trainable
 from litpeft.methods.full import Full
 from litpeft.methods.lora import LoRA
-from litpeft.precision import PRECISIONS
-from litpeft.settings.data import Data
-from litpeft.settings.train import Base, Finetune, Train
+from litpeft.model.build import build
+from litpeft.model.delta import Method, trainable
+from litpeft.model.objective import summed_loss
 from litpeft.train.preflight import check_run
+from litpeft.train.settings import Base, Finetune, Train
 from litpeft.train.shortage import Shortage
 
 HUGE = 1 << 50
@@ -125,7 +125,7 @@ def with_little_memory(argv: list[str], log: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (now, now))
         return build(*args, **kwargs)
 
-    for module in (litpeft.build, litpeft.train.finetune):
+    for module in (litpeft.generate.load, litpeft.train.finetune):
         module.build = limited
     told_and_run(argv, log)
 

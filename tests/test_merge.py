@@ -12,15 +12,16 @@ from conftest import TINY, finetune, make_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from litpeft.build import build, load
 from litpeft.cli import main
-from litpeft.config import read_config
-from litpeft.errors import UserError
-from litpeft.families.names import NameMap
-from litpeft.folders import alone
-from litpeft.methods.base import load_delta
+from litpeft.core.errors import UserError
+from litpeft.core.folders import alone
+from litpeft.exchange.run import find_run
+from litpeft.generate.load import load
 from litpeft.methods.lora import LoRA
-from litpeft.run import find_run
+from litpeft.model.build import build
+from litpeft.model.delta import load_delta
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(5))
 

@@ -7,15 +7,15 @@ import torch
 from conftest import TINY, folded, make_folder
 from safetensors.torch import load_file, save_file
 
-from litpeft.build import build
-from litpeft.config import ModelConfig
-from litpeft.errors import UserError
+from litpeft.core.errors import UserError
 from litpeft.methods import METHODS, PRESETS, method_class
-from litpeft.methods.base import attach, delta_state, load_delta, trainable, without_delta
-from litpeft.model import GPT, Context, KVCache
-from litpeft.precision import Storage
-from litpeft.slots import Delta, Linear
-from litpeft.storage.quantized import store
+from litpeft.model.build import build
+from litpeft.model.config import ModelConfig
+from litpeft.model.delta import attach, delta_state, load_delta, trainable, without_delta
+from litpeft.model.gpt import GPT, Context, KVCache
+from litpeft.model.quantize import Storage
+from litpeft.model.quantize.quantized import store
+from litpeft.model.slots import Delta, Linear
 
 LENGTHS = (9, 15, 8)  # tokens of three documents
 PROMPTS = (4, 5, 3)  # tokens of their prompts

@@ -7,21 +7,22 @@ import torch
 from conftest import make_folder
 from packed_layers import KEYS, make
 
-import litpeft.bare
-from litpeft import native
-from litpeft.bare import strip
-from litpeft.build import build, load
-from litpeft.config import ModelConfig
-from litpeft.methods.base import without_delta
+import litpeft.generate.cpu.fused_block
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.cpu.fused_block import strip
+from litpeft.generate.cpu.native_weights import NativeRows
+from litpeft.generate.cpu.pack import pack
+from litpeft.generate.load import load
 from litpeft.methods.lora import LoRA, LowRank
-from litpeft.model import GPT
-from litpeft.slots import Linear
-from litpeft.storage.four_bit import FourBit
-from litpeft.storage.int8 import Int8
-from litpeft.storage.kernels import BLOCK, CODES
-from litpeft.storage.native_rows import NativeRows
-from litpeft.storage.packed import pack
-from litpeft.token_cache import TokenCache
+from litpeft.model import kernels as native
+from litpeft.model.build import build
+from litpeft.model.config import ModelConfig
+from litpeft.model.delta import without_delta
+from litpeft.model.gpt import GPT
+from litpeft.model.quantize.codes import BLOCK, CODES
+from litpeft.model.quantize.four_bit import FourBit
+from litpeft.model.quantize.int8 import Int8
+from litpeft.model.slots import Linear
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="this machine has no AVX-512 BF16 or no g++")
 
@@ -143,7 +144,7 @@ def test_lora_is_part_of_a_call_and_can_be_left_out(tmp_path: Path, monkeypatch:
     ids = torch.randint(200, (2, 12)).tolist()
     by_few = {few: few for few in (0, 512)}
     for few in by_few:
-        monkeypatch.setattr(litpeft.bare, "FEW", few)
+        monkeypatch.setattr(litpeft.generate.cpu.fused_block, "FEW", few)
         with without_delta(model):
             base = TokenCache(model).logits(ids)
         by_few[few] = base, TokenCache(model).logits(ids)

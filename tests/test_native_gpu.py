@@ -12,11 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from litpeft.loss import summed_cross_entropy  # noqa: E402
-from litpeft.native import fused, kernels  # noqa: E402
-from litpeft.ops import rotate, swiglu  # noqa: E402
-from litpeft.slots import Linear  # noqa: E402
-from litpeft.storage.kernels import (  # noqa: E402
+from litpeft.model.kernels import fused  # noqa: E402
+from litpeft.model.kernels import triton as kernels
+from litpeft.model.kernels.ops import rotate, swiglu  # noqa: E402
+from litpeft.model.loss import summed_cross_entropy  # noqa: E402
+from litpeft.model.quantize.codes import (
     CODES,
     absmax_in_torch,
     dequantize_in_torch,
@@ -24,6 +24,7 @@ from litpeft.storage.kernels import (  # noqa: E402
     quantize_4bit,
     quantize_absmax,
 )
+from litpeft.model.slots import Linear  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -37,8 +38,8 @@ def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
     def given(*tensors: Tensor) -> ModuleType | None:
         return kernels if not GPU and tensors[0].dtype in HALF else fused(*tensors)
 
-    monkeypatch.setattr("litpeft.ops.fused", given)
-    monkeypatch.setattr("litpeft.loss.fused", given)
+    monkeypatch.setattr("litpeft.model.kernels.ops.fused", given)
+    monkeypatch.setattr("litpeft.model.loss.fused", given)
 
 
 def near(got: Tensor, want: Tensor) -> bool:

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litpeft import attention, native
-from litpeft.attention import Documents, attend, document_mask
-from litpeft.loss import summed_cross_entropy
 from litpeft.methods.lora import LowRank
-from litpeft.ops import rms_norm, rotate, swiglu
-from litpeft.slots import Linear, together
+from litpeft.model import attention
+from litpeft.model import kernels as native
+from litpeft.model.attention import Documents, attend, document_mask
+from litpeft.model.kernels.ops import rms_norm, rotate, swiglu
+from litpeft.model.loss import summed_cross_entropy
+from litpeft.model.slots import Linear, together
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="this machine has no AVX-512 BF16 or no g++")
 HALF = 2**-8  # what rounding to bfloat16 may change, relative

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from litpeft import attention, loss, ops
-from litpeft.attention import Documents
-from litpeft.loss import summed_cross_entropy
-from litpeft.ops import product, remade, rms_norm, rotate, swiglu
-from litpeft.slots import Linear, Slot
+from litpeft.model import attention, loss
+from litpeft.model.attention import Documents
+from litpeft.model.kernels import ops
+from litpeft.model.kernels.ops import product, remade, rms_norm, rotate, swiglu
+from litpeft.model.loss import summed_cross_entropy
+from litpeft.model.slots import Linear, Slot
 
 SHAPES = [(7,), (1, 7), (2, 5, 7), (1, 1, 7)]
 

@@ -10,12 +10,12 @@ from lightning.fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor
 
-from litpeft.checkpoint import save_tensors
-from litpeft.errors import UserError
-from litpeft.settings.train import Train
+from litpeft.core.errors import UserError
+from litpeft.core.safetensors import save_tensors
 from litpeft.train.checkpoints import writable
 from litpeft.train.optim import make_optimizer
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
+from litpeft.train.settings import Train
 
 SHAPES = {"a.weight": (70, 64), "b.weight": (3, 5)}  # the first is large enough for 8 bits, with a half-full last block
 KINDS = [

@@ -9,12 +9,12 @@ from contextlib import suppress
 import pytest
 from conftest import kinds
 
-from litpeft.checkpoint import RESULT_DTYPES
 from litpeft.cli import COMMANDS, main, parse
-from litpeft.precision import PRECISIONS
-from litpeft.settings.kinds import choices
-from litpeft.storage import STORAGES
-from litpeft.suggestions import MEANINGS, suggest
+from litpeft.cli.suggestions import MEANINGS, suggest
+from litpeft.core.kinds import choices
+from litpeft.core.precision import PRECISIONS
+from litpeft.core.safetensors import RESULT_DTYPES
+from litpeft.model.quantize import STORAGES
 
 
 def said(capsys, *argv: str) -> str:

@@ -5,18 +5,18 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
-from litpeft.build import build
+from litpeft.core.precision import PRECISIONS
 from litpeft.data.batches import collate
 from litpeft.data.tokenise import Row
 from litpeft.methods import METHODS, method_class
-from litpeft.methods.base import trainable
 from litpeft.methods.full import Full
 from litpeft.methods.lora import LoRA
-from litpeft.precision import PRECISIONS
-from litpeft.settings.train import Train
+from litpeft.model.build import build
+from litpeft.model.delta import trainable
 from litpeft.train.fit import train_step
 from litpeft.train.optim import make_optimizer
 from litpeft.train.optimizer_state import optimizer_tensors
+from litpeft.train.settings import Train
 
 
 def rows(count: int) -> list[Row]:

@@ -9,12 +9,12 @@ import torch
 from conftest import finetune
 from safetensors.torch import load_file, save_file
 
-from litpeft.build import load
 from litpeft.cli import main
-from litpeft.config import read_config
-from litpeft.errors import UserError
-from litpeft.merge import merge
-from litpeft.settings.files import Convert, Merge
+from litpeft.core.errors import UserError
+from litpeft.exchange.merge import merge
+from litpeft.exchange.settings import Convert, Merge
+from litpeft.generate.load import load
+from litpeft.model.families.read import read_config
 
 
 def refused(call, *args: object) -> str:
@@ -50,7 +50,7 @@ def test_an_adapter_beside_full_weights_is_refused_by_every_command(tiny_folder,
     for name in names:
         shutil.copy(adapter / name.replace("adapters.", "adapter_model."), folder / name)
     what = f"holds an adapter ({', '.join(names)}) beside full weights"
-    from litpeft.convert import convert
+    from litpeft.exchange.convert import convert
 
     for call, arg in ((read_config, folder), (load, str(folder)), (merge, Merge(str(folder)))):
         assert what in refused(call, arg)

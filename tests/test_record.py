@@ -11,10 +11,10 @@ from conftest import finetune
 from safetensors.torch import load_file, save_file
 from short_runs import assert_same, cut, resume, train
 
-from litpeft.checkpoint import file_sha256
 from litpeft.cli import main
-from litpeft.record import checksum
-from litpeft.run import find_run
+from litpeft.core.safetensors import file_sha256
+from litpeft.exchange.record import checksum
+from litpeft.exchange.run import find_run
 
 SUM = "0" * 64
 GONE = object()

@@ -11,15 +11,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the twin on the processor; see test_cuda.py")
 
-from litpeft import attention  # noqa: E402
-from litpeft.build import build  # noqa: E402
 from litpeft.data.batches import Batch, collate  # noqa: E402
 from litpeft.data.tokenise import Row  # noqa: E402
-from litpeft.evaluate import summed_loss  # noqa: E402
-from litpeft.methods.base import trainable  # noqa: E402
 from litpeft.methods.lora import LoRA  # noqa: E402
-from litpeft.model import GPT  # noqa: E402
-from litpeft.native import kernels  # noqa: E402
+from litpeft.model import attention  # noqa: E402
+from litpeft.model.build import build  # noqa: E402
+from litpeft.model.delta import trainable  # noqa: E402
+from litpeft.model.gpt import GPT  # noqa: E402
+from litpeft.model.kernels import triton as kernels  # noqa: E402
+from litpeft.model.objective import summed_loss  # noqa: E402
 from litpeft.train.recorded_pass import RecordedPasses, Size, rounded_up  # noqa: E402
 
 
@@ -34,7 +34,7 @@ def by_starts(q: Tensor, k: Tensor, v: Tensor, documents: attention.Documents, w
 @pytest.fixture
 def passes(tiny_folder, monkeypatch: pytest.MonkeyPatch) -> RecordedPasses:
     monkeypatch.setattr(attention, "_by_length", by_starts)
-    monkeypatch.setattr("litpeft.loss.fused", lambda *tensors: kernels)
+    monkeypatch.setattr("litpeft.model.loss.fused", lambda *tensors: kernels)
     monkeypatch.setattr(RecordedPasses, "record", lambda self, step: step)
     torch.manual_seed(0)
     model = build(tiny_folder, torch.float32, LoRA(rank=4))

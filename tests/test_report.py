@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from litpeft.folders import RUN_FILES
+from litpeft.core.folders import RUN_FILES
 from litpeft.train.log import Log, StepRecord, read_metrics
 from litpeft.train.report import RunFacts, Sample, loss_figure, markdown, scaled, smoothed, summary_lines, write_report
 

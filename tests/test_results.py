@@ -11,12 +11,13 @@ from conftest import TINY, finetune, folded, make_folder, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from litpeft.build import build, load
 from litpeft.cli import main
+from litpeft.exchange.run import find_run
+from litpeft.generate.load import load
 from litpeft.methods import METHODS
-from litpeft.methods.base import load_delta, without_delta
-from litpeft.precision import Storage
-from litpeft.run import find_run
+from litpeft.model.build import build
+from litpeft.model.delta import load_delta, without_delta
+from litpeft.model.quantize import Storage
 from litpeft.train.log import read_metrics
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(5))

@@ -11,8 +11,8 @@ import torch
 from conftest import CHATML, COLOURS, make_folder
 from short_runs import QUIET, UNPACKED, Settings, assert_same, cut, delta, newest, resume, train
 
+from litpeft.exchange.run import find_run
 from litpeft.methods import METHODS, method_class
-from litpeft.run import find_run
 from litpeft.train.log import read_metrics
 
 SMALL: dict[str, Settings] = {"adapter": {"method.prompt_length": 3}, "adapter_v2": {"method.prompt_length": 3}}

@@ -7,11 +7,11 @@ from conftest import write_tokenizer
 
 from litpeft.data.formats import FORMATS, detect
 from litpeft.data.formats.turn import Turn
+from litpeft.data.prompts import content, read_prompts, unread
+from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import load
-from litpeft.prompts import content, read_prompts, unread
-from litpeft.settings.data import Data
-from litpeft.tokenizer import Tokenizer
+from litpeft.data.tokenizer import Tokenizer
 
 
 def said(role: str, text: str, **more: object) -> dict[str, object]:

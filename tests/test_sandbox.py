@@ -14,14 +14,14 @@ import pytest
 from chat_samples import CHATML, write_folder
 
 import litpeft
+from litpeft.core.errors import UserError
 from litpeft.data import sandbox
 from litpeft.data.formats.turn import Turn
 from litpeft.data.sandbox import LimitError, Template
+from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import load
-from litpeft.errors import UserError
-from litpeft.settings.data import Data
-from litpeft.tokenizer import Tokenizer
+from litpeft.data.tokenizer import Tokenizer
 
 ESCAPES = """{{ ''.__class__.__mro__[1].__subclasses__() }}
 {{ self.__init__.__globals__ }}

@@ -6,9 +6,10 @@ import pytest
 import torch
 from packed_layers import KEYS, make
 
-from litpeft.errors import UserError
-from litpeft.slots import Linear
-from litpeft.storage import STORAGES, int8, kernels, storage_class
+from litpeft.core.errors import UserError
+from litpeft.model.quantize import STORAGES, int8, storage_class
+from litpeft.model.quantize import codes as kernels
+from litpeft.model.slots import Linear
 
 try:
     bnb = kernels.bitsandbytes()

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from litpeft.errors import UserError
-from litpeft.storage.cache import Cache
-from litpeft.storage.kernels import quantize_4bit, quantize_absmax
+from litpeft.core.errors import UserError
+from litpeft.model.quantize.cache import Cache
+from litpeft.model.quantize.codes import quantize_4bit, quantize_absmax
 
 
 def packed() -> dict[str, torch.Tensor]:
@@ -116,7 +116,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path) -> None:
 
 def test_parameters_are_written_without_copies(tmp_path, monkeypatch) -> None:
     tensor, seen = torch.nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False), []
-    from litpeft.storage import cache as module
+    from litpeft.model.quantize import cache as module
 
     save = module.save_tensors
     monkeypatch.setattr(module, "save_tensors", lambda t, path: seen.append(t["x"].data_ptr()) or save(t, path))

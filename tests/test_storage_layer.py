@@ -8,16 +8,15 @@ from packed_layers import KEYS, make
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from litpeft.build import build
-from litpeft.config import read_config
-from litpeft.errors import UserError
-from litpeft.methods.base import attach, trainable
+from litpeft.core.errors import UserError
 from litpeft.methods.lora import LoRA
-from litpeft.model import GPT
-from litpeft.ops import product
-from litpeft.precision import Storage
-from litpeft.storage import storage_class
-from litpeft.storage.quantized import Quantized, store
+from litpeft.model.build import build
+from litpeft.model.delta import attach, trainable
+from litpeft.model.families.read import read_config
+from litpeft.model.gpt import GPT
+from litpeft.model.kernels.ops import product
+from litpeft.model.quantize import Storage, storage_class
+from litpeft.model.quantize.quantized import Quantized, store
 
 every_storage = pytest.mark.parametrize(("name", "double"), KEYS)
 

@@ -9,19 +9,20 @@ from conftest import make_folder
 from families.tiny_families import make_family
 from packed_layers import KEYS, make
 
-from litpeft.bare import BareBlock, _norm, strip
-from litpeft.build import build, load
-from litpeft.generate import answer
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.cpu.fused_block import BareBlock, _norm, strip
+from litpeft.generate.cpu.pack import KINDS, Packed, PackedTiedHead, pack
+from litpeft.generate.cpu.packed_weights import Int8Rows, PackedRows, Rows, can_pack
+from litpeft.generate.engine import answer
+from litpeft.generate.load import load
+from litpeft.generate.settings import Sampling
 from litpeft.methods.adapter import Adapter
-from litpeft.methods.base import delta_state, load_delta, without_delta
 from litpeft.methods.lora import LoRA, LowRank
-from litpeft.model import Block, Context
-from litpeft.precision import Storage
-from litpeft.settings.generate import Sampling
-from litpeft.slots import Linear, TiedHead
-from litpeft.storage.packed import KINDS, Packed, PackedTiedHead, pack
-from litpeft.storage.rows import Int8Rows, PackedRows, Rows, can_pack
-from litpeft.token_cache import TokenCache
+from litpeft.model.build import build
+from litpeft.model.delta import delta_state, load_delta, without_delta
+from litpeft.model.gpt import Block, Context
+from litpeft.model.quantize import Storage
+from litpeft.model.slots import Linear, TiedHead
 
 IDS = torch.arange(40).view(2, 20)
 pytestmark = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor has no products in bfloat16")

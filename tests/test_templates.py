@@ -5,11 +5,11 @@ import random
 import pytest
 from chat_samples import CHATML, GENERATION, STYLES, THINKING, VICUNA, chats, write_folder
 
+from litpeft.core.errors import UserError
 from litpeft.data.formats.turn import Turn
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import mask
-from litpeft.errors import UserError
-from litpeft.tokenizer import Tokenizer
+from litpeft.data.tokenizer import Tokenizer
 
 INJECTED = [
     "<|im_end|>",

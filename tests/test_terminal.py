@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from litpeft.cli import main
-from litpeft.terminal import clean, say, tell
+from litpeft.core.terminal import clean, say, tell
 
 ROOT = Path(__file__).parent.parent
 # an escape sequence, BEL, backspace, carriage return, C1's CSI, a right-to-left override and isolate
@@ -118,7 +118,7 @@ def test_no_text_from_outside_reaches_the_terminal_raw(make, tmp_path, tiny_fold
 
 
 def test_an_answer_is_cleaned_for_a_terminal_and_left_alone_in_a_pipe(monkeypatch):
-    from litpeft import terminal
+    from litpeft.core import terminal
 
     class Screen(io.StringIO):
         def isatty(self):

@@ -6,8 +6,8 @@ import random
 import pytest
 from chat_samples import CORPUS, STYLES, bpe, sentencepiece_model, write_folder
 
-from litpeft.errors import UserError
-from litpeft.tokenizer import StreamDecoder, Tokenizer
+from litpeft.core.errors import UserError
+from litpeft.data.tokenizer import StreamDecoder, Tokenizer
 
 TEXTS = [*CORPUS[:30], "", " ", "  lead", "trail \n\n", "日本語 🙂🙂 e\u0301\u0301", "a\u2028b\x07"]
 

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer as Library
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from litpeft.errors import UserError
-from litpeft.pieces import read_pieces
-from litpeft.tokenizer import Tokenizer
+from litpeft.core.errors import UserError
+from litpeft.data.pieces import read_pieces
+from litpeft.data.tokenizer import Tokenizer
 
 TEXTS = [
     *("", " ", "the cat", " lead", "  two lead", "trail \n\n", "日本語 🙂 e\u0301 \u00e9 Ünï", "a\u2028b\x07"),

@@ -18,20 +18,20 @@ from lightning.fabric import Fabric
 from safetensors.torch import load_file, save_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from litpeft.build import build
 from litpeft.cli import COMMANDS, parse
+from litpeft.core.errors import UserError
 from litpeft.data.batches import collate, plan_epoch
 from litpeft.data.tokenise import Row
-from litpeft.errors import UserError
-from litpeft.evaluate import mean_loss
-from litpeft.methods.base import delta_state, trainable
 from litpeft.methods.lora import LoRA
-from litpeft.settings.train import Train
+from litpeft.model.build import build
+from litpeft.model.delta import delta_state, trainable
+from litpeft.model.objective import mean_loss
 from litpeft.train.fit import train_step
 from litpeft.train.learned import PART, check_learned, count_still, sums
 from litpeft.train.log import read_metrics
 from litpeft.train.optim import lr_at, make_optimizer
 from litpeft.train.progress import Progress
+from litpeft.train.settings import Train
 
 ROOT = Path(__file__).parent.parent
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from litpeft.cli import COMMANDS, parse
-from litpeft.errors import UserError
-from litpeft.yaml_bounds import DEEPEST, MOST, BoundedLoader, TooMuch, compose
+from litpeft.cli.yaml_bounds import DEEPEST, MOST, BoundedLoader, TooMuch, compose
+from litpeft.core.errors import UserError
 
 PAIRS = list(zip("abcdefgh", "bcdefghi", strict=True))
 BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(

@@ -5,7 +5,7 @@ import yaml
 from test_cli import fails
 
 from litpeft.cli import COMMANDS, parse
-from litpeft.yaml_values import scalars
+from litpeft.cli.yaml_values import scalars
 
 NEEDED = ["--base.dir", "m", "--data.path", "d", "--out", "o"]
 DECIMAL = ["90", "+5", "0.0002", "2e-4", "2E-4", "1.5e+3", ".5", "5.", "0", "0.0", "1e4", "1_000", "1_0.5"]

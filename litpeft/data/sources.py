@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from litpeft.core.errors import UserError, quoted, some
 from litpeft.data.formats import SHAPES
-from litpeft.errors import UserError, quoted, some
 
 SUFFIXES = (".json", ".jsonl")
 TABLES = {

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
+from litpeft.core.errors import UserError
 from litpeft.data.formats.turn import Turn
 from litpeft.data.sandbox import LimitError, Task, Template, Text
-from litpeft.errors import UserError
-from litpeft.tokenizer import Tokenizer
-from litpeft.tokenizer_backends import Span
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.data.tokenizer_backends import Span
 
 # The text of the Alpaca data set, as Lit-GPT writes it: with a line break after "### Response:", so that no token spans
 # prompt and answer. A system message takes the place of the first sentences; further turns repeat the headings.

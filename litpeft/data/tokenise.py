@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from litpeft.core.errors import UserError, some
+from litpeft.core.terminal import GREEN, PLAIN, clean
 from litpeft.data.formats import FORMATS, SHAPES, UNREAD, detect
 from litpeft.data.formats.keys import told
 from litpeft.data.formats.turn import Turn
 from litpeft.data.sandbox import TooLong
+from litpeft.data.settings import Data
 from litpeft.data.sources import Rejected, find, records, split
 from litpeft.data.templates import ChatTemplate, Rendered, with_system
-from litpeft.errors import UserError, some
-from litpeft.settings.data import Data
-from litpeft.terminal import GREEN, PLAIN, clean
-from litpeft.tokenizer import Tokenizer
-from litpeft.tokenizer_backends import Encoded
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.data.tokenizer_backends import Encoded
 
 CHUNK = 1000  # rows that are encoded at once
 SHOWN = 5  # rows that an error names

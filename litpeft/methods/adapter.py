@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litpeft.attention import attend
-from litpeft.methods.base import Method
-from litpeft.model import GPT, Attention, Context
-from litpeft.slots import Delta
+from litpeft.model.attention import attend
+from litpeft.model.delta import Method
+from litpeft.model.gpt import GPT, Attention, Context
+from litpeft.model.slots import Delta
 
 LONGEST_PROMPT = 65536  # tokens; longer than what any model reads
 

@@ -17,9 +17,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.methods.adapter import Adapter
-from litpeft.methods.base import linears
-from litpeft.model import GPT
-from litpeft.slots import Delta, Linear
+from litpeft.model.delta import linears
+from litpeft.model.gpt import GPT
+from litpeft.model.slots import Delta, Linear
 
 
 class ScaleBias(Delta):

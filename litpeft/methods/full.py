@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from litpeft.checkpoint import RESULT_DTYPES
-from litpeft.methods.base import Method
-from litpeft.settings.kinds import check_choices
+from litpeft.core.kinds import check_choices
+from litpeft.core.safetensors import RESULT_DTYPES
+from litpeft.model.delta import Method
 
 
 @dataclass

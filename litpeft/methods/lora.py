@@ -15,12 +15,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litpeft.errors import UserError
-from litpeft.methods.base import Method, linears
-from litpeft.model import GPT
-from litpeft.ops import plain, product
-from litpeft.slots import Delta, Linear
-from litpeft.updates import Updates
+from litpeft.core.errors import UserError
+from litpeft.model.delta import Method, linears
+from litpeft.model.gpt import GPT
+from litpeft.model.kernels.low_rank import Updates
+from litpeft.model.kernels.ops import plain, product
+from litpeft.model.slots import Delta, Linear
 
 LARGEST_RANK = 65536  # wider than any layer there is
 LARGEST_ALPHA = 1e30  # what is far beyond it is no number in float32

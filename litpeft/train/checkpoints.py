@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from litpeft.checkpoint import file_sha256, read_header, save_tensors
-from litpeft.config import read_json
-from litpeft.errors import UserError
-from litpeft.folders import checkpoint_steps, remove_leftovers, sync, whole_folder
-from litpeft.record import checksum
-from litpeft.terminal import say
+from litpeft.core.errors import UserError
+from litpeft.core.folders import checkpoint_steps, remove_leftovers, sync, whole_folder
+from litpeft.core.json import read_json
+from litpeft.core.safetensors import file_sha256, read_header, save_tensors
+from litpeft.core.terminal import say
+from litpeft.exchange.record import checksum
 from litpeft.train.report import scaled
 
 FORMAT = 1

@@ -5,8 +5,8 @@ import shutil
 
 import torch
 
-from litpeft.errors import UserError
-from litpeft.model import GPT, through
+from litpeft.core.errors import UserError
+from litpeft.model.gpt import GPT, through
 
 
 def check_compiler(device: torch.device) -> None:

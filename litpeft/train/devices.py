@@ -13,10 +13,10 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Stra
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from litpeft.errors import UserError
-from litpeft.model import GPT
-from litpeft.precision import Precision
-from litpeft.settings.train import Finetune
+from litpeft.core.errors import UserError
+from litpeft.core.precision import Precision
+from litpeft.model.gpt import GPT
+from litpeft.train.settings import Finetune
 
 
 def check_devices(settings: Finetune, precision: Precision, device: torch.device) -> None:

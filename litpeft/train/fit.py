@@ -12,14 +12,13 @@ import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
+from litpeft.core.distributed import whole
+from litpeft.core.errors import UserError, some
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
 from litpeft.data.tokenise import Row
-from litpeft.distributed import whole
-from litpeft.errors import UserError, some
-from litpeft.evaluate import MICRO_TOKENS, mean_loss, summed_loss
-from litpeft.methods.base import delta_state, put, trainable
-from litpeft.model import GPT
-from litpeft.settings.train import Finetune, Train
+from litpeft.model.delta import delta_state, put, trainable
+from litpeft.model.gpt import GPT
+from litpeft.model.objective import MICRO_TOKENS, mean_loss, summed_loss
 from litpeft.train.checkpoints import STATE, Checkpoint, Checkpoints
 from litpeft.train.learned import check_learned, check_moved, count_still, sums
 from litpeft.train.log import Log, StepRecord
@@ -27,6 +26,7 @@ from litpeft.train.optim import lr_at
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
 from litpeft.train.progress import Progress
 from litpeft.train.recorded_pass import RecordedPasses
+from litpeft.train.settings import Finetune, Train
 from litpeft.train.signals import NAMES, StopSignals, exit_code
 
 DONE = "all steps done"

@@ -7,8 +7,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from litpeft.distributed import is_share
-from litpeft.errors import UserError
+from litpeft.core.distributed import is_share
+from litpeft.core.errors import UserError
 from litpeft.train.progress import Progress
 
 STILL = 5  # steps in a row without a gradient that end a run

@@ -14,8 +14,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from litpeft.errors import UserError
-from litpeft.terminal import clean, tell
+from litpeft.core.errors import UserError
+from litpeft.core.terminal import clean, tell
 
 COLUMNS = (
     "step",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from litpeft.data.batches import collate
 from litpeft.data.tokenise import Row
-from litpeft.evaluate import summed_loss
-from litpeft.methods.base import trainable
+from litpeft.model.delta import trainable
+from litpeft.model.objective import summed_loss
 
 ON_A_CPU = 2048  # tokens; more make nothing faster there
 MOST = 8192  # tokens from which a GPU is busy with any model

@@ -8,13 +8,13 @@ from types import ModuleType
 import torch
 import torch.nn as nn
 
-from litpeft.distributed import is_share
-from litpeft.errors import UserError, nearest
-from litpeft.launch import peer_lost
-from litpeft.methods.base import trainable
-from litpeft.settings.train import Train
-from litpeft.storage.kernels import bitsandbytes
+from litpeft.core.distributed import is_share
+from litpeft.core.errors import UserError, nearest
+from litpeft.model.delta import trainable
+from litpeft.model.quantize.codes import bitsandbytes
+from litpeft.train.launch import peer_lost
 from litpeft.train.optimizer_state import fresh_state
+from litpeft.train.settings import Train
 
 
 def lr_at(step: int, steps: int, train: Train) -> float:

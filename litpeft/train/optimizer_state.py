@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litpeft.distributed import fill, whole
-from litpeft.errors import UserError, some
+from litpeft.core.distributed import fill, whole
+from litpeft.core.errors import UserError, some
 
 
 def optimizer_tensors(

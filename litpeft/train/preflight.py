@@ -4,18 +4,18 @@ from pathlib import Path
 
 import torch
 
-from litpeft.build import checked_files
-from litpeft.checkpoint import Weights
-from litpeft.errors import UserError
-from litpeft.methods.base import Method, attach
-from litpeft.model import GPT
-from litpeft.precision import Precision
-from litpeft.settings.train import Finetune
-from litpeft.storage.quantized import store
+from litpeft.core.errors import UserError
+from litpeft.core.precision import Precision
+from litpeft.core.safetensors import Weights
+from litpeft.model.build import checked_files
+from litpeft.model.delta import Method, attach
+from litpeft.model.gpt import GPT
+from litpeft.model.quantize.quantized import store
 from litpeft.train.compiled import check_compiler
 from litpeft.train.devices import check_devices
 from litpeft.train.log import summary_writer_class
 from litpeft.train.optim import check_optimizer
+from litpeft.train.settings import Finetune
 
 
 def check_run(settings: Finetune, method: Method, precision: Precision, device: torch.device) -> tuple[Weights, GPT]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from litpeft.attention import Documents
 from litpeft.data.batches import Batch
-from litpeft.methods.base import trainable
-from litpeft.model import GPT, Context
-from litpeft.native.fused_training import HALF, fused_step, groups_of, kernels
-from litpeft.recorded import record
-from litpeft.slots import Slot
+from litpeft.generate.cuda_graph import record
+from litpeft.model.attention import Documents
+from litpeft.model.delta import trainable
+from litpeft.model.gpt import GPT, Context
+from litpeft.model.slots import Slot
+from litpeft.train.fused_block import HALF, fused_step, groups_of, kernels
 
 LEAST, LEAST_DOCUMENTS = 128, 8  # of the smallest size class
 FINENESS = 8  # size classes between a number of tokens and twice that

@@ -5,40 +5,31 @@ import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from lightning.fabric import Fabric
 
 from litpeft import __version__
-from litpeft.config import ModelConfig
+from litpeft.core.json import jsonable
+from litpeft.core.terminal import command_line, say
 from litpeft.data.sources import find
 from litpeft.data.tokenise import DataSet
-from litpeft.methods.base import Method, trainable, unfoldable
-from litpeft.model import GPT
-from litpeft.run import go_on
-from litpeft.settings.train import Finetune
-from litpeft.terminal import command_line, say
+from litpeft.exchange.run import go_on
+from litpeft.model.delta import Method, trainable, unfoldable
+from litpeft.model.gpt import GPT
 from litpeft.train.log import Log
+from litpeft.train.preparation import Preparation, empty_model
 from litpeft.train.progress import Progress
 from litpeft.train.report import RunFacts, summary_lines, write_report
-
-if TYPE_CHECKING:
-    from litpeft.train.finetune import Preparation
-
-
-def empty_model(config: ModelConfig) -> GPT:
-    """Returns the model without memory for its weights, to be counted."""
-    with torch.device("meta"):
-        return GPT(config)
+from litpeft.train.settings import Finetune
 
 
 def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: DataSet) -> None:
     """Writes run.yaml, which is itself a --config, and the rows that were rejected."""
     once = {"resume": False, "resume_changed": (), "overwrite": False}  # said of one command, not of the run
     record = asdict(settings) | once | {"method": asdict(method)}
-    text = yaml.safe_dump(plain(record), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(jsonable(record), sort_keys=False, allow_unicode=True)
     command = command_line("finetune", name, "--config", out / "run.yaml", "--out", "ANOTHER")
     comment = "".join(f"# {line}\n" for line in command.split("\n"))
     (out / "report.md").unlink(missing_ok=True)  # the run is not over: see finished_at
@@ -48,14 +39,7 @@ def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: Da
         (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def plain(value: object) -> object:
-    """Returns `value` with lists for tuples, as YAML knows them."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def report(run: "Preparation", model: GPT, progress: Progress, fabric: Fabric, log: Log) -> None:
+def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log: Log) -> None:
     """Writes report.md and loss.png, and prints the same in a few lines."""
     settings, name, out = run.settings, run.name, Path(run.settings.out)
     base, device = Path(settings.base.dir), fabric.device

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litpeft.terminal import clean
+from litpeft.core.terminal import clean
 from litpeft.train.log import duration
 
 if TYPE_CHECKING:

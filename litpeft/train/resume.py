@@ -14,19 +14,19 @@ from typing import Any
 import torch
 
 from litpeft import __version__
+from litpeft.core.errors import UserError
+from litpeft.core.folders import has_result
+from litpeft.core.json import jsonable
+from litpeft.core.typed import typed
+from litpeft.data.settings import Data
 from litpeft.data.tokenise import Row
-from litpeft.errors import UserError
-from litpeft.folders import has_result
-from litpeft.identity import TokenizerIdentity, changed, config_changes, tokenizer_changes
+from litpeft.exchange.identity import TokenizerIdentity, changed, config_changes, tokenizer_changes
+from litpeft.exchange.record import check_reads, check_sha256, one_of
+from litpeft.exchange.run import find_run
 from litpeft.methods import METHODS, method_class
-from litpeft.record import check_reads, check_sha256, one_of
-from litpeft.run import find_run
-from litpeft.settings.data import Data
-from litpeft.settings.train import Base, Finetune
 from litpeft.train.checkpoints import MANIFEST, STATE, Checkpoint, Checkpoints
 from litpeft.train.progress import Progress
-from litpeft.train.records import plain
-from litpeft.typed import typed
+from litpeft.train.settings import Base, Finetune
 
 # What may differ between a run and its resume: none of it changes what is learned, and rows and weights are compared by
 # their content.
@@ -68,7 +68,7 @@ class SavedFacts:
         for key in ("base", "rows"):
             check_sha256(key, getattr(self, key))
         default = Finetune(Base(""), Data("."), "")
-        known = plain(asdict(default) | {"method": asdict(method_class(self.method)())})
+        known = jsonable(asdict(default) | {"method": asdict(method_class(self.method)())})
         known["base"]["dir"] = known["train"]["micro_tokens"] = None  # every version has written them
         saved = _over(known, self.settings)
         typed(method_class(self.method), saved.pop("method"), "settings.method")

@@ -3,12 +3,12 @@
 import torch
 from lightning.fabric import Fabric
 
-from litpeft.build import Loaded
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import Row
-from litpeft.evaluate import Exchange, exactly
-from litpeft.generate import answer
-from litpeft.settings.generate import Sampling
+from litpeft.generate.engine import answer
+from litpeft.generate.evaluate import Exchange, exactly
+from litpeft.generate.load import Loaded
+from litpeft.generate.settings import Sampling
 from litpeft.train.log import Log
 from litpeft.train.progress import Progress
 from litpeft.train.report import Sample

@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-from litpeft.errors import UserError
-from litpeft.loss import CHUNK
-from litpeft.memory import asked_for
-from litpeft.methods.base import Method, trainable
-from litpeft.model import GPT
-from litpeft.precision import Precision
-from litpeft.settings.train import Finetune
+from litpeft.core.errors import UserError
+from litpeft.core.memory import asked_for
+from litpeft.core.precision import Precision
+from litpeft.model.delta import Method, trainable
+from litpeft.model.gpt import GPT
+from litpeft.model.loss import CHUNK
 from litpeft.train.micro_tokens import MOST
 from litpeft.train.report import scaled
+from litpeft.train.settings import Finetune
 
 FEW_BITS = 0.6  # bytes of a weight in 4 bits, with its constants
 

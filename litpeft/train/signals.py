@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
-from litpeft.errors import INTERRUPTED, STOPPED
-from litpeft.launch import is_ignored
+from litpeft.core.errors import INTERRUPTED, STOPPED
+from litpeft.train.launch import is_ignored
 
 NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 

@@ -122,7 +122,7 @@ def main() -> None:
 
 def write_prompts(args: argparse.Namespace) -> dict[int, Path]:
     """Writes the prompts as token ids, cut to one length so that nobody pads; returns the file for each batch size."""
-    from litpeft.tokenizer import Tokenizer
+    from litpeft.data.tokenizer import Tokenizer
 
     tokenizer, files = Tokenizer.load(args.model), {}
     rows = [tokenizer.encode(TEXT.format(thing))[: args.prompt_tokens] for thing in THINGS]

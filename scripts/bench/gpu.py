@@ -110,12 +110,15 @@ def optimized(parameters: Iterable[torch.nn.Parameter], passes: Callable[[], tor
 
 
 def litpeft_model(folder: Path, quantize: str | None = None, lora: bool = True):
-    from litpeft.build import build
     from litpeft.methods.lora import LoRA
-    from litpeft.precision import Storage
+    from litpeft.model.build import build
+    from litpeft.model.quantize import Storage
+    from litpeft.train.fused_block import use_fused_step
 
     storage = None if quantize is None else Storage(quantize)
-    return build(folder, torch.bfloat16, LoRA() if lora else None, torch.device("cuda"), storage)
+    model = build(folder, torch.bfloat16, LoRA() if lora else None, torch.device("cuda"), storage)
+    use_fused_step(model, torch.device("cuda"))
+    return model
 
 
 def batch(lengths: list[int], generator: torch.Generator):
@@ -130,7 +133,7 @@ def train(folder: Path, tool: str) -> dict[str, object]:
     """Measures litpeft, litpeft-nf4, litpeft-checkpointing, peft (with liger), unsloth or unsloth-nf4."""
     began, generator = time.perf_counter(), torch.Generator().manual_seed(1)
     if tool.startswith("litpeft"):
-        from litpeft.evaluate import summed_loss
+        from litpeft.model.objective import summed_loss
 
         model = litpeft_model(folder, "nf4" if tool.endswith("nf4") else None).train()
         model.recompute = tool.endswith("checkpointing")
@@ -176,7 +179,7 @@ def peft_with_liger(folder: Path) -> torch.nn.Module:
 
 def short(folder: Path, tokens: int) -> dict[str, object]:
     """Measures steps of four passes of up to `tokens` tokens, as `litpeft finetune` computes them."""
-    from litpeft.evaluate import summed_loss
+    from litpeft.model.objective import summed_loss
     from litpeft.train.recorded_pass import RecordedPasses
 
     generator, batches = torch.Generator().manual_seed(0), []
@@ -200,7 +203,7 @@ def short(folder: Path, tokens: int) -> dict[str, object]:
 
 def decode(folder: Path, rows: int, quantize: str | None) -> dict[str, object]:
     """Measures tokens of answers to prompts of 64 tokens, and the share of the time that reading the weights takes."""
-    from litpeft.token_cache import TokenCache
+    from litpeft.generate.cache import TokenCache
 
     model = litpeft_model(folder, quantize, lora=False).eval()
     cache, ids = TokenCache(model), [list(range(5, 69)) for _ in range(rows)]

@@ -17,15 +17,17 @@ from safetensors.torch import load_file
 from shapes import ALPHA, RANK, Shapes
 from torch import Tensor
 
-from litpeft.build import build, load
-from litpeft.checkpoint import copy_companions, save_tensors
+from litpeft.core.precision import pick_device
+from litpeft.core.safetensors import copy_companions, save_tensors
 from litpeft.data.tokenise import Row
-from litpeft.evaluate import mean_loss
-from litpeft.families.llama import NAMES
-from litpeft.methods.base import load_delta
+from litpeft.generate.load import load
 from litpeft.methods.lora import LoRA
-from litpeft.model import GPT
-from litpeft.precision import Storage, pick_device
+from litpeft.model.build import build
+from litpeft.model.delta import load_delta
+from litpeft.model.families.llama import NAMES
+from litpeft.model.gpt import GPT
+from litpeft.model.objective import mean_loss
+from litpeft.model.quantize import Storage
 
 MICRO_TOKENS = 2048
 LITGPT = {"attn.o": "attn.proj", "mlp.gate": "mlp.fc_1", "mlp.up": "mlp.fc_2", "mlp.down": "mlp.proj"}

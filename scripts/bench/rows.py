@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from litpeft.config import read_config
+from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import Row, load
-from litpeft.settings.data import Data
-from litpeft.tokenizer import Tokenizer
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.model.families.read import read_config
 
 
 def prepare(data: Path, model: Path, folder: Path, rows: int = 48, held_out: int = 64, max_length: int = 512) -> None:

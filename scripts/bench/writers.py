@@ -21,9 +21,9 @@ TRIES = 2
 
 
 def litpeft(model: str, settings: dict[str, Any], length: int) -> Write:
-    from litpeft.build import load
-    from litpeft.generate import answer
-    from litpeft.settings.generate import Sampling
+    from litpeft.generate.engine import answer
+    from litpeft.generate.load import load
+    from litpeft.generate.settings import Sampling
 
     lookup = settings.pop("lookup")
     loaded = load(model, **settings)

@@ -15,11 +15,12 @@ from test_model import GPT2, LLAMA3, randomise, rotary
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from litpeft.build import build
-from litpeft.config import ACTIVATIONS, ConfigKeys, read_config
-from litpeft.errors import UserError
-from litpeft.families import FAMILIES, family
-from litpeft.model import ACTIVATIONS as FUNCTIONS
+from litpeft.core.errors import UserError
+from litpeft.model.build import build
+from litpeft.model.config import ACTIVATIONS, ConfigKeys
+from litpeft.model.families import FAMILIES, family
+from litpeft.model.families.read import read_config
+from litpeft.model.gpt import ACTIVATIONS as FUNCTIONS
 
 SIZES = {
     "llama": TINY | rotary(1.0),

@@ -10,14 +10,15 @@ from test_model import GPT2
 from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
-from litpeft.build import build, load
 from litpeft.cli import main
-from litpeft.config import read_config
-from litpeft.errors import UserError
-from litpeft.families import gpt2, gpt_neox
-from litpeft.families.names import NameMap
+from litpeft.core.errors import UserError
+from litpeft.generate.load import load
 from litpeft.methods.lora import LoRA
-from litpeft.model import GPT, Context, KVCache
+from litpeft.model.build import build
+from litpeft.model.families import gpt2, gpt_neox
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
+from litpeft.model.gpt import GPT, Context, KVCache
 
 GPTS = ["neox", "neox serial", "gpt2", "gpt2 untied"]
 IDS = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))

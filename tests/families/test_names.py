@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_families import MODELS, make_family
 
-from litpeft.build import build
-from litpeft.checkpoint import Weights
-from litpeft.config import read_config
-from litpeft.errors import UserError
-from litpeft.families.names import NameMap
+from litpeft.core.errors import UserError
+from litpeft.core.safetensors import Weights
+from litpeft.model.build import build
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
 
 
 def rewrite(folder: Path, change) -> None:

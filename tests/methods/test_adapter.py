@@ -6,12 +6,12 @@ from conftest import TINY, folded, in_float64, make_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from litpeft.build import build
-from litpeft.config import ModelConfig
 from litpeft.methods.adapter import Adapter, PromptAttention
-from litpeft.methods.base import attach, trainable
 from litpeft.methods.lora import LowRank
-from litpeft.model import GPT, Context, KVCache
+from litpeft.model.build import build
+from litpeft.model.config import ModelConfig
+from litpeft.model.delta import attach, trainable
+from litpeft.model.gpt import GPT, Context, KVCache
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
 

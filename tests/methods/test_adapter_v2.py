@@ -6,12 +6,12 @@ from conftest import TINY, folded, make_folder
 from safetensors.torch import load_file, save_file
 from test_adapter import pair
 
-from litpeft.build import build
-from litpeft.config import read_config
-from litpeft.families.names import NameMap
 from litpeft.methods.adapter_v2 import AdapterV2, ScaleBias
-from litpeft.methods.base import trainable
-from litpeft.model import GPT, Sdpa
+from litpeft.model.build import build
+from litpeft.model.delta import trainable
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
+from litpeft.model.gpt import GPT, Sdpa
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(5))
 

@@ -5,14 +5,15 @@ import torch
 from conftest import TINY, folded, in_float64, make_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from litpeft.build import build
-from litpeft.config import ModelConfig, read_config
-from litpeft.errors import UserError
-from litpeft.families.names import NameMap
-from litpeft.methods.base import attach, delta_state, load_delta, trainable, without_delta
+from litpeft.core.errors import UserError
 from litpeft.methods.full import Full
 from litpeft.methods.lora import LoRA
-from litpeft.model import GPT
+from litpeft.model.build import build
+from litpeft.model.config import ModelConfig
+from litpeft.model.delta import attach, delta_state, load_delta, trainable, without_delta
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
+from litpeft.model.gpt import GPT
 
 IDS = torch.randint(0, TINY["vocab_size"], (1, 32), generator=torch.Generator().manual_seed(7))
 

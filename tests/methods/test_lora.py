@@ -6,13 +6,13 @@ from conftest import TINY, in_float64
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from litpeft.build import build
-from litpeft.config import read_config
-from litpeft.errors import UserError
-from litpeft.families.names import NameMap
-from litpeft.methods.base import trainable
+from litpeft.core.errors import UserError
 from litpeft.methods.lora import LoRA, LowRank
-from litpeft.slots import Linear, together
+from litpeft.model.build import build
+from litpeft.model.delta import trainable
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
+from litpeft.model.slots import Linear, together
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))

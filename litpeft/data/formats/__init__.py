@@ -6,9 +6,9 @@ Each has `turns(record) -> list[Turn]`, and `unread(record)`: the keys of a usab
 from collections.abc import Callable
 from typing import Any
 
+from litpeft.core.errors import quoted, some
 from litpeft.data.formats import alpaca, messages
 from litpeft.data.formats.turn import Turn
-from litpeft.errors import quoted, some
 
 FORMATS: dict[str, Callable[[Any], list[Turn]]] = {"alpaca": alpaca.turns, "messages": messages.turns}
 UNREAD: dict[str, Callable[[Any], set[str]]] = {"alpaca": alpaca.unread, "messages": messages.unread}

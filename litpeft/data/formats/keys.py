@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-from litpeft.errors import quoted, some
+from litpeft.core.errors import quoted, some
 
 TOOLS = "calls of tools are not trained"
 THOUGHTS = "write the thoughts into the answer's text, as the model's template writes them"

@@ -12,9 +12,9 @@ A system message may also stand beside the messages: {"system": "Be brief.", "me
 
 from typing import Any
 
+from litpeft.core.errors import quoted
 from litpeft.data.formats import alpaca, keys
 from litpeft.data.formats.turn import ROLES, Turn, text
-from litpeft.errors import quoted
 
 # a row of two shapes would lose one of them
 OTHER_SHAPE = dict.fromkeys(

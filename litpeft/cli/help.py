@@ -1,0 +1,106 @@
+"""The text of `litpeft COMMAND --help`: an example, what is required, the method, then each group of options."""
+
+import json
+from argparse import Action
+from shutil import get_terminal_size
+from textwrap import wrap
+from types import NoneType
+from typing import Any, get_origin
+
+from jsonargparse import ArgumentParser
+
+from litpeft.core.kinds import alternatives, choices
+
+COLUMN = 34  # where the texts begin; that of a longer option begins in the next line
+VALUES = {int: "INTEGER", float: "NUMBER", tuple: "LIST", dict: "DICT"}
+
+
+def wanted(argv: list[str], parser: ArgumentParser) -> str | None:
+    """Returns which help a command line asks for: "" for all of it, the name of a group, None for no help."""
+    groups = {f"--{name}.help": name for name in _titles(parser)}
+    return next((groups.get(word, "") for word in argv if word in ("-h", "--help", *groups)), None)
+
+
+def help_text(parser: ArgumentParser, group: str = "") -> str:
+    """Returns the help of a command, or of one group of its options."""
+    actions = [action for action in parser._actions if hasattr(action, "_typehint")]
+    titles = _titles(parser)
+    sections = {name: [action for action in actions if _group(action) == name] for name in titles}
+    if group:
+        return "\n".join(_section(f"{group}: {titles[group]}", sections[group])[1:]) + "\n"
+    required = [action for action in actions if action.required or not action.option_strings]
+    words = [f"--{action.dest} {_value(action)}" if action.option_strings else _value(action) for action in required]
+    usage = f"usage: {' '.join([parser.prog, *words])} [options]"
+    lines = [*wrap(usage, _width(), subsequent_indent=" " * 7), "", *wrap(parser.description, _width())]
+    lines += ["", "example:", *_command(parser.epilog), *_section("required", required)]
+    if "method" in titles:
+        lines += _section(f"method: {titles.pop('method')}", sections["method"])
+    lines += _section("options", [action for action in actions if not _group(action) and action not in required])
+    lines += _row("--config FILE", "YAML file with any of these keys; options win over it.")
+    lines += _row("--print_config", "Print all settings as YAML, and stop.")
+    for name, title in titles.items():
+        lines += _section(f"{name}: {title}", [action for action in sections[name] if action not in required])
+    if sections:
+        lines += ["", *wrap(f"One section only: {', '.join(f'--{name}.help' for name in sections)}.", _width())]
+    return "\n".join(lines) + "\n"
+
+
+def _titles(parser: ArgumentParser) -> dict[str, str]:
+    """Returns the title of each group of options, by its name."""
+    return {name: group.title for group in parser._action_groups for name in map(_group, group._group_actions) if name}
+
+
+def _group(action: Action) -> str:
+    return action.dest.rpartition(".")[0]
+
+
+def _width() -> int:
+    return max(60, min(120, get_terminal_size().columns))
+
+
+def _section(title: str, actions: list[Action]) -> list[str]:
+    rows = [line for action in actions for line in _row(_left(action), _text(action))]
+    return ["", *wrap(title, _width()), *rows] if rows else []
+
+
+def _command(line: str) -> list[str]:
+    """Returns a command to copy; where one line is too short, each option has its own."""
+    broken = line.replace(" --", " \\\n    --") if len(line) + 2 > _width() else line
+    return f"  {broken}".split("\n")
+
+
+def _left(action: Action) -> str:
+    return f"--{action.dest} {_value(action)}" if action.option_strings else _value(action)
+
+
+def _value(action: Action) -> str:
+    """Returns what stands for the option's value: its choices, or the kind of value that it takes."""
+    if action._typehint is bool:
+        return "[true|false]"
+    named = choices(action._typehint)
+    if named:
+        return "|".join("null" if value is None else value for value in named)
+    kinds = [part for part in alternatives(action._typehint) if part is not NoneType]
+    first = VALUES.get(get_origin(kinds[0]) or kinds[0]) or action.dest.rpartition(".")[2].upper()
+    return "|".join([first, *(word for kind in kinds[1:] for word in choices(kind))])
+
+
+def _text(action: Action) -> str:
+    """Returns the option's own words and its default, which null and an empty text, list or dict are not worth."""
+    default: Any = action.default
+    if action.required or default in (None, "", (), {}):
+        return action.help
+    shown = _plain(default)
+    return f"{action.help} {shown if shown.startswith('[') else f'[{shown}]'}"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _row(left: str, text: str) -> list[str]:
+    """Returns an option with its text beside it, or below where it is too long for that."""
+    lines = wrap(" ".join(text.split()), _width() - COLUMN, break_on_hyphens=False)
+    start = f"  {left:<{COLUMN - 2}}"
+    first = [start + lines[0]] if len(left) < COLUMN - 2 else [f"  {left}", " " * COLUMN + lines[0]]
+    return first + [" " * COLUMN + line for line in lines[1:]]

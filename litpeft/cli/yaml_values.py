@@ -1,0 +1,81 @@
+"""Numbers and words that YAML 1.1 reads as others than a person means: refused, with their place."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from litpeft.cli.yaml_bounds import TooMuch, compose
+from litpeft.core.errors import UserError
+
+# What YAML 1.1 takes for a number though it is not written in plain decimal digits.
+ODD_NUMBERS = {
+    r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?": "in base 60",
+    r"[-+]?0[xX][0-9a-fA-F_]+": "in base 16",
+    r"[-+]?0[bB][01_]+": "in base 2",
+    r"[-+]?0[oO][0-7_]+": "in base 8",
+    r"[-+]?0[0-9_]+": "with a leading 0, which stands for base 8",
+}
+
+DIGITS = 100  # of a number; Python reads none that is far longer
+
+
+def check_value(node: yaml.Node, key: str, kind: Any, where: str) -> None:
+    """Raises if `node`, the value of an option of type `kind`, holds a scalar that YAML reads in a surprising way.
+
+    A number must be in decimal digits and text must not be read as a number or a boolean; `yes` is one only where
+    nothing but a boolean can stand.
+    """
+    types = plain_types(kind)
+    for scalar in scalars(node, set()):
+        text, plain, tag = scalar.value, scalar.style is None, scalar.tag.rpartition(":")[2]
+        if plain and tag in ("int", "float") and len(text) > DIGITS:
+            what = f'"{key}" is a number of {len(text):,} characters'
+            raise UserError("CONFIG-058", what, where=where, hint="write it shorter; text needs quotes")
+        odd = next((why for pattern, why in ODD_NUMBERS.items() if re.fullmatch(pattern, text)), None)
+        hint = f'put it in quotes: "{text}"'
+        if types == {str}:
+            if plain and tag in ("bool", "float", "int"):
+                what = f'"{key}" must be text, and YAML reads {text} as {yaml.safe_load(text)}'
+                raise UserError("CONFIG-055", what, where=where, hint=hint)
+        elif odd is not None:
+            hint = "write it in decimal digits, such as 90, 0.0002 or 2e-4"
+            raise UserError("CONFIG-056", f'"{key}" is {text}, a number {odd}', where=where, hint=hint)
+        elif plain and tag == "bool" and types != {bool} and text.lower() not in ("true", "false"):
+            what = f'"{key}" is {text}, which YAML reads as {yaml.safe_load(text)}'
+            raise UserError("CONFIG-057", what, where=where, hint=f"write true or false, or {hint}")
+
+
+def check_word(text: str, key: str, kind: Any, where: str) -> None:
+    """Does the same for a value on the command line, where text needs no quotes; refuses what is out of bounds."""
+    if plain_types(kind) == {str} and not re.search("dict|list|tuple", str(kind)) and not {"&", "*"} <= set(text):
+        return  # text that no reader of YAML makes more of
+    try:
+        node = compose(text)
+    except TooMuch as error:
+        raise UserError("CONFIG-017", str(error), where=where) from None
+    except yaml.YAMLError:
+        return  # the option's own type says what is wrong with it
+    if node is not None and plain_types(kind) != {str}:
+        check_value(node, key, kind, "")
+
+
+def plain_types(kind: Any) -> set[Any]:
+    """Returns the types of the scalars that an option of this type may hold, None left out."""
+    if get_origin(kind) is Literal:
+        return set(map(type, get_args(kind)))
+    inner = get_args(kind)[1:] if get_origin(kind) is dict else get_args(kind)
+    return set().union(*(plain_types(one) for one in inner)) if inner else {kind} - {type(None), Ellipsis}
+
+
+def scalars(node: yaml.Node, seen: set[int]) -> Iterator[yaml.ScalarNode]:
+    """Yields every scalar in a node once, keys included, however often aliases name it."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    for part in () if isinstance(node, yaml.ScalarNode) else node.value:
+        for child in part if isinstance(part, tuple) else (part,):
+            yield from scalars(child, seen)

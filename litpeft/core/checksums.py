@@ -1,0 +1,97 @@
+"""checksums.json: the sha256 of every tensor of a model folder, as it was downloaded or written.
+
+Damage that leaves finite numbers is noticed by nothing else. The sums are of tensors, not of files, so that a model's
+fingerprint (`Weights.fingerprint`), which needs the same sums, compares them for nothing.
+"""
+
+import hashlib
+import json
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from io import FileIO
+from pathlib import Path
+
+from litpeft.core.errors import UserError, some
+from litpeft.core.json import read_json
+from litpeft.core.terminal import tell
+
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(folder: Path, sums: dict[str, str], origin: str) -> None:
+    """Writes the sha256 of each tensor (by its name in the files), and where the weights came from."""
+    content = {"of": origin, "tensors": dict(sorted(sums.items()))}
+    (folder / CHECKSUMS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_checksums(folder: Path) -> dict[str, str] | None:
+    """Returns the sha256 of each tensor as it should be; None if the folder does not say."""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return None
+    tensors = read_json(path, CHECKSUMS).get("tensors")
+    if not isinstance(tensors, dict) or not all(isinstance(value, str) for value in tensors.values()):
+        hint = "take the folder's files again, or delete this one: the weights are then not verified"
+        raise UserError("MODEL-130", "tensors must map names to their sha256", where=str(path), hint=hint)
+    return tensors
+
+
+def compare(folder: Path, sums: dict[str, str], file_of: dict[str, str]) -> None:
+    """Raises if a tensor is not the one that checksums.json knows; says it once if there is no such file."""
+    known = read_checksums(folder)
+    if known is None:
+        tell_unverified(folder)
+        return
+    hint = f"take the model again; if you changed its weights yourself, delete {folder / CHECKSUMS}"
+    damaged = sorted(name for name, digest in sums.items() if known.get(name, digest) != digest)
+    if damaged:
+        what = f"{some(damaged)} changed since the file was downloaded or written (sha256 mismatch with {CHECKSUMS})"
+        raise UserError("MODEL-131", what, where=str(folder / file_of[damaged[0]]), hint=hint)
+    other = sorted(known.keys() ^ sums.keys())
+    if other:
+        what = f"the files and {CHECKSUMS} do not hold the same tensors: {some(other)}"
+        raise UserError("MODEL-132", what, where=str(folder), hint=hint)
+
+
+@cache
+def tell_unverified(folder: Path) -> None:
+    """Says once that nothing would notice damage of a folder's weights."""
+    from litpeft.core.distributed import is_first  # imported here, for the commands that need no torch
+
+    if not is_first():
+        return
+    what = f"note: {folder} is unverified: it has no {CHECKSUMS}, as `litpeft download`, `convert` and `merge` write it"
+    tell(what)
+
+
+def tensor_sums(path: Path, threads: int = 1) -> dict[str, str]:
+    """Returns the sha256 of each tensor's bytes in a safetensors file; they are read once, until the file changes."""
+    state = path.stat()
+    return _tensor_sums(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns), threads)
+
+
+@lru_cache(maxsize=1024)
+def _tensor_sums(path: Path, state: tuple[int, ...], threads: int) -> dict[str, str]:
+    with open(path, "rb") as handle:
+        size = struct.unpack("<Q", handle.read(8))[0]
+        header = json.loads(handle.read(size))
+
+    def digest(name: str) -> str:
+        first, last = header[name]["data_offsets"]
+        with open(path, "rb", buffering=0) as handle:
+            handle.seek(8 + size + first)
+            return sha256(handle, last - first)
+
+    names = [name for name in header if name != "__metadata__"]
+    with ThreadPoolExecutor(threads) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def sha256(handle: FileIO, size: int) -> str:
+    """Returns the sha256 of the next `size` bytes."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    while size and (count := handle.readinto(block[:size])):
+        digest.update(block[:count])
+        size -= count
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""What values a setting may have, from its type: said in words, and checked where the type names the choices."""
+
+from dataclasses import fields
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from litpeft.core.errors import quoted
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """Returns the types of a union, or the one type."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def choices(kind: Any) -> list[Any]:
+    """Returns the values that a `Literal` names, with None where it may be null; none where others may stand too."""
+    parts = alternatives(kind)
+    if any(get_origin(part) is not Literal and part is not NoneType for part in parts):
+        return []
+    named = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    return [*named, None] if named and NoneType in parts else named
+
+
+def in_words(kind: Any) -> str:
+    """Returns what a value of this type is: `a whole number or null`, `auto, alpaca or messages`."""
+    words: list[str] = []
+    for part in alternatives(kind):
+        origin, args = get_origin(part), get_args(part)
+        if origin is Literal:
+            words += map(str, args)
+        elif origin is dict:
+            words.append("keys and values" if args[1] is Any else f"keys and values, each value {in_words(args[1])}")
+        else:
+            words.append(f"a list, each item {in_words(args[0])}" if origin is tuple else WORDS[part])
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def check_choices(settings: Any, group: str = "") -> None:
+    """Raises a ValueError for a setting that is none of the choices of its type; `group` comes before its key."""
+    for field in fields(settings):
+        allowed, value = choices(field.type), getattr(settings, field.name)
+        if allowed and value not in allowed:
+            raise ValueError(f"{group}{field.name} must be {in_words(field.type)}, got {quoted(value)}")

@@ -1,0 +1,58 @@
+"""What a lack of memory looks like, whichever library meets it, and what helps."""
+
+import errno
+import re
+
+from litpeft.core.errors import UserError
+
+# What errors say that have no class of their own: torch, its products' libraries, C++, Rust, numpy, threads.
+SIGNS = (
+    "DefaultCPUAllocator",
+    "out of memory",
+    "unable to mmap",
+    "Cannot allocate memory",
+    "Unable to allocate",
+    "could not create a primitive",
+    "could not create a memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
+    "can't start new thread",
+)
+HELPS = {
+    "finetune": "lower train.micro_tokens or data.max_length, or set train.activation_checkpointing true",
+    "evaluate": "lower batch_size, or take quantize nf4 or precision bf16-true",
+    "generate": "lower batch_size or sampling.max_new_tokens, or take quantize nf4 or precision bf16-true",
+    "chat": "take quantize nf4 or precision bf16-true",
+}
+ELSE = "close other programs that hold memory, or raise the limit of this one (ulimit -v, the job's)"
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Returns whether an error, or one that it was made of, is a lack of memory."""
+    while error is not None:
+        text, name = str(error), type(error).__name__
+        if isinstance(error, MemoryError) or name == "OutOfMemoryError":
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        if not isinstance(error, UserError) and any(sign in text for sign in SIGNS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def asked_for(error: BaseException | None) -> str:
+    """Returns ` (1.2 GB were asked for)`, or an empty string where no error of the chain tells."""
+    while error is not None:
+        found = re.search(r"(?:allocate|mmap|allocation of) ([\d.]+) ?([KMGTPE]?i?B|bytes)\b", str(error))
+        if found:
+            return f" ({found[1]} {found[2]} were asked for)"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def memory_error(error: BaseException, command: str) -> UserError:
+    """Returns what a user is told of a lack of memory in this command."""
+    text = " ".join(str(getattr(error, "what", error)).split())[:160]
+    what = f"out of memory{asked_for(error)}: {text or type(error).__name__}"
+    return UserError("RESOURCE-001", what, hint=HELPS.get(command, ELSE))

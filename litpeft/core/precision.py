@@ -1,0 +1,51 @@
+"""How the frozen weights are held, and which type the arithmetic runs in. What trains is float32."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from litpeft.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Precision:
+    name: str
+    weights: torch.dtype  # of the frozen base
+    fabric: str  # Fabric's plugin; the -true ones would also cast what trains, so `build` sets types itself
+
+
+PRECISIONS = {
+    "bf16-true": Precision("bf16-true", torch.bfloat16, "32-true"),
+    "16-true": Precision("16-true", torch.float16, "32-true"),
+    "bf16-mixed": Precision("bf16-mixed", torch.float32, "bf16-mixed"),
+    "16-mixed": Precision("16-mixed", torch.float32, "16-mixed"),
+    "32-true": Precision("32-true", torch.float32, "32-true"),
+    "64-true": Precision("64-true", torch.float64, "32-true"),
+}
+
+
+def pick_precision(name: str, device: torch.device, key: str = "precision") -> Precision:
+    """Returns the precision of that name; `auto` is bf16-true where the device computes in bfloat16, else 32-true.
+
+    `key` is the setting that names it, for errors.
+    """
+    if name == "auto":
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported()
+        )
+        name = "bf16-true" if native else "32-true"
+    if name not in PRECISIONS:
+        raise UserError("CONFIG-032", f"{name!r} is not one of auto, {', '.join(PRECISIONS)}", where=key)
+    if name == "16-mixed" and device.type == "cpu":
+        what = "16-mixed needs a GPU; this machine's CPU has bf16-true, bf16-mixed and 32-true"
+        raise UserError("CONFIG-033", what, where=key)
+    return PRECISIONS[name]
+
+
+def pick_device() -> torch.device:
+    """Returns this process's GPU if there are GPUs, else the CPU."""
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device("cuda", int(rank)) if torch.cuda.is_available() else torch.device("cpu")

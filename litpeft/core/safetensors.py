@@ -1,0 +1,260 @@
+"""Model files on disk: safetensors read lazily, folders written as a whole or not at all, fingerprints."""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from litpeft.core.checksums import compare, sha256, tensor_sums, write_checksums
+from litpeft.core.errors import UserError, some
+from litpeft.core.folders import COMPANIONS
+from litpeft.core.json import read_json
+from litpeft.core.recognise import convert_hint, refuse_other
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as settings say them
+SHARD_BYTES = 5_000_000_000
+HEADER_BYTES = (1 << 17) - 8  # kept free for the header of a file that is written: the tensors begin at a whole page
+MAPPED_BYTES = 1 << 25  # of mapped files that are looked at before their pages are let go
+_mapped: WeakSet[mmap.mmap] = WeakSet()  # the files that tensors are read from
+_looked_at = 0  # bytes of them since then
+
+
+class Weights:
+    """The tensors of a folder's safetensors files, by name: each is its place in the file, read when it is used."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            placed = read_json(index, "index of the weights").get("weight_map")
+            if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
+                raise UserError("MODEL-030", "weight_map must map names to files", where=str(index))
+            for file in set(placed.values()):
+                if Path(file).name != file or not file.endswith(".safetensors"):
+                    raise UserError("MODEL-031", f"{file!r} escapes the folder or is no safetensors", where=str(index))
+        elif (folder / "model.safetensors").exists() or (folder / "model.safetensors").is_symlink():
+            placed = None
+        else:
+            refuse_other(folder)
+            shards = sorted(p.name for p in folder.glob("*.safetensors"))
+            if shards and all(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in shards):
+                what = f"there are shards ({some(shards)}), but their index {index.name} is missing"
+                raise UserError("MODEL-037", what, where=str(folder), hint="download or copy it, too")
+            if shards:
+                hint = "if that is the model, rename it to model.safetensors" if len(shards) == 1 else ""
+                what = f"there is no model.safetensors, only {some(shards)}"
+                raise UserError("MODEL-038", what, where=str(folder), hint=hint)
+            other = [*sorted(folder.glob("*.gguf"))[:1], *([folder] if any(folder.glob("pytorch_model*.bin")) else [])]
+            hint = convert_hint(other[0]) if other else "see `litpeft download --help`"
+            raise UserError("MODEL-032", "there is no model.safetensors", where=str(folder), hint=hint)
+        files = sorted(set(placed.values())) if placed else ["model.safetensors"]
+        self.headers = {file: read_header(folder / file) for file in files}
+        self.file_of: dict[str, str] = {}
+        for file, header in self.headers.items():
+            for name in header:
+                if name in self.file_of:
+                    what = f"{name} is in {self.file_of[name]} and in {file}"
+                    raise UserError("MODEL-033", what, where=str(folder))
+                self.file_of[name] = file
+        missing = sorted(name for name, file in (placed or {}).items() if self.file_of.get(name) != file)
+        if missing:
+            raise UserError("MODEL-034", f"{some(missing)} not in the file that the index names", where=str(index))
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.headers[self.file_of[name]][name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """Returns the type of a tensor as safetensors spells it: F32, BF16, ..."""
+        return self.headers[self.file_of[name]][name]["dtype"]
+
+    def read(self, name: str) -> Tensor:
+        """Returns one tensor. It must not be written to: `let_go` would undo that."""
+        dtype, shape, first = DTYPES[self.dtype(name)], self.shape(name), self._span(name)[0]
+        count = math.prod(shape)
+        return torch.frombuffer(self._map(self.file_of[name]), dtype=dtype, count=count, offset=first).view(shape)
+
+    def fingerprint(self) -> str:
+        """Returns the sha256 over every tensor's name, type, shape and bytes; the same however they are sharded."""
+        digests = self.verified_sums()
+        lines = [f"{name} {self.dtype(name)} {list(self.shape(name))} {digests[name]}\n" for name in self.file_of]
+        return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+    def sums(self) -> dict[str, str]:
+        """Returns the sha256 of every tensor's bytes; they are read, not mapped, and leave no pages behind."""
+        found = [tensor_sums(self.folder / file, torch.get_num_threads()) for file in self.headers]
+        return {name: sums[name] for sums in found for name in sums}
+
+    def verified_sums(self) -> dict[str, str]:
+        """Returns what `sums` does; raises if they are not those of the folder's checksums.json."""
+        sums = self.sums()
+        compare(self.folder, sums, self.file_of)
+        return sums
+
+    def _span(self, name: str) -> tuple[int, int]:
+        """Returns where a tensor's bytes begin and end in its file."""
+        first, last = self.headers[self.file_of[name]][name]["data_offsets"]
+        start = 8 + struct.unpack("<Q", self._map(self.file_of[name])[:8])[0]
+        return start + first, start + last
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            with open(self.folder / file, "rb") as handle:
+                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+            _mapped.add(self._maps[file])
+        return self._maps[file]
+
+
+def let_go(looked_at: int = MAPPED_BYTES) -> None:
+    """Takes the pages of all mapped files out of this process's memory; they are read again where they are used.
+
+    With `looked_at`, the bytes of a tensor that was just used, only once such tensors come to MAPPED_BYTES.
+    """
+    global _looked_at
+    _looked_at += looked_at
+    if _looked_at < MAPPED_BYTES:
+        return
+    _looked_at = 0
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        for pages in _mapped:
+            pages.madvise(mmap.MADV_DONTNEED)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Returns whether every number of a tensor is finite; copies nothing. (Its least and largest pass nan on.)"""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with open(path, "rb", buffering=0) as handle:
+        return sha256(handle, path.stat().st_size)
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the header of a safetensors file, name -> {dtype, shape, data_offsets}; the file must be whole."""
+    size = 0
+    try:
+        size = path.stat().st_size
+        with safe_open(path, framework="pt"):  # checks the layout: offsets, sizes, no overlap
+            pass
+        with open(path, "rb") as handle:
+            header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
+    except FileNotFoundError:
+        what = f"{path.name} is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
+        hint = "download or copy it, too"
+        raise UserError("MODEL-035", what or "the file is missing", where=str(path), hint=hint) from None
+    except (OSError, SafetensorError, ValueError, struct.error) as error:
+        what = f"not a whole safetensors file ({size} bytes): {error}"
+        raise UserError("MODEL-036", what, where=str(path), hint="download or copy it again") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+class _Shard:
+    """A safetensors file of one type, written tensor by tensor: the library's own writer wants all of them at once."""
+
+    def __init__(self, path: Path):
+        self.path, self.end, self.header_size = path, 0, 0
+        self.entries: dict[str, Any] = {}
+        self.sums: dict[str, str] = {}
+        self.handle = path.open("wb", buffering=0)  # so that closing it has nothing left to write
+        self.handle.seek(8 + HEADER_BYTES)
+
+    def has_room(self, tensor: Tensor, shard_bytes: int) -> bool:
+        """Returns whether one more tensor fits; the first always does."""
+        return not self.end or (self.end + tensor.nbytes <= shard_bytes and self.header_size < HEADER_BYTES - 4096)
+
+    def add(self, name: str, tensor: Tensor, pool: ThreadPoolExecutor) -> None:
+        """Writes one tensor, and takes its checksum meanwhile."""
+        kind = next(kind for kind, dtype in DTYPES.items() if dtype == tensor.dtype)
+        offsets = [self.end, self.end + tensor.nbytes]
+        self.entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
+        self.header_size += len(json.dumps({name: self.entries[name]}))
+        self.end += tensor.nbytes
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = pool.submit(hashlib.sha256, data)
+        self.write(data)
+        self.sums[name] = digest.result().hexdigest()
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data)
+        try:
+            while len(view):  # one call writes at most 2 GiB
+                view = view[self.handle.write(view) :]
+        except OSError as error:
+            what = f"cannot be written: {error.strerror or error}"
+            raise UserError("RESOURCE-033", what, where=str(self.path.parent)) from None
+
+    def finish(self) -> None:
+        """Writes the header, with spaces up to the first tensor."""
+        header = json.dumps({"__metadata__": {"format": "pt"}} | self.entries).encode().ljust(HEADER_BYTES)
+        self.handle.seek(0)
+        self.write(struct.pack("<Q", len(header)) + header)
+
+
+def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes model.safetensors, or shards of at most `shard_bytes` with an index, and checksums.json.
+
+    A shard holds tensors of one type, which so lie where that type can be read. One tensor is held at a time.
+    """
+    shards: list[_Shard] = []
+    pool = ThreadPoolExecutor(1)
+    try:
+        newest: dict[torch.dtype, _Shard] = {}
+        for name, tensor in tensors:
+            shard = newest.get(tensor.dtype)
+            if shard is None or not shard.has_room(tensor, shard_bytes):
+                shard = newest[tensor.dtype] = _Shard(folder / f"shard-{len(shards)}")
+                shards.append(shard)
+            shard.add(name, tensor, pool)
+        for shard in shards:
+            shard.finish()
+    finally:
+        pool.shutdown()
+        for shard in shards:
+            shard.handle.close()
+    write_checksums(folder, {name: digest for shard in shards for name, digest in shard.sums.items()}, "litpeft")
+    if len(shards) == 1:
+        os.rename(shards[0].path, folder / "model.safetensors")
+        return
+    placed = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(shard.path, folder / file)
+        placed |= dict.fromkeys(shard.entries, file)
+    index = {"metadata": {"total_size": sum(shard.end for shard in shards)}, "weight_map": dict(sorted(placed.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file, readable by whom the umask lets (the library itself makes it private)."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError("RESOURCE-031", f"cannot be written: {error}", where=str(path)) from None
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies config, tokenizer and template files of a model from one folder to another."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

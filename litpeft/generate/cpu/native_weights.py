@@ -1,0 +1,101 @@
+"""Frozen weights of layers that read the same input, as litpeft/model/kernels multiplies them.
+
+16 outputs make a strip, which is read from one end to the other: inputs 0 and 1 of each output, then 2 and 3 of each.
+Of eight bits a strip holds the even input of all outputs and then the odd one; of four bits, a byte holds inputs k
+(low half) and k + 2.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from litpeft.generate.cpu.packed_weights import Rows
+from litpeft.model.kernels import library
+from litpeft.model.kernels.library import RowsStruct
+from litpeft.model.quantize.codes import BLOCK, CODES
+from litpeft.model.quantize.four_bit import FourBit
+from litpeft.model.quantize.int8 import Int8
+from litpeft.model.slots import Linear, Slot
+
+STRIP = 16  # outputs
+KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.uint8: 2}  # of decode.cpp
+
+
+class NativeRows(Rows):
+    """In bfloat16, or as codes of eight or four bits with scales in float32."""
+
+    def __init__(self, layers: Sequence[Linear]):
+        super().__init__(layers)
+        first = layers[0]
+        self.inputs, self.scale, self.codes = first.in_features, None, None
+        if isinstance(first, Int8):
+            self.scale = torch.cat([layer.absmax.detach() for layer in layers])[None] / 127
+        elif isinstance(first, FourBit):
+            absmax = torch.cat([layer.blocks().detach() for layer in layers])
+            self.scale = absmax.view(-1, self.inputs // BLOCK).t().contiguous()
+            self.codes = torch.tensor(CODES[first.kind]).bfloat16().repeat(2)
+        self.weight = _joined([_strips(layer) for layer in layers])
+        self.added = super().bias(torch.float32)
+        factors = None if self.delta is None else self.delta.factors()
+        self.update = (
+            () if factors is None else (factors[0].detach().contiguous(), factors[1].detach().t().contiguous())
+        )
+        self.base, self.tuned = self._struct(()), self._struct(self.update)
+
+    @staticmethod
+    def takes(layer: Linear) -> bool:
+        coded = isinstance(layer, Int8 | FourBit)
+        multiple = BLOCK if isinstance(layer, FourBit) else 2 * STRIP
+        fits = layer.in_features % multiple == 0 and layer.out_features % STRIP == 0
+        return (layer.dtype if coded else layer.dense().dtype) == torch.bfloat16 and fits and library() is not None
+
+    def _struct(self, update: tuple[Tensor, ...]) -> RowsStruct:
+        tensors = (self.weight, self.scale, self.codes, self.added, *(update or (None, None)))
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        span, rank = self.inputs if self.codes is None else BLOCK, len(update[0]) if update else 0
+        return RowsStruct(*pointers, KINDS[self.weight.dtype], self.inputs, sum(self.sizes), span, rank)
+
+    def product(self, x: Tensor) -> Tensor:
+        return library().product(self.base, x) if x.dtype == torch.bfloat16 else self.plain(x)
+
+    def answer(self, x: Tensor) -> Tensor:
+        tuned = self.update and type(self.filled.slot) is not Slot
+        return library().product(self.tuned, x) if tuned and x.dtype == torch.bfloat16 else super().answer(x)
+
+    @property
+    def known(self) -> bool:
+        """Whether the library knows all that `answer` does."""
+        return self.filled is None or bool(self.update)
+
+    def dense(self) -> Tensor:
+        outputs = sum(self.sizes)
+        weight = self.weight.view(outputs // STRIP, -1)
+        if weight.dtype == torch.bfloat16:
+            return weight.view(-1, self.inputs // 2, STRIP, 2).transpose(1, 2).reshape(outputs, -1)
+        if weight.dtype == torch.int8:
+            codes = weight.view(-1, self.inputs // 2, 2, STRIP).permute(0, 3, 1, 2).reshape(outputs, -1)
+            return (codes * self.scale.t()).bfloat16()
+        pairs = weight.view(-1, self.inputs // 4, STRIP, 2).transpose(1, 2)
+        codes = torch.stack((pairs & 15, pairs >> 4), 3).reshape(outputs, -1, BLOCK)
+        return (self.codes.float()[codes.int()] * self.scale.t()[..., None]).bfloat16().view(outputs, -1)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Returns the parts one below the other, each copied once."""
+    sizes = [len(part) for part in parts]
+    whole = parts[0].new_empty(sum(sizes), *parts[0].shape[1:])
+    for place, part in zip(whole.split(sizes), parts, strict=True):
+        place.copy_(part)
+    return whole
+
+
+def _strips(layer: Linear) -> Tensor:
+    """Returns the weight or the codes of a layer, (out / 16, ...), in the order of strips; a view, if it can be."""
+    inputs, strips = layer.in_features, layer.out_features // STRIP
+    if isinstance(layer, Int8):
+        return layer.weight.detach().view(strips, STRIP, inputs // 2, 2).permute(0, 2, 3, 1)
+    if isinstance(layer, FourBit):  # two inputs in a byte, the first in its high half
+        first, second = layer.weight.detach().view(strips, STRIP, inputs // 4, 2).unbind(3)
+        return torch.stack((first >> 4 | second & 240, first & 15 | second << 4), 3).transpose(1, 2)
+    return layer.dense().detach().view(strips, STRIP, inputs // 2, 2).transpose(1, 2)

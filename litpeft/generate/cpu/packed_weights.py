@@ -1,0 +1,177 @@
+"""Frozen weights of layers that read the same input, as the products of torch and bitsandbytes read them fastest.
+
+Weights lie in oneDNN's own layout: one row times a weight as it lies in a file runs at half the speed at which memory
+can be read. Codes are multiplied as they are, and never unpacked for a few rows.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.model.kernels.ops import has_onednn, product
+from litpeft.model.quantize.codes import BLOCK, CODES, has_kernels
+from litpeft.model.quantize.four_bit import FP4, NF4, FourBit
+from litpeft.model.quantize.int8 import Int8
+from litpeft.model.slots import Delta, Linear, Slot
+
+LONG = 1024  # inputs above which oneDNN sums a row by itself in another order than a row among others
+BELOW = 32  # outputs whose codes bitsandbytes' kernel takes at a time
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Returns whether this build of torch and this processor have oneDNN's products in a type."""
+    native = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    return native and has_onednn()
+
+
+class Rows:
+    """The weights of layers that read the same input, one below the other."""
+
+    def __init__(self, layers: Sequence[Linear]):
+        self.layers, self.sizes = layers, [layer.out_features for layer in layers]
+        self.biased = layers[0].bias is not None
+        self.filled = next((layer for layer in layers if type(layer.slot) is not Slot), None)
+        self.delta = None if self.filled is None else _below(layers)
+
+    @staticmethod
+    def takes(layer: Linear) -> bool:
+        """Returns whether a layer can be held so."""
+        raise NotImplementedError("a kind of rows must say what it takes")
+
+    def product(self, x: Tensor) -> Tensor:
+        """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it multiplies")
+
+    def answer(self, x: Tensor) -> Tensor:
+        """Returns what all layers make of x, with their deltas: W x + b + delta."""
+        y = self.product(x)
+        if self.delta is None or type(self.filled.slot) is Slot:  # without_delta has emptied it
+            return y
+        return self.delta(y, x, None)
+
+    @property
+    def whole(self) -> bool:
+        """Whether `answer` is all that the layers do."""
+        return self.filled is None or self.delta is not None
+
+    def dense(self) -> Tensor:
+        """Returns the weights (sum of sizes, in), in the type that they were packed for."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its weights are")
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Returns the layers' biases (sum of sizes,); asked for each time, for a delta's can be taken off."""
+        return torch.cat([layer.bias for layer in self.layers]).to(dtype) if self.biased else None
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        """Returns y + b for y (..., sum of sizes)."""
+        return y + self.bias(y.dtype) if self.biased else y
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Returns W x + b with the weights unpacked, in the type of x."""
+        return product(x, self.dense().to(x.dtype), self.bias(x.dtype))
+
+    def of(self, layer: Linear, y: Tensor, dim: int) -> Tensor:
+        """Returns what belongs to one of the layers."""
+        return y if len(self.layers) == 1 else y.split(self.sizes, dim)[self.layers.index(layer)]
+
+
+class PackedRows(Rows):
+    """In bfloat16 or float32, in oneDNN's layout, which holds the same numbers."""
+
+    def __init__(self, layers: Sequence[Linear]):
+        super().__init__(layers)
+        weights = [layer.dense().detach() for layer in layers]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+
+    @staticmethod
+    def takes(layer: Linear) -> bool:
+        return can_pack(layer.dense().dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            return self.plain(x)
+        multiply, bias = torch.ops.mkldnn._linear_pointwise.default, self.bias(x.dtype)
+        if x.numel() == x.size(-1) > LONG and x.dtype == torch.bfloat16:
+            return multiply(torch.cat((x, x)), self.weight, bias, "none", [], "")[: len(x)]
+        return multiply(x, self.weight, bias, "none", [], "")
+
+    def dense(self) -> Tensor:
+        return self.weight.to_dense()
+
+
+class Int8Rows(Rows):
+    """As INT8 codes, with scales in bfloat16."""
+
+    def __init__(self, layers: Sequence[Int8]):
+        super().__init__(layers)
+        self.codes = torch.cat([layer.weight.detach() for layer in layers])
+        self.absmax = torch.cat([layer.absmax.detach() for layer in layers])
+        self.scale = (self.absmax / 127).bfloat16()
+
+    @staticmethod
+    def takes(layer: Int8) -> bool:
+        return layer.dtype == torch.bfloat16
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.with_bias(Int8.product(x, self.codes, self.scale)) if Int8.few(x, self.codes) else self.plain(x)
+
+    def dense(self) -> Tensor:
+        return Int8.unpack((self.codes, self.absmax), self.codes.shape, torch.bfloat16)
+
+
+class FourBitRows(Rows):
+    """As codes of four bits, in the layout of bitsandbytes' kernel for CPUs, and absmax rounded to bfloat16.
+
+    For two inputs and BELOW outputs that is 64 codes in 32 bytes: the first half of the outputs in their low halves.
+    """
+
+    def __init__(self, layers: Sequence[FourBit]):
+        super().__init__(layers)
+        size, self.kind = layers[0].in_features, layers[0].kind
+        low, high = torch.cat([layer.weight.detach() for layer in layers]).view(-1, 2, BELOW // 2, size // 2).unbind(1)
+        pair = torch.stack((low >> 4 | high & 240, low & 15 | high << 4), -1).view(torch.int16)[..., 0]
+        self.codes = pair.transpose(1, 2).contiguous().view(torch.uint8).view(-1, size // 2)
+        absmax = torch.cat([layer.blocks().detach() for layer in layers]).view(-1, size // BLOCK)
+        self.absmax = absmax.t().to(torch.bfloat16, memory_format=torch.contiguous_format)
+        self.table = torch.tensor(CODES[self.kind])
+
+    @staticmethod
+    def takes(layer: FourBit) -> bool:
+        fits = layer.in_features % BLOCK == 0 and layer.out_features % BELOW == 0
+        return layer.dtype == torch.bfloat16 and fits and _has_product(layer.kind)
+
+    def product(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            return self.plain(x)
+        shape = (len(self.codes), x.size(-1))
+        return self.with_bias(torch.ops.bitsandbytes.gemv_4bit(x, self.codes, shape, self.absmax, self.table, BLOCK))
+
+    def dense(self) -> Tensor:
+        byte = self.codes.view(-1, self.codes.size(1), BELOW)
+        code = torch.stack((byte & 15, byte >> 4), 2).view(*byte.shape, 2).transpose(1, 2).reshape(-1, BLOCK)
+        weight = self.table[code.int()] * self.absmax.float().t().reshape(-1, 1)
+        return weight.view(len(self.codes), -1).bfloat16()
+
+
+@cache
+def _has_product(kind: str) -> bool:
+    """Returns whether bitsandbytes multiplies with the codes as FourBitRows lays them out, here and in this version."""
+    if not has_kernels("cpu") or not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::gemv_4bit", "CPU"):
+        return False
+    layer = Linear(2 * BLOCK, 2 * BELOW)
+    weight, layer.__class__ = layer.weight.detach(), FP4 if kind == FP4.kind else NF4
+    layer.convert(torch.bfloat16, False)
+    for name, tensor in layer.pack(weight).items():
+        setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+    rows, x = FourBitRows([layer]), torch.eye(2 * BLOCK, dtype=torch.bfloat16)
+    return torch.allclose(rows.product(x), rows.dense().t(), rtol=2**-7)
+
+
+def _below(layers: Sequence[Linear]) -> Delta | None:
+    """Returns one Delta for what the slots of all layers do, or None if there is none."""
+    kinds = {type(layer.slot) for layer in layers} - {Slot}
+    return kinds.pop().below(layers) if len(kinds) == 1 else None

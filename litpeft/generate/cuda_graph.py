@@ -1,0 +1,50 @@
+"""A step of an answer as a GPU can repeat it: its thousand kernels are recorded once, and then started as one.
+
+To start them one by one takes a processor several times as long as the GPU needs to compute them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from litpeft.model.gpt import GPT, Context, KVCache
+
+WIDTHS = (1, 16)  # new tokens of a row that steps are recorded for; 16 = with guessed ones
+
+
+class RecordedStep:
+    """What a model makes of T new tokens of each of B rows, whose earlier ones lie in `layers`.
+
+    Holds for these layers only, as long as no weight and no key moves elsewhere. All of a cache's keys are looked at,
+    and those that no token may see are masked.
+    """
+
+    def __init__(self, model: GPT, layers: list[KVCache], shape: tuple[int, int]):
+        device = model.embed.weight.device
+        self.ids, self.pos = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        end = min(layers[0].k.size(2), model.config.max_positions)
+        self.logits: Tensor | None = None
+
+        def step() -> None:
+            self.logits = model(self.ids, Context(self.pos, cache=layers, end=end))
+
+        self.replay = record(step)
+
+    def __call__(self, ids: Tensor, pos: Tensor) -> Tensor:
+        """Returns the logits (B, T, V) after each token of ids (B, T); the next call writes over them."""
+        self.ids.copy_(ids)
+        self.pos.copy_(pos)
+        self.replay()
+        return self.logits
+
+
+def record(step: Callable[[], None], pool: tuple[int, int] | None = None) -> Callable[[], None]:
+    """Returns what does `step` again on the GPU, with the tensors that it has now. It must have been done before.
+
+    What a kernel loads at its first use cannot be recorded. Graphs with the same `pool` share memory.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph.replay

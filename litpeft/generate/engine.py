@@ -1,0 +1,235 @@
+"""Writing with a model: token by token, to where an answer ends; and the command `litpeft generate`."""
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from litpeft.core.errors import UserError
+from litpeft.core.folders import atomic_file
+from litpeft.core.terminal import tell, write
+from litpeft.data.formats.keys import told
+from litpeft.data.prompts import Prompt, new_file, read_prompts, typed_prompt, unread
+from litpeft.data.templates import with_system
+from litpeft.data.tokenizer import StreamDecoder, Tokenizer
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.load import Loaded, load
+from litpeft.generate.sampling import next_tokens
+from litpeft.generate.settings import Generate, Sampling
+from litpeft.generate.speculate import Lookup
+from litpeft.model.gpt import GPT
+
+
+@dataclass
+class Answer:
+    """What a model wrote to a prompt, without the token or the string that ended it."""
+
+    ids: list[int]
+    text: str
+    reason: str  # stop | length | string | interrupted
+
+
+class Draft:
+    """An answer while it is written: which of its text may be shown, and whether it has ended."""
+
+    def __init__(
+        self, prompt: Sequence[int], tokenizer: Tokenizer, sampling: Sampling, stop_ids: Collection[int], limit: int
+    ):
+        self.ids = list(prompt)  # the prompt's tokens, then the answer's
+        self.answer = Answer([], "", "interrupted")
+        self.ended = False
+        self.stop, self.stop_ids, self.limit = sampling.stop, stop_ids, limit
+        self.decoder = StreamDecoder(tokenizer)
+        self.held = ""  # text that may be the beginning of a stop string
+
+    @property
+    def left(self) -> int:
+        """How many tokens the answer may still have."""
+        return self.limit - len(self.answer.ids)
+
+    def add(self, token: int) -> str:
+        """Takes the next token; returns the text that can be shown now."""
+        if token in self.stop_ids:
+            return self.end("stop")
+        self.ids.append(token)
+        self.answer.ids.append(token)
+        shown = self.show(self.decoder.feed(token))
+        if not self.ended and not self.left:
+            shown += self.end("length")
+        return shown
+
+    def end(self, reason: str) -> str:
+        """Ends the answer; returns the rest of its text."""
+        shown = self.show(self.decoder.flush())
+        if self.ended:  # the rest held a stop string
+            return shown
+        self.ended, self.answer.reason = True, reason
+        rest, self.held = self.held, ""
+        self.answer.text += rest
+        return shown + rest
+
+    def show(self, text: str) -> str:
+        text = self.held + text
+        found = min((at for at in map(text.find, self.stop) if at >= 0), default=-1)
+        if found >= 0:
+            self.ended, self.answer.reason = True, "string"
+            text, self.held = text[:found], ""
+        else:
+            split = len(text) - max((overlap(text, stop) for stop in self.stop), default=0)
+            text, self.held = text[:split], text[split:]
+        self.answer.text += text
+        return text
+
+
+def overlap(text: str, stop: str) -> int:
+    """Returns the length of the longest end of `text` that a stop string begins with, short of the whole of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def room(model: GPT, prompt: Sequence[int], sampling: Sampling, where: str = "") -> int:
+    """Returns how many tokens an answer to `prompt` may have; an error if the prompt leaves none."""
+    reach = model.config.max_positions
+    if not prompt:
+        raise UserError("DATA-400", "the prompt is empty: there is no token to continue from", where=where)
+    if len(prompt) >= reach:
+        what = f"the prompt has {len(prompt)} tokens; the model reaches {reach}, answer included"
+        raise UserError("DATA-401", what, where=where, hint="shorten the prompt")
+    return min(sampling.max_new_tokens, reach - len(prompt))
+
+
+def decode(
+    cache: TokenCache, drafts: Sequence[Draft], sampling: Sampling, seeds: Sequence[int]
+) -> Iterator[tuple[int, str]]:
+    """Writes all drafts to their ends at once; yields (row, new text) as it comes. Ended rows leave the batch."""
+    device = cache.model.embed.weight.device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    live, lookup = list(range(len(drafts))), Lookup(sampling.lookup)
+    while live:
+        history = [drafts[row].ids for row in live]
+        guess = lookup.guess(history[0], drafts[live[0]].left - 1) if len(live) == 1 else []
+        logits = cache.logits([ids + guess for ids in history], last=len(guess) + 1)
+        for right, guessed in enumerate([*guess, None]):  # a token that is the guessed one says what follows it
+            after = logits[right :: len(guess) + 1]
+            picked = next_tokens(after, history, sampling, [generators[row] for row in live]).tolist()
+            for row, token in zip(live, picked, strict=True):
+                yield row, drafts[row].add(token)
+            if picked != [guessed] or drafts[live[0]].ended:
+                break
+        if guess:
+            lookup.learn(right)
+        stay = [number for number, row in enumerate(live) if not drafts[row].ended]
+        if 0 < len(stay) < len(live):
+            cache.keep(stay)
+        live = [live[number] for number in stay]
+
+
+def answer(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    on_token: Callable[[int, str], None] | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+) -> list[Answer]:
+    """Returns the answer to each prompt, all written in one batch; `on_token(row, text)` sees text as it comes.
+
+    Row i draws with seed `sampling.seed + i`, or `seeds[i]`. After Ctrl-C the error carries on; nothing is returned.
+    """
+    drafts = [Draft(p, tokenizer, sampling, stop_ids, room(model, p, sampling)) for p in prompts]
+    seeds = [sampling.seed + row for row in range(len(prompts))] if seeds is None else seeds
+    for row, text in decode(TokenCache(model), drafts, sampling, seeds):
+        if on_token is not None:
+            on_token(row, text)
+    return [draft.answer for draft in drafts]
+
+
+class Stream:
+    """Iterates over the text of one answer as it comes; `answer` is what there is of it, at any time."""
+
+    def __init__(
+        self,
+        cache: TokenCache,
+        prompt: Sequence[int],
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+    ):
+        draft = Draft(prompt, tokenizer, sampling, stop_ids, room(cache.model, prompt, sampling))
+        self.answer = draft.answer
+        self._pieces = decode(cache, [draft], sampling, [sampling.seed])
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for _, text in self._pieces if text)
+
+
+def generate(settings: Generate) -> None:
+    """The command. Answers go to stdout, or to `output`; figures to stderr."""
+    output = new_file(settings.output)
+    if settings.input is None:
+        prompts = [typed_prompt(settings.prompt, settings.raw)]
+    else:
+        prompts = read_prompts(Path(settings.input), settings.raw)
+        if more := unread(prompts):
+            tell(f"not read, but copied to the answers: {told(more)}")
+    loaded = load(settings.model, settings.base, settings.precision, settings.quantize)
+    system = loaded.system if settings.system is None else settings.system
+    ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]
+    for tokens, prompt in zip(ids, prompts, strict=True):
+        room(loaded.model, tokens, settings.sampling, prompt.where)
+    stop_ids = loaded.tokenizer.stop_ids if settings.raw else loaded.template.stop_ids
+    began = time.perf_counter()
+    if settings.input is None and output is None:
+        stream = Stream(TokenCache(loaded.model), ids[0], loaded.tokenizer, settings.sampling, stop_ids)
+        for text in stream:
+            write(text)
+        write("\n")
+        answers = [stream.answer]
+    else:
+        answers = answer_all(loaded, ids, settings.batch_size, settings.sampling, stop_ids)
+        rows = [prompt.row | {"answer": a.text} for prompt, a in zip(prompts, answers, strict=True)]
+        with nullcontext() if output is None else atomic_file(output) as handle:
+            for row in rows:
+                (write if handle is None else handle.write)(json.dumps(row, ensure_ascii=False) + "\n")
+    tell(figures(answers, time.perf_counter() - began))
+
+
+def prompt_ids(loaded: Loaded, prompt: Prompt, system: str | None) -> list[int]:
+    """Returns the tokens of a prompt, ready to be continued."""
+    tokenizer = loaded.tokenizer
+    try:
+        if not isinstance(prompt.content, str):
+            return loaded.template.prompt(with_system(prompt.content, system), prompt.where)
+        ids = tokenizer.encode(prompt.content)  # raw: BOS first if the model saw plain text so
+        return [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id] else ids
+    except ValueError as error:
+        raise UserError("DATA-408", str(error), where=prompt.where) from None
+
+
+def answer_all(
+    loaded: Loaded, ids: list[list[int]], batch_size: int, sampling: Sampling, stop_ids: Collection[int]
+) -> list[Answer]:
+    """Returns the answers to all prompts, in their order; those of like length are answered together, longest first."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        seeds = [sampling.seed + i for i in batch]
+        prompts = [ids[i] for i in batch]
+        done = answer(loaded.model, prompts, loaded.tokenizer, sampling, stop_ids, seeds=seeds)
+        answers |= zip(batch, done, strict=True)
+        tell(f"{len(answers)} of {len(ids)} prompts answered")
+    return [answers[i] for i in range(len(ids))]
+
+
+def figures(answers: list[Answer], seconds: float) -> str:
+    """Returns one line on how much was written, how fast, and how much of it was cut."""
+    tokens = sum(len(a.ids) for a in answers)
+    cut = sum(a.reason == "length" for a in answers)
+    speed = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)"
+    return speed + (f"; {cut} of {len(answers)} answers cut at their longest length" if cut else "")

@@ -1,0 +1,138 @@
+"""Measure a model on rows with known answers, and a run beside its base: loss, and answers that match exactly."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from litpeft.core.errors import UserError
+from litpeft.core.folders import atomic_file
+from litpeft.core.terminal import say, tell
+from litpeft.data.formats.turn import Turn
+from litpeft.data.prompts import new_file
+from litpeft.data.settings import Data
+from litpeft.data.sources import find_measured
+from litpeft.data.tokenise import Row
+from litpeft.data.tokenise import load as load_rows
+from litpeft.exchange.run import find_run
+from litpeft.generate.engine import answer_all
+from litpeft.generate.evaluate_settings import Evaluate
+from litpeft.generate.load import Loaded, load
+from litpeft.generate.settings import Sampling
+from litpeft.model.delta import without_delta
+from litpeft.model.objective import MICRO_TOKENS, mean_loss
+
+if TYPE_CHECKING:
+    pass
+
+SHOWN = 240  # characters of a text in the terminal
+
+
+def exactly(
+    loaded: Loaded, prompts: list[list[int]], expected: list[str], max_new_tokens: int, batch_size: int
+) -> tuple[list[str], list[bool]]:
+    """Returns the greedy answers, and whether each is the expected one; spaces around an answer do not count."""
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    answers = answer_all(loaded, prompts, batch_size, sampling, loaded.template.stop_ids)
+    texts = [answer.text.strip() for answer in answers]
+    return texts, [text == want.strip() for text, want in zip(texts, expected, strict=True)]
+
+
+@dataclass
+class Score:
+    """What one model made of the rows."""
+
+    name: str
+    loss: float  # nats per trained token
+    answers: list[str]
+    exact: list[bool]
+    seconds: float
+
+
+@dataclass
+class Exchange:
+    """The last answer of a row that is to be learnt, and what comes before it."""
+
+    before: list[Turn]
+    expected: str
+
+    @classmethod
+    def of(cls, row: Row) -> "Exchange":
+        last = max((i for i, turn in enumerate(row.turns) if turn.trained), default=len(row.turns) - 1)
+        return cls(row.turns[:last], row.turns[last].content)
+
+    @property
+    def asked(self) -> str:
+        """Returns the last message before the answer, as one text."""
+        return "\n\n".join(filter(None, (self.before[-1].content, self.before[-1].input))) if self.before else ""
+
+
+def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Score:
+    """Returns the loss and the greedy answers of a model."""
+    began = time.perf_counter()
+    loss = mean_loss(loaded.model, rows, MICRO_TOKENS, loaded.model.embed.weight.device)
+    exchanges = [Exchange.of(row) for row in rows]
+    prompts = []
+    for row, exchange in zip(rows, exchanges, strict=True):
+        try:
+            prompts.append(loaded.template.prompt(exchange.before, row.source))
+        except ValueError as error:
+            raise UserError("DATA-430", f"the row cannot be asked: {error}", where=row.source) from None
+    expected = [exchange.expected for exchange in exchanges]
+    answers, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size)
+    return Score(name, loss, answers, exact, time.perf_counter() - began)
+
+
+def evaluate(settings: Evaluate) -> None:
+    """The command `litpeft evaluate`."""
+    output = new_file(settings.output)
+    run = find_run(Path(settings.model))
+    apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
+    loaded = load(settings.model, None if apart else settings.base, settings.precision, settings.quantize)
+    template = loaded.run.template if loaded.run else "auto"
+    reach = loaded.model.config.max_positions
+    file = str(find_measured(settings.data))
+    data = Data(file, None, 0.0, settings.format, template, loaded.system, max_length=reach)
+    found = load_rows(data, loaded.tokenizer, loaded.template, reach, only_measured=True)
+    for note in found.report.notes:
+        tell(note)
+    rows = found.train[: settings.max_rows]
+    scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings)]
+    if loaded.run and settings.compare_base:
+        if loaded.has_delta:
+            with without_delta(loaded.model):
+                scores.insert(0, score("base", loaded, rows, settings))
+        else:  # the run's result is a model of its own: here one follows the other
+            loaded.model = load(str(loaded.run.base_folder(settings.base)), precision=settings.precision).model
+            scores.insert(0, score("base", loaded, rows, settings))
+    say(table(scores, rows, settings.samples))
+    if output is not None:
+        with atomic_file(output) as handle:
+            for i, row in enumerate(rows):
+                record = {"source": row.source, "expected": Exchange.of(row).expected}
+                record |= {s.name: {"answer": s.answers[i], "exact": s.exact[i]} for s in scores}
+                handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def table(scores: list[Score], rows: list[Row], samples: int) -> str:
+    """Returns the figures of the models side by side, and the answers to the first rows."""
+    figures = {
+        f"{len(rows)} rows": [s.name for s in scores],
+        "exact answers": [f"{sum(s.exact)}/{len(rows)} ({sum(s.exact) / len(rows):.1%})" for s in scores],
+        "loss, nats per token": [f"{s.loss:.4f}" for s in scores],
+        "seconds": [f"{s.seconds:.1f}" for s in scores],
+    }
+    lines = [f"{name:<22}" + "".join(f"{value:>18}" for value in values) for name, values in figures.items()]
+    for i, row in enumerate(rows[:samples]):
+        exchange = Exchange.of(row)
+        texts = {"row": row.source, "asked": exchange.asked, "expected": exchange.expected}
+        texts |= {s.name: s.answers[i] for s in scores}
+        lines += ["", *(f"{name:<10} {one_line(text)}" for name, text in texts.items())]
+    return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """Returns the first of a text on one line of the terminal."""
+    text = " ".join(text.split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text) - SHOWN} more characters)"

@@ -1,0 +1,74 @@
+"""A model ready to answer, from a base folder, a merged folder or a run."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from litpeft.core.errors import UserError
+from litpeft.core.precision import pick_device, pick_precision
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.run import Run, build_run, find_run, tell_standing
+from litpeft.generate.cpu.fused_block import strip
+from litpeft.generate.cpu.pack import pack
+from litpeft.model.build import build
+from litpeft.model.gpt import GPT
+from litpeft.model.quantize import Storage, storage_class
+from litpeft.model.quantize.cache import Cache
+
+
+@dataclass
+class Loaded:
+    """A model ready to answer, with what it needs to read and write text."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    system: str | None  # the system message that it was trained with
+    run: Run | None
+
+    @property
+    def has_delta(self) -> bool:
+        return self.run is not None and not self.run.is_model
+
+
+def load(path: str, base: str | None = None, precision: str = "auto", quantize: str | None = None) -> Loaded:
+    """Returns the model of a base folder, a merged folder or a run, in eval mode on the first device there is.
+
+    `quantize` names the storage of its linear layers; a delta's base is held as it was in training.
+    """
+    device = pick_device()
+    dtype = pick_precision(precision, device).weights
+    run = find_run(Path(path))
+    tell_standing(run)
+    if base is not None and (run is None or run.is_model):
+        raise UserError("CONFIG-034", "base is for a run with a delta, and this is a model by itself", where="base")
+    storage = None
+    if quantize is not None:
+        storage_class(quantize, "quantize")
+        storage = Storage(quantize)
+    if storage is not None and run is not None and not run.is_model:
+        held = "not quantised" if run.storage is None else f"in {run.storage.key}"
+        what = f"the delta was trained on a base that was {held}: that is how it is used"
+        raise UserError("CONFIG-039", what, where="quantize", hint="merge the run first, or leave it out")
+    if run is None:
+        folder = Path(path)
+        tokenizer = Tokenizer.load(folder)
+        template = ChatTemplate(tokenizer, is_setting=False)
+        model = build(folder, dtype, device=device, storage=storage)
+    elif run.is_model:
+        folder = run.model_folder()
+        tokenizer, template = run.text(folder)
+        model = build(folder, dtype, device=device, storage=storage)
+    else:
+        folder = run.base_folder(base)
+        tokenizer, template = run.text(folder)
+        storage = run.storage
+        if storage is not None:  # a cache that a run has left is read, none is made
+            storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
+        model = build_run(run, folder, dtype, device, storage)
+    model.eval().requires_grad_(False)
+    if device.type == "cpu":
+        pack(model)
+        strip(model)
+    tokenizer.check_vocabulary(model.config.vocab_size)
+    return Loaded(model, tokenizer, template, run.system if run else None, run)

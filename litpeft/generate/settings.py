@@ -1,0 +1,109 @@
+"""Settings of the commands that let a model write: generate, chat, evaluate."""
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+from litpeft.core.errors import quoted
+from litpeft.core.kinds import check_choices
+from litpeft.model.quantize import STORAGES
+
+Precision = Literal["auto", "bf16-true", "16-true", "32-true", "64-true"]
+Quantize = Literal[tuple(STORAGES)] | None
+
+
+@dataclass
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; 1 samples from the model's own distribution."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens; 0 = all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together hold this probability."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens seen so far, multiplies negative ones; 1 = off."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings at which an answer ends; they are not part of it."""
+    lookup: int = 8
+    """Guess up to so many tokens of a single answer from what it says already, and check them in one pass; 0 = off."""
+    seed: int = 0
+    """Seeds the sampling; in a file of prompts the row's number is added."""
+
+    def __post_init__(self) -> None:
+        greedy = self.temperature == 0  # between 0 and 0.001 float32 could overflow, and it would be greedy anyway
+        _check("temperature", self.temperature, greedy or 1e-3 <= self.temperature < inf, "0 or at least 0.001")
+        _check("top_k", self.top_k, self.top_k >= 0, "at least 0")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        _check("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < inf, "above 0")
+        _check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1")
+        _check("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a list of strings, none empty")
+        _check("lookup", self.lookup, 0 <= self.lookup <= 64, "at least 0 (off) and at most 64")
+        _check("seed", self.seed, 0 <= self.seed < 2**62, "in [0, 2^62)")
+
+
+def _check(key: str, value: object, good: bool, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"sampling.{key} must be {allowed}, got {quoted(value)}")
+
+
+@dataclass
+class Generate:
+    """Answer a prompt, or every row of a file."""
+
+    model: str
+    """A base folder, a run, or a merged folder."""
+    prompt: str | None = None
+    """The text to answer; `-` or none reads standard input."""
+    input: str | None = None
+    """File of prompts: .jsonl or .json with `prompt`, `messages` or instruction/input rows, or .txt with one a line."""
+    output: str | None = None
+    """Write .jsonl rows with the answers to this new file instead of printing them."""
+    batch_size: int = 16
+    """Prompts of the file that are answered at once."""
+    raw: bool = False
+    """Continue the text as it stands, without the chat template."""
+    system: str | None = None
+    """System message, for every row that has none of its own."""
+    base: str | None = None
+    """Folder of the base model, if it has moved since the run."""
+    precision: Precision = "auto"
+    """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
+    quantize: Quantize = None
+    """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.prompt is not None and self.input is not None:
+            raise ValueError("prompt and input exclude each other; the prompts come from one of them")
+        if self.raw and self.system is not None:
+            raise ValueError("raw and system exclude each other; raw text has no system message")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass
+class Chat:
+    """Talk with a model in the terminal."""
+
+    model: str
+    """A base folder, a run, or a merged folder."""
+    system: str | None = None
+    """System message."""
+    base: str | None = None
+    """Folder of the base model, if it has moved since the run."""
+    precision: Precision = "auto"
+    """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
+    quantize: Quantize = None
+    """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.9, max_new_tokens=512))
+
+    def __post_init__(self) -> None:
+        check_choices(self)

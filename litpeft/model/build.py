@@ -1,0 +1,113 @@
+"""How a model comes to be. Training, generation and merging all use this one order."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.core.distributed import fill
+from litpeft.core.errors import UserError
+from litpeft.core.safetensors import Weights, is_finite, let_go
+from litpeft.model.config import ModelConfig
+from litpeft.model.delta import Method, attach
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import left_out, read_config
+from litpeft.model.gpt import GPT
+from litpeft.model.quantize import Storage
+from litpeft.model.quantize.cache import Cache
+from litpeft.model.quantize.quantized import store
+from litpeft.model.slots import Delta
+
+
+def checked_files(folder: Path) -> tuple[ModelConfig, Weights, NameMap]:
+    """Returns the config, the weights and the names of a Hugging Face folder, whose headers fit each other."""
+    name, config = read_config(folder)
+    weights = Weights(folder)
+    if config.n_layers > len(weights.file_of):  # before so many layers are made
+        what = f"config.json{left_out(folder)} says {config.n_layers} layers"
+        raise UserError("MODEL-042", f"{what}, the files hold {len(weights.file_of)} tensors", where=str(folder))
+    names = NameMap(name, config)
+    names.check(weights)
+    return config, weights, names
+
+
+def build(
+    folder: Path,
+    dtype: torch.dtype,
+    method: Method | None = None,
+    device: torch.device | str = "cpu",
+    storage: Storage | None = None,
+    shard: Callable[[GPT], None] | None = None,
+    first: bool = True,
+) -> GPT:
+    """Returns the model of a Hugging Face folder in `dtype`, with a method attached at its start; without one, frozen.
+
+    `storage` says how the linear layers are held, `shard` spreads the model over the ranks (of which the first compares
+    the files with their checksums, and writes the quantised weights to disk, if they are to be kept).
+    """
+    config, weights, names = checked_files(folder)
+    # beside all that follows
+    verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if first else None
+    with torch.device("meta"):  # 1. shapes
+        model = GPT(config)
+    model.dtype = dtype
+    quantized = {} if storage is None else store(model, storage.name, storage.double_quantize, dtype)  # 2. storages
+    if method is None:
+        model.requires_grad_(False)  # what does not train is not copied out of its file
+    else:  # 3. slots filled; names of the base stay as they are
+        attach(model, method)
+    wide = dtype if method is None else method.trained_dtype(dtype)
+    for key, parameter in model.named_parameters():
+        if parameter.is_floating_point() and key in names.ours:
+            parameter.data = parameter.data.to(wide if parameter.requires_grad and method else dtype)
+    for module in model.modules():  # 4. the deltas at their start: drawn on the CPU, the same on every device
+        if isinstance(module, Delta):
+            module.to_empty(device="cpu").reset_parameters()
+            module.to(device, wide)
+    for key, shared in model.bank.items():  # tensors of several deltas; Method.init gives them their start
+        model.bank[key] = nn.Parameter(torch.zeros(shared.shape, dtype=wide, device=device), shared.requires_grad)
+    if shard is not None:  # 5. each rank has memory for its share
+        shard(model)
+    cache = Cache(folder, storage.key, weights.fingerprint()) if storage is not None and storage.cache else None
+    cached, packed = None if cache is None else cache.tensors(), {}
+    for ours in names.ours:  # 6. the base's weights, tensor by tensor
+        module, _, leaf = ours.rpartition(".")
+        layer = quantized.get(module) if leaf == "weight" else None
+        if layer is not None and cached is not None:
+            keys = [f"{module}.{key}" for key in layer.packed_names]
+            values = {key: cached.get_tensor(key).to(device) for key in keys}
+        else:
+            tensor = names.read(weights, ours).to(device)
+            if not is_finite(tensor):
+                hint = "take the model's files again, or another precision"
+                file, name = names.found(weights, ours)
+                what = f"{name} holds numbers that are not finite"
+                raise UserError("MODEL-041", what, where=str(file), hint=hint)
+            values = {ours: tensor} if layer is None else {f"{module}.{k}": v for k, v in layer.pack(tensor).items()}
+        for key, value in values.items():
+            _place(model, key, value)
+        if layer is not None and cache is not None and cached is None and first:
+            packed |= values
+        let_go(sum(value.nbytes for value in values.values()))  # what is looked at here once need not be held
+    if packed:
+        cache.write(packed)
+    if method is not None:  # 7. starts that depend on the base's weights
+        method.init(model, lambda ours: names.read(weights, ours))
+    if verified is not None:
+        verified.result()
+    return model
+
+
+def _place(model: GPT, name: str, tensor: Tensor) -> None:
+    """Gives a parameter its value: the tensor itself where the parameter is only a shape, else a copy, or a share."""
+    own = model.get_parameter(name)
+    if not own.is_meta:
+        fill(own, tensor)
+        return
+    module, _, leaf = name.rpartition(".")
+    tensor = tensor.to(own.dtype)
+    tensor = tensor.clone() if own.requires_grad else tensor  # what trains must not write into the file's pages
+    setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=own.requires_grad))

@@ -1,0 +1,182 @@
+"""What all methods share: attach one, see what it trains, save it, switch it off, fold it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.core.distributed import fill
+from litpeft.core.errors import UserError, nearest, some
+from litpeft.model.gpt import GPT, Sdpa
+from litpeft.model.slots import Bank, Delta, Linear, Slot, TiedHead
+
+
+@dataclass
+class Method:
+    """One way to finetune. The fields are its YAML keys and its `--method.*` options."""
+
+    writes_model: ClassVar[bool] = False  # its result is a model folder of its own, not a delta beside the base
+
+    unfreeze: tuple[str, ...] = field(default=(), kw_only=True)  # after the method's own keys
+    """Globs of the base model's own parameters that train too, e.g. `*norm*`."""
+
+    def attach(self, model: GPT) -> None:
+        """Fills slots of `model`. Knows shapes only, so that it works on the meta device."""
+
+    def init(self, model: GPT, dense: Callable[[str], Tensor]) -> None:
+        """Sets what depends on the base weights; `dense(name)` reads one (out, in) from the base's files."""
+
+    def trained_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Returns the type in which what trains is held, on a base of `dtype`: float32 or better."""
+        return torch.promote_types(dtype, torch.float32)
+
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Returns the type of the weights that are saved, where the result is a model."""
+        return self.trained_dtype(dtype)
+
+
+def linears(model: GPT, targets: tuple[str, ...], key: str = "method.targets") -> dict[str, Linear]:
+    """Returns the linear layers whose names match one of the globs; an error if a glob matches none."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    chosen: dict[str, Linear] = {}
+    for glob in targets:
+        hits = {name: m for name, m in layers.items() if fnmatchcase(name, glob)}
+        if not hits:
+            patterns = list(dict.fromkeys(f"*.{'.'.join(n.split('.')[-2:])}" if "." in n else n for n in layers))
+            near = nearest(glob, patterns)
+            known = ", ".join(patterns)
+            raise UserError("CONFIG-020", f'"{glob}" matches no linear layer; the model has {known}{near}', where=key)
+        chosen |= hits
+    if any(isinstance(m, TiedHead) for m in chosen.values()):
+        hint = "leave the head out of the targets"
+        what = "the head of this model is its embedding (tie_embeddings); a delta on it alone would untie them"
+        raise UserError("CONFIG-021", what, where=key, hint=hint)
+    return chosen
+
+
+def attach(model: GPT, method: Method) -> None:
+    """Fills the slots, freezes the base but for what `unfreeze` names, and notes which tensors are the delta.
+
+    `model.base_keys` are the names in the state dict before; `model.delta_keys` those that the base's files cannot give
+    back: new or trained.
+    """
+    base = model.base_keys = set(model.state_dict())
+    model.requires_grad_(False)
+    method.attach(model)
+    names = [name for name, _ in model.named_parameters() if name in base]
+    for glob in method.unfreeze:
+        hits = [name for name in names if fnmatchcase(name, glob)]
+        if not hits:
+            known = ", ".join(dict.fromkeys(f"*.{'.'.join(name.split('.')[-2:])}" for name in names))
+            what = f'"{glob}" matches no parameter; the model has {known}'
+            raise UserError("CONFIG-022", what, where="method.unfreeze")
+        for name in hits:
+            parameter = model.get_parameter(name)
+            if not parameter.is_floating_point():
+                what = f'"{glob}" matches {name}, which base.quantize holds in codes: those cannot train'
+                raise UserError(
+                    "CONFIG-025", what, where="method.unfreeze", hint="set base.quantize null, or narrow it"
+                )
+            parameter.requires_grad_(True)
+    if not trainable(model):
+        raise UserError("CONFIG-023", "this method would train 0 parameters", where="method", hint="give it targets")
+    model.delta_keys = {k for k, v in model.state_dict(keep_vars=True).items() if k not in base or v.requires_grad}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that train, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def delta_state(model: GPT) -> dict[str, Tensor]:
+    """Returns what a run saves: every tensor that the base's files cannot give back."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name in model.delta_keys}
+
+
+def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
+    """Copies a saved delta into the model's own tensors; names and shapes must be exactly the same."""
+    own = model.state_dict(keep_vars=True)
+    wrong = [f"{name} is missing" for name in sorted(model.delta_keys - set(state))]
+    wrong += [f"{name} does not belong to it" for name in sorted(set(state) - model.delta_keys)]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(model.delta_keys & set(state))
+        if state[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise UserError("MODEL-020", f"the delta does not fit this model: {some(wrong, '; ')}", where=where)
+    model.base_values = {name: own[name].detach().clone() for name in state if name in model.base_keys}
+    put(model, state)
+
+
+def put(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copies tensors into the model's own of these names, or each rank its share of them."""
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        fill(own[name], tensor)
+
+
+@contextmanager
+def without_delta(model: GPT) -> Iterator[None]:
+    """Switches the finetuned part off, in place, for the time of the block: the model is its base again."""
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, Delta)
+    ]
+    trained = {name: model.get_parameter(name).data for name in model.base_values}
+    try:
+        for parent, name, _ in places:
+            setattr(parent, name, Sdpa() if name == "core" else Slot())
+        for name, tensor in model.base_values.items():
+            model.get_parameter(name).data = tensor
+        yield
+    finally:
+        for parent, name, delta in places:
+            setattr(parent, name, delta)
+        for name, tensor in trained.items():
+            model.get_parameter(name).data = tensor
+
+
+def unfoldable(model: nn.Module) -> str | None:
+    """Returns the name of a Delta that is no change of weights, or None if the model can be folded."""
+    return next(
+        (type(m).__name__ for m in model.modules() if isinstance(m, Delta) and type(m).fold is Delta.fold), None
+    )
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Returns a copy in float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+
+
+def folds(
+    module: nn.Module, prefix: str = "", widened: Callable[[Tensor], Tensor] = widened
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Yields name, tensor and former tensor of the plain model that computes the same without deltas.
+
+    Folds into what `widened` makes of a weight, a copy in float32 or better; the former tensor, before the fold, is
+    the same one where nothing is folded, and None where a method adds one. Raises TypeError, with the Delta's name, if
+    one of them is no change of weights.
+    """
+    if not prefix and unfoldable(module):
+        raise TypeError(f"{unfoldable(module)} acts on activations: nothing can be merged")
+    if isinstance(module, Linear):
+        weight, bias = before = module.dense(), module.bias
+        if isinstance(module.slot, Delta):
+            wide = widened(weight)
+            weight, bias = module.slot.fold(wide, None if bias is None else bias.to(wide.dtype, copy=True))
+        if not isinstance(module, TiedHead):
+            yield f"{prefix}weight", weight, before[0]
+        if bias is not None:
+            yield f"{prefix}bias", bias, before[1]
+    elif not isinstance(module, Bank | Slot | Delta):
+        yield from ((prefix + name, p, p) for name, p in module.named_parameters(recurse=False))
+        for name, child in module.named_children():
+            yield from folds(child, f"{prefix}{name}.", widened)

@@ -1,0 +1,48 @@
+"""Model families: one file each, with Keys, what its class in transformers reads of a config.json, `config(hf)`, which
+returns a ModelConfig, and NAMES, the two-way name map.
+
+NAMES maps our modules to those of the files, with `{}` for the layer's number; weight and bias follow. A value is the
+name of a module whose tensors are as ours, or a `Place`. A family may also have BUFFERS, globs of what its files may
+hold beside the weights and nobody needs, and OTHER_PREFIXES: how a name of NAMES starts -> how it may start instead.
+"""
+
+import re
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+FAMILIES = {
+    "llama": "litpeft.model.families.llama",
+    "mistral": "litpeft.model.families.mistral",
+    "gpt_neox": "litpeft.model.families.gpt_neox",
+    "gpt2": "litpeft.model.families.gpt2",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module's tensors lie in the files, if not alone or not as they are.
+
+    Modules of one layer with the same `module` are fused there, in the order of their lines in NAMES:
+
+        per=None       q q q q k k k k v v v v     one block after the other
+        per="n_heads"  q k v q k v q k v q k v     so many groups (a field of ModelConfig), each with a part of all
+    """
+
+    module: str
+    per: str | None = None
+    transposed: bool = False  # the files hold a weight as (in, out)
+
+
+def family(name: str) -> ModuleType:
+    """Returns the module of a family by the `model_type` of its config.json."""
+    return import_module(FAMILIES[name])
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """Returns the module with `{}` for the layer, the layer and the leaf: `blocks.{}.attn.q`, `3` and `weight`."""
+    module, _, leaf = name.rpartition(".")
+    layer = re.search(r"(?<=\.)\d+(?=\.)", module)
+    if layer is None:
+        return module, "", leaf
+    return f"{module[: layer.start()]}{{}}{module[layer.end() :]}", layer.group(), leaf

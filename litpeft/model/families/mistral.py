@@ -1,0 +1,36 @@
+"""Mistral: LLaMA without biases, whose tokens see no more than a window of those before them."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from litpeft.model.config import ConfigKeys, ModelConfig
+from litpeft.model.families import llama
+
+NAMES = llama.NAMES
+BUFFERS = llama.BUFFERS
+
+
+@dataclass(frozen=True)
+class Keys(ConfigKeys):
+    """What decides the logits of transformers' MistralConfig, beside the rotary positions."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int | None = None
+    hidden_act: Literal["silu", "swish"] = "silu"
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = 4096
+    layer_types: None = None  # of Ministral, which transformers takes a config.json for that has this key
+
+
+def config(hf: dict[str, Any]) -> ModelConfig:
+    """Returns the ModelConfig that a config.json of MistralForCausalLM describes."""
+    keys = Keys.read(hf)
+    biases = {"attention_bias": False, "mlp_bias": False}  # the class ignores what config.json says of them
+    return replace(llama.config(hf | asdict(keys) | biases), window=keys.sliding_window)

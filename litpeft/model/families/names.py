@@ -1,0 +1,150 @@
+"""The two-way name map: which tensors of a folder's files are which parameters of the model, and how they lie there."""
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from litpeft.core.errors import UserError, some
+from litpeft.core.safetensors import DTYPES, Weights
+from litpeft.model.config import ModelConfig
+from litpeft.model.families import Place, family, split_name
+from litpeft.model.families.read import left_out
+from litpeft.model.gpt import GPT
+
+
+@cache
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every parameter of the plain model."""
+    with torch.device("meta"):
+        return {ours: tuple(tensor.shape) for ours, tensor in GPT(config).state_dict().items()}
+
+
+class NameMap:
+    """Reads our parameters from a folder's tensors, checks that these are all, and makes such tensors of them again.
+
+    `ours` holds the shape of every parameter of the plain model, `shapes` that of every tensor of its files, and
+    `parts` the parameters that a tensor of the files is made of, in their order; one, where nothing is fused.
+    """
+
+    def __init__(self, name: str, config: ModelConfig):
+        """`name` is the `model_type` of a family."""
+        module = family(name)
+        self.config = config
+        self.buffers: tuple[str, ...] = getattr(module, "BUFFERS", ())
+        self.other_prefixes: dict[str, str] = getattr(module, "OTHER_PREFIXES", {})
+        self._places = {ours: at if isinstance(at, Place) else Place(at) for ours, at in module.NAMES.items()}
+        self.ours = _shapes(config)
+        order = list(self._places)
+        self.parts: dict[str, list[str]] = {}
+        for ours in sorted(self.ours, key=lambda ours: order.index(split_name(ours)[0])):
+            self.parts.setdefault(self.file_name(ours), []).append(ours)
+        self.shapes = {theirs: self._shape(parts) for theirs, parts in self.parts.items()}
+
+    def file_name(self, ours: str) -> str:
+        """Returns the name of the tensor of the files that is or holds a parameter, as we write it."""
+        module, layer, leaf = split_name(ours)
+        return f"{self._places[module].module.format(layer)}.{leaf}"
+
+    def read(self, weights: Weights, ours: str, where: str = "") -> Tensor:
+        """Returns one parameter of the plain model."""
+        theirs = self._known(ours, where)
+        place, parts = self._place(ours), self.parts[theirs]
+        tensor = weights.read(self._spelt(weights, theirs))
+        if place.transposed:
+            tensor = tensor.t()
+        if len(parts) > 1:
+            groups = self._groups(place)
+            sizes = [self.ours[part][0] // groups for part in parts]
+            tensor = tensor.unflatten(0, (groups, -1)).split(sizes, 1)[parts.index(ours)].flatten(0, 1)
+        return tensor.contiguous()
+
+    def found(self, weights: Weights, ours: str) -> tuple[Path, str]:
+        """Returns the file that holds a parameter, and the name of its tensor there."""
+        name = self._spelt(weights, self.file_name(ours))
+        return weights.folder / weights.file_of[name], name
+
+    def written(self, pairs: Iterable[tuple[str, Tensor]], where: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Yields name and tensor of the files, of all our names and tensors in any order.
+
+        It holds no more than the parts of those fused tensors of which some are still to come.
+        """
+        waiting: dict[str, dict[str, Tensor]] = {}
+        left = dict.fromkeys(self.parts)
+        for ours, tensor in pairs:
+            theirs = self._known(ours, where)
+            given = waiting.setdefault(theirs, {})
+            given[ours] = tensor
+            if len(given) == len(self.parts[theirs]):
+                yield theirs, self._joined(theirs, waiting.pop(theirs))
+                left.pop(theirs, None)
+        missing = [ours for theirs in left for ours in self.parts[theirs] if ours not in waiting.get(theirs, {})]
+        if missing:
+            what = f"the files would not be a whole model: {some(missing)} missing"
+            raise UserError("MODEL-070", what, where=where)
+
+    def check(self, weights: Weights) -> None:
+        """Raises unless the files hold exactly the tensors that the config asks for, in those shapes."""
+        shapes = {self._spelt(weights, theirs): shape for theirs, shape in self.shapes.items()}
+        wrong = [f"{name} is missing" for name in shapes if name not in weights.file_of]
+        wrong += [
+            f"{name} is {weights.shape(name)}, config.json says {shape}"
+            for name, shape in shapes.items()
+            if name in weights.file_of and weights.shape(name) != shape
+        ]
+        packed = False
+        embed, head = (self._spelt(weights, self.file_name(f"{name}.weight")) for name in ("embed", "head"))
+        for name in weights.file_of:
+            if name not in shapes and any(fnmatchcase(name, glob) for glob in self.buffers):
+                continue
+            if weights.dtype(name) not in DTYPES:
+                packed = True
+                wrong.append(f"{name} is {weights.dtype(name)}, expected F64, F32, F16 or BF16")
+            if name == head and self.config.tie_embeddings:  # a copy of the embedding
+                if embed in weights.file_of and not torch.equal(weights.read(name), weights.read(embed)):
+                    wrong.append(f"{name} is not the embedding, though config.json says tie_word_embeddings")
+            elif name not in shapes:
+                wrong.append(f"{name} is not of this architecture")
+        if wrong:
+            what = f"the weights do not fit config.json{left_out(weights.folder)}: {some(sorted(wrong), '; ')}"
+            hint = "they seem to be quantised: take the model's plain weights" if packed else ""
+            raise UserError("MODEL-040", what, where=str(weights.folder), hint=hint)
+
+    def _known(self, ours: str, where: str) -> str:
+        """Returns the file's name of a parameter that the plain model has."""
+        if ours not in self.ours:
+            what = f"the method adds {ours}, which this family's files have no place for"
+            raise UserError("MODEL-062", what, where=where)
+        return self.file_name(ours)
+
+    def _place(self, ours: str) -> Place:
+        return self._places[split_name(ours)[0]]
+
+    def _groups(self, place: Place) -> int:
+        return getattr(self.config, place.per) if place.per else 1
+
+    def _spelt(self, weights: Weights, theirs: str) -> str:
+        """Returns a tensor's name as these files spell it."""
+        for usual, other in self.other_prefixes.items():
+            if theirs not in weights.file_of and theirs.startswith(usual):
+                name = other + theirs.removeprefix(usual)
+                return name if name in weights.file_of else theirs
+        return theirs
+
+    def _shape(self, parts: list[str]) -> tuple[int, ...]:
+        """Returns the shape of the tensor that these parameters make in the files."""
+        rows, rest = sum(self.ours[part][0] for part in parts), self.ours[parts[0]][1:]
+        shape = (rows, *rest)
+        return shape[::-1] if self._place(parts[0]).transposed else shape
+
+    def _joined(self, theirs: str, given: dict[str, Tensor]) -> Tensor:
+        """Returns the tensor of the files that these parameters make."""
+        parts = self.parts[theirs]
+        place, tensor = self._place(parts[0]), given[parts[0]]
+        if len(parts) > 1:
+            groups = self._groups(place)
+            tensor = torch.cat([given[part].unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+        return (tensor.t() if place.transposed else tensor).contiguous()

@@ -1,0 +1,39 @@
+"""Reads the config.json of a Hugging Face folder as its family does."""
+
+from pathlib import Path
+
+from litpeft.core.errors import UserError
+from litpeft.core.json import read_json
+from litpeft.core.recognise import refuse_other
+from litpeft.model.config import ModelConfig
+from litpeft.model.families import FAMILIES, family
+
+
+def read_config(folder: Path) -> tuple[str, ModelConfig]:
+    """Returns the family's name (`llama`, ...) and the ModelConfig of a Hugging Face folder."""
+    refuse_other(folder)
+    path = folder / "config.json"
+    hf = read_json(path, "config.json of a model")
+    name = hf.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise UserError(
+            "MODEL-004", f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=str(path)
+        )
+    try:
+        return name, family(name).config(hf)
+    except KeyError as error:
+        raise UserError("MODEL-006", f"the key {error} is missing", where=str(path)) from None
+    except ValueError as error:
+        raise UserError("MODEL-007", str(error), where=str(path)) from None
+
+
+def left_out(folder: Path) -> str:
+    """Returns which sizes and switches a folder's config.json leaves out, and their defaults; a part of a message."""
+    hf = read_json(folder / "config.json", "config.json of a model")
+    keys = family(hf["model_type"]).Keys
+    absent = [
+        f"{field} (then {getattr(keys, field)})"
+        for field, name, kind in keys.spelt(hf)
+        if name not in hf and kind in (int, bool)
+    ]
+    return f", which leaves out {', '.join(absent)}," if absent else ""

@@ -1,0 +1,269 @@
+"""A decoder-only transformer whose slots are the only trace of finetuning.
+
+Letters: B rows, T new tokens, S keys, D head size, R of them that rotate, d model width, H query heads,
+G key/value heads, V vocabulary. Families differ in the switches of ModelConfig.
+"""
+
+import math
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from litpeft.core.errors import UserError
+from litpeft.model.attention import Documents, attend, causal_mask
+from litpeft.model.config import ModelConfig
+from litpeft.model.kernels.ops import plain, remade, rms_norm, rotate, swiglu
+from litpeft.model.loss import summed_cross_entropy
+from litpeft.model.slots import Bank, Embedding, Linear, Slot, TiedHead, together
+
+KEYS = 64  # keys that attention over a cache takes at once
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+class KVCache:
+    """Keys and values of one layer. A key lies at its position, so what a row has not written yet is never seen."""
+
+    def __init__(self, rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
+        length = -(-length // KEYS) * KEYS
+        shape = (rows, config.n_kv_heads, length, config.head_dim)
+        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+    def of_rows(self, rows: slice) -> "KVCache":
+        """Returns the cache of some rows, which is written to where this one lies."""
+        part = copy(self)
+        part.k, part.v = self.k[rows], self.v[rows]
+        return part
+
+    def update(self, k: Tensor, v: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, G, T, D) at their positions; returns the keys and values (B, G, end, D) so far."""
+        if ctx.start is not None:
+            self.k.narrow(2, ctx.start, k.size(2)).copy_(k)  # faster than an index
+            self.v.narrow(2, ctx.start, v.size(2)).copy_(v)
+        else:
+            row = torch.arange(k.size(0), device=k.device)[:, None]
+            self.k[row, :, ctx.pos] = k.transpose(1, 2).to(self.k.dtype)  # autocast gives other types than the cache's
+            self.v[row, :, ctx.pos] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k.narrow(2, 0, ctx.keys), self.v.narrow(2, 0, ctx.keys)
+
+
+@dataclass
+class Context:
+    """What the blocks know of one call beside the tokens; made by the caller, completed by GPT.forward."""
+
+    pos: Tensor  # (B, T) position of each token in its document
+    documents: Documents | None = None  # of the one packed row; None = every row is one document
+    prompt_lengths: tuple[int, ...] | None = None  # tokens before the first answer, for each document
+    cache: list[KVCache] | None = None  # one for each layer, while generating
+    end: int = 0  # with a cache: one more than the highest position of this call
+    start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
+    keys: int = 0  # with a cache: how many of its keys attention is given, with those that the mask hides
+    mask: Tensor | None = None  # (B, 1, T, S) what is added to the scores; None = causal within the document
+    recompute: bool = False  # the blocks keep nothing, and are computed again in the backward pass
+    rope: tuple[Tensor, Tensor] | None = None  # of ops.rotate, (B, 1, T, R); None = nothing rotates
+
+    @classmethod
+    def rows(cls, ids: Tensor) -> "Context":
+        """Returns the context of rows (B, T) that each hold one document from its start."""
+        return cls(torch.arange(ids.size(1), device=ids.device).expand_as(ids))
+
+    @classmethod
+    def packed(
+        cls, lengths: tuple[int, ...], device: torch.device, prompt_lengths: tuple[int, ...] | None
+    ) -> "Context":
+        """Returns the context of one row (1, T) that holds documents of these lengths one after the other."""
+        documents = Documents(lengths)
+        return cls(documents.positions(device)[None], documents, prompt_lengths)
+
+    def look_back(self, tokens: int, window: int | None, dtype: torch.dtype) -> None:
+        """Sets how many keys of the cache are looked at, and which of them the new `tokens` of each row see.
+
+        If the rows do not begin here, it is a whole number of KEYS: then what a token sees sums up to the same bits,
+        whether it comes by itself or with a few more.
+        """
+        self.keys = self.end
+        if tokens < self.end:
+            self.keys = -(-self.end // KEYS) * KEYS
+            keys = torch.arange(self.keys, device=self.pos.device)[None]
+            seen = causal_mask(self.pos, keys, window)[:, None]
+            self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+    def reach(self) -> int:
+        """Returns one more than the highest position, from what is known without asking the device."""
+        if self.cache is not None:
+            return self.end
+        return self.pos.size(1) if self.documents is None else max(self.documents.lengths)
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Returns the rotary frequencies (R/2,) in radians a token; in float32, like those the models were trained with."""
+    exponent = torch.arange(0, config.turned, 2, device=device).float() / config.turned
+    frequency = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    # llama3: long waves are stretched, short ones kept, those between are mixed
+    turns = scaling.original_positions * frequency / (2 * math.pi)  # over the length that the model was trained on
+    mix = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    mix = mix.clamp(0, 1)
+    return mix * frequency + (1 - mix) * frequency / scaling.factor
+
+
+class Sdpa(Slot):
+    """Softmax attention: what `Attention.core` is until a method replaces it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: "Attention") -> Tensor:
+        return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight; a weight that trains is float32 whatever x is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """(x - mean(x)) / deviation(x) * weight + bias; what trains is float32 whatever x is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """Returns a norm over the model's width."""
+    return (LayerNorm if config.norm == "layer" else RMSNorm)(config.d_model, config.norm_eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window
+        d, kv = config.d_model, config.n_kv_heads * config.head_dim
+        self.q = Linear(d, config.n_heads * config.head_dim, config.qkv_bias)
+        self.k = Linear(d, kv, config.qkv_bias)
+        self.v = Linear(d, kv, config.qkv_bias)
+        self.o = Linear(config.n_heads * config.head_dim, d, config.output_bias)
+        self.core = Sdpa()
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D)"""
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        q, k, v = (self.heads(y) for y in together(x, self.q, self.k, self.v))
+        if ctx.rope is not None:
+            q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
+        if ctx.cache is not None:
+            k, v = ctx.cache[self.layer].update(k, v, ctx)
+        return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.act = ACTIVATIONS[config.activation]
+        self.gate = Linear(config.d_model, config.d_ff, config.mlp_bias) if config.gated_mlp else None
+        self.up = Linear(config.d_model, config.d_ff, config.mlp_bias)
+        self.down = Linear(config.d_ff, config.d_model, config.mlp_bias)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.gate is None:
+            return self.down(self.act(self.up(x)))
+        gate, up = together(x, self.gate, self.up)
+        if self.act is not F.silu:
+            return self.down(self.act(gate) * up)
+        y = swiglu(gate, up)
+        if plain() or ctx.recompute:  # where nothing is kept anyway
+            return self.down(y)
+        with remade(y, partial(swiglu, gate.detach(), up.detach())):  # a fifth of what the block would keep
+            return self.down(y)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.parallel = config.parallel_residual
+        self.norm1 = make_norm(config)
+        self.attn = Attention(config, layer)
+        self.after_attn = Slot()
+        self.norm2 = make_norm(config)
+        self.mlp = MLP(config)
+        self.after_mlp = Slot()
+        self.after_block = Slot()
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        h = self.norm1(x)
+        y = x + self.after_attn(self.attn(h, ctx), h, ctx)
+        h = self.norm2(x if self.parallel else y)
+        y = y + self.after_mlp(self.mlp(h, ctx), h, ctx)
+        return self.after_block(y, ctx)
+
+
+def through(block: Block, x: Tensor, ctx: Context) -> Tensor:
+    """Returns what a block makes of x (B, T, d)."""
+    return block(x, ctx)
+
+
+class GPT(nn.Module):
+    """Token ids in, logits or a loss out. Parameters are named as in families/*.py, whatever method is attached."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.dtype: torch.dtype | None = (
+            None  # of the frozen weights and what runs through the blocks; None = embedding's
+        )
+        self.recompute = False  # activation checkpointing: keep a block's input only, compute the rest again backwards
+        self.compiled: Callable[[Block, Tensor, Context], Tensor] | None = None  # `through`, by train/compiled.py
+        self.fused: Callable[[Block, Tensor, Context], Tensor | None] | None = None  # by train/fused_block.py, on GPUs
+        self.base_keys: set[str] = set()  # these three are filled by delta.py
+        self.delta_keys: set[str] = set()
+        self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
+        self.embed = Embedding(config.vocab_size, config.d_model)
+        self.positions = Embedding(config.max_positions, config.d_model) if config.learned_positions else None
+        self.after_embed = Slot()
+        self.bank = Bank()
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = make_norm(config)
+        self.head = TiedHead(self.embed) if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+
+    def forward(
+        self, ids: Tensor, ctx: Context | None = None, at: Tensor | None = None, targets: Tensor | None = None
+    ) -> Tensor:
+        """Returns logits (B, T, V); (N, V) at flattened positions `at` (N,); with `targets` (N,) the summed loss.
+
+        Only where logits are asked for are they computed, and a loss never holds them all.
+        """
+        ctx = ctx or Context.rows(ids)
+        x = self.after_embed(self.embed(ids).to(self.dtype), ctx)
+        if self.positions is not None:
+            if ctx.reach() > self.config.max_positions:
+                what = f"{ctx.reach()} tokens are more than the {self.config.max_positions} positions of this model"
+                raise UserError("MODEL-080", what, hint="give it shorter texts")
+            x = x + self.positions(ctx.pos).to(x.dtype)
+        if self.config.turned:
+            angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
+            cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+            ctx.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        if ctx.cache is not None:
+            ctx.look_back(ids.size(1), self.config.window, x.dtype)
+        ctx.recompute = self.recompute and torch.is_grad_enabled()
+        for block in self.blocks:
+            fused = self.fused(block, x, ctx) if self.fused is not None and torch.is_grad_enabled() else None
+            if fused is not None:
+                x = fused
+                continue
+            # compiled for what has a gradient only: not once more for measuring, or for the block above the embedding
+            step = self.compiled if self.compiled is not None and x.requires_grad else through
+            x = checkpoint(step, block, x, ctx, use_reentrant=False) if ctx.recompute else step(block, x, ctx)
+        x = self.norm(x if at is None else x.flatten(0, 1)[at])
+        return self.head(x) if targets is None else summed_cross_entropy(self.head, x, targets)

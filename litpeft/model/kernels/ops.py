@@ -1,0 +1,190 @@
+"""Steps of a block whose backward passes are written out: fewer passes over memory, and less held.
+
+What autograd makes of the same formulas keeps every intermediate; each function here keeps its inputs.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from litpeft.model.kernels import fused, native
+
+PIECE = 1 << 18  # numbers whose float32 copies stay in a CPU's cache: it is memory that a norm waits for
+
+
+def plain() -> bool:
+    """Returns whether a formula is best left as it is: nothing is held, or the compiler does what is done here."""
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling()
+
+
+@cache
+def has_onednn() -> bool:
+    """Returns whether this build of torch can be asked for oneDNN's products."""
+    operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    return operators and torch.backends.mkldnn.is_available()
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns W x + b: (..., in) -> (..., out).
+
+    In float32 on a CPU by oneDNN: torch takes MKL there, which needed twice the time on an AMD processor.
+    """
+    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not (x.is_cpu and float32 and x.dim() > 1 and x.numel()) or torch.compiler.is_compiling() or not has_onednn():
+        return F.linear(x, weight, bias)
+    return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_dx, needs_dweight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, needs_dbias = dy.flatten(0, -2), ctx.needs_input_grad[2]
+        dx = None if weight is None else _onednn(dy, weight.t())
+        dweight = None if x is None else _onednn(rows.t(), x.flatten(0, -2).t())
+        return dx, dweight, rows.sum(0) if needs_dbias else None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Returns x / rms(x) * weight for x (..., d) and weight (d,), in the type of x; computed in float32 or better."""
+    if x.is_cuda or plain():  # the same bits
+        return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the same rows (rows, n) of tensors of like leading shape, a cacheful at a time."""
+    rows = [x.flatten(0, -2) if x.dim() > 1 else x[None] for x in tensors]
+    return zip(*(x.split(max(1, PIECE // rows[0].size(1))) for x in rows), strict=True)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        library = native(x)
+        if library is not None:
+            x = x.contiguous()
+            y, scale = library.norm(x, weight.to(wide), eps)
+            ctx.save_for_backward(x, weight, scale)
+            return y
+        y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=wide)  # scale = 1 / rms(x)
+        weight_ = weight.to(wide)
+        for x_, y_, scale_ in _pieces(x, y, scale):
+            size = torch.linalg.vector_norm(x_, dim=-1, keepdim=True, dtype=wide)
+            scale_.copy_(size.square_().div_(x.size(-1)).add_(eps).rsqrt_())
+            y_.copy_((x_.to(wide) * scale_).mul_(weight_))
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        library = native(x, dy)
+        if library is not None:
+            needs_dweight = ctx.needs_input_grad[1]
+            dx, dweight = library.norm_backward(dy.contiguous(), x, weight.to(scale.dtype), scale, needs_dweight)
+            return dx, None if dweight is None else dweight.to(weight.dtype), None
+        dx, weight_ = torch.empty_like(x), weight.to(scale.dtype)
+        dweight = torch.zeros_like(weight_) if ctx.needs_input_grad[1] else None
+        for x_, dy_, scale_, dx_ in _pieces(x, dy, scale, dx):
+            unit, dy_ = x_.to(scale.dtype) * scale_, dy_.to(scale.dtype)
+            if dweight is not None:
+                dweight += (dy_ * unit).sum(0)
+            dunit = dy_ * weight_
+            along = (dunit * unit).mean(-1, keepdim=True)
+            dx_.copy_(dunit.addcmul_(unit, along, value=-1).mul_(scale_))
+        return dx, None if dweight is None else dweight.to(weight.dtype), None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Returns silu(gate) * up, of https://arxiv.org/abs/2002.05202."""
+    return _swiglu(gate, up) if plain() else _SwiGLU.apply(gate, up)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    library = fused(gate, up)
+    return F.silu(gate).mul_(up) if library is None else library.swiglu(gate.contiguous(), up.contiguous())
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Holds its inputs only: the backward pass computes silu(gate) again."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        library = fused(dy, gate, up)
+        if library is not None:
+            return library.swiglu_backward(dy.contiguous(), gate.contiguous(), up.contiguous())
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
+class remade(saved_tensors_hooks):
+    """Within the block, autograd keeps of the tensor `y` only how to make it again."""
+
+    def __init__(self, y: Tensor, make: Callable[[], Tensor]):
+        def place(x: Tensor) -> tuple[int, int, int]:
+            return x.untyped_storage()._cdata, x.storage_offset(), x.numel()
+
+        here = place(y)
+
+        def pack(kept: Tensor) -> Tensor | torch.Size:
+            return kept.shape if place(kept) == here else kept
+
+        def unpack(kept: Tensor | torch.Size) -> Tensor:
+            if not isinstance(kept, torch.Size):
+                return kept
+            with torch.no_grad():
+                return make().view(kept)
+
+        super().__init__(pack, unpack)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle.
+
+    cos and sin are (B, 1, T, R), each angle twice; sin is negated in its first half.
+    """
+    return _turn(x, cos, sin, 1) if plain() else _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _turn(dy, *ctx.saved_tensors, -1), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """Returns x turned forwards (1) or back (-1)."""
+    library = fused(x, cos, sin) if len(x) == 1 else None
+    if library is not None:
+        return library.rotate(x, cos, sin, direction)
+    turned, rest = cos.size(-1), x.size(-1) - cos.size(-1)
+    if rest:
+        x, still = x.split((turned, rest), -1)
+        return torch.cat((_turn(x, cos, sin, direction), still), -1)
+    return torch.addcmul(x * cos, x.roll(turned // 2, -1), sin, value=direction)

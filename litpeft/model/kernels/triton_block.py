@@ -1,0 +1,173 @@
+"""The passes over memory of a LLaMA block in training, for GPUs, written in Triton.
+
+Each reads its inputs once, computes in float32 and rounds once. Low-rank updates y + B t, whose t = A x (N, r) is
+small, are added where y is read anyway, so that they cost no pass of their own.
+Letters: N tokens, d model width, F width of the MLP, H heads, D head size, r rank.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from litpeft.model.kernels import triton as kernels
+
+ROWS, COLUMNS = 32, 64  # of the tile that one program takes
+LEAST = 16  # rank up to which factors are filled with zeros: the smallest that tl.dot takes
+
+
+@triton.jit
+def _updated(y, t, b, row, column, n, width, t_row, r, at, mask, R: tl.constexpr):
+    """Returns the tile y + t b^T in float32; t is (N, r), b is (width, r)."""
+    x = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
+    if R > 0:
+        k = tl.arange(0, R)
+        t_ = tl.load(t + row[:, None] * t_row + k[None, :], mask=(row < n)[:, None] & (k < r)[None, :], other=0.0)
+        b_ = tl.load(b + column[None, :] * r + k[:, None], mask=(column < width)[None, :] & (k < r)[:, None], other=0.0)
+        x = tl.dot(t_, b_, x, input_precision="ieee")
+    return x
+
+
+@triton.jit
+def _add(y, t, b, out, n, width, t_row, r, R: tl.constexpr, tile: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64) * tile[0] + tl.arange(0, tile[0])
+    column = tl.program_id(0) * tile[1] + tl.arange(0, tile[1])
+    at, mask = row[:, None] * width + column[None, :], (row < n)[:, None] & (column < width)[None, :]
+    x = _updated(y, t, b, row, column, n, width, t_row, r, at, mask, R)
+    tl.store(out + at, x.to(out.dtype.element_ty), mask=mask)
+
+
+def updated(y: Tensor, t: Tensor, b: Tensor) -> Tensor:
+    """Returns y + t b^T of y (N, width), t (N, r) and b (width, r)."""
+    out, (n, width), rank = torch.empty_like(y), y.shape, b.size(1)
+    grid = (triton.cdiv(width, COLUMNS), triton.cdiv(n, ROWS))
+    _add[grid](y, t, b, out, n, width, t.stride(0), rank, _padded(rank), (ROWS, COLUMNS))
+    return out
+
+
+@triton.jit
+def _rms_norm(x, weight, y, scale, d, eps, size: tl.constexpr):
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, size)
+    x_ = tl.load(x + row * d + i, mask=i < d, other=0.0).to(tl.float32)
+    s = 1 / tl.sqrt_rn(tl.sum(x_ * x_, 0) / d + eps)
+    w = tl.load(weight + i, mask=i < d, other=0.0).to(tl.float32)
+    tl.store(y + row * d + i, (x_ * s * w).to(y.dtype.element_ty), mask=i < d)
+    tl.store(scale + row, s)
+
+
+@triton.jit
+def _rms_norm_backward(dy, x, weight, scale, residual, dx, d, size: tl.constexpr):
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, size)
+    s = tl.load(scale + row)
+    unit = tl.load(x + row * d + i, mask=i < d, other=0.0).to(tl.float32) * s
+    w = tl.load(weight + i, mask=i < d, other=0.0).to(tl.float32)
+    g = tl.load(dy + row * d + i, mask=i < d, other=0.0).to(tl.float32) * w
+    r = tl.load(residual + row * d + i, mask=i < d, other=0.0).to(tl.float32)
+    out = r + s * (g - unit * (tl.sum(g * unit, 0) / d))
+    tl.store(dx + row * d + i, out.to(dx.dtype.element_ty), mask=i < d)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns x / rms(x) * weight of x (N, d), and 1 / rms(x) (N,) in float32."""
+    y, scale = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
+    size = triton.next_power_of_2(x.size(1))
+    _rms_norm[len(x),](x, weight, y, scale, x.size(1), eps, size, num_warps=_warps(size))
+    return y, scale
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
+    """Returns residual + the gradient of x, written over dy; all but weight (d,) and scale (N,) are (N, d)."""
+    size = triton.next_power_of_2(x.size(1))
+    _rms_norm_backward[len(x),](dy, x, weight, scale, residual, dy, x.size(1), size, num_warps=_warps(size))
+    return dy
+
+
+def _warps(size: int) -> int:
+    return max(1, min(16, size // 512))
+
+
+@triton.jit
+def _swiglu(
+    gate, up, y, tg, bg, tu, bu, n, width, t_row, rg, ru, RG: tl.constexpr, RU: tl.constexpr, tile: tl.constexpr
+):
+    row = tl.program_id(1).to(tl.int64) * tile[0] + tl.arange(0, tile[0])
+    column = tl.program_id(0) * tile[1] + tl.arange(0, tile[1])
+    at, mask = row[:, None] * width + column[None, :], (row < n)[:, None] & (column < width)[None, :]
+    g = _updated(gate, tg, bg, row, column, n, width, t_row, rg, at, mask, RG)
+    u = _updated(up, tu, bu, row, column, n, width, t_row, ru, at, mask, RU)
+    tl.store(y + at, (g * u / (1 + tl.exp(-g))).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _swiglu_backward(
+    dy, gate, up, tg, bg, tu, bu, td, ad, n, width, t_row, d_row, rg, ru, rd,
+    RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64) * tile[0] + tl.arange(0, tile[0])
+    column = tl.program_id(0) * tile[1] + tl.arange(0, tile[1])
+    at, mask = row[:, None] * width + column[None, :], (row < n)[:, None] & (column < width)[None, :]
+    g = _updated(gate, tg, bg, row, column, n, width, t_row, rg, at, mask, RG)
+    u = _updated(up, tu, bu, row, column, n, width, t_row, ru, at, mask, RU)
+    d = _updated(dy, td, ad, row, column, n, width, d_row, rd, at, mask, RD)
+    s = 1 / (1 + tl.exp(-g))
+    tl.store(gate + at, (d * u * s * (1 + g * (1 - s))).to(gate.dtype.element_ty), mask=mask)
+    tl.store(up + at, (d * g * s).to(up.dtype.element_ty), mask=mask)
+    tl.store(dy + at, (g * s * u).to(dy.dtype.element_ty), mask=mask)
+
+
+def swiglu(gate: Tensor, up: Tensor, updates: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
+    """Returns silu(gate + t b^T) * (up + t b^T) of gate, up (N, F) with an update (t (N, r), b (F, r)) for each."""
+    y, (n, width) = torch.empty_like(gate), gate.shape
+    (tg, bg), (tu, bu) = updates
+    ranks = [bg.size(1), bu.size(1)]
+    grid = (triton.cdiv(width, COLUMNS), triton.cdiv(n, ROWS))
+    _swiglu[grid](gate, up, y, tg, bg, tu, bu, n, width, tg.stride(0), *ranks, *map(_padded, ranks), (ROWS, COLUMNS))
+    return y
+
+
+def swiglu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, updates: tuple[tuple[Tensor, Tensor], ...], below: tuple[Tensor, Tensor]
+) -> None:
+    """Writes the gradients of gate and up over them, and over dy (N, F) what `swiglu` returned.
+
+    The gradient of that is dy + t a^T, where `below` is t (N, r) and a (F, r).
+    """
+    (n, width), (tg, bg), (tu, bu), (td, ad) = gate.shape, *updates, below
+    ranks = [bg.size(1), bu.size(1), ad.size(1)]
+    grid = (triton.cdiv(width, COLUMNS), triton.cdiv(n, ROWS))
+    given = (dy, gate, up, tg, bg, tu, bu, td, ad, n, width, tg.stride(0), td.stride(0))
+    _swiglu_backward[grid](*given, *ranks, *map(_padded, ranks), (ROWS, COLUMNS))
+
+
+def _padded(rank: int) -> int:
+    """Returns the size of a tile for a rank; 0 stands for no update."""
+    return 0 if rank == 0 else max(LEAST, triton.next_power_of_2(rank))
+
+
+@triton.jit
+def _rotate(x, t, b, cos, sin, n, width, t_row, r, half, R: tl.constexpr, tile: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64) * tile[0] + tl.arange(0, tile[0])
+    i = tl.arange(0, tile[1])
+    column, fits = tl.program_id(0) * 2 * half + i, (row < n)[:, None] & (i < half)[None, :]
+    at, angle = row[:, None] * width + column[None, :], row[:, None] * 2 * half + half + i[None, :]
+    first = _updated(x, t, b, row, column, n, width, t_row, r, at, fits, R)
+    second = _updated(x + half, t, b + half * r, row, column, n, width - half, t_row, r, at, fits, R)
+    c = tl.load(cos + angle, mask=fits, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=fits, other=0.0).to(tl.float32)
+    tl.store(x + at, (first * c - second * s).to(x.dtype.element_ty), mask=fits)
+    tl.store(x + half + at, (second * c + first * s).to(x.dtype.element_ty), mask=fits)
+
+
+def rotate(x: Tensor, update: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor) -> None:
+    """Writes x + t b^T, rotated, over x (N, H * D); cos and sin (1, 1, N, D) are those of ops.rotate."""
+    (n, width), (t, b), size = x.shape, update, cos.size(-1)
+    tile = (ROWS, max(LEAST, triton.next_power_of_2(size // 2)))
+    grid = (width // size, triton.cdiv(n, tile[0]))
+    rank = b.size(1)
+    _rotate[grid](x, t, b, cos, sin, n, width, t.stride(0), rank, size // 2, _padded(rank), tile)
+
+
+def rotated_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Returns the gradient (N, H * D) of what was rotated, from that of the result."""
+    heads = dy.view(1, len(dy), -1, cos.size(-1)).transpose(1, 2)
+    return kernels.rotate(heads, cos, sin, -1).transpose(1, 2).reshape(dy.shape)

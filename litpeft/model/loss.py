@@ -1,0 +1,80 @@
+"""Cross-entropy straight from hidden states, so that the logits of all positions are never held."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from litpeft.model.kernels import fused
+from litpeft.model.kernels.ops import product
+from litpeft.model.slots import Linear, Slot, product_dtype
+
+CHUNK = 256  # positions whose logits exist at one time
+PIECE = 1 << 21  # logits that a CPU turns into probabilities at once: their float32 copy stays in its cache
+
+
+def summed_cross_entropy(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
+    """Returns the sum over N positions of -log p(target), in float32 or better; x is (N, d), targets (N,)."""
+    dtype = product_dtype(x)
+    # in float16 the small probabilities, which are the gradient, would vanish: there autograd's scaled ones are taken
+    if len(targets) and type(head.slot) is Slot and head.bias is None and dtype != torch.float16:
+        return _Summed.apply(x, head.dense(), targets, dtype)
+    total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for start in range(0, max(1, len(targets)), CHUNK):  # no targets: a zero that still has its gradient, of zeros
+        part = x[start : start + CHUNK], targets[start : start + CHUNK]
+        if torch.is_grad_enabled():
+            total = total + checkpoint(_summed, head, *part, use_reentrant=False)
+        else:
+            total = total + _summed(head, *part)
+    return total
+
+
+def _summed(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
+    """What _Summed computes, for any head."""
+    logits = head(x)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+
+
+class _Summed(torch.autograd.Function):
+    """The loss of a head that is one product. Its gradient, p - 1 at the target, is formed while p is at hand:
+
+    so the backward pass has neither logits to hold nor any to compute again.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.set_materialize_grads(False)
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=x.device)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if ctx.needs_input_grad[1] else None
+        weight, rows = weight.to(dtype), x.to(dtype)
+        for start in range(0, len(targets), CHUNK):
+            part = rows[start : start + CHUNK]
+            logits = product(part, weight)
+            total += _losses(logits, targets[start : start + CHUNK], wide, any(ctx.needs_input_grad))
+            if dx is not None:
+                dx[start : start + CHUNK] = product(logits, weight.t())
+            if dweight is not None:
+                dweight += logits.T @ part
+        ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = ctx.saved_tensors
+        return (*(d if d is None else d * scale for d in (dx, dweight)), None, None)
+
+
+def _losses(logits: Tensor, targets: Tensor, wide: torch.dtype, wants_gradient: bool) -> Tensor:
+    """Returns the summed loss of N positions; if it is wanted, the logits (N, V) become their own gradient."""
+    library = fused(logits)
+    if library is not None:
+        return library.cross_entropy(logits, targets.contiguous()).sum()
+    total, size = logits.new_zeros((), dtype=wide), len(logits) if logits.is_cuda else max(1, PIECE // logits.size(1))
+    for piece, target in zip(logits.split(size), targets.split(size), strict=True):
+        log_p = F.log_softmax(piece, -1, dtype=wide)
+        total -= log_p.gather(1, target[:, None]).sum()
+        if wants_gradient:
+            piece.copy_(log_p.exp_().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1)))
+    return total

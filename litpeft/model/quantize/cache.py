@@ -1,0 +1,81 @@
+"""A base's packed weights on disk, beside its own files: made once, read by every later run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from litpeft import __version__
+from litpeft.core.errors import UserError
+from litpeft.core.folders import atomic_folder
+from litpeft.core.json import read_json
+from litpeft.core.safetensors import file_sha256, read_header, save_tensors
+from litpeft.core.terminal import say
+
+FORMAT = 1
+FILES = ("packed.safetensors", "packed.json")
+
+
+class Cache:
+    """The packed weights of one base in one storage: the folder litpeft-KEY in the base's folder.
+
+    `key` names the storage with what else decides its bytes ("nf4-dq"); `fingerprint` is of the base's weights.
+    """
+
+    def __init__(self, base: Path, key: str, fingerprint: str):
+        self.folder = base / f"litpeft-{key}"
+        self.facts = {"format": FORMAT, "key": key, "fingerprint": fingerprint}
+
+    def tensors(self) -> Any | None:
+        """Returns the open safetensors file, whose `get_tensor(name)` reads one tensor, or None if none is of use.
+
+        Says in one line why a cache that is there is of no use.
+        """
+        if not self.folder.exists():
+            return None
+        reason = self._reason()
+        if reason:
+            say(f"{self.folder} is not used, and made anew: {reason}")
+            return None
+        return safe_open(self.folder / FILES[0], framework="pt")
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Writes the packed tensors by their names in the model; the folder appears as a whole. No copies on a CPU."""
+        try:
+            self._remove()
+            with atomic_folder(self.folder) as temporary:
+                held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                save_tensors(held, temporary / FILES[0])
+                facts = {**self.facts, "sha256": file_sha256(temporary / FILES[0]), "litpeft": __version__}
+                (temporary / FILES[1]).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            what = f"the packed weights cannot be written: {error.strerror or error}"
+            hint = "make room there, or train without keeping them"
+            raise UserError("MODEL-600", what, where=str(self.folder), hint=hint) from None
+
+    def _reason(self) -> str | None:
+        """Returns why the folder cannot be used, or None if it can."""
+        try:
+            found = read_json(self.folder / FILES[1], "description of packed weights")
+            for name, wanted in self.facts.items():
+                if found.get(name) != wanted:
+                    return f"its {name} is {found.get(name)!r}, not {wanted!r}"
+            read_header(self.folder / FILES[0])
+            if found.get("sha256") != file_sha256(self.folder / FILES[0]):
+                return f"{FILES[0]} is not the file that was written (sha256 mismatch)"
+        except UserError as error:  # damaged: nothing is lost that the base does not hold
+            return error.what
+        return None
+
+    def _remove(self) -> None:
+        """Removes an earlier cache, and nothing else."""
+        if not self.folder.exists():
+            return
+        plain = self.folder.is_dir() and not self.folder.is_symlink()
+        if not plain or any(file.name not in FILES for file in self.folder.iterdir()):
+            what = f"there is more than {' and '.join(FILES)}, which litpeft did not write: it is not replaced"
+            raise UserError("MODEL-601", what, where=str(self.folder), hint="move it away")
+        shutil.rmtree(self.folder)

@@ -1,0 +1,107 @@
+"""A linear layer whose frozen weight is held in few bits, and how a model gets such layers."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.model.gpt import GPT
+from litpeft.model.kernels.ops import product
+from litpeft.model.quantize import storage_class
+from litpeft.model.slots import Linear, product_dtype
+
+
+class Product(torch.autograd.Function):
+    """y = W x + b, where W is unpacked in the forward and again in the backward pass, and never kept."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, bias: Tensor | None, storage: type["Quantized"], shape: tuple, *packed: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*packed)
+        ctx.storage, ctx.shape, ctx.dtype = storage, shape, x.dtype
+        return product(x, storage.unpack(packed, shape, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = dbias = None
+        packed = ctx.saved_tensors  # read once: checkpointing allows no more
+        if ctx.needs_input_grad[0]:
+            dx = product(dy, ctx.storage.unpack(packed, ctx.shape, ctx.dtype).t())
+        if ctx.needs_input_grad[1]:
+            dbias = dy.reshape(-1, dy.size(-1)).sum(0)
+        return dx, dbias, None, None, *(None for _ in packed)
+
+
+class Quantized(Linear):
+    """A linear layer with a packed weight. A storage says what is packed, how, and how it comes back.
+
+    All packed tensors are plain parameters that do not train: FSDP shards them, state dicts and files hold them.
+    """
+
+    dtype: torch.dtype  # in which `dense` answers
+    double_quantize: bool
+    packed_names: tuple[str, ...]  # of the parameters that hold the weight
+
+    @classmethod
+    def unpack(cls, packed: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Returns the weight (out, in) that the packed tensors stand for."""
+        raise NotImplementedError(f"{cls.__name__} must say how its weight is unpacked")
+
+    def layout(self) -> dict[str, Tensor]:
+        """Returns the packed tensors' shapes and types by name, on the meta device."""
+        raise NotImplementedError(f"{type(self).__name__} must say what it holds")
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Returns the packed tensors by name of one weight (out, in), on its device; keeps none of them."""
+        raise NotImplementedError(f"{type(self).__name__} must say how a weight is packed")
+
+    def convert(self, dtype: torch.dtype, double_quantize: bool) -> None:
+        """Makes what was a Linear on the meta device this storage, without a weight yet."""
+        self.dtype, self.double_quantize = dtype, double_quantize
+        layout = self.layout()
+        self.packed_names = tuple(layout)
+        for name, tensor in layout.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def packed(self) -> dict[str, Tensor]:
+        """Returns the packed tensors that the layer holds, by name."""
+        return {name: getattr(self, name) for name in self.packed_names}
+
+    def reset_parameters(self) -> None:
+        """A packed weight comes from a file; there is none to start at random."""
+
+    def dense(self) -> Tensor:
+        return self.unpack(tuple(self.packed().values()), (self.out_features, self.in_features), self.dtype)
+
+    def base(self, x: Tensor) -> Tensor:
+        x = x.to(product_dtype(x))  # as F.linear, which would cast both
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        shape = (self.out_features, self.in_features)
+        return Product.apply(x, bias, type(self), shape, *self.packed().values())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """As `nn.Module`; but `model.to(bfloat16)` and the like move the packed tensors and keep their types."""
+        packed = {id(tensor) for tensor in self.packed().values()}
+
+        def keep_type(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in packed and moved.dtype != tensor.dtype else moved
+
+        return super()._apply(keep_type, recurse)
+
+
+def store(model: GPT, name: str, double_quantize: bool, dtype: torch.dtype) -> dict[str, Quantized]:
+    """Turns every linear layer of the blocks into this storage, in place, and returns them by name.
+
+    The model must be on the meta device, without a method yet: weights are packed one by one as they are read. Head,
+    embedding and norms stay as they are. `double_quantize` packs the constants too, where there are enough of them.
+    """
+    storage = storage_class(name)
+    layers = {f"blocks.{key}": layer for key, layer in model.blocks.named_modules() if type(layer) is Linear}
+    for key, layer in layers.items():
+        assert layer.weight.is_meta, f"{key} has its weight already"
+        layer.__class__ = storage
+        layer.convert(dtype, double_quantize)
+    return layers

@@ -1,0 +1,181 @@
+"""What a run needs before its model is built: its files, its rows, and whether it can begin or go on."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litpeft.core.distributed import is_first
+from litpeft.core.errors import UserError
+from litpeft.core.folders import check_place, refuse_existing, remove_leftovers
+from litpeft.core.json import jsonable
+from litpeft.core.precision import Precision, pick_device, pick_precision
+from litpeft.core.terminal import say
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenise import DataSet, load, show
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.identity import config_identity, tokenizer_identity
+from litpeft.model.config import ModelConfig
+from litpeft.model.delta import Method, trainable
+from litpeft.model.families.read import read_config
+from litpeft.model.gpt import GPT
+from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
+from litpeft.train.fit import total_steps
+from litpeft.train.launch import check_world
+from litpeft.train.preflight import check_held_out, check_run
+from litpeft.train.resume import began, check_same_run, circumstances, find_saved, finished_at, rows_sha256
+from litpeft.train.samples import Question, askable
+from litpeft.train.settings import Finetune
+
+
+@dataclass
+class Preparation:
+    """All that a run needs before the model is built."""
+
+    settings: Finetune
+    name: str
+    method: Method
+    config: ModelConfig
+    rows: DataSet
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    shapes: GPT  # of the model with the method attached, without memory
+    questions: list[Question]  # that are asked of the model at each measurement
+    precision: Precision
+    checkpoints: Checkpoints
+    saved: Checkpoint | None
+    facts: dict[str, Any]
+    steps: int
+
+    def agreed(self) -> dict[str, Any]:
+        """Returns by name what must be the same on every rank; their paths need not be."""
+        said = self.facts["settings"]
+        same = {key: said[key] for key in ("train", "validation", "checkpoint", "method")}
+        same |= {"base.precision": self.precision.name, "base.quantize": said["base"]["quantize"]}
+        same |= {"the method": self.name, "the base's weights": self.facts["base"], "the rows": self.facts["rows"]}
+        same |= {"the base's config, tokenizer or template": self.facts["reads"]}
+        return same | {"the checkpoint that they resume from": self.saved and self.saved.step}
+
+
+def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], None]) -> Preparation | None:
+    """Returns a run that can begin or go on, or None if nothing is left to do. What would go wrong later does here."""
+    out, base = Path(settings.out), Path(settings.base.dir)
+    check_world(settings.devices, settings.num_nodes)
+    # 1. the output; each rank looks: it cannot wait for one that has left already
+    clear = is_first() and not settings.dry_run
+    check_place(out)
+    if not settings.resume:
+        refuse_existing(out, settings.overwrite, clear)
+    elif clear:
+        remove_leftovers(out)
+    for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
+        if Path(kept).resolve().is_relative_to(out.resolve()):
+            raise UserError("CONFIG-037", f"the run would replace {kept}", where="out", hint="name another folder")
+    checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, say, clear)
+    saved = find_saved(out, checkpoints, say) if settings.resume else None
+    # 2. model files and rows
+    device = pick_device()
+    precision = pick_precision(settings.base.precision, device, "base.precision")
+    _, config = read_config(base)
+    tokenizer = Tokenizer.load(base)
+    tokenizer.check_vocabulary(config.vocab_size)
+    start = began(saved)
+    template = ChatTemplate(tokenizer, settings.data.template, now=start)
+    rows = load(settings.data, tokenizer, template, config.max_positions)
+    say(str(rows.report))
+    say(f"precision   {precision.name} on {device}, threads: {torch.get_num_threads()}")
+    steps = total_steps(len(rows.train), settings.train)
+    if settings.train.warmup_steps > steps:
+        say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
+    questions = askable(template, config.max_positions, rows.validation[: settings.validation.max_rows])
+    # 3. what the run will need
+    check_held_out(settings, len(rows.validation), len(questions))
+    weights, shapes = check_run(settings, method, precision, device)
+    if is_first():
+        dtype = method.trained_dtype(precision.weights)
+        trained = dtype.itemsize * sum(p.numel() for p in trainable(shapes).values())
+        room(out, bytes_needed(settings, trained, bool(rows.validation), saved is not None))
+    fingerprint = weights.fingerprint()  # which compares the files with their checksums
+    if settings.dry_run and saved is None:
+        dry_run(name, config, shapes, rows, tokenizer, steps)
+        return None
+    # 4. is it the same run?
+    facts = {
+        "method": name,
+        "settings": jsonable(asdict(settings) | {"method": asdict(method)}),
+        "base": fingerprint,
+        "reads": {
+            "config": config_identity(base),
+            "tokenizer": tokenizer_identity(template),
+            "template": template.hash,
+        },
+        "rows": rows_sha256(rows.train, rows.validation),
+        "counts": {
+            part: f"{count.rows:,} rows, {count.tokens:,} tokens, {count.trained:,} trained"
+            for part, count in (("rows to train on", rows.report.train), ("held-out rows", rows.report.validation))
+        },
+        "began": start.isoformat(),
+        "circumstances": circumstances(device, settings.devices * settings.num_nodes),
+    }
+    facts["settings"]["base"]["precision"] = precision.name  # auto may be another one on another machine
+    if saved is not None and settings.train.micro_tokens == "auto":
+        settings.train.micro_tokens = saved.facts["settings"]["train"]["micro_tokens"]
+        facts["settings"]["train"]["micro_tokens"] = settings.train.micro_tokens
+    if saved is not None:
+        lines = check_same_run(saved, facts, settings.resume_changed, say)
+        if not lines and (done := finished_at(out)) is not None:
+            say(f"{out} is finished: step {done}; nothing is left to do")
+            return None
+        begin = "going on after" if saved.step <= steps else "nothing is left to train:"
+        say(f"{begin} step {saved.step} of {steps}")
+    if settings.dry_run:
+        dry_run(name, config, shapes, rows, tokenizer, steps)
+        return None
+    return Preparation(
+        settings,
+        name,
+        method,
+        config,
+        rows,
+        tokenizer,
+        template,
+        shapes,
+        questions,
+        precision,
+        checkpoints,
+        saved,
+        facts,
+        steps,
+    )
+
+
+def bytes_needed(settings: Finetune, trained: int, held_out: bool, resumes: bool) -> int:
+    """Returns the room on disk for the checkpoints that are kept, the one being written, and the result.
+
+    `trained` are the bytes of what trains; a run that `resumes` has a part of its checkpoints already.
+    """
+    best = settings.checkpoint.keep_best and held_out
+    if settings.checkpoint.interval == 0 and not best:
+        return 3 * trained + trained  # one more, where the run is stopped: those that are there stay beside it
+    kept = settings.checkpoint.keep_last + best + 1
+    there = (Path(settings.out) / "checkpoints").rglob("*") if resumes else ()
+    return 3 * trained * kept + trained - sum(p.stat().st_size for p in there)  # two moments for each parameter
+
+
+def dry_run(name: str, config: ModelConfig, shapes: GPT, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:
+    """Prints what the run would do; trains nothing, writes nothing, reads no weights."""
+    trained = {key: p.numel() for key, p in trainable(shapes).items()}
+    train, new = sum(trained.values()), sum(count for key, count in trained.items() if key not in shapes.base_keys)
+    total = sum(p.numel() for p in empty_model(config).parameters()) + new  # of which a storage packs several into one
+    say(f"{name} would train {train:,} of {total:,} parameters ({train / total:.3%}) in {steps} optimizer steps")
+    say(f"{rows.train[0].source}, as the model sees it (what is trained is marked):")
+    say(show(rows.train[0], tokenizer, color=sys.stdout.isatty()), colored=True)
+
+
+def empty_model(config: ModelConfig) -> GPT:
+    """Returns the model without memory for its weights, to be counted."""
+    with torch.device("meta"):
+        return GPT(config)

@@ -1,0 +1,199 @@
+"""Settings of `litpeft finetune`: what every method shares. A method's own keys are in litpeft/methods."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from litpeft.core.kinds import check_choices
+from litpeft.data.settings import Data
+from litpeft.model.quantize import STORAGES
+
+
+@dataclass
+class Base:
+    """The model to start from."""
+
+    dir: str
+    """Hugging Face folder of the base model."""
+    precision: Literal["auto", "bf16-true", "bf16-mixed", "16-mixed", "32-true", "64-true"] = "auto"
+    """Type of weights and arithmetic; auto: bf16-true where the device has it, else 32-true. 16-mixed scales the
+    loss, since small gradients vanish in float16."""
+    quantize: Literal[tuple(STORAGES)] | None = None
+    """Hold the linear layers of the blocks in 4 bits a weight (nf4, fp4) or 8 (int8); null: as base.precision says."""
+    double_quantize: bool = True
+    """With nf4 and fp4: quantise the constants too, 0.127 bits a weight for them instead of 0.5."""
+    cache: bool = False
+    """Keep the quantised weights in a folder of base.dir, and read them from there the next time."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "base.")
+        if self.cache and self.quantize is None:
+            raise ValueError("base.cache is used only with base.quantize, which is null")
+        if not self.double_quantize and self.quantize not in ("nf4", "fp4"):
+            raise ValueError(f"base.double_quantize is used only with base.quantize nf4 or fp4, got {self.quantize}")
+
+
+@dataclass
+class Train:
+    """The training loop."""
+
+    batch_size: int = 8
+    """Rows of an optimizer step."""
+    micro_tokens: int | Literal["auto"] = "auto"
+    """With data.packing: tokens of one forward pass, which holds as many of the step's rows as fit; auto: 2,048 on a
+    CPU, on a GPU what fits into its memory, at most 8,192."""
+    micro_batch_size: int = 1
+    """Without data.packing: rows of one forward pass."""
+    epochs: int = 1
+    """Passes over the rows."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, if the epochs are not over before."""
+    max_time: float | None = None
+    """Stop after this many minutes."""
+    lr: float = 2e-4
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    warmup_steps: int = 10
+    """Optimizer steps over which the learning rate rises to lr; 0 starts at lr."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from lr to min_lr after the warmup: cosine, linear, or constant (stays at lr)."""
+    optimizer: str = "AdamW"
+    """A class of torch.optim, or of bitsandbytes.optim as `bitsandbytes.NAME`."""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the optimizer, e.g. {"betas": [0.9, 0.95]}."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, of all that trains but vectors: norms and biases keep their size."""
+    max_norm: float | None = 1.0
+    """Largest norm of the gradient; a larger one is scaled down. null = no limit."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each block and compute the rest again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Have torch compile the blocks, which takes up to a minute at the start. Meant for GPUs: on a CPU with AVX-512
+    BF16 litpeft's own code is faster."""
+    seed: int = 0
+    """Seeds the new parameters and the dropout."""
+
+    def __post_init__(self) -> None:
+        at_least = {"batch_size": 1, "micro_tokens": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1}
+        for name, least in at_least.items() | {"warmup_steps": 0, "weight_decay": 0, "min_lr": 0}.items():
+            value = getattr(self, name)
+            if value not in (None, "auto") and value < least:
+                raise ValueError(f"train.{name} must be at least {least}, got {value}")
+        for name in ("lr", "min_lr", "max_time", "max_norm", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"train.{name} must be a finite number, got {value}")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"train.seed must be at least 0 and below 2**62, got {self.seed}")
+        for name in ("lr", "max_time", "max_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"train.{name} must be above 0, got {value}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"train.min_lr must be at most train.lr ({self.lr}), got {self.min_lr}")
+        for name, value in self.optimizer_args.items():
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ValueError(f"train.optimizer_args.{name} must be finite, got {value}")
+        check_choices(self, "train.")
+
+
+@dataclass
+class Validation:
+    """What is measured on the held-out rows."""
+
+    interval: int | None = None
+    """Optimizer steps between two measurements; default: ten in the run. The start and the end are measured too."""
+    max_rows: int | None = None
+    """Measure on the first so many held-out rows only."""
+    sample_tokens: int = 64
+    """Longest sample answer that is shown at each measurement, in tokens; 0 shows none."""
+    metric: Literal["loss", "exact"] = "loss"
+    """What the best checkpoint and patience go by: loss, or exact, the share of rows whose answer is the row's own."""
+    patience: int | None = None
+    """Stop after so many measurements in a row that are no better than the best; null = never."""
+    final: Literal["last", "best"] = "last"
+    """The weights that the run ends with: last, or best by the metric."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"interval": 1, "max_rows": 1, "sample_tokens": 0, "patience": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"validation.{name} must be at least {least}, got {value}")
+        check_choices(self, "validation.")
+
+
+@dataclass
+class Checkpoint:
+    """What is kept on disk while a run goes on, so that `--resume` can continue it."""
+
+    interval: int | None = None
+    """Optimizer steps between two checkpoints; default: ten in the run. 0: only when the run is stopped."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Keep the one that measured best on the held-out rows too."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"interval": 0, "keep_last": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"checkpoint.{name} must be at least {least}, got {value}")
+
+
+@dataclass
+class Finetune:
+    """Teach a model something of your own."""
+
+    base: Base
+    data: Data
+    out: str
+    """Folder of the run; must not hold another."""
+    train: Train = field(default_factory=Train)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    devices: int = 1
+    """GPUs of each machine, or processes where there is no GPU."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Over several devices: ddp (each holds the model), fsdp (they share it between them); auto: ddp."""
+    cpu_offload: bool = False
+    """With fsdp: keep each device's share in the machine's memory while it is not used."""
+    timeout: float = 1800.0
+    """Seconds that a device waits for another before it gives the run up."""
+    resume: bool = False
+    """Continue the run that `out` holds from its newest checkpoint; where it holds none, begin."""
+    resume_changed: tuple[str, ...] = ()
+    """Globs of settings that may differ from those that the run began with, e.g. train.epochs."""
+    tensorboard: bool = False
+    """Write TensorBoard files too; metrics.csv is always written."""
+    dry_run: bool = False
+    """Check all that the run would check, read the data, count, show one row with its trained tokens marked, and stop.
+    Trains nothing, writes nothing, reads no weights but their headers."""
+    overwrite: bool = False
+    """Replace the run that `out` holds."""
+
+    def __post_init__(self) -> None:
+        train, default = self.train, Train()
+        for name in ("devices", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_choices(self)
+        if self.cpu_offload and self.strategy != "fsdp":
+            raise ValueError(f"cpu_offload is used only with strategy fsdp, got {self.strategy}")
+        if not 0 < self.timeout < math.inf:
+            raise ValueError(f"timeout must be above 0 and finite, got {self.timeout}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: one continues the run, the other removes it")
+        if self.resume_changed and not self.resume:
+            raise ValueError("resume_changed is used only with resume true: it says what may differ from that run")
+        if self.validation.final == "best" and not self.checkpoint.keep_best:
+            raise ValueError("validation.final best needs checkpoint.keep_best true")
+        if self.data.packing and train.micro_batch_size != default.micro_batch_size:
+            raise ValueError("train.micro_batch_size is used only with data.packing false; see train.micro_tokens")
+        if not self.data.packing and train.micro_tokens != default.micro_tokens:
+            raise ValueError("train.micro_tokens is used only with data.packing true; see train.micro_batch_size")
+        if train.schedule == "constant" and train.min_lr:
+            raise ValueError("train.min_lr is not used by train.schedule constant, which stays at train.lr")
