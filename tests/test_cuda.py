@@ -1,5 +1,6 @@
 """What only a GPU can show: its kernels, its types and its recorded steps against the same on the processor."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COLOURS, finetune, make_folder, write_rows
+from conftest import finetune, make_folder, write_rows
 from lightning.fabric import Fabric
 from short_runs import assert_same, cut, delta, resume, same_tensors, train
 from test_generate import assert_recorded_steps_agree
@@ -27,6 +28,7 @@ from litpeft.model.quantize import STORAGES, Storage
 from litpeft.model.quantize.codes import dequantize_in_torch, has_product, product_4bit
 from litpeft.train.compiled import compile_blocks
 from litpeft.train.fused_block import use_fused_step
+from litpeft.train.log import read_metrics
 from litpeft.train.micro_tokens import MOST, fitting_tokens
 from litpeft.train.recorded_pass import RecordedPasses
 
@@ -189,14 +191,27 @@ def test_a_small_model_takes_the_most_tokens(wide_folder: Path, name: str) -> No
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def assert_learns(run: Path) -> float:
+    """Returns the loss at the run's end, which must be well below that at its start."""
+    losses = [row["val_loss"] for row in read_metrics(run) if row["val_loss"] is not None]
+    assert losses[-1] < 0.8 * losses[0]
+    return losses[-1]
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "16-mixed", "32-true"])
-def test_a_run_learns_in_every_precision(tiny_folder: Path, tmp_path: Path, precision: str) -> None:
+def test_a_run_learns_in_every_precision_and_is_loaded_so(
+    tiny_folder: Path, tmp_path: Path, capsys, precision: str
+) -> None:
     run = finetune(tiny_folder, tmp_path, "--base.precision", precision, "--train.epochs", "60", "--train.lr", "2e-2")
-    report = (run / "report.md").read_text()
-    assert "cuda" in report
-    loaded = load(str(run))
-    assert loaded.model.embed.weight.is_cuda
-    assert main(["generate", str(run), "--prompt", f"Colour of {next(iter(COLOURS))}?"]) in (0, None)
+    learned = assert_learns(run)
+    assert "cuda" in (run / "report.md").read_text()
+    assert load(str(run)).model.embed.weight.is_cuda
+    capsys.readouterr()
+    rows = str(tmp_path / "data" / "validation.jsonl")
+    main(["evaluate", str(run), rows, "--precision", "32-true", "--max_new_tokens", "2"])
+    base, loaded = re.search(r"loss, nats per token +([\d.]+) +([\d.]+)", capsys.readouterr().out).groups()
+    assert float(loaded) == pytest.approx(learned, rel=2e-2)
+    assert float(loaded) < float(base)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
@@ -216,13 +231,15 @@ def test_a_kept_base_gives_the_same_run(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "bitsandbytes.AdamW8bit", "bitsandbytes.PagedAdamW8bit"])
-def test_optimizers(tiny_folder: Path, tmp_path: Path, optimizer: str) -> None:
-    run = finetune(tiny_folder, tmp_path, "--train.optimizer", optimizer)
-    assert (run / "final" / "delta.safetensors").exists()
+def test_a_run_learns_with_every_optimizer(tiny_folder: Path, tmp_path: Path, optimizer: str) -> None:
+    words = ["--train.optimizer", optimizer, "--train.epochs", "20", "--train.lr", "1e-2"]
+    assert_learns(finetune(tiny_folder, tmp_path, *words))
 
 
-def test_fsdp_of_one_gpu(tiny_folder: Path, tmp_path: Path) -> None:
-    words = ["--out", str(tmp_path / "run"), "--strategy", "fsdp", "--base.dir", str(tiny_folder)]
-    words += ["--data.path", str(write_rows(tmp_path)), "--base.precision", "bf16-true"]
-    subprocess.run([sys.executable, "-m", "litpeft", "finetune", "lora", *words], check=True)
-    assert (tmp_path / "run" / "final" / "delta.safetensors").exists()
+def test_fsdp_of_one_gpu_learns_what_the_gpu_learns_without_it(tiny_folder: Path, tmp_path: Path) -> None:
+    base, data = ["--base.dir", str(tiny_folder)], ["--data.path", str(write_rows(tmp_path))]
+    for name in ("fsdp", "auto"):
+        words = ["--out", str(tmp_path / name), "--strategy", name, "--base.precision", "64-true", *base, *data]
+        subprocess.run([sys.executable, "-m", "litpeft", "finetune", "lora", *words], check=True)
+    learned, want = ({name: t.double() for name, t in delta(tmp_path / run).items()} for run in ("fsdp", "auto"))
+    assert away(learned, want) < 1e-6
