@@ -51,7 +51,7 @@ def make_optimizer(
     if name not in known:
         what = f"{module.__name__} has no {name!r}{nearest(name, sorted(known))}"
         raise UserError("CONFIG-041", what, where="train.optimizer")
-    if library and name.startswith("Paged") and torch.device(device).type != "cuda":
+    if train.optimizer.startswith("bitsandbytes.Paged") and torch.device(device).type != "cuda":
         what = f"{name} pages its state between a GPU and the machine's memory, and this run is on {device}"
         hint = f"take bitsandbytes.{name.removeprefix('Paged')}"
         raise UserError("CONFIG-047", what, where="train.optimizer", hint=hint)

@@ -64,10 +64,10 @@ class Shortage:
 
     def moments(self) -> float:
         """Returns the bytes of the optimiser's state over those of what trains: Adam's two moments, if nothing else."""
-        name = self.settings.train.optimizer
-        if "8bit" in name:
+        optimizer = self.settings.train.optimizer
+        if "8bit" in optimizer:
             return 0.5
-        return {"SGD": 0.0, "Adafactor": 0.0, "Muon": 1.0, "Adagrad": 1.0, "RMSprop": 1.0}.get(name, 2.0)
+        return {"SGD": 0.0, "Adafactor": 0.0, "Muon": 1.0, "Adagrad": 1.0, "RMSprop": 1.0}.get(optimizer, 2.0)
 
     def tokens(self) -> int:
         """Returns the tokens of the largest forward pass."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.generate.cpu.native_weights import NativeRows
-from litpeft.generate.cpu.pack import groups
+from litpeft.generate.cpu.pack import groups, owners
 from litpeft.model.attention import attend
 from litpeft.model.gpt import GPT, Block, Context
 from litpeft.model.kernels import library
@@ -83,9 +83,10 @@ def strip(model: GPT) -> None:
     """Makes each block bare, in place, that can be; pack.py comes before."""
     if not at_defaults(model.config, READ | BIASES) or not model.config.turned:
         return
+    replaced = owners(model, "weight", "bias")
     for layer, block in enumerate(model.blocks):
         rows = _rows(block)
-        trained = any(key.startswith(f"blocks.{layer}.norm") for key in model.base_values)  # and can be switched off
+        trained = block.norm1 in replaced or block.norm2 in replaced  # and can be switched off
         if rows is None or trained:
             continue
         norms = (block.norm1, block.norm2)

@@ -40,7 +40,7 @@ def pack(model: GPT, native: bool = True) -> None:
 
     `native`: as litpeft/model/kernels multiplies them, where it can.
     """
-    replaced = {leaf: _owners(model, leaf) for leaf in ("weight", "bias")}
+    replaced = {leaf: owners(model, leaf) for leaf in ("weight", "bias")}
 
     def kind(layer: Linear) -> type[Rows] | None:
         owner = layer.embed[0] if type(layer) is TiedHead else layer
@@ -62,9 +62,10 @@ def pack(model: GPT, native: bool = True) -> None:
                 parameter.data = parameter.data.clone()
 
 
-def _owners(model: GPT, leaf: str) -> set[nn.Module]:
-    """Returns the modules of which a loaded delta has replaced the parameter of that name."""
-    return {model.get_submodule(key.rpartition(".")[0]) for key in model.base_values if key.endswith(f".{leaf}")}
+def owners(model: GPT, *leaves: str) -> set[nn.Module]:
+    """Returns the modules of which a loaded delta has replaced one of the parameters of these names."""
+    parts = (key.rpartition(".") for key in model.base_values)
+    return {model.get_submodule(module) for module, _, leaf in parts if leaf in leaves}
 
 
 def groups(block: Block) -> list[list[Linear]]:
