@@ -4,14 +4,18 @@ import multiprocessing
 import random
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import write_rows
 from safetensors.torch import load_file
+from torch import Tensor
 
+import litpeft.train.fit
 from litpeft.cli import main
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
 from litpeft.train.log import read_metrics
@@ -142,6 +146,17 @@ def wait_for_step(run: Path, step: int, process: multiprocessing.process.BasePro
             return
         time.sleep(0.002)
     raise AssertionError(f"the run ended with {process.exitcode} before step {step}")
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, call: int, spoil: Callable[[Tensor], Tensor]) -> None:
+    """Has `spoil` act on the loss of one of the run's micro-batches."""
+    calls, summed_loss = count(1), litpeft.train.fit.summed_loss
+
+    def loss(model: torch.nn.Module, batch: object) -> Tensor:
+        value = summed_loss(model, batch)
+        return spoil(value) if next(calls) == call else value
+
+    monkeypatch.setattr(litpeft.train.fit, "summed_loss", loss)
 
 
 def kills(base: Path, whole: Path, folder: Path, number: int, settings: Settings, method: str, seed: int) -> None:

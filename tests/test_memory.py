@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import make_folder, write_rows
 from safetensors.torch import load_file
-from short_runs import assert_same, newest, resume, told_and_run, train
-from test_resume_faults import poisoned
+from short_runs import assert_same, newest, poisoned, resume, told_and_run, train
 
 import litpeft.generate.evaluate
 import litpeft.generate.load

@@ -13,7 +13,6 @@ import sys
 import termios
 import time
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -30,6 +29,7 @@ from short_runs import (
     kills,
     leftovers,
     newest,
+    poisoned,
     resume,
     start,
     train,
@@ -137,17 +137,6 @@ def test_a_signal_before_the_first_step_has_nothing_to_save(number, code: int, t
     assert process.exitcode == code
     assert f"{number.name}: no step was taken, there is nothing to save" in said.read_text()
     assert not list(tmp_path.rglob("step-*"))
-
-
-def poisoned(monkeypatch, call: int, spoil) -> None:
-    """Has `spoil` act on the loss of one of the run's micro-batches."""
-    calls, summed_loss = count(1), litpeft.train.fit.summed_loss
-
-    def loss(model: torch.nn.Module, batch: object) -> Tensor:
-        value = summed_loss(model, batch)
-        return spoil(value) if next(calls) == call else value
-
-    monkeypatch.setattr(litpeft.train.fit, "summed_loss", loss)
 
 
 def interrupt_twice(loss: Tensor) -> Tensor:
