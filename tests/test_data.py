@@ -423,6 +423,9 @@ def test_rows_that_are_too_long_are_dropped_and_counted(long_rows, tokenizer, te
     named = ", ".join(f"{where} ({n} tokens, of at most 100)" for where, n in whole.items() if n > 100)
     assert f"warning: 3 rows are longer than 100 tokens and are left out: {named}; the run's" in str(data.report)
     assert [bad.where for bad in data.rejected] == [where for where, n in whole.items() if n > 100]
+    for seed in range(9):  # in the file's order, though a split has taken them apart
+        data = read(tokenizer, template, long_rows, max_length=100, overlong="drop", validation_split=0.5, seed=seed)
+        assert [bad.where for bad in data.rejected] == [where for where, n in whole.items() if n > 100]
     with pytest.raises(UserError, match="no row is left to train on: 0 rejected, 9 longer than 10 tokens"):
         read(tokenizer, template, long_rows, max_length=10, overlong="drop")
 

@@ -56,6 +56,15 @@ def test_a_base_is_refused_where_nothing_would_read_it(tiny_folder, tmp_path, ca
     assert re.search("1 rows +base +finetuned", capsys.readouterr().out)
 
 
+def test_the_base_of_a_full_run_is_held_as_its_result_is(tiny_folder, tmp_path, capsys) -> None:
+    run, rows = finetune(tiny_folder, tmp_path, method="full"), str(write_rows(tmp_path) / "train.jsonl")
+    capsys.readouterr()
+    for model in (run, tiny_folder):
+        evaluate(Evaluate(str(model), rows, quantize="nf4", precision="32-true", max_new_tokens=1))
+    beside, alone = re.findall(r"loss, nats per token +(\S+)", capsys.readouterr().out)
+    assert beside == alone
+
+
 GOOD = {"instruction": "a", "output": "b"}
 LONG, LARGE = {"instruction": "b" * 600, "output": "c"}, {"instruction": "b" * 5_000_000, "output": "c"}
 NUMBERS = "{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}"

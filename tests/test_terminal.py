@@ -68,13 +68,25 @@ def evil_model(folder: Path, base: Path) -> Path:
 
 
 def evil_config(folder: Path, base: Path) -> list[str]:
-    (folder / "c.yaml").write_text(json.dumps({f"a{EVIL}": 1}))
+    (folder / "c.yaml").write_text(json.dumps({f"a{EVIL}\nhint: all is well": 1}))
     return ["finetune", "lora", "--config", str(folder / "c.yaml")]
 
 
 def evil_file(folder: Path, base: Path) -> list[str]:
     (folder / f"{EVIL}\nhint: all is well.jsonl").write_text("{}\n")
     return ["generate", str(base), "--input", str(folder / f"{EVIL}\nhint: all is well.jsonl")]
+
+
+def evil_rows(folder: Path, base: Path) -> list[str]:
+    data = folder / f"{EVIL}\nhint: all is well.jsonl"
+    data.write_text('{"instruction": "a", "output": "b"}\n' + "[]\n" * 3)
+    return ["finetune", "lora", "--base.dir", str(base), "--data.path", str(data), "--out", str(folder / "out")]
+
+
+def evil_table(folder: Path, base: Path) -> list[str]:
+    (folder / "data").mkdir()
+    (folder / "data" / f"train{EVIL}\nhint: all is well.csv").touch()
+    return ["finetune", "lora", "--base.dir", str(base), "--data.path", str(folder / "data"), "--out", "o"]
 
 
 def evil_row(folder: Path, base: Path) -> list[str]:
@@ -106,7 +118,8 @@ def evil_value(folder: Path, base: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "make", [evil_config, evil_file, evil_row, evil_template, evil_family, evil_option, evil_value]
+    "make",
+    [evil_config, evil_file, evil_rows, evil_table, evil_row, evil_template, evil_family, evil_option, evil_value],
 )
 def test_no_text_from_outside_reaches_the_terminal_raw(make, tmp_path, tiny_folder):
     done = litpeft(*make(tmp_path, tiny_folder))
@@ -192,10 +205,3 @@ def test_no_text_from_outside_makes_an_error_long(place, words, tmp_path, tiny_f
     assert stop.value.code in (2, 3, 4)
     assert "x" * 30 in said.err.replace(" ", "")
     assert len(said.out + said.err) < 5000
-
-
-def test_a_key_cannot_write_a_line_of_its_own(tmp_path, tiny_folder, capsys):
-    (tmp_path / "c.yaml").write_text('"lr\\nhint: all is well": 1\n')
-    with pytest.raises(SystemExit):
-        main(["finetune", "lora", "--config", str(tmp_path / "c.yaml")])
-    assert r"the key 'lr\nhint: all is well' holds a control character" in capsys.readouterr().err

@@ -49,7 +49,7 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
         if not word.startswith("--") or word == "--":
             if re.match("-[^-0-9.]", word) and word != "-h" and "--" not in rest:
                 what = f"there is no option {word}{_unknown(word[1:], options)}"
-                raise UserError("CONFIG-029", what, hint="`--help` lists the options")
+                raise UserError("CONFIG-028", what, hint="`--help` lists the options")
             if positional:
                 check_word(word, positional[0], str, " or ".join(positional))
             rest.append(word)
@@ -115,8 +115,6 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
         where = f"{file}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError("CONFIG-009", "a key must be a word", where=where)
-        if not key_node.value.isprintable():  # it could print a line of its own
-            raise UserError("CONFIG-028", f"the key {quoted(key_node.value)} holds a control character", where=where)
         key = prefix + key_node.value
         kind = _kind(key, options)
         free = key not in options and kind is not None

@@ -30,9 +30,10 @@ class UserError(Exception):
         self.exit_code = EXIT_CODES[code.split("-")[0]]
 
     def __str__(self) -> str:
-        # a name must not add a line of its own
         place = f" {cut(self.where)}:".replace("\n", "\ufffd") if self.where else ""
-        return f"error[E-{self.code}]{place} {brief(self.what)}" + (f"\nhint: {cut(self.hint)}" if self.hint else "")
+        hint = f"hint: {cut(self.hint)}" if self.hint else ""
+        parts = filter(None, (f"error[E-{self.code}]{place} {brief(self.what)}", hint))
+        return "\n".join(part.replace("\n", "\n  ") for part in parts)  # what came from outside cannot begin a line
 
 
 def brief(text: str) -> str:

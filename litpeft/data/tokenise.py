@@ -154,6 +154,8 @@ def load(
     # 3. rows of the wanted length
     _refuse_long([row for rows in parts for row in rows], data, report.max_length, only_measured)
     train, validation = (_fit(rows, data, report) for rows in parts)
+    for left_out in (report.rejected, report.dropped):  # a split has taken them apart
+        left_out.sort(key=lambda row: (row.where.rpartition(":")[0], int(row.where.rpartition(":")[2])))
     if not train:
         what = f"no row is left to train on: {len(report.rejected)} rejected, {len(report.dropped)} longer than "
         hint = "see data.max_length, data.bad_rows"

@@ -104,7 +104,9 @@ def evaluate(settings: Evaluate) -> None:
             with without_delta(loaded.model):
                 scores.insert(0, score("base", loaded, rows, settings))
         else:  # the run's result is a model of its own: here one follows the other
-            loaded.model = load(str(loaded.run.base_folder(settings.base)), precision=settings.precision).model
+            loaded.model = load(
+                str(loaded.run.base_folder(settings.base)), precision=settings.precision, quantize=settings.quantize
+            ).model
             scores.insert(0, score("base", loaded, rows, settings))
     say(table(scores, rows, settings.samples))
     if output is not None:
