@@ -15,7 +15,7 @@ import torch
 from conftest import make_folder, write_rows
 from ranks import Hook, Ranks, Result, run, start
 
-from litpeft.train import checkpoints, finetune, fit
+from litpeft.train import checkpoints, fit, preparation
 from litpeft.train.checkpoints import Checkpoints
 from litpeft.train.launch import free_port
 
@@ -159,8 +159,8 @@ def test_a_signal_to_the_parent_ends_the_run_with_a_checkpoint(strategy: str, fo
 
 
 def other_rows(rank: int) -> None:
-    real = finetune.rows_sha256
-    finetune.rows_sha256 = lambda *rows: f"{real(*rows)} {rank}"
+    real = preparation.rows_sha256
+    preparation.rows_sha256 = lambda *rows: f"{real(*rows)} {rank}"
 
 
 @pytest.mark.parametrize(
