@@ -227,3 +227,28 @@ def test_what_the_qlora_page_calls_the_same_run_is_the_same(monkeypatch) -> None
         parsed(litpeft(words)) for block in blocks(PAGES["finetune_qlora"])[:2] for words in block.commands
     ]
     assert (replace(second[0], out=first[0].out), second[1]) == first
+
+
+ADDED = ("ia3", "qwen2", "qwen3", "phi3")  # what the pages add to a copy of the project
+FILES = [str(path) for room in ("litpeft", "tests", "scripts") for path in (ROOT / room).rglob("*.*")]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_of_the_project_that_a_page_names_is_there(page: str) -> None:
+    named = re.findall(r"`([\w./-]+\.(?:py|cpp|sh))\b", PAGES[page].read_text())
+    lost = [name for name in named if not any(file.endswith(f"/{name}") for file in FILES)]
+    assert [name for name in lost if not any(word in name for word in ADDED)] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the names by which the headings of a page are linked, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_somewhere(page: str) -> None:
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", PAGES[page].read_text()):
+        target = PAGES[page].parent / path if path else PAGES[page]
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
