@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Finetuning beside Lit-GPT and TRL + PEFT: the same model, rows, LoRA, threads and number of samples, in turn, several
-# rounds. Leaves train.json, train.md and train.png in out/bench. DATA is a .json or .jsonl file of alpaca rows.
+# rounds. Leaves train.json and train.md in out/bench. DATA is a .json or .jsonl file of alpaca rows.
 #
 #   bash scripts/bench_train.sh DATA.json [--rounds 3] [--rows 48] [--what lora,qlora,full] [--tools litpeft,litgpt,trl]
 #   bash scripts/bench_train.sh --help
@@ -15,11 +15,11 @@ set -- "${words[@]}"
 source "$(dirname "$0")/bench/environments.sh"
 install_litpeft ""
 for word in "$@"; do
-    [ "$word" = --help ] && exec .venv/bin/python scripts/bench/train.py --help
+    [ "$word" = --help ] && exec .venv/bin/python -m scripts.bench.train --help
 done
 get_model
 peer_litgpt
 peer_trl
 model_asked_for "$@"
 litgpt_model
-exec .venv/bin/python scripts/bench/train.py "$@"
+exec .venv/bin/python -m scripts.bench.train "$@"

@@ -13,16 +13,14 @@ from tiny_gguf import digits, llama, write_gguf
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
-
-import commands  # noqa: E402
-import rows as bench_rows  # noqa: E402
-from losses import from_peft  # noqa: E402
-from measure import find_rows, run, training_figures  # noqa: E402
-from observe import Observer  # noqa: E402
-from shapes import LLAMA_8B, RANK, Shapes, attention_flops, decode_bytes, step_flops  # noqa: E402
-from tables import TRAINING, Column, cell, table  # noqa: E402
-from write_gguf import rewrite  # noqa: E402
+from scripts.bench import commands
+from scripts.bench import rows as bench_rows
+from scripts.bench.losses import from_peft
+from scripts.bench.measure import find_rows, run, training_figures
+from scripts.bench.observe import Observer
+from scripts.bench.shapes import LLAMA_8B, RANK, Shapes, attention_flops, decode_bytes, step_flops
+from scripts.bench.tables import TRAINING, Column, cell, table
+from scripts.bench.write_gguf import rewrite
 
 ALPACA = [{"instruction": f"Say {i}", "input": "twice" * (i % 2), "output": f"{i} {i}"} for i in range(9)]
 
@@ -144,7 +142,7 @@ def test_every_training_variant_becomes_a_command(prepared: Path, tmp_path: Path
     job = commands.Job(Path("m"), prepared, tmp_path, 1, 1e-4, 300, 6, 100, 0, "cpu")
     for variant in commands.VARIANTS:
         words = commands.command(variant, job, tmp_path / "record.json")
-        assert words[3] == variant.tool
+        assert words[4] == variant.tool
         assert commands.loss_arguments(variant, job)[2] in ("litpeft", "peft", "litgpt", "folder", "litgpt_full")
 
 

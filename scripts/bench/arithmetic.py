@@ -1,9 +1,9 @@
 """What Llama-3.1-8B should cost on H100s, from shapes and the maker's figures alone.
 
-python scripts/bench/arithmetic.py
+python -m scripts.bench.arithmetic
 """
 
-from shapes import LLAMA_8B, RANK, Shapes, decode_bytes, step_flops
+from scripts.bench.shapes import LLAMA_8B, RANK, Shapes, decode_bytes, step_flops
 
 PEAK = 989e12  # FLOP/s, bf16, dense: H100 SXM's data sheet
 MEMORY = 3.35e12  # bytes a second, the same
@@ -23,12 +23,6 @@ def activations(shapes: Shapes) -> int:
     return 2 * (4 * shapes.width + attention + shapes.heads * shapes.head_size + 2 * shapes.hidden)
 
 
-def lora_traffic(shapes: Shapes, rank: int) -> int:
-    """Returns the bytes that LoRA reads and writes for each token beside its base, forward and backward, unfused."""
-    forward = sum(i + 2 * o for i, o in shapes.linears().values())  # read x, read and write y
-    return 3 * 2 * shapes.layers * (forward + 2 * rank * len(shapes.linears()))
-
-
 def unpacking_seconds(shapes: Shapes, passes: int) -> float:
     """Returns the time to unpack all NF4 weights to bf16 so many times: read the codes, write the weights."""
     return passes * shapes.layers * shapes.block_parameters() * (NF4 / 8 + 2) / MEMORY
@@ -38,12 +32,9 @@ def main() -> None:
     shapes = LLAMA_8B
     blocks, embeddings = shapes.layers * shapes.block_parameters(), 2 * shapes.vocab * shapes.width
     flops = step_flops(shapes, [DOCUMENT], round(TRAINED * DOCUMENT), "lora") / DOCUMENT
-    traffic = lora_traffic(shapes, RANK)
     print(f"LoRA r {RANK}: {flops / 1e9:.2f} GFLOP a real token, {PEAK / flops:,.0f} tokens/s at the peak of one H100")
     for share in (0.4, 0.5, 0.6):
         print(f"  at {share:.0%} of it {share * PEAK / flops:,.0f} tokens/s, 8 of them {8 * share * PEAK / flops:,.0f}")
-    took = traffic / MEMORY / (flops / PEAK)
-    print(f"  unfused, LoRA moves {traffic / 1e6:.1f} MB a token: {took:.0%} of the time of the products at the peak")
     print(f"  again forward for activation checkpointing: {flops / 1e9 + 2 * blocks / 1e9:.2f} GFLOP a token")
     for tokens in (2048, 8192, 16384):
         compute, unpack = tokens * flops / PEAK / 0.5, unpacking_seconds(shapes, 2)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shapes import ALPHA, RANK
+from scripts.bench.shapes import ALPHA, RANK
 
-HERE = Path(__file__).parent
 PYTHON = {"litpeft": Path(".venv/bin/python"), "litgpt": Path(".bench/litgpt/bin/python")}
 PYTHON["trl"] = Path(".bench/trl/bin/python")
 ROWS_A_STEP = 8
@@ -51,10 +50,8 @@ class Variant:
     cuda_only: bool = False
 
 
-LITPEFT_FULL = {"base.precision": "bf16-mixed"}
 TRL_FAST = {"gradient_checkpointing": False, "dataloader_num_workers": 0}
 BF16 = {"model_init_kwargs": {"dtype": "bfloat16"}}
-SORTED = {"train_sampling_strategy": "group_by_length"}
 PACKED = {"packing": True, "packing_strategy": "bfd"}
 
 VARIANTS = [
@@ -68,7 +65,6 @@ VARIANTS = [
     Variant("litgpt mb1", "litgpt", "lora", "bf16-true, micro-batch 1: no padding", {"micro_batch_size": 1}),
     Variant("trl defaults", "trl", "lora", "float32 weights, bf16 autocast, gradient checkpointing, micro-batch 4", {}),
     Variant("trl", "trl", "lora", "bf16 weights, no gradient checkpointing, micro-batch 4", {**TRL_FAST, **BF16}),
-    Variant("trl sorted", "trl", "lora", "as trl, rows grouped by length", {**TRL_FAST, **BF16, **SORTED}),
     Variant("trl packed", "trl", "lora", "as trl, packed (bfd) and padding-free", {**TRL_FAST, **BF16, **PACKED}),
     Variant("litpeft", "litpeft", "qlora", "defaults: NF4, double-quantised, packed", {}),
     Variant("trl defaults", "trl", "qlora", "bitsandbytes NF4, gradient checkpointing, micro-batch 4", {}),
@@ -76,7 +72,6 @@ VARIANTS = [
     Variant("trl packed", "trl", "qlora", "as trl, packed (bfd)", {**TRL_FAST, **BF16, **PACKED}),
     Variant("litgpt", "litgpt", "qlora", "bnb.nf4-dq, which needs a GPU", {"quantize": "bnb.nf4-dq"}, cuda_only=True),
     Variant("litpeft", "litpeft", "full", "defaults", {}),
-    Variant("litpeft mixed", "litpeft", "full", "bf16-mixed", LITPEFT_FULL),
     Variant(
         "litgpt defaults", "litgpt", "full", "precision left open (bf16-mixed), micro-batch 4", {"precision": None}
     ),
@@ -95,7 +90,8 @@ def command(variant: Variant, job: Job, record: Path) -> list[str]:
     """Returns the command line of a run, which leaves what was observed in `record`; writes its settings file."""
     job.out.mkdir(parents=True, exist_ok=True)
     words = {"litpeft": litpeft_words, "litgpt": litgpt_words, "trl": trl_words}[variant.tool](variant, job)
-    return [str(PYTHON[variant.tool]), str(HERE / "observe.py"), str(record), variant.tool, *map(str, words)]
+    observe = [str(PYTHON[variant.tool]), "-m", "scripts.bench.observe"]
+    return [*observe, str(record), variant.tool, *map(str, words)]
 
 
 def litpeft_words(variant: Variant, job: Job) -> list[object]:

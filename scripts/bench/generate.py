@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from commands import HERE, PYTHON, litgpt_copy
-from measure import printed, run
-from shapes import Shapes, decode_bytes
-from tables import GENERATION, Round, picture, table
-from train import machine, measure_roof
+from scripts.bench.commands import PYTHON, litgpt_copy
+from scripts.bench.measure import OUT, machine, measure_roof, printed, quiet, run
+from scripts.bench.shapes import Shapes, decode_bytes
+from scripts.bench.tables import GENERATION, Round, table
 
-OUT = Path("out/bench")
 GGUF = Path(".bench/models/gguf")
 LLAMA_CPP = Path(".bench/gguf/bin/python")
 TEXT = (
@@ -48,24 +46,18 @@ class Writer:
 
 # bits: NF4 has one constant of 8 bits for 64 weights and one of 32 for 256 of those; int8 one of 32 for a row; Q8_0 one
 # of 16 for 32 weights; Q4_1 two. What is not in a block (the head, which is the embedding) litpeft keeps in 16 bits.
+BF16, INT8, NF4 = ({"precision": "bf16-true", "quantize": kind} for kind in (None, "int8", "nf4"))
+GUESSED = {"lookup": LOOKUP}
 WRITERS = [
-    Writer("litpeft bf16", "litpeft", 16, 16, {"precision": "bf16-true", "lookup": 0}),
-    Writer("litpeft bf16 lookup", "litpeft", 16, 16, {"precision": "bf16-true", "lookup": LOOKUP}, (1,)),
-    Writer("litpeft float16", "litpeft", 16, 16, {"precision": "16-true", "lookup": 0}),
-    Writer("litpeft int8", "litpeft", 8, 16, {"precision": "bf16-true", "quantize": "int8", "lookup": 0}),
-    Writer(
-        *("litpeft int8 lookup", "litpeft", 8, 16),
-        {"precision": "bf16-true", "quantize": "int8", "lookup": LOOKUP},
-        (1,),
-    ),
-    Writer("litpeft nf4", "litpeft", 4.127, 16, {"precision": "bf16-true", "quantize": "nf4", "lookup": 0}),
-    Writer(
-        *("litpeft nf4 lookup", "litpeft", 4.127, 16),
-        {"precision": "bf16-true", "quantize": "nf4", "lookup": LOOKUP},
-        (1,),
-    ),
+    Writer("litpeft bf16", "litpeft", 16, 16, BF16),
+    Writer("litpeft bf16 lookup", "litpeft", 16, 16, BF16 | GUESSED, (1,)),
+    Writer("litpeft float16", "litpeft", 16, 16, {"precision": "16-true"}),
+    Writer("litpeft int8", "litpeft", 8, 16, INT8),
+    Writer("litpeft int8 lookup", "litpeft", 8, 16, INT8 | GUESSED, (1,)),
+    Writer("litpeft nf4", "litpeft", 4.127, 16, NF4),
+    Writer("litpeft nf4 lookup", "litpeft", 4.127, 16, NF4 | GUESSED, (1,)),
     Writer("transformers bf16", "transformers", 16, 16, {"dtype": "bfloat16"}),
-    Writer("transformers bf16 lookup", "transformers", 16, 16, {"dtype": "bfloat16", "lookup": LOOKUP}, (1,)),
+    Writer("transformers bf16 lookup", "transformers", 16, 16, {"dtype": "bfloat16"} | GUESSED, (1,)),
     Writer("transformers float16", "transformers", 16, 16, {"dtype": "float16"}),
     Writer("transformers static bf16", "transformers", 16, 16, {"dtype": "bfloat16", "cache": "static"}),
     Writer("litgpt bf16", "litgpt", 16, 16, {"precision": "bf16-true"}, (1,)),
@@ -106,8 +98,7 @@ def main() -> None:
     if not writers:
         sys.exit("nothing to run: see --only")
     prompts = write_prompts(args)
-    environment = {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0") if args.device == "cuda" else ""
+    environment = quiet(args)
     results: dict[str, list[Round]] = {}
     roofs: list[dict[str, Any]] = []
     for turn in range(args.rounds):
@@ -147,7 +138,7 @@ def model_for(args: argparse.Namespace, writer: Writer, source: Path | None) -> 
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
-        words = [sys.executable, HERE / "write_gguf.py", source, writer.gguf, partial]
+        words = [sys.executable, "-m", "scripts.bench.write_gguf", source, writer.gguf, partial]
         subprocess.run(list(map(str, words)), check=True)
         partial.rename(path)
     return path
@@ -166,7 +157,15 @@ def one_run(
     name = f"{writer.name}, batch {batch}"
     log = OUT / "logs" / f"{name}.json".replace(" ", "-").replace(",", "")
     python = LLAMA_CPP if writer.tool == "llama_cpp" else PYTHON[{"transformers": "trl"}.get(writer.tool, writer.tool)]
-    words = [python, HERE / "writers.py", writer.tool, model_for(args, writer, source), prompts, args.new_tokens]
+    words = [
+        python,
+        "-m",
+        "scripts.bench.writers",
+        writer.tool,
+        model_for(args, writer, source),
+        prompts,
+        args.new_tokens,
+    ]
     done = run([*map(str, words), json.dumps(writer.settings)], log, environment)
     if done.code:
         print(f"{name}: failed, see {log}", file=sys.stderr)
@@ -181,18 +180,6 @@ def one_run(
     return figures
 
 
-def same_start(results: dict[str, list[Round]]) -> dict[str, str]:
-    """Returns for each entry how far its first answer is that of litpeft in bf16."""
-    plain = results.get("litpeft bf16, batch 1", [{}])[0].get("written")
-    notes = {}
-    for name, rounds in results.items():
-        ids = rounds[0].get("written")
-        if plain and ids:
-            same = next((i for i, (a, b) in enumerate(zip(plain[0], ids[0], strict=False)) if a != b), len(plain[0]))
-            notes[name] = f"first {same} of {len(plain[0])} tokens as litpeft bf16"
-    return notes
-
-
 def report(
     args: argparse.Namespace, results: dict[str, list[Round]], roofs: list[dict[str, Any]], missing: list[str]
 ) -> str:
@@ -204,7 +191,7 @@ def report(
         f"medians of {args.rounds} rounds (least–most); memory read at "
         f"{min(rates):.1f} to {max(rates):.1f} GB/s"
     )
-    parts = [head, table(results, GENERATION, same_start(results))]
+    parts = [head, table(results, GENERATION, {})]
     return "\n\n".join([*parts, *([f"not installed, so not measured: {', '.join(missing)}"] if missing else [])])
 
 
@@ -214,8 +201,6 @@ def write(args: argparse.Namespace, *parts: Any) -> None:
     facts = {"command": sys.argv, "machine": machine(), "roofs": roofs, "writing": results, "not_installed": missing}
     (OUT / "generate.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     (OUT / "generate.md").write_text(report(args, *parts) + "\n", encoding="utf-8")
-    title = f"generating with {args.model.name} on {args.device}"
-    picture(OUT / "generate.png", results, [GENERATION[0], GENERATION[2], GENERATION[4]], title)
 
 
 if __name__ == "__main__":

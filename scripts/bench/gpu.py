@@ -22,10 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.attention.varlen as varlen
 
-SHAPES = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 32}
-HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-OTHERS = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "bos_token_id": 1}
-CONFIG = {**SHAPES, **HEADS, **OTHERS, "eos_token_id": 2, "rope_theta": 5e5, "max_position_embeddings": 131072}
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 32}
+LLAMA_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
+LLAMA_8B |= {"max_position_embeddings": 131072, "dtype": "bfloat16"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS, LENGTH, STEPS = 4, 2048, 8
 
@@ -42,45 +41,16 @@ def suit_older_torch() -> None:
         varlen.varlen_attn = attend
 
 
-def make(folder: Path, tokenizer: Path) -> None:
-    """Writes random weights, four layers to a file."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    d, ff, kv = 4096, 14336, 1024
-    shapes = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
-    mlp = {"gate_proj": (ff, d), "up_proj": (ff, d), "down_proj": (d, ff)}
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16).mul_(0.02).cpu()
-
-    ones, index = torch.ones(d, dtype=torch.bfloat16), {}
-    parts = [{"model.embed_tokens.weight": random(128256, d), "lm_head.weight": random(128256, d)}]
-    for first in range(0, 32, 4):
-        part = {} if first else {"model.norm.weight": ones.clone()}
-        for layer in range(first, first + 4):
-            start = f"model.layers.{layer}."
-            part |= {f"{start}{name}.weight": ones.clone() for name in ("input_layernorm", "post_attention_layernorm")}
-            part |= {f"{start}self_attn.{name}.weight": random(*shape) for name, shape in shapes.items()}
-            part |= {f"{start}mlp.{name}.weight": random(*shape) for name, shape in mlp.items()}
-        parts.append(part)
-    for number, part in enumerate(parts, 1):
-        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        save_file(part, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}))
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tokenizer / file, folder / file)
-
-
-def small(folder: Path, tokenizer: Path) -> None:
-    """Writes random weights of a smaller Llama."""
+def make(folder: Path, tokenizer: Path, small: bool) -> None:
+    """Writes random weights of Llama-3.1-8B's shapes, or of those in the tokenizer folder's config.json."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig.from_pretrained(tokenizer) if small else LlamaConfig(**LLAMA_8B)
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(tokenizer))
-    model.bfloat16().save_pretrained(folder)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer / file, folder / file)
 
 
 def timed(step: Callable[[], object], steps: int = STEPS) -> tuple[float, float]:
@@ -242,7 +212,7 @@ def main() -> None:
     parser.add_argument("--quantize")
     given = parser.parse_args()
     if given.what in ("make", "small"):
-        (make if given.what == "make" else small)(given.folder, given.tokenizer)
+        make(given.folder, given.tokenizer, given.what == "small")
         return
     actions = {
         "train": lambda: train(given.folder, given.tool),

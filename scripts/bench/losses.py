@@ -1,6 +1,6 @@
 """Prints the loss of a training result on the held-out rows, in float32 and with the same code for every tool.
 
-    python losses.py MODEL TOKENS.json KIND RESULT [nf4]
+    python -m scripts.bench.losses MODEL TOKENS.json KIND RESULT [nf4]
 
 KIND: base; litpeft (a run); peft (an adapter); litgpt (lit_model.pth.lora); folder (a Hugging Face folder); litgpt_full
 (lit_model.pth). LoRA tensors are put beside the base as they are, not merged: merging rounds them. nf4: the base is
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from shapes import ALPHA, RANK, Shapes
 from torch import Tensor
 
 from litpeft.core.precision import pick_device
@@ -28,6 +27,7 @@ from litpeft.model.families.llama import NAMES
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import mean_loss
 from litpeft.model.quantize import Storage
+from scripts.bench.shapes import ALPHA, RANK, Shapes
 
 MICRO_TOKENS = 2048
 LITGPT = {"attn.o": "attn.proj", "mlp.gate": "mlp.fc_1", "mlp.up": "mlp.fc_2", "mlp.down": "mlp.proj"}

@@ -1,7 +1,9 @@
 """Runs a command as a process of its own and measures it, and makes figures of what its observer noted."""
 
+import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+OUT = Path("out/bench")
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss
 
 
@@ -106,4 +109,35 @@ def training_figures(record: dict[str, Any], rows: list[dict[str, list[int]]]) -
         "measured_trained": trained,
         "measured_seconds": seconds,
         "threads": record["threads"],
+    }
+
+
+def quiet(args: argparse.Namespace) -> dict[str, str]:
+    """Returns the environment of every process that is measured."""
+    environment = {"BENCH_DEVICE": args.device, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(args.threads))
+    return environment | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
+
+
+def measure_roof(args: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
+    """Returns what the machine can do now: see roof.py."""
+    log = OUT / "logs" / "roof.json"
+    done = run([sys.executable, "-m", "scripts.bench.roof", str(args.model), args.device], log, environment)
+    if done.code:
+        sys.exit(f"the roof cannot be measured: see {log}")
+    return printed(log)
+
+
+def machine() -> dict[str, Any]:
+    """Returns what is known of the machine without asking for rights."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    name = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return {
+        "processor": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
     }

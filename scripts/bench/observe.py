@@ -1,6 +1,6 @@
 """Runs a finetuning command and notes, from outside its code, what it computed and when: the same for every tool.
 
-    python observe.py RECORD.json litpeft|litgpt|trl ARGUMENT...
+    python -m scripts.bench.observe RECORD.json litpeft|litgpt|trl ARGUMENT...
 
 RECORD.json gets when the first training forward pass began, the token ids of each, and for each optimiser step its
 time, the process's CPU time and its highest resident memory so far. The environment says when the process was started
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import RSS_UNIT, peak_memory
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from scripts.bench.measure import RSS_UNIT, peak_memory
 
 
 class Observer:
@@ -81,10 +82,9 @@ def main(record: str, tool: str, *arguments: str) -> None:
     elif tool == "litgpt":
         from litgpt.__main__ import main as command
     else:
-        sys.argv[0] = str(Path(__file__).with_name("peer_trl.py"))
 
         def command() -> None:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            runpy.run_module("scripts.bench.peer_trl", run_name="__main__", alter_sys=True)
 
     command()
     observer.write(Path(record))

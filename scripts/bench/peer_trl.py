@@ -1,6 +1,6 @@
 """Finetunes with TRL and PEFT as a JSON file says: {model, rows, out, sft, lora, quantize}. Runs in TRL's environment.
 
-    python peer_trl.py SETTINGS.json
+    python -m scripts.bench.peer_trl SETTINGS.json
 
 `sft` are SFTConfig's own settings, `lora` those of LoraConfig (null trains all weights); what is not named there keeps
 the library's default. `quantize` holds the base in NF4 through bitsandbytes, double-quantised.

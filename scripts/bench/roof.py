@@ -1,6 +1,6 @@
 """Measures what this machine can do on a model's own shapes, and prints it as JSON.
 
-    python roof.py MODEL [DEVICE DTYPE]
+    python -m scripts.bench.roof MODEL [DEVICE DTYPE]
 
 flops_per_second: the matrix products of one forward pass and one input gradient through all linear layers, each shape
 as often as the model has it, for 2,048 tokens, and the head for 256 positions at a time. bytes_per_second: reading
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from shapes import Shapes
+
+from scripts.bench.shapes import Shapes
 
 TOKENS, CHUNK = 2048, 256  # of a packed micro-batch; positions of which the logits are held
 TRIES = 7

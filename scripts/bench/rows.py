@@ -1,6 +1,6 @@
 """Writes the rows of the benchmark so that every tool gets the same ones, in the way it likes them.
 
-    python rows.py DATA MODEL FOLDER [ROWS HELD_OUT MAX_LENGTH]
+    python -m scripts.bench.rows DATA MODEL FOLDER [ROWS HELD_OUT MAX_LENGTH]
 
 DATA holds alpaca rows. The first ROWS of those with at most MAX_LENGTH tokens are trained on, the last HELD_OUT
 measured. FOLDER gets train.json and val.json (instruction, input, output: litpeft and Lit-GPT), prompts.jsonl (prompt,

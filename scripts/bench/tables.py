@@ -1,8 +1,7 @@
-"""Figures of several rounds as a table in Markdown and as a picture."""
+"""Figures of several rounds as a table in Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -66,29 +65,3 @@ def table(results: dict[str, list[Round]], columns: Sequence[Column], settings: 
         cells = [cell([r[c.key] for r in good if r.get(c.key) is not None], c) for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {note} |")
     return "\n".join(lines)
-
-
-def picture(path: Path, results: dict[str, list[Round]], columns: Sequence[Column], title: str) -> None:
-    """Writes bars of the columns, each beside the other: medians, with lines from the least to the most."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    height = 1.2 + 0.32 * len(results)
-    figure, axes = plt.subplots(1, len(columns), figsize=(4 * len(columns) + 2, height), sharey=True, squeeze=False)
-    for axis, column in zip(axes[0], columns, strict=True):
-        for place, (name, rounds) in enumerate(results.items()):
-            values = [r[column.key] * column.scale for r in rounds if r.get(column.key) is not None]
-            if values:
-                middle = median(values)
-                spread = [[middle - min(values)], [max(values) - middle]]
-                color = "tab:blue" if "litpeft" in name else "tab:gray"
-                axis.barh(place, middle, xerr=spread, color=color, ecolor="black")
-        axis.set_title(column.title, fontsize=10)
-    axes[0][0].set_yticks(range(len(results)), list(results))
-    axes[0][0].invert_yaxis()
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

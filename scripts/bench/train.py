@@ -6,19 +6,16 @@ Called by scripts/bench_train.sh, which makes the environments; `--help` lists t
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from commands import HERE, PYTHON, ROWS_A_STEP, Job, Variant, choose, command, litgpt_copy, loss_arguments
-from measure import printed, run, training_figures
-from shapes import Shapes, step_flops
-from tables import MERGING, TRAINING, Round, picture, table
-
-OUT = Path("out/bench")
+from scripts.bench.commands import PYTHON, ROWS_A_STEP, Job, Variant, choose, command, litgpt_copy, loss_arguments
+from scripts.bench.measure import OUT, machine, measure_roof, printed, quiet, run, training_figures
+from scripts.bench.shapes import Shapes, step_flops
+from scripts.bench.tables import MERGING, TRAINING, Round, table
 
 
 def arguments() -> argparse.Namespace:
@@ -54,19 +51,20 @@ def main() -> None:
     if not variants:
         sys.exit("nothing to run: see --tools, --what and --variants")
     rows = OUT / "rows"
-    prepare = [sys.executable, HERE / "rows.py", args.data, args.model, rows, args.rows, args.held_out, args.max_length]
+    prepare = [
+        sys.executable,
+        "-m",
+        "scripts.bench.rows",
+        args.data,
+        args.model,
+        rows,
+        args.rows,
+        args.held_out,
+        args.max_length,
+    ]
     subprocess.run(list(map(str, prepare)), check=True)
     tokens = json.loads((rows / "tokens.json").read_text(encoding="utf-8"))["train"]
-    environment = {
-        "OMP_NUM_THREADS": str(args.threads),
-        "MKL_NUM_THREADS": str(args.threads),
-        "BENCH_DEVICE": args.device,
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(HERE.resolve()),
-    }
-    if args.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = quiet(args)
     base = [args.model, rows / "tokens.json", "base", args.model]
     args.base_loss = None if args.no_loss else held_out_loss(base, "base", environment)
     results: dict[str, list[Round]] = {}
@@ -91,17 +89,8 @@ def main() -> None:
 def held_out_loss(words: list[object], name: str, environment: dict[str, str]) -> float | None:
     """Returns the loss that losses.py finds; None if it fails, which its log explains."""
     log = OUT / "logs" / f"{name}-loss.json".replace(" ", "-")
-    done = run([sys.executable, *map(str, [HERE / "losses.py", *words])], log, environment)
+    done = run([sys.executable, "-m", "scripts.bench.losses", *map(str, words)], log, environment)
     return None if done.code else printed(log)["loss"]
-
-
-def measure_roof(args: argparse.Namespace, environment: dict[str, str]) -> dict[str, Any]:
-    """Returns what the machine can do now: see roof.py."""
-    log = OUT / "logs" / "roof.json"
-    done = run([sys.executable, str(HERE / "roof.py"), str(args.model), args.device], log, environment)
-    if done.code:
-        sys.exit(f"the roof cannot be measured: see {log}")
-    return printed(log)
 
 
 def make_job(args: argparse.Namespace, variant: Variant, rows: Path, tokens: list[dict], turn: int) -> Job:
@@ -178,23 +167,6 @@ def write(args: argparse.Namespace, *parts: Any) -> None:
     }
     (OUT / "train.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     (OUT / "train.md").write_text(report(args, *parts) + "\n", encoding="utf-8")
-    chosen = [c for c in TRAINING if c.key in ("real_per_second", "peak_bytes", "roof_share")]
-    picture(OUT / "train.png", results, chosen, f"training {args.model.name} on {args.device}, {args.rows} rows")
-
-
-def machine() -> dict[str, Any]:
-    """Returns what is known of the machine without asking for rights."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    name = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return {
-        "processor": name,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-    }
 
 
 def report(

@@ -1,6 +1,6 @@
 """Writes a GGUF file anew with its weight matrices in another type, for llama.cpp to be measured on.
 
-python write_gguf.py SOURCE.gguf F16|Q8_0|Q4_1 OUT.gguf
+python -m scripts.bench.write_gguf SOURCE.gguf F16|Q8_0|Q4_1 OUT.gguf
 """
 
 import sys

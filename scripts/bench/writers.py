@@ -1,6 +1,6 @@
 """Lets one tool write greedily, and prints how fast, as JSON. Runs in the tool's own environment.
 
-    python writers.py litpeft|transformers|litgpt|llama_cpp MODEL PROMPTS.json NEW_TOKENS SETTINGS
+    python -m scripts.bench.writers litpeft|transformers|litgpt|llama_cpp MODEL PROMPTS.json NEW_TOKENS SETTINGS
 
 PROMPTS.json holds rows of token ids, all of the same length, written to at once; SETTINGS is a JSON object of the
 tool's own. Each tool is timed in the same way: one token after the prompt, then NEW_TOKENS of them; the difference is
@@ -25,7 +25,7 @@ def litpeft(model: str, settings: dict[str, Any], length: int) -> Write:
     from litpeft.generate.load import load
     from litpeft.generate.settings import Sampling
 
-    lookup = settings.pop("lookup")
+    lookup = settings.pop("lookup", 0)
     loaded = load(model, **settings)
 
     def write(prompts: Rows, new: int) -> Rows:
@@ -106,14 +106,15 @@ def llama_cpp(model: str, settings: dict[str, Any], length: int) -> Write:
     return write
 
 
-def shortest(work: Callable[[], Rows]) -> tuple[float, Rows]:
-    """Returns the shortest time of a few tries after one that is not counted, in seconds, and what was written."""
-    written, times = work(), []
+def shortest(work: Callable[[], Rows]) -> float:
+    """Returns the shortest time of a few tries after one that is not counted, in seconds."""
+    work()
+    times = []
     for _ in range(TRIES):
         began = time.perf_counter()
-        written = work()
+        work()
         times.append(time.perf_counter() - began)
-    return min(times), written
+    return min(times)
 
 
 def main(tool: str, model: str, prompts: str, new_tokens: str, settings: str) -> None:
@@ -122,13 +123,12 @@ def main(tool: str, model: str, prompts: str, new_tokens: str, settings: str) ->
         model, json.loads(settings), len(rows[0]) + new
     )
     loaded = time.time() - float(os.environ["BENCH_START"])
-    first, _ = shortest(lambda: write(rows, 1))
-    whole, written = shortest(lambda: write(rows, new))
+    first = shortest(lambda: write(rows, 1))
+    whole = shortest(lambda: write(rows, new))
     figures = {
         "load_seconds": loaded,
         "prompt_per_second": len(rows) * len(rows[0]) / first,
         "decode_per_second": len(rows) * (new - 1) / (whole - first),
-        "written": written,
     }
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
