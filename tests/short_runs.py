@@ -15,7 +15,7 @@ from conftest import write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
-import litpeft.train.fit
+import litpeft.train.step
 from litpeft.cli import main
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
 from litpeft.train.log import read_metrics
@@ -150,13 +150,13 @@ def wait_for_step(run: Path, step: int, process: multiprocessing.process.BasePro
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, call: int, spoil: Callable[[Tensor], Tensor]) -> None:
     """Has `spoil` act on the loss of one of the run's micro-batches."""
-    calls, summed_loss = count(1), litpeft.train.fit.summed_loss
+    calls, summed_loss = count(1), litpeft.train.step.summed_loss
 
     def loss(model: torch.nn.Module, batch: object) -> Tensor:
         value = summed_loss(model, batch)
         return spoil(value) if next(calls) == call else value
 
-    monkeypatch.setattr(litpeft.train.fit, "summed_loss", loss)
+    monkeypatch.setattr(litpeft.train.step, "summed_loss", loss)
 
 
 def kills(base: Path, whole: Path, folder: Path, number: int, settings: Settings, method: str, seed: int) -> None:

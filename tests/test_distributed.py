@@ -16,6 +16,7 @@ from litpeft.model.quantize.codes import bitsandbytes
 from litpeft.model.quantize.quantized import Quantized
 from litpeft.train import fit
 from litpeft.train.checkpoints import Checkpoints
+from litpeft.train.step import Stepper
 
 bitsandbytes()  # imported once, not in each rank anew
 
@@ -170,8 +171,8 @@ def leaving_before(step: int) -> Hook:
     """Every rank leaves, without a word, where this optimizer step would be."""
 
     def hook(rank: int) -> None:
-        real = fit.train_step
-        fit.train_step = lambda *args: os._exit(3) if args[7] == step else real(*args)
+        real = Stepper.step
+        Stepper.step = lambda *args: os._exit(3) if args[4] == step else real(*args)
 
     return hook
 

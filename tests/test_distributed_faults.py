@@ -15,9 +15,11 @@ import torch
 from conftest import make_folder, write_rows
 from ranks import Hook, Ranks, Result, run, start
 
-from litpeft.train import checkpoints, fit, preparation
+from litpeft.train import checkpoints, preparation
+from litpeft.train import step as steps
 from litpeft.train.checkpoints import Checkpoints
 from litpeft.train.launch import free_port
+from litpeft.train.step import Stepper
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = "--train.warmup_steps 0 --train.batch_size 4 --train.epochs 4 --train.lr 1e-2 --base.precision 64-true"
@@ -48,8 +50,8 @@ def at_step(step: int, rank: int, action: Callable[[], object]) -> Hook:
     """Does something on one rank just before an optimizer step."""
 
     def hook(own: int) -> None:
-        real = fit.train_step
-        fit.train_step = lambda *args: (action() if (args[7], own) == (step, rank) else None, real(*args))[1]
+        real = Stepper.step
+        Stepper.step = lambda *args: (action() if (args[4], own) == (step, rank) else None, real(*args))[1]
 
     return hook
 
@@ -84,8 +86,8 @@ def fail() -> None:
 
 def no_number() -> None:
     """From here on the loss of this rank's rows is NaN."""
-    real = fit.summed_loss
-    fit.summed_loss = lambda model, batch: real(model, batch) * (float("nan") if len(batch.targets) else 1)
+    real = steps.summed_loss
+    steps.summed_loss = lambda model, batch: real(model, batch) * (float("nan") if len(batch.targets) else 1)
 
 
 def no_gradient() -> None:

@@ -13,10 +13,10 @@ from litpeft.methods.full import Full
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
 from litpeft.model.delta import trainable
-from litpeft.train.fit import train_step
 from litpeft.train.optim import make_optimizer
 from litpeft.train.optimizer_state import optimizer_tensors
 from litpeft.train.settings import Train
+from litpeft.train.step import Stepper
 
 
 def rows(count: int) -> list[Row]:
@@ -35,8 +35,8 @@ def stepped(folder, method, dtype: torch.dtype, fabric: Fabric, optimizer: str =
     train = Train(optimizer=optimizer, lr=1e-3)
     made = fabric.setup_optimizers(make_optimizer(train, trainable(model).values(), scaled=scaled))
     batch = collate(rows(4))
-    taken = [train_step(fabric, wrapped, made, [batch], len(batch.targets), 1e-3, None, s + 1) for s in range(steps)]
-    return model, made, [loss for loss, _, _ in taken]
+    stepper = Stepper(fabric, wrapped, made)
+    return model, made, [stepper.step([batch], len(batch.targets), 1e-3, s + 1).loss for s in range(steps)]
 
 
 @pytest.mark.parametrize("method", METHODS)

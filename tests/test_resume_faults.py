@@ -38,7 +38,7 @@ from short_runs import (
 )
 from torch import Tensor
 
-import litpeft.train.fit
+import litpeft.train.step
 from litpeft.train.checkpoints import Checkpoints
 from litpeft.train.log import read_metrics
 
@@ -294,8 +294,8 @@ def test_what_trains_is_named_where_it_is_not_finite_and_no_row_is_blamed(tiny_f
 def test_a_loss_that_is_not_finite_in_every_micro_batch_is_not_blamed_on_a_row(
     tiny_folder, tmp_path, monkeypatch, capsys
 ) -> None:
-    whole_loss = litpeft.train.fit.summed_loss
-    monkeypatch.setattr(litpeft.train.fit, "summed_loss", lambda *args: whole_loss(*args) * torch.nan)
+    whole_loss = litpeft.train.step.summed_loss
+    monkeypatch.setattr(litpeft.train.step, "summed_loss", lambda *args: whole_loss(*args) * torch.nan)
     with pytest.raises(SystemExit) as stop:
         train(tiny_folder, tmp_path / "run")
     assert stop.value.code == 5

@@ -26,12 +26,12 @@ from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
 from litpeft.model.delta import delta_state, trainable
 from litpeft.model.objective import mean_loss
-from litpeft.train.fit import train_step
 from litpeft.train.learned import PART, check_learned, count_still, sums
 from litpeft.train.log import read_metrics
 from litpeft.train.optim import lr_at, make_optimizer
 from litpeft.train.progress import Progress
 from litpeft.train.settings import Train
+from litpeft.train.step import Stepper
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,8 +59,8 @@ def one_step(folder: Path, dtype: torch.dtype, split: list[list[int]]) -> tuple[
     rows = some_rows()
     batches = [collate([rows[i] for i in numbers]) for numbers in split]
     trained = sum(len(batch.targets) for batch in batches)
-    loss, norm, _ = train_step(fabric, wrapped, optimizer, batches, trained, 1.0, None, 1)
-    return loss, norm, {key: value.clone() for key, value in delta_state(model).items()}
+    found = Stepper(fabric, wrapped, optimizer).step(batches, trained, 1.0, 1)
+    return found.loss, found.norm, {key: value.clone() for key, value in delta_state(model).items()}
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 
 from litpeft.core.distributed import whole
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import UserError
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
 from litpeft.data.tokenise import Row
 from litpeft.model.delta import delta_state, put, trainable
 from litpeft.model.gpt import GPT
-from litpeft.model.objective import MICRO_TOKENS, mean_loss, summed_loss
+from litpeft.model.objective import MICRO_TOKENS, mean_loss
 from litpeft.train.checkpoints import STATE, Checkpoint, Checkpoints
-from litpeft.train.learned import check_learned, check_moved, count_still, sums
+from litpeft.train.learned import check_learned, check_loss, check_moved, count_still, sums
 from litpeft.train.log import Log, StepRecord
 from litpeft.train.optim import lr_at
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
@@ -28,8 +27,10 @@ from litpeft.train.progress import Progress
 from litpeft.train.recorded_pass import RecordedPasses
 from litpeft.train.settings import Finetune, Train
 from litpeft.train.signals import NAMES, StopSignals, exit_code
+from litpeft.train.step import Stepper
 
 DONE = "all steps done"
+SHORT = 20  # steps up to which one gradient more at the end shows what a longer run shows by itself
 
 
 def total_steps(rows: int, train: Train) -> int:
@@ -67,7 +68,8 @@ class Trainer:
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         whole = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
-        self.recorded = RecordedPasses.of(self.gpt) if whole else None
+        recorded = RecordedPasses.of(self.gpt) if whole else None
+        self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded)
         self.before = sums(trainable(self.gpt).values())
         self.names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -83,7 +85,7 @@ class Trainer:
             self.measure()
         elif owed and self.judge(self.measure()):
             self.save()
-        self.lose_patience()  # it may have been stopped so, and killed before it had written its result
+        self.check_patience()  # it may have been stopped so, and killed before it had written its result
         self.signals.training = True
         for numbers in () if progress.stopped else self.planned_steps():
             self.take_step(numbers)
@@ -102,15 +104,15 @@ class Trainer:
 
     def check_result(self) -> None:
         """Raises if the weights that the run ends with learned nothing, or are worse than no model: see learned.py."""
-        fabric, progress, settings = self.fabric, self.progress, self.settings
-        check_moved(progress, self.before, trainable(self.gpt).values(), fabric)
+        progress, settings, vocabulary = self.progress, self.settings, self.gpt.config.vocab_size
+        check_moved(progress, self.before, trainable(self.gpt).values(), self.fabric)
+        if progress.step > SHORT:
+            check_loss(progress, progress.losses[-1], vocabulary)
+            return
         numbers = plan_epoch(len(self.rows), settings.train.batch_size, 0, settings.data.seed)[0]
-        batches, trained = self.micro_batches(0, numbers)
-        loss, norm, _ = gradient(
-            fabric, self.model, self.optimizer, batches, trained, None, progress.step + 1, list, self.recorded
-        )
+        found = self.stepper.gradient(*self.micro_batches(0, numbers), progress.step + 1)
         self.optimizer.zero_grad()
-        check_learned(progress, loss, norm, self.gpt.config.vocab_size)
+        check_learned(progress, found.loss, found.norm, vocabulary)
 
     def clock(self) -> float:
         """Returns the seconds since the run began, without the time between a stop and its resume."""
@@ -133,45 +135,34 @@ class Trainer:
 
     def take_step(self, numbers: list[int]) -> None:
         """Takes one optimizer step with these rows, and counts it in."""
-        fabric, train, progress = self.fabric, self.settings.train, self.progress
+        train, progress = self.settings.train, self.progress
         began = time.perf_counter()
         batches, trained = self.micro_batches(progress.step, numbers)
         lr = lr_at(progress.step, self.steps, train)
-        loss, norm, wishes = train_step(
-            fabric,
-            self.model,
-            self.optimizer,
-            batches,
-            trained,
-            lr,
-            train.max_norm,
-            progress.step + 1,
-            self.wishes,
-            self.recorded,
-        )
+        found = self.stepper.step(batches, trained, lr, progress.step + 1, self.stop_votes)
         now = time.perf_counter()
         tokens = sum(self.lengths[i] for i in numbers)
         progress.step += 1
         progress.tokens += tokens
         progress.trained_tokens += trained
-        progress.losses.append(loss)
+        progress.losses.append(found.loss)
         progress.seconds += now - began
         progress.elapsed = self.clock()
-        self.heed(wishes)
+        self.apply_stop(found.votes)
         self.log.step(
             StepRecord(
                 step=progress.step,
                 epoch=progress.epoch,
-                loss=loss,
+                loss=found.loss,
                 lr=lr,
-                grad_norm=norm,
+                grad_norm=found.norm,
                 tokens=progress.tokens,
                 trained_tokens=progress.trained_tokens,
                 tokens_per_second=tokens / (now - began),
                 seconds=progress.elapsed,
             )
         )
-        count_still(progress, loss, norm, self.gpt.config.vocab_size)
+        count_still(progress, found.loss, found.norm, self.gpt.config.vocab_size)
 
     def micro_batches(self, step: int, numbers: list[int]) -> tuple[list[Batch], int]:
         """Returns this rank's share of these rows, and how many tokens of all of them train; seeds the step's dropout.
@@ -185,13 +176,13 @@ class Trainer:
         batches = [collate([self.rows[i] for i in micro]) if micro else idle(self.rows[numbers[0]]) for micro in layout]
         return [batch.to(fabric.device) for batch in batches], sum(sum(self.rows[i].trained) for i in numbers)
 
-    def wishes(self) -> list[float]:
+    def stop_votes(self) -> list[float]:
         """Returns 1 for each reason that this rank has to stop: the signals, then max_time."""
         return [*(float(self.signals.asked == name) for name in NAMES), float(time.perf_counter() >= self.deadline)]
 
-    def heed(self, wishes: list[float]) -> None:
-        """Notes why the run stops, if any rank wished it: all of them know, and stop after the same step."""
-        reason = next((name for name, wish in zip([*NAMES, ""], wishes, strict=True) if wish), None)
+    def apply_stop(self, votes: list[float]) -> None:
+        """Notes why the run stops, if any rank asks for it: all ranks know, and stop after the same step."""
+        reason = next((name for name, vote in zip([*NAMES, ""], votes, strict=True) if vote), None)
         if reason is not None:
             self.progress.stopped = f"{reason or 'max_time reached'} at step {self.progress.step} of {self.steps}"
             self.progress.exit_code = exit_code(reason) if reason else 0
@@ -226,10 +217,10 @@ class Trainer:
             progress.best, progress.waited = (progress.step, value), 0
             return self.settings.checkpoint.keep_best
         progress.waited += 1
-        self.lose_patience()
+        self.check_patience()
         return False
 
-    def lose_patience(self) -> None:
+    def check_patience(self) -> None:
         """Stops the run if as many measurements in a row were no better as it has patience for."""
         progress, validation = self.progress, self.settings.validation
         if validation.patience is not None and progress.waited >= validation.patience:
@@ -267,97 +258,3 @@ class Trainer:
         self.progress = Progress.of(saved.state["progress"])
         if self.settings.validation.final == "best" and self.progress.best:
             self.checkpoints.at(self.progress.best[0])  # what is wrong with it is better known now than at the end
-
-
-def train_step(
-    fabric: Fabric,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: list[Batch],
-    trained: int,
-    lr: float,
-    max_norm: float | None,
-    step: int,
-    wishes: Callable[[], list[float]] = list,
-    recorded: RecordedPasses | None = None,
-) -> tuple[float, float, list[float]]:
-    """Takes optimizer step `step` with this rank's micro-batches; returns what `gradient` does."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    found = gradient(fabric, model, optimizer, batches, trained, max_norm, step, wishes, recorded)
-    optimizer.step()
-    optimizer.zero_grad()
-    return found
-
-
-def gradient(
-    fabric: Fabric,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: list[Batch],
-    trained: int,
-    max_norm: float | None,
-    step: int,
-    wishes: Callable[[], list[float]],
-    recorded: RecordedPasses | None,
-) -> tuple[float, float, list[float]]:
-    """Leaves the gradient of this rank's micro-batches in what trains; `trained` tokens train in those of all ranks.
-
-    Returns the loss in nats per trained token, the norm of its gradient, and the `wishes` summed over the ranks. The
-    loss is the sum over the trained tokens of all micro-batches of all ranks, divided by their number: how the rows of
-    a step are spread changes nothing.
-    """
-    losses = []
-    for number, batch in enumerate(batches, 1):
-        loss = None if recorded is None else recorded(batch, 1 / trained)
-        if loss is not None:
-            losses.append(loss)
-            continue
-        # FSDP would hold whole gradients while it does not exchange them: there each micro-batch does
-        wait = number < len(batches) and isinstance(fabric.strategy, DDPStrategy)
-        with fabric.no_backward_sync(model, enabled=wait):
-            loss = summed_loss(model, batch)
-            fabric.backward(loss * (fabric.world_size / trained))  # Fabric averages the gradients of the ranks
-        losses.append(loss.detach())
-    norm = whole(fabric.clip_gradients(model, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False))
-    total, norm = torch.stack([torch.stack(losses).double().sum(), norm.to(losses[0].device).double()]).tolist()
-    sums = torch.tensor([total, norm, *wishes()], dtype=torch.float64, device=fabric.device)
-    sums = fabric.all_reduce(sums, reduce_op="sum").tolist()
-    if not (math.isfinite(sums[0]) and math.isfinite(sums[1])):  # of the sums, so that all ranks decide the same
-        refuse_nonfinite(fabric, model, batches, losses, step)
-    return sums[0] / trained, norm, sums[2:]
-
-
-def refuse_nonfinite(
-    fabric: Fabric, model: torch.nn.Module, batches: list[Batch], losses: list[torch.Tensor], step: int
-) -> None:
-    """Raises on all ranks, naming what is not finite: what trains, the loss of some rows, or the first gradient.
-
-    A gradient that overflows in float16 is no error: the scaler of 16-mixed skips that step and lowers its scale.
-    """
-    judged = [
-        (batch.sources, bool(loss.isfinite()))
-        for batch, loss in zip(batches, losses, strict=True)
-        if len(batch.targets)
-    ]
-    if fabric.world_size > 1:
-        everyones: list[list[tuple[tuple[str, ...], bool]]] = [[] for _ in range(fabric.world_size)]
-        torch.distributed.all_gather_object(everyones, judged)
-        judged = [one for rank in everyones for one in rank]
-    rows = [source for sources, finite in judged if not finite for source in sources]
-    if not rows and getattr(fabric.strategy.precision, "scaler", None) is not None:
-        return
-    named = trainable(model.module).items()  # Fabric's wrapper would put its own name before each
-    spoilt = [name for name, p in named if not whole(p.detach()).isfinite().all()]
-    bad = [name for name, p in named if p.grad is not None and not whole(p.grad).isfinite().all()]
-    hint = "nothing of this step was taken; lower train.lr, or choose another base.precision"
-    if spoilt:
-        what = f"{spoilt[0]}, as step {step - 1} left it,"
-    elif len(rows) > 1 and not any(finite for _, finite in judged):
-        what = f"the loss of all {len(rows)} rows of the step ({some(rows)})"
-        hint = f"the weights are at fault rather than a row; {hint}"
-    elif rows:
-        what = f"the loss of rows {some(rows)}"
-    else:
-        what = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
-    raise UserError("NUMERIC-001", f"step {step}: {what} is not finite", hint=hint)

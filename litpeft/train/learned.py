@@ -59,8 +59,14 @@ def check_learned(progress: Progress, loss: float, norm: float, vocabulary: int)
     first = progress.losses[0]
     if norm == 0 and loss > LEARNED and (progress.still or abs(loss - first) > 1e-5 * first):
         raise no_gradient(progress, loss, vocabulary)
+    check_loss(progress, loss, vocabulary)
+
+
+def check_loss(progress: Progress, loss: float, vocabulary: int) -> None:
+    """Raises if the loss that a run ends with is far above that of its first step, and of a guess."""
+    first = progress.losses[0]
     if loss > WORSE * max(first, math.log(vocabulary)):
-        what = f"the loss of the first step's rows was {first:.3f} and is {loss:,.3f} after step {progress.step}"
+        what = f"the loss was {first:.3f} in the first step and is {loss:,.3f} after step {progress.step}"
         raise UserError("NUMERIC-005", f"{what}: a guess among all {vocabulary:,} tokens is better", hint=TOO_LARGE)
 
 
