@@ -34,7 +34,7 @@ def holder(tmp_path):
 
 
 @pytest.mark.parametrize("resume", ["true", "false"])
-@pytest.mark.parametrize("out", ["x" * 5000, "file/run"])
+@pytest.mark.parametrize("out", ["x" * 5000, "file/run", "new/" + "x" * 256, "x" * 250])
 def test_a_run_that_can_lie_nowhere_is_a_mistake_of_its_option(
     tiny_folder: Path, tmp_path: Path, out: str, resume: str, capsys: pytest.CaptureFixture
 ) -> None:

@@ -1,5 +1,6 @@
 """What a chat template can reach, and what it may cost: it runs in a process that ends where it takes too much."""
 
+import json
 import os
 import resource
 import signal
@@ -286,3 +287,36 @@ def test_a_row_too_large_for_a_template_is_the_rows_fault_and_can_be_skipped(tmp
     assert [row.source[-2:] for row in found.train] == [":1", ":3"]
     assert [bad.where[-2:] for bad in found.rejected] == [":2"]
     assert "bytes are too many for the chat template" in found.rejected[0].reason
+
+
+@pytest.mark.parametrize(
+    ("suffix", "large", "said"),
+    [
+        ("json", {"instruction": "a", "output": "ab " * (3 << 20)}, "characters are more than a row's tokens can hold"),
+        (
+            "jsonl",
+            {"instruction": "<|im_end|> " * 800_000, "output": "a"},
+            "characters are more than a row's tokens can hold",
+        ),
+        (
+            "json",
+            {"messages": [{"role": r, "content": "a"} for r in ["user", "assistant"] * 9_000]},
+            "its 9,000 answers in",
+        ),
+    ],
+)
+def test_a_row_of_megabytes_is_named_and_left_out_at_once(tmp_path, suffix, large, said):
+    tokenizer = Tokenizer.load(write_folder(tmp_path, "chatml"))
+    rows = [
+        json.dumps(row) for row in ({"instruction": "a", "output": "b"}, large, {"instruction": "c", "output": "d"})
+    ]
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text("\n".join(rows) if suffix == "jsonl" else "[" + ",\n".join(rows) + "]")
+    for option in ({"bad_rows": "skip"}, {"overlong": "drop"}):
+        found = load(Data(str(path), None, 0.0, **option), tokenizer, ChatTemplate(tokenizer), 512)
+        assert [row.source[-2:] for row in found.train] == [":1", ":3"]
+        assert [bad.where[-2:] for bad in found.rejected] == [":2"]
+        assert said in found.rejected[0].reason
+    with pytest.raises(UserError, match="leave them out with data.bad_rows skip") as error:
+        load(Data(str(path), None, 0.0), tokenizer, ChatTemplate(tokenizer), 512)
+    assert error.value.where == f"{path}:2"

@@ -30,6 +30,7 @@ COMPANIONS = (
 
 RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard")
 RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "report.json", "loss.png", *RUN_FOLDERS)
+LONGEST_NAME = 255  # bytes, of the file systems in use
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them: a folder that is whole
 OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json", CHECKSUMS)  # what --overwrite may remove
 
@@ -136,13 +137,16 @@ def _commit(temporary: Path, path: Path) -> None:
 
 def check_place(path: Path) -> None:
     """Raises if no folder can lie at `path`: its name is too long, say, or a file lies on the way."""
+    why = ""
     try:
         path.lstat()
-    except FileNotFoundError:
-        pass
+    except FileNotFoundError:  # what is beside it while it is written has the longest name
+        names = (*path.parts, f".tmp-{path.name}-{os.getpid()}-old")
+        why = "a name in it is too long" if max(len(os.fsencode(name)) for name in names) > LONGEST_NAME else ""
     except OSError as error:
-        what = f"this can be no folder: {error.strerror}"
-        raise UserError("CONFIG-031", what, where=str(path), hint="name another") from None
+        why = error.strerror
+    if why:
+        raise UserError("CONFIG-031", f"this can be no folder: {why}", where=str(path), hint="name another")
 
 
 def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from litpeft.core.errors import UserError
 from litpeft.data.formats.turn import Turn
-from litpeft.data.sandbox import LimitError, Task, Template, Text
+from litpeft.data.sandbox import LimitError, Task, Template, Text, TooLong
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.data.tokenizer_backends import Span
 
@@ -49,6 +49,7 @@ class Rendered:
 
 
 FIRST_PRIVATE = "\U000f0000"  # characters from here on mean nothing by themselves: they mark places
+MOST = 1 << 29  # characters of a row's messages, times its answers: each is sought in all that is before it
 T = TypeVar("T")
 Message = Turn | Mapping[str, str]  # role, content and, of an alpaca row, input
 
@@ -113,6 +114,9 @@ class ChatTemplate:
 
     def _spans(self, turns: Sequence[Turn]) -> Task[Rendered]:
         messages = self._messages(turns)
+        answers = sum(message["role"] == "assistant" for message in messages)
+        if answers * sum(64 + len(message["content"]) for message in messages) > MOST:
+            raise TooLong(f"its {answers:,} answers in {len(messages):,} messages are too much for the chat template")
         shielded, specials = self._shield(messages)
         text, found, difference = yield from self._answers(shielded)
         text, answers, plain = self._restore(text, found, specials)

@@ -1,5 +1,6 @@
 """Rows of a data set as tokens, each with the mask of what is trained, and a report of what became of every row."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from litpeft.data.tokenizer_backends import Encoded
 
 CHUNK = 1000  # rows that are encoded at once
 SHOWN = 5  # rows that an error names
+HUGE = 1 << 23  # characters
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,11 @@ def _tokenise(
     """Returns the rows of the chats, however long; what cannot be used goes to the report."""
     end = tokenizer.token_id(template.end_of_turn or tokenizer.eos)
     too_long = report.dropped if data.overlong == "drop" else report.rejected
+    most = math.inf if data.overlong == "split" else max(HUGE, report.max_length * tokenizer.longest_token)
     rows: list[Row] = []
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
-        for example, rendered, encoded in _encoded(chunk, tokenizer, template, report.rejected, too_long):
+        for example, rendered, encoded in _encoded(chunk, tokenizer, template, report.rejected, too_long, most):
             trained, straddles = mask(encoded, rendered)
             if not any(trained):
                 report.rejected.append(Rejected(example.where, "nothing in it is trained: it has no answer to learn"))
@@ -236,13 +239,20 @@ def _encoded(
     template: ChatTemplate,
     rejected: list[Rejected],
     too_long: list[Rejected],
+    most: float,
 ) -> Iterator[tuple[Example, Rendered, Encoded]]:
-    """Yields each chat with its text and its tokens; names the others in one of the lists."""
+    """Yields each chat with its text and its tokens; names the others in one of the lists.
+
+    A text of more than `most` characters is too long whatever its tokens are, which may need a gigabyte.
+    """
     usable = []
     found = template.spans_of([example.turns for example in examples], [example.where for example in examples])
     for example, rendered in zip(examples, found, strict=True):
         if isinstance(rendered, ValueError):
             (too_long if isinstance(rendered, TooLong) else rejected).append(Rejected(example.where, str(rendered)))
+        elif len(rendered.text) > most:
+            what = f"its {len(rendered.text):,} characters are more than a row's tokens can hold"
+            too_long.append(Rejected(example.where, what))
         else:
             usable.append((example, rendered))
     texts, plain = [rendered.text for _, rendered in usable], [rendered.plain for _, rendered in usable]

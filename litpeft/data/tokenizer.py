@@ -64,6 +64,11 @@ class Tokenizer:
         return str(file if file.is_file() else file.with_name("tokenizer_config.json"))
 
     @property
+    def longest_token(self) -> int:
+        """Returns how many characters a token may stand for."""
+        return max(map(len, self.backend.ids))
+
+    @property
     def template_hash(self) -> str | None:
         """Returns the sha256 of the model's chat template."""
         return _hash(self.chat_template)

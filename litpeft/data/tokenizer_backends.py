@@ -6,6 +6,7 @@ the first text.
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,8 +32,9 @@ def any_of(words: list[str]) -> re.Pattern[str]:
 
 
 def overlaps(spans: list[Span], start: int, end: int) -> bool:
-    """Returns whether any of the spans shares a character with start..end."""
-    return any(a < end and start < b for a, b in spans)
+    """Returns whether any of the spans, which are in order and apart, shares a character with start..end."""
+    begun = bisect_left(spans, (end,))  # a row of a few MiB may have a million of them
+    return begun > 0 and spans[begun - 1][1] > start
 
 
 class Backend:

