@@ -261,6 +261,7 @@ PASTE = "one\ntwo \\\n\n/reset\nthree"
         ("xterm", "", "\x1b[200~", "\x1b[201~\n"),  # what a terminal sends around a paste, and Enter
         ("dumb", "", "\x1b[200~", "\x1b[201~\n"),  # unasked
         ("dumb", "", "", "\n"),  # the lines as they are
+        ("xterm", "", "", "\n"),  # though it was asked
         ("dumb", "import sys; sys.modules['readline'] = None; ", "", "\n"),  # and no readline
     ],
 )

@@ -16,7 +16,7 @@ from litpeft.generate.session import Session
 from litpeft.generate.settings import Chat
 
 HISTORY_LINES = 1000
-PASTED_WITHIN = 0.05  # seconds in which the next line of a paste is there, where the terminal sends them one by one
+PASTED_WITHIN = 0.05  # seconds in which the next line of a paste is there, where the terminal does not mark it
 
 
 def chat(settings: Chat) -> None:
@@ -25,12 +25,12 @@ def chat(settings: Chat) -> None:
         load(settings.model, settings.base, settings.precision, settings.quantize), settings.system, settings.sampling
     )
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    with line_editing() if terminal else nullcontext(True) as pastes_whole:
+    with line_editing() if terminal else nullcontext():
         if terminal:
             tell(f"{settings.model}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         while True:
             try:
-                respond(session, read_message(session, terminal, pastes_whole), terminal)
+                respond(session, read_message(session, terminal), terminal)
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -43,7 +43,7 @@ def chat(settings: Chat) -> None:
                 tell(error.what + (f"; {error.hint}" if error.hint else ""))
 
 
-def read_message(session: Session, terminal: bool, pastes_whole: bool) -> str:
+def read_message(session: Session, terminal: bool) -> str:
     """Returns the next message: a line, those after it where it ends with a backslash, or those pasted with it."""
     name = "base> " if session.on_base else "> "
     try:
@@ -54,7 +54,7 @@ def read_message(session: Session, terminal: bool, pastes_whole: bool) -> str:
                 lines.append(input("... " if terminal else ""))
             except EOFError:  # nothing more comes: what there is, is the message
                 break
-        while not pastes_whole and more_is_there():
+        while terminal and more_is_there():
             lines.append(input())
     except UnicodeDecodeError as error:
         raise UserError("DATA-403", f"this is not UTF-8: {error}", where="standard input") from None
@@ -144,21 +144,20 @@ def more_is_there() -> bool:
 
 
 @contextmanager
-def line_editing() -> Iterator[bool]:
+def line_editing() -> Iterator[None]:
     """Line editing, and a history that outlives the program, where Python comes with readline.
 
-    Yields whether a paste of several lines comes as one: with GNU's readline, where the terminal marks what is pasted.
+    GNU's asks the terminal to mark what is pasted, so that it can be edited before it is sent; not every terminal does.
     """
     try:
         import readline
     except ImportError:  # on Windows the terminal edits lines itself
-        yield False
+        yield
         return
-    gnu = "libedit" not in (readline.__doc__ or "")
-    pastes_whole = gnu and os.environ.get("TERM", "dumb") != "dumb"  # a dumb one would show what asks it for marks
-    if gnu:
+    if "libedit" not in (readline.__doc__ or ""):
+        asks = os.environ.get("TERM", "dumb") != "dumb"  # a dumb one would show what asks it for marks
         readline.parse_and_bind(r'"\e[200~": bracketed-paste-begin')
-        readline.parse_and_bind(f"set enable-bracketed-paste {'on' if pastes_whole else 'off'}")
+        readline.parse_and_bind(f"set enable-bracketed-paste {'on' if asks else 'off'}")
     state = os.environ.get("XDG_STATE_HOME", "")
     folder = Path(state if os.path.isabs(state) else os.path.expanduser("~/.local/state")) / "litpeft"
     path = folder / "chat_history"
@@ -171,7 +170,7 @@ def line_editing() -> Iterator[bool]:
         tell(f"no history of earlier lines: {path}: {error.strerror}")
     readline.set_history_length(HISTORY_LINES)
     try:
-        yield pastes_whole
+        yield
     finally:
         try:
             readline.write_history_file(path)
