@@ -9,7 +9,8 @@ from litpeft.data.batches import collate, idle, lay_out, pack, plan_epoch
 from litpeft.data.tokenise import Row
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
-from litpeft.model.gpt import GPT, Context
+from litpeft.model.context import Context
+from litpeft.model.gpt import GPT
 from litpeft.model.objective import summed_loss
 
 

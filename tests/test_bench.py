@@ -164,7 +164,7 @@ def test_a_peft_adapter_gets_litpefts_names(tiny_folder: Path, tmp_path: Path) -
     adapted.save_pretrained(tmp_path)
     state = from_peft(tmp_path, Shapes.read(tiny_folder))
     own = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
-    assert torch.equal(state["blocks.1.mlp.down.slot.A"], own.lora_A["default"].weight)
+    assert torch.equal(state["blocks.1.mlp.down.slot.lora.A"], own.lora_A["default"].weight)
     assert len(state) == 2 * 7 * 2
 
 

@@ -12,8 +12,9 @@ from litpeft.core.errors import UserError
 from litpeft.methods import METHODS
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
+from litpeft.model.context import Context
 from litpeft.model.delta import delta_state
-from litpeft.model.gpt import GPT, Context
+from litpeft.model.gpt import GPT
 from litpeft.train.compiled import compile_blocks
 
 CPU = torch.device("cpu")

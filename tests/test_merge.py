@@ -62,16 +62,17 @@ def test_weights_are_folded_in_float32_and_rounded_once(tmp_path, capsys) -> Non
     names = NameMap(*read_config(base))
     for name in ("blocks.0.attn.q", "blocks.1.mlp.down"):
         theirs = names.file_name(f"{name}.weight")
-        exact = plain[theirs].double() + 2 * delta[f"{name}.slot.B"].double() @ delta[f"{name}.slot.A"].double()
+        a, b = (delta[f"{name}.slot.lora.{x}"].double() for x in "AB")
+        exact = plain[theirs].double() + 2 * b @ a
         assert merged[theirs].dtype == torch.bfloat16
         assert (merged[theirs] == exact.bfloat16()).float().mean() >= 0.9999
     assert torch.equal(merged["model.norm.weight"], plain["model.norm.weight"])
     said = capsys.readouterr().out
     assert "folded in float32" in said
     changed = total = lost = along = update = 0.0
-    for key in {name.removesuffix(".slot.A").removesuffix(".slot.B") for name in delta}:
+    for key in {name.removesuffix(".slot.lora.A").removesuffix(".slot.lora.B") for name in delta}:
         before, after = (files[names.file_name(f"{key}.weight")].double() for files in (plain, merged))
-        step = 2 * delta[f"{key}.slot.B"].double() @ delta[f"{key}.slot.A"].double()
+        step = 2 * delta[f"{key}.slot.lora.B"].double() @ delta[f"{key}.slot.lora.A"].double()
         changed, total = changed + int((after != before).sum()), total + before.numel()
         lost, update = lost + (after - before - step).square().sum(), update + step.square().sum()
         along += ((after - before) * step).sum()
@@ -164,7 +165,7 @@ def test_settings_that_were_changed_after_the_run_are_noticed(tiny_folder, tmp_p
     code, said = fails(capsys, "merge", str(run))
     assert (code, "checksum mismatch" in said) == (4, True)
     model = build(tiny_folder, torch.float32, LoRA(rank=4))
-    with pytest.raises(UserError, match=r"blocks.0.attn.k.slot.A is \(8, 64\), expected \(4, 64\)"):
+    with pytest.raises(UserError, match=r"blocks.0.attn.k.slot.lora.A is \(8, 64\), expected \(4, 64\)"):
         load_delta(model, load_file(run / "final" / "delta.safetensors"), "run")
 
 

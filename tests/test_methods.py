@@ -11,8 +11,9 @@ from litpeft.core.errors import UserError
 from litpeft.methods import METHODS, PRESETS, method_class
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
+from litpeft.model.context import Context, KVCache
 from litpeft.model.delta import attach, delta_state, load_delta, trainable, without_delta
-from litpeft.model.gpt import GPT, Context, KVCache
+from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.model.quantize.quantized import store
 from litpeft.model.slots import Delta, Linear

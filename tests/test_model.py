@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from litpeft.model.attention import Documents, attend, document_mask
 from litpeft.model.build import build
-from litpeft.model.gpt import GPT, Context, KVCache
+from litpeft.model.context import Context, KVCache
+from litpeft.model.gpt import GPT
 
 GPT2 = {"vocab_size": 320, "n_embd": 64, "n_inner": 112, "n_layer": 2, "n_head": 4, "n_positions": 512}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

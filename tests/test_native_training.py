@@ -171,11 +171,11 @@ def test_low_rank_updates(ranks: tuple[int, ...], tokens: int, frozen: str, used
     layers, deltas = [], [LowRank(96, 32 * (2 + i), rank, 0.5, 0.0) for i, rank in enumerate(ranks)]
     for delta in deltas:
         layers.append(Linear(96, len(delta.B)).bfloat16().requires_grad_(False))
-        layers[-1].slot = delta
+        layers[-1].slot.add("lora", delta)
         torch.nn.init.normal_(delta.A), torch.nn.init.normal_(delta.B)
         delta.A.requires_grad_(frozen != "A"), delta.B.requires_grad_(frozen != "B")
     x = random(1, tokens, 96).requires_grad_(frozen != "x")
-    ys = together(x, *layers)
+    ys = together(x, None, *layers)
     names = [(kind, i) for kind in ("A", "B") if kind != frozen for i in range(len(ranks))]
     leaves = [getattr(deltas[i], kind) for kind, i in names] + ([x] if frozen != "x" else [])
     dys = [random(*y.shape) for y in ys]
@@ -199,8 +199,8 @@ def test_low_rank_updates(ranks: tuple[int, ...], tokens: int, frozen: str, used
 @pytest.mark.parametrize("rank", [3, 66])
 def test_an_odd_or_a_thick_update_goes_another_way(rank: int, used) -> None:
     layer = Linear(64, 64).bfloat16()
-    layer.slot = LowRank(64, 64, rank, 1.0, 0.0)
-    layer.slot.reset_parameters()
+    layer.slot.add("lora", LowRank(64, 64, rank, 1.0, 0.0))
+    layer.slot.lora.reset_parameters()
     layer(random(5, 64)).sum().backward()
     assert used == []
-    assert layer.slot.B.grad.isfinite().all()
+    assert layer.slot.lora.B.grad.isfinite().all()

@@ -11,7 +11,7 @@ from litpeft.model.attention import Documents
 from litpeft.model.kernels import ops
 from litpeft.model.kernels.ops import product, remade, rms_norm, rotate, swiglu
 from litpeft.model.loss import summed_cross_entropy
-from litpeft.model.slots import Linear, Slot
+from litpeft.model.slots import Delta, Linear
 
 SHAPES = [(7,), (1, 7), (2, 5, 7), (1, 1, 7)]
 
@@ -141,7 +141,7 @@ def test_attention_of_short_documents_equals_torchs_own(part: int, window: int |
     assert same(got, want)
 
 
-class Doubled(Slot):
+class Doubled(Delta):
     """A slot that is filled: such a head's loss goes the way of any module."""
 
     def forward(self, y: Tensor, *context: object) -> Tensor:
@@ -156,7 +156,7 @@ def test_the_summed_loss_equals_cross_entropy_for_every_head(bias: bool, filled:
     monkeypatch.setattr(loss, "PIECE", piece)
     head = Linear(6, 11, bias).double()
     if filled:
-        head.slot = Doubled()
+        head.slot.add("doubled", Doubled())
     x, targets = random(13, 6), torch.randint(0, 11, (13,), generator=torch.Generator().manual_seed(2))
 
     def of(function):

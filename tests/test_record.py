@@ -20,7 +20,7 @@ SUM = "0" * 64
 GONE = object()
 # The key that is forged, and a value that no run writes there.
 FORGED: list[tuple[str, Any]] = [
-    *(("format", value) for value in (None, "3", 3.0, True, 1, 4, [3], 10**30)),
+    *(("format", value) for value in (None, "4", 4.0, True, 1, 5, [4], 10**30)),
     *(("litpeft", value) for value in (None, 1, ["0.1"], GONE)),
     *(("holds", value) for value in (None, "model", "", 1, ["delta"], GONE)),
     *(("method", value) for value in (None, "full", "adapter", "nothing", ["lora"], {}, 7, GONE)),

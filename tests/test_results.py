@@ -122,7 +122,7 @@ def test_qlora_merges_onto_the_weights_that_it_was_trained_on(quantized_run: Pat
     delta, base = load_file(quantized_run / "final" / "delta.safetensors"), quantized_run.parent / "base"
     held = folded(build(base, torch.float32, storage=Storage("nf4")))
     merged = load_file(quantized_run / "merged" / "model.safetensors")
-    a, b = (delta[f"blocks.1.mlp.up.slot.{name}"] for name in "AB")
+    a, b = (delta[f"blocks.1.mlp.up.slot.lora.{name}"] for name in "AB")
     assert torch.allclose(merged["model.layers.1.mlp.up_proj.weight"], held["blocks.1.mlp.up.weight"] + 2 * b @ a)
     assert not torch.equal(held["blocks.1.mlp.up.weight"], build(base, torch.float32).blocks[1].mlp.up.weight)
 

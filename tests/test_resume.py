@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHATML, COLOURS, make_folder
+from safetensors.torch import save_file
 from short_runs import QUIET, UNPACKED, Settings, assert_same, cut, delta, newest, resume, train
 
+from litpeft.core.safetensors import file_sha256
+from litpeft.exchange.record import checksum
 from litpeft.exchange.run import find_run
+from litpeft.generate.load import load
 from litpeft.methods import METHODS, method_class
+from litpeft.train.checkpoints import Checkpoints
 from litpeft.train.log import read_metrics
 
 SMALL: dict[str, Settings] = {"adapter": {"method.prompt_length": 3}, "adapter_v2": {"method.prompt_length": 3}}
@@ -31,6 +36,42 @@ def test_a_run_resumed_after_any_step_is_the_same_run(method: str, tiny_folder, 
     for step in (1, 2):  # within an epoch, and between two
         run = resume(tiny_folder, cut(whole, step, tmp_path / f"after-{step}"), settings, method)
         assert_same(run, whole)
+
+
+def as_format_3(run: Path) -> Path:
+    """Renames the tensors of a run, in place, as it was when a slot held one Delta and had no name for it."""
+    names = {name: re.sub(rf"\.(slot|core)\.({'|'.join(METHODS)})\.", r".\1.", name) for name in delta(run)}
+    assert all(old != name for name, old in names.items())
+
+    def renamed(saved: dict) -> dict:
+        parts = {name: name.split("/") for name in saved}
+        return {"/".join([names[first], *rest]): saved[name] for name, (first, *rest) in parts.items()}
+
+    checkpoints = Checkpoints(run / "checkpoints", 99, tell=print, clear=False)
+    kept = [checkpoints.at(step) for step in checkpoints.steps()]
+    tensors = [{stem: renamed(one.tensors(stem)) for stem in ("delta", "optimizer")} for one in kept]
+    for one, held in zip(kept, tensors, strict=True):  # in rising order: each removes the later ones
+        state = one.state | {"optimizer": renamed(one.state["optimizer"])}
+        checkpoints.save(one.step, held, state, one.facts)
+    save_file({names[name]: tensor for name, tensor in delta(run).items()}, run / "final" / "delta.safetensors")
+    record = json.loads((run / "final" / "delta.json").read_text())
+    del record["checksum"]
+    record |= {"format": 3, "files": {"delta.safetensors": file_sha256(run / "final" / "delta.safetensors")}}
+    (run / "final" / "delta.json").write_text(json.dumps(record | {"checksum": checksum(record)}))
+    return run
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_a_run_of_format_3_answers_and_resumes_though_its_tensors_have_other_names(
+    method: str, tiny_folder, tmp_path
+) -> None:
+    settings = settings_of(method)
+    whole = train(tiny_folder, tmp_path / "whole", settings, method)
+    old = as_format_3(shutil.copytree(whole, tmp_path / "old"))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(load(str(old)).model(ids), load(str(whole)).model(ids))
+    assert_same(resume(tiny_folder, cut(old, 2, tmp_path / "run"), settings, method), whole)
 
 
 KINDS = {

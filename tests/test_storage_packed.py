@@ -19,10 +19,11 @@ from litpeft.generate.settings import Sampling
 from litpeft.methods.adapter import Adapter
 from litpeft.methods.lora import LoRA, LowRank
 from litpeft.model.build import build
+from litpeft.model.context import Context
 from litpeft.model.delta import delta_state, load_delta, without_delta
-from litpeft.model.gpt import Block, Context
+from litpeft.model.gpt import Block
 from litpeft.model.quantize import Storage
-from litpeft.model.slots import Linear, TiedHead
+from litpeft.model.slots import Delta, Linear, TiedHead
 
 IDS = torch.arange(40).view(2, 20)
 pytestmark = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this processor has no products in bfloat16")
@@ -164,11 +165,11 @@ def test_a_bare_block_answers_with_lora_and_without(
     assert torch.equal(again, got)
 
 
-class Louder(LowRank):
-    """An update that `LowRank.below` knows nothing of."""
+class Squashed(Delta):
+    """Does not say what it comes to."""
 
-    def forward(self, y: torch.Tensor, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        return 2 * super().forward(y, x, linear)
+    def forward(self, y: torch.Tensor, x: torch.Tensor, linear: Linear, ctx: Context | None) -> torch.Tensor:
+        return 2 * y.tanh()
 
 
 def test_a_block_that_is_not_of_llamas_kind_or_holds_another_delta_stays_as_it_is(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_a_block_that_is_not_of_llamas_kind_or_holds_another_delta_stays_as_it_i
     models = [build(tmp_path / name, torch.bfloat16) for name in ("neox", "gpt2")]
     models += [build(folder, torch.bfloat16, method) for method in (Adapter(layers=2), LoRA(rank=2), LoRA(rank=2))]
     for block, name in ((block, name) for block in models[-1].blocks for name in ("q", "o")):
-        getattr(block.attn, name).slot.__class__ = Louder
+        getattr(block.attn, name).slot.add("squashed", Squashed())
     kinds = [Block, Block, Block, BareBlock, Block]
     for model, kind in zip(models, kinds, strict=True):
         pack(model.requires_grad_(False))

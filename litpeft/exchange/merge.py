@@ -21,13 +21,14 @@ from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.run import Run, build_run, find_run, tell_standing, write_dtype
 from litpeft.exchange.settings import Merge
 from litpeft.model.build import build
+from litpeft.model.context import Context
 from litpeft.model.delta import folds, without_delta
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
-from litpeft.model.gpt import GPT, Context
+from litpeft.model.gpt import GPT
 from litpeft.model.kernels.ops import product
 from litpeft.model.quantize import Storage
-from litpeft.model.slots import Delta, Linear, Slot
+from litpeft.model.slots import Linear, Slot
 
 PIECE = 1 << 20  # weights that are made wider at a time: they stay in the processor's cache
 COMPARED = 1 << 18  # weights whose rounding is looked at together, for the same reason
@@ -184,7 +185,7 @@ def _three_ways(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, T
     """
     tokens, widened = sum(map(len, prompts)), _Scratch()
     for layer in list(model.modules()):
-        if isinstance(layer, Linear) and isinstance(layer.slot, Delta):
+        if isinstance(layer, Linear) and layer.slot.deltas:
             layer.base, layer.slot = partial(_product_three_ways, proxy(layer), layer.slot, widened, tokens), Slot()
     want, before, fold = _logits(model, 3 * prompts).split(tokens)
     if model.base_values:
@@ -193,14 +194,14 @@ def _three_ways(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, T
     return want, before, fold
 
 
-def _product_three_ways(linear: Linear, delta: Delta, widened: _Scratch, tokens: int, x: Tensor) -> Tensor:
+def _product_three_ways(linear: Linear, slot: Slot, widened: _Scratch, tokens: int, x: Tensor) -> Tensor:
     """Returns what a layer makes of x (1, 3 * tokens, in): with its delta, without, and with the delta folded in."""
     dense, given = linear.dense(), x.split(tokens, 1)
     weight = widened(dense)
     bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype, copy=True)
     plain, without = product(x[:, : 2 * tokens], weight, bias).split(tokens, 1)
-    with_delta = delta(plain.clone(), given[0], linear)
-    fold = product(given[2], *delta.fold(weight, bias))
+    with_delta = slot(plain.clone(), given[0], linear, None)
+    fold = product(given[2], *slot.frozen(linear).fold(weight, bias))
     let_go(dense.nbytes)
     return torch.cat((with_delta, without, fold), 1)
 

@@ -21,7 +21,7 @@ from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES
 from litpeft.model.quantize import STORAGES
 
-FORMAT = 3
+FORMAT = 4  # in 3 the names of tensors are without that of their Delta (todays_names of model/delta.py)
 LARGEST = 1 << 20  # bytes of a delta.json
 DELTA = "delta.safetensors"
 NOT_OURS = "litpeft has not written it so: take the run's folder again, or train again"
@@ -125,7 +125,7 @@ class Record(RecordOf2):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Returns what a delta.json says, which is as this version or format 2 write it; an error names the wrong key."""
+    """Returns what a delta.json says, which is as this version or an earlier format has it; an error names the key."""
     where = str(path)
     if path.stat().st_size > LARGEST:
         what = f"{path.stat().st_size:,} bytes are too many for the delta.json of a run"
@@ -133,8 +133,8 @@ def read_record(path: Path) -> dict[str, Any]:
     facts = read_json(path, "delta.json of a run")
     if facts.pop("checksum", None) != checksum(facts):
         raise UserError("MODEL-057", "the file is not as the run wrote it (checksum mismatch)", where=where)
-    kind = {2: RecordOf2, FORMAT: Record}.get(facts.get("format")) if type(facts.get("format")) is int else None
-    method = facts.get("method")
+    number, method = facts.get("format"), facts.get("method")
+    kind = {2: RecordOf2, 3: Record, FORMAT: Record}.get(number) if type(number) is int else None
     if kind is None or not isinstance(method, str) or method not in METHODS:
         said = ", ".join(f"{key} {str(facts.get(key))[:40]!r}" for key in ("format", "method"))
         raise UserError("MODEL-051", f"{said}: not of this version of litpeft", where=where)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from litpeft.generate.cpu.fused_block import FEW
 from litpeft.generate.cuda_graph import WIDTHS, RecordedStep
-from litpeft.model.gpt import GPT, Context, KVCache
+from litpeft.model.context import Context, KVCache
+from litpeft.model.gpt import GPT
 
 FIRST_LENGTH = 256  # tokens that a new cache has room for
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from litpeft.model.gpt import GPT, Context, KVCache
+from litpeft.model.context import Context, KVCache
+from litpeft.model.gpt import GPT
 
 WIDTHS = (1, 16)  # new tokens of a row that steps are recorded for; 16 = with guessed ones
 

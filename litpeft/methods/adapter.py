@@ -14,8 +14,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.model.attention import attend
+from litpeft.model.context import Context
 from litpeft.model.delta import Method
-from litpeft.model.gpt import GPT, Attention, Context
+from litpeft.model.gpt import GPT, Attention
 from litpeft.model.slots import Delta
 
 LONGEST_PROMPT = 65536  # tokens; longer than what any model reads
@@ -29,6 +30,8 @@ class PromptAttention(Delta):
     values of the prompts are computed anew in each call: kept ones would be old after an optimizer step, and those of
     a validation pass would pass no gradient on to the prompts.
     """
+
+    claims = "the attention"
 
     def __init__(self, width: int, heads: int, prompt_length: int):
         super().__init__()
@@ -68,4 +71,5 @@ class Adapter(Method):
 
     def attach(self, model: GPT) -> None:
         for block in model.blocks[-self.layers :]:
-            block.attn.core = PromptAttention(model.config.d_model, model.config.n_heads, self.prompt_length)
+            delta = PromptAttention(model.config.d_model, model.config.n_heads, self.prompt_length)
+            block.attn.core.add("adapter", delta)

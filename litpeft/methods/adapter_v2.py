@@ -17,6 +17,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.methods.adapter import Adapter
+from litpeft.model.affine import Affine
+from litpeft.model.context import Context
 from litpeft.model.delta import linears
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Delta, Linear
@@ -34,14 +36,14 @@ class ScaleBias(Delta):
         nn.init.zeros_(self.scale)
         nn.init.zeros_(self.bias)
 
-    def forward(self, y: Tensor, x: Tensor, linear: Linear) -> Tensor:
+    def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
         # as an addition to y: the factor itself would be rounded in bfloat16, which has nothing between 1 and 1.0078
         bias = ((1 + self.scale) * self.bias).to(y.dtype)
         return y + torch.addcmul(bias, y, self.scale.to(y.dtype))
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        factor, own = 1 + self.scale.to(weight.dtype), self.bias.to(weight.dtype)
-        return factor[:, None] * weight, factor * (own if bias is None else bias + own)
+    def frozen(self, linear: Linear) -> Affine:
+        gain = 1 + self.scale.detach()
+        return Affine(gain, shift=gain * self.bias.detach())
 
 
 @dataclass
@@ -56,4 +58,4 @@ class AdapterV2(Adapter):
     def attach(self, model: GPT) -> None:
         super().attach(model)
         for linear in linears(model, self.targets).values():
-            linear.slot = ScaleBias(linear.out_features)
+            linear.slot.add("adapter_v2", ScaleBias(linear.out_features))

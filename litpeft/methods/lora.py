@@ -6,28 +6,23 @@ LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732.
 Trains rank * (in + out) parameters for each target. Folds: W <- W + s B A.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.core.errors import UserError
 from litpeft.model.delta import Method, linears
 from litpeft.model.gpt import GPT
-from litpeft.model.kernels.low_rank import Updates
-from litpeft.model.kernels.ops import plain, product
-from litpeft.model.slots import Delta, Linear
+from litpeft.model.slots import LowRankDelta
 
 LARGEST_RANK = 65536  # wider than any layer there is
 LARGEST_ALPHA = 1e30  # what is far beyond it is no number in float32
-FEW = 32  # rows up to which a CPU computes thin products faster in float32 than in half precision
 
 
-class LowRank(Delta):
+class LowRank(LowRankDelta):
     """s B A x, with A (rank, in) random and B (out, rank) zero at the start, so that nothing changes at first."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float):
@@ -40,46 +35,8 @@ class LowRank(Delta):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)
         nn.init.zeros_(self.B)
 
-    def forward(self, y: Tensor, x: Tensor, linear: Linear) -> Tensor:
-        answers = not (self.training or torch.is_grad_enabled()) and x.device.type == "cpu"
-        if answers and x.numel() <= FEW * x.size(-1):
-            update = product(product(x.to(self.A.dtype), self.A), self.B)
-            return torch.add(y, update, alpha=self.scale).to(y.dtype)
-        x = F.dropout(x, self.dropout, self.training).to(y.dtype)
-        if plain():
-            return y + product(product(x, self.A.to(x.dtype)), (self.scale * self.B).to(x.dtype))
-        return Updates.apply(x, [self.scale], y, self.A, self.B)[0]
-
-    @classmethod
-    def beside(cls, ys: Sequence[Tensor], x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
-        slots = [layer.slot for layer in layers]
-        dropped = any(slot.dropout and slot.training for slot in slots)  # each its own share of x
-        if cls.forward is not LowRank.forward or plain() or dropped:
-            return super().beside(ys, x, layers)
-        scales, as_, bs = zip(*((slot.scale, slot.A, slot.B) for slot in slots), strict=True)
-        return list(Updates.apply(x.to(ys[0].dtype), scales, *ys, *as_, *bs))
-
-    @classmethod
-    def below(cls, layers: Sequence[Linear]) -> "LowRank | None":
-        if cls.forward is not LowRank.forward:  # a subclass does something else
-            return None
-        filled = [layer.slot for layer in layers if isinstance(layer.slot, cls)]
-        a, empty = torch.cat([slot.A.detach() for slot in filled]), filled[0].B.new_empty
-        parts = [
-            layer.slot.scale * layer.slot.B.detach() if layer.slot in filled else empty(layer.out_features, 0)
-            for layer in layers
-        ]
-        b = torch.block_diag(*parts)
-        whole = LowRank(a.size(1), len(b), len(a), scale=1.0, dropout=0.0).requires_grad_(False).eval()
-        whole.A.data, whole.B.data = a, b
-        return whole
-
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        dropped = self.dropout and self.training
-        return None if dropped or type(self).forward is not LowRank.forward else (self.A, self.scale * self.B)
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight.addmm_(self.B.to(weight.dtype), self.A.to(weight.dtype), alpha=self.scale), bias
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.scale * self.B
 
 
 @dataclass
@@ -117,4 +74,4 @@ class LoRA(Method):
             rank = ([self.rank] + [rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)])[-1]
             alpha = 2 * rank if self.alpha is None else self.alpha
             scale = alpha / rank**0.5 if self.rslora else alpha / rank
-            linear.slot = LowRank(linear.in_features, linear.out_features, rank, scale, self.dropout)
+            linear.slot.add("lora", LowRank(linear.in_features, linear.out_features, rank, scale, self.dropout))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.model.quantize.cache import Cache
 from litpeft.model.quantize.quantized import store
-from litpeft.model.slots import Delta
+from litpeft.model.slots import Delta, Linear
 
 
 def checked_files(folder: Path) -> tuple[ModelConfig, Weights, NameMap]:
@@ -67,38 +68,66 @@ def build(
         if isinstance(module, Delta):
             module.to_empty(device="cpu").reset_parameters()
             module.to(device, wide)
-    for key, shared in model.bank.items():  # tensors of several deltas; Method.init gives them their start
-        model.bank[key] = nn.Parameter(torch.zeros(shared.shape, dtype=wide, device=device), shared.requires_grad)
     if shard is not None:  # 5. each rank has memory for its share
         shard(model)
     cache = Cache(folder, storage.key, weights.fingerprint()) if storage is not None and storage.cache else None
     cached, packed = None if cache is None else cache.tensors(), {}
-    for ours in names.ours:  # 6. the base's weights, tensor by tensor
+    starts, changed = method is not None and type(method).start is not Method.start, False
+    for ours in names.ours:  # 6. the base's weights, tensor by tensor; a method may give its own in their place
         module, _, leaf = ours.rpartition(".")
-        layer = quantized.get(module) if leaf == "weight" else None
-        if layer is not None and cached is not None:
-            keys = [f"{module}.{key}" for key in layer.packed_names]
-            values = {key: cached.get_tensor(key).to(device) for key in keys}
+        layer = model.get_submodule(module)
+        stored = leaf == "weight" and module in quantized
+        codes, tensor = None, None
+        if stored and cached is not None:
+            codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
+        if codes is None or starts:
+            tensor = _read(names, weights, ours).to(device)
+        if leaf == "weight" and isinstance(layer, Linear):
+            held = Held(layer, tensor, codes)
+            mine = method.start(module, layer, tensor, held) if starts else tensor
+            values, changed = held.pack(mine), changed or mine is not tensor
         else:
-            tensor = names.read(weights, ours).to(device)
-            if not is_finite(tensor):
-                hint = "take the model's files again, or another precision"
-                file, name = names.found(weights, ours)
-                what = f"{name} holds numbers that are not finite"
-                raise UserError("MODEL-041", what, where=str(file), hint=hint)
-            values = {ours: tensor} if layer is None else {f"{module}.{k}": v for k, v in layer.pack(tensor).items()}
+            values = {leaf: tensor}
+        values = {f"{module}.{key}": value for key, value in values.items()}
         for key, value in values.items():
             _place(model, key, value)
-        if layer is not None and cache is not None and cached is None and first:
+        if stored and cache is not None and cached is None and first:
             packed |= values
         let_go(sum(value.nbytes for value in values.values()))  # what is looked at here once need not be held
-    if packed:
+    if packed and not changed:
         cache.write(packed)
-    if method is not None:  # 7. starts that depend on the base's weights
-        method.init(model, lambda ours: names.read(weights, ours))
     if verified is not None:
         verified.result()
     return model
+
+
+@dataclass
+class Held:
+    """What a linear layer holds of a weight (out, in); `packed`, if it is known, is that of `weight`."""
+
+    layer: Linear
+    weight: Tensor | None
+    packed: dict[str, Tensor] | None
+
+    def pack(self, weight: Tensor | None) -> dict[str, Tensor]:
+        """Returns the tensors that hold a weight, by their names in the layer."""
+        if self.packed is None or weight is not self.weight:
+            self.weight, self.packed = weight, self.layer.pack(weight)
+        return self.packed
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Returns what the layer multiplies with if it holds a weight: with that of the codes it is rounded to."""
+        return self.layer.unpacked(self.pack(weight))
+
+
+def _read(names: NameMap, weights: Weights, ours: str) -> Tensor:
+    """Returns a tensor of the base's files, whose numbers are finite."""
+    tensor = names.read(weights, ours)
+    if not is_finite(tensor):
+        file, name = names.found(weights, ours)
+        hint = "take the model's files again, or another precision"
+        raise UserError("MODEL-041", f"{name} holds numbers that are not finite", where=str(file), hint=hint)
+    return tensor
 
 
 def _place(model: GPT, name: str, tensor: Tensor) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn as nn
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from litpeft.core.distributed import fill
 from litpeft.core.errors import UserError, nearest, some
-from litpeft.model.gpt import GPT, Sdpa
-from litpeft.model.slots import Bank, Delta, Linear, Slot, TiedHead
+from litpeft.model.gpt import GPT
+from litpeft.model.slots import OFF, Delta, Linear, Slot, TiedHead
 
 
 @dataclass
@@ -28,8 +28,13 @@ class Method:
     def attach(self, model: GPT) -> None:
         """Fills slots of `model`. Knows shapes only, so that it works on the meta device."""
 
-    def init(self, model: GPT, dense: Callable[[str], Tensor]) -> None:
-        """Sets what depends on the base weights; `dense(name)` reads one (out, in) from the base's files."""
+    def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns the weight (out, in) that a linear layer is to hold, given the base's own, whole on every rank.
+
+        Called for every linear layer as its weight is read. Deltas whose start depends on it get theirs here, through
+        `distributed.fill`. `held(weight)` is what the layer multiplies with if it holds a weight, in its type or codes.
+        """
+        return weight
 
     def trained_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Returns the type in which what trains is held, on a base of `dtype`: float32 or better."""
@@ -98,9 +103,28 @@ def delta_state(model: GPT) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in model.delta_keys}
 
 
+Saved = TypeVar("Saved")
+
+
+def todays_names(model: GPT, saved: dict[str, Saved]) -> dict[str, Saved]:
+    """Returns what was saved by name of tensor, or NAME/more, under the names that the tensors have now.
+
+    Until format 3 of delta.json a slot held one Delta, whose own name was not among those of its tensors.
+    """
+    now = {
+        f"{place}.{key}": f"{place}.{name}.{key}"
+        for place, slot in model.named_modules()
+        if isinstance(slot, Slot)
+        for name, delta in slot.deltas.items()
+        for key in delta.state_dict()
+    }
+    parts = ((name.partition("/"), value) for name, value in saved.items())
+    return {now.get(name, name) + slash + more: value for (name, slash, more), value in parts}
+
+
 def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
     """Copies a saved delta into the model's own tensors; names and shapes must be exactly the same."""
-    own = model.state_dict(keep_vars=True)
+    own, state = model.state_dict(keep_vars=True), todays_names(model, state)
     wrong = [f"{name} is missing" for name in sorted(model.delta_keys - set(state))]
     wrong += [f"{name} does not belong to it" for name in sorted(set(state) - model.delta_keys)]
     wrong += [
@@ -117,38 +141,43 @@ def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
 def put(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copies tensors into the model's own of these names, or each rank its share of them."""
     own = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
+    for name, tensor in todays_names(model, state).items():
         fill(own[name], tensor)
 
 
 @contextmanager
-def without_delta(model: GPT) -> Iterator[None]:
-    """Switches the finetuned part off, in place, for the time of the block: the model is its base again."""
-    places = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, Delta)
-    ]
-    trained = {name: model.get_parameter(name).data for name in model.base_values}
+def without_delta(model: GPT, *names: str) -> Iterator[None]:
+    """Switches the finetuned part off, in place, for the time of the block: the model is its base again.
+
+    With names of deltas only these, and base parameters that trained stay.
+    """
+    slots = [(slot, slot.deltas) for slot in model.modules() if isinstance(slot, Slot) and slot.deltas]
+    base_values = {} if names else model.base_values
+    trained = {name: model.get_parameter(name).data for name in base_values}
     try:
-        for parent, name, _ in places:
-            setattr(parent, name, Sdpa() if name == "core" else Slot())
-        for name, tensor in model.base_values.items():
+        for slot, deltas in slots:
+            slot.deltas = {n: delta for n, delta in deltas.items() if n not in names} if names else OFF
+        for name, tensor in base_values.items():
             model.get_parameter(name).data = tensor
         yield
     finally:
-        for parent, name, delta in places:
-            setattr(parent, name, delta)
+        for slot, deltas in slots:
+            slot.deltas = deltas
         for name, tensor in trained.items():
             model.get_parameter(name).data = tensor
 
 
 def unfoldable(model: nn.Module) -> str | None:
-    """Returns the name of a Delta that is no change of weights, or None if the model can be folded."""
-    return next(
-        (type(m).__name__ for m in model.modules() if isinstance(m, Delta) and type(m).fold is Delta.fold), None
-    )
+    """Returns the name of a Delta that is no change of weights, or None if the model can be folded.
+
+    Reads no tensor: one rank may ask alone.
+    """
+    inside = {layer.slot for layer in model.modules() if isinstance(layer, Linear)}
+    for slot in model.modules():
+        for delta in slot.deltas.values() if isinstance(slot, Slot) else ():
+            if slot not in inside or type(delta).frozen is Delta.frozen:
+                return type(delta).__name__
+    return None
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -169,14 +198,17 @@ def folds(
         raise TypeError(f"{unfoldable(module)} acts on activations: nothing can be merged")
     if isinstance(module, Linear):
         weight, bias = before = module.dense(), module.bias
-        if isinstance(module.slot, Delta):
+        if module.slot.deltas:
             wide = widened(weight)
-            weight, bias = module.slot.fold(wide, None if bias is None else bias.to(wide.dtype, copy=True))
+            affine = module.slot.frozen(module)
+            if affine is None:
+                raise TypeError(f"a Delta of {prefix}slot acts on activations: nothing can be merged")
+            weight, bias = affine.fold(wide, None if bias is None else bias.to(wide.dtype))
         if not isinstance(module, TiedHead):
             yield f"{prefix}weight", weight, before[0]
         if bias is not None:
             yield f"{prefix}bias", bias, before[1]
-    elif not isinstance(module, Bank | Slot | Delta):
+    elif not isinstance(module, Slot):
         yield from ((prefix + name, p, p) for name, p in module.named_parameters(recurse=False))
         for name, child in module.named_children():
             yield from folds(child, f"{prefix}{name}.", widened)

@@ -6,8 +6,6 @@ G key/value heads, V vocabulary. Families differ in the switches of ModelConfig.
 
 import math
 from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,88 +15,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from litpeft.core.errors import UserError
-from litpeft.model.attention import Documents, attend, causal_mask
+from litpeft.model.attention import attend
 from litpeft.model.config import ModelConfig
+from litpeft.model.context import Context
 from litpeft.model.kernels.ops import plain, remade, rms_norm, rotate, swiglu
 from litpeft.model.loss import summed_cross_entropy
-from litpeft.model.slots import Bank, Embedding, Linear, Slot, TiedHead, together
+from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, together
 
-KEYS = 64  # keys that attention over a cache takes at once
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-
-
-class KVCache:
-    """Keys and values of one layer. A key lies at its position, so what a row has not written yet is never seen."""
-
-    def __init__(self, rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
-        length = -(-length // KEYS) * KEYS
-        shape = (rows, config.n_kv_heads, length, config.head_dim)
-        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-
-    def of_rows(self, rows: slice) -> "KVCache":
-        """Returns the cache of some rows, which is written to where this one lies."""
-        part = copy(self)
-        part.k, part.v = self.k[rows], self.v[rows]
-        return part
-
-    def update(self, k: Tensor, v: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
-        """Writes k and v (B, G, T, D) at their positions; returns the keys and values (B, G, end, D) so far."""
-        if ctx.start is not None:
-            self.k.narrow(2, ctx.start, k.size(2)).copy_(k)  # faster than an index
-            self.v.narrow(2, ctx.start, v.size(2)).copy_(v)
-        else:
-            row = torch.arange(k.size(0), device=k.device)[:, None]
-            self.k[row, :, ctx.pos] = k.transpose(1, 2).to(self.k.dtype)  # autocast gives other types than the cache's
-            self.v[row, :, ctx.pos] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k.narrow(2, 0, ctx.keys), self.v.narrow(2, 0, ctx.keys)
-
-
-@dataclass
-class Context:
-    """What the blocks know of one call beside the tokens; made by the caller, completed by GPT.forward."""
-
-    pos: Tensor  # (B, T) position of each token in its document
-    documents: Documents | None = None  # of the one packed row; None = every row is one document
-    prompt_lengths: tuple[int, ...] | None = None  # tokens before the first answer, for each document
-    cache: list[KVCache] | None = None  # one for each layer, while generating
-    end: int = 0  # with a cache: one more than the highest position of this call
-    start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
-    keys: int = 0  # with a cache: how many of its keys attention is given, with those that the mask hides
-    mask: Tensor | None = None  # (B, 1, T, S) what is added to the scores; None = causal within the document
-    recompute: bool = False  # the blocks keep nothing, and are computed again in the backward pass
-    rope: tuple[Tensor, Tensor] | None = None  # of ops.rotate, (B, 1, T, R); None = nothing rotates
-
-    @classmethod
-    def rows(cls, ids: Tensor) -> "Context":
-        """Returns the context of rows (B, T) that each hold one document from its start."""
-        return cls(torch.arange(ids.size(1), device=ids.device).expand_as(ids))
-
-    @classmethod
-    def packed(
-        cls, lengths: tuple[int, ...], device: torch.device, prompt_lengths: tuple[int, ...] | None
-    ) -> "Context":
-        """Returns the context of one row (1, T) that holds documents of these lengths one after the other."""
-        documents = Documents(lengths)
-        return cls(documents.positions(device)[None], documents, prompt_lengths)
-
-    def look_back(self, tokens: int, window: int | None, dtype: torch.dtype) -> None:
-        """Sets how many keys of the cache are looked at, and which of them the new `tokens` of each row see.
-
-        If the rows do not begin here, it is a whole number of KEYS: then what a token sees sums up to the same bits,
-        whether it comes by itself or with a few more.
-        """
-        self.keys = self.end
-        if tokens < self.end:
-            self.keys = -(-self.end // KEYS) * KEYS
-            keys = torch.arange(self.keys, device=self.pos.device)[None]
-            seen = causal_mask(self.pos, keys, window)[:, None]
-            self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-
-    def reach(self) -> int:
-        """Returns one more than the highest position, from what is known without asking the device."""
-        if self.cache is not None:
-            return self.end
-        return self.pos.size(1) if self.documents is None else max(self.documents.lengths)
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
@@ -118,9 +42,13 @@ def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 class Sdpa(Slot):
-    """Softmax attention: what `Attention.core` is until a method replaces it."""
+    """Softmax attention, or what a method puts in its place."""
+
+    takes_one = True
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: "Attention") -> Tensor:
+        for delta in self.deltas.values():
+            return delta(q, k, v, ctx, attn)
         return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window)
 
 
@@ -159,12 +87,12 @@ class Attention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = (self.heads(y) for y in together(x, self.q, self.k, self.v))
+        q, k, v = (self.heads(y) for y in together(x, ctx, self.q, self.k, self.v))
         if ctx.rope is not None:
             q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
         if ctx.cache is not None:
             k, v = ctx.cache[self.layer].update(k, v, ctx)
-        return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2))
+        return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2), ctx)
 
 
 class MLP(nn.Module):
@@ -177,15 +105,15 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.gate is None:
-            return self.down(self.act(self.up(x)))
-        gate, up = together(x, self.gate, self.up)
+            return self.down(self.act(self.up(x, ctx)), ctx)
+        gate, up = together(x, ctx, self.gate, self.up)
         if self.act is not F.silu:
-            return self.down(self.act(gate) * up)
+            return self.down(self.act(gate) * up, ctx)
         y = swiglu(gate, up)
         if plain() or ctx.recompute:  # where nothing is kept anyway
-            return self.down(y)
+            return self.down(y, ctx)
         with remade(y, partial(swiglu, gate.detach(), up.detach())):  # a fifth of what the block would keep
-            return self.down(y)
+            return self.down(y, ctx)
 
 
 class Block(nn.Module):
@@ -231,7 +159,6 @@ class GPT(nn.Module):
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.positions = Embedding(config.max_positions, config.d_model) if config.learned_positions else None
         self.after_embed = Slot()
-        self.bank = Bank()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
         self.head = TiedHead(self.embed) if config.tie_embeddings else Linear(config.d_model, config.vocab_size)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from litpeft.model.config import ModelConfig
 from litpeft.model.gpt import MLP, Attention, Block, RMSNorm, Sdpa
-from litpeft.model.slots import Slot
+from litpeft.model.slots import is_empty
 
 PARTS = {  # of the modules that may have parts, the names of all of them
     Block: {"norm1", "attn", "after_attn", "norm2", "mlp", "after_mlp", "after_block"},
@@ -35,6 +35,6 @@ def is_llama(block: nn.Module) -> bool:
     if any({name for name, _ in part.named_children()} != PARTS[type(part)] for part in (block, block.attn, block.mlp)):
         return False
     norms = all(type(norm) is RMSNorm for norm in (block.norm1, block.norm2))
-    empty = all(type(slot) is Slot for slot in (block.after_attn, block.after_mlp, block.after_block))
-    plain = not block.parallel and block.mlp.act is F.silu and type(block.attn.core) is Sdpa
-    return norms and empty and plain
+    empty = all(is_empty(slot) for slot in (block.after_attn, block.after_mlp, block.after_block))
+    core = type(block.attn.core) is Sdpa and not block.attn.core.deltas
+    return norms and empty and core and not block.parallel and block.mlp.act is F.silu

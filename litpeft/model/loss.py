@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from litpeft.model.kernels import fused
 from litpeft.model.kernels.ops import product
-from litpeft.model.slots import Linear, Slot, product_dtype
+from litpeft.model.slots import Linear, is_empty, product_dtype
 
 CHUNK = 256  # positions whose logits exist at one time
 PIECE = 1 << 21  # logits that a CPU turns into probabilities at once: their float32 copy stays in its cache
@@ -17,7 +17,7 @@ def summed_cross_entropy(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
     """Returns the sum over N positions of -log p(target), in float32 or better; x is (N, d), targets (N,)."""
     dtype = product_dtype(x)
     # in float16 the small probabilities, which are the gradient, would vanish: there autograd's scaled ones are taken
-    if len(targets) and type(head.slot) is Slot and head.bias is None and dtype != torch.float16:
+    if len(targets) and is_empty(head.slot) and head.bias is None and dtype != torch.float16:
         return _Summed.apply(x, head.dense(), targets, dtype)
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for start in range(0, max(1, len(targets)), CHUNK):  # no targets: a zero that still has its gradient, of zeros

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from litpeft.data.batches import Batch, collate, idle, lay_out
 from litpeft.data.tokenise import Row
-from litpeft.model.gpt import Context
+from litpeft.model.context import Context
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

@@ -1,57 +1,110 @@
 """The places where a finetuning method may act. Each is the identity until a method fills it."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
+from litpeft.core.errors import UserError
+from litpeft.model.affine import Affine
+from litpeft.model.context import Context
+from litpeft.model.kernels.low_rank import Factors, add_updates
 from litpeft.model.kernels.ops import product
-
-
-class Slot(nn.Module):
-    """An empty place: returns its first argument and owns no parameters."""
-
-    def forward(self, y: Tensor, *context: object) -> Tensor:
-        return y
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight, bias
 
 
 class Delta(nn.Module):
     """What a method puts into a slot. It owns its new tensors; no Delta holds another Delta.
 
-    In `Linear.slot` it gets y = W x + b of its own, and may write over it.
-    `reset_parameters` (the name that Fabric and FSDP call) must not look at other modules: what depends on the base
-    weights goes to `Method.init`. Tensors of another module are reached through the module: FSDP swaps them.
+    `reset_parameters` (the name that Fabric and FSDP call) must not look at other modules: what depends on the base's
+    weights goes to `Method.start`. Tensors of another module are reached through the module: FSDP swaps them.
     """
+
+    claims: ClassVar[str] = ""  # what only one Delta of a slot can do, in words
+    dropout: float = 0.0  # share of x that is dropped in training
 
     def reset_parameters(self) -> None:
         raise NotImplementedError(f"{type(self).__name__} must initialise its tensors")
 
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns the weight (out, in) and bias (out,) that compute the same without this Delta, if there are such.
+    def factors(self) -> Factors | None:
+        """Returns A (rank, in) and B (out, rank), differentiably, if all that it does is to add B A dropout(x)."""
 
-        What it is given is the caller's copy, in float32 or better, and may be changed in place.
-        """
-        raise NotImplementedError  # a Delta that leaves it so acts on activations, and cannot be merged
+    def frozen(self, linear: "Linear") -> Affine | None:
+        """Returns what this Delta in `linear.slot` comes to outside of training, in float32 or better.
 
-    @classmethod
-    def beside(cls, ys: Sequence[Tensor], x: Tensor, layers: Sequence["Linear"]) -> list[Tensor]:
-        """Returns what the slots of layers that read the same x, each with a Delta of this class, make of their ys."""
-        return [layer.after(y, x) for layer, y in zip(layers, ys, strict=True)]
-
-    @classmethod
-    def below(cls, layers: Sequence["Linear"]) -> "Delta | None":
-        """Returns one Delta that does at once what the slots of layers with the same input do, if there is such a one.
-
-        It is for answers: its tensors are copies. Each layer has a Delta of this class, or an empty slot.
+        Answers and merging take it in place of `forward`. None: it acts on activations, and cannot be merged.
         """
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Returns A (rank, in) and B (out, rank), differentiably, if all that this Delta does is to add B A x."""
+
+class LowRankDelta(Delta):
+    """y + B A dropout(x): a method states A and B, and all else that can be done with them follows."""
+
+    def __init_subclass__(cls) -> None:
+        if cls.forward is not LowRankDelta.forward:
+            raise TypeError(f"{cls.__name__} must be a Delta: what it does is not said by its factors alone")
+
+    def factors(self) -> Factors:
+        raise NotImplementedError(f"{type(self).__name__} must state A (rank, in) and B (out, rank)")
+
+    def forward(self, y: Tensor, x: Tensor, linear: "Linear", ctx: Context | None) -> Tensor:
+        """The plain statement. Layers take `add_updates` in its place, which computes the same faster."""
+        x = F.dropout(x, self.dropout, self.training)
+        x, a, b = (tensor.to(y.dtype) for tensor in (x, *self.factors()))
+        return y + x @ a.T @ b.T
+
+    def frozen(self, linear: "Linear") -> Affine:
+        a, b = self.factors()
+        return Affine(A=a.detach(), B=b.detach())
+
+
+OFF: dict[str, Delta] = {}  # what `deltas` is, of every slot, while all of them are switched off
+
+
+class Slot(nn.Module):
+    """A place where deltas act one after the other. An empty one returns its first argument."""
+
+    takes_one: ClassVar[bool] = False  # Delta at most
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deltas: dict[str, Delta] = self._modules  # those that are on; without_delta puts fewer here for a time
+
+    def add(self, name: str, delta: Delta) -> None:
+        """Puts a Delta after those that are there; its tensors are called SLOT.NAME.TENSOR."""
+        for other, there in self.deltas.items():
+            if name == other or self.takes_one or (delta.claims and delta.claims == there.claims):
+                what = f"{name} and {other} want the same place: both {delta.claims or 'go by one name'}"
+                raise UserError("CONFIG-049", what, where="method", hint="choose one of them, or other targets")
+        self.add_module(name, delta)
+
+    def factors(self) -> Factors | None:
+        """Returns A and B if all that the deltas do is to add B A x, without dropout."""
+        pairs = [None if d.dropout and d.training else d.factors() for d in self.deltas.values()]
+        if not pairs or None in pairs:
+            return None
+        return pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
+
+    def frozen(self, linear: "Linear") -> Affine | None:
+        """Returns what the deltas come to, one after the other; None if one of them cannot say."""
+        whole = Affine()
+        for delta in self.deltas.values():
+            affine = delta.frozen(linear)
+            if affine is None:
+                return None
+            whole = affine.after(whole)
+        return whole
+
+    def forward(self, y: Tensor, *context: object) -> Tensor:
+        for delta in self.deltas.values():
+            y = delta(y, *context)
+        return y
+
+
+def is_empty(module: nn.Module) -> bool:
+    """Returns whether a module is a slot and does nothing."""
+    return type(module) is Slot and not module.deltas
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -61,21 +114,22 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-class Bank(nn.ParameterDict):
-    """Tensors shared by many deltas."""
-
-
 class Rows(Protocol):
     """The weights of layers that read the same input, as one matrix."""
 
     layers: Sequence["Linear"]
     sizes: list[int]  # outputs of each layer
+    slot: Slot | None  # the first that is filled
 
     def product(self, x: Tensor) -> Tensor:
         """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""
 
     def answer(self, x: Tensor) -> Tensor:
-        """Returns what all layers make of x, with their slots."""
+        """Returns what all layers make of x, with their slots, if they are `whole`."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether `answer` is all that the layers do now."""
 
 
 class Linear(nn.Linear):
@@ -101,24 +155,42 @@ class Linear(nn.Linear):
         """Returns the weight (out, in) that `base` multiplies with."""
         return self.weight
 
-    def after(self, y: Tensor, x: Tensor) -> Tensor:
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Returns the tensors that hold one weight (out, in), by name; keeps none of them."""
+        return {"weight": weight}
+
+    def unpacked(self, packed: dict[str, Tensor]) -> Tensor:
+        """Returns the weight that `dense` answers with where these tensors are held."""
+        return packed["weight"].to(self.weight.dtype)
+
+    def after(self, y: Tensor, x: Tensor, ctx: Context | None) -> Tensor:
         """Returns what the slot makes of y = W x + b."""
-        return y if type(self.slot) is Slot else self.slot(y, x, self)  # to ask an empty one takes as long as to write
+        for delta in self.slot.deltas.values():
+            factors = delta.factors()
+            if factors is None:
+                y = delta(y, x, self, ctx)
+            else:
+                y = add_updates([y], F.dropout(x, delta.dropout, delta.training), [factors])[0]
+        return y
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.base(x), x)
+    def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
+        """`ctx` is None where x are not the tokens of the call: in the head, which gets some of them only."""
+        return self.after(self.base(x), x, ctx)
 
 
-def together(x: Tensor, *layers: Linear) -> list[Tensor]:
+def together(x: Tensor, ctx: Context | None, *layers: Linear) -> list[Tensor]:
     """Returns what each layer makes of x; by one product if their weights are one matrix."""
     rows = layers[0].rows
-    if rows is None or rows is not layers[-1].rows:
-        kind = type(layers[0].slot)
-        if kind is Slot or any(type(layer.slot) is not kind for layer in layers):
-            return [layer(x) for layer in layers]
-        return kind.beside([layer.base(x) for layer in layers], x, layers)
-    parts = rows.product(x).split_with_sizes(rows.sizes, -1)
-    return [layer.after(y, x) for layer, y in zip(layers, parts, strict=True)]
+    if rows is not None and rows is layers[-1].rows:
+        ys = (rows.answer if rows.whole else rows.product)(x).split_with_sizes(rows.sizes, -1)
+        return ys if rows.whole else [layer.after(y, x, ctx) for layer, y in zip(layers, ys, strict=True)]
+    if not layers[0].slot.deltas:
+        return [layer(x, ctx) for layer in layers]
+    ys = [layer.base(x) for layer in layers]
+    factors = [layer.slot.factors() for layer in layers]
+    if None in factors:
+        return [layer.after(y, x, ctx) for layer, y in zip(layers, ys, strict=True)]
+    return add_updates(ys, x, factors)
 
 
 class Embedding(nn.Embedding):

@@ -15,7 +15,7 @@ from litpeft.core.distributed import whole
 from litpeft.core.errors import UserError
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
 from litpeft.data.tokenise import Row
-from litpeft.model.delta import delta_state, put, trainable
+from litpeft.model.delta import delta_state, put, todays_names, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
 from litpeft.train.checkpoints import STATE, Checkpoint, Checkpoints
@@ -250,8 +250,9 @@ class Trainer:
     def resume(self, saved: Checkpoint) -> None:
         """Puts model, optimiser and progress back to where a checkpoint has them."""
         put(self.gpt, saved.tensors("delta"))
-        values, where = saved.state["optimizer"], f"{saved.folder / STATE}: optimizer"
-        load_optimizer(self.optimizer, self.names, saved.tensors("optimizer"), values, where)
+        moments = todays_names(self.gpt, saved.tensors("optimizer"))
+        values = todays_names(self.gpt, saved.state["optimizer"])
+        load_optimizer(self.optimizer, self.names, moments, values, f"{saved.folder / STATE}: optimizer")
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         if scaler is not None and saved.state["scaler"]:  # neither where base.precision changed
             scaler.load_state_dict(saved.state["scaler"])

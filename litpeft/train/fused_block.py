@@ -18,10 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import checkpoint
 
-from litpeft.model.gpt import GPT, Block, Context, RMSNorm
+from litpeft.model.context import Context
+from litpeft.model.gpt import GPT, Block, RMSNorm
 from litpeft.model.kernels import gpu_kernels
 from litpeft.model.known_block import READ, at_defaults, is_llama
-from litpeft.model.slots import Delta, Linear, Slot
+from litpeft.model.slots import Linear, is_empty
 
 THICK = 64  # rank above which an update is better two products of its own
 HALF = (torch.bfloat16, torch.float16)
@@ -39,8 +40,9 @@ class Group:
         """Returns the group, or None if a layer trains, or its slot does something else than a low-rank update."""
         pairs: list[tuple[Tensor | None, Tensor | None]] = []
         for layer in layers:
-            low_rank = layer.slot.factors() if isinstance(layer.slot, Delta) else None
-            if low_rank is None and type(layer.slot) is not Slot:
+            empty = is_empty(layer.slot)
+            low_rank = None if empty else layer.slot.factors()
+            if low_rank is None and not empty:
                 return None
             if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
                 return None

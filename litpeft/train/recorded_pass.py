@@ -14,9 +14,10 @@ from torch import Tensor
 from litpeft.data.batches import Batch
 from litpeft.generate.cuda_graph import record
 from litpeft.model.attention import Documents
+from litpeft.model.context import Context
 from litpeft.model.delta import trainable
-from litpeft.model.gpt import GPT, Context
-from litpeft.model.slots import Slot
+from litpeft.model.gpt import GPT
+from litpeft.model.slots import is_empty
 from litpeft.train.fused_block import HALF, fused_step, groups_of, kernels
 
 LEAST, LEAST_DOCUMENTS = 128, 8  # of the smallest size class
@@ -100,7 +101,7 @@ class RecordedPasses:
     def of(cls, model: GPT) -> "RecordedPasses | None":
         """Returns the passes of a model on a GPU whose blocks are all fused, else None."""
         fused = type(model) is GPT and model.fused is fused_step and model.dtype in HALF and kernels() is not None
-        plain = type(model.head.slot) is type(model.after_embed) is Slot and model.head.bias is None
+        plain = is_empty(model.head.slot) and is_empty(model.after_embed) and model.head.bias is None
         rotates = model.positions is None and model.config.turned == model.config.head_dim
         around = (*model.embed.parameters(), *model.norm.parameters(), *model.head.parameters())
         if not (fused and plain and rotates) or any(parameter.requires_grad for parameter in around):

@@ -39,7 +39,7 @@ def from_peft(folder: Path, shapes: Shapes) -> dict[str, Tensor]:
     for layer in range(shapes.layers):
         for name in linear_names():
             theirs = f"base_model.model.{NAMES['blocks.{}.' + name]}".format(layer)
-            found |= {f"blocks.{layer}.{name}.slot.{x}": saved[f"{theirs}.lora_{x}.weight"].float() for x in "AB"}
+            found |= {f"blocks.{layer}.{name}.slot.lora.{x}": saved[f"{theirs}.lora_{x}.weight"].float() for x in "AB"}
     return found
 
 
@@ -52,9 +52,9 @@ def from_litgpt(path: Path, shapes: Shapes, rank: int) -> dict[str, Tensor]:
         downs = saved[f"{theirs}.attn.qkv.lora_A"].float().split(rank)
         ups = saved[f"{theirs}.attn.qkv.lora_B"].float().split(sizes)
         for name, A, B in zip("qkv", downs, ups, strict=True):
-            found |= {f"{ours}.attn.{name}.slot.A": A, f"{ours}.attn.{name}.slot.B": B}
+            found |= {f"{ours}.attn.{name}.slot.lora.A": A, f"{ours}.attn.{name}.slot.lora.B": B}
         for name, other in LITGPT.items():
-            found |= {f"{ours}.{name}.slot.{x}": saved[f"{theirs}.{other}.lora_{x}"].float() for x in "AB"}
+            found |= {f"{ours}.{name}.slot.lora.{x}": saved[f"{theirs}.{other}.lora_{x}"].float() for x in "AB"}
     return found
 
 

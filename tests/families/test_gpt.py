@@ -15,10 +15,11 @@ from litpeft.core.errors import UserError
 from litpeft.generate.load import load
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
+from litpeft.model.context import Context, KVCache
 from litpeft.model.families import gpt2, gpt_neox
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
-from litpeft.model.gpt import GPT, Context, KVCache
+from litpeft.model.gpt import GPT
 
 GPTS = ["neox", "neox serial", "gpt2", "gpt2 untied"]
 IDS = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -77,7 +78,7 @@ def test_cached_and_packed_logits_equal_the_full_forward(name: str, tmp_path) ->
 def test_lora_acts_on_every_part_of_a_fused_linear_and_folds_into_it(name: str, tmp_path) -> None:
     make_family(tmp_path, name)
     model = build(tmp_path, torch.float64, LoRA(rank=3, targets=("*.attn.*", "*.mlp.*"))).eval()
-    slots = [key for key, _ in model.named_parameters() if key.endswith("slot.B")]
+    slots = [key for key, _ in model.named_parameters() if key.endswith("slot.lora.B")]
     assert len(slots) == 2 * 6  # q, k, v, o, up, down
     with torch.no_grad():
         base = model(IDS)

@@ -10,8 +10,9 @@ from litpeft.methods.adapter import Adapter, PromptAttention
 from litpeft.methods.lora import LowRank
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
+from litpeft.model.context import Context, KVCache
 from litpeft.model.delta import attach, trainable
-from litpeft.model.gpt import GPT, Context, KVCache
+from litpeft.model.gpt import GPT
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -103,8 +104,8 @@ def test_at_the_start_the_gates_have_a_gradient_and_the_prompts_none(tiny_folder
     model = build(tiny_folder, torch.float32, Adapter())
     model(IDS).square().sum().backward()
     for block in model.blocks:
-        assert block.attn.core.gate.grad.all()
-        assert not block.attn.core.prompt.grad.any()
+        assert block.attn.core.adapter.gate.grad.all()
+        assert not block.attn.core.adapter.prompt.grad.any()
 
 
 def test_a_validation_pass_between_steps_changes_nothing(tiny_folder) -> None:
@@ -113,7 +114,7 @@ def test_a_validation_pass_between_steps_changes_nothing(tiny_folder) -> None:
         torch.manual_seed(0)
         model = build(tiny_folder, torch.float32, Adapter())
         optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
-        start = model.blocks[0].attn.core.prompt.detach().clone()
+        start = model.blocks[0].attn.core.adapter.prompt.detach().clone()
         for _ in range(3):
             if validated:
                 with torch.no_grad():
@@ -122,7 +123,7 @@ def test_a_validation_pass_between_steps_changes_nothing(tiny_folder) -> None:
             optimizer.zero_grad()
             model(IDS, at=torch.arange(47), targets=IDS.flatten()[1:]).backward()
             optimizer.step()
-        assert not torch.equal(model.blocks[0].attn.core.prompt, start)
+        assert not torch.equal(model.blocks[0].attn.core.adapter.prompt, start)
         states.append([p.detach() for p in trainable(model).values()])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
@@ -140,13 +141,13 @@ def test_an_adapted_k_gives_adapted_prompt_keys(tiny_folder) -> None:
     model = build(tiny_folder, torch.float64, Adapter()).eval()
     open_gates(model)
     for linear in (model.blocks[1].attn.k, model.blocks[1].attn.v):
-        linear.slot = LowRank(linear.in_features, linear.out_features, 4, 1.0, 0.0).double()
-        torch.nn.init.normal_(linear.slot.A)
-        torch.nn.init.normal_(linear.slot.B, std=0.1)
+        linear.slot.add("lora", LowRank(linear.in_features, linear.out_features, 4, 1.0, 0.0).double())
+        torch.nn.init.normal_(linear.slot.lora.A)
+        torch.nn.init.normal_(linear.slot.lora.B, std=0.1)
     want = model(IDS)
     for linear in (model.blocks[1].attn.k, model.blocks[1].attn.v):
         linear.weight.data = folded(linear)["weight"].detach()
-        linear.slot.B.data.zero_()
+        linear.slot.lora.B.data.zero_()
     assert (model(IDS) - want).abs().max() <= 1e-10 * want.abs().max()
 
 
@@ -164,13 +165,13 @@ def test_it_computes_under_mixed_precision(tiny_folder) -> None:
 @pytest.mark.parametrize("layers", [1, 2, 30])
 def test_the_top_layers_get_prompts(tiny_folder, layers: int) -> None:
     model = build(tiny_folder, torch.float32, Adapter(layers=layers, prompt_length=7))
-    has = [isinstance(block.attn.core, PromptAttention) for block in model.blocks]
+    has = ["adapter" in block.attn.core.deltas for block in model.blocks]
     assert has == [layers >= 2, True]
-    assert model.blocks[1].attn.core.prompt.shape == (7, 64)
+    assert model.blocks[1].attn.core.adapter.prompt.shape == (7, 64)
 
 
 def test_prompts_start_standard_normal_and_gates_shut(tiny_folder) -> None:
-    core = build(tiny_folder, torch.float32, Adapter(prompt_length=500)).blocks[0].attn.core
+    core = build(tiny_folder, torch.float32, Adapter(prompt_length=500)).blocks[0].attn.core.adapter
     assert abs(float(core.prompt.detach().mean())) < 0.02
     assert abs(float(core.prompt.detach().std()) - 1) < 0.02
     assert core.gate.shape == (4,)

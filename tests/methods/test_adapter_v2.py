@@ -32,7 +32,7 @@ class PaperLinear(torch.nn.Module):
 def move(model: GPT) -> dict[str, ScaleBias]:
     """Gives scales and biases random values, as if trained; returns their Deltas by the name of their linear."""
     torch.manual_seed(6)
-    slots = {n.removesuffix(".slot"): m for n, m in model.named_modules() if isinstance(m, ScaleBias)}
+    slots = {n.removesuffix(".slot.adapter_v2"): m for n, m in model.named_modules() if isinstance(m, ScaleBias)}
     for slot in slots.values():
         torch.nn.init.normal_(slot.scale, std=0.2)
         torch.nn.init.normal_(slot.bias, std=0.2)
@@ -88,13 +88,13 @@ def test_all_but_the_prompts_folds(folder) -> None:
 
 def test_weight_decay_pulls_towards_the_base_and_not_to_zero(tiny_folder) -> None:
     linear = build(tiny_folder, torch.float64, AdapterV2()).blocks[0].mlp.up
-    torch.nn.init.normal_(linear.slot.scale)
-    torch.nn.init.normal_(linear.slot.bias)
+    torch.nn.init.normal_(linear.slot.adapter_v2.scale)
+    torch.nn.init.normal_(linear.slot.adapter_v2.bias)
     x = torch.randn(8, 64, dtype=torch.float64)
-    optimizer = torch.optim.AdamW(linear.slot.parameters(), lr=0.1, weight_decay=1.0)
+    optimizer = torch.optim.AdamW(linear.slot.adapter_v2.parameters(), lr=0.1, weight_decay=1.0)
     start = (linear(x) - linear.base(x)).norm()
     for _ in range(100):
-        for p in linear.slot.parameters():
+        for p in linear.slot.adapter_v2.parameters():
             p.grad = torch.zeros_like(p)
         optimizer.step()
     assert (linear(x) - linear.base(x)).norm() < 1e-3 * start
@@ -102,12 +102,13 @@ def test_weight_decay_pulls_towards_the_base_and_not_to_zero(tiny_folder) -> Non
 
 def test_a_factor_is_not_rounded_to_bfloat16(tiny_folder) -> None:
     linear = build(tiny_folder, torch.bfloat16, AdapterV2()).blocks[0].mlp.up
-    torch.nn.init.normal_(linear.slot.scale, std=0.02)
+    torch.nn.init.normal_(linear.slot.adapter_v2.scale, std=0.02)
     y = torch.randn(2000, 112).bfloat16()
-    exact, half = y.double() * (1 + linear.slot.scale.detach().double()), 2.0**-8  # largest rounding of a result
+    delta, half = linear.slot.adapter_v2, 2.0**-8  # largest rounding of a result
+    exact = y.double() * (1 + delta.scale.detach().double())
     off, cast = (
         float(((result.detach().double() - exact) / exact).abs().max())
-        for result in (linear.slot(y, y, linear), y * (1 + linear.slot.scale).bfloat16())
+        for result in (linear.slot(y, y, linear, None), y * (1 + delta.scale).bfloat16())
     )
     assert off <= 1.1 * half
     assert cast > 1.8 * half
@@ -116,6 +117,7 @@ def test_a_factor_is_not_rounded_to_bfloat16(tiny_folder) -> None:
 def test_it_trains_prompts_scales_biases_and_norms(tiny_folder) -> None:
     model = build(tiny_folder, torch.bfloat16, AdapterV2(targets=("*.attn.q", "head")))
     names = {name for name in trainable(model) if name.startswith("blocks.1.") or "." not in name.partition(".")[2]}
-    attn = {f"blocks.1.attn.{name}" for name in ("core.prompt", "core.gate", "q.slot.scale", "q.slot.bias")}
+    attn = {f"blocks.1.attn.core.adapter.{name}" for name in ("prompt", "gate")}
+    attn |= {f"blocks.1.attn.q.slot.adapter_v2.{name}" for name in ("scale", "bias")}
     assert names == attn | {"blocks.1.norm1.weight", "blocks.1.norm2.weight", "norm.weight"}
-    assert {"head.slot.scale", "head.slot.bias"} <= set(trainable(model))
+    assert {"head.slot.adapter_v2.scale", "head.slot.adapter_v2.bias"} <= set(trainable(model))

@@ -12,6 +12,7 @@ from litpeft.model.build import build
 from litpeft.model.delta import trainable
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
+from litpeft.model.kernels.low_rank import add_updates
 from litpeft.model.slots import Linear, together
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -28,7 +29,7 @@ def pair(folder, rslora: bool):
     torch.manual_seed(4)
     for name, module in ours.named_modules():
         if isinstance(module, LowRank):
-            linear = names.file_name(f"{name.removesuffix('.slot')}.weight").removesuffix(".weight")
+            linear = names.file_name(f"{name.removesuffix('.slot.lora')}.weight").removesuffix(".weight")
             layer = theirs.get_submodule(f"base_model.model.{linear}")
             for own, other in ((module.A, layer.lora_A), (module.B, layer.lora_B)):
                 torch.nn.init.normal_(own, std=0.1)
@@ -45,7 +46,7 @@ def test_logits_and_gradients_equal_peft(tiny_folder, rslora: bool) -> None:
     (want * weight).sum().backward()
     (got * weight).sum().backward()
     layer = theirs.get_submodule("base_model.model.model.layers.1.self_attn.v_proj")
-    slot = ours.get_submodule("blocks.1.attn.v.slot")
+    slot = ours.get_submodule("blocks.1.attn.v.slot.lora")
     for own, other in ((slot.A, layer.lora_A), (slot.B, layer.lora_B)):
         assert torch.allclose(own.grad, other["default"].weight.grad, rtol=1e-9, atol=1e-12)
 
@@ -58,22 +59,23 @@ def test_layers_of_one_input_learn_as_by_the_formula(shape: tuple[int, ...], fro
     layers = []
     for out, rank in ((7, 2), (9, 3), (4, 1)):
         linear = Linear(12, out).to(dtype).requires_grad_(False)
-        linear.slot = LowRank(12, out, rank, scale=1.5, dropout=0.0)
-        torch.nn.init.normal_(linear.slot.A), torch.nn.init.normal_(linear.slot.B)
-        linear.slot.to(torch.promote_types(dtype, torch.float32))
-        linear.slot.A.requires_grad_("A" not in frozen and frozen != "all but one")
-        linear.slot.B.requires_grad_("B" not in frozen and (frozen != "all but one" or out == 9))
+        linear.slot.add("lora", LowRank(12, out, rank, scale=1.5, dropout=0.0))
+        torch.nn.init.normal_(linear.slot.lora.A), torch.nn.init.normal_(linear.slot.lora.B)
+        linear.slot.lora.to(torch.promote_types(dtype, torch.float32))
+        linear.slot.lora.A.requires_grad_("A" not in frozen and frozen != "all but one")
+        linear.slot.lora.B.requires_grad_("B" not in frozen and (frozen != "all but one" or out == 9))
         layers.append(linear)
     x = torch.randn(shape).to(dtype)
     twin = x.double().requires_grad_("x" not in frozen)
     x.requires_grad_("x" not in frozen)
-    slots = [layer.slot for layer in layers]
-    want = [twin @ (lin.weight.double() + 1.5 * lin.slot.B.double() @ lin.slot.A.double()).T for lin in layers]
+    slots = [layer.slot.lora for layer in layers]
+    updates = [1.5 * slot.B.double() @ slot.A.double() for slot in slots]
+    want = [twin @ (layer.weight.double() + update).T for layer, update in zip(layers, updates, strict=True)]
     leaves = [p for slot in slots for p in (slot.A, slot.B) if p.requires_grad]
     weights = [torch.randn(y.shape).to(dtype) for y in want]
     want_loss = sum((y * w.double()).sum() for y, w in zip(want, weights, strict=True))
     expected = torch.autograd.grad(want_loss, [*leaves, *([twin] if twin.requires_grad else [])])
-    got = together(x, *layers)
+    got = together(x, None, *layers)
     got_loss = sum((y * w).sum() for y, w in zip(got, weights, strict=True))
     grads = torch.autograd.grad(got_loss, [*leaves, *([x] if x.requires_grad else [])])
     limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
@@ -83,14 +85,14 @@ def test_layers_of_one_input_learn_as_by_the_formula(shape: tuple[int, ...], fro
 
 def test_dropout_is_on_the_update_only_and_off_in_eval(tiny_folder) -> None:
     linear = build(tiny_folder, torch.float64, LoRA(dropout=0.5)).blocks[0].attn.q
-    torch.nn.init.ones_(linear.slot.B)
+    torch.nn.init.ones_(linear.slot.lora.B)
     x = torch.randn(4000, 64, dtype=torch.float64)
     base = linear.base(x)
     update = linear.eval()(x) - base
     dropped = linear.train()(x) - base
     assert not torch.allclose(dropped, update)
     assert abs(float((dropped * update).sum() / update.square().sum()) - 1) < 0.1  # unbiased: E[dropout(x)] = x
-    linear.slot.B.data.zero_()
+    linear.slot.lora.B.data.zero_()
     assert torch.equal(linear(x), base)
 
 
@@ -103,14 +105,14 @@ def test_an_answer_gets_the_update_of_its_formula(rows: tuple[int, int]) -> None
     x, y = torch.randn(*rows, 64).bfloat16(), torch.randn(*rows, 96).bfloat16()
     want = y.double() + 3 * x.double() @ delta.A.double().T @ delta.B.double().T
     with torch.inference_mode():
-        got = delta(y, x, None)
+        got = add_updates([y], x, [delta.factors()])[0]
     assert got.dtype == torch.bfloat16
     assert (got - want).norm() < 2**-7 * want.norm()
-    assert (delta(y, x, None) - want).norm() < 2**-7 * want.norm()
+    assert (delta(y, x, None, None) - want).norm() < 2**-7 * want.norm()
 
 
 def test_a_starts_uniform_within_one_over_the_root_of_in(tiny_folder) -> None:
-    slot = build(tiny_folder, torch.float32, LoRA(rank=64)).blocks[0].mlp.down.slot
+    slot = build(tiny_folder, torch.float32, LoRA(rank=64)).blocks[0].mlp.down.slot.lora
     bound = slot.A.size(1) ** -0.5
     assert slot.A.abs().max() <= bound
     assert abs(float(slot.A.std()) / (bound / 3**0.5) - 1) < 0.02
@@ -119,8 +121,8 @@ def test_a_starts_uniform_within_one_over_the_root_of_in(tiny_folder) -> None:
 
 def test_ranks_and_scales_follow_the_last_glob_that_matches(tiny_folder) -> None:
     model = build(tiny_folder, torch.float32, LoRA(rank=4, ranks={"*.mlp.*": 16, "blocks.1.mlp.up": 2}))
-    assert [model.blocks[i].attn.q.slot.A.size(0) for i in (0, 1)] == [4, 4]
-    assert [model.blocks[i].mlp.up.slot.A.size(0) for i in (0, 1)] == [16, 2]
+    assert [model.blocks[i].attn.q.slot.lora.A.size(0) for i in (0, 1)] == [4, 4]
+    assert [model.blocks[i].mlp.up.slot.lora.A.size(0) for i in (0, 1)] == [16, 2]
     assert {m.scale for m in model.modules() if isinstance(m, LowRank)} == {2.0}  # alpha is twice each rank
 
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from litpeft.generate.cpu.native_weights import NativeRows
 from litpeft.generate.cpu.pack import groups, owners
 from litpeft.model.attention import attend
-from litpeft.model.gpt import GPT, Block, Context
+from litpeft.model.context import Context
+from litpeft.model.gpt import GPT, Block
 from litpeft.model.kernels import library
 from litpeft.model.kernels.library import ALL, BlockStruct
 from litpeft.model.kernels.ops import rotate
 from litpeft.model.known_block import BIASES, READ, at_defaults, is_llama
-from litpeft.model.slots import Rows, Slot
+from litpeft.model.slots import OFF, Rows
 
 FEW = 512  # tokens of all rows that litpeft/model/kernels takes at once; of far more, torch's attention is faster
 
@@ -28,9 +29,12 @@ class BareBlock(Block):
     window: int | None
     norms: tuple[tuple[Tensor, float], ...]  # weight, twice, and eps of both
     products: tuple[Rows, ...]  # with q, k and v; o; gate and up; down
+    filled: Rows | None  # the first with a delta; what switches deltas on and off does so in all slots
     native: "NativeBlock | None" = None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        if self.filled is not None and not self.filled.whole:  # some deltas are on and some off
+            return super().forward(x, ctx)
         if self.native is not None and ctx.cache is not None and x.numel() <= FEW * x.size(-1):
             return self.native.answer(x, ctx)
         (norm1, norm2), (qkv, o, gate_up, down) = self.norms, self.products
@@ -51,7 +55,7 @@ class NativeBlock:
 
     def __init__(self, block: BareBlock, turned: int):
         self.layer, self.products = block.layer, block.products
-        self.filled = next((rows.filled for rows in block.products if rows.filled is not None), None)
+        self.filled = block.filled
         self.norms = tuple(norm.weight.detach().float() for norm in (block.norm1, block.norm2))
         rest = [norm.data_ptr() for norm in self.norms]
         rest += [block.norm1.eps, block.norm2.eps, *block.sizes, turned, block.window or ALL]
@@ -62,11 +66,10 @@ class NativeBlock:
     def takes(block: BareBlock) -> bool:
         """Returns whether decode.cpp does all that a block does."""
         size = block.sizes[2]
-        known = all(isinstance(rows, NativeRows) and rows.known for rows in block.products)
-        return known and size % 32 == 0 and size <= 256
+        return all(isinstance(rows, NativeRows) for rows in block.products) and size % 32 == 0 and size <= 256
 
     def answer(self, x: Tensor, ctx: Context) -> Tensor:
-        cache, off = ctx.cache[self.layer], self.filled is not None and type(self.filled.slot) is Slot
+        cache, off = ctx.cache[self.layer], self.filled is not None and self.filled.slot.deltas is OFF
         return library().block(self.base if off else self.tuned, x, cache.k, cache.v, ctx.pos, *ctx.rope)
 
 
@@ -93,7 +96,7 @@ def strip(model: GPT) -> None:
         block.__class__, block.layer, block.window = BareBlock, layer, block.attn.window
         block.sizes = model.config.n_heads, model.config.n_kv_heads, block.attn.head_dim
         block.norms = tuple((torch.cat((norm.weight, norm.weight)).to(model.dtype), norm.eps) for norm in norms)
-        block.products = tuple(rows)
+        block.products, block.filled = tuple(rows), next((one for one in rows if one.slot is not None), None)
         turned = model.config.turned
         block.native = NativeBlock(block, turned) if NativeBlock.takes(block) else None
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from litpeft.generate.cpu.packed_weights import Rows
+from litpeft.model.affine import Affine
 from litpeft.model.kernels import library
 from litpeft.model.kernels.library import RowsStruct
 from litpeft.model.quantize.codes import BLOCK, CODES
 from litpeft.model.quantize.four_bit import FourBit
 from litpeft.model.quantize.int8 import Int8
-from litpeft.model.slots import Linear, Slot
+from litpeft.model.slots import OFF, Linear
 
 STRIP = 16  # outputs
 KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.uint8: 2}  # of decode.cpp
@@ -37,11 +38,10 @@ class NativeRows(Rows):
             self.codes = torch.tensor(CODES[first.kind]).bfloat16().repeat(2)
         self.weight = _joined([_strips(layer) for layer in layers])
         self.added = super().bias(torch.float32)
-        factors = None if self.delta is None else self.delta.factors()
-        self.update = (
-            () if factors is None else (factors[0].detach().contiguous(), factors[1].detach().t().contiguous())
-        )
-        self.base, self.tuned = self._struct(()), self._struct(self.update)
+        bias = Affine(shift=super().bias(torch.float32))
+        affine = bias if self.affine is None else self.affine.after(bias)
+        self.kept = [self._tensors(one) for one in (bias, affine)]
+        self.base, self.tuned = (self._struct(tensors) for tensors in self.kept)
 
     @staticmethod
     def takes(layer: Linear) -> bool:
@@ -50,23 +50,23 @@ class NativeRows(Rows):
         fits = layer.in_features % multiple == 0 and layer.out_features % STRIP == 0
         return (layer.dtype if coded else layer.dense().dtype) == torch.bfloat16 and fits and library() is not None
 
-    def _struct(self, update: tuple[Tensor, ...]) -> RowsStruct:
-        tensors = (self.weight, self.scale, self.codes, self.added, *(update or (None, None)))
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        span, rank = self.inputs if self.codes is None else BLOCK, len(update[0]) if update else 0
+    @staticmethod
+    def _tensors(affine: Affine) -> list[Tensor | None]:
+        """Returns the tensors of RowsStruct that say what is done with W x."""
+        tensors = affine.gain, affine.shift, affine.A, None if affine.B is None else affine.B.t()
+        return [None if tensor is None else tensor.float().contiguous() for tensor in tensors]
+
+    def _struct(self, tensors: list[Tensor | None]) -> RowsStruct:
+        pointers = [None if t is None else t.data_ptr() for t in (self.weight, self.scale, self.codes, *tensors)]
+        span, rank = self.inputs if self.codes is None else BLOCK, 0 if tensors[2] is None else len(tensors[2])
         return RowsStruct(*pointers, KINDS[self.weight.dtype], self.inputs, sum(self.sizes), span, rank)
 
     def product(self, x: Tensor) -> Tensor:
         return library().product(self.base, x) if x.dtype == torch.bfloat16 else self.plain(x)
 
     def answer(self, x: Tensor) -> Tensor:
-        tuned = self.update and type(self.filled.slot) is not Slot
-        return library().product(self.tuned, x) if tuned and x.dtype == torch.bfloat16 else super().answer(x)
-
-    @property
-    def known(self) -> bool:
-        """Whether the library knows all that `answer` does."""
-        return self.filled is None or bool(self.update)
+        on = self.slot is not None and self.slot.deltas is not OFF
+        return library().product(self.tuned, x) if on and x.dtype == torch.bfloat16 else super().answer(x)
 
     def dense(self) -> Tensor:
         outputs = sum(self.sizes)

@@ -11,11 +11,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.model.affine import Affine
+from litpeft.model.kernels.low_rank import add_updates
 from litpeft.model.kernels.ops import has_onednn, product
 from litpeft.model.quantize.codes import BLOCK, CODES, has_kernels
 from litpeft.model.quantize.four_bit import FP4, NF4, FourBit
 from litpeft.model.quantize.int8 import Int8
-from litpeft.model.slots import Delta, Linear, Slot
+from litpeft.model.slots import OFF, Linear
 
 LONG = 1024  # inputs above which oneDNN sums a row by itself in another order than a row among others
 BELOW = 32  # outputs whose codes bitsandbytes' kernel takes at a time
@@ -33,8 +35,10 @@ class Rows:
     def __init__(self, layers: Sequence[Linear]):
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
         self.biased = layers[0].bias is not None
-        self.filled = next((layer for layer in layers if type(layer.slot) is not Slot), None)
-        self.delta = None if self.filled is None else _below(layers)
+        self.slot = next((layer.slot for layer in layers if layer.slot.deltas), None)  # the first that is filled
+        self.deltas = None if self.slot is None else self.slot.deltas
+        parts = [layer.slot.frozen(layer) for layer in layers] if self.slot else []
+        self.affine = None if not parts or None in parts else Affine.beside(parts, self.sizes)
 
     @staticmethod
     def takes(layer: Linear) -> bool:
@@ -46,16 +50,21 @@ class Rows:
         raise NotImplementedError(f"{type(self).__name__} must say how it multiplies")
 
     def answer(self, x: Tensor) -> Tensor:
-        """Returns what all layers make of x, with their deltas: W x + b + delta."""
+        """Returns what all layers make of x, with their deltas, if they are `whole`."""
         y = self.product(x)
-        if self.delta is None or type(self.filled.slot) is Slot:  # without_delta has emptied it
+        if self.slot is None or self.slot.deltas is OFF:
             return y
-        return self.delta(y, x, None)
+        gain, a, b, shift = self.affine.gain, self.affine.A, self.affine.B, self.affine.shift
+        wide = y if gain is None else y * gain
+        wide = wide if shift is None else wide + shift
+        return (wide if a is None else add_updates([wide], x, [(a, b)])[0]).to(y.dtype)
 
     @property
     def whole(self) -> bool:
-        """Whether `answer` is all that the layers do."""
-        return self.filled is None or self.delta is not None
+        """Whether `answer` is all that the layers do now: their deltas are all on and say what they come to, or off."""
+        if self.slot is None or self.slot.deltas is OFF:
+            return True
+        return self.affine is not None and self.slot.deltas is self.deltas
 
     def dense(self) -> Tensor:
         """Returns the weights (sum of sizes, in), in the type that they were packed for."""
@@ -169,9 +178,3 @@ def _has_product(kind: str) -> bool:
         setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
     rows, x = FourBitRows([layer]), torch.eye(2 * BLOCK, dtype=torch.bfloat16)
     return torch.allclose(rows.product(x), rows.dense().t(), rtol=2**-7)
-
-
-def _below(layers: Sequence[Linear]) -> Delta | None:
-    """Returns one Delta for what the slots of all layers do, or None if there is none."""
-    kinds = {type(layer.slot) for layer in layers} - {Slot}
-    return kinds.pop().below(layers) if len(kinds) == 1 else None

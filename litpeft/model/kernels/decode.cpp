@@ -80,7 +80,7 @@ constexpr decltype(&attend<1>) ATTEND[TOGETHER] = {attend<1>, attend<2>, attend<
 
 // 2. what Python calls
 
-// y (M, N) = W x + b + update, for x (M, K)
+// y (M, N) = gain W x + b + update, for x (M, K)
 extern "C" void product(const Rows* rows, const bf16* x, bf16* y, Long M, Long threads) {
 #pragma omp parallel num_threads(threads)
     multiply(*rows, x, M, [&](Long m, Long n, __m512 sum) { narrow(y + m * rows->outputs + n, sum); });

@@ -27,7 +27,7 @@ class RowsStruct(Structure):
     """`Rows` of products.h."""
 
     _fields_ = [
-        *_pointers("weight", "scale", "codes", "bias", "a", "b"),
+        *_pointers("weight", "scale", "codes", "gain", "bias", "a", "b"),
         *_numbers("kind", "inputs", "outputs", "span", "rank"),
     ]
 
@@ -91,7 +91,7 @@ class Library:
     # 1. answers
 
     def product(self, rows: RowsStruct, x: Tensor) -> Tensor:
-        """Returns W x + b + update for x (..., in): (..., out)."""
+        """Returns gain W x + b + update for x (..., in): (..., out)."""
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], rows.outputs))
         self._product(rows, x.data_ptr(), y.data_ptr(), x.numel() // rows.inputs, torch.get_num_threads())

@@ -10,34 +10,50 @@ from torch import Tensor
 
 from litpeft.model.kernels import native
 from litpeft.model.kernels.library import LAYERS, Library
-from litpeft.model.kernels.ops import product
+from litpeft.model.kernels.ops import plain, product
 
+SMALL_BATCH = 32  # rows up to which a CPU computes thin products faster in float32 than in half precision
 THICK = 64  # rank above which products by torch are faster than litpeft/model/kernels's
+
+Factors = tuple[Tensor, Tensor]  # A (r, in), and B (out, r) with the scale of the update in it
+
+
+def add_updates(ys: Sequence[Tensor], x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
+    """Returns y + B A x for the y (..., out) of each of some layers that read the same x (..., in).
+
+    Where something has a gradient it is written over y.
+    """
+    answers = not torch.is_grad_enabled() and x.device.type == "cpu"
+    if answers and x.numel() <= SMALL_BATCH * x.size(-1):
+        return [(y + product(product(x.to(a.dtype), a), b)).to(y.dtype) for y, (a, b) in zip(ys, factors, strict=True)]
+    x = x.to(ys[0].dtype)
+    if plain():
+        return [y + product(product(x, a.to(x.dtype)), b.to(x.dtype)) for y, (a, b) in zip(ys, factors, strict=True)]
+    as_, bs = zip(*factors, strict=True)
+    return list(Updates.apply(x, *ys, *as_, *bs))
 
 
 class Updates(torch.autograd.Function):
-    """y + s B A x for each layer, written over its y.
+    """y + B A x for each layer, written over its y.
 
     A is one matrix for all of them, and what a product and a sum do in three passes over y takes one, and one rounding.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, scales: Sequence[float], *tensors: Tensor) -> tuple[Tensor, ...]:
-        n, rows = len(scales), x.reshape(-1, x.size(-1))
+    def forward(ctx, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        n, rows = len(tensors) // 3, x.reshape(-1, x.size(-1))
         ys, as_, bs = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        ctx.ranks, ctx.scales, ctx.wide = [len(a) for a in as_], scales, as_[0].dtype
-        a = (torch.cat(as_) if n > 1 else as_[0]).to(x.dtype)
+        ctx.ranks, ctx.wide = [len(a) for a in as_], as_[0].dtype
+        a, bs = (torch.cat(as_) if n > 1 else as_[0]).to(x.dtype), [b.to(x.dtype) for b in bs]
         flat = [y.detach().view(-1, y.size(-1)) for y in ys]
-        library = ctx.library = _library(ctx.ranks, rows, *flat)  # which scales B, not h: the backward pass has to know
+        library = ctx.library = _library(ctx.ranks, rows, *flat)
         if library is not None:
-            bs = [(s * b).to(x.dtype) for s, b in zip(scales, bs, strict=True)]
             h = library.low_rank(rows, a, bs, flat)
         else:
-            bs = [b.to(x.dtype) for b in bs]
-            h = _scaled(product(rows, a), ctx)  # (N, R)
+            h = product(rows, a)  # (N, R)
             for y, part, b in zip(flat, h.split(ctx.ranks, 1), bs, strict=True):
                 y.addmm_(part, b.T)
-        trains_a, trains_b = (any(ctx.needs_input_grad[2 + i * n : 2 + (i + 1) * n]) for i in (1, 2))
+        trains_a, trains_b = (any(ctx.needs_input_grad[1 + i * n : 1 + (i + 1) * n]) for i in (1, 2))
         ctx.save_for_backward(x if trains_a else None, h if trains_b else None, a, *bs)
         return ys
 
@@ -48,27 +64,18 @@ class Updates(torch.autograd.Function):
         if ctx.library is not None:
             rows, bs = ([tensor.contiguous() for tensor in tensors] for tensors in (rows, [b.T for b in bs]))
             dx, da, dbs = ctx.library.low_rank_backward(rows, x, a, h, bs, ctx.needs_input_grad[0])
-            dbs = dbs and [s * db.T for s, db in zip(ctx.scales, dbs, strict=True)]
+            dbs = dbs and [db.T for db in dbs]
         else:
             dx = da = dbs = None
             if ctx.needs_input_grad[0] or x is not None:
                 dh = [product(dy, b.T) for dy, b in zip(rows, bs, strict=True)]
-                dh = _scaled(torch.cat(dh, 1) if n > 1 else dh[0], ctx)
+                dh = torch.cat(dh, 1) if n > 1 else dh[0]
                 dx, da = product(dh, a.T) if ctx.needs_input_grad[0] else None, None if x is None else dh.T @ x
             if h is not None:
                 dbs = [dy.T @ part for dy, part in zip(rows, h.split(ctx.ranks, 1), strict=True)]
         das = [None] * n if da is None else da.to(ctx.wide).split(ctx.ranks)
         dbs = [None] * n if dbs is None else [db.to(ctx.wide) for db in dbs]
-        return None if dx is None else dx.view(*dys[0].shape[:-1], -1), None, *dys, *das, *dbs
-
-
-def _scaled(h: Tensor, ctx: torch.autograd.function.FunctionCtx) -> Tensor:
-    """Multiplies each layer's part of h (N, R), in place, by its scale."""
-    if len(set(ctx.scales)) == 1:
-        return h.mul_(ctx.scales[0])
-    for part, scale in zip(h.split(ctx.ranks, 1), ctx.scales, strict=True):
-        part.mul_(scale)
-    return h
+        return None if dx is None else dx.view(*dys[0].shape[:-1], -1), *dys, *das, *dbs
 
 
 def _library(ranks: Sequence[int], *tensors: Tensor) -> Library | None:

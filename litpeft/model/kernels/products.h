@@ -12,6 +12,7 @@ struct Rows {
     const uint8_t* weight;
     const float* scale;   // (K / span, N), or null: what the sums over `span` inputs are multiplied with
     const bf16* codes;    // (32,): the 16 values of four bits, twice; null for other kinds
+    const float* gain;    // (N,), or null: what W x is multiplied with
     const float* bias;    // (N,), or null
     const float* a;       // (rank, K) and
     const float* b;       // (rank, N): a low-rank update b^T a x
@@ -125,7 +126,7 @@ static std::unique_ptr<float[]> inner(const Rows& rows, const bf16* x, Long M) {
     return h;
 }
 
-// calls put(m, n, y) with each 16 outputs from n on of W x + b + update, for x (M, K); the threads share the outputs
+// calls put(m, n, y) with each 16 outputs from n on of gain W x + b + update, for x (M, K); the threads share the outputs
 template <class Put>
 static void multiply(const Rows& rows, const bf16* x, Long M, const Put& put) {
     const Tiles& tiles = *KINDS[rows.kind];
@@ -144,6 +145,7 @@ static void multiply(const Rows& rows, const bf16* x, Long M, const Put& put) {
                     for (Long s = 0; s < strips; s++) {
                         const Long n = 16 * (strip + s);
                         __m512 sum = _mm512_load_ps(y + 16 * (i * strips + s));
+                        if (rows.gain) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(rows.gain + n));
                         if (rows.bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(rows.bias + n));
                         for (Long r = 0; r < rows.rank; r++) {
                             const __m512 factor = _mm512_set1_ps(h[(m + i) * rows.rank + r]);

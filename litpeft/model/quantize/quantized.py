@@ -72,8 +72,12 @@ class Quantized(Linear):
     def reset_parameters(self) -> None:
         """A packed weight comes from a file; there is none to start at random."""
 
+    def unpacked(self, packed: dict[str, Tensor]) -> Tensor:
+        tensors = tuple(packed[name] for name in self.packed_names)
+        return self.unpack(tensors, (self.out_features, self.in_features), self.dtype)
+
     def dense(self) -> Tensor:
-        return self.unpack(tuple(self.packed().values()), (self.out_features, self.in_features), self.dtype)
+        return self.unpacked(self.packed())
 
     def base(self, x: Tensor) -> Tensor:
         x = x.to(product_dtype(x))  # as F.linear, which would cast both

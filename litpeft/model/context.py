@@ -1,0 +1,89 @@
+"""What the parts of a model know of one call beside the tokens.
+
+Letters: B rows, T new tokens, S keys, D head size, R of them that rotate, G key/value heads.
+"""
+
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from litpeft.model.attention import Documents, causal_mask
+from litpeft.model.config import ModelConfig
+
+KEYS = 64  # keys that attention over a cache takes at once
+
+
+class KVCache:
+    """Keys and values of one layer. A key lies at its position, so what a row has not written yet is never seen."""
+
+    def __init__(self, rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
+        length = -(-length // KEYS) * KEYS
+        shape = (rows, config.n_kv_heads, length, config.head_dim)
+        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+    def of_rows(self, rows: slice) -> "KVCache":
+        """Returns the cache of some rows, which is written to where this one lies."""
+        part = copy(self)
+        part.k, part.v = self.k[rows], self.v[rows]
+        return part
+
+    def update(self, k: Tensor, v: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
+        """Writes k and v (B, G, T, D) at their positions; returns the keys and values (B, G, end, D) so far."""
+        if ctx.start is not None:
+            self.k.narrow(2, ctx.start, k.size(2)).copy_(k)  # faster than an index
+            self.v.narrow(2, ctx.start, v.size(2)).copy_(v)
+        else:
+            row = torch.arange(k.size(0), device=k.device)[:, None]
+            self.k[row, :, ctx.pos] = k.transpose(1, 2).to(self.k.dtype)  # autocast gives other types than the cache's
+            self.v[row, :, ctx.pos] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k.narrow(2, 0, ctx.keys), self.v.narrow(2, 0, ctx.keys)
+
+
+@dataclass
+class Context:
+    """What the blocks know of one call beside the tokens; made by the caller, completed by GPT.forward."""
+
+    pos: Tensor  # (B, T) position of each token in its document
+    documents: Documents | None = None  # of the one packed row; None = every row is one document
+    prompt_lengths: tuple[int, ...] | None = None  # tokens before the first answer, for each document
+    cache: list[KVCache] | None = None  # one for each layer, while generating
+    end: int = 0  # with a cache: one more than the highest position of this call
+    start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
+    keys: int = 0  # with a cache: how many of its keys attention is given, with those that the mask hides
+    mask: Tensor | None = None  # (B, 1, T, S) what is added to the scores; None = causal within the document
+    recompute: bool = False  # the blocks keep nothing, and are computed again in the backward pass
+    rope: tuple[Tensor, Tensor] | None = None  # of ops.rotate, (B, 1, T, R); None = nothing rotates
+
+    @classmethod
+    def rows(cls, ids: Tensor) -> "Context":
+        """Returns the context of rows (B, T) that each hold one document from its start."""
+        return cls(torch.arange(ids.size(1), device=ids.device).expand_as(ids))
+
+    @classmethod
+    def packed(
+        cls, lengths: tuple[int, ...], device: torch.device, prompt_lengths: tuple[int, ...] | None
+    ) -> "Context":
+        """Returns the context of one row (1, T) that holds documents of these lengths one after the other."""
+        documents = Documents(lengths)
+        return cls(documents.positions(device)[None], documents, prompt_lengths)
+
+    def look_back(self, tokens: int, window: int | None, dtype: torch.dtype) -> None:
+        """Sets how many keys of the cache are looked at, and which of them the new `tokens` of each row see.
+
+        If the rows do not begin here, it is a whole number of KEYS: then what a token sees sums up to the same bits,
+        whether it comes by itself or with a few more.
+        """
+        self.keys = self.end
+        if tokens < self.end:
+            self.keys = -(-self.end // KEYS) * KEYS
+            keys = torch.arange(self.keys, device=self.pos.device)[None]
+            seen = causal_mask(self.pos, keys, window)[:, None]
+            self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+    def reach(self) -> int:
+        """Returns one more than the highest position, from what is known without asking the device."""
+        if self.cache is not None:
+            return self.end
+        return self.pos.size(1) if self.documents is None else max(self.documents.lengths)
