@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from litpeft.core import safetensors as checkpoint
 from litpeft.core.errors import UserError
 from litpeft.core.folders import atomic_folder
-from litpeft.core.safetensors import Weights, let_go, write_safetensors
+from litpeft.core.safetensors import Weights, write_safetensors
 from litpeft.model.build import build
 from litpeft.model.families.read import read_config
 
@@ -38,7 +38,7 @@ def test_shards_hold_the_same_tensors_and_have_the_same_fingerprint(tiny_folder,
     assert load_file(tmp_path / "model.safetensors")["model.norm.weight"][0] == tensors["model.norm.weight"][0]
 
 
-def test_tensors_are_read_again_after_their_pages_were_let_go(tmp_path) -> None:
+def test_tensors_are_read_again_after_their_pages_were_dropped(tmp_path) -> None:
     tensors = {"odd": torch.randn(3, 5), "half": torch.randn(999).bfloat16(), "one": torch.tensor(2.5)}
     data = b"".join(t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors.values())
     header, end = {}, 0
@@ -52,7 +52,7 @@ def test_tensors_are_read_again_after_their_pages_were_let_go(tmp_path) -> None:
     read = {name: weights.read(name) for name in tensors}
     for _ in range(2):
         assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-        let_go()
+        weights.drop_pages()
 
 
 def test_tensors_of_several_types_are_read_by_the_library(tmp_path) -> None:

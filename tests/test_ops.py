@@ -192,3 +192,15 @@ def test_the_summed_loss_in_bfloat16_is_as_near_as_autograds(trained: bool) -> N
     assert off(total, F.cross_entropy(exact, targets, reduction="sum")) < 1e-3
     assert [g.dtype for g in got] == [torch.bfloat16, torch.float32][: len(got)]
     assert all(off(g, w) < 1e-2 for g, w in zip(got, want, strict=False))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_with_a_narrower_weight_is_that_with_its_wider_copy(biased: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 3000), torch.randn(800, 3000).bfloat16()  # cast in three parts
+    bias = torch.randn(800) if biased else None
+    want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    with torch.no_grad():
+        got = ops.product(x, weight, bias)
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()

@@ -101,3 +101,8 @@ def test_a_room_imports_from_itself_and_the_rooms_below_it(name: str) -> None:
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     list(TopologicalSorter({name: imported(name) for name in MODULES}).static_order())
+
+
+def test_no_function_changes_a_variable_of_its_module() -> None:
+    nodes = [(file.name, node) for file in SOURCES for node in ast.walk(ast.parse(file.read_text()))]
+    assert [(name, node.names) for name, node in nodes if isinstance(node, ast.Global)] == []

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,9 +28,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as settings say them
 SHARD_BYTES = 5_000_000_000
 HEADER_BYTES = (1 << 17) - 8  # kept free for the header of a file that is written: the tensors begin at a whole page
-MAPPED_BYTES = 1 << 25  # of mapped files that are looked at before their pages are let go
-_mapped: WeakSet[mmap.mmap] = WeakSet()  # the files that tensors are read from
-_looked_at = 0  # bytes of them since then
+MAPPED_BYTES = 1 << 25  # of mapped files that are read before their pages are dropped
 
 
 class Weights:
@@ -75,6 +72,10 @@ class Weights:
         if missing:
             raise UserError("MODEL-034", f"{some(missing)} not in the file that the index names", where=str(index))
         self._maps: dict[str, mmap.mmap] = {}
+        self._read_bytes = 0  # of tensors that were used since the pages were dropped
+
+    def __deepcopy__(self, memo: dict) -> "Weights":
+        return self  # the same files
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.headers[self.file_of[name]][name]["shape"])
@@ -84,7 +85,7 @@ class Weights:
         return self.headers[self.file_of[name]][name]["dtype"]
 
     def read(self, name: str) -> Tensor:
-        """Returns one tensor. It must not be written to: `let_go` would undo that."""
+        """Returns one tensor. It must not be written to: `drop_pages` would undo that."""
         dtype, shape, first = DTYPES[self.dtype(name)], self.shape(name), self._span(name)[0]
         count = math.prod(shape)
         return torch.frombuffer(self._map(self.file_of[name]), dtype=dtype, count=count, offset=first).view(shape)
@@ -116,23 +117,20 @@ class Weights:
         if file not in self._maps:
             with open(self.folder / file, "rb") as handle:
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-            _mapped.add(self._maps[file])
         return self._maps[file]
 
+    def drop_pages(self, read_bytes: int = MAPPED_BYTES) -> None:
+        """Takes the files' pages out of this process's memory; they are read again where they are used.
 
-def let_go(looked_at: int = MAPPED_BYTES) -> None:
-    """Takes the pages of all mapped files out of this process's memory; they are read again where they are used.
-
-    With `looked_at`, the bytes of a tensor that was just used, only once such tensors come to MAPPED_BYTES.
-    """
-    global _looked_at
-    _looked_at += looked_at
-    if _looked_at < MAPPED_BYTES:
-        return
-    _looked_at = 0
-    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-        for pages in _mapped:
-            pages.madvise(mmap.MADV_DONTNEED)
+        With `read_bytes`, those of a tensor that was just used, only once such tensors come to MAPPED_BYTES.
+        """
+        self._read_bytes += read_bytes
+        if self._read_bytes < MAPPED_BYTES:
+            return
+        self._read_bytes = 0
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            for pages in self._maps.values():
+                pages.madvise(mmap.MADV_DONTNEED)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -112,7 +112,7 @@ def open_gguf(path: Path) -> "GgufFile":
 
 def check(folder: Path, source: str) -> tuple[int, int, str]:
     """Returns the tensors, parameters and data type of a written folder, after reading all of it again."""
-    from litpeft.core.safetensors import Weights, is_finite, let_go
+    from litpeft.core.safetensors import Weights, is_finite
     from litpeft.model.families.names import NameMap
     from litpeft.model.families.read import read_config
 
@@ -129,6 +129,6 @@ def check(folder: Path, source: str) -> tuple[int, int, str]:
         if not is_finite(tensor):
             hint = "the source is damaged; or, with --dtype float16, its numbers are too large: take bfloat16"
             raise UserError("MODEL-201", f"{name} holds numbers that are not finite", where=source, hint=hint)
-        let_go(tensor.nbytes)
+        weights.drop_pages(tensor.nbytes)
     shapes = [weights.shape(name) for name in weights.file_of]
     return len(shapes), sum(map(math.prod, shapes)), " and ".join(sorted(dtypes))

@@ -6,16 +6,14 @@ Everything is computed in float32, one layer at a time: the weights stay as thei
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from weakref import proxy
 
 import torch
 from torch import Tensor
 
 from litpeft.core.errors import UserError
 from litpeft.core.folders import alone, atomic_folder, check_place, refuse_existing, sync_files
-from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, let_go, write_safetensors
+from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
 from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.run import Run, build_run, find_run, tell_standing, write_dtype
@@ -28,10 +26,9 @@ from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
 from litpeft.model.kernels.ops import product
 from litpeft.model.quantize import Storage
-from litpeft.model.slots import Linear, Slot
+from litpeft.model.slots import Delta, Linear, Slot
 
-PIECE = 1 << 20  # weights that are made wider at a time: they stay in the processor's cache
-COMPARED = 1 << 18  # weights whose rounding is looked at together, for the same reason
+COMPARED = 1 << 18  # weights whose rounding is looked at together: they stay in the processor's cache
 PROMPTS = (
     "The capital of France is",
     "def add(a, b):\n    return",
@@ -147,22 +144,11 @@ def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:
 
 
 def _in_float32(model: GPT) -> GPT:
-    """Returns `model`, computing in float32 whatever its weights are held in."""
-    model.dtype = torch.float32
-    for layer in model.modules():
-        if isinstance(layer, Linear):  # a quantised one would not round to the type that the run saw
-            layer.base = partial(_product, proxy(layer))  # no circle, so that memory is free once the model is
+    """Returns `model`, computing in float32 whatever its weights are held in; it holds those of one block at a time."""
+    model.dtype, files = torch.float32, model.files
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: files.drop_pages())
     return model.eval()
-
-
-def _product(linear: Linear, x: Tensor) -> Tensor:
-    """Returns W x + b with the dense weight of a layer, of which a few outputs at a time are made wider."""
-    y, outputs = x.new_empty(*x.shape[:-1], linear.out_features), max(1, PIECE // linear.in_features)
-    dense = linear.dense()
-    for part, weight in zip(y.split(outputs, -1), dense.split(outputs), strict=True):
-        part.copy_(product(x, weight.to(x.dtype)))
-    let_go(dense.nbytes)
-    return y if linear.bias is None else y + linear.bias.to(x.dtype)
 
 
 class _Scratch:
@@ -178,32 +164,35 @@ class _Scratch:
         return self.memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
+class _ThreeWays(Delta):
+    """What a slot makes of tokens that come three times: with its deltas, without, and with its deltas folded in."""
+
+    def __init__(self, slot: Slot, widened: _Scratch):
+        super().__init__()
+        self.slot, self.widened = Slot(), widened
+        self.slot.deltas = slot.deltas
+
+    def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
+        (with_deltas, without, _), (first, _, third) = y.chunk(3, 1), x.chunk(3, 1)
+        bias = None if linear.bias is None else linear.bias.to(x.dtype, copy=True)
+        fold = product(third, *self.slot.frozen(linear).fold(self.widened(linear.dense()), bias))
+        return torch.cat((self.slot(with_deltas, first, linear, ctx), without, fold), 1)
+
+
 def _three_ways(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the logits of base + delta, of the base, and of the folded weights, and leaves the model like that.
 
-    The three are computed side by side in one row, so that every weight is made wider once.
+    The three are computed side by side in one row, so that every weight is read once.
     """
     tokens, widened = sum(map(len, prompts)), _Scratch()
-    for layer in list(model.modules()):
+    for layer in model.modules():
         if isinstance(layer, Linear) and layer.slot.deltas:
-            layer.base, layer.slot = partial(_product_three_ways, proxy(layer), layer.slot, widened, tokens), Slot()
+            layer.slot.deltas = {"three ways": _ThreeWays(layer.slot, widened)}
     want, before, fold = _logits(model, 3 * prompts).split(tokens)
     if model.base_values:
         with without_delta(model):
             before = _logits(model, 3 * prompts)[tokens : 2 * tokens]
     return want, before, fold
-
-
-def _product_three_ways(linear: Linear, slot: Slot, widened: _Scratch, tokens: int, x: Tensor) -> Tensor:
-    """Returns what a layer makes of x (1, 3 * tokens, in): with its delta, without, and with the delta folded in."""
-    dense, given = linear.dense(), x.split(tokens, 1)
-    weight = widened(dense)
-    bias = linear.bias if linear.bias is None else linear.bias.to(x.dtype, copy=True)
-    plain, without = product(x[:, : 2 * tokens], weight, bias).split(tokens, 1)
-    with_delta = slot(plain.clone(), given[0], linear, None)
-    fold = product(given[2], *slot.frozen(linear).fold(weight, bias))
-    let_go(dense.nbytes)
-    return torch.cat((with_delta, without, fold), 1)
 
 
 def _types(base: Path) -> dict[torch.dtype, int]:
@@ -228,7 +217,7 @@ def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> I
             if before is not None and before is not exact:  # where a method adds one, `written` knows if it has a place
                 rounding.add(exact, after, before)
             yield ours, after
-            let_go(after.nbytes)
+            model.files.drop_pages(after.nbytes)
 
     with torch.no_grad():
         yield from NameMap(*read_config(base)).written(rounded(), where=str(base))

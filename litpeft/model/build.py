@@ -11,7 +11,7 @@ from torch import Tensor
 
 from litpeft.core.distributed import fill
 from litpeft.core.errors import UserError
-from litpeft.core.safetensors import Weights, is_finite, let_go
+from litpeft.core.safetensors import Weights, is_finite
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method, attach
 from litpeft.model.families.names import NameMap
@@ -54,7 +54,7 @@ def build(
     verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if first else None
     with torch.device("meta"):  # 1. shapes
         model = GPT(config)
-    model.dtype = dtype
+    model.dtype, model.files = dtype, weights
     quantized = {} if storage is None else store(model, storage.name, storage.double_quantize, dtype)  # 2. storages
     if method is None:
         model.requires_grad_(False)  # what does not train is not copied out of its file
@@ -93,7 +93,7 @@ def build(
             _place(model, key, value)
         if stored and cache is not None and cached is None and first:
             packed |= values
-        let_go(sum(value.nbytes for value in values.values()))  # what is looked at here once need not be held
+        weights.drop_pages(sum(value.nbytes for value in values.values()))  # what is read here once need not be held
     if packed and not changed:
         cache.write(packed)
     if verified is not None:

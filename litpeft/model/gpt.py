@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from litpeft.core.errors import UserError
+from litpeft.core.safetensors import Weights
 from litpeft.model.attention import attend
 from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context
@@ -155,6 +156,7 @@ class GPT(nn.Module):
         self.fused: Callable[[Block, Tensor, Context], Tensor | None] | None = None  # by train/fused_block.py, on GPUs
         self.base_keys: set[str] = set()  # these three are filled by delta.py
         self.delta_keys: set[str] = set()
+        self.files: Weights | None = None  # that the weights were read from, by build.py
         self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.positions = Embedding(config.max_positions, config.d_model) if config.learned_positions else None

@@ -149,7 +149,7 @@ class Linear(nn.Linear):
         """Returns W x + b of the frozen base: (..., in) -> (..., out)."""
         # what trains is float32 whatever x is; for the rest this casts nothing
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return product(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight, bias)
 
     def dense(self) -> Tensor:
         """Returns the weight (out, in) that `base` multiplies with."""
@@ -212,7 +212,7 @@ class TiedHead(Linear):
         self.slot = Slot()
 
     def base(self, x: Tensor) -> Tensor:
-        return product(x, self.dense().to(x.dtype))
+        return product(x, self.dense())
 
     def dense(self) -> Tensor:
         return self.embed[0].weight

@@ -6,7 +6,6 @@ Layers that read the same input become one matrix, so that a token takes 4 produ
 import torch.nn as nn
 from torch import Tensor
 
-from litpeft.core.safetensors import let_go
 from litpeft.generate.cpu.native_weights import NativeRows
 from litpeft.generate.cpu.packed_weights import FourBitRows, Int8Rows, PackedRows, Rows
 from litpeft.model.context import Context
@@ -60,7 +59,8 @@ def pack(model: GPT, native: bool = True) -> None:
             rows = kind(layers[0])
             if rows is not None:
                 _pack(layers, rows)
-            let_go()
+            if model.files is not None:
+                model.files.drop_pages()
     if any(parameter.is_meta for parameter in model.parameters()):
         for parameter in model.parameters():  # the rest moves out of the model's files, whose pages can go then
             if not parameter.is_meta:

@@ -82,6 +82,8 @@ class Quantized(Linear):
     def base(self, x: Tensor) -> Tensor:
         x = x.to(product_dtype(x))  # as F.linear, which would cast both
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if x.dtype.itemsize > self.dtype.itemsize and not torch.is_grad_enabled():
+            return product(x, self.dense(), bias)  # not unpacked to numbers that are finer than those of the run
         shape = (self.out_features, self.in_features)
         return Product.apply(x, bias, type(self), shape, *self.packed().values())
 
