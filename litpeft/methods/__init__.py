@@ -7,6 +7,7 @@ METHODS = {
     "qlora": ("litpeft.methods.lora:LoRA", "LoRA on a base that is held in 4 bits (NF4)."),
     "adapter": ("litpeft.methods.adapter:Adapter", "Gated prompts in the attention (LLaMA-Adapter)."),
     "adapter_v2": ("litpeft.methods.adapter_v2:AdapterV2", "Gated prompts, factors and biases of linears, and norms."),
+    "bottleneck": ("litpeft.methods.bottleneck:Bottleneck", "Small networks after attention and MLP (adapters)."),
     "full": ("litpeft.methods.full:Full", "The model's own weights, all or some."),
 }
 

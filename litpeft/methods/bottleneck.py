@@ -1,0 +1,97 @@
+"""Bottleneck adapters: small two-layer networks inside each block, whose last layer starts at zero.
+
+    y <- y + scale * (up act(down u + b_down) + b_up)        down (m, d), up (d, m) = 0, m = d / reduction_factor
+
+    houlsby   after attention and after the MLP, each before its residual is added     u = y
+    pfeiffer  after the MLP only                                                       u = y
+    lin       after the block, with a norm of its own                                  u = norm(y)
+    parallel  beside the MLP                                                           u = h, the MLP's own input
+
+Houlsby https://arxiv.org/abs/1902.00751, Pfeiffer https://arxiv.org/abs/2005.00247, Lin
+https://arxiv.org/abs/2004.03829, parallel https://arxiv.org/abs/2110.04366. All start at the base: up is zero, where
+Houlsby draws it near zero and Lin as it comes. Houlsby and Lin train norms of the base or embeddings, too: `unfreeze`.
+Trains 2 d m + m + d parameters for each adapter, and 2 d for the norm of lin. Does not fold: act is not linear.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from litpeft.core.errors import UserError
+from litpeft.core.kinds import check_choices
+from litpeft.model.delta import Method
+from litpeft.model.gpt import ACTIVATIONS, GPT
+from litpeft.model.slots import Delta
+
+KINDS = {
+    "houlsby": ("after_attn", "after_mlp"),
+    "pfeiffer": ("after_mlp",),
+    "lin": ("after_block",),
+    "parallel": ("after_mlp",),
+}
+
+
+class BottleneckAdapter(Delta):
+    """y + scale * (up act(down u + b_down) + b_up), with up (d, m) zero at the start."""
+
+    def __init__(self, width: int, inner: int, kind: str, act: str, scale: float):
+        super().__init__()
+        self.parallel, self.act, self.scale = kind == "parallel", ACTIVATIONS[act], scale
+        self.down = nn.Parameter(torch.empty(inner, width, dtype=torch.float32))
+        self.down_bias = nn.Parameter(torch.empty(inner, dtype=torch.float32))
+        self.up = nn.Parameter(torch.empty(width, inner, dtype=torch.float32))
+        self.up_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.norm = self.norm_bias = None
+        if kind == "lin":
+            self.norm, self.norm_bias = (nn.Parameter(torch.empty(width, dtype=torch.float32)) for _ in range(2))
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+        for zero in (self.down_bias, self.up, self.up_bias):
+            nn.init.zeros_(zero)
+        if self.norm is not None:
+            nn.init.ones_(self.norm)
+            nn.init.zeros_(self.norm_bias)
+
+    def forward(self, y: Tensor, *context: object) -> Tensor:
+        u = context[0] if self.parallel else y  # the slots beside a sub-layer bring its input h
+        if self.norm is not None:
+            u = F.layer_norm(u, self.norm.shape, self.norm.to(u.dtype), self.norm_bias.to(u.dtype))
+        inner = self.act(F.linear(u, self.down.to(u.dtype), self.down_bias.to(u.dtype)))
+        update = F.linear(inner, self.up.to(inner.dtype), self.up_bias.to(inner.dtype))
+        return y + (self.scale * update).to(y.dtype)
+
+
+@dataclass
+class Bottleneck(Method):
+    """Small networks with a residual of their own, inside each block."""
+
+    kind: Literal["houlsby", "pfeiffer", "lin", "parallel"] = "houlsby"
+    """Where they sit: after attention and MLP, after the MLP, after the block with a norm, or beside the MLP."""
+    reduction_factor: int = 16
+    """The model's width divided by the inner width of an adapter."""
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    """What is between the two layers. Pfeiffer and Lin take relu."""
+    scale: float = 1.0
+    """What an adapter adds is multiplied by it; 4 in the paper of parallel adapters."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "method.")
+        if self.reduction_factor < 1:
+            raise ValueError(f"method.reduction_factor must be at least 1, got {self.reduction_factor}")
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"method.scale must be above 0 and finite, got {self.scale}")
+
+    def attach(self, model: GPT) -> None:
+        width, inner = model.config.d_model, model.config.d_model // self.reduction_factor
+        if not inner:
+            what = f"{self.reduction_factor} is more than {width}, the width of this model"
+            raise UserError("CONFIG-095", what, where="method.reduction_factor")
+        for block in model.blocks:
+            for place in KINDS[self.kind]:
+                adapter = BottleneckAdapter(width, inner, self.kind, self.activation, self.scale)
+                getattr(block, place).add("bottleneck", adapter)
