@@ -195,7 +195,8 @@ def test_an_interrupted_template_answers_the_next_question_not_the_last():
 SCRIPT = """
 import sys, time
 from datetime import datetime
-from litpeft.data.sandbox import Template
+from litpeft.data.sandbox import Limits, Template
+Limits.of = lambda size: Limits(60.0, 1 << 30, 1 << 20)  # as a large chat has: the limit must not be what ends it
 template = Template("{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}", datetime.now())
 print(template._process.pid, flush=True)
 if sys.argv[1] == "busy":

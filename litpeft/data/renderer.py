@@ -7,8 +7,10 @@ away from Python, and the kernel bounds the processor time of each text and the 
 import gc
 import json
 import os
+import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
@@ -100,6 +102,7 @@ def serve() -> None:
             resource.setrlimit(kind, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the interpreter prints when a template ends it
     gc.freeze()
+    threading.Thread(target=_end_with_input, daemon=True).start()
     limits, (source, now, constants) = receive(sys.stdin.buffer), receive(sys.stdin.buffer)
     jinja = environment(datetime.fromisoformat(now))
     templates: list[jinja2.Template] = []
@@ -120,6 +123,15 @@ def serve() -> None:
         except EOFError:
             return
         _answer([partial(render, *text) for text in texts], *limits)
+
+
+def _end_with_input() -> None:
+    """Ends this process as soon as nobody can write to its input any more, whatever it is doing: its parent is gone."""
+    if hasattr(select, "poll"):
+        waiting = select.poll()
+        waiting.register(sys.stdin.fileno(), 0)  # no event of its own, so only the hang-up
+        waiting.poll()
+        os._exit(0)
 
 
 def _answer(calls: Sequence[Callable[[], str]], seconds: float, memory: int, characters: int) -> None:

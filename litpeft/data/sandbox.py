@@ -2,7 +2,7 @@
 
 What a template will cost cannot be foreseen, so the limits lie outside of it: processor time of each text, and memory
 of the process. One process serves all texts of a Template. It ends with the Template; and by itself when this process
-has gone, since then its input ends, and what it is doing ends at the limit.
+has gone, since then its input ends.
 """
 
 import os
