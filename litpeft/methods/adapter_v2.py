@@ -2,8 +2,7 @@
 
     y = (1 + scale) * (W x + b + bias)        scale (out,) = bias (out,) = 0, so nothing changes at first
 
-The paper's factor is s = 1 + scale. It is held as its offset from 1, the same function, so that weight decay pulls it
-to 1, where the model is its base, and not to 0, where the layer would be silent.
+The paper's factor is s = 1 + scale, held as its offset from 1: the same function.
 
 LLaMA-Adapter V2 https://arxiv.org/abs/2304.15010 (its part for text).
 Trains layers * (prompt_length * d + heads) parameters, 2 * out for each target, and the norms.
