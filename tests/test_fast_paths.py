@@ -18,7 +18,7 @@ from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import trainable
 from litpeft.model.gpt import GPT, MLP, Attention, RMSNorm
-from litpeft.model.slots import Linear
+from litpeft.model.slots import Delta, Linear, Slot
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 3e-2}  # relative
 
@@ -111,8 +111,8 @@ class PostNormed(nn.Module):
         return self.norm(self.inner(x, ctx))
 
 
-class Squashed(nn.Module):
-    """What a method might do with the output of attention."""
+class Squashed(Delta):
+    """What a method might do with what a slot is given."""
 
     def forward(self, y: torch.Tensor, *context: object) -> torch.Tensor:
         return y.tanh()
@@ -123,7 +123,7 @@ CHANGES = {
     "another norm": lambda block: setattr(block, "norm2", OneMore(CONFIG.d_model, CONFIG.norm_eps)),
     "experts": lambda block: setattr(block, "mlp", Experts(CONFIG)),
     "a norm after the MLP": lambda block: setattr(block, "mlp", PostNormed(CONFIG)),
-    "a module after attention": lambda block: setattr(block, "after_attn", Squashed()),
+    "a module in place of a slot": lambda block: setattr(block, "after_attn", Squashed()),
 }
 
 
@@ -139,6 +139,19 @@ def test_a_block_of_another_kind_is_not_fused(name: str, dtype: torch.dtype) -> 
     other = fast(plain)
     assert BareBlock not in {type(block) for block in other.blocks}
     assert_answers_alike(plain, other, LIMITS[dtype])
+
+
+SLOTS = [name for name, module in GPT(CONFIG).named_modules() if isinstance(module, Slot)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SLOTS)
+def test_what_is_in_each_slot_is_heeded(name: str, dtype: torch.dtype) -> None:
+    plain = made(CONFIG, dtype)
+    empty = plain(torch.arange(9)[None])
+    plain.get_submodule(name).add("squashed", Squashed())
+    assert not torch.equal(plain(torch.arange(9)[None]), empty)
+    assert_answers_alike(plain, fast(plain), LIMITS[dtype])
 
 
 @pytest.mark.parametrize("dtype", LIMITS)

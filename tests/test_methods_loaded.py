@@ -1,0 +1,118 @@
+"""The contract of every method as generate, chat and evaluate use it: what `load` makes of a run answers as the plain
+model does. A new method is covered without a line here."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_folder
+
+from litpeft.core.safetensors import Weights
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.identity import config_identity, tokenizer_identity
+from litpeft.exchange.run import base_facts, find_run, save_result
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.engine import answer
+from litpeft.generate.load import Loaded, load
+from litpeft.generate.settings import Sampling
+from litpeft.methods import METHODS, method_class
+from litpeft.model.build import build
+from litpeft.model.delta import load_delta, trainable, without_delta
+from litpeft.model.gpt import GPT
+from litpeft.model.quantize import Storage
+
+HELD = {  # precision, storage and the largest difference from the plain model, relative
+    "float64": ("64-true", None, 1e-10),
+    "float32": ("32-true", None, 5e-6),
+    "bf16": ("bf16-true", None, 3e-2),
+    "nf4": ("bf16-true", "nf4", 3e-2),
+}
+TYPES = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16}
+IDS = torch.randint(0, 250, (2, 21), generator=torch.Generator().manual_seed(0))
+PROMPTS = [[5, 9, 14], [7, 8, 7, 8, 7], [40, 41, 42, 43, 44, 45, 46]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 2}
+    folder = tmp_path_factory.mktemp("models") / "base"
+    return make_folder(folder, seed=7, initializer_range=0.1, num_key_value_heads=1, **sizes)
+
+
+def trains_weights(folder: Path, name: str) -> bool:
+    """Returns whether the method trains weights of linear layers, which codes cannot."""
+    model = build(folder, torch.float32, method_class(name)())
+    return any(key in model.base_keys and "norm" not in key for key in trainable(model))
+
+
+@pytest.fixture(scope="module", params=[(name, kind) for name in METHODS for kind in HELD], ids="-".join)
+def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, Loaded, float]:
+    """A run whose delta is far from its start: as the plain model, as `load` makes it, and how far they may differ."""
+    name, kind = request.param
+    precision, quantize, limit = HELD[kind]
+    storage, method, dtype = quantize and Storage(quantize, cache=False), method_class(name)(), TYPES[precision]
+    if quantize and trains_weights(base, name):
+        pytest.skip("codes cannot train")
+    torch.manual_seed(1)
+    model = build(base, dtype, method, storage=storage)
+    for parameter in trainable(model).values():
+        parameter.data += (0.5 / parameter.size(-1) ** 0.5 * torch.randn(parameter.shape)).to(parameter)
+    template = ChatTemplate(Tokenizer.load(base), is_setting=False)
+    identity = config_identity(base), tokenizer_identity(template)
+    facts = {
+        "base": base_facts(base, storage, Weights(base).fingerprint(), *identity),
+        "template": {"name": template.name, "sha256": template.tokenizer.template_hash, "system": None},
+        "precision": precision,
+        **{"step": 1, "finished": True, "steps_done": 1, "steps_planned": 1},
+    }
+    folder = tmp_path_factory.mktemp("run")
+    save_result(folder / "final", model, name, method, base, facts)
+    if method.writes_model:
+        plain = build(folder / "final", dtype)
+    else:
+        plain = build(base, dtype, method, storage=storage)
+        load_delta(plain, find_run(folder).delta(), "test")
+    return plain.eval().requires_grad_(False), load(str(folder), precision=precision), limit
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, limit: float) -> None:
+    assert (got - want).double().norm() <= limit * want.double().norm()
+
+
+@torch.inference_mode()
+def test_logits_with_the_delta_and_without_it_are_those_of_the_plain_model(run) -> None:
+    plain, loaded, limit = run
+    want = plain(IDS)
+    assert_near(loaded.model(IDS), want, limit)
+    if loaded.has_delta:
+        with without_delta(plain), without_delta(loaded.model):
+            base = plain(IDS)
+            assert_near(loaded.model(IDS), base, limit)
+        assert (base - want).double().norm() > 1.5 * limit * want.double().norm()  # the delta does something
+        assert_near(loaded.model(IDS), want, limit)
+
+
+@torch.inference_mode()
+def test_a_batch_read_in_steps_and_guessed_tokens_get_the_logits_of_the_plain_model(run) -> None:
+    plain, loaded, limit = run
+    rows, caches = [list(prompt) for prompt in PROMPTS], (TokenCache(plain), TokenCache(loaded.model))
+    for last in (1, 1, 3):
+        want, got = (cache.logits(rows, last) for cache in caches)
+        assert_near(got, want, limit)
+        rows = [[*row, 3 + number, 9, 4] for number, row in enumerate(rows)]
+
+
+@torch.inference_mode()
+def test_greedy_answers_alone_in_a_batch_and_with_guesses_are_those_of_the_plain_model(run) -> None:
+    plain, loaded, limit = run
+    sampling = [Sampling(max_new_tokens=12, lookup=lookup) for lookup in (0, 8)]
+    alone, guessed = (
+        [answer(loaded.model, [prompt], loaded.tokenizer, one, ())[0].ids for prompt in PROMPTS] for one in sampling
+    )
+    batch = [one.ids for one in answer(loaded.model, PROMPTS, loaded.tokenizer, sampling[0], ())]
+    for answers in (alone, guessed, batch):
+        for prompt, ids in zip(PROMPTS, answers, strict=True):
+            logits = plain(torch.tensor([[*prompt, *ids]]))[0, len(prompt) - 1 : -1].double()
+            chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert (logits.amax(1) - chosen <= 2 * limit * logits.norm(dim=1)).all()  # it may round a tie otherwise
