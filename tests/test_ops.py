@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from litpeft.model import attention, loss
 from litpeft.model.attention import Documents
 from litpeft.model.kernels import ops
-from litpeft.model.kernels.ops import product, remade, rms_norm, rotate, swiglu
+from litpeft.model.kernels.ops import product, remade, rms_norm, rotate, scaled, swiglu
 from litpeft.model.loss import summed_cross_entropy
 from litpeft.model.slots import Delta, Linear
 
@@ -204,3 +204,19 @@ def test_a_product_with_a_narrower_weight_is_that_with_its_wider_copy(biased: bo
         got = ops.product(x, weight, bias)
     assert got.dtype == torch.float32
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_factor_and_a_shift_learn_as_by_their_formula(shifted: bool, dtype: torch.dtype, limit: float) -> None:
+    torch.manual_seed(0)
+    y, weight = (torch.randn(3, 700, 500).to(dtype).requires_grad_(first) for first in (True, False))
+    wide = torch.promote_types(dtype, torch.float32)
+    gain, shift = (torch.randn(500, dtype=wide).mul_(0.3).add_(first).requires_grad_() for first in (1, 0))
+    given = [y, gain, *([shift] if shifted else [])]
+    twins = [tensor.detach().double().requires_grad_() for tensor in given]
+    got, want = scaled(y, gain, shift if shifted else None), twins[0] * twins[1] + (twins[2] if shifted else 0)
+    grads = torch.autograd.grad(got, given, weight), torch.autograd.grad(want, twins, weight.double())
+    assert got.dtype == dtype
+    for ours, theirs in zip([got, *grads[0]], [want, *grads[1]], strict=True):
+        assert (ours - theirs).norm() <= limit * theirs.norm()

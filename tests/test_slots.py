@@ -21,7 +21,6 @@ from litpeft.methods.adapter_v2 import ScaleBias
 from litpeft.methods.lora import LowRank
 from litpeft.model.affine import Affine
 from litpeft.model.build import build
-from litpeft.model.context import Context
 from litpeft.model.delta import Method, linears, without_delta
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
@@ -170,10 +169,7 @@ class Norms(Delta):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.norm)
 
-    def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
-        return y
-
-    def frozen(self, linear: Linear) -> Affine:
+    def affine(self, linear: Linear) -> Affine:
         return Affine()
 
 

@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from litpeft.methods.adapter import Adapter
 from litpeft.model.affine import Affine
-from litpeft.model.context import Context
 from litpeft.model.delta import linears
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Delta, Linear
@@ -35,14 +33,9 @@ class ScaleBias(Delta):
         nn.init.zeros_(self.scale)
         nn.init.zeros_(self.bias)
 
-    def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
-        # as an addition to y: the factor itself would be rounded in bfloat16, which has nothing between 1 and 1.0078
-        bias = ((1 + self.scale) * self.bias).to(y.dtype)
-        return y + torch.addcmul(bias, y, self.scale.to(y.dtype))
-
-    def frozen(self, linear: Linear) -> Affine:
-        gain = 1 + self.scale.detach()
-        return Affine(gain, shift=gain * self.bias.detach())
+    def affine(self, linear: Linear) -> Affine:
+        gain = 1 + self.scale
+        return Affine(gain, shift=gain * self.bias)
 
 
 @dataclass

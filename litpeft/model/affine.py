@@ -1,4 +1,4 @@
-"""What the deltas of a linear layer come to once their tensors stand still.
+"""What the deltas of a linear layer make of what it puts out.
 
 Letters: out and in of the layer, r rank.
 """

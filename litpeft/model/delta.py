@@ -175,7 +175,7 @@ def unfoldable(model: nn.Module) -> str | None:
     inside = {layer.slot for layer in model.modules() if isinstance(layer, Linear)}
     for slot in model.modules():
         for delta in slot.deltas.values() if isinstance(slot, Slot) else ():
-            if slot not in inside or type(delta).frozen is Delta.frozen:
+            if slot not in inside or type(delta).affine is Delta.affine:
                 return type(delta).__name__
     return None
 

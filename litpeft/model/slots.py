@@ -11,7 +11,7 @@ from torch import Tensor
 from litpeft.core.errors import UserError
 from litpeft.model.affine import Affine
 from litpeft.model.context import Context
-from litpeft.model.kernels.low_rank import Factors, add_updates
+from litpeft.model.kernels.low_rank import Factors, add_updates, apply_affines
 from litpeft.model.kernels.ops import product
 
 
@@ -31,11 +31,14 @@ class Delta(nn.Module):
     def factors(self) -> Factors | None:
         """Returns A (rank, in) and B (out, rank), differentiably, if all that it does is to add B A dropout(x)."""
 
-    def frozen(self, linear: "Linear") -> Affine | None:
-        """Returns what this Delta in `linear.slot` comes to outside of training, in float32 or better.
+    def affine(self, linear: "Linear") -> Affine | None:
+        """Returns what this Delta in `linear.slot` makes of W x + b, differentiably, in float32 or better.
 
-        Answers and merging take it in place of `forward`. None: it acts on activations, and cannot be merged.
+        Answers and merging take it, too. None: it acts on activations, has a `forward`, and cannot be merged.
         """
+
+    def forward(self, y: Tensor, x: Tensor, linear: "Linear", ctx: Context | None) -> Tensor:
+        return apply_affines([y], x, [self.affine(linear)])[0]
 
 
 class LowRankDelta(Delta):
@@ -54,9 +57,9 @@ class LowRankDelta(Delta):
         x, a, b = (tensor.to(y.dtype) for tensor in (x, *self.factors()))
         return y + x @ a.T @ b.T
 
-    def frozen(self, linear: "Linear") -> Affine:
+    def affine(self, linear: "Linear") -> Affine:
         a, b = self.factors()
-        return Affine(A=a.detach(), B=b.detach())
+        return Affine(A=a, B=b)
 
 
 OFF: dict[str, Delta] = {}  # what `deltas` is, of every slot, while all of them are switched off
@@ -86,11 +89,16 @@ class Slot(nn.Module):
             return None
         return pairs[0] if len(pairs) == 1 else (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1))
 
+    @torch.no_grad()
     def frozen(self, linear: "Linear") -> Affine | None:
-        """Returns what the deltas come to, one after the other; None if one of them cannot say."""
+        """Returns what the deltas come to outside of training, as `affine` does."""
+        return self.affine(linear)
+
+    def affine(self, linear: "Linear") -> Affine | None:
+        """Returns what the deltas come to, one after the other, differentiably; None if one of them cannot say."""
         whole = Affine()
         for delta in self.deltas.values():
-            affine = delta.frozen(linear)
+            affine = delta.affine(linear)
             if affine is None:
                 return None
             whole = affine.after(whole)
@@ -184,13 +192,12 @@ def together(x: Tensor, ctx: Context | None, *layers: Linear) -> list[Tensor]:
     if rows is not None and rows is layers[-1].rows:
         ys = (rows.answer if rows.whole else rows.product)(x).split_with_sizes(rows.sizes, -1)
         return ys if rows.whole else [layer.after(y, x, ctx) for layer, y in zip(layers, ys, strict=True)]
-    if not layers[0].slot.deltas:
-        return [layer(x, ctx) for layer in layers]
     ys = [layer.base(x) for layer in layers]
-    factors = [layer.slot.factors() for layer in layers]
-    if None in factors:
+    drops = any(delta.dropout and delta.training for layer in layers for delta in layer.slot.deltas.values())
+    affines = [None if drops else layer.slot.affine(layer) for layer in layers]
+    if None in affines:
         return [layer.after(y, x, ctx) for layer, y in zip(layers, ys, strict=True)]
-    return add_updates(ys, x, factors)
+    return apply_affines(ys, x, affines)
 
 
 class Embedding(nn.Embedding):

@@ -8,14 +8,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from litpeft.model.affine import Affine
 from litpeft.model.kernels import native
 from litpeft.model.kernels.library import LAYERS, Library
-from litpeft.model.kernels.ops import plain, product
+from litpeft.model.kernels.ops import plain, product, scaled
 
 SMALL_BATCH = 32  # rows up to which a CPU computes thin products faster in float32 than in half precision
 THICK = 64  # rank above which products by torch are faster than litpeft/model/kernels's
 
 Factors = tuple[Tensor, Tensor]  # A (r, in), and B (out, r) with the scale of the update in it
+
+
+def apply_affines(ys: Sequence[Tensor], x: Tensor, affines: Sequence[Affine]) -> list[Tensor]:
+    """Returns gain * y + B A x + shift for the y (..., out) of each of some layers that read the same x (..., in)."""
+    ys = [scaled(y, affine.gain, affine.shift) for y, affine in zip(ys, affines, strict=True)]
+    low_rank = [n for n, affine in enumerate(affines) if affine.A is not None]
+    if low_rank:
+        updated = add_updates([ys[n] for n in low_rank], x, [(affines[n].A, affines[n].B) for n in low_rank])
+        for n, y in zip(low_rank, updated, strict=True):
+            ys[n] = y
+    return ys
 
 
 def add_updates(ys: Sequence[Tensor], x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:

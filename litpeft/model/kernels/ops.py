@@ -126,6 +126,34 @@ class _RMSNorm(torch.autograd.Function):
         return dx, None if dweight is None else dweight.to(weight.dtype), None
 
 
+def scaled(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Returns gain * y + shift for y (..., out) and vectors (out,), in the type of y."""
+    if gain is None:
+        return y if shift is None else y + shift.to(y.dtype)
+    return _scaled(y, gain, shift) if plain() else _Scaled.apply(y, gain, shift)
+
+
+def _scaled(y: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
+    # as an addition to y: bfloat16 has no number between 1 and 1.0078
+    return torch.addcmul(y if shift is None else y + shift.to(y.dtype), y, (gain - 1).to(y.dtype))
+
+
+class _Scaled(torch.autograd.Function):
+    """One pass over dy for each gradient, where autograd makes two and a sum."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, gain)
+        return _scaled(y, gain, shift)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (y, gain), (needs_dy, _, needs_dshift) = ctx.saved_tensors, ctx.needs_input_grad
+        dgain = None if y is None else sum((y_ * dy_).sum(0, dtype=gain.dtype) for y_, dy_ in _pieces(y, dy))
+        dshift = dy.flatten(0, -2).sum(0, dtype=gain.dtype) if needs_dshift else None
+        return _scaled(dy, gain, None) if needs_dy else None, dgain, dshift
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns silu(gate) * up, of https://arxiv.org/abs/2002.05202."""
     return _swiglu(gate, up) if plain() else _SwiGLU.apply(gate, up)
