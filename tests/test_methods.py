@@ -73,7 +73,9 @@ def test_on_a_quantised_base_it_learns_what_it_learns_on_the_weights_that_the_co
     model = build(tiny_folder, torch.float64, method_class(name)(), storage=Storage("nf4"))
     for key, layer in model.blocks.named_modules():
         if isinstance(layer, Linear):
-            twin.blocks.get_submodule(key).weight.data = layer.dense()
+            other = twin.blocks.get_submodule(key)
+            other.weight.data = layer.dense()
+            method_class(name)().start(f"blocks.{key}", other, other.weight, lambda weight: weight)
     assert steps(model) == steps(twin)
     assert all(torch.equal(tensor, delta_state(twin)[key]) for key, tensor in delta_state(model).items())
 
@@ -255,6 +257,8 @@ LLAMA_7B = ModelConfig(
         ("lora", {"rank": 8, "targets": ("*.attn.q", "*.attn.v")}, 4_194_304),
         ("lora", {"rank": 16}, 39_976_960),
         ("lora", {"rank": 64}, 159_907_840),
+        ("dora", {"rank": 32, "targets": ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")}, 56_975_360),
+        ("dora", {"rank": 16, "targets": ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")}, 28_925_952),
         ("adapter", {}, 1_229_760),
         ("adapter_v2", {}, 4_215_744),
         ("adapter_v2", {"targets": ("*.attn.*", "*.mlp.*", "head")}, 4_279_744),

@@ -16,10 +16,12 @@ from torch import Tensor
 from litpeft.core.errors import UserError
 from litpeft.model.delta import Method, linears
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import LowRankDelta
+from litpeft.model.slots import Linear, LowRankDelta
 
 LARGEST_RANK = 65536  # wider than any layer there is
 LARGEST_ALPHA = 1e30  # what is far beyond it is no number in float32
+
+Shape = tuple[int, int, int, float, float]
 
 
 class LowRank(LowRankDelta):
@@ -66,12 +68,19 @@ class LoRA(Method):
             raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
 
     def attach(self, model: GPT) -> None:
+        for linear, shape in self.shapes(model).values():
+            linear.slot.add("lora", LowRank(*shape))
+
+    def shapes(self, model: GPT) -> dict[str, tuple[Linear, Shape]]:
+        """Returns the targets by name, each with its sizes in and out, rank, scale and dropout."""
         targets = linears(model, self.targets)
         for glob in self.ranks:
             if not any(fnmatchcase(name, glob) for name in targets):
                 raise UserError("CONFIG-024", f'"{glob}" matches no target', where="method.ranks")
+        shapes = {}
         for name, linear in targets.items():
             rank = ([self.rank] + [rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)])[-1]
             alpha = 2 * rank if self.alpha is None else self.alpha
             scale = alpha / rank**0.5 if self.rslora else alpha / rank
-            linear.slot.add("lora", LowRank(linear.in_features, linear.out_features, rank, scale, self.dropout))
+            shapes[name] = linear, (linear.in_features, linear.out_features, rank, scale, self.dropout)
+        return shapes
