@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from litpeft.data.batches import collate, idle, lay_out, pack, plan_epoch
+from litpeft.data.batches import bin_pack, collate, idle, lay_out, plan_epoch
 from litpeft.data.tokenise import Row
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
@@ -109,12 +109,12 @@ def test_a_plan_depends_on_epoch_and_seed_and_nothing_else():
 
 def test_packing_is_first_fit_decreasing():
     lengths = [10, 60, 30, 40, 20, 50, 90]
-    assert pack(lengths, 70) == [[6], [1, 0], [5, 4], [3, 2]]
-    assert pack([], 70) == []
+    assert bin_pack(lengths, 70) == [[6], [1, 0], [5, 4], [3, 2]]
+    assert bin_pack([], 70) == []
     rng = random.Random(0)
     for _ in range(50):
         lengths = [rng.randint(1, 100) for _ in range(rng.randint(1, 80))]
-        bins = pack(lengths, 100)
+        bins = bin_pack(lengths, 100)
         assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
         fewest = -(
             -sum(lengths) // 100

@@ -24,7 +24,7 @@ from litpeft.exchange.identity import config_identity, tokenizer_identity
 from litpeft.exchange.run import base_facts, save_result
 from litpeft.generate.chat import chat
 from litpeft.generate.engine import answer
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.generate.session import Session
 from litpeft.generate.settings import Chat, Sampling
 from litpeft.methods.lora import LoRA
@@ -58,7 +58,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def session(model: Path, sampling: Sampling = SHORT, system: str | None = None) -> Session:
-    return Session(load(str(model), precision="32-true"), system, sampling)
+    return Session(load_model(str(model), precision="32-true"), system, sampling)
 
 
 def ask(talk: Session, *texts: str) -> list[str]:

@@ -15,7 +15,7 @@ from litpeft.core.errors import UserError
 from litpeft.core.safetensors import Weights, write_safetensors
 from litpeft.exchange.convert import convert
 from litpeft.exchange.settings import Convert
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.model.build import build
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -55,7 +55,7 @@ def test_the_checksums_are_those_of_every_tensors_bytes(converted, tmp_path):
 
 def test_damage_is_named_by_file_and_tensor_in_every_command_that_reads_the_folder(converted, tmp_path, capsys):
     folder = damaged(converted, tmp_path / "damaged")
-    for use in (build, lambda path, dtype: load(str(path)), lambda path, dtype: Weights(path).fingerprint()):
+    for use in (build, lambda path, dtype: load_model(str(path)), lambda path, dtype: Weights(path).fingerprint()):
         with pytest.raises(UserError, match=f"model.safetensors: {NAME} changed since .*sha256 mismatch") as error:
             use(folder, torch.float32)
         assert error.value.exit_code == 4
@@ -71,10 +71,10 @@ def test_what_was_merged_is_verified_too_and_a_whole_folder_says_nothing(convert
 
     run = finetune(converted, tmp_path, "--train.epochs", "1")
     main(["merge", str(run)])
-    assert load(str(run / "merged")).model.config.n_layers == 2
+    assert load_model(str(run / "merged")).model.config.n_layers == 2
     assert "unverified" not in capsys.readouterr().err
     with pytest.raises(UserError, match=f"{NAME} changed since"):
-        load(str(damaged(run / "merged", tmp_path / "damaged")))
+        load_model(str(damaged(run / "merged", tmp_path / "damaged")))
 
 
 def test_a_folder_without_checksums_is_called_unverified_once(tiny_folder, capsys):

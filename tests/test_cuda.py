@@ -17,7 +17,7 @@ from test_generate import assert_recorded_steps_agree
 from litpeft.cli import main
 from litpeft.data.batches import Batch, collate
 from litpeft.data.tokenise import Row
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.methods import METHODS, method_class
 from litpeft.model.attention import Documents, attend, document_mask
 from litpeft.model.build import build
@@ -146,7 +146,7 @@ def test_products_with_four_bits(wide_folder: Path, name: str, double_quantize: 
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 def test_recorded_steps_write_what_the_others_write(wide_folder: Path, quantize: str | None) -> None:
-    assert_recorded_steps_agree(load(str(wide_folder), precision="32-true", quantize=quantize).model, 1e-4)
+    assert_recorded_steps_agree(load_model(str(wide_folder), precision="32-true", quantize=quantize).model, 1e-4)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -205,7 +205,7 @@ def test_a_run_learns_in_every_precision_and_is_loaded_so(
     run = finetune(tiny_folder, tmp_path, "--base.precision", precision, "--train.epochs", "60", "--train.lr", "2e-2")
     learned = assert_learns(run)
     assert "cuda" in (run / "report.md").read_text()
-    assert load(str(run)).model.embed.weight.is_cuda
+    assert load_model(str(run)).model.embed.weight.is_cuda
     capsys.readouterr()
     rows = str(tmp_path / "data" / "validation.jsonl")
     main(["evaluate", str(run), rows, "--precision", "32-true", "--max_new_tokens", "2"])

@@ -13,7 +13,7 @@ from litpeft.data.formats.turn import Turn
 from litpeft.data.settings import Data
 from litpeft.data.sources import find, find_measured, records, split
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import load, show
+from litpeft.data.tokenise import load_dataset, show
 from litpeft.data.tokenizer import Tokenizer
 
 
@@ -37,7 +37,7 @@ def write_jsonl(path, rows):
 
 
 def read(tokenizer, template, path, max_positions=4096, **settings):
-    return load(Data(str(path), **{"validation_split": 0.0} | settings), tokenizer, template, max_positions)
+    return load_dataset(Data(str(path), **{"validation_split": 0.0} | settings), tokenizer, template, max_positions)
 
 
 # settings and formats

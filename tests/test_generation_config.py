@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
 from litpeft.generate.engine import answer
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.generate.settings import Sampling
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1 and 2; the template ends a turn with the last
@@ -60,7 +60,7 @@ def written_by_transformers(folder: Path, prompt: list[int]) -> list[int]:
 
 def written_by_litpeft(path: Path) -> tuple[list[int], list[int]]:
     """Returns a prompt, and what litpeft answers to it up to and without the token that ends the answer."""
-    loaded = load(str(path), precision="32-true")
+    loaded = load_model(str(path), precision="32-true")
     prompt = loaded.template.prompt(QUESTION)
     [said] = answer(loaded.model, [prompt], loaded.tokenizer, Sampling(max_new_tokens=24), loaded.template.stop_ids)
     assert said.reason == "stop"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
 from litpeft.exchange.record import checksum
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 
 Change = Callable[[dict], object]
 
@@ -173,7 +173,7 @@ def test_what_a_config_changes_is_what_transformers_computes_otherwise(base, tmp
     ids = torch.arange(60)[None]
     with torch.no_grad():
         theirs = [AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (base, other)]
-        ours = [load(str(folder), precision="32-true").model(ids) for folder in (base, other)]
+        ours = [load_model(str(folder), precision="32-true").model(ids) for folder in (base, other)]
     assert (theirs[0] - theirs[1]).abs().max() > 1e-3
     for mine, their in zip(ours, theirs, strict=True):
         assert (mine - their).abs().max() <= 5e-6 * their.abs().max()

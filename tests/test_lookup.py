@@ -9,7 +9,7 @@ from conftest import make_folder
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.packed_weights import can_pack
 from litpeft.generate.engine import Answer, answer
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.generate.settings import Sampling
 from litpeft.generate.speculate import Lookup
 from litpeft.model.gpt import GPT
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(folder: Path, precision: str = "32-true", **sampling: object) -> tuple[Answer, int]:
     """Returns the answer to PROMPT, and how often the model was asked."""
-    loaded, asked = load(str(folder), precision=precision), []
+    loaded, asked = load_model(str(folder), precision=precision), []
     hook = loaded.model.embed.register_forward_hook(lambda module, args, out: asked.append(args[0].size(1)))
     got = answer(loaded.model, [PROMPT], loaded.tokenizer, Sampling(**{"max_new_tokens": 60} | sampling), {3})[0]
     hook.remove()
@@ -60,7 +60,7 @@ def test_an_answer_ends_at_the_string_or_token_that_ends_it_also_among_guessed_o
     plain, got = (written(folder, lookup=most, stop=(stop,))[0] for most in (0, 8))
     assert got == plain
     assert got.reason == "string"
-    loaded = load(str(folder), precision="32-true")
+    loaded = load_model(str(folder), precision="32-true")
     plain, got = (
         answer(loaded.model, [PROMPT], loaded.tokenizer, Sampling(lookup=most), {free.ids[-1]})[0] for most in (0, 8)
     )
@@ -85,7 +85,7 @@ def test_a_guess_is_what_followed_the_last_time_and_grows_with_what_was_right() 
 def test_in_bfloat16_a_token_gets_the_same_bits_whatever_comes_with_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"intermediate_size": 1536, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-    model: GPT = load(str(make_folder(tmp_path / "long", **sizes)), precision="bf16-true").model
+    model: GPT = load_model(str(make_folder(tmp_path / "long", **sizes)), precision="bf16-true").model
     ids = torch.randint(0, 320, (300,)).tolist()
     alone, together = TokenCache(model), TokenCache(model)
     alone.logits([ids[:90]])

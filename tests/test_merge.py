@@ -16,7 +16,7 @@ from litpeft.cli import main
 from litpeft.core.errors import UserError
 from litpeft.core.folders import alone
 from litpeft.exchange.run import find_run
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
 from litpeft.model.delta import load_delta
@@ -46,10 +46,11 @@ def test_transformers_loads_the_merged_folder_and_computes_the_same(tmp_path, ti
     assert not any(info.values())
     assert AutoTokenizer.from_pretrained(run / "merged").chat_template
     with torch.no_grad():
-        want = load(str(run), precision="32-true").model(IDS)
-        base = load(str(tmp_path / "base"), precision="32-true").model(IDS)
+        want = load_model(str(run), precision="32-true").model(IDS)
+        base = load_model(str(tmp_path / "base"), precision="32-true").model(IDS)
         assert (theirs(IDS).logits - want).abs().max() <= 5e-6 * want.abs().max()
-        assert (load(str(run / "merged"), precision="32-true").model(IDS) - want).abs().max() <= 5e-6 * want.abs().max()
+        got = load_model(str(run / "merged"), precision="32-true").model(IDS)
+        assert (got - want).abs().max() <= 5e-6 * want.abs().max()
     assert (base - want).abs().max() > 1e-2
 
 

@@ -14,7 +14,7 @@ from litpeft.exchange.identity import config_identity, tokenizer_identity
 from litpeft.exchange.run import base_facts, find_run, save_result
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.engine import answer
-from litpeft.generate.load import Loaded, load
+from litpeft.generate.load import Loaded, load_model
 from litpeft.generate.settings import Sampling
 from litpeft.methods import METHODS, method_class
 from litpeft.model.build import build
@@ -73,7 +73,7 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     else:
         plain = build(base, dtype, method, storage=storage)
         load_delta(plain, find_run(folder).delta(), "test")
-    return plain.eval().requires_grad_(False), load(str(folder), precision=precision), limit
+    return plain.eval().requires_grad_(False), load_model(str(folder), precision=precision), limit
 
 
 def assert_near(got: torch.Tensor, want: torch.Tensor, limit: float) -> None:

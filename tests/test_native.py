@@ -12,7 +12,7 @@ from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import strip
 from litpeft.generate.cpu.native_weights import NativeRows
 from litpeft.generate.cpu.pack import pack
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA, LowRank
 from litpeft.model import kernels as native
 from litpeft.model.build import build
@@ -107,7 +107,7 @@ def test_a_block_in_one_call_is_as_near_to_the_truth_as_its_modules(changes: dic
 @pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
 def test_a_tokens_numbers_do_not_depend_on_how_many_come_with_it(quantize: str | None, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "vocab_size": 272}
-    model = load(str(make_folder(tmp_path / "model", seed=7, **sizes)), None, "bf16-true", quantize).model
+    model = load_model(str(make_folder(tmp_path / "model", seed=7, **sizes)), None, "bf16-true", quantize).model
     assert all(block.native is not None for block in model.blocks)
     ids = torch.randint(272, (2, 60)).tolist()
     alone, together = TokenCache(model), TokenCache(model)
@@ -120,7 +120,7 @@ def test_a_tokens_numbers_do_not_depend_on_how_many_come_with_it(quantize: str |
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 def test_a_row_s_numbers_do_not_depend_on_the_rows_it_is_read_with(quantize: str | None, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "max_position_embeddings": 1024}
-    model = load(str(make_folder(tmp_path / "m", **sizes)), precision="bf16-true", quantize=quantize).model
+    model = load_model(str(make_folder(tmp_path / "m", **sizes)), precision="bf16-true", quantize=quantize).model
     torch.manual_seed(0)
     rows = [torch.randint(2, 300, (n,)).tolist() for n in (30, 400, 8, 700, 90, 513, 64, 64, 512, 3)]
     cache, alone = TokenCache(model), [TokenCache(model) for _ in rows]

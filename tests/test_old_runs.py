@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.train.log import read_metrics
 
 FOLDER = Path(__file__).parent / "old_runs"
@@ -41,7 +41,7 @@ def base_of(run: Path, archive: Path) -> str | None:
 def assert_gives_its_logits(run: Path, archive: Path, limit: float = 1e-5) -> None:
     want = load_file(archive / run.name / "logits.safetensors")["logits"]
     with torch.no_grad():
-        got = load(str(run), base=base_of(run, archive), precision="32-true").model(IDS)
+        got = load_model(str(run), base=base_of(run, archive), precision="32-true").model(IDS)
     assert (got - want).abs().max() <= limit * want.abs().max()
 
 

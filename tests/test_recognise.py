@@ -13,7 +13,7 @@ from litpeft.cli import main
 from litpeft.core.errors import UserError
 from litpeft.exchange.merge import merge
 from litpeft.exchange.settings import Convert, Merge
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.model.families.read import read_config
 
 
@@ -52,13 +52,13 @@ def test_an_adapter_beside_full_weights_is_refused_by_every_command(tiny_folder,
     what = f"holds an adapter ({', '.join(names)}) beside full weights"
     from litpeft.exchange.convert import convert
 
-    for call, arg in ((read_config, folder), (load, str(folder)), (merge, Merge(str(folder)))):
+    for call, arg in ((read_config, folder), (load_model, str(folder)), (merge, Merge(str(folder)))):
         assert what in refused(call, arg)
     assert what in refused(convert, Convert(str(folder), str(tmp_path / "out")))
 
 
 def test_an_adapter_alone_is_told_with_its_base_and_what_to_do(adapter, tiny_folder):
-    message = refused(load, str(adapter))
+    message = refused(load_model, str(adapter))
     files = "adapter_config.json, adapter_model.safetensors"
     assert f"this is an adapter of {tiny_folder} ({files}), which litpeft does not read" in message
     assert "merge_and_unload" in message
@@ -71,13 +71,13 @@ def test_quantised_weights_are_named_by_their_method(tiny_folder, tmp_path, kind
     path = folder / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"quantization_config": {"quant_method": kind, "bits": 4}}))
-    message = refused(load, str(folder))
+    message = refused(load_model, str(folder))
     assert f"the weights are already quantised ({kind})" in message
     assert "base.quantize" in message
     path.write_text(json.dumps(config | {"quantization_config": None}))
-    assert load(str(folder)).model.config.n_layers == 2
+    assert load_model(str(folder)).model.config.n_layers == 2
     (folder / "quantize_config.json").write_text('{"bits": 4}')  # as AutoGPTQ wrote it
-    assert "already quantised (gptq)" in refused(load, str(folder))
+    assert "already quantised (gptq)" in refused(load_model, str(folder))
 
 
 def test_quantised_weights_that_config_json_does_not_tell_of_are_told(tiny_folder, tmp_path):
@@ -86,7 +86,7 @@ def test_quantised_weights_that_config_json_does_not_tell_of_are_told(tiny_folde
     name = "model.layers.0.mlp.up_proj.weight"
     tensors[name] = tensors[name].view(torch.uint8)[:, ::8].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    message = refused(load, str(folder))
+    message = refused(load_model, str(folder))
     assert f"{name} is U8" in message
     assert "they seem to be quantised: take the model's plain weights" in message
 
@@ -96,11 +96,11 @@ def test_other_weights_beside_config_json_name_the_command_that_converts_them(ti
     folder = shutil.copytree(tiny_folder, tmp_path / "v1.5")
     (folder / "model.safetensors").rename(folder / name)
     source, out = (folder / name, folder / "x") if name == "x.gguf" else (folder, tmp_path / "v1.5-safetensors")
-    assert f"hint: `litpeft convert {source} {out}` makes a model folder of it" in refused(load, str(folder))
+    assert f"hint: `litpeft convert {source} {out}` makes a model folder of it" in refused(load_model, str(folder))
 
 
 def test_a_folder_without_config_json_is_told_so_first(tiny_folder, tmp_path):
-    assert "config.json: there is no config.json of a model" in refused(load, str(tmp_path))
+    assert "config.json: there is no config.json of a model" in refused(load_model, str(tmp_path))
 
 
 def test_gguf_files_and_folders_of_them_name_the_command_that_converts(tmp_path):
@@ -108,8 +108,8 @@ def test_gguf_files_and_folders_of_them_name_the_command_that_converts(tmp_path)
     file.parent.mkdir()
     file.write_bytes(b"GGUF")
     command = f"litpeft convert '{file}' '{file.with_suffix('')}'"
-    assert f"this is a GGUF file\nhint: `{command}`" in refused(load, str(file))
-    message = refused(load, str(file.parent))
+    assert f"this is a GGUF file\nhint: `{command}`" in refused(load_model, str(file))
+    message = refused(load_model, str(file.parent))
     assert "this is a folder of GGUF files: x.Q4_K_M.gguf" in message
     assert command in message
 
@@ -121,7 +121,7 @@ def test_a_run_as_base_names_merge_or_the_folder_that_is_a_model(tiny_folder, tm
         assert "this is a run, and a model folder is asked for" in message
         assert f"`litpeft merge {run}` makes a model of it" in message
     checkpoint = next((run / "checkpoints").glob("step-*"))
-    assert "this is a checkpoint of a run" in refused(load, str(checkpoint))
+    assert "this is a checkpoint of a run" in refused(load_model, str(checkpoint))
     main(["merge", str(run)])
     assert f"give {run / 'merged'}" in refused(read_config, run)
     with pytest.raises(SystemExit, match="4"):
@@ -136,7 +136,7 @@ def test_a_run_as_base_names_merge_or_the_folder_that_is_a_model(tiny_folder, tm
 def test_a_folder_around_the_model_names_the_model(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "models--org--tiny" / "snapshots" / "abc")
     inside = tmp_path / "models--org--tiny" / "snapshots" / "abc"
-    assert f"hint: give {inside}" in refused(load, str(tmp_path / "models--org--tiny"))
+    assert f"hint: give {inside}" in refused(load_model, str(tmp_path / "models--org--tiny"))
 
 
 def test_shards_without_an_index_name_the_index(tiny_folder, tmp_path):
@@ -145,7 +145,7 @@ def test_shards_without_an_index_name_the_index(tiny_folder, tmp_path):
     (folder / "model.safetensors").unlink()
     for number, part in enumerate((list(tensors)[::2], list(tensors)[1::2]), 1):
         save_file({name: tensors[name] for name in part}, folder / f"model-0000{number}-of-00002.safetensors")
-    message = refused(load, str(folder))
+    message = refused(load_model, str(folder))
     assert "there are shards (model-00001-of-00002.safetensors, model-00002-of-00002.safetensors)" in message
     assert "their index model.safetensors.index.json is missing" in message
 
@@ -153,8 +153,8 @@ def test_shards_without_an_index_name_the_index(tiny_folder, tmp_path):
 def test_weights_of_another_name_are_told(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "tiny.safetensors")
-    assert "rename it to model.safetensors" in refused(load, str(folder))
-    assert "a file of weights; a model is the folder" in refused(load, str(folder / "tiny.safetensors"))
+    assert "rename it to model.safetensors" in refused(load_model, str(folder))
+    assert "a file of weights; a model is the folder" in refused(load_model, str(folder / "tiny.safetensors"))
 
 
 @pytest.mark.parametrize("storage", [None, "nf4"])
@@ -163,5 +163,5 @@ def test_a_number_that_is_not_finite_is_named_by_file_and_tensor(tiny_folder, tm
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    message = refused(load, str(folder), None, "auto", storage)
+    message = refused(load_model, str(folder), None, "auto", storage)
     assert f"{folder / 'model.safetensors'}: model.layers.1.mlp.up_proj.weight holds numbers that are not" in message

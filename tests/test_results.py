@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
 from litpeft.exchange.run import find_run
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.methods import METHODS
 from litpeft.model.build import build
 from litpeft.model.delta import load_delta, unfoldable, without_delta
@@ -64,7 +64,7 @@ def test_a_run_merges_or_says_why_not(run: Path, capsys) -> None:
         return
     main(["merge", str(run), "--overwrite"])
     with torch.no_grad():
-        want = load(str(run), precision="32-true").model(IDS)
+        want = load_model(str(run), precision="32-true").model(IDS)
         theirs = AutoModelForCausalLM.from_pretrained(run / "merged")(IDS).logits
     assert (theirs - want).abs().max() <= 5e-6 * want.abs().max()
 
@@ -80,14 +80,14 @@ def test_the_result_of_full_is_a_folder_that_transformers_loads(tmp_path, saved:
     assert not any(info.values())
     assert theirs.dtype == saved
     with torch.no_grad():
-        mine = load(str(run), precision="32-true").model(IDS)
-        before = load(str(base), precision="32-true").model(IDS)
+        mine = load_model(str(run), precision="32-true").model(IDS)
+        before = load_model(str(base), precision="32-true").model(IDS)
         assert (theirs.float()(IDS).logits - mine).abs().max() <= 5e-6 * mine.abs().max()
     assert (mine - before).abs().max() > 1e-2
     held = load_file(sorted((run / "checkpoints").iterdir())[-1] / "delta.safetensors")["blocks.0.mlp.up.weight"]
     final = load_file(run / "final" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(final, held.to(saved))
-    assert load(str(run / "final"), precision="32-true").run.facts["holds"] == "model"
+    assert load_model(str(run / "final"), precision="32-true").run.facts["holds"] == "model"
 
 
 def test_globs_choose_what_full_trains(tiny_folder, tmp_path) -> None:
@@ -135,10 +135,10 @@ def test_merging_onto_the_original_is_measured_and_warned_of(quantized_run: Path
     run = find_run(quantized_run)
     model = build(quantized_run.parent / "base", torch.float32, run.method())
     load_delta(model, run.delta(), "test")
-    onto = load(str(out), precision="32-true").model(IDS)
+    onto = load_model(str(out), precision="32-true").model(IDS)
     assert (onto - model(IDS)).abs().max() <= 5e-5 * onto.abs().max()
     assert float(said.group(1)) > 1
-    trained = load(str(quantized_run), precision="32-true").model(IDS)
+    trained = load_model(str(quantized_run), precision="32-true").model(IDS)
     assert (onto - trained).norm() / trained.norm() > 0.01
 
 
@@ -150,7 +150,7 @@ def test_onto_original_is_for_quantised_runs(tiny_folder, tmp_path, capsys) -> N
 
 @torch.no_grad()
 def test_without_its_delta_a_qlora_run_is_its_quantised_base(quantized_run: Path) -> None:
-    loaded = load(str(quantized_run), precision="32-true")
+    loaded = load_model(str(quantized_run), precision="32-true")
     held = build(quantized_run.parent / "base", torch.float32, storage=Storage("nf4")).eval()
     with without_delta(loaded.model):
         assert torch.equal(loaded.model(IDS), held(IDS))
@@ -207,7 +207,7 @@ def test_full_can_do_without_float32_master_weights(tiny_folder, tmp_path) -> No
 
 def test_a_model_can_be_asked_in_four_bits_and_a_run_only_as_it_was_trained(tiny_folder, tmp_path, capsys) -> None:
     with torch.no_grad():
-        held = load(str(tiny_folder), precision="32-true", quantize="nf4").model(IDS)
+        held = load_model(str(tiny_folder), precision="32-true", quantize="nf4").model(IDS)
         assert torch.equal(held, build(tiny_folder, torch.float32, storage=Storage("nf4")).eval()(IDS))
     run = finetune(tiny_folder, tmp_path)
     code, said = fails(capsys, "generate", str(run), "--prompt", "x", "--quantize", "nf4")

@@ -10,7 +10,7 @@ from litpeft.data.formats.turn import Turn
 from litpeft.data.prompts import content, read_prompts, unread
 from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import load
+from litpeft.data.tokenise import load_dataset
 from litpeft.data.tokenizer import Tokenizer
 
 
@@ -56,7 +56,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, ChatTemp
 def read(tmp_path, model, *rows, **settings):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load(Data(str(path), **{"validation_split": 0.0} | settings), *model, 4096)
+    return load_dataset(Data(str(path), **{"validation_split": 0.0} | settings), *model, 4096)
 
 
 @pytest.mark.parametrize("name", READ)

@@ -21,7 +21,7 @@ from litpeft.data.formats.turn import Turn
 from litpeft.data.sandbox import LimitError, Template
 from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import load
+from litpeft.data.tokenise import load_dataset
 from litpeft.data.tokenizer import Tokenizer
 
 ESCAPES = """{{ ''.__class__.__mro__[1].__subclasses__() }}
@@ -136,7 +136,7 @@ def test_the_row_that_makes_a_template_too_costly_is_named(tmp_path):
     row = '{"instruction": "%s", "output": "x"}\n'
     (tmp_path / "rows.jsonl").write_text(row % "good" * 200 + row % "bad" + row % "good" * 99)
     with pytest.raises(UserError, match=r"costs more than it may, with \S+rows.jsonl:201: .* processor time") as error:
-        load(Data(str(tmp_path / "rows.jsonl")), tokenizer, ChatTemplate(tokenizer), 512)
+        load_dataset(Data(str(tmp_path / "rows.jsonl")), tokenizer, ChatTemplate(tokenizer), 512)
     assert error.value.exit_code == 4
 
 
@@ -284,7 +284,7 @@ def test_a_row_too_large_for_a_template_is_the_rows_fault_and_can_be_skipped(tmp
     rows = ['{"instruction": "%s", "output": "x"}\n' % ("a" * size) for size in (9, 1_000_000, 5)]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
     data = Data(str(tmp_path / "rows.jsonl"), validation_split=0.0, bad_rows="skip")
-    found = load(data, tokenizer, ChatTemplate(tokenizer), 512)
+    found = load_dataset(data, tokenizer, ChatTemplate(tokenizer), 512)
     assert [row.source[-2:] for row in found.train] == [":1", ":3"]
     assert [bad.where[-2:] for bad in found.rejected] == [":2"]
     assert "bytes are too many for the chat template" in found.rejected[0].reason

@@ -14,7 +14,7 @@ from litpeft.generate.cpu.fused_block import BareBlock, _norm, strip
 from litpeft.generate.cpu.pack import KINDS, Packed, PackedTiedHead, pack
 from litpeft.generate.cpu.packed_weights import Int8Rows, PackedRows, Rows, can_pack
 from litpeft.generate.engine import answer
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.generate.settings import Sampling
 from litpeft.methods.adapter import Adapter
 from litpeft.methods.lora import LoRA, LowRank
@@ -228,8 +228,8 @@ def test_a_weight_that_a_delta_replaced_is_left_as_it_is(tmp_path: Path) -> None
 def test_load_packs_what_only_answers(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", seed=7)
     for precision in ("32-true", "bf16-true"):
-        loaded = load(str(folder), precision=precision)
+        loaded = load_model(str(folder), precision=precision)
         assert all(isinstance(m, Packed | PackedTiedHead) for m in loaded.model.modules() if isinstance(m, Linear))
         assert {type(block) for block in loaded.model.blocks} == {BareBlock}
-    assert not any(isinstance(m, Packed) for m in load(str(folder), precision="16-true").model.modules())
+    assert not any(isinstance(m, Packed) for m in load_model(str(folder), precision="16-true").model.modules())
     assert len(answer(loaded.model, [[5, 9], [7]], loaded.tokenizer, Sampling(max_new_tokens=8), ())[0].ids) == 8

@@ -51,7 +51,7 @@ def collate(rows: Sequence[Row]) -> Batch:
     )
 
 
-def pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+def bin_pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Returns numbers of rows in bins of at most `micro_tokens` tokens, the longest first; a longer row is alone."""
     bins: list[list[int]] = []
     room: list[int] = []
@@ -95,7 +95,7 @@ def lay_out(
             shares[rank].append(number)
             load[rank] += lengths[number]
     if micro_batch_size is None:
-        packed = [pack([lengths[i] for i in share], micro_tokens) for share in shares]
+        packed = [bin_pack([lengths[i] for i in share], micro_tokens) for share in shares]
         layout = [[[share[i] for i in numbers] for numbers in bins] for share, bins in zip(shares, packed, strict=True)]
     else:
         starts = [range(0, len(share), micro_batch_size) for share in shares]

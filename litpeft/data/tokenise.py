@@ -131,7 +131,7 @@ class DataSet:
         return [*self.report.rejected, *self.report.dropped]
 
 
-def load(
+def load_dataset(
     data: Data, tokenizer: Tokenizer, template: ChatTemplate, max_positions: int, only_measured: bool = False
 ) -> DataSet:
     """Returns the data set that the settings name, ready to train on. Prints nothing.

@@ -67,7 +67,7 @@ class BinFolder:
             ends |= {other + name.removeprefix(usual): end for name, end in ends.items() if name.startswith(usual)}
         tied: dict[str, Tensor] = {}
         for file, listed in self.shards.items():
-            state = load(self.folder / file)
+            state = read_bin(self.folder / file)
             if listed is not None and listed != state.keys():
                 odd = ", ".join(sorted(listed ^ state.keys())[:5])
                 raise UserError("MODEL-240", f"the index and the file disagree on {odd}", where=str(self.folder / file))
@@ -109,7 +109,7 @@ class BinFolder:
         return shards
 
 
-def load(path: Path) -> dict[str, "Tensor"]:
+def read_bin(path: Path) -> dict[str, "Tensor"]:
     """Returns the named tensors of a file, as pages of that file; anything but plain tensors is refused unread."""
     import torch
 

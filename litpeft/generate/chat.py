@@ -11,7 +11,7 @@ from pathlib import Path
 from litpeft.core.errors import UserError, nearest
 from litpeft.core.terminal import tell, write
 from litpeft.generate.engine import Answer
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.generate.session import Session
 from litpeft.generate.settings import Chat
 
@@ -21,9 +21,8 @@ PASTED_WITHIN = 0.05  # seconds in which the next line of a paste is there, wher
 
 def chat(settings: Chat) -> None:
     """The command. Answers go to stdout, all else to stderr; without a terminal an error ends the program."""
-    session = Session(
-        load(settings.model, settings.base, settings.precision, settings.quantize), settings.system, settings.sampling
-    )
+    loaded = load_model(settings.model, settings.base, settings.precision, settings.quantize)
+    session = Session(loaded, settings.system, settings.sampling)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with line_editing() if terminal else nullcontext():
         if terminal:

@@ -17,7 +17,7 @@ from litpeft.data.prompts import Prompt, new_file, read_prompts, typed_prompt, u
 from litpeft.data.templates import with_system
 from litpeft.data.tokenizer import StreamDecoder, Tokenizer
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.load import Loaded, load
+from litpeft.generate.load import Loaded, load_model
 from litpeft.generate.sampling import next_tokens
 from litpeft.generate.settings import Generate, Sampling
 from litpeft.generate.speculate import Lookup
@@ -177,7 +177,7 @@ def generate(settings: Generate) -> None:
         prompts = read_prompts(Path(settings.input), settings.raw)
         if more := unread(prompts):
             tell(f"not read, but copied to the answers: {told(more)}")
-    loaded = load(settings.model, settings.base, settings.precision, settings.quantize)
+    loaded = load_model(settings.model, settings.base, settings.precision, settings.quantize)
     system = loaded.system if settings.system is None else settings.system
     ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]
     for tokens, prompt in zip(ids, prompts, strict=True):

@@ -13,12 +13,11 @@ from litpeft.data.formats.turn import Turn
 from litpeft.data.prompts import new_file
 from litpeft.data.settings import Data
 from litpeft.data.sources import find_measured
-from litpeft.data.tokenise import Row
-from litpeft.data.tokenise import load as load_rows
+from litpeft.data.tokenise import Row, load_dataset
 from litpeft.exchange.run import find_run
 from litpeft.generate.engine import answer_all
 from litpeft.generate.evaluate_settings import Evaluate
-from litpeft.generate.load import Loaded, load
+from litpeft.generate.load import Loaded, load_model
 from litpeft.generate.settings import Sampling
 from litpeft.model.delta import without_delta
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
@@ -89,12 +88,12 @@ def evaluate(settings: Evaluate) -> None:
     output = new_file(settings.output)
     run = find_run(Path(settings.model))
     apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
-    loaded = load(settings.model, None if apart else settings.base, settings.precision, settings.quantize)
+    loaded = load_model(settings.model, None if apart else settings.base, settings.precision, settings.quantize)
     template = loaded.run.template if loaded.run else "auto"
     reach = loaded.model.config.max_positions
     file = str(find_measured(settings.data))
     data = Data(file, None, 0.0, settings.format, template, loaded.system, max_length=reach)
-    found = load_rows(data, loaded.tokenizer, loaded.template, reach, only_measured=True)
+    found = load_dataset(data, loaded.tokenizer, loaded.template, reach, only_measured=True)
     for note in found.report.notes:
         tell(note)
     rows = found.train[: settings.max_rows]
@@ -104,7 +103,7 @@ def evaluate(settings: Evaluate) -> None:
             with without_delta(loaded.model):
                 scores.insert(0, score("base", loaded, rows, settings))
         else:  # the run's result is a model of its own: here one follows the other
-            loaded.model = load(
+            loaded.model = load_model(
                 str(loaded.run.base_folder(settings.base)), precision=settings.precision, quantize=settings.quantize
             ).model
             scores.insert(0, score("base", loaded, rows, settings))

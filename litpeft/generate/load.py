@@ -31,7 +31,7 @@ class Loaded:
         return self.run is not None and not self.run.is_model
 
 
-def load(path: str, base: str | None = None, precision: str = "auto", quantize: str | None = None) -> Loaded:
+def load_model(path: str, base: str | None = None, precision: str = "auto", quantize: str | None = None) -> Loaded:
     """Returns the model of a base folder, a merged folder or a run, in eval mode on the first device there is.
 
     `quantize` names the storage of its linear layers; a delta's base is held as it was in training.

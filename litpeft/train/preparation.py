@@ -15,7 +15,7 @@ from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.terminal import say
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import DataSet, load, show
+from litpeft.data.tokenise import DataSet, load_dataset, show
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_identity, tokenizer_identity
 from litpeft.model.config import ModelConfig
@@ -84,7 +84,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     tokenizer.check_vocabulary(config.vocab_size)
     start = began(saved)
     template = ChatTemplate(tokenizer, settings.data.template, now=start)
-    rows = load(settings.data, tokenizer, template, config.max_positions)
+    rows = load_dataset(settings.data, tokenizer, template, config.max_positions)
     say(str(rows.report))
     say(f"precision   {precision.name} on {device}, threads: {torch.get_num_threads()}")
     steps = total_steps(len(rows.train), settings.train)

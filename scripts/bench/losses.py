@@ -19,7 +19,7 @@ from torch import Tensor
 from litpeft.core.precision import pick_device
 from litpeft.core.safetensors import copy_companions, save_tensors
 from litpeft.data.tokenise import Row
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
 from litpeft.model.delta import load_delta
@@ -90,7 +90,7 @@ def result(base: Path, kind: str, path: Path, storage: Storage | None, scratch: 
     """Returns the model that a tool ended with, in float32."""
     shapes, dtype, device = Shapes.read(base), torch.float32, pick_device()
     if kind == "litpeft":
-        return load(str(path), precision="32-true").model
+        return load_model(str(path), precision="32-true").model
     if kind == "base":
         return build(base, dtype, None, device, storage)
     if kind in ("folder", "litgpt_full"):

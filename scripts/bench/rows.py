@@ -13,7 +13,7 @@ from pathlib import Path
 
 from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import Row, load
+from litpeft.data.tokenise import Row, load_dataset
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.model.families.read import read_config
 
@@ -31,7 +31,7 @@ def prepare(data: Path, model: Path, folder: Path, rows: int = 48, held_out: int
         overlong="drop",
         bad_rows="skip",
     )
-    usable = load(settings, tokenizer, template, read_config(model)[1].max_positions).train
+    usable = load_dataset(settings, tokenizer, template, read_config(model)[1].max_positions).train
     if len(usable) < rows + held_out:
         sys.exit(f"{data}: {len(usable)} rows of at most {max_length} tokens; {rows} + {held_out} are asked for")
     parts = {"train": usable[:rows], "val": usable[-held_out:]}

@@ -22,11 +22,11 @@ TRIES = 2
 
 def litpeft(model: str, settings: dict[str, Any], length: int) -> Write:
     from litpeft.generate.engine import answer
-    from litpeft.generate.load import load
+    from litpeft.generate.load import load_model
     from litpeft.generate.settings import Sampling
 
     lookup = settings.pop("lookup", 0)
-    loaded = load(model, **settings)
+    loaded = load_model(model, **settings)
 
     def write(prompts: Rows, new: int) -> Rows:
         sampling = Sampling(max_new_tokens=new, lookup=lookup)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
 from litpeft.core.errors import UserError
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
 from litpeft.model.context import Context, KVCache
@@ -101,8 +101,8 @@ def test_transformers_loads_the_folder_that_merge_writes_and_computes_the_same(n
         theirs, info = AutoModelForCausalLM.from_pretrained(run / "merged", output_loading_info=True)
     assert not any(info.values())
     with torch.no_grad():
-        want = load(str(run), precision="32-true").model(IDS)
-        base = load(str(tmp_path / "base"), precision="32-true").model(IDS)
+        want = load_model(str(run), precision="32-true").model(IDS)
+        base = load_model(str(tmp_path / "base"), precision="32-true").model(IDS)
         assert (theirs.eval()(IDS).logits - want).abs().max() <= 5e-6 * max(1, want.abs().max())
     assert (base - want).abs().max() > 1e-2
     main(["generate", str(run / "merged"), "--prompt", "Colour of sky?", "--sampling.max_new_tokens", "3"])
@@ -113,7 +113,7 @@ def test_a_tokenizer_that_names_nothing_but_an_end_of_text_is_understood(config:
     make_family(tmp_path, "gpt2")
     if config is not None:  # all that the hub's gpt2 says: the end of text is in config.json only
         (tmp_path / "tokenizer_config.json").write_text(config)
-    loaded = load(str(tmp_path), precision="32-true")
+    loaded = load_model(str(tmp_path), precision="32-true")
     tokenizer = loaded.tokenizer
     assert (tokenizer.eos, tokenizer.stop_ids, loaded.template.name) == ("<|endoftext|>", (1,), "alpaca")
     assert tokenizer.decode(tokenizer.encode("Grüße<|endoftext|>")) == "Grüße"
