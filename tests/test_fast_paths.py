@@ -12,7 +12,7 @@ from model_switches import AWAY, CONFIG
 
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import BareBlock, strip
-from litpeft.generate.cpu.pack import pack
+from litpeft.generate.cpu.pack import pack_weights
 from litpeft.methods import METHODS, method_class
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
@@ -35,7 +35,7 @@ def made(config: ModelConfig, dtype: torch.dtype) -> GPT:
 def fast(model: GPT) -> GPT:
     """Returns a copy as `load` makes it ready to answer."""
     model = copy.deepcopy(model)
-    pack(model)
+    pack_weights(model)
     strip(model)
     return model
 

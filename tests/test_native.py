@@ -11,7 +11,7 @@ import litpeft.generate.cpu.fused_block
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import strip
 from litpeft.generate.cpu.native_weights import NativeRows
-from litpeft.generate.cpu.pack import pack
+from litpeft.generate.cpu.pack import pack_weights
 from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA, LowRank
 from litpeft.model import kernels as native
@@ -91,7 +91,7 @@ def random_model(**changes: object) -> GPT:
 def test_a_block_in_one_call_is_as_near_to_the_truth_as_its_modules(changes: dict) -> None:
     model, fast, truth = (random_model(**changes) for _ in range(3))
     truth.double().dtype = torch.float64
-    pack(fast)
+    pack_weights(fast)
     strip(fast)
     assert all(block.native is not None for block in fast.blocks)
     caches = [TokenCache(m) for m in (model, fast, truth)]
@@ -139,7 +139,7 @@ def test_lora_is_part_of_a_call_and_can_be_left_out(tmp_path: Path, monkeypatch:
     torch.manual_seed(0)
     for delta in (m for m in model.modules() if isinstance(m, LowRank)):
         torch.nn.init.normal_(delta.B, std=0.05)
-    pack(model.requires_grad_(False))
+    pack_weights(model.requires_grad_(False))
     strip(model)
     ids = torch.randint(200, (2, 12)).tolist()
     by_few = {few: few for few in (0, 512)}

@@ -11,7 +11,7 @@ from packed_layers import KEYS, make
 
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import BareBlock, _norm, strip
-from litpeft.generate.cpu.pack import KINDS, Packed, PackedTiedHead, pack
+from litpeft.generate.cpu.pack import KINDS, Packed, PackedTiedHead, pack_weights
 from litpeft.generate.cpu.packed_weights import Int8Rows, PackedRows, Rows, can_pack
 from litpeft.generate.engine import answer
 from litpeft.generate.load import load_model
@@ -96,7 +96,7 @@ def test_a_packed_model_answers_as_the_one_that_it_was(
     model, packed = (
         build(folder, torch.bfloat16, method, storage=storage).eval().requires_grad_(False) for _ in range(2)
     )
-    pack(packed, native)
+    pack_weights(packed, native)
     kinds = {type(m) for m in packed.modules() if isinstance(m, Linear)}
     assert kinds == ({Packed, PackedTiedHead} if tied else {Packed})
     with torch.inference_mode():
@@ -120,8 +120,8 @@ def test_a_bare_block_computes_what_its_modules_do(
 ) -> None:
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.25, **changes)
     model, bare = (build(folder, dtype).eval().requires_grad_(False) for _ in range(2))
-    pack(model, native)
-    pack(bare, native)
+    pack_weights(model, native)
+    pack_weights(bare, native)
     strip(bare)
     assert {type(block) for block in bare.blocks} == {BareBlock}
     limit = 1e-5 if dtype == torch.float32 else 2e-2
@@ -150,7 +150,7 @@ def test_a_bare_block_answers_with_lora_and_without(
     for delta in (m for m in model.modules() if isinstance(m, LowRank)):
         torch.nn.init.normal_(delta.B, std=0.05)
     bare.load_state_dict(model.state_dict())
-    pack(bare.requires_grad_(False), native)
+    pack_weights(bare.requires_grad_(False), native)
     strip(bare)
     assert {type(block) for block in bare.blocks} == {BareBlock}
     with torch.inference_mode():
@@ -182,7 +182,7 @@ def test_a_block_that_is_not_of_llamas_kind_or_holds_another_delta_stays_as_it_i
         getattr(block.attn, name).slot.add("squashed", Squashed())
     kinds = [Block, Block, Block, BareBlock, Block]
     for model, kind in zip(models, kinds, strict=True):
-        pack(model.requires_grad_(False))
+        pack_weights(model.requires_grad_(False))
         with torch.inference_mode():
             want = model(IDS)
             strip(model)
@@ -206,7 +206,7 @@ def test_norms_that_trained_can_be_given_back(tmp_path: Path) -> None:
     model = build(folder, torch.bfloat16, LoRA(rank=2, unfreeze=("blocks.0.norm1.weight",)))
     state = {name: torch.ones_like(tensor) for name, tensor in delta_state(model).items()}
     load_delta(model, state, "here")
-    pack(model.eval().requires_grad_(False))
+    pack_weights(model.eval().requires_grad_(False))
     strip(model)
     assert [type(block) for block in model.blocks] == [Block, *[BareBlock] * (len(model.blocks) - 1)]
     base = build(folder, torch.bfloat16).eval()
@@ -219,7 +219,7 @@ def test_a_weight_that_a_delta_replaced_is_left_as_it_is(tmp_path: Path) -> None
     model = build(folder, torch.bfloat16, LoRA(unfreeze=("*.attn.q.weight", "embed.weight")))
     model.base_values = {"blocks.0.attn.q.weight": torch.zeros(1), "embed.weight": torch.zeros(1)}
     model.bfloat16()  # what trained is float32 otherwise, and not packed for that
-    pack(model)
+    pack_weights(model)
     assert type(model.head) is TiedHead
     assert type(model.blocks[0].attn.q) is Linear  # without_delta must be able to put the base's own back
     assert type(model.blocks[0].attn.k) is Packed

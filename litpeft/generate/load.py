@@ -9,7 +9,7 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import Run, build_run, find_run, tell_standing
 from litpeft.generate.cpu.fused_block import strip
-from litpeft.generate.cpu.pack import pack
+from litpeft.generate.cpu.pack import pack_weights
 from litpeft.model.build import build
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage, storage_class
@@ -68,7 +68,7 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
         model = build_run(run, folder, dtype, device, storage)
     model.eval().requires_grad_(False)
     if device.type == "cpu":
-        pack(model)
+        pack_weights(model)
         strip(model)
     tokenizer.check_vocabulary(model.config.vocab_size)
     return Loaded(model, tokenizer, template, run.system if run else None, run)

@@ -39,7 +39,7 @@ class PackedTiedHead(TiedHead):
 KINDS = {Linear: PackedRows, TiedHead: PackedRows, Int8: Int8Rows, NF4: FourBitRows, FP4: FourBitRows}
 
 
-def pack(model: GPT, native: bool = True) -> None:
+def pack_weights(model: GPT, native: bool = True) -> None:
     """Packs, in place, every linear layer that a kind of rows takes, and whose weight no loaded delta has replaced.
 
     `native`: as litpeft/model/kernels multiplies them, where it can.
