@@ -29,7 +29,7 @@ from litpeft.generate.session import Session
 from litpeft.generate.settings import Chat, Sampling
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
-from litpeft.model.delta import delta_state, put
+from litpeft.model.delta import copy_into, delta_state
 
 SHORT = Sampling(max_new_tokens=12)
 DRAWN = Sampling(max_new_tokens=12, temperature=0.9, seed=5)
@@ -46,7 +46,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     method = LoRA(rank=4)
     model = build(base, torch.float32, method)
     torch.manual_seed(0)
-    put(model, {name: torch.randn_like(tensor) * 0.1 for name, tensor in delta_state(model).items()})
+    copy_into(model, {name: torch.randn_like(tensor) * 0.1 for name, tensor in delta_state(model).items()})
     folder = tmp_path_factory.mktemp("runs") / "lora"
     template = ChatTemplate(Tokenizer.load(base))
     facts = {"template": {"name": "model", "sha256": template.hash, "system": None}, "precision": "32-true"}

@@ -13,7 +13,7 @@ def is_share(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """Returns the whole of a tensor; all ranks must ask, since those that hold shares send them to each other."""
     return tensor.full_tensor() if is_share(tensor) else tensor
 
@@ -28,7 +28,7 @@ def share(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(parameter: Tensor, tensor: Tensor) -> None:
+def copy_shard(parameter: Tensor, tensor: Tensor) -> None:
     """Copies a whole tensor, or this rank's share of it, into a parameter."""
     if is_share(parameter):
         tensor = share(tensor.to(parameter.device, parameter.dtype), parameter)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from litpeft import __version__
-from litpeft.core.distributed import whole
+from litpeft.core.distributed import gather
 from litpeft.core.errors import UserError, some
 from litpeft.core.folders import atomic_folder, checkpoint_steps
 from litpeft.core.json import read_json
@@ -204,7 +204,7 @@ def save_result(
         dtype = settings.result_dtype(model.dtype)
         tensors = _whole_model(model, base, dtype)
     else:
-        tensors = ((name, whole(tensor).cpu()) for name, tensor in delta_state(model).items())
+        tensors = ((name, gather(tensor).cpu()) for name, tensor in delta_state(model).items())
     if not first:
         for _ in tensors:
             pass
@@ -232,7 +232,7 @@ def save_result(
 
 def _whole_model(model: GPT, base: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yields all weights under their Hugging Face names, in this type."""
-    own = ((name, whole(tensor).to("cpu", dtype)) for name, tensor in model.state_dict().items())
+    own = ((name, gather(tensor).to("cpu", dtype)) for name, tensor in model.state_dict().items())
     return NameMap(*read_config(base)).written(own, where=str(base))
 
 

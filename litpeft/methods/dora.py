@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litpeft.core.distributed import fill
+from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import UserError
 from litpeft.methods.lora import LoRA
 from litpeft.model.affine import Affine
@@ -82,5 +82,5 @@ class DoRA(LoRA):
         if delta is not None:
             norm = torch.linalg.vector_norm(held(weight), dim=1, dtype=delta.squares.dtype)
             delta.squares.copy_(norm.square())
-            fill(delta.m, delta.squares.sqrt())
+            copy_shard(delta.m, delta.squares.sqrt())
         return weight

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litpeft.core.distributed import fill
+from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import UserError
 from litpeft.core.safetensors import Weights, is_finite
 from litpeft.model.config import ModelConfig
@@ -134,7 +134,7 @@ def _place(model: GPT, name: str, tensor: Tensor) -> None:
     """Gives a parameter its value: the tensor itself where the parameter is only a shape, else a copy, or a share."""
     own = model.get_parameter(name)
     if not own.is_meta:
-        fill(own, tensor)
+        copy_shard(own, tensor)
         return
     module, _, leaf = name.rpartition(".")
     tensor = tensor.to(own.dtype)

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litpeft.core.distributed import fill
+from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import UserError, nearest, some
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import OFF, Delta, Linear, Slot, TiedHead
@@ -135,14 +135,14 @@ def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
     if wrong:
         raise UserError("MODEL-020", f"the delta does not fit this model: {some(wrong, '; ')}", where=where)
     model.base_values = {name: own[name].detach().clone() for name in state if name in model.base_keys}
-    put(model, state)
+    copy_into(model, state)
 
 
-def put(model: nn.Module, state: dict[str, Tensor]) -> None:
+def copy_into(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copies tensors into the model's own of these names, or each rank its share of them."""
     own = model.state_dict(keep_vars=True)
     for name, tensor in todays_names(model, state).items():
-        fill(own[name], tensor)
+        copy_shard(own[name], tensor)
 
 
 @contextmanager

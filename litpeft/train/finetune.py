@@ -18,7 +18,7 @@ from litpeft.core.terminal import lasting, say, tell
 from litpeft.exchange.run import base_facts, save_result
 from litpeft.generate.load import Loaded
 from litpeft.model.build import build
-from litpeft.model.delta import Method, put, trainable
+from litpeft.model.delta import Method, copy_into, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.train.compiled import compile_blocks
@@ -149,7 +149,7 @@ def choose(run: Preparation, model: GPT, progress: Progress) -> tuple[int, UserE
     if run.settings.validation.final == "last" or best is None or best[0] == progress.step or progress.exit_code:
         return progress.step, None
     try:
-        put(model, run.checkpoints.at(best[0]).tensors("delta"))
+        copy_into(model, run.checkpoints.at(best[0]).tensors("delta"))
     except UserError as error:
         error.hint = f"final/ holds the weights of step {progress.step}, not the best of step {best[0]}"
         return progress.step, error

@@ -11,11 +11,11 @@ import torch
 import torch.distributed
 from lightning.fabric import Fabric
 
-from litpeft.core.distributed import whole
+from litpeft.core.distributed import gather
 from litpeft.core.errors import UserError
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
 from litpeft.data.tokenise import Row
-from litpeft.model.delta import delta_state, put, todays_names, trainable
+from litpeft.model.delta import copy_into, delta_state, todays_names, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
 from litpeft.train.checkpoints import STATE, Checkpoint, Checkpoints
@@ -67,8 +67,8 @@ class Trainer:
         self.lengths = [len(row.ids) for row in self.rows]
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
-        whole = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
-        recorded = RecordedPasses.of(self.gpt) if whole else None
+        unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
+        recorded = RecordedPasses.of(self.gpt) if unscaled else None
         self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded)
         self.before = sums(trainable(self.gpt).values())
         self.names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
@@ -235,7 +235,7 @@ class Trainer:
         """Writes a checkpoint: all ranks give their shares, the first writes."""
         first, delta = self.fabric.is_global_zero, {}
         for name, tensor in delta_state(self.gpt).items():
-            tensor = whole(tensor)
+            tensor = gather(tensor)
             if first:  # nobody else holds more than its share, and one tensor
                 delta[name] = tensor.cpu()
         moments, values = optimizer_tensors(self.optimizer, self.names, keep=first)
@@ -249,7 +249,7 @@ class Trainer:
 
     def resume(self, saved: Checkpoint) -> None:
         """Puts model, optimiser and progress back to where a checkpoint has them."""
-        put(self.gpt, saved.tensors("delta"))
+        copy_into(self.gpt, saved.tensors("delta"))
         moments = todays_names(self.gpt, saved.tensors("optimizer"))
         values = todays_names(self.gpt, saved.state["optimizer"])
         load_optimizer(self.optimizer, self.names, moments, values, f"{saved.folder / STATE}: optimizer")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litpeft.core.distributed import fill, whole
+from litpeft.core.distributed import copy_shard, gather
 from litpeft.core.errors import UserError, some
 
 
@@ -27,7 +27,7 @@ def optimizer_tensors(
         values[name] = without_tensors(state) if state else None
         for path, value in leaves(state or {}, name).items():
             if isinstance(value, Tensor):
-                value = whole(value).detach()
+                value = gather(value).detach()
                 if keep:
                     tensors[path] = value.cpu()
     return tensors, values
@@ -105,7 +105,7 @@ def filled(state: dict, path: str, tensors: dict[str, Tensor], plain: dict[str, 
         if isinstance(value, dict):
             filled(value, at, tensors, plain)
         elif isinstance(value, Tensor):
-            fill(value, tensors[at])
+            copy_shard(value, tensors[at])
         else:
             state[key] = plain[at]
     return state

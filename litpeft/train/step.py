@@ -9,7 +9,7 @@ import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
-from litpeft.core.distributed import whole
+from litpeft.core.distributed import gather
 from litpeft.core.errors import UserError, some
 from litpeft.data.batches import Batch
 from litpeft.model.delta import trainable
@@ -68,7 +68,7 @@ class Stepper:
                 fabric.backward(loss * (fabric.world_size / trained))  # Fabric averages the gradients of the ranks
             losses.append(loss.detach())
         limit = self.max_norm or math.inf
-        norm = whole(fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
+        norm = gather(fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
         total, norm = torch.stack([torch.stack(losses).double().sum(), norm.to(losses[0].device).double()]).tolist()
         sums = torch.tensor([total, norm, *votes()], dtype=torch.float64, device=fabric.device)
         sums = fabric.all_reduce(sums, reduce_op="sum").tolist()
@@ -97,8 +97,8 @@ def refuse_nonfinite(
     if not rows and getattr(fabric.strategy.precision, "scaler", None) is not None:
         return
     named = trainable(model.module).items()  # Fabric's wrapper would put its own name before each
-    spoilt = [name for name, p in named if not whole(p.detach()).isfinite().all()]
-    bad = [name for name, p in named if p.grad is not None and not whole(p.grad).isfinite().all()]
+    spoilt = [name for name, p in named if not gather(p.detach()).isfinite().all()]
+    bad = [name for name, p in named if p.grad is not None and not gather(p.grad).isfinite().all()]
     hint = "nothing of this step was taken; lower train.lr, or choose another base.precision"
     if spoilt:
         what = f"{spoilt[0]}, as step {step - 1} left it,"
