@@ -141,7 +141,7 @@ class Checkpoints:
             sync(self.folder.parent)
             with suppress(PermissionError):  # one that may not be listed cannot be synced; it need not be ours
                 sync(self.folder.parent.parent)
-        self._seen[step] = looks(path)
+        self._seen[step] = stat_signature(path)
 
     def _read(self, step: int) -> Checkpoint:
         """Returns a checkpoint all of whose files are as they were written; a ValueError says what is not."""
@@ -150,7 +150,7 @@ class Checkpoints:
             facts = read_manifest(folder, step)
             checkpoint = Checkpoint(step, folder, read_json(folder / STATE, "the file"), facts)
             check_finite(checkpoint.state, STATE)
-            self._seen[step] = looks(folder)
+            self._seen[step] = stat_signature(folder)
         except UserError as error:
             raise ValueError(f"{Path(error.where).name}: {error.what}") from None
         except (OSError, RecursionError) as error:
@@ -160,7 +160,7 @@ class Checkpoints:
     def _is_whole(self, step: int) -> bool:
         """Returns whether a checkpoint verifies; one whose files look as they did then is not read again."""
         try:
-            if self._seen.get(step) != looks(self.folder / folder_name(step)):
+            if self._seen.get(step) != stat_signature(self.folder / folder_name(step)):
                 self._read(step)
         except (OSError, ValueError):
             return False
@@ -188,7 +188,7 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def looks(folder: Path) -> list[tuple]:
+def stat_signature(folder: Path) -> list[tuple]:
     """Returns what tells, without reading them, that a folder's files are those that they were."""
     stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
     return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
@@ -256,7 +256,7 @@ def nonfinite(value: object, name: str = "") -> Iterator[str]:
         yield name
 
 
-def room(folder: Path, needed_bytes: int) -> None:
+def check_disk(folder: Path, needed_bytes: int) -> None:
     """Raises if the file system that `folder` is on, or will be on, has less room left than needed."""
     there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free

@@ -22,7 +22,7 @@ from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method, trainable
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
-from litpeft.train.checkpoints import Checkpoint, Checkpoints, room
+from litpeft.train.checkpoints import Checkpoint, Checkpoints, check_disk
 from litpeft.train.fit import total_steps
 from litpeft.train.launch import check_world
 from litpeft.train.preflight import check_held_out, check_run
@@ -97,7 +97,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     if is_first():
         dtype = method.trained_dtype(precision.weights)
         trained = dtype.itemsize * sum(p.numel() for p in trainable(shapes).values())
-        room(out, bytes_needed(settings, trained, bool(rows.validation), saved is not None))
+        check_disk(out, bytes_needed(settings, trained, bool(rows.validation), saved is not None))
     fingerprint = weights.fingerprint()  # which compares the files with their checksums
     if settings.dry_run and saved is None:
         dry_run(name, config, shapes, rows, tokenizer, steps)
