@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from litpeft.data.batches import bin_pack, collate, idle, lay_out, plan_epoch
-from litpeft.data.tokenise import Row
+from litpeft.data.rows import Row
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context

@@ -16,7 +16,7 @@ from test_generate import assert_recorded_steps_agree
 
 from litpeft.cli import main
 from litpeft.data.batches import Batch, collate
-from litpeft.data.tokenise import Row
+from litpeft.data.rows import Row
 from litpeft.generate.load import load_model
 from litpeft.methods import METHODS, method_class
 from litpeft.model.attention import Documents, attend, document_mask

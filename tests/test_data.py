@@ -10,10 +10,11 @@ from chat_samples import CHATML, STYLES, chats, write_folder
 from litpeft.core.errors import UserError
 from litpeft.data.formats import FORMATS, detect
 from litpeft.data.formats.turn import Turn
+from litpeft.data.rows import show
 from litpeft.data.settings import Data
 from litpeft.data.sources import find, find_measured, records, split
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import load_dataset, show
+from litpeft.data.tokenise import load_dataset
 from litpeft.data.tokenizer import Tokenizer
 
 

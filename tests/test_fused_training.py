@@ -17,7 +17,7 @@ from conftest import make_folder  # noqa: E402
 from model_switches import AWAY, CONFIG  # noqa: E402
 
 from litpeft.data.batches import Batch, collate  # noqa: E402
-from litpeft.data.tokenise import Row  # noqa: E402
+from litpeft.data.rows import Row  # noqa: E402
 from litpeft.methods.lora import LoRA  # noqa: E402
 from litpeft.model.build import build  # noqa: E402
 from litpeft.model.delta import attach, trainable  # noqa: E402

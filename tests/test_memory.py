@@ -22,8 +22,8 @@ from litpeft.core.errors import UserError
 from litpeft.core.memory import asked_for, memory_error, out_of_memory
 from litpeft.core.precision import PRECISIONS
 from litpeft.data.batches import collate
+from litpeft.data.rows import Row
 from litpeft.data.settings import Data
-from litpeft.data.tokenise import Row
 from litpeft.methods.full import Full
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build

@@ -7,7 +7,7 @@ from lightning.fabric.plugins import MixedPrecision
 
 from litpeft.core.precision import PRECISIONS
 from litpeft.data.batches import collate
-from litpeft.data.tokenise import Row
+from litpeft.data.rows import Row
 from litpeft.methods import METHODS, method_class
 from litpeft.methods.full import Full
 from litpeft.methods.lora import LoRA

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the twin on the processor; see test_cuda.py")
 
 from litpeft.data.batches import Batch, collate  # noqa: E402
-from litpeft.data.tokenise import Row  # noqa: E402
+from litpeft.data.rows import Row  # noqa: E402
 from litpeft.methods.lora import LoRA  # noqa: E402
 from litpeft.model import attention  # noqa: E402
 from litpeft.model.build import build  # noqa: E402

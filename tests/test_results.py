@@ -52,7 +52,7 @@ def test_a_run_is_loaded_as_it_was_at_its_last_measurement(run: Path, capsys) ->
 
 def test_a_run_merges_or_says_why_not(run: Path, capsys) -> None:
     facts = json.loads((run / "final" / "delta.json").read_text())
-    delta = unfoldable(load(str(run)).model)
+    delta = unfoldable(load_model(str(run)).model)
     refused = f"cannot be merged: {delta} acts on activations" if delta else ""
     refused = "ordinary Hugging Face folder already" if facts["method"] == "full" else refused
     assert bool(delta) == (facts["method"] in NOT_FOLDABLE)

@@ -15,7 +15,7 @@ from short_runs import QUIET, UNPACKED, Settings, assert_same, cut, delta, newes
 from litpeft.core.safetensors import file_sha256
 from litpeft.exchange.record import checksum
 from litpeft.exchange.run import find_run
-from litpeft.generate.load import load
+from litpeft.generate.load import load_model
 from litpeft.methods import METHODS, method_class
 from litpeft.train.checkpoints import Checkpoints
 from litpeft.train.log import read_metrics
@@ -70,7 +70,7 @@ def test_a_run_of_format_3_answers_and_resumes_though_its_tensors_have_other_nam
     old = as_format_3(shutil.copytree(whole, tmp_path / "old"))
     ids = torch.arange(40)[None]
     with torch.no_grad():
-        assert torch.equal(load(str(old)).model(ids), load(str(whole)).model(ids))
+        assert torch.equal(load_model(str(old)).model(ids), load_model(str(whole)).model(ids))
     assert_same(resume(tiny_folder, cut(old, 2, tmp_path / "run"), settings, method), whole)
 
 

@@ -314,10 +314,10 @@ def test_a_row_of_megabytes_is_named_and_left_out_at_once(tmp_path, suffix, larg
     path = tmp_path / f"rows.{suffix}"
     path.write_text("\n".join(rows) if suffix == "jsonl" else "[" + ",\n".join(rows) + "]")
     for option in ({"bad_rows": "skip"}, {"overlong": "drop"}):
-        found = load(Data(str(path), None, 0.0, **option), tokenizer, ChatTemplate(tokenizer), 512)
+        found = load_dataset(Data(str(path), None, 0.0, **option), tokenizer, ChatTemplate(tokenizer), 512)
         assert [row.source[-2:] for row in found.train] == [":1", ":3"]
         assert [bad.where[-2:] for bad in found.rejected] == [":2"]
         assert said in found.rejected[0].reason
     with pytest.raises(UserError, match="leave them out with data.bad_rows skip") as error:
-        load(Data(str(path), None, 0.0), tokenizer, ChatTemplate(tokenizer), 512)
+        load_dataset(Data(str(path), None, 0.0), tokenizer, ChatTemplate(tokenizer), 512)
     assert error.value.where == f"{path}:2"

@@ -10,11 +10,11 @@ import torch.nn as nn
 from conftest import folded, make_folder
 from torch import Tensor
 
-from litpeft.core.distributed import fill
+from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import UserError
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import BareBlock, strip
-from litpeft.generate.cpu.pack import pack
+from litpeft.generate.cpu.pack import pack_weights
 from litpeft.generate.cpu.packed_weights import can_pack
 from litpeft.methods.adapter import Adapter, PromptAttention
 from litpeft.methods.adapter_v2 import ScaleBias
@@ -99,7 +99,7 @@ def test_a_stack_is_answered_with_by_the_fused_block(quantize, dtype: torch.dtyp
     folder = make_folder(tmp_path / "model", attention_bias=True, mlp_bias=True, **sizes)
     plain = learnt(folder, dtype, None if quantize is None else Storage(quantize, cache=False))
     other = copy.deepcopy(plain.requires_grad_(False))
-    pack(other, native)
+    pack_weights(other, native)
     strip(other)
     fused = dtype == torch.bfloat16 or quantize is None
     assert {type(block) for block in other.blocks} == ({BareBlock} if fused else {type(plain.blocks[0])})
@@ -186,7 +186,7 @@ class Started(Method):
     def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
         weight = weight / 2 if self.halves and name.endswith("attn.o") else weight
         if "norms" in linear.slot.deltas:
-            fill(linear.slot.deltas["norms"].norm, held(weight).double().norm(dim=1))
+            copy_shard(linear.slot.deltas["norms"].norm, held(weight).double().norm(dim=1))
         return weight
 
 

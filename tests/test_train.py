@@ -21,7 +21,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 from litpeft.cli import COMMANDS, parse
 from litpeft.core.errors import UserError
 from litpeft.data.batches import collate, plan_epoch
-from litpeft.data.tokenise import Row
+from litpeft.data.rows import Row
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
 from litpeft.model.delta import delta_state, trainable

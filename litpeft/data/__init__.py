@@ -1,1 +1,1 @@
-"""From files of rows to tokens with a mask of what is trained. Only batches.py imports torch."""
+"""Files of rows become tokens with a mask of what is trained. Only batches.py imports torch."""

@@ -1,4 +1,4 @@
-"""Rows of tokens as tensors: one after the other, never padded; and which rows make which optimizer step."""
+"""Rows as micro-batches, concatenated and never padded; and which rows make which optimizer step."""
 
 import random
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from litpeft.data.tokenise import Row
+from litpeft.data.rows import Row
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Batch:
 
     ids: Tensor  # (1, T) int64
     lengths: tuple[int, ...]  # tokens of each document
-    at: Tensor  # (M,) int64, positions in the row of T whose next token is trained
+    at: Tensor  # (M,) int64, positions in T whose next token is trained
     targets: Tensor  # (M,) int64, those next tokens
     prompt_lengths: tuple[int, ...]  # tokens of each document before its first trained one
     sources: tuple[str, ...]  # file:line of each document
@@ -39,7 +39,7 @@ def idle(row: Row) -> Batch:
 def collate(rows: Sequence[Row]) -> Batch:
     """Returns the rows as one micro-batch."""
     ids = torch.tensor([i for row in rows for i in row.ids])
-    # the first token of a document is never trained, so the token before a trained one is of the same document
+    # a document's first token is never trained, so the token before a trained one belongs to the same document
     trained = torch.tensor([t for row in rows for t in row.trained]).nonzero().flatten()
     return Batch(
         ids[None],
@@ -52,7 +52,7 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 
 def bin_pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
-    """Returns numbers of rows in bins of at most `micro_tokens` tokens, the longest first; a longer row is alone."""
+    """Returns row numbers in bins of up to `micro_tokens` tokens (first fit, longest first); a longer row is alone."""
     bins: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -68,9 +68,9 @@ def bin_pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
 
 
 def plan_epoch(rows: int, batch_size: int, epoch: int, seed: int) -> list[list[int]]:
-    """Returns an epoch as optimizer steps, each a list of row numbers; the last step takes what is left.
+    """Returns an epoch as optimizer steps, each a list of row numbers; the last may be shorter.
 
-    The plan depends on nothing but the arguments, so a resumed run needs to know only its step.
+    It depends on the arguments alone, so that a resumed run needs only its step.
     """
     order = list(range(rows))
     random.Random(f"{seed} {epoch}").shuffle(order)
@@ -80,16 +80,16 @@ def plan_epoch(rows: int, batch_size: int, epoch: int, seed: int) -> list[list[i
 def lay_out(
     step: Sequence[int], lengths: Sequence[int], ranks: int, micro_tokens: int, micro_batch_size: int | None
 ) -> list[list[list[int]]]:
-    """Returns the micro-batches of each rank for a step of row numbers; `lengths` are those of all rows, in tokens.
+    """Returns for each rank the micro-batches of a step of row numbers; `lengths` are those of all rows, in tokens.
 
-    Packed up to `micro_tokens`, or with `micro_batch_size` in rows of that many. Every rank gets equally many, since
-    they wait for each other; an empty one is to be idle in.
+    A micro-batch holds at most `micro_tokens` tokens, or `micro_batch_size` rows where that is given. Every rank gets
+    as many as the others, since they wait for each other; an empty one stands for a dummy step.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     if ranks == 1:
         shares = [list(step)]
-    else:  # the longest rows first, each to the rank that has the least
+    else:  # the longest rows first, each to the rank with the fewest tokens
         for number in sorted(step, key=lambda i: -lengths[i]):
             rank = load.index(min(load))
             shares[rank].append(number)

@@ -1,4 +1,4 @@
-"""A sentencepiece model file (tokenizer.model): its pieces, and the merges that they stand for."""
+"""A sentencepiece model file (tokenizer.model): its pieces, and the BPE merges that they imply."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,14 @@ BPE_MODEL = 2  # TrainerSpec.ModelType
 
 @dataclass(frozen=True)
 class PieceModel:
-    """What a tokenizer.model holds."""
+    """The content of a tokenizer.model."""
 
-    pieces: list[tuple[str, int]]  # in the order of their ids: the text, and whether it is NORMAL, CONTROL, ...
+    pieces: list[tuple[str, int]]  # text and type (NORMAL, CONTROL, ...), in the order of their ids
     kind: int  # BPE_MODEL, or another
 
 
 def read_pieces(path: Path) -> PieceModel:
-    """Returns what a tokenizer.model holds. Raises ValueError if it is not one."""
+    """Returns the content of a tokenizer.model; raises ValueError if the file is not one."""
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -33,7 +33,7 @@ def read_pieces(path: Path) -> PieceModel:
 
 
 def merges_of(order: list[str]) -> list[tuple[str, str]]:
-    """Returns the merges that pieces stand for, best first: those that make the first piece of `order` come first."""
+    """Returns the merges that make these pieces, in order: those that make the first piece come first."""
     known = set(order)
     return [
         (piece[:cut], piece[cut:])

@@ -1,4 +1,4 @@
-"""Prompts to answer, from a file or from standard input, and the file that the answers go to."""
+"""Prompts from a file or from standard input, and the file for their answers."""
 
 import os
 import sys
@@ -17,9 +17,9 @@ from litpeft.data.sources import Record, records
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to answer."""
+    """A row to answer."""
 
-    row: dict[str, Any]  # as it came
+    row: dict[str, Any]  # as it was read
     content: str | list[Turn]  # raw text, or a conversation that ends with the user
     where: str  # file:line
 
@@ -59,7 +59,7 @@ def lines(path: Path) -> Iterator[Record]:
 
 
 def content(row: Any, raw: bool) -> str | list[Turn]:
-    """Returns what a row asks for: raw text, or messages. Raises ValueError if it does not say."""
+    """Returns the prompt of a row: raw text, or messages; raises ValueError if it has none, or several."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {type(row).__name__}")
     if "answer" in row:
@@ -83,7 +83,7 @@ def content(row: Any, raw: bool) -> str | list[Turn]:
 
 
 def unread(prompts: list[Prompt]) -> Counter[str]:
-    """Returns the keys that have no effect on the answers, and in how many rows each stands."""
+    """Returns the keys that have no effect on the answers, with their number of rows."""
     found: Counter[str] = Counter()
     for row in (prompt.row for prompt in prompts):
         found.update(messages.unread(row) if "messages" in row else keys.unread(row, ("prompt", *alpaca.ASKED)))
@@ -93,7 +93,7 @@ def unread(prompts: list[Prompt]) -> Counter[str]:
 
 
 def typed_prompt(typed: str | None, raw: bool) -> Prompt:
-    """Returns the prompt of the command line, or that of standard input for `-` or none."""
+    """Returns the prompt of the command line; of standard input if it is `-` or missing."""
     where = "prompt" if typed not in (None, "-") else "standard input"
     if where != "prompt" and sys.stdin.isatty():
         tell("type the prompt; Ctrl-D on a line of its own ends it")
@@ -101,7 +101,7 @@ def typed_prompt(typed: str | None, raw: bool) -> Prompt:
         row = {"prompt": typed if where == "prompt" else sys.stdin.read().removesuffix("\n")}
         row["prompt"].encode()
         return Prompt(row, content(row, raw), where)
-    except UnicodeError as error:  # a terminal of another encoding, or bytes of none
+    except UnicodeError as error:  # standard input, or the terminal, has another encoding
         raise UserError("DATA-407", f"this is not UTF-8: {error}", where=where) from None
     except ValueError as error:
         raise UserError("CONFIG-405", str(error), where=where) from None
@@ -114,7 +114,7 @@ def new_file(name: str | None) -> Path | None:
     path = Path(name)
     try:
         taken = path.exists()
-    except OSError as error:  # a name that is too long, say: known now, not after all the work
+    except OSError as error:  # the name is too long, say
         raise UserError("CONFIG-411", f"this can be no file: {error.strerror}", where=name) from None
     if taken:
         raise UserError("CONFIG-406", "the output exists", where=name, hint="name another, or remove it")

@@ -1,7 +1,7 @@
-"""The process in which a chat template runs; litpeft/data/sandbox.py starts it. It imports Jinja and nothing heavy.
+"""The process in which a chat template runs; litpeft/data/sandbox.py starts it. It imports nothing large but Jinja.
 
-Nobody has read a template that came with a model's files, so it gets no more than it needs: Jinja's sandbox keeps it
-away from Python, and the kernel bounds the processor time of each text and the memory of the process.
+A template is untrusted code that came with a model's files: Jinja's sandbox keeps it away from Python, and the kernel
+bounds the CPU time of each text and the memory of the process.
 """
 
 import gc
@@ -26,29 +26,29 @@ from litpeft.data.pipes import packed, receive
 
 try:
     import resource
-except ImportError:  # on Windows only the clock of the parent ends a template
+except ImportError:  # Windows: the parent's timeout is the only limit
     resource = None
 
-FEW = 16  # texts that are sent together
-MOST_SAID = 500  # characters of an error: a template can make it as long as the whole chat
+REPLIES = 16  # texts that are sent back together
+LONGEST_ERROR = 500  # characters: a template can raise an error as long as the chat
 
 
 def tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Returns JSON without Jinja's escapes for HTML, which no model was trained on."""
+    """Returns JSON. Jinja's own filter would also escape HTML, as no model was trained."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def raise_exception(message: str) -> None:
-    """What templates call to refuse a chat."""
+    """Templates call it to refuse a chat."""
     raise jinja2.TemplateError(message)
 
 
 class PlainNamespace(Namespace):
-    """A namespace without names that Python gives a meaning."""
+    """A namespace that refuses names with a leading underscore, such as __class__."""
 
-    def __init__(*args: Any, **names: Any):  # `self` is a name that a template may choose
+    def __init__(*args: Any, **names: Any):  # no `self`: a template may choose that name
         for name in (values := dict(*args[1:], **names)):
             _refuse_private(name)
         Namespace.__init__(args[0], values)
@@ -79,14 +79,14 @@ class Generation(Extension):
 
 
 def environment(now: datetime) -> ImmutableSandboxedEnvironment:
-    """Returns the environment of a template, as transformers makes it."""
+    """Returns the Jinja environment that transformers renders templates in."""
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[Generation, loopcontrols],
-        optimized=False,  # else compiling computes constants, in branches that are never taken too
+        optimized=False,  # else compiling evaluates constant expressions, of branches that are never taken too
     )
-    made.marks = ("", "")  # what is written before and after a generation block while its place is sought
+    made.marks = ("", "")  # written before and after each generation block
     made.filters["tojson"] = tojson
     made.globals |= {"namespace": PlainNamespace, "dict": lambda *args, **names: dict(*args, **names)}
     made.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: now.strftime(form)}
@@ -94,13 +94,13 @@ def environment(now: datetime) -> ImmutableSandboxedEnvironment:
 
 
 def serve() -> None:
-    """Compiles the template that comes first on stdin and renders the texts of every later batch, until stdin ends."""
+    """Compiles the template that stdin begins with and renders batch after batch, until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     if resource is not None:
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it ends the process
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the time limit's signal ends the process
         for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
             resource.setrlimit(kind, (0, 0))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what the interpreter prints when a template ends it
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no output of the interpreter when it is killed
     gc.freeze()
     threading.Thread(target=_end_with_input, daemon=True).start()
     limits, (source, now, constants) = receive(sys.stdin.buffer), receive(sys.stdin.buffer)
@@ -113,7 +113,7 @@ def serve() -> None:
 
     def render(variables: dict[str, Any], marks: Sequence[str]) -> str:
         jinja.marks = marks
-        # render() would also rewrite the traceback of an error, which takes longer than the text
+        # not render(): on an error it rewrites the traceback, which takes longer than the text
         return "".join(templates[0].root_render_func(templates[0].new_context(variables)))
 
     _answer([compile_source], *limits)
@@ -126,19 +126,19 @@ def serve() -> None:
 
 
 def _end_with_input() -> None:
-    """Ends this process as soon as nobody can write to its input any more, whatever it is doing: its parent is gone."""
+    """Ends this process as soon as the other end of stdin is closed, since its parent is then gone."""
     if hasattr(select, "poll"):
         waiting = select.poll()
-        waiting.register(sys.stdin.fileno(), 0)  # no event of its own, so only the hang-up
+        waiting.register(sys.stdin.fileno(), 0)  # no events asked for: only the hang-up is reported
         waiting.poll()
         os._exit(0)
 
 
 def _answer(calls: Sequence[Callable[[], str]], seconds: float, memory: int, characters: int) -> None:
-    """Writes the texts that the calls return, in lists of a few, each text made within the limits."""
-    for start in range(0, len(calls), FEW):
+    """Makes the calls within the limits and writes their texts to stdout."""
+    for start in range(0, len(calls), REPLIES):
         _limit_memory(memory)
-        replies = [_reply(call, seconds, memory, characters) for call in calls[start : start + FEW]]
+        replies = [_reply(call, seconds, memory, characters) for call in calls[start : start + REPLIES]]
         _limit_time(0)
         _limit_memory(None)
         sys.stdout.buffer.write(packed(replies))
@@ -146,7 +146,7 @@ def _answer(calls: Sequence[Callable[[], str]], seconds: float, memory: int, cha
 
 
 def _reply(call: Callable[[], str], seconds: float, memory: int, characters: int) -> str | dict[str, str]:
-    """Returns the text, or what went wrong. A template is a program: anything can."""
+    """Returns the text, or {"limit": ...} or {"error": ...} with what went wrong."""
     _limit_time(seconds)
     try:
         text = call()
@@ -162,19 +162,19 @@ def _reply(call: Callable[[], str], seconds: float, memory: int, characters: int
 
 
 def _one_line(text: str) -> str:
-    """Returns what a template says without the lines with which it could pretend to be somebody else, and in short."""
-    text = " ".join(text[: 2 * MOST_SAID].split())
-    return text if len(text) <= MOST_SAID else f"{text[:MOST_SAID]} ..."
+    """Returns an error's text, shortened and without line breaks, which could fake other lines of output."""
+    text = " ".join(text[: 2 * LONGEST_ERROR].split())
+    return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]} ..."
 
 
 def _limit_time(seconds: float) -> None:
-    """Lets the kernel end this process after so many seconds of its processor time, even within one operation."""
+    """Lets the kernel end this process (SIGPROF) after so many seconds of CPU time, even within one operation."""
     if resource is not None:
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF comes at its end
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit_memory(size: int | None) -> None:
-    """Lets the kernel refuse this process more bytes than `size`. That of macOS does not: there the parent looks."""
+    """Limits the address space of this process to `size` bytes. macOS has no such limit: there the parent polls."""
     if resource is not None and sys.platform != "darwin":
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         bounds = [bound for bound in (size, hard) if bound not in (None, resource.RLIM_INFINITY)]

@@ -1,8 +1,6 @@
-"""Chat templates run in a process of their own (litpeft/data/renderer.py), which ends where one costs more than it may.
+"""Runs chat templates in a process of their own (litpeft/data/renderer.py) with limits on CPU time and memory.
 
-What a template will cost cannot be foreseen, so the limits lie outside of it: processor time of each text, and memory
-of the process. One process serves all texts of a Template. It ends with the Template; and by itself when this process
-has gone, since then its input ends.
+One process renders all texts of a Template and ends with it, or at once when this process dies: its stdin then ends.
 """
 
 import os
@@ -24,49 +22,49 @@ from litpeft.data.pipes import packed, receive
 
 MAX_TEMPLATE = 256 * 1024  # characters
 BATCH = 128  # chats that are rendered together
-BATCH_BYTES = 1 << 20  # above which texts are asked for one by one
-LARGE = 1 << 19  # bytes of a chat: no template is blamed for what it costs to write more
-LAST_RESORT = 60.0  # seconds beyond what the limits allow, after which the process must stand still
-POLL = 0.05  # seconds between two looks at the memory of the process
-MACOS = sys.platform == "darwin"  # its kernel bounds no memory
-TOO_SLOW = -getattr(signal, "SIGPROF", 0)  # how a process ends at the limit of its processor time
+BATCH_BYTES = 1 << 20  # a larger batch is rendered text by text
+LARGE = 1 << 19  # bytes of a chat: if a larger one meets a limit, the chat is too long, not the template too costly
+LAST_RESORT = 60.0  # seconds beyond the limits, after which the process is taken to hang
+POLL = 0.05  # seconds between checks of the process's memory
+MACOS = sys.platform == "darwin"  # its kernel does not limit memory
+TOO_SLOW = -getattr(signal, "SIGPROF", 0)  # exit code at the limit of CPU time
 START = "import sys; sys.path += sys.argv[1:]; from litpeft.data.renderer import serve; serve()"
-PACKAGES = ("litpeft", "jinja2", "markupsafe")  # what the process imports beside Python's own
-# What the process gets of the environment: what Python may need to start, and no token of the hub.
+PACKAGES = ("litpeft", "jinja2", "markupsafe")  # what the process imports beside the standard library
+# the variables that Python may need to start; secrets such as HF_TOKEN are not passed on
 ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
-Text = tuple[dict[str, Any], Sequence[str]]  # variables, and what is written before and after a generation block
+Text = tuple[dict[str, Any], Sequence[str]]  # variables, and the marks before and after each generation block
 T = TypeVar("T")
-Task = Generator[Text, str, T]  # yields what it wants rendered, is sent the text, returns what it makes of it
+Task = Generator[Text, str, T]  # yields what it wants rendered, is sent the text, and returns its result
 
 
 class Limits(NamedTuple):
-    """What a text may cost."""
+    """What rendering a text may cost."""
 
-    seconds: float  # of processor time: a busy machine changes nothing
+    seconds: float  # of CPU time, which does not depend on how busy the machine is
     memory: int  # bytes
-    characters: int  # written
+    characters: int  # of the result
 
     @classmethod
     def of(cls, size: int) -> "Limits":
-        """Returns the limits of texts whose messages have so many bytes. Honest templates take milliseconds."""
+        """Returns the limits for messages of so many bytes. Honest templates take milliseconds."""
         return cls(0.5 * (1 + size / (1 << 20)), (512 << 20) + 32 * size, (4 << 20) + 4 * size)
 
 
 class LimitError(Exception):
-    """The template costs more than it may; `number` is that of the text, or task, that it met the limit with."""
+    """The template costs more than it may."""
 
-    number = 0
+    number = 0  # index of the text, or task, that met the limit
 
 
 class TooLong(ValueError):
-    """A chat holds so much text that the template cannot be run on it within its limits: not the template's fault."""
+    """A chat is too long to be rendered within the limits; the template is not to blame."""
 
 
 class Template:
-    """A compiled template. Raises LimitError if it costs too much, ValueError for everything else that goes wrong.
+    """A compiled template. Raises LimitError if it costs too much, ValueError for all other errors.
 
-    `now` is the date that it may print, `constants` are variables of every text.
+    `now` is the date that it may print; `constants` are variables of every text.
     """
 
     def __init__(self, source: str, now: datetime, constants: dict[str, Any] | None = None):
@@ -74,7 +72,7 @@ class Template:
             raise LimitError(f"it is longer than {MAX_TEMPLATE:,} characters")
         self.has_generation = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
         self._setup = packed((source, now.isoformat(), constants or {}))
-        self._compiling = Limits.of(8 * len(self._setup))  # takes longer for a character than rendering
+        self._compiling = Limits.of(8 * len(self._setup))  # compiling takes longer per character than rendering
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         [compiled] = self._ask([])
@@ -89,7 +87,7 @@ class Template:
         return text
 
     def run(self, tasks: Sequence[Task[T]]) -> list[T | ValueError]:
-        """Returns what each task makes of its texts, or its error; texts that tasks wait for are rendered together."""
+        """Returns the result of each task, or its error; the texts that tasks wait for are rendered together."""
         results: list[Any] = []
         for start in range(0, len(tasks), BATCH):
             results += _numbered(self._run, tasks[start : start + BATCH], range(start, len(tasks)))
@@ -113,18 +111,18 @@ class Template:
         return results
 
     def _ask(self, texts: Sequence[Text]) -> list[str | ValueError]:
-        """Returns each text, or the error that the template makes of it; without a text, what compiling it gives."""
+        """Returns each rendered text, or its error; without texts, the result of compiling the template."""
         question = packed(texts)
         limits = Limits.of(len(question)) if texts else self._compiling
         if len(texts) > 1 and len(question) > BATCH_BYTES:
             return self._ask_each(texts)
         answers, code = self._exchange(question, texts, limits)
-        if code not in (None, TOO_SLOW) and len(texts) < 2:  # it may have been ended for something else
+        if code not in (None, TOO_SLOW) and len(texts) < 2:  # something else may have ended it: try again
             answers, code = self._exchange(question, texts, limits)
         costly = [answer["limit"] for answer in answers if isinstance(answer, dict) and "limit" in answer]
         if code is None and not costly:
             return [answer if isinstance(answer, str) else ValueError(answer["error"]) for answer in answers]
-        if len(texts) > 1:  # which of them it was is not known if it ended the process
+        if len(texts) > 1:  # find the one that met the limit
             return self._ask_each(texts)
         reason = costly[0] if costly else _reason(code, limits)
         if len(question) > LARGE:
@@ -135,7 +133,7 @@ class Template:
         return [_numbered(self._ask, [text], [number])[0] for number, text in enumerate(texts)]
 
     def _exchange(self, question: bytes, texts: Sequence[Text], limits: Limits) -> tuple[list[Any], int | None]:
-        """Returns the answers to the texts, and the code with which the process ended if it did not give them all."""
+        """Returns the answers, and the process's exit code if it ended before it had given them all."""
         with self._lock:
             try:
                 if self._process is None:
@@ -147,19 +145,18 @@ class Template:
                 if texts:
                     answers = _answers(self._process, question, len(texts), limits)
                 return answers, None if len(answers) >= len(texts) else self._close()
-            except BaseException:  # Ctrl-C: answers would be left that nobody reads
+            except BaseException:  # Ctrl-C: unread answers would be taken for those of the next question
                 self._close()
                 raise
 
     def _close(self) -> int:
-        """Ends the process; returns its code."""
         self._process = None
         return self._end()
 
 
 def _start() -> "subprocess.Popen[bytes]":
-    """Returns the process. It is in a session of its own: Ctrl-C in the terminal is for this process alone."""
-    # where they lie, not sys.path: an installation that can be edited is on none of its folders
+    """Starts the process, in a session of its own so that Ctrl-C does not reach it."""
+    # the packages' own folders, not sys.path: an editable installation is on none of its entries
     files = [Path(find_spec(name).origin) for name in PACKAGES]
     command = [sys.executable, "-I", "-S", "-c", START, *dict.fromkeys(str(file.parent.parent) for file in files)]
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
@@ -168,16 +165,16 @@ def _start() -> "subprocess.Popen[bytes]":
 
 
 def _end(process: "subprocess.Popen[bytes]") -> int:
-    """Ends the process if it still runs; returns its code."""
+    """Ends the process if it still runs; returns its exit code."""
     process.kill()
-    with suppress(OSError):  # what it no longer reads
+    with suppress(OSError):  # it may flush to a closed pipe
         process.stdin.close()
     process.stdout.close()
     return process.wait()
 
 
 def _answers(process: "subprocess.Popen[bytes]", question: bytes, count: int, limits: Limits) -> list[Any]:
-    """Returns the answers of the process; fewer than `count` if it ends before."""
+    """Returns the answers of the process: fewer than `count` if it ends early."""
     done, answers = threading.Event(), []
     seconds = LAST_RESORT + 2 * count * limits.seconds
     threading.Thread(target=_watch, args=(process, done, seconds, limits.memory), daemon=True).start()
@@ -186,7 +183,7 @@ def _answers(process: "subprocess.Popen[bytes]", question: bytes, count: int, li
         process.stdin.flush()
         while len(answers) < count:
             answers += receive(process.stdout)
-    except (BrokenPipeError, EOFError):  # it has ended
+    except (BrokenPipeError, EOFError):  # the process has ended
         pass
     finally:
         done.set()
@@ -196,7 +193,7 @@ def _answers(process: "subprocess.Popen[bytes]", question: bytes, count: int, li
 def _watch(
     process: "subprocess.Popen[bytes]", done: threading.Event, seconds: float, memory: int, look: bool = MACOS
 ) -> None:
-    """Kills the process if it is not done in time, or, where it is to `look` at it, once it holds more memory."""
+    """Kills the process if it is not done in time or, with `look`, once it holds more memory."""
     ends = time.monotonic() + seconds
     while not done.wait(POLL if look else seconds):
         if time.monotonic() >= ends or (look and _resident(process.pid) > memory):
@@ -205,13 +202,13 @@ def _watch(
 
 
 def _resident(pid: int) -> int:
-    """Returns the bytes of memory that a process holds."""
-    told = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return int(told or 0) << 10
+    """Returns the resident memory of a process in bytes."""
+    size = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return int(size or 0) << 10
 
 
 def _numbered(ask: Any, items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
-    """Returns what `ask` makes of the items; a LimitError of item i is told as one of numbers[i]."""
+    """Returns ask(items); a LimitError of item i gets the number numbers[i]."""
     try:
         return ask(items)
     except LimitError as error:
@@ -220,7 +217,7 @@ def _numbered(ask: Any, items: Sequence[Any], numbers: Sequence[int]) -> list[An
 
 
 def _reason(code: int, limits: Limits) -> str:
-    """Returns why a process that ended with this code did so."""
+    """Returns why the process ended with this exit code."""
     if code == TOO_SLOW:
         return f"it takes more than {limits.seconds:.1f} s of processor time"
     if code == -getattr(signal, "SIGKILL", 0):

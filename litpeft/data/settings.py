@@ -1,4 +1,4 @@
-"""Settings of the data set: what the rows are, how they become tokens, which tokens are trained."""
+"""Settings of the data set: its files, how rows become tokens, and which tokens are trained."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Reads .json and .jsonl files row by row, strictly, and tells for each row the line that it starts on."""
+"""Finds the files of a data set and reads .json and .jsonl strictly, row by row with the line of each."""
 
 import json
 import os
@@ -31,7 +31,7 @@ MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "parquet", b"\xff\x
 
 @dataclass(frozen=True)
 class Record:
-    """A row as it was read, or the reason why it cannot be."""
+    """A row as it was read, or why it cannot be used."""
 
     where: str  # file:line
     value: Any = None
@@ -47,7 +47,7 @@ class Rejected:
 
 
 class StrictDecoder:
-    """JSON without what Python's reader lets pass. A flaw inside a row is noted, so that reading can go on after it."""
+    """Reads JSON and notes what Python's reader lets pass as the row's flaw, so that the next row can be read."""
 
     def __init__(self) -> None:
         self.flaw = ""
@@ -56,7 +56,7 @@ class StrictDecoder:
         ).raw_decode
 
     def __call__(self, text: str, start: int) -> tuple[Any, int, str]:
-        """Returns the value at `start`, the index after it, and its flaw or ""; raises ValueError where no JSON is."""
+        """Returns the value at `start`, the index after it, and its flaw or ""; raises ValueError if it is not JSON."""
         self.flaw = ""
         try:
             value, end = self._scan(text, start)
@@ -92,7 +92,7 @@ class StrictDecoder:
         return value
 
     def _characters(self, value: Any) -> None:
-        """Escapes can spell what no text holds: half of a surrogate pair, or NUL."""
+        """Notes what only escapes can spell: a lone surrogate, or NUL."""
         plain = json.dumps(value, ensure_ascii=False)
         if SURROGATE.search(plain):
             self._note("it holds a lone surrogate, which is no character")
@@ -101,7 +101,7 @@ class StrictDecoder:
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Yields the rows of a file, good and bad, in order."""
+    """Yields the rows of a file in order, those with a problem too."""
     if path.suffix.lower() not in SUFFIXES:
         raise _not_read(path)
     try:
@@ -118,7 +118,7 @@ def records(path: Path) -> Iterator[Record]:
 
 
 def _lines(path: Path, handle: Iterator[bytes]) -> Iterator[Record]:
-    """JSON Lines: split at \\n alone, since U+2028 and the like may stand inside a string. Blank lines are no rows."""
+    """Yields the rows of JSON Lines, blank lines left out. Only \\n ends a line: U+2028 may stand inside a string."""
     decode = StrictDecoder()
     for number, raw in enumerate(handle, 1):
         where = f"{path}:{number}"
@@ -146,7 +146,7 @@ def _lines(path: Path, handle: Iterator[bytes]) -> Iterator[Record]:
 
 
 def _elements(path: Path, raw: bytes) -> Iterator[Record]:
-    """One JSON list of rows. Where its syntax breaks, no later row can be found, so that is an error of the file."""
+    """Yields the rows of one JSON list. A syntax error is an error of the file: no later row can be found."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -195,7 +195,7 @@ def _skip(text: str, position: int) -> int:
 
 
 def find(path: str, validation_path: str | None) -> tuple[Path, Path | None]:
-    """Returns the file of the rows to train on and, if there is one, that of the rows held out."""
+    """Returns the file of rows to train on and that of held-out rows, if there is one."""
     train, held_out = _existing(path), _existing(validation_path) if validation_path else None
     if held_out is not None and held_out.is_dir():
         raise UserError("DATA-012", "data.validation_path must be a file, this is a folder", where=str(held_out))
@@ -208,7 +208,7 @@ def find(path: str, validation_path: str | None) -> tuple[Path, Path | None]:
 
 
 def find_measured(path: str) -> Path:
-    """Returns the file of the rows to measure on: of a folder its held-out rows, or all if there are none."""
+    """Returns the file of rows to measure on: in a folder that of held-out rows, else that of rows to train on."""
     folder = _existing(path)
     if not folder.is_dir():
         return folder
@@ -225,14 +225,14 @@ def _existing(path: str) -> Path:
 
 
 def _one_of(folder: Path, names: tuple[str, ...], option: str) -> Path | None:
-    """Returns the one file of rows with such a name; `option` is what could name another."""
+    """Returns the one file of rows with such a name; `option` is the setting that could choose one."""
     found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
     found = [path for path in found if path.is_file()]
     if len(found) > 1:
         what = f"several files could be meant: {', '.join(path.name for path in found)}"
         hint = "keep one of them, or name the file itself" + (f": {option}" if option else " instead of the folder")
         raise UserError("DATA-014", what, where=str(folder), hint=hint)
-    if not found:  # a table of that name must not be passed over
+    if not found:  # a table with such a name must not be ignored
         for path in sorted(folder.iterdir()):
             if path.name.partition(".")[0] in names and _other(path)[0]:
                 raise _not_read(path)
@@ -256,7 +256,7 @@ def _not_read(path: Path) -> UserError:
 
 
 def _other(path: Path) -> tuple[str, str]:
-    """Returns what a file is by its name, if it could be rows that are not read, and how to make it rows that are."""
+    """Returns the kind of a file of rows that is not read, by its name, or "", and how to convert it."""
     suffix = path.suffix.lower()
     if suffix in PACKED:
         return PACKED[suffix], f"unpack {path.name}"
@@ -264,7 +264,7 @@ def _other(path: Path) -> tuple[str, str]:
 
 
 def split(rows: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Returns the rows to train on and those held out, both in their order: at least one of each if share > 0."""
+    """Returns the rows to train on and those held out, in their order; at least one of each if share > 0."""
     if share <= 0 or len(rows) < 2:
         return rows, []
     count = min(max(1, round(share * len(rows))), len(rows) - 1)

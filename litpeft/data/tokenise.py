@@ -1,17 +1,17 @@
-"""Rows of a data set as tokens, each with the mask of what is trained, and a report of what became of every row."""
+"""Rows of a data set as tokens with the mask of what is trained, and a report of what became of every row."""
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from litpeft.core.errors import UserError, some
-from litpeft.core.terminal import GREEN, PLAIN, clean
+from litpeft.core.errors import UserError
 from litpeft.data.formats import FORMATS, SHAPES, UNREAD, detect
-from litpeft.data.formats.keys import told
+from litpeft.data.formats.keys import listed
 from litpeft.data.formats.turn import Turn
+from litpeft.data.report import Counts, Report
+from litpeft.data.rows import Row, cut
 from litpeft.data.sandbox import TooLong
 from litpeft.data.settings import Data
 from litpeft.data.sources import Rejected, find, records, split
@@ -19,21 +19,9 @@ from litpeft.data.templates import ChatTemplate, Rendered, with_system
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.data.tokenizer_backends import Encoded
 
-CHUNK = 1000  # rows that are encoded at once
+CHUNK = 1000  # rows that are encoded together
 SHOWN = 5  # rows that an error names
 HUGE = 1 << 23  # characters
-
-
-@dataclass(frozen=True)
-class Row:
-    """One document to learn from."""
-
-    ids: list[int]
-    trained: list[bool]  # trained[i]: the loss asks the model to predict ids[i]; never of the first token
-    prompt_length: int  # tokens before the first trained one
-    source: str  # file:line
-    turns: list[Turn]
-    ended: bool = True  # the end-of-turn token of the last trained answer is trained
 
 
 @dataclass(frozen=True)
@@ -45,81 +33,8 @@ class Example:
 
 
 @dataclass
-class Counts:
-    """What a list of rows amounts to."""
-
-    rows: int
-    tokens: int
-    trained: int
-    longest: int  # tokens
-    ended: int  # rows whose end-of-turn token is trained
-
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> "Counts":
-        tokens, trained = sum(len(row.ids) for row in rows), sum(sum(row.trained) for row in rows)
-        longest = max((len(row.ids) for row in rows), default=0)
-        return cls(len(rows), tokens, trained, longest, sum(row.ended for row in rows))
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "none"
-        share, ended = self.trained / self.tokens, self.ended / self.rows
-        return (
-            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained ({share:.1%}); "
-            f"longest {self.longest:,}; end-of-turn token trained in {ended:.1%} of the rows"
-        )
-
-
-@dataclass
-class Report:
-    """What became of every row of the files, and of every key of a row; `str` is what the user sees."""
-
-    train: Counts
-    validation: Counts
-    template: str  # name of the template
-    max_length: int  # the limit that was applied, in tokens
-    rejected: list[Rejected] = field(default_factory=list)  # rows that cannot be used
-    dropped: list[Rejected] = field(default_factory=list)  # over-long rows left out
-    split_rows: int = 0  # over-long rows cut up
-    split_pieces: int = 0  # into so many pieces that are trained
-    empty_pieces: int = 0  # and so many, left out, in which nothing is trained
-    straddling: int = 0  # rows in which a token holds the end of a prompt and the start of its answer
-    duplicates: int = 0  # held-out rows that are among the rows to train on
-    unread: Counter[str] = field(default_factory=Counter)  # key that no format reads -> rows with it
-    unlike: list[str] = field(default_factory=list)  # file:line of rows that do not begin as their answer is asked for
-    difference: str = ""  # how the first of these differs
-
-    def __str__(self) -> str:
-        lines = [f"train       {self.train}", f"validation  {self.validation}", f"template    {self.template}"]
-        return "\n".join([*lines, *self.notes])
-
-    @property
-    def notes(self) -> list[str]:
-        """Returns what the user should know before trusting the figures, a line each."""
-        long = f"longer than {self.max_length:,} tokens"
-
-        def out(rows: list[Rejected]) -> str:
-            named = some([f"{row.where} ({row.reason})" for row in rows])
-            return f"left out: {named}; the run's rejected.jsonl lists them"
-
-        notes = {
-            f"not read    the keys {told(self.unread)}": self.unread,
-            f"warning: {len(self.rejected):,} rows cannot be used and are {out(self.rejected)}": self.rejected,
-            f"warning: {len(self.dropped):,} rows are {long} and are {out(self.dropped)}": self.dropped,
-            f"warning: {self.split_rows:,} rows are {long} and are cut into {self.split_pieces:,} pieces; "
-            f"{self.empty_pieces:,} more hold nothing to train": self.split_rows,
-            f"warning: {self.straddling:,} rows have a token across the end of a prompt and the start of an answer; "
-            "it is trained": self.straddling,
-            f"warning: in {len(self.unlike):,} rows the prompt that asks for the answer is not how the row begins: "
-            f"{self.difference} ({some(self.unlike)})": self.unlike,
-            f"warning: {self.duplicates:,} of the held-out rows are among the rows to train on": self.duplicates,
-        }
-        return [clean(note).replace("\n", " ") for note, present in notes.items() if present]
-
-
-@dataclass
 class DataSet:
-    """Rows to train on, rows held out, and what is to be known about them."""
+    """Rows to train on, held-out rows, and the report on both."""
 
     train: list[Row]
     validation: list[Row]
@@ -134,9 +49,9 @@ class DataSet:
 def load_dataset(
     data: Data, tokenizer: Tokenizer, template: ChatTemplate, max_positions: int, only_measured: bool = False
 ) -> DataSet:
-    """Returns the data set that the settings name, ready to train on. Prints nothing.
+    """Returns the data set of the settings, ready to train on; prints nothing.
 
-    Where the rows are `only_measured`, none may be left out or cut, and errors do not offer it.
+    Where the rows are `only_measured`, none may be left out or cut, and errors do not suggest it.
     """
     # 1. files to chats
     path, held_out = find(data.path, data.validation_path)
@@ -153,10 +68,10 @@ def load_dataset(
     # 2. chats to rows
     parts = [_tokenise(part, data, tokenizer, template, report) for part in (examples, validation)]
     _refuse(report.rejected, data, only_measured or not any(parts))
-    # 3. rows of the wanted length
+    # 3. rows longer than the limit
     _refuse_long([row for rows in parts for row in rows], data, report.max_length, only_measured)
     train, validation = (_fit(rows, data, report) for rows in parts)
-    for left_out in (report.rejected, report.dropped):  # a split has taken them apart
+    for left_out in (report.rejected, report.dropped):  # in the files' order, which the split has changed
         left_out.sort(key=lambda row: (row.where.rpartition(":")[0], int(row.where.rpartition(":")[2])))
     if not train:
         what = f"no row is left to train on: {len(report.rejected)} rejected, {len(report.dropped)} longer than "
@@ -170,7 +85,7 @@ def load_dataset(
 
 
 def _read(path: Path, data: Data, report: Report) -> list[Example]:
-    """Returns the chats of a file; what cannot be used goes to the report. A file without one is an error."""
+    """Returns the chats of a file; rows that cannot be used go to the report. A file without a chat is an error."""
     examples: list[Example] = []
     rejected: list[Rejected] = []
     came: Counter[str] = Counter()
@@ -185,7 +100,7 @@ def _read(path: Path, data: Data, report: Report) -> list[Example]:
             rejected.append(Rejected(record.where, str(error)))
             came.update(list(record.value) if isinstance(record.value, dict) else ())
     if not examples:
-        hint = f"a row is {SHAPES}" + (f"; the rows have the keys {told(came)}" if came else "")
+        hint = f"a row is {SHAPES}" + (f"; the rows have the keys {listed(came)}" if came else "")
         what = f"none of its rows can be used; {len(rejected)} bad rows:\n{_listed(rejected)}"
         raise UserError("DATA-020", what if rejected else "there are no rows in it", where=str(path), hint=hint)
     report.rejected += rejected
@@ -202,7 +117,7 @@ def _refuse(rejected: list[Rejected], data: Data, must_stay: bool) -> None:
 
 
 def _listed(rejected: list[Rejected]) -> str:
-    """Returns a line for each of the first rows, and how many more there are."""
+    """Returns a line for each of the first rows, and the number of the others."""
     more = [f"... and {len(rejected) - SHOWN} more"] if len(rejected) > SHOWN else []
     return "\n".join([*(f"{bad.where}: {bad.reason}" for bad in rejected[:SHOWN]), *more])
 
@@ -210,7 +125,7 @@ def _listed(rejected: list[Rejected]) -> str:
 def _tokenise(
     examples: list[Example], data: Data, tokenizer: Tokenizer, template: ChatTemplate, report: Report
 ) -> list[Row]:
-    """Returns the rows of the chats, however long; what cannot be used goes to the report."""
+    """Returns the chats as rows of any length; those that cannot be used go to the report."""
     end = tokenizer.token_id(template.end_of_turn or tokenizer.eos)
     too_long = report.dropped if data.overlong == "drop" else report.rejected
     most = math.inf if data.overlong == "split" else max(HUGE, report.max_length * tokenizer.longest_token)
@@ -241,9 +156,9 @@ def _encoded(
     too_long: list[Rejected],
     most: float,
 ) -> Iterator[tuple[Example, Rendered, Encoded]]:
-    """Yields each chat with its text and its tokens; names the others in one of the lists.
+    """Yields each chat with its text and its tokens; the others go to `rejected` or `too_long`.
 
-    A text of more than `most` characters is too long whatever its tokens are, which may need a gigabyte.
+    A text of more than `most` characters is too long whatever its tokens are; encoding it could take a gigabyte.
     """
     usable = []
     found = template.spans_of([example.turns for example in examples], [example.where for example in examples])
@@ -255,13 +170,13 @@ def _encoded(
             too_long.append(Rejected(example.where, what))
         else:
             usable.append((example, rendered))
-    texts, plain = [rendered.text for _, rendered in usable], [rendered.plain for _, rendered in usable]
+    texts, literal = [rendered.text for _, rendered in usable], [rendered.literal for _, rendered in usable]
     try:
-        tokens: list[Encoded] = tokenizer.encode_batch(texts, plain)
-    except ValueError:  # one of them: find it
+        tokens: list[Encoded] = tokenizer.encode_batch(texts, literal)
+    except ValueError:  # find the text that cannot be encoded
         for example, rendered in usable:
             try:
-                yield example, rendered, tokenizer.encode_batch([rendered.text], [rendered.plain])[0]
+                yield example, rendered, tokenizer.encode_batch([rendered.text], [rendered.literal])[0]
             except ValueError as error:
                 rejected.append(Rejected(example.where, str(error)))
         return
@@ -270,9 +185,9 @@ def _encoded(
 
 
 def mask(encoded: Encoded, rendered: Rendered) -> tuple[list[bool], bool]:
-    """Returns what is trained: the tokens that share a character with a span; and whether one reaches out of its span.
+    """Returns which tokens are trained: those that overlap a span; and whether one of them begins before its span.
 
-    A token without characters (a byte of a character whose last byte has them all) belongs where it stands.
+    A token without characters (of a character's bytes only the last has its offset) belongs where it stands.
     """
     trained, straddles = [False] * len(encoded.ids), False
     spans = iter(rendered.trained)
@@ -300,7 +215,7 @@ def _refuse_long(rows: list[Row], data: Data, limit: int, must_stay: bool) -> No
 
 
 def _fit(rows: list[Row], data: Data, report: Report) -> list[Row]:
-    """Returns the rows with the over-long ones left out or cut up."""
+    """Returns the rows with over-long ones left out or split, as data.overlong says."""
     kept = []
     for row in rows:
         if len(row.ids) <= report.max_length:
@@ -316,29 +231,3 @@ def _fit(rows: list[Row], data: Data, report: Report) -> list[Row]:
             report.empty_pieces += len(pieces) - len(useful)
             kept += useful
     return kept
-
-
-def cut(row: Row, length: int) -> list[Row]:
-    """Returns pieces of at most `length` tokens; each begins with the last token before it, to lose no label."""
-    pieces = []
-    last = len(row.trained) - 1 - row.trained[::-1].index(True)
-    for start in range(0, len(row.ids) - 1, length - 1):
-        trained = [False, *row.trained[start + 1 : start + length]]
-        prompt = trained.index(True) if True in trained else len(trained)
-        ended = row.ended and start < last < start + length
-        pieces.append(Row(row.ids[start : start + length], trained, prompt, row.source, row.turns, ended))
-    return pieces
-
-
-def show(row: Row, tokenizer: Tokenizer, color: bool) -> str:
-    """Returns the text of a row with its trained tokens marked: green on a terminal, else in [brackets]."""
-    before, after = (GREEN, PLAIN) if color else ("[", "]")
-    parts, position, done = [], 0, ""
-    for trained, group in groupby(row.trained):
-        position += len(list(group))
-        text = tokenizer.decode(row.ids[:position], skip_special=False)
-        # what is not to be printed (a row could hold codes that steer the terminal) is spelled out
-        piece = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text[len(done) :])
-        parts.append(f"{before}{piece}{after}" if trained else piece)
-        done = text
-    return "".join(parts)

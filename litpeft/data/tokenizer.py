@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: text to token ids with the characters each stands for, and back."""
+"""The tokenizer of a model folder: text to token ids with their character offsets, and back."""
 
 import hashlib
 import re
@@ -17,19 +17,19 @@ BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of Llama's tokenizers that is on
 
 @dataclass
 class Tokenizer:
-    """Token ids of a model. Nothing is ever added to a text (no BOS, no EOS): templates do that."""
+    """Encodes and decodes text. It adds nothing to a text (no BOS, no EOS): templates do that."""
 
     backend: Backend
     special_tokens: dict[str, str]  # bos_token, eos_token, unk_token, pad_token, as far as the model names them
-    stop_ids: tuple[int, ...]  # ids that end an answer; a chat template may know one more (ChatTemplate.stop_ids)
-    adds_bos: bool  # the model was trained on plain text that starts with BOS
+    stop_ids: tuple[int, ...]  # ids that end an answer; a chat template may add one (ChatTemplate.stop_ids)
+    adds_bos: bool  # text without a template starts with BOS
     chat_template: str | None  # source of the model's own template
     where: str  # the file, for errors
 
     def __post_init__(self) -> None:
         self.special_pattern = any_of(list(self.backend.specials))
         unknown = self.token_id(self.special_tokens.get("unk_token"))
-        # what plain text must never become; the unknown token is what odd characters become, rightly
+        # ids that literal text must never become; characters outside the vocabulary rightly become the unknown token
         self._guarded = frozenset(self.backend.specials.values()) - {unknown}
 
     @classmethod
@@ -53,11 +53,6 @@ class Tokenizer:
         return cls(backend, names, tuple(sorted(stop)), adds_bos and "bos_token" in names, template, where)
 
     @property
-    def vocab_size(self) -> int:
-        """Returns one more than the highest id."""
-        return max(self.backend.names) + 1
-
-    @property
     def template_where(self) -> str:
         """Returns the file that the chat template comes from."""
         file = Path(self.where).with_name("chat_template.jinja")
@@ -65,7 +60,7 @@ class Tokenizer:
 
     @property
     def longest_token(self) -> int:
-        """Returns how many characters a token may stand for."""
+        """Returns the most characters that a token can stand for."""
         return max(map(len, self.backend.ids))
 
     @property
@@ -85,45 +80,39 @@ class Tokenizer:
     def bos_id(self) -> int | None:
         return self.token_id(self.bos)
 
-    @property
-    def eos_id(self) -> int | None:
-        return self.token_id(self.eos)
-
     def token_id(self, token: str | None) -> int | None:
-        """Returns the id of a token."""
         return None if token is None else self.backend.ids.get(token)
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Returns the ids of a text; `special` lets special tokens spelled out in it count as such."""
+        """Returns the ids of a text; without `special`, special tokens that it spells are plain text."""
         return self.encode_with_offsets(text, [] if special else [(0, len(text))])[0]
 
-    def encode_with_offsets(self, text: str, plain: list[Span] | None = None) -> tuple[list[int], list[Span]]:
-        """Returns ids and the characters each stands for; special tokens within the spans `plain` are plain text."""
-        encoded = self.encode_batch([text], [plain or []])[0]
+    def encode_with_offsets(self, text: str, literal: list[Span] | None = None) -> tuple[list[int], list[Span]]:
+        """Returns ids and their character offsets; special tokens within the spans `literal` are plain text."""
+        encoded = self.encode_batch([text], [literal or []])[0]
         return encoded.ids, encoded.offsets
 
-    def encode_batch(self, texts: list[str], plain: list[list[Span]]) -> list[Encoded]:
-        """Returns what encode_with_offsets does, for many texts at once. Raises ValueError for text of no encoding."""
+    def encode_batch(self, texts: list[str], literal: list[list[Span]]) -> list[Encoded]:
+        """Does the same for many texts at once; raises ValueError for text that is not valid Unicode."""
         for text in texts:
             if SURROGATE.search(text):
                 raise ValueError("the text holds a lone surrogate, which is no character")
-        encoded = iter(self.backend.encode([text for text, spans in zip(texts, plain, strict=True) if not spans]))
+        encoded = iter(self.backend.encode([text for text, spans in zip(texts, literal, strict=True) if not spans]))
         around = self.backend.encode_around
-        found = [around(text, spans) if spans else next(encoded) for text, spans in zip(texts, plain, strict=True)]
-        for text, spans, one in zip(texts, plain, found, strict=True):
+        found = [around(text, spans) if spans else next(encoded) for text, spans in zip(texts, literal, strict=True)]
+        for text, spans, one in zip(texts, literal, found, strict=True):
             self._refuse_leak(text, spans, one.ids)
         return found
 
-    def _refuse_leak(self, text: str, plain: list[Span], ids: list[int]) -> None:
-        """Content that became a special token could end a turn, or open one, in somebody else's name."""
+    def _refuse_leak(self, text: str, literal: list[Span], ids: list[int]) -> None:
+        """Raises ValueError if literal text became a special token: it could end a turn, or begin another's."""
         meant = len(self.special_pattern.findall(text))
-        if plain:
-            meant = sum(not overlaps(plain, *match.span()) for match in self.special_pattern.finditer(text))
+        if literal:
+            meant = sum(not overlaps(literal, *match.span()) for match in self.special_pattern.finditer(text))
         if sum(map(self._guarded.__contains__, ids)) > meant:
             raise ValueError("the tokenizer turns plain text of it into a special token")
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """Returns the text of ids."""
         return self.backend.decode(ids, skip_special)
 
     def check_vocabulary(self, embedding_rows: int) -> None:
@@ -166,30 +155,28 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def ids_of(value: Any) -> list[int]:
-    """Returns a token id of a config, which may be one number, a list or absent, as a list."""
+    """Returns the value of a key such as eos_token_id (a number, a list or None) as a list."""
     return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
 
 
 class StreamDecoder:
-    """Turns ids, as they come one by one, into text that can be printed: never half of a character.
+    """Decodes ids one by one into text to print, never half of a character.
 
-    The pieces, put together, are what `Tokenizer.decode` makes of all the ids.
+    The pieces joined are `Tokenizer.decode` of all the ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
         self.tokenizer, self.skip_special = tokenizer, skip_special
         self._ids: list[int] = []
-        self._context, self._done = (
-            0,
-            0,
-        )  # ids before _done are printed; decoding starts at _context to see their spaces
+        self._done = 0  # ids before it are printed
+        self._context = 0  # decoding starts here, since the space before a token depends on the token before it
 
     def feed(self, token: int) -> str:
         """Returns the text that this id completes; empty while a character is incomplete."""
         self._ids.append(token)
         name = self.tokenizer.backend.names.get(token, "")
         if BYTE.fullmatch(name) or (self.skip_special and name in self.tokenizer.backend.specials):
-            return ""  # a byte that fits ill spoils those right before it: they wait for what follows
+            return ""  # wait: a byte that does not fit makes the bytes before it U+FFFD, too
         text = self._pending()
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
@@ -197,7 +184,7 @@ class StreamDecoder:
         return text
 
     def flush(self) -> str:
-        """Returns what is left at the end, a broken character as U+FFFD."""
+        """Returns the text that is left at the end; an incomplete character is U+FFFD."""
         text = self._pending()
         self._context, self._done = self._done, len(self._ids)
         return text

@@ -1,9 +1,4 @@
-"""The library that turns text into token ids, behind a small interface.
-
-`ids` (token -> id), `names` (id -> token), `specials` (those of `ids` that are special), `encode`, `encode_around`,
-`decode`, `bos_first` (whether plain text is meant to start with BOS) and `make_special`, which is called once, before
-the first text.
-"""
+"""The tokenizers library, as litpeft uses it."""
 
 import re
 from bisect import bisect_left
@@ -19,26 +14,26 @@ Span = tuple[int, int]  # start and end in a text, in characters
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a text; `offsets` says which characters each stands for."""
+    """The tokens of a text."""
 
     ids: list[int]
-    offsets: list[Span]
+    offsets: list[Span]  # the characters that each token stands for
 
 
 def any_of(words: list[str]) -> re.Pattern[str]:
-    """Returns a pattern that finds the words, the longest first; it finds nothing if there are none."""
+    """Returns a pattern that matches any of the words, the longest first; without words it matches nothing."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def overlaps(spans: list[Span], start: int, end: int) -> bool:
-    """Returns whether any of the spans, which are in order and apart, shares a character with start..end."""
-    begun = bisect_left(spans, (end,))  # a row of a few MiB may have a million of them
+    """Returns whether any of the spans, which are sorted and disjoint, shares a character with start..end."""
+    begun = bisect_left(spans, (end,))  # a row of a few MiB may have a million spans
     return begun > 0 and spans[begun - 1][1] > start
 
 
 class Backend:
-    """A tokenizer of the tokenizers library, without what its file adds to each text."""
+    """A tokenizer of the library without truncation, padding and added tokens. `make_special` comes before encoding."""
 
     def __init__(self, inner: tokenizers.Tokenizer):
         self.inner = inner
@@ -47,14 +42,15 @@ class Backend:
         self._first = self.inner.encode("", add_special_tokens=True).ids[:1]
         # A post-processor adds tokens, which templates do, and may trim spaces off the offsets.
         self.inner.post_processor = None
-        self.ids = self.inner.get_vocab(with_added_tokens=True)
-        self.names = {number: name for name, number in self.ids.items()}
+        self.ids = self.inner.get_vocab(with_added_tokens=True)  # token -> id
+        self.names = {number: name for name, number in self.ids.items()}  # id -> token
 
     def bos_first(self, bos: int | None) -> bool:
+        """Returns whether the tokenizer's file puts BOS before a text."""
         return bos is not None and self._first == [bos]
 
     def make_special(self, tokens: list[str]) -> None:
-        """Sees to it that these tokens of the vocabulary are special, and collects all that are."""
+        """Marks these tokens of the vocabulary as special, and sets `specials`, all that are."""
         added = {token.content: token for token in self.inner.get_added_tokens_decoder().values()}
         for text in tokens:
             token = added.get(text, tokenizers.AddedToken(text, normalized=False))
@@ -66,14 +62,14 @@ class Backend:
     def encode(self, texts: list[str]) -> list[Encoded]:
         return [Encoded(e.ids, e.offsets) for e in self.inner.encode_batch(texts, add_special_tokens=False)]
 
-    def encode_around(self, text: str, plain: list[Span]) -> Encoded:
-        """Returns the tokens of a text in which special tokens count as such only outside the spans `plain`."""
+    def encode_around(self, text: str, literal: list[Span]) -> Encoded:
+        """Returns the tokens of a text whose special tokens are plain text within the spans `literal`."""
         twin, spelling, ids = self._twin
         if any(name in text for name in spelling.values()):
             raise ValueError("the text holds private-use characters that stand for a special token")
         pieces, origin, position = [], [], 0  # origin: where in `text` each character of the spelled-out text lies
         for start, end in self._marks(text):
-            if overlaps(plain, start, end):
+            if overlaps(literal, start, end):
                 continue
             pieces += [text[position:start], spelling[text[start:end]]]
             origin += [*range(position, start), *[start] * len(pieces[-1])]
@@ -88,14 +84,14 @@ class Backend:
         if not any(self.added[name].single_word or self.added[name].normalized for name in self.specials):
             yield from (match.span() for match in self._pattern.finditer(text))
             return
-        encoded = self.inner.encode(text, add_special_tokens=False)  # it depends on what is beside them
+        encoded = self.inner.encode(text, add_special_tokens=False)  # whether they match depends on their neighbours
         for number, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
             name = self.names[number]
             if name not in self.specials or (start := text.find(name, start, end)) < 0:
                 continue
             end = start + len(name)
-            word = WORD.search(text[max(0, start - 1) : start] + text[end : end + 1])  # then it is plain text
-            if not (word and self.added[name].single_word):
+            beside = text[max(0, start - 1) : start] + text[end : end + 1]
+            if not (self.added[name].single_word and WORD.search(beside)):
                 yield start, end
 
     @cached_property
@@ -104,7 +100,7 @@ class Backend:
 
     @cached_property
     def _twin(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
-        """A copy that reads special tokens as plain text, but knows each by a second, private-use spelling."""
+        """A copy that reads special tokens as plain text and has a private-use spelling for each, with its id."""
         twin = tokenizers.Tokenizer.from_str(self.inner.to_str())
         twin.encode_special_tokens = True
         spelling = {text: f"\U0010fffc{chr(0x100000 + k)}\U0010fffd" for k, text in enumerate(self.specials)}

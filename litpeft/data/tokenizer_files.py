@@ -1,7 +1,7 @@
-"""The files of a tokenizer, read as transformers 5 reads them: their class says what the keys beside them mean.
+"""The files of a tokenizer, read as transformers 5 reads them: `tokenizer_class` decides what the other keys mean.
 
-A tokenizer.json is used as it is, but for what the keys of tokenizer_config.json change; a tokenizer.model becomes the
-same kind of tokenizer. A key that would change ids in another way is refused by its name.
+A tokenizer.json is used with the changes that keys of tokenizer_config.json ask for; a tokenizer.model becomes the same
+kind of tokenizer. A key that would change ids in another way is refused by its name.
 """
 
 import json
@@ -21,7 +21,7 @@ LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")  # a space becomes ▁, and a t
 BYTE_LEVEL = ("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer")
 AS_IT_IS = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")  # tokenizer.json says all
 REGISTERED = {"gpt2": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer"}  # model_type -> class, where none is named
-# What a class calls its tokens where tokenizer_config.json does not say it.
+# The special tokens of a class that tokenizer_config.json does not name.
 END = "<|endoftext|>"
 NAMES = {
     **dict.fromkeys(LLAMA, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
@@ -30,20 +30,20 @@ NAMES = {
     "Qwen2Tokenizer": {"eos_token": END, "unk_token": END, "pad_token": END},
 }
 ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Keys that change ids in further classes, if they are true.
+# Keys that change ids if they are true, in classes whose meaning of them is not known here.
 FOREIGN = ("add_prefix_space", "legacy", "sp_model_kwargs", "do_lower_case", "strip_accents", "remove_space")
 AS_IT_IS_HINT = 'write "tokenizer_class": "PreTrainedTokenizerFast" to use tokenizer.json as it is'
 
 
 @dataclass
 class TokenizerFiles:
-    """What a folder says of its tokenizer."""
+    """A folder's tokenizer and the settings beside it."""
 
     inner: tokenizers.Tokenizer
     path: Path  # tokenizer.json or tokenizer.model
-    names: dict[str, str]  # bos_token, eos_token and others, as far as they have names
-    special: list[str]  # the tokens with a name, and further ones that tokenizer_config.json says to be special
-    adds_bos: bool | None  # a text starts with BOS; None: if tokenizer.json says so
+    names: dict[str, str]  # bos_token, eos_token, ... -> the token
+    special: list[str]  # the named tokens, and the others that tokenizer_config.json calls special
+    adds_bos: bool | None  # a text starts with BOS; None: tokenizer.json decides
     config: dict[str, Any]  # tokenizer_config.json
 
 
@@ -63,7 +63,7 @@ def read_files(folder: Path, model: dict[str, Any]) -> TokenizerFiles:
         _set_llama(inner, config, name, where)
     elif name in BYTE_LEVEL:
         _set_byte_level(inner, config, name, where)
-    # Older folders spread over three files what newer ones say in one.
+    # older folders have in three files what newer ones have in one
     said = special_map | config if "added_tokens_decoder" in config else config | special_map
     usual = NAMES.get(name, {})
     try:
@@ -73,7 +73,7 @@ def read_files(folder: Path, model: dict[str, Any]) -> TokenizerFiles:
             named, extra = named | extra, []
         named = {key: _token(named[key]) for key in sorted(named, key=(*ORDER, *named).index) if _is_named(named[key])}
         special = [*named.values(), *map(_token, extra)]
-        # transformers does not look for tokens of added_tokens.json in this one list
+        # tokens of added_tokens.json that stand in this one list alone are not special to transformers
         overlooked = extra is special_map.get("additional_special_tokens")
         tokens = _declared(inner, config, added, list(named.values()) if overlooked else special)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -109,7 +109,7 @@ def _read(folder: Path) -> tuple[Path, tokenizers.Tokenizer | None]:
 
 
 def _class_name(config: dict[str, Any], model: dict[str, Any], inner: tokenizers.Tokenizer | None) -> str:
-    """Returns the class that transformers takes, without `Fast`; "" if a tokenizer.json is used as it is."""
+    """Returns the class that transformers would use, without `Fast`; "" if tokenizer.json is used unchanged."""
     kind = model.get("model_type")
     name = config.get("tokenizer_class") or model.get("tokenizer_class") or REGISTERED.get(str(kind), "")
     name = str(name).removesuffix("Fast")
@@ -120,7 +120,7 @@ def _class_name(config: dict[str, Any], model: dict[str, Any], inner: tokenizers
 
 
 def _steps(component: Any) -> list[dict[str, Any]]:
-    """Returns what a normalizer or pre-tokenizer does, one after the other."""
+    """Returns the steps of a normalizer or pre-tokenizer, as their JSON."""
     if component is None:
         return []
     state = json.loads(component.__getstate__())
@@ -128,7 +128,7 @@ def _steps(component: Any) -> list[dict[str, Any]]:
 
 
 def _from_pieces(path: Path, name: str, config: dict[str, Any], where: str) -> tokenizers.Tokenizer:
-    """Returns the tokenizer of a tokenizer.model, which starts a text with a space."""
+    """Returns the tokenizer of a tokenizer.model; it puts a space before a text."""
     if name not in LLAMA:
         said = config.get("tokenizer_class")
         what = f"tokenizer_class is {said!r}, for which litpeft does not know how a tokenizer.model is read"
@@ -153,7 +153,7 @@ def _from_pieces(path: Path, name: str, config: dict[str, Any], where: str) -> t
 
 
 def _refuse_keys(config: dict[str, Any], folder: Path, name: str, inner: tokenizers.Tokenizer) -> None:
-    """Raises for a key that changes ids, or the text of an answer, in a way that nothing here does."""
+    """Raises for a key that changes ids or decoded text in a way that is not implemented."""
     wrong = {
         "split_special_tokens": "the marks of a chat template would be split into plain text",
         "fix_mistral_regex": "text would be cut by another pattern than that of tokenizer.json",
@@ -177,7 +177,7 @@ def _refuse_keys(config: dict[str, Any], folder: Path, name: str, inner: tokeniz
 
 
 def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, where: str) -> None:
-    """Makes `inner` do what `legacy` and `add_prefix_space` say; else a text starts with a space, and no other part."""
+    """Applies `legacy` and `add_prefix_space` to `inner`; by default only the text's start gets a space."""
     cuts, changes = _steps(inner.pre_tokenizer), _steps(inner.normalizer)
     plain = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     spaces = [step for step in cuts if step["type"] == "Metaspace" and step["replacement"] == SPACE]
@@ -192,7 +192,7 @@ def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, w
         if not prefix:
             what = f"tokenizer.json puts no space before a text, but a {name} does unless add_prefix_space is false"
             raise UserError("MODEL-312", what, where=where, hint='write "add_prefix_space": false, or true')
-    everywhere = bool(config.get("legacy")) and name == "LlamaTokenizer"  # after each special token, too
+    everywhere = bool(config.get("legacy")) and name == "LlamaTokenizer"  # a space after each special token, too
     inner.normalizer = None
     scheme = "never" if not prefix else "always" if everywhere else "first"
     inner.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
@@ -203,12 +203,12 @@ def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, w
 
 
 def _set_byte_level(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, where: str) -> None:
-    """Makes `inner` do what `add_prefix_space` says."""
+    """Applies `add_prefix_space` to `inner`."""
     cuts, changes = _steps(inner.pre_tokenizer), [step["type"] for step in _steps(inner.normalizer)]
     if name == "Qwen2Tokenizer":
         expected = [("Split", True), ("ByteLevel", False)]
     else:
-        cuts = [step for step in cuts if step["type"] != "Digits"]  # no merge crosses what they cut
+        cuts = [step for step in cuts if step["type"] != "Digits"]  # changes no id: no merge crosses its cuts
         expected = [("ByteLevel", True)]
     found = [(step["type"], step.get("use_regex", True)) for step in cuts]
     normal = [] if name == "GPT2Tokenizer" else ["NFC"]
@@ -223,12 +223,12 @@ def _set_byte_level(inner: tokenizers.Tokenizer, config: dict[str, Any], name: s
 
 
 def _is_named(value: Any) -> bool:
-    """Returns whether a key names a token: not null, and not a flag such as add_bos_token."""
+    """Returns whether the value of a *_token key is a token: not null, and not a flag such as add_bos_token."""
     return bool(value) and not isinstance(value, bool)
 
 
 def _token(value: Any) -> AddedToken:
-    """Returns the special token that a key names: by its text, or by an object that says more."""
+    """Returns the special token of a key, whose value is its text or an object with its flags."""
     if isinstance(value, str):
         return AddedToken(value, special=True)
     return AddedToken(**{key: flag for key, flag in value.items() if key != "__type"} | {"special": True})
@@ -237,7 +237,7 @@ def _token(value: Any) -> AddedToken:
 def _declared(
     inner: tokenizers.Tokenizer, config: dict[str, Any], added: dict[str, Any], special: list[AddedToken]
 ) -> dict[int, AddedToken]:
-    """Returns the tokens of added_tokens_decoder, or else of added_tokens.json, by their ids."""
+    """Returns id -> token of added_tokens_decoder, or else of added_tokens.json."""
     if "added_tokens_decoder" in config:
         return {int(number): AddedToken(**token) for number, token in (config["added_tokens_decoder"] or {}).items()}
     known = {token.content for token in inner.get_added_tokens_decoder().values()}
@@ -246,7 +246,7 @@ def _declared(
 
 
 def _refuse_forgotten(inner: tokenizers.Tokenizer, listed: set[str], name: str, where: str) -> None:
-    """Raises if tokenizer.json has tokens that its class would forget, since the list beside it lacks them."""
+    """Raises if tokenizer.json has added tokens that added_tokens_decoder lacks: transformers would drop them."""
     forgotten = [token.content for token in inner.get_added_tokens_decoder().values() if token.content not in listed]
     if forgotten:
         what = f"added_tokens_decoder lacks {some(forgotten)} of tokenizer.json: a {name} would read them as plain text"
@@ -254,7 +254,7 @@ def _refuse_forgotten(inner: tokenizers.Tokenizer, listed: set[str], name: str, 
 
 
 def _add_declared(inner: tokenizers.Tokenizer, tokens: dict[int, AddedToken], where: str) -> None:
-    """Adds tokens, each with its id."""
+    """Adds tokens; raises if one cannot get its id."""
     for number, token in sorted(tokens.items()):
         new = inner.token_to_id(token.content) is None
         inner.add_tokens([token])
@@ -265,7 +265,7 @@ def _add_declared(inner: tokenizers.Tokenizer, tokens: dict[int, AddedToken], wh
 
 
 def _add_special(inner: tokenizers.Tokenizer, special: list[AddedToken], rows: Any) -> None:
-    """Adds special tokens that no file lists; one that is not in the vocabulary only if the embedding has a row."""
+    """Adds special tokens that no file lists; one outside the vocabulary only if the embedding has a row for it."""
     added = inner.get_added_tokens_decoder()
     known, after = {token.content for token in added.values()}, max([*added, inner.get_vocab_size(False) - 1]) + 1
     for token in special:

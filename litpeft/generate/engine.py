@@ -12,7 +12,7 @@ import torch
 from litpeft.core.errors import UserError
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import tell, write
-from litpeft.data.formats.keys import told
+from litpeft.data.formats.keys import listed
 from litpeft.data.prompts import Prompt, new_file, read_prompts, typed_prompt, unread
 from litpeft.data.templates import with_system
 from litpeft.data.tokenizer import StreamDecoder, Tokenizer
@@ -176,7 +176,7 @@ def generate(settings: Generate) -> None:
     else:
         prompts = read_prompts(Path(settings.input), settings.raw)
         if more := unread(prompts):
-            tell(f"not read, but copied to the answers: {told(more)}")
+            tell(f"not read, but copied to the answers: {listed(more)}")
     loaded = load_model(settings.model, settings.base, settings.precision, settings.quantize)
     system = loaded.system if settings.system is None else settings.system
     ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]

@@ -11,9 +11,10 @@ from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import say, tell
 from litpeft.data.formats.turn import Turn
 from litpeft.data.prompts import new_file
+from litpeft.data.rows import Row
 from litpeft.data.settings import Data
 from litpeft.data.sources import find_measured
-from litpeft.data.tokenise import Row, load_dataset
+from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
 from litpeft.generate.engine import answer_all
 from litpeft.generate.evaluate_settings import Evaluate

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from litpeft.data.batches import Batch, collate, idle, lay_out
-from litpeft.data.tokenise import Row
+from litpeft.data.rows import Row
 from litpeft.model.context import Context
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from litpeft.core.distributed import gather
 from litpeft.core.errors import UserError
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
-from litpeft.data.tokenise import Row
+from litpeft.data.rows import Row
 from litpeft.model.delta import copy_into, delta_state, todays_names, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import MICRO_TOKENS, mean_loss

@@ -8,7 +8,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from litpeft.data.batches import collate
-from litpeft.data.tokenise import Row
+from litpeft.data.rows import Row
 from litpeft.model.delta import trainable
 from litpeft.model.objective import summed_loss
 

@@ -14,8 +14,9 @@ from litpeft.core.folders import check_place, refuse_existing, remove_leftovers
 from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.terminal import say
+from litpeft.data.rows import show
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import DataSet, load_dataset, show
+from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_identity, tokenizer_identity
 from litpeft.model.config import ModelConfig

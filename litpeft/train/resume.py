@@ -18,8 +18,8 @@ from litpeft.core.errors import UserError
 from litpeft.core.folders import has_result
 from litpeft.core.json import jsonable
 from litpeft.core.typed import typed
+from litpeft.data.rows import Row
 from litpeft.data.settings import Data
-from litpeft.data.tokenise import Row
 from litpeft.exchange.identity import TokenizerIdentity, changed, config_changes, tokenizer_changes
 from litpeft.exchange.record import check_reads, check_sha256, one_of
 from litpeft.exchange.run import find_run

@@ -3,8 +3,8 @@
 import torch
 from lightning.fabric import Fabric
 
+from litpeft.data.rows import Row
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import Row
 from litpeft.generate.engine import answer
 from litpeft.generate.evaluate import Exchange, exactly
 from litpeft.generate.load import Loaded

@@ -93,7 +93,7 @@ def litpeft_model(folder: Path, quantize: str | None = None, lora: bool = True):
 
 def batch(lengths: list[int], generator: torch.Generator):
     from litpeft.data.batches import collate
-    from litpeft.data.tokenise import Row
+    from litpeft.data.rows import Row
 
     ids = [torch.randint(100, 40000, (length,), generator=generator).tolist() for length in lengths]
     return collate([Row(one, [False] + [True] * (len(one) - 1), 1, "random", []) for one in ids]).to("cuda")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from litpeft.core.precision import pick_device
 from litpeft.core.safetensors import copy_companions, save_tensors
-from litpeft.data.tokenise import Row
+from litpeft.data.rows import Row
 from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build

@@ -11,9 +11,10 @@ import json
 import sys
 from pathlib import Path
 
+from litpeft.data.rows import Row
 from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenise import Row, load_dataset
+from litpeft.data.tokenise import load_dataset
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.model.families.read import read_config
 

@@ -1,7 +1,4 @@
-"""What a row of a data set may look like: one file a format.
-
-Each has `turns(record) -> list[Turn]`, and `unread(record)`: the keys of a usable row that have no part in its turns.
-"""
+"""The formats of a row, one file each: `turns(record) -> list[Turn]`, and `unread(record)`, the keys without effect."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +13,7 @@ SHAPES = '{"instruction": "...", "input": "...", "output": "..."} or {"messages"
 
 
 def detect(record: Any) -> str:
-    """Returns the name of the format that a row's keys show; raises ValueError if none does."""
+    """Returns the format of a row by its keys; raises ValueError if they fit none."""
     if isinstance(record, list) or (isinstance(record, dict) and "messages" in record):
         return "messages"
     if isinstance(record, dict) and {"instruction", "output"} & record.keys():

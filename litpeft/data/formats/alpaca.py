@@ -1,4 +1,4 @@
-"""One instruction, one answer, and perhaps what was said before.
+"""One instruction, one answer, and perhaps earlier turns.
 
 {"instruction": "Name the capital.", "input": "France", "output": "Paris.", "system": "Be brief.",
  "history": [["Do you know capitals?", "Yes."]]}
@@ -24,7 +24,7 @@ def turns(record: Any) -> list[Turn]:
 
 
 def unread(record: dict[str, Any]) -> set[str]:
-    """Returns the keys of a record that have no part in its turns."""
+    """Returns the keys of a record that have no effect."""
     return keys.unread(record, (*ASKED, "output"))
 
 

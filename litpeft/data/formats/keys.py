@@ -1,4 +1,4 @@
-"""Keys of a row or a message that no format reads: refused where they say what is learnt, else named in the report."""
+"""Keys of a row or message that no format reads: refused if they change what is trained, else listed in the report."""
 
 from collections import Counter
 from collections.abc import Collection
@@ -13,7 +13,7 @@ MEDIA = "only text is read"
 PREFERENCE = "answers are learnt, not preferences: keep the answer that is right"
 VARIABLE = "templates are rendered without variables of a row"
 PARTS = "what is trained is a whole answer: a message may say train false"
-# Leaving one of these away would teach another text. key: why it is not read, or what to do
+# Ignoring one of these would train on another text. key -> why it is not read, or what to do
 REFUSED = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id"), TOOLS),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thoughts"), THOUGHTS),
@@ -23,12 +23,12 @@ REFUSED = {
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "enable_thinking", "documents"), VARIABLE),
     **dict.fromkeys(("loss_mask", "mask", "train_detail", "training_detail"), PARTS),
 }
-SWITCHES = ("train", "training", "trainable", "loss", "weight")  # they all say whether an answer is trained
-NOTHING = (None, "", [], {})  # what a table with a column for the key writes where a row does not have it
+SWITCHES = ("train", "training", "trainable", "loss", "weight")  # names for: this answer is trained
+NOTHING = (None, "", [], {})  # values that data made from a table has where a row lacks the key
 
 
 def refuse(record: dict[str, Any], place: str = "", more: dict[str, str] | None = None) -> None:
-    """Raises ValueError naming a key that would be lost, one of REFUSED and `more`; `place` goes before its name."""
+    """Raises a ValueError that names a key of REFUSED or `more`, after `place`."""
     reasons = REFUSED | more if more else REFUSED
     for key in record:
         if key in reasons and record[key] not in NOTHING:
@@ -36,7 +36,7 @@ def refuse(record: dict[str, Any], place: str = "", more: dict[str, str] | None 
 
 
 def switch(record: dict[str, Any], place: str = "") -> bool | None:
-    """Returns what a row or message says of being trained, or None; raises ValueError where that is not clear."""
+    """Returns whether a row or message asks to be trained, None if it does not say; raises ValueError if unclear."""
     said: dict[str, bool] = {}
     for key in SWITCHES:
         value = record.get(key)
@@ -52,19 +52,19 @@ def switch(record: dict[str, Any], place: str = "") -> bool | None:
 
 
 def refuse_switched_off(record: dict[str, Any]) -> None:
-    """Raises ValueError for a row that is not to be trained: its messages may say so, or it should not be there."""
+    """Raises ValueError for a row that is not to be trained: only messages may be switched off."""
     if switch(record) is False:
         key = next(key for key in SWITCHES if record.get(key) is not None)
         raise ValueError(f"{key} says that the row is not to be trained: leave it out")
 
 
 def unread(record: dict[str, Any], known: Collection[str]) -> set[str]:
-    """Returns the keys that are neither `known` to the format nor read, or refused, everywhere."""
+    """Returns the keys that are neither `known` to the format, nor switches, nor refused."""
     return {key for key in record if key not in known and key not in REFUSED and key not in SWITCHES}
 
 
-def told(counts: Counter[str]) -> str:
-    """Returns keys with the number of their rows as text: `id (200 rows), source (3 rows)`, the most frequent first."""
+def listed(counts: Counter[str]) -> str:
+    """Returns keys with their number of rows, the most frequent first: `id (200 rows), source (3 rows)`."""
     ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
-    # a key is somebody's text: it is cut, and what would steer a terminal is spelled out
+    # keys come from outside: they are cut, and control characters are escaped
     return some([f"{repr(key[:40])[1:-1]} ({n:,} {'row' if n == 1 else 'rows'})" for key, n in ordered])

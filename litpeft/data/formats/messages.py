@@ -1,4 +1,4 @@
-"""A chat of any number of turns; the bare list of messages is a row, too.
+"""A chat of any number of turns. The list of messages alone is a row, too.
 
 {"messages": [{"role": "system", "content": "Be brief."},
               {"role": "user", "content": "Capital of France?"},
@@ -16,7 +16,7 @@ from litpeft.core.errors import quoted
 from litpeft.data.formats import alpaca, keys
 from litpeft.data.formats.turn import ROLES, Turn, text
 
-# a row of two shapes would lose one of them
+# a row with the keys of both formats would lose one of its texts
 OTHER_SHAPE = dict.fromkeys(
     sorted({*alpaca.ASKED, "output"} - {"system"}), "the row has messages, which must hold the whole chat"
 )
@@ -45,7 +45,7 @@ def turns(record: Any) -> list[Turn]:
 
 
 def unread(record: Any) -> set[str]:
-    """Returns the keys of a record that have no part in its turns; those of a message as messages[].key."""
+    """Returns the keys of a record that have no effect; those of a message as messages[].key."""
     found, messages = set(), record
     if isinstance(record, dict):
         found, messages = keys.unread(record, ("messages", "system", *OTHER_SHAPE)), record["messages"]

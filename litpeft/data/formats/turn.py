@@ -1,4 +1,4 @@
-"""What every format makes of a row."""
+"""The turns of a chat: every format turns a row into a list of them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,11 @@ class Turn:
     role: str  # one of ROLES
     content: str
     train: bool | None = None  # an assistant's turn is trained unless this is False
-    input: str = (
-        ""  # the text that an alpaca instruction is about; templates other than alpaca put it below the content
-    )
+    input: str = ""  # what an alpaca instruction is about; templates other than alpaca put it below the content
 
     @property
     def message(self) -> dict[str, str]:
-        """Returns what ChatTemplate takes for a turn."""
+        """Returns the turn as a chat template takes it."""
         return {"role": self.role, "content": self.content} | ({"input": self.input} if self.input else {})
 
     @property
@@ -28,7 +26,7 @@ class Turn:
 
 
 def text(record: dict[str, Any], key: str, name: str, *, empty: bool = True) -> str:
-    """Returns the string `record[key]`; raises ValueError, calling it `name`, if it is none."""
+    """Returns the string `record[key]`; raises a ValueError that calls it `name` if it is not a string."""
     if key not in record:
         raise ValueError(f"{name} is missing")
     value = record[key]

@@ -1,0 +1,84 @@
+"""The report on a data set: figures and warnings about what became of its rows."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from litpeft.core.errors import some
+from litpeft.core.terminal import clean
+from litpeft.data.formats.keys import listed
+from litpeft.data.rows import Row
+from litpeft.data.sources import Rejected
+
+
+@dataclass
+class Counts:
+    """Totals of a list of rows."""
+
+    rows: int
+    tokens: int
+    trained: int
+    longest: int  # tokens
+    ended: int  # rows whose end-of-turn token is trained
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Counts":
+        tokens, trained = sum(len(row.ids) for row in rows), sum(sum(row.trained) for row in rows)
+        longest = max((len(row.ids) for row in rows), default=0)
+        return cls(len(rows), tokens, trained, longest, sum(row.ended for row in rows))
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "none"
+        share, ended = self.trained / self.tokens, self.ended / self.rows
+        return (
+            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained ({share:.1%}); "
+            f"longest {self.longest:,}; end-of-turn token trained in {ended:.1%} of the rows"
+        )
+
+
+@dataclass
+class Report:
+    """What became of every row of the files; `str` of it is printed."""
+
+    train: Counts
+    validation: Counts
+    template: str  # its name
+    max_length: int  # tokens, the limit that was applied
+    rejected: list[Rejected] = field(default_factory=list)  # rows that cannot be used
+    dropped: list[Rejected] = field(default_factory=list)  # over-long rows left out
+    split_rows: int = 0  # over-long rows that were split
+    split_pieces: int = 0  # their pieces that are trained
+    empty_pieces: int = 0  # their pieces without a trained token, left out
+    straddling: int = 0  # rows with a token across the end of a prompt and the start of its answer
+    duplicates: int = 0  # held-out rows that are among the rows to train on
+    unread: Counter[str] = field(default_factory=Counter)  # key that no format reads -> rows with it
+    unlike: list[str] = field(default_factory=list)  # file:line of rows that begin otherwise than the answer's prompt
+    difference: str = ""  # how the first of these differs
+
+    def __str__(self) -> str:
+        lines = [f"train       {self.train}", f"validation  {self.validation}", f"template    {self.template}"]
+        return "\n".join([*lines, *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """Returns the warnings, a line each."""
+        long = f"longer than {self.max_length:,} tokens"
+
+        def out(rows: list[Rejected]) -> str:
+            named = some([f"{row.where} ({row.reason})" for row in rows])
+            return f"left out: {named}; the run's rejected.jsonl lists them"
+
+        notes = {
+            f"not read    the keys {listed(self.unread)}": self.unread,
+            f"warning: {len(self.rejected):,} rows cannot be used and are {out(self.rejected)}": self.rejected,
+            f"warning: {len(self.dropped):,} rows are {long} and are {out(self.dropped)}": self.dropped,
+            f"warning: {self.split_rows:,} rows are {long} and are cut into {self.split_pieces:,} pieces; "
+            f"{self.empty_pieces:,} more hold nothing to train": self.split_rows,
+            f"warning: {self.straddling:,} rows have a token across the end of a prompt and the start of an answer; "
+            "it is trained": self.straddling,
+            f"warning: in {len(self.unlike):,} rows the prompt that asks for the answer is not how the row begins: "
+            f"{self.difference} ({some(self.unlike)})": self.unlike,
+            f"warning: {self.duplicates:,} of the held-out rows are among the rows to train on": self.duplicates,
+        }
+        return [clean(note).replace("\n", " ") for note, present in notes.items() if present]
