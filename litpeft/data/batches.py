@@ -9,6 +9,8 @@ from torch import Tensor
 
 from litpeft.data.rows import Row
 
+PLACEHOLDER = 0  # token that stands where a method puts learned vectors: which one it is changes nothing
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -30,23 +32,24 @@ class Batch:
         return replace(self, ids=self.ids.to(device), at=self.at.to(device), targets=self.targets.to(device))
 
 
-def idle(row: Row) -> Batch:
+def idle(row: Row, virtual_tokens: int = 0) -> Batch:
     """Returns a micro-batch that trains nothing: a rank without rows of its own must still step with the others."""
-    batch = collate([row])
+    batch = collate([row], virtual_tokens)
     return replace(batch, at=batch.at[:0], targets=batch.targets[:0])
 
 
-def collate(rows: Sequence[Row]) -> Batch:
-    """Returns the rows as one micro-batch."""
-    ids = torch.tensor([i for row in rows for i in row.ids])
+def collate(rows: Sequence[Row], virtual_tokens: int = 0) -> Batch:
+    """Returns the rows as one micro-batch, each with so many placeholders before it, which are part of its prompt."""
+    before = [PLACEHOLDER] * virtual_tokens
+    ids = torch.tensor([i for row in rows for i in (*before, *row.ids)])
     # a document's first token is never trained, so the token before a trained one belongs to the same document
-    trained = torch.tensor([t for row in rows for t in row.trained]).nonzero().flatten()
+    trained = torch.tensor([t for row in rows for t in (*(False for _ in before), *row.trained)]).nonzero().flatten()
     return Batch(
         ids[None],
-        tuple(len(row.ids) for row in rows),
+        tuple(virtual_tokens + len(row.ids) for row in rows),
         trained - 1,
         ids[trained],
-        tuple(row.prompt_length for row in rows),
+        tuple(virtual_tokens + row.prompt_length for row in rows),
         tuple(row.source for row in rows),
     )
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from litpeft.data.batches import PLACEHOLDER
 from litpeft.generate.cpu.fused_block import FEW
 from litpeft.generate.cuda_graph import WIDTHS, RecordedStep
 from litpeft.model.context import Context, KVCache
 from litpeft.model.gpt import GPT
+from litpeft.model.slots import is_empty
 
 FIRST_LENGTH = 256  # tokens that a new cache has room for
 
@@ -26,23 +28,32 @@ class TokenCache:
         self.model = model
         self.layers: list[KVCache] = []
         self.rows: list[list[int]] = []
+        self.prompts: list[int] = []  # tokens of each row's prompt
+        self.edits = False  # whether a method acts at positions that depend on them
         self.records = model.embed.weight.is_cuda and type(model) is GPT  # and not FSDP's, which gathers at every step
         self.recorded: dict[tuple[int, int], RecordedStep | None] = {}  # of the layers that there are now
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[Sequence[int]], last: int = 1) -> Tensor:
+    def logits(self, rows: Sequence[Sequence[int]], last: int = 1, prompts: Sequence[int] | None = None) -> Tensor:
         """Returns the logits (B * last, V) after the last tokens of each row; computes only what is not held yet.
 
         Shorter rows are padded at the end. What is written there lies at positions that no token looks at before it
-        is overwritten.
+        is overwritten. Placeholders for virtual tokens come before each row. `prompts` are the tokens of its prompt.
         """
+        virtual = self.model.virtual_tokens
+        rows = [[PLACEHOLDER] * virtual + list(row) for row in rows]
+        prompts = [virtual + n for n in prompts] if prompts else [0] * len(rows)
         held = self.rows if self.layers else [[] for _ in rows]
+        if prompts != self.prompts:
+            self.edits = any(not is_empty(block.after_block) for block in self.model.blocks)
+            held = [[] for _ in rows] if self.edits else held
+            self.prompts = prompts
         starts = [min(common_prefix(old, new), len(new) - last) for old, new in zip(held, rows, strict=True)]
         new = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
         self.reserve(len(rows), max(starts) + self.width(max(map(len, new)), max(starts)))
         self.rows = [list(row[:start]) for row, start in zip(rows, starts, strict=True)]
         logits = [self.read(part, new[part], starts[part], last) for part in self.parts([len(row) for row in new])]
-        self.rows = [list(row) for row in rows]
+        self.rows = rows
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def parts(self, tokens: Sequence[int]) -> list[slice]:
@@ -67,12 +78,13 @@ class TokenCache:
         pos = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
         ends = torch.tensor([i * width + len(row) for i, row in enumerate(new)], device=device)
         at = (ends[:, None] + torch.arange(-last, 0, device=device)).flatten()
+        prompts = torch.tensor(self.prompts[part], device=device)[:, None] if self.edits else None  # (B, 1)
         step = self.step(len(new), width)
         if step is not None:
-            return step(ids, pos).flatten(0, 1)[at]
+            return step(ids, pos, prompts).flatten(0, 1)[at]
         layers = self.layers if len(new) == len(self.rows) else [layer.of_rows(part) for layer in self.layers]
         start = starts[0] if len(set(starts)) == 1 else None
-        return self.model(ids, Context(pos, cache=layers, end=max(starts) + width, start=start), at=at)
+        return self.model(ids, Context(pos, None, prompts, cache=layers, end=max(starts) + width, start=start), at=at)
 
     def width(self, tokens: int, start: int) -> int:
         """Returns for how many tokens of each row a step is computed: for some more, if it can be recorded so."""
@@ -115,7 +127,8 @@ class TokenCache:
         chosen = torch.tensor(numbers, device=self.model.embed.weight.device)
         for layer in self.layers:
             layer.k, layer.v = layer.k[chosen], layer.v[chosen]
-        self.rows, self.recorded = [self.rows[number] for number in numbers], {}
+        self.rows, self.prompts = ([held[number] for number in numbers] for held in (self.rows, self.prompts))
+        self.recorded = {}
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -83,7 +83,7 @@ def report(session: Session, answer: Answer, terminal: bool) -> None:
     elif answer.reason == "length" and len(answer.ids) == session.sampling.max_new_tokens:
         tell(f"[cut at sampling.max_new_tokens = {session.sampling.max_new_tokens}]")
     elif answer.reason == "length":
-        tell(f"[cut: the model reaches {session.loaded.model.config.max_positions} tokens; /reset starts anew]")
+        tell(f"[cut: the model reaches {session.loaded.model.reach} tokens; /reset starts anew]")
 
 
 def show_help(session: Session, argument: str) -> str:

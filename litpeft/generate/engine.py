@@ -92,7 +92,7 @@ def overlap(text: str, stop: str) -> int:
 
 def room(model: GPT, prompt: Sequence[int], sampling: Sampling, where: str = "") -> int:
     """Returns how many tokens an answer to `prompt` may have; an error if the prompt leaves none."""
-    reach = model.config.max_positions
+    reach = model.reach
     if not prompt:
         raise UserError("DATA-400", "the prompt is empty: there is no token to continue from", where=where)
     if len(prompt) >= reach:
@@ -108,10 +108,11 @@ def decode(
     device = cache.model.embed.weight.device
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     live, lookup = list(range(len(drafts))), Lookup(sampling.lookup)
+    prompts = [len(draft.ids) for draft in drafts]
     while live:
         history = [drafts[row].ids for row in live]
         guess = lookup.guess(history[0], drafts[live[0]].left - 1) if len(live) == 1 else []
-        logits = cache.logits([ids + guess for ids in history], last=len(guess) + 1)
+        logits = cache.logits([ids + guess for ids in history], len(guess) + 1, [prompts[row] for row in live])
         for right, guessed in enumerate([*guess, None]):  # a token that is the guessed one says what follows it
             after = logits[right :: len(guess) + 1]
             picked = next_tokens(after, history, sampling, [generators[row] for row in live]).tolist()

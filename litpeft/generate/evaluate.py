@@ -91,7 +91,7 @@ def evaluate(settings: Evaluate) -> None:
     apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
     loaded = load_model(settings.model, None if apart else settings.base, settings.precision, settings.quantize)
     template = loaded.run.template if loaded.run else "auto"
-    reach = loaded.model.config.max_positions
+    reach = loaded.model.reach
     file = str(find_measured(settings.data))
     data = Data(file, None, 0.0, settings.format, template, loaded.system, max_length=reach)
     found = load_dataset(data, loaded.tokenizer, loaded.template, reach, only_measured=True)

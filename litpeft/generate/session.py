@@ -42,7 +42,7 @@ class Session:
             prompt = self.loaded.template.prompt(with_system([*self.turns, question], self.system))
         except ValueError as error:
             raise UserError("DATA-409", str(error)) from None
-        reach = self.loaded.model.config.max_positions
+        reach = self.loaded.model.reach
         if len(prompt) >= reach:
             what = f"the conversation has {len(prompt)} tokens; the model reaches {reach}, its answer included"
             raise UserError("DATA-402", what, hint="/reset starts anew, /undo drops the last exchange")

@@ -9,6 +9,10 @@ METHODS = {
     "adapter": ("litpeft.methods.adapter:Adapter", "Gated prompts in the attention (LLaMA-Adapter)."),
     "adapter_v2": ("litpeft.methods.adapter_v2:AdapterV2", "Gated prompts, factors and biases of linears, and norms."),
     "bottleneck": ("litpeft.methods.bottleneck:Bottleneck", "Small networks after attention and MLP (adapters)."),
+    # what writes virtual tokens comes last: nothing of a combination changes it any more
+    "reft": ("litpeft.methods.reft:ReFT", "Edits between blocks, at the ends of the prompt (LoReFT)."),
+    "prefix": ("litpeft.methods.prefix:Prefix", "Learned keys and values before the text, in every block."),
+    "prompt": ("litpeft.methods.prompt:Prompt", "Learned vectors before the text, in place of tokens."),
     "full": ("litpeft.methods.full:Full", "The model's own weights, all or some."),
 }
 

@@ -87,6 +87,8 @@ def build(
             mine = method.start(module, layer, tensor, held) if starts else tensor
             values, changed = held.pack(mine), changed or mine is not tensor
         else:
+            if layer is model.embed and method is not None:
+                method.start_embedding(model, tensor)
             values = {leaf: tensor}
         values = {f"{module}.{key}": value for key, value in values.items()}
         for key, value in values.items():

@@ -47,13 +47,14 @@ class Context:
 
     pos: Tensor  # (B, T) position of each token in its document
     documents: Documents | None = None  # of the one packed row; None = every row is one document
-    prompt_lengths: tuple[int, ...] | None = None  # tokens before the first answer, for each document
+    prompt_lengths: Tensor | None = None  # (B, T) or (B, 1) tokens before the first answer of each token's document
     cache: list[KVCache] | None = None  # one for each layer, while generating
     end: int = 0  # with a cache: one more than the highest position of this call
     start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
     keys: int = 0  # with a cache: how many of its keys attention is given, with those that the mask hides
     mask: Tensor | None = None  # (B, 1, T, S) what is added to the scores; None = causal within the document
     recompute: bool = False  # the blocks keep nothing, and are computed again in the backward pass
+    virtual_tokens: int = 0  # first positions of each document that hold no tokens of the text
     rope: tuple[Tensor, Tensor] | None = None  # of ops.rotate, (B, 1, T, R); None = nothing rotates
 
     @classmethod
@@ -66,8 +67,11 @@ class Context:
         cls, lengths: tuple[int, ...], device: torch.device, prompt_lengths: tuple[int, ...] | None
     ) -> "Context":
         """Returns the context of one row (1, T) that holds documents of these lengths one after the other."""
-        documents = Documents(lengths)
-        return cls(documents.positions(device)[None], documents, prompt_lengths)
+        documents, prompts = Documents(lengths), None
+        if prompt_lengths is not None:
+            parts = [torch.full((n,), prompt) for n, prompt in zip(lengths, prompt_lengths, strict=True)]
+            prompts = torch.cat(parts)[None].to(device, non_blocking=True)
+        return cls(documents.positions(device)[None], documents, prompts)
 
     def look_back(self, tokens: int, window: int | None, dtype: torch.dtype) -> None:
         """Sets how many keys of the cache are looked at, and which of them the new `tokens` of each row see.

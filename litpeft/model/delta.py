@@ -12,6 +12,7 @@ from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import UserError, nearest, some
+from litpeft.data.tokenizer import Tokenizer
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import OFF, Delta, Linear, Slot, TiedHead
 
@@ -35,6 +36,12 @@ class Method:
         `distributed.fill`. `held(weight)` is what the layer multiplies with if it holds a weight, in its type or codes.
         """
         return weight
+
+    def read(self, tokenizer: Tokenizer) -> None:
+        """Takes from the base's tokenizer what the settings name in words; called before a training run is built."""
+
+    def start_embedding(self, model: GPT, weight: Tensor) -> None:
+        """Does for the embedding (V, d), as it is read, what `start` does for a linear layer; leaves it as it is."""
 
     def trained_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Returns the type in which what trains is held, on a base of `dtype`: float32 or better."""

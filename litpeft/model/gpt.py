@@ -165,6 +165,21 @@ class GPT(nn.Module):
         self.norm = make_norm(config)
         self.head = TiedHead(self.embed) if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
 
+    @property
+    def learned_keys(self) -> int:
+        """Returns how many first positions of each document have learned keys; those are not rotated."""
+        return self.blocks[0].attn.k.slot.virtual_tokens
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Returns how many first positions of each document hold learned vectors: what is read lies after them."""
+        return max(self.after_embed.virtual_tokens, self.learned_keys)
+
+    @property
+    def reach(self) -> int:
+        """Returns how many tokens of one document can be read."""
+        return self.config.max_positions - self.virtual_tokens
+
     def forward(
         self, ids: Tensor, ctx: Context | None = None, at: Tensor | None = None, targets: Tensor | None = None
     ) -> Tensor:
@@ -173,6 +188,7 @@ class GPT(nn.Module):
         Only where logits are asked for are they computed, and a loss never holds them all.
         """
         ctx = ctx or Context.rows(ids)
+        ctx.virtual_tokens = self.virtual_tokens
         x = self.after_embed(self.embed(ids).to(self.dtype), ctx)
         if self.positions is not None:
             if ctx.reach() > self.config.max_positions:
@@ -180,7 +196,8 @@ class GPT(nn.Module):
                 raise UserError("MODEL-080", what, hint="give it shorter texts")
             x = x + self.positions(ctx.pos).to(x.dtype)
         if self.config.turned:
-            angle = ctx.pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
+            pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos
+            angle = pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
             cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
             ctx.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if ctx.cache is not None:

@@ -30,10 +30,11 @@ def mean_loss(
     ranks, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
     training = model.training
     model.eval()
-    layout = lay_out(range(len(rows)), [len(row.ids) for row in rows], ranks, micro_tokens, None)[rank]
+    virtual = model.virtual_tokens
+    layout = lay_out(range(len(rows)), [virtual + len(row.ids) for row in rows], ranks, micro_tokens, None)[rank]
     total = torch.zeros((), dtype=torch.float64, device=device)
     for numbers in layout:
-        batch = collate([rows[i] for i in numbers]) if numbers else idle(rows[0])
+        batch = collate([rows[i] for i in numbers], virtual) if numbers else idle(rows[0], virtual)
         total += summed_loss(model, batch.to(device)).double()
     if ranks > 1:
         total = fabric.all_reduce(total, reduce_op="sum")

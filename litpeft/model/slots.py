@@ -24,6 +24,7 @@ class Delta(nn.Module):
 
     claims: ClassVar[str] = ""  # what only one Delta of a slot can do, in words
     dropout: float = 0.0  # share of x that is dropped in training
+    virtual_tokens: int = 0  # first positions of each document whose contents it writes
 
     def reset_parameters(self) -> None:
         raise NotImplementedError(f"{type(self).__name__} must initialise its tensors")
@@ -81,6 +82,11 @@ class Slot(nn.Module):
                 what = f"{name} and {other} want the same place: both {delta.claims or 'go by one name'}"
                 raise UserError("CONFIG-049", what, where="method", hint="choose one of them, or other targets")
         self.add_module(name, delta)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Returns how many first positions of each document its deltas write."""
+        return max([0, *(delta.virtual_tokens for delta in self.deltas.values())])
 
     def factors(self) -> Factors | None:
         """Returns A and B if all that the deltas do is to add B A x, without dropout."""

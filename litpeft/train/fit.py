@@ -64,7 +64,7 @@ class Trainer:
         tenth = max(1, self.steps // 10)
         self.measure_every = validation.interval or tenth
         self.save_every = tenth if checkpoint.interval is None else checkpoint.interval
-        self.lengths = [len(row.ids) for row in self.rows]
+        self.lengths = [self.gpt.virtual_tokens + len(row.ids) for row in self.rows]
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
@@ -141,7 +141,7 @@ class Trainer:
         lr = lr_at(progress.step, self.steps, train)
         found = self.stepper.step(batches, trained, lr, progress.step + 1, self.stop_votes)
         now = time.perf_counter()
-        tokens = sum(self.lengths[i] for i in numbers)
+        tokens = sum(len(self.rows[i].ids) for i in numbers)
         progress.step += 1
         progress.tokens += tokens
         progress.trained_tokens += trained
@@ -169,11 +169,14 @@ class Trainer:
 
         What is random in a step follows from its number, so that a resumed run draws the same.
         """
-        fabric, train = self.fabric, self.settings.train
+        fabric, train, virtual = self.fabric, self.settings.train, self.gpt.virtual_tokens
         torch.manual_seed(random.Random(f"{train.seed} {step} {fabric.global_rank}").getrandbits(62))
         size = None if self.settings.data.packing else train.micro_batch_size
         layout = lay_out(numbers, self.lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
-        batches = [collate([self.rows[i] for i in micro]) if micro else idle(self.rows[numbers[0]]) for micro in layout]
+        batches = [
+            collate([self.rows[i] for i in micro], virtual) if micro else idle(self.rows[numbers[0]], virtual)
+            for micro in layout
+        ]
         return [batch.to(fabric.device) for batch in batches], sum(sum(self.rows[i].trained) for i in numbers)
 
     def stop_votes(self) -> list[float]:

@@ -83,18 +83,19 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     _, config = read_config(base)
     tokenizer = Tokenizer.load(base)
     tokenizer.check_vocabulary(config.vocab_size)
+    method.read(tokenizer)
     start = began(saved)
     template = ChatTemplate(tokenizer, settings.data.template, now=start)
-    rows = load_dataset(settings.data, tokenizer, template, config.max_positions)
+    weights, shapes = check_run(settings, method, precision, device)
+    rows = load_dataset(settings.data, tokenizer, template, shapes.reach)
     say(str(rows.report))
     say(f"precision   {precision.name} on {device}, threads: {torch.get_num_threads()}")
     steps = total_steps(len(rows.train), settings.train)
     if settings.train.warmup_steps > steps:
         say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
-    questions = askable(template, config.max_positions, rows.validation[: settings.validation.max_rows])
+    questions = askable(template, shapes.reach, rows.validation[: settings.validation.max_rows])
     # 3. what the run will need
     check_held_out(settings, len(rows.validation), len(questions))
-    weights, shapes = check_run(settings, method, precision, device)
     if is_first():
         dtype = method.trained_dtype(precision.weights)
         trained = dtype.itemsize * sum(p.numel() for p in trainable(shapes).values())

@@ -53,7 +53,7 @@ def exact_share(fabric: Fabric, loaded: Loaded, questions: list[Question]) -> fl
     return sum(exact) / len(exact)
 
 
-def askable(template: ChatTemplate, max_positions: int, rows: list[Row]) -> list[Question]:
+def askable(template: ChatTemplate, reach: int, rows: list[Row]) -> list[Question]:
     """Returns exchanges, with their prompts as tokens, that the template takes and that leave room for an answer."""
     found = []
     for row in rows:
@@ -62,6 +62,6 @@ def askable(template: ChatTemplate, max_positions: int, rows: list[Row]) -> list
             prompt = template.prompt(exchange.before)
         except ValueError:  # a chat that the assistant opens, say: learnt from, but not to be asked
             continue
-        if 0 < len(prompt) < max_positions:
+        if 0 < len(prompt) < reach:
             found.append((exchange, prompt))
     return found

@@ -1,0 +1,33 @@
+"""Prefix tuning: in every block the text also looks at learned keys and values that stand before it.
+
+    softmax(q [P_k; k]^T / sqrt(D)) [P_v; v]        P_k, P_v (n, heads * D) in each block, at the positions 0 to n - 1
+
+Prefix tuning https://arxiv.org/abs/2101.00190. P_k are keys as attention sees them: they are not rotated, so that those
+of another tool are the same numbers. The text begins at position n.
+Trains layers * 2 * prompt_length * key/value heads * D parameters. Does not fold: the keys and values are read.
+"""
+
+from dataclasses import dataclass
+
+from litpeft.methods.adapter import LONGEST_PROMPT
+from litpeft.methods.prompt import VirtualTokens
+from litpeft.model.delta import Method
+from litpeft.model.gpt import GPT
+
+
+@dataclass
+class Prefix(Method):
+    """Learned keys and values before the text, in every block."""
+
+    prompt_length: int = 10
+    """Keys and values of each block; the text that the model can read is shorter by as many tokens."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompt_length <= LONGEST_PROMPT:
+            limits = f"at least 1 and at most {LONGEST_PROMPT}"
+            raise ValueError(f"method.prompt_length must be {limits}, got {self.prompt_length}")
+
+    def attach(self, model: GPT) -> None:
+        for block in model.blocks:
+            for linear in (block.attn.k, block.attn.v):
+                linear.slot.add("prefix", VirtualTokens(self.prompt_length, linear.out_features, spread=0.1))

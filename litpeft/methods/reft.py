@@ -1,0 +1,114 @@
+"""ReFT: edits what flows between blocks, at the first and last tokens of the prompt, in a subspace of few dimensions.
+
+    loreft    h <- h + R^T (W h + b - R h)        R (r, d) with orthonormal rows
+    noreft    h <- h + R^T (W h + b - R h)        R (r, d) free
+    direft    h <- h + R^T (W h + b)              R (r, d) free
+
+    after each block, at the first `first` and last `last` tokens of the prompt, at most half of it each
+
+ReFT https://arxiv.org/abs/2404.03592.
+Trains 2 r d + r parameters for each block, twice as many untied. Does not fold: it depends on the position.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from litpeft.core.errors import UserError
+from litpeft.core.kinds import check_choices
+from litpeft.methods.lora import LARGEST_RANK
+from litpeft.model.context import Context
+from litpeft.model.delta import Method
+from litpeft.model.gpt import GPT
+from litpeft.model.slots import Delta
+
+
+class Edit(Delta):
+    """h + R^T (W h + b - R h) at the first and last tokens of each document's prompt.
+
+    What trains and is saved is M (r, d); R are its rows made orthonormal, one after the other (Gram-Schmidt), by a QR
+    whose signs are fixed, for a flipped row of R would be another function. So R is orthonormal after every step of
+    any optimizer, M has no constraint that a shard or a checkpoint could break, and R follows from M bit for bit.
+    """
+
+    def __init__(self, width: int, rank: int, kind: str, first: int, last: int):
+        super().__init__()
+        self.kind, self.first, self.last = kind, first, last
+        self.M = nn.Parameter(torch.empty(rank, width, dtype=torch.float32))
+        self.W = nn.Parameter(torch.empty(rank, width, dtype=torch.float32))
+        self.b = nn.Parameter(torch.empty(rank, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        nn.init.orthogonal_(self.M)
+        nn.init.kaiming_uniform_(self.W, a=5**0.5)
+        nn.init.zeros_(self.b)
+
+    def rows(self) -> Tensor:
+        """Returns R (r, d)."""
+        if self.kind != "loreft":
+            return self.M
+        q, upper = torch.linalg.qr(self.M.mT)  # (d, r), (r, r)
+        return (q * upper.diagonal().sign()).mT
+
+    def edited(self, ctx: Context) -> Tensor:
+        """Returns where the edit is made, (B, T)."""
+        pos, prompt = ctx.pos - ctx.virtual_tokens, ctx.prompt_lengths - ctx.virtual_tokens
+        half = prompt // 2
+        first, last = half.clamp(max=self.first), half.clamp(max=self.last)
+        return ((pos >= 0) & (pos < first)) | ((pos >= prompt - last) & (pos < prompt))
+
+    def forward(self, h: Tensor, ctx: Context) -> Tensor:
+        if ctx.prompt_lengths is None:  # no prompt
+            return h
+        R = self.rows()
+        W = self.W if self.kind == "direft" else self.W - R
+        R, W, b = (tensor.to(h.dtype) for tensor in (R, W, self.b))
+        return torch.where(self.edited(ctx)[..., None], h + F.linear(h, W, b) @ R, h)
+
+
+@dataclass
+class ReFT(Method):
+    """Low-rank edits of what flows between blocks, at the ends of the prompt."""
+
+    kind: Literal["loreft", "noreft", "direft"] = "loreft"
+    """Which edit: in an orthonormal subspace, in any subspace, or without a look at what is there."""
+    rank: int = 4
+    """Dimensions of the subspace."""
+    first: int = 5
+    """Tokens at the prompt's start that are edited."""
+    last: int = 5
+    """Tokens at the prompt's end that are edited."""
+    tied: bool = True
+    """One edit for both ends of the prompt; false: one for each."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the blocks, from 0, after which is edited; default: all."""
+
+    def __post_init__(self) -> None:
+        check_choices(self, "method.")
+        if not 1 <= self.rank <= LARGEST_RANK:
+            raise ValueError(f"method.rank must be at least 1 and at most {LARGEST_RANK}, got {self.rank}")
+        for key in ("first", "last"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"method.{key} must be at least 0, got {getattr(self, key)}")
+        if self.first + self.last == 0 or (not self.tied and not (self.first and self.last)):
+            raise ValueError("method.first and method.last must not be 0: no token would be edited")
+
+    def attach(self, model: GPT) -> None:
+        blocks, width = model.blocks, model.config.d_model
+        if self.rank > width:
+            what = f"{self.rank} is more than {width}, the width of this model"
+            raise UserError("CONFIG-096", what, where="method.rank")
+        layers = range(len(blocks)) if self.layers is None else self.layers
+        ends = [("reft", self.first, self.last)]
+        if not self.tied:
+            ends = [("reft", self.first, 0), ("reft_last", 0, self.last)]
+        for layer in layers:
+            if not 0 <= layer < len(blocks):
+                what = f"there is no block {layer}; the model has 0 to {len(blocks) - 1}"
+                raise UserError("CONFIG-097", what, where="method.layers")
+            for name, first, last in ends:
+                blocks[layer].after_block.add(name, Edit(width, self.rank, self.kind, first, last))
