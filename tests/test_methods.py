@@ -21,7 +21,7 @@ from litpeft.model.slots import Delta, Linear
 LENGTHS = (9, 15, 8)  # tokens of three documents
 PROMPTS = (4, 5, 3)  # tokens of their prompts
 IDS = torch.randint(0, TINY["vocab_size"], (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
-LEARNED_TOKENS = {"prefix", "prompt"}  # methods that put vectors before the text
+LEARNED_TOKENS = {"prefix", "prompt", "combo"}  # methods that put vectors before the text
 NOT_IDENTITY_AT_THE_START = {"reft", *LEARNED_TOKENS}  # methods whose papers start elsewhere
 NOT_FOLDABLE = {"adapter", "adapter_v2", "bottleneck", "reft", *LEARNED_TOKENS}  # they act on activations
 

@@ -13,6 +13,7 @@ METHODS = {
     "reft": ("litpeft.methods.reft:ReFT", "Edits between blocks, at the ends of the prompt (LoReFT)."),
     "prefix": ("litpeft.methods.prefix:Prefix", "Learned keys and values before the text, in every block."),
     "prompt": ("litpeft.methods.prompt:Prompt", "Learned vectors before the text, in place of tokens."),
+    "combo": ("litpeft.methods.combo:Combo", "Several methods in one run, such as LoRA with a prefix."),
     "full": ("litpeft.methods.full:Full", "The model's own weights, all or some."),
 }
 

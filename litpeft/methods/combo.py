@@ -1,0 +1,70 @@
+"""Combinations: several methods in one run. Each fills slots of its own, and they train together.
+
+    y = what the methods that act at one place make of it, one after the other, in the order of the registry
+
+Mao et al. https://arxiv.org/abs/2110.07577 train LoRA, prefix tuning and adapters together.
+Trains what its methods train. Folds if each of them does.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from litpeft.core.errors import UserError
+from litpeft.core.json import jsonable
+from litpeft.core.typed import typed
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.methods import METHODS, PRESETS, method_class
+from litpeft.model.delta import Method
+from litpeft.model.gpt import GPT
+from litpeft.model.slots import Linear
+
+
+@dataclass
+class Combo(Method):
+    """Several methods at once."""
+
+    methods: dict[str, Any] = field(default_factory=lambda: {"lora": {}, "prefix": {}})
+    """The methods by name, each with those of its keys that are not at their defaults, e.g.
+    {"lora": {"rank": 4}, "prefix": {}}."""
+
+    def __post_init__(self) -> None:
+        self.parts = [part(name, self.methods[name]) for name in METHODS if name in self.methods]
+        if len(self.parts) < max(2, len(self.methods)):
+            wrong = next((name for name in self.methods if name not in METHODS), None)
+            what = "must name two methods or more" if wrong is None else f'"{wrong[:40]}" is no method'
+            raise ValueError(f"method.methods: {what}; there are {', '.join(METHODS)}")
+        self.unfreeze = tuple(dict.fromkeys((*self.unfreeze, *(glob for one in self.parts for glob in one.unfreeze))))
+
+    def attach(self, model: GPT) -> None:
+        for one in self.parts:
+            one.attach(model)
+        if model.after_embed.virtual_tokens and model.learned_keys:
+            what = "two of the methods write the virtual tokens, and one would undo what the other does"
+            raise UserError("CONFIG-098", what, where="method.methods", hint="choose one of them")
+
+    def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
+        for one in self.parts:
+            weight = one.start(name, linear, weight, held)
+        return weight
+
+    def read(self, tokenizer: Tokenizer) -> None:
+        for one in self.parts:
+            one.read(tokenizer)
+
+    def start_embedding(self, model: GPT, weight: Tensor) -> None:
+        for one in self.parts:
+            one.start_embedding(model, weight)
+
+
+def part(name: str, keys: Any) -> Method:
+    """Returns a method with these keys, which are checked as if they had been given to it alone."""
+    cls, key = method_class(name), f"method.methods.{name}"
+    if cls is Combo or cls.writes_model or name in PRESETS:
+        hint = "; name lora, and set base.quantize" if name in PRESETS else ""
+        raise ValueError(f"{key} cannot be combined with others{hint}")
+    if not isinstance(keys, dict):
+        raise ValueError(f"{key} must be keys and values, {{}} for its defaults")
+    return typed(cls, jsonable(asdict(cls())) | keys, key)
