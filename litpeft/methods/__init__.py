@@ -5,7 +5,7 @@ from importlib import import_module
 METHODS = {
     "lora": ("litpeft.methods.lora:LoRA", "Low-rank updates beside frozen linear layers."),
     "qlora": ("litpeft.methods.lora:LoRA", "LoRA on a base that is held in 4 bits (NF4)."),
-    "dora": ("litpeft.methods.dora:DoRA", "Low-rank updates of rows' directions, and a magnitude for each row."),
+    "dora": ("litpeft.methods.dora:DoRA", "Low-rank updates of rows' directions, and their lengths."),
     "adapter": ("litpeft.methods.adapter:Adapter", "Gated prompts in the attention (LLaMA-Adapter)."),
     "adapter_v2": ("litpeft.methods.adapter_v2:AdapterV2", "Gated prompts, factors and biases of linears, and norms."),
     "bottleneck": ("litpeft.methods.bottleneck:Bottleneck", "Small networks after attention and MLP (adapters)."),
