@@ -11,7 +11,8 @@ from markdown_it import MarkdownIt
 
 from litpeft.core.folders import RUN_FILES
 from litpeft.train.log import Log, StepRecord, read_metrics
-from litpeft.train.report import RunFacts, Sample, loss_figure, markdown, scaled, smoothed, summary_lines, write_report
+from litpeft.train.loss_figure import loss_figure, smoothed
+from litpeft.train.report import RunFacts, Sample, markdown, scaled, summary_lines, write_report
 
 FACTS = RunFacts(
     title="lora on SmolLM2-135M-Instruct",
@@ -90,7 +91,7 @@ def test_the_picture_shows_the_figures_of_metrics_csv(tmp_path):
     curve = log_run(tmp_path, 60)
     rows = [row for row in read_metrics(tmp_path) if row["loss"] is not None]
     losses = [row["loss"] for row in rows]
-    upper, lower = loss_figure(curve, FACTS).axes
+    upper, lower = loss_figure(curve, FACTS.title, FACTS.validation, FACTS.best_point).axes
     raw, smooth, held_out, best = upper.lines
     assert list(raw.get_ydata()) == losses
     assert list(smooth.get_ydata()) == smoothed(losses)

@@ -15,9 +15,9 @@ def unused(messages: list[dict[str, str]], count: int) -> list[str]:
 
 
 def shield(messages: list[dict[str, str]], special: re.Pattern[str]) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Returns the messages with a character for each special token that they spell, and the token of each character.
+    """Returns the messages with a private-use character for each special token spelt in them, and the token of each.
 
-    Special tokens that the template writes are then told from those that a message spells, which are plain text.
+    A special token in a message is plain text. After this, those in the template's output are the template's own.
     """
     words = sorted({word for m in messages for text in m.values() for word in special.findall(text)})
     if not words:

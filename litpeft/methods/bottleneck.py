@@ -2,10 +2,13 @@
 
     y <- y + scale * (up act(down u + b_down) + b_up)        down (m, d), up (d, m) = 0, m = d / reduction_factor
 
-    houlsby   after attention and after the MLP, each before its residual is added     u = y
-    pfeiffer  after the MLP only                                                       u = y
-    lin       after the block, with a norm of its own                                  u = norm(y)
-    parallel  beside the MLP                                                           u = h, the MLP's own input
+    kind      y is the output of                      the network reads
+    houlsby   attention, and of the MLP               u = y
+    pfeiffer  the MLP                                 u = y
+    lin       the block                               u = norm(y), with a norm of its own
+    parallel  the MLP                                 u = h, the MLP's input
+
+The outputs of attention and MLP are changed before they are added to the residual stream.
 
 Houlsby https://arxiv.org/abs/1902.00751, Pfeiffer https://arxiv.org/abs/2005.00247, Lin
 https://arxiv.org/abs/2004.03829, parallel https://arxiv.org/abs/2110.04366. All start at the base: up is zero, where

@@ -1,10 +1,10 @@
-"""ReFT: edits what flows between blocks, at the first and last tokens of the prompt, in a subspace of few dimensions.
+"""ReFT: edits the residual stream h (d,) after each block, in a subspace of r dimensions.
 
     loreft    h <- h + R^T (W h + b - R h)        R (r, d) with orthonormal rows
-    noreft    h <- h + R^T (W h + b - R h)        R (r, d) free
-    direft    h <- h + R^T (W h + b)              R (r, d) free
+    noreft    h <- h + R^T (W h + b - R h)        R (r, d) unconstrained
+    direft    h <- h + R^T (W h + b)              R (r, d) unconstrained
 
-    after each block, at the first `first` and last `last` tokens of the prompt, at most half of it each
+Only the first `first` and the last `last` tokens of the prompt are edited, and at most half of the prompt by each.
 
 ReFT https://arxiv.org/abs/2404.03592.
 Trains 2 r d + r parameters for each block, twice as many untied. Does not fold: it depends on the position.

@@ -44,7 +44,7 @@ class Affine:
 
     @staticmethod
     def beside(parts: Sequence["Affine"], sizes: Sequence[int]) -> "Affine":
-        """Returns what layers that read the same x do as one, whose outputs are theirs one after the other."""
+        """Returns one Affine for layers that read the same x: its output is the concatenation of theirs."""
         like = next((t for part in parts for t in (part.gain, part.B, part.shift) if t is not None), torch.empty(0))
         each = list(zip(parts, sizes, strict=True))
         gain = [like.new_ones(size) if part.gain is None else part.gain for part, size in each]

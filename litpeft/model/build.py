@@ -46,8 +46,8 @@ def build(
 ) -> GPT:
     """Returns the model of a Hugging Face folder in `dtype`, with a method attached at its start; without one, frozen.
 
-    `storage` says how the linear layers are held, `shard` spreads the model over the ranks (of which the first compares
-    the files with their checksums, and writes the quantised weights to disk, if they are to be kept).
+    `storage` says how the linear layers are held. `shard` spreads the model over the ranks. The `first` rank alone
+    compares the files with their checksums, and writes the quantised weights to disk where they are to be kept.
     """
     config, weights, names = checked_files(folder)
     # beside all that follows

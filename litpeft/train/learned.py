@@ -53,8 +53,9 @@ def sums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
 def check_learned(progress: Progress, loss: float, norm: float, vocabulary: int) -> None:
     """Raises at the end of a run that learned nothing, or that ends worse than no model.
 
-    `loss` and `norm` of the gradient are those of the first step's rows at the end. That a gradient is 0 may be chance
-    (rows that what trains does not reach), unless that of the step before was 0 as well, or the loss has changed.
+    `loss` and `norm` are the loss and the gradient's norm on the first step's rows, with the weights of the end.
+    A norm of 0 alone is no error: these rows may not use what trains. It is one if the last step's norm was 0 too, or
+    if the loss has changed since the first step.
     """
     first = progress.losses[0]
     if norm == 0 and loss > LEARNED and (progress.still or abs(loss - first) > 1e-5 * first):

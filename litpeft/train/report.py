@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import re
 from dataclasses import asdict, dataclass, field
@@ -13,11 +12,10 @@ from litpeft.core.terminal import clean
 from litpeft.train.log import duration
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 SAMPLE_WIDTH = 112  # characters of a line of the samples' three columns
 SAMPLE_LENGTH = 2000  # characters shown of one text of a sample
-RAW, SMOOTH, HELD_OUT, RATE = "#a9c4e4", "#1f5fa8", "#d1570f", "#6b7280"  # line colours, told apart in grey too
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,9 @@ def write_report(folder: Path, facts: RunFacts, steps: list[dict[str, float]]) -
     `steps` are the step, loss and lr of each step.
     """
     if steps:
-        loss_figure(steps, facts).savefig(Path(folder) / "loss.png")
+        from litpeft.train.loss_figure import loss_figure  # imports matplotlib
+
+        loss_figure(steps, facts.title, facts.validation, facts.best_point).savefig(Path(folder) / "loss.png")
     record = json.dumps(asdict(facts), indent=2, default=str)
     (Path(folder) / "report.json").write_text(record + "\n", encoding="utf-8")
     path = Path(folder) / "report.md"
@@ -254,59 +254,3 @@ def _columns(sample: Sample) -> str:
     file = io.StringIO()
     Console(file=file, width=SAMPLE_WIDTH, color_system=None, force_terminal=False).print(table)
     return file.getvalue()
-
-
-def loss_figure(steps: list[dict[str, float]], facts: RunFacts) -> "Figure":
-    """Returns the picture of a run: its losses above, its learning rate below; `steps` are rows with a finite loss."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
-    figure = Figure(figsize=(8, 5.4), dpi=200, layout="constrained")  # twice the 800 px that it is shown at
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3.2, 1))
-    few = len(x) < 20  # too few to smooth
-    thick = {"linewidth": 1.8} | ({"marker": "o", "markersize": 4} if few else {})
-    thin = thick if few else {"linewidth": 0.8}
-    upper.plot(x, losses, color=SMOOTH if few else RAW, label="training, each step", **thin)
-    if not few:
-        upper.plot(x, smoothed(losses), color=SMOOTH, linewidth=2.2, label="training, smoothed")
-    if facts.validation:
-        label = "validation"
-        if facts.best_point is not None:
-            label += f" (best {facts.best_point[1]:.3f} at step {facts.best_point[0]:,})"
-        look = {"markersize": 6, "markeredgecolor": "white", "linewidth": 1.2, "zorder": 3}
-        upper.plot(*zip(*facts.validation, strict=True), "o-", color=HELD_OUT, label=label, **look)
-    if facts.best_point is not None:
-        upper.plot(*facts.best_point, "o", markersize=12, markerfacecolor="none", markeredgecolor=HELD_OUT, zorder=4)
-    upper.set_ylabel("loss (nats per token)", fontsize=11)
-    upper.legend(frameon=False, fontsize=10)
-    title = facts.title.encode("ascii", "replace").decode()  # the font may lack other letters
-    upper.set_title(title, loc="left", fontsize=13, fontweight="bold", pad=10, parse_math=False)
-    lower.plot(x, [row["lr"] for row in steps], color=RATE, **thick)
-    peak = max(row["lr"] for row in steps)
-    lower.set(ylim=(0, 1.2 * peak or 1), xlabel="optimizer steps", ylabel="learning rate")
-    lower.set_yticks([0, peak], ["0", f"{peak:.3g}"])
-    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (upper, lower):
-        axes.grid(color="#e5e7eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#9ca3af")
-        axes.tick_params(colors="#374151", labelsize=10)
-        axes.margins(x=0.015)
-    for label in (lower.xaxis.label, lower.yaxis.label):
-        label.set_fontsize(11)
-    figure.align_ylabels()
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
-    return figure
-
-
-def smoothed(values: list[float]) -> list[float]:
-    """Returns the means of `values` under a Gaussian window whose deviation is a sixtieth of their number."""
-    import numpy as np
-
-    sigma = max(1.0, len(values) / 60)
-    reach = math.ceil(3 * sigma)
-    window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    # Divided by the part of the window that lies inside, so that the ends are not drawn towards 0.
-    return (np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")).tolist()
