@@ -10,7 +10,7 @@ from conftest import finetune, write_rows
 
 from litpeft.cli import main
 from litpeft.core.errors import UserError
-from litpeft.core.folders import alone
+from litpeft.core.folders import alone, atomic_file
 
 
 def hold(path, pipe) -> None:
@@ -65,3 +65,12 @@ def test_the_folder_is_free_when_its_process_ends_however_that_happens(tmp_path,
     with alone(tmp_path / "run"):
         assert (tmp_path / ".lock-run").read_text().startswith(f"process {os.getpid()} on ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 255)
+    with atomic_file(path) as handle:
+        handle.write("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]

@@ -226,7 +226,7 @@ def _alive(pid: int) -> bool:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
     """Yields a text file beside `path` that becomes `path` when the block ends well, and is removed otherwise."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".tmp-{os.getpid()}")  # as short as it can be: path.name may have the longest name
     try:
         with open(temporary, "w", encoding="utf-8") as handle:
             yield handle
