@@ -12,6 +12,8 @@ import numpy
 import pytest
 from safetensors.numpy import save
 
+from litpeft.core.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY = """
 import sys
@@ -51,15 +53,14 @@ def run(folder: Path, source: str, out: str = "", revision: str = "", **env: str
     return subprocess.run(command, cwd=folder, env=keep | env, capture_output=True, text=True, check=False)
 
 
-def refused(done: subprocess.CompletedProcess[str], code: str, *words: str) -> None:
-    """Asserts one clear error of that code, with a hint and no traceback."""
+def refused(done: subprocess.CompletedProcess[str], kind: type[UserError], what: str, *words: str) -> None:
+    """Asserts one clear error of that kind, with these words, a hint and no traceback."""
     lines = done.stderr.strip().splitlines()
-    exit_code = {"CONFIG": 2, "MODEL": 4, "RESOURCE": 6}[code.split("-")[0]]
-    assert done.returncode == exit_code, done.stderr
-    assert lines[-2].startswith(f"litpeft: error[E-{code}]"), done.stderr
+    assert done.returncode == kind.exit_code, done.stderr
+    assert lines[-2].startswith("litpeft: error: "), done.stderr
     assert lines[-1].startswith("hint: ")
     assert "Traceback" not in done.stderr
-    for word in words:
+    for word in (what, *words):
         assert word in "\n".join(lines[-2:])
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import litpeft.core.safetensors
 import litpeft.train.preparation
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError, NumericError, ResourceError, UserError
 from litpeft.exchange.identity import changed
 from litpeft.exchange.run import checksum
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, check_disk
@@ -214,9 +214,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path) -> 
         assert len(checkpoints.told) == 1
         assert checkpoints.told[0].startswith("checkpoint step-00000002 is passed over (")
         assert checkpoints.told[0].endswith("): step-00000001 is taken")
-        with pytest.raises(UserError) as error:
+        with pytest.raises(ModelError) as error:
             checkpoints.at(2)
-        assert (error.value.code, error.value.exit_code) == ("MODEL-621", 4)
+        assert f" is passed over ({error.value.what}): " in checkpoints.told[0]
+        assert (error.value.hint, error.value.exit_code) == ("take another: 1", 4)
 
 
 @pytest.mark.parametrize(
@@ -365,9 +366,9 @@ def test_what_is_not_finite_is_named_and_nothing_is_written(change, name: str, t
     checkpoints = made(tmp_path, 1)
     parts = tensors(2), state(2), {}
     change(*parts)
-    with pytest.raises(UserError, match=f"{name} is not finite at step 2") as error:
+    with pytest.raises(NumericError, match=f"{name} is not finite at step 2: no checkpoint is written") as error:
         checkpoints.save(2, *parts)
-    assert (error.value.code, error.value.exit_code) == ("NUMERIC-620", 5)
+    assert error.value.exit_code == 5
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -393,9 +394,9 @@ def test_a_full_disk_keeps_what_is_there_and_says_so(limit: int, step: int, tmp_
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             Checkpoints(tmp_path).save(step, tensors(3), {"long": "x" * 20_000}, {})
-        except UserError as error:
-            told = str(tmp_path) in str(error) and "not written, the ones before are as they were" in error.what
-            os._exit(error.exit_code if told and error.code == "RESOURCE-621" else 1)
+        except ResourceError as error:
+            told = f"the checkpoint of step {step} is not written, the ones before are as they were" in error.what
+            os._exit(error.exit_code if told and str(tmp_path) in str(error) else 1)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 6
@@ -405,17 +406,16 @@ def test_a_full_disk_keeps_what_is_there_and_says_so(limit: int, step: int, tmp_
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path) -> None:
     (tmp_path / "run").write_text("a file in the way")
-    with pytest.raises(UserError, match="the checkpoint of step 1 is not written") as error:
+    with pytest.raises(ResourceError, match="the checkpoint of step 1 is not written, the ones before are as they"):
         save(Checkpoints(tmp_path / "run" / "checkpoints"), 1)
-    assert error.value.code == "RESOURCE-621"
 
 
 def test_too_little_room_is_said_before_the_run(tmp_path) -> None:
     free = shutil.disk_usage(tmp_path).free
     check_disk(tmp_path / "not" / "there" / "yet", free // 2)
-    with pytest.raises(UserError, match=r"need [\d.]+ GB, the disk has [\d.]+ GB left") as error:
+    with pytest.raises(ResourceError, match=r"checkpoints need [\d.]+ GB, the disk has [\d.]+ GB left") as error:
         check_disk(tmp_path / "not" / "there" / "yet", 2 * free)
-    assert (error.value.code, error.value.exit_code) == ("RESOURCE-620", 6)
+    assert error.value.exit_code == 6
 
 
 @pytest.mark.parametrize(("stem", "name"), [("delta", "a.B"), ("optimizer", "a.A/exp_avg"), ("state", "losses: 1")])

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY
 from test_methods import make, steps
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.methods import METHODS
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
@@ -63,6 +63,6 @@ def test_other_documents_need_no_other_program(tiny_folder: Path, recompute: boo
 def test_without_a_compiler_it_says_so(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tiny_folder))
     model = build(tiny_folder, torch.float32, LoRA())
-    with pytest.raises(UserError, match=r"(?s)CONFIG-054.*needs a C\+\+ compiler.*set train.compile false"):
+    with pytest.raises(ConfigError, match=r"(?s)train.compile: true needs a C\+\+ compiler.*set train.compile false"):
         compile_blocks(model, CPU)
     assert model.compiled is None

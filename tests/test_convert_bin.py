@@ -13,7 +13,7 @@ from safetensors import safe_open
 from test_model import CASES, reference
 from transformers import AutoModelForCausalLM
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError, UserError
 from litpeft.core.folders import alone
 from litpeft.core.safetensors import Weights
 from litpeft.exchange.convert import convert
@@ -40,7 +40,7 @@ def bin_folder(folder: Path, shards: int = 1, **changes) -> tuple[Path, dict[str
 def refusal(source: Path) -> str:
     """Returns the error that converting ends with; nothing may be left behind."""
     out = source.parent / "hf"
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ModelError) as caught:
         convert(Convert(str(source), str(out)))
     assert not list(out.parent.glob(".tmp-*"))
     assert not out.exists()
@@ -154,13 +154,13 @@ def test_more_layers_than_the_files_can_hold_are_refused_before_they_are_made(tm
     source, _ = bin_folder(tmp_path / "bin")
     config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": 1 << 30}
     (source / "config.json").write_text(json.dumps(config))
-    assert "MODEL-280" in refusal(source)
+    assert f"config.json says {1 << 30} layers of width 64, the weights (pytorch_model.bin) have " in refusal(source)
 
 
 def test_a_head_that_differs_from_the_embedding_it_should_be_is_refused(tmp_path):
     source, state = bin_folder(tmp_path / "bin", tie_word_embeddings=True)
     torch.save(state | {"lm_head.weight": state["lm_head.weight"] + 1}, source / "pytorch_model.bin")
-    assert "MODEL-239" in refusal(source)
+    assert "config.json says that lm_head.weight is model.embed_tokens.weight, but they differ" in refusal(source)
 
 
 class Attack:
@@ -179,7 +179,6 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, nested):
     attack = Attack(tmp_path / "executed")
     torch.save(state | {"more": attack} if nested else attack, source / "pytorch_model.bin")
     message = refusal(source)
-    assert "MODEL-245" in message
     assert "holds more than weights, and was not loaded: it asks to run" in message
     assert message.count("\n") == 1  # the error and its hint
     assert not (tmp_path / "executed").exists()
@@ -195,8 +194,7 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path, file):
     torch.save(state, tmp_path / "secret.bin")
     (source / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(state, file)}))
     message = refusal(source)
-    assert "MODEL-243" in message
-    assert "escapes the folder" in message
+    assert f"{file!r} escapes the folder or is no .bin file" in message
 
 
 def test_what_is_missing_damaged_or_no_weights_is_named(tmp_path):
@@ -204,20 +202,20 @@ def test_what_is_missing_damaged_or_no_weights_is_named(tmp_path):
     first = source / "pytorch_model-00001-of-00002.bin"
     whole = first.read_bytes()
     first.write_bytes(whole[: len(whole) // 2])
-    assert "MODEL-246" in refusal(source)
+    assert "is cut short, or was written by torch before 1.6" in refusal(source)
     at = whole.index(state["model.norm.weight"].numpy().tobytes())
     first.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])  # one bit of one number
-    assert "MODEL-252" in refusal(source)
+    assert f"{first}: is damaged at " in refusal(source)
     first.unlink()
-    assert "MODEL-244" in refusal(source)
+    assert "pytorch_model-00001-of-00002.bin not in the folder" in refusal(source)
     torch.save({"model.norm.weight": state["model.norm.weight"]}, first)
-    assert "MODEL-240" in refusal(source)
+    assert "the index and the file disagree on" in refusal(source)
     (source / "pytorch_model.bin.index.json").unlink()
-    assert "MODEL-241" in refusal(source)
+    assert "has shards, but their index pytorch_model.bin.index.json is missing" in refusal(source)
     torch.save({"step": 1, "model": state}, source / "pytorch_model.bin")
-    assert "MODEL-248" in refusal(source)
+    assert "'step' is not a plain tensor" in refusal(source)
     torch.save({"w": torch.zeros(1).expand(1 << 40)}, source / "pytorch_model.bin")
-    assert "MODEL-248" in refusal(source)
+    assert "'w' is not a plain tensor" in refusal(source)
     torch.save({name: tensor for name, tensor in state.items() if "q_proj" not in name}, source / "pytorch_model.bin")
     assert "layers.0.self_attn.q_proj.weight is missing" in refusal(source)
     torch.save(state | {"model.norm.weight": torch.full((64,), torch.nan)}, source / "pytorch_model.bin")

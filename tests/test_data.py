@@ -3,11 +3,12 @@
 import gzip
 import json
 import random
+import re
 
 import pytest
 from chat_samples import CHATML, STYLES, chats, write_folder
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import DataError, UserError
 from litpeft.data.formats import FORMATS, detect
 from litpeft.data.formats.turn import Turn
 from litpeft.data.rows import show
@@ -164,32 +165,32 @@ def test_a_bad_element_of_a_json_list_is_rejected_with_the_line_it_starts_on(bad
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "code", "line"),
+    ("name", "content", "what", "line"),
     [
-        ("rows.txt", b"x", "DATA-002", ""),
-        ("rows.jsonl", gzip.compress(b"{}", mtime=0), "DATA-003", ""),
-        ("rows.json", '[{"a": 1}]'.encode("utf-16"), "DATA-003", ""),
-        ("rows.jsonl", b"[\n{}\n]", "DATA-005", ":1"),
-        ("rows.json", b'[\n{"a": "\xff"}]', "DATA-006", ":2"),
-        ("rows.json", b'{"a": 1}', "DATA-007", ""),
-        ("rows.json", b'[\n{"a": 1},\n{"a" 1}]', "DATA-008", ":3"),
-        ("rows.json", b'[\n{"a": 1},\n]', "DATA-008", ":3"),
-        ("rows.json", b"[\n" + b"[" * 100000, "DATA-009", ":2"),
-        ("rows.json", b'[{"a": 1}\n{"a": 1}]', "DATA-010", ":2"),
-        ("rows.json", b'[{"instruction": "a", "output": "b"}', "DATA-010", ":1"),
-        ("rows.json", b"[]\n[]", "DATA-011", ":2"),
-        ("rows.json", b"[]", "DATA-020", ""),
-        ("rows.json", b"", "DATA-020", ""),
-        ("rows.jsonl", b"", "DATA-020", ""),
-        ("rows.jsonl", b"\n\n", "DATA-020", ""),
-        ("rows.jsonl", b"{}\n{}\n", "DATA-020", ""),
+        ("rows.txt", b"x", "a data file ends in .json or .jsonl, ", ""),
+        ("rows.jsonl", gzip.compress(b"{}", mtime=0), "the file is gzip, not JSON in UTF-8", ""),
+        ("rows.json", '[{"a": 1}]'.encode("utf-16"), "the file is UTF-16, not JSON in UTF-8", ""),
+        ("rows.jsonl", b"[\n{}\n]", "this is a JSON list, not JSON Lines", ":1"),
+        ("rows.json", b'[\n{"a": "\xff"}]', "not UTF-8 at byte 10", ":2"),
+        ("rows.json", b'{"a": 1}', "a .json file must be a list of rows: ", ""),
+        ("rows.json", b'[\n{"a": 1},\n{"a" 1}]', "not JSON at column 6: Expecting ':' delimiter", ":3"),
+        ("rows.json", b'[\n{"a": 1},\n]', "not JSON at column 1: Expecting value", ":3"),
+        ("rows.json", b"[\n" + b"[" * 100000, "it is nested too deeply", ":2"),
+        ("rows.json", b'[{"a": 1}\n{"a": 1}]', "expected , or ] after a row, got '{'", ":2"),
+        ("rows.json", b'[{"instruction": "a", "output": "b"}', "expected , or ] after a row, got 'the end'", ":1"),
+        ("rows.json", b"[]\n[]", "there is more after the end of the list", ":2"),
+        ("rows.json", b"[]", "there are no rows in it", ""),
+        ("rows.json", b"", "there are no rows in it", ""),
+        ("rows.jsonl", b"", "there are no rows in it", ""),
+        ("rows.jsonl", b"\n\n", "there are no rows in it", ""),
+        ("rows.jsonl", b"{}\n{}\n", "none of its rows can be used; 2 bad rows:", ""),
     ],
 )
-def test_a_file_that_holds_no_rows_is_an_error(tmp_path, tokenizer, template, name, content, code, line):
+def test_a_file_that_holds_no_rows_is_an_error(tmp_path, tokenizer, template, name, content, what, line):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(DataError, match=f"^error: {re.escape(f'{tmp_path / name}{line}: {what}')}") as error:
         read(tokenizer, template, tmp_path / name, bad_rows="skip")
-    assert (error.value.code, error.value.where, error.value.exit_code) == (code, f"{tmp_path / name}{line}", 3)
+    assert error.value.exit_code == 3
 
 
 def test_json_and_jsonl_of_the_same_rows_are_read_alike_whatever_the_line_ends(tmp_path):

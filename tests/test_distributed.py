@@ -219,5 +219,5 @@ def test_muon_computes_the_same_on_shares(train: Train) -> None:
 @pytest.mark.parametrize("optimizer", ["Adafactor", "bitsandbytes.AdamW8bit"])
 def test_an_optimiser_that_cannot_work_on_shares_is_refused(optimizer: str, train: Train) -> None:
     said = train("lora", "fsdp", "--train.optimizer", optimizer, "--base.precision", "32-true", code=2)
-    assert said.count("error[E-CONFIG-052] train.optimizer") == 1
+    assert said.count(f"litpeft: error: train.optimizer: {optimizer.split('.')[-1]} cannot step on ") == 1
     assert "hint: take AdamW, or another of torch.optim, or strategy ddp" in said

@@ -168,12 +168,12 @@ def other_rows(rank: int) -> None:
 @pytest.mark.parametrize(
     ("argv", "hook", "code", "told"),
     [
-        (("--out", "{folder}/ddp"), None, 2, "error[E-CONFIG-030] {folder}/ddp: the output exists"),
-        (("--out", "{folder}/ddp", "--strategy", "fsdp"), None, 2, "error[E-CONFIG-030] {folder}/ddp: the output"),
+        (("--out", "{folder}/ddp"), None, 2, "litpeft: error: {folder}/ddp: the output exists"),
+        (("--out", "{folder}/ddp", "--strategy", "fsdp"), None, 2, "litpeft: error: {folder}/ddp: the output"),
         (("--data.path", "{folder}/bad.jsonl"), None, 3, "bad.jsonl:1: output is missing"),
         (("--method.targets", '["*.atn.q"]'), None, 2, '(did you mean "*.attn.q"?)'),
         (("--train.optimizer", "AdamV"), None, 2, "torch.optim has no 'AdamV' (did you mean \"Adam\"?)"),
-        ((), other_rows, 2, "error[E-CONFIG-053] devices: the ranks differ in the rows"),
+        ((), other_rows, 2, "litpeft: error: devices: the ranks differ in the rows"),
     ],
 )
 def test_an_error_that_all_ranks_find_is_told_once(
@@ -182,7 +182,7 @@ def test_an_error_that_all_ranks_find_is_told_once(
     (folder / "bad.jsonl").write_text('{"instruction": "x"}\n')
     argv = [word.replace("{folder}", str(folder)) for word in argv]
     ended, said = run(tmp_path / "log", *command(folder, tmp_path / "run", *argv), hook=hook)
-    assert (ended, said.count(told.replace("{folder}", str(folder))), said.count("error[")) == (code, 1, 1), said
+    assert (ended, said.count(told.replace("{folder}", str(folder))), said.count("error: ")) == (code, 1, 1), said
     assert "did not end by itself" not in said
 
 
@@ -248,7 +248,7 @@ def test_torchrun_with_another_number_of_ranks_is_told_what_to_say(folder: Path,
     agent = torchrun("--master_port", str(free_port()), "--nproc_per_node", "2", argv=argv)
     said = agent.communicate()[0]
     assert agent.returncode != 0
-    assert said.count("error[E-CONFIG-643] devices: torchrun started another number of processes") == 1
+    assert said.count("litpeft: error: devices: torchrun started another number of processes") == 1
     assert "hint: say --devices 2 --num_nodes 1" in said
     assert not (tmp_path / "run").exists()
 

@@ -11,7 +11,7 @@ from download_command import INDEX, MODEL, SHARDS, content, refused, run, small_
 from loopback_hub import Hub
 from safetensors.numpy import load
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError
 from litpeft.core.folders import alone
 from litpeft.core.safetensors import Weights
 
@@ -58,7 +58,7 @@ def test_the_checksums_of_what_the_hub_sent_are_kept_and_later_damage_is_named(h
 
 def test_one_process_at_a_time_downloads_into_a_folder(hub: Hub, tmp_path: Path) -> None:
     with alone(tmp_path / "out"):
-        refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), "RESOURCE-032", f"process {os.getpid()} on")
+        refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), ResourceError, f"process {os.getpid()} on")
     assert hub.transfers() == []
 
 
@@ -72,9 +72,9 @@ def test_second_run_transfers_nothing_with_and_without_the_hub(hub: Hub, tmp_pat
     offline = run(tmp_path, "org/tiny", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
     assert offline.returncode == 0
     assert "was not compared with the hub" in offline.stdout
-    refused(run(tmp_path, "org/tiny", "", "v1", HF_HUB_OFFLINE="1"), "RESOURCE-104", "HF_HUB_OFFLINE")
+    refused(run(tmp_path, "org/tiny", "", "v1", HF_HUB_OFFLINE="1"), ResourceError, "reach the hub", "HF_HUB_OFFLINE")
     (tmp_path / "checkpoints/org/tiny" / SHARDS[1]).unlink()
-    refused(run(tmp_path, "org/tiny", HF_HUB_OFFLINE="1"), "RESOURCE-104")
+    refused(run(tmp_path, "org/tiny", HF_HUB_OFFLINE="1"), ResourceError, "reach the hub")
 
 
 def test_large_file_resumes_at_the_byte_where_the_connection_was_cut(hub: Hub, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_update_fetches_only_what_changed(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [SHARDS[0], "tokenizer.json"])
 def test_file_of_the_right_size_and_wrong_content_is_refused_and_deleted(hub: Hub, tmp_path: Path, name: str) -> None:
     hub.corrupt = {name}
-    refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), "MODEL-109", name)
+    refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), ModelError, "not what the hub lists: ", name)
     assert not (tmp_path / "out" / name).exists()
     hub.corrupt.clear()
     assert run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url).returncode == 0
@@ -121,21 +121,21 @@ def test_file_of_the_right_size_and_wrong_content_is_refused_and_deleted(hub: Hu
 
 
 @pytest.mark.parametrize(
-    ("source", "revision", "token", "code", "word"),
+    ("source", "revision", "token", "kind", "what"),
     [
-        ("org/gated", "", "", "MODEL-110", "(401)"),
-        ("org/gated", "", "hf_other", "MODEL-110", "(403)"),
-        ("org/missing", "", "", "MODEL-111", "org/missing"),
-        ("org/tiny", "nope", "", "MODEL-112", "'nope'"),
-        ("tiny", "", "", "CONFIG-101", "'tiny'"),
-        ("org/../tiny", "", "", "CONFIG-101", "ORG/NAME"),
+        ("org/gated", "", "", ModelError, "org/gated: the model is gated and the hub refuses you (401)"),
+        ("org/gated", "", "hf_other", ModelError, "org/gated: the model is gated and the hub refuses you (403)"),
+        ("org/missing", "", "", ModelError, "org/missing: the hub has no such repository, or it is private"),
+        ("org/tiny", "nope", "", ModelError, "org/tiny: the repository has no revision 'nope'"),
+        ("tiny", "", "", ConfigError, "source: 'tiny' is not the id of a hub repository"),
+        ("org/../tiny", "", "", ConfigError, "'org/../tiny' is not the id of a hub repository\nhint: give ORG/NAME"),
     ],
 )
 def test_what_the_hub_does_not_give_is_told_in_one_line(
-    hub: Hub, tmp_path: Path, source: str, revision: str, token: str, code: str, word: str
+    hub: Hub, tmp_path: Path, source: str, revision: str, token: str, kind: type[UserError], what: str
 ) -> None:
     env = {"HF_TOKEN": token} if token else {}
-    refused(run(tmp_path, source, "", revision, HF_ENDPOINT=hub.url, **env), code, word)
+    refused(run(tmp_path, source, "", revision, HF_ENDPOINT=hub.url, **env), kind, what)
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -144,9 +144,9 @@ def test_hub_out_of_reach_is_told_in_one_line_without_its_password(tmp_path: Pat
         pass
     address = closed.url.replace("//", "//user:hf_CANARY@")
     done = run(tmp_path, "org/tiny", HF_ENDPOINT=address)
-    refused(done, "RESOURCE-104", "127.0.0.1", "HF_ENDPOINT")
+    refused(done, ResourceError, "cannot reach the hub at 127.0.0.1 (", "HF_ENDPOINT")
     assert "CANARY" not in done.stderr + done.stdout
-    refused(run(tmp_path, "org/tiny", HF_HUB_OFFLINE="1"), "RESOURCE-104", "HF_HUB_OFFLINE")
+    refused(run(tmp_path, "org/tiny", HF_HUB_OFFLINE="1"), ResourceError, "reach the hub", "HF_HUB_OFFLINE")
 
 
 def test_token_is_sent_and_never_shown_or_written(hub: Hub, tmp_path: Path) -> None:
@@ -163,50 +163,76 @@ def test_token_is_sent_and_never_shown_or_written(hub: Hub, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("files", "code", "word"),
+    ("files", "what"),
     [
-        ({"config.json": b"{}", "pytorch_model.bin": b""}, "MODEL-105", "pytorch_model.bin"),
-        ({"a.gguf": b"", "b.gguf": b"", "README.md": b""}, "MODEL-106", "a.gguf, b.gguf"),
-        ({"config.json": b"{}", "sub/model.safetensors": b""}, "MODEL-107", "top level"),
-        ({"adapter_model.safetensors": b"", "adapter_config.json": b""}, "MODEL-108", "base model"),
-        ({"config.json": b"{", "model.safetensors": weights(1)}, "MODEL-002", "config.json"),
-        ({"config.json": b"{}", "model.safetensors": weights(1)[:-1]}, "MODEL-101", "model.safetensors"),
-        ({**MODEL, "model.safetensors.index.json": b'{"weight_map": {"w": 1}}'}, "MODEL-102", "weight_map"),
-        ({**MODEL, "model.safetensors.index.json": INDEX.replace(b"model-0", b"../model-0")}, "MODEL-103", "'../"),
-        ({**MODEL, "model.safetensors.index.json": INDEX.replace(b"model-0", b"/model-0")}, "MODEL-103", "'/model"),
-        ({**MODEL, "model.safetensors.index.json": INDEX.replace(b"1-of", b"3-of")}, "MODEL-104", "00003-of"),
+        (
+            {"config.json": b"{}", "pytorch_model.bin": b""},
+            "only pickled weights (pytorch_model.bin), which can run code",
+        ),
+        ({"a.gguf": b"", "b.gguf": b"", "README.md": b""}, "holds no safetensors, only GGUF files: a.gguf, b.gguf"),
+        ({"config.json": b"{}", "sub/model.safetensors": b""}, "holds no safetensors at its top level"),
+        (
+            {"adapter_model.safetensors": b"", "adapter_config.json": b""},
+            "holds no config.json, so it is not a whole model\nhint: it is an adapter: download its base model",
+        ),
+        (
+            {"config.json": b"{}", "model.safetensors": weights(1)[:-1]},
+            "model.safetensors: not a whole safetensors file",
+        ),
     ],
 )
 def test_repository_that_is_no_whole_model_is_refused(
-    hub: Hub, tmp_path: Path, files: dict[str, bytes], code: str, word: str
+    hub: Hub, tmp_path: Path, files: dict[str, bytes], what: str
 ) -> None:
     hub.files = files
+    refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), ModelError, what)
+
+
+@pytest.mark.parametrize(
+    ("index", "what"),
+    [
+        (b'{"weight_map": {"w": 1}}', "weight_map must map each tensor to a file name"),
+        (
+            INDEX.replace(b"model-0", b"../model-0"),
+            f"names '../{SHARDS[0]}'; only a *.safetensors file of the same folder",
+        ),
+        (INDEX.replace(b"model-0", b"/model-0"), f"names '/{SHARDS[0]}'; only a *.safetensors file of the same folder"),
+        (INDEX.replace(b"1-of", b"3-of"), "names model-00003-of-00002.safetensors, which is missing"),
+    ],
+)
+def test_index_that_names_no_file_of_the_repository_is_refused(
+    hub: Hub, tmp_path: Path, index: bytes, what: str
+) -> None:
+    hub.files = MODEL | {"model.safetensors.index.json": index}
+    refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), ModelError, what)
+
+
+def test_configuration_that_is_no_json_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.files = {"config.json": b"{", "model.safetensors": weights(1)}
     done = run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url)
-    if code == "MODEL-002":  # of core/json.py, which has no hint
-        assert done.returncode == 4
-        assert f"error[E-{code}] out/config.json" in done.stderr
-    else:
-        refused(done, code, word)
+    assert done.returncode == 4
+    assert "litpeft: error: out/config.json: config.json cannot be read: " in done.stderr
 
 
 def test_folder_of_another_model_is_left_alone(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.json").write_text("{}")
-    refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), "CONFIG-103", "config.json")
+    refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), ConfigError, "already holds another config.json")
     (tmp_path / "out/config.json").write_bytes(MODEL["config.json"])
     (tmp_path / "out/model-00003-of-00003.safetensors").write_bytes(b"mine")
-    refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), "CONFIG-102", "model-00003-of-00003.safetensors")
+    done = run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url)
+    refused(done, ConfigError, "already holds model-00003-of-00003.safetensors, which is not a part of org/tiny")
     (tmp_path / "file").write_text("")
-    refused(run(tmp_path, "org/tiny", "file", HF_ENDPOINT=hub.url), "RESOURCE-102", "file")
+    refused(run(tmp_path, "org/tiny", "file", HF_ENDPOINT=hub.url), ResourceError, "file: cannot write there (")
     assert hub.transfers() == []
 
 
 def test_full_disk_is_told_before_the_transfer_and_during_it(hub: Hub, tmp_path: Path) -> None:
     hub.files = {"config.json": b"{}", "model.safetensors": weights(7, 500_000)}
     with small_disk(tmp_path / "disk") as disk:
-        refused(run(tmp_path, "org/tiny", "disk/a", HF_ENDPOINT=hub.url), "RESOURCE-100", "2.00 MB", "1.04 MB")
+        refused(run(tmp_path, "org/tiny", "disk/a", HF_ENDPOINT=hub.url), ResourceError, "2.00 MB of disk, 1.04 MB are")
         assert hub.transfers() == []
         assert list(disk.iterdir()) == []
         hub.listed_size = {"model.safetensors": 1000}  # a listing that lies
-        refused(run(tmp_path, "org/tiny", "disk/a", HF_ENDPOINT=hub.url), "RESOURCE-101", "No space left")
+        refused(run(tmp_path, "org/tiny", "disk/a", HF_ENDPOINT=hub.url), ResourceError, "disk is full (No space left")
         assert not list(disk.rglob("*.safetensors"))

@@ -18,7 +18,7 @@ from short_runs import assert_same, newest, poisoned, resume, told_and_run, trai
 import litpeft.generate.evaluate
 import litpeft.generate.load
 import litpeft.train.finetune
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.core.memory import asked_for, memory_error, out_of_memory
 from litpeft.core.precision import PRECISIONS
 from litpeft.data.batches import collate
@@ -46,7 +46,7 @@ def refused_by_another() -> None:
     try:
         torch.empty(HUGE)
     except RuntimeError as error:
-        raise UserError("CONFIG-045", f"AdamW refuses: {error}", where="train.optimizer_args") from None
+        raise ConfigError(f"AdamW refuses: {error}", where="train.optimizer_args") from None
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_libraries_raise_is_a_lack_of_memory_and_says_what_was_asked_for(ac
         (ImportError("libtorch.so: failed to map segment from shared object: Cannot allocate memory"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
         (OSError(28, "No space left on device"), False),
-        (UserError("CONFIG-001", "there is no command 'out of memory'"), False),
+        (ConfigError("there is no command 'out of memory'"), False),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -142,7 +142,7 @@ def test_a_process_that_gets_no_more_memory_ends_with_its_code(command: str, tmp
     process.start()
     process.join()
     assert process.exitcode == 6, said.read_text()
-    assert "E-RESOURCE" in said.read_text()
+    assert "litpeft: error: " in said.read_text()
     assert "out of memory" in said.read_text()
     assert "a bug of litpeft" not in said.read_text()
     assert not (tmp_path / "run").exists()

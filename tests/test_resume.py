@@ -253,7 +253,8 @@ def test_a_resume_never_replaces_what_is_whole_or_damaged(finished, tiny_folder,
     broken = cut(finished, 2, tmp_path / "broken")
     for path in broken.rglob("state.json"):
         path.write_text("{")
-    for out, why in ((model, "MODEL-090"), (result, "MODEL-090"), (broken, "none of the run's checkpoints is whole")):
+    none = "it holds a result but no checkpoint to continue from"
+    for out, why in ((model, none), (result, none), (broken, "none of the run's checkpoints is whole")):
         before = content(out)
         code, said = refusal(capsys, tiny_folder, out)
         assert (code, why in said) == (4, True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 from litpeft.model.quantize.cache import Cache
 from litpeft.model.quantize.codes import quantize_4bit, quantize_absmax
 
@@ -101,17 +101,17 @@ def test_two_storages_of_one_base_lie_beside_each_other(tmp_path) -> None:
 def test_a_folder_with_something_else_in_it_is_not_replaced(tmp_path) -> None:
     cache = written(tmp_path)
     (cache.folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ModelError) as error:
         cache.write(packed())
-    assert error.value.code == "MODEL-601"
+    assert "which litpeft did not write: it is not replaced" in error.value.what
     assert (cache.folder / "notes.txt").read_text() == "mine"
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path) -> None:
     (tmp_path / "base").write_text("a file where the base's folder should be")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ModelError) as error:
         Cache(tmp_path / "base", "nf4", "f1").write(packed())
-    assert error.value.code == "MODEL-600"
+    assert "the packed weights cannot be written" in error.value.what
 
 
 def test_parameters_are_written_without_copies(tmp_path, monkeypatch) -> None:

@@ -244,7 +244,7 @@ def test_a_dry_run_refuses_what_the_run_refuses_and_neither_leaves_a_thing(
         told.append(capsys.readouterr().err)
         assert sorted(tmp_path.rglob("*")) == before
     assert told[0] == told[1]
-    assert "error[E-CONFIG" in told[0]
+    assert "litpeft: error: " in told[0]
 
 
 def test_a_dry_run_refuses_an_output_that_exists_and_damaged_headers(tiny_folder, tmp_path, capsys) -> None:

@@ -16,7 +16,16 @@ from importlib import import_module
 from typing import Any
 
 from litpeft import __version__
-from litpeft.core.errors import INTERNAL_ERROR, INTERRUPTED, PEER_LOST, UserError, brief, quoted
+from litpeft.core.errors import (
+    INTERNAL_ERROR,
+    INTERRUPTED,
+    PEER_LOST,
+    ConfigError,
+    ResourceError,
+    UserError,
+    brief,
+    quoted,
+)
 from litpeft.core.memory import memory_error, out_of_memory
 from litpeft.core.terminal import Lasting, say, tell
 from litpeft.methods import METHODS
@@ -126,14 +135,14 @@ def _report(error: Exception, command: str) -> int:
         tell(f"litpeft: another rank of the run is gone: {text[:200]}")
         return PEER_LOST
     others = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
-    if isinstance(error, UserError) and others and not error.code.startswith("RESOURCE"):
+    if isinstance(error, UserError) and others and not isinstance(error, ResourceError):
         if started_by() == "litpeft":
             return error.exit_code  # every rank found the same: the first of the machine tells
         time.sleep(PATIENCE)  # torchrun ends the others as soon as one has left: not before the first has told
     if out_of_memory(error):
-        error = error if isinstance(error, UserError) and error.exit_code == 6 else memory_error(error, command)
+        error = error if isinstance(error, ResourceError) else memory_error(error, command)
     elif isinstance(error, OSError):
-        error = UserError("RESOURCE-002", error.strerror or text, where=str(error.filename or ""))
+        error = ResourceError(error.strerror or text, where=str(error.filename or ""))
     if isinstance(error, UserError):
         tell(f"litpeft: {error}")
         return error.exit_code
@@ -161,14 +170,12 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
             if words[0] in METHODS:
                 near = f' (did you mean "finetune {words[0]}"?)'
             what = f"there is no command {quoted(' '.join(words))}{near}"
-            raise UserError("CONFIG-001", what, hint="litpeft --help lists the commands")
+            raise ConfigError(what, hint="litpeft --help lists the commands")
     name = " ".join(words)
     if name not in COMMANDS:
         unknown = [word for word in argv if word not in ("-h", "--help")]
         if unknown:
-            raise UserError(
-                "CONFIG-002", f"{quoted(unknown[0])} comes before a command", hint="litpeft --help lists them"
-            )
+            raise ConfigError(f"{quoted(unknown[0])} comes before a command", hint="litpeft --help lists them")
         return usage(name)
     command = COMMANDS[name]
     given = [*words, *argv, *debug]
@@ -232,7 +239,7 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
         text = in_plain_words(" ".join(str(getattr(error, "message", None) or error).split()), parser)
         hint = f"for example: {example}" if "are required" in text else ""
         where = next((at for key, at in lines.items() if key in text), "")
-        raise UserError("CONFIG-003", text, where=where, hint=hint) from None
+        raise ConfigError(text, where=where, hint=hint) from None
     finally:
         say(printed.getvalue(), end="")
     return settings, parsed.get("method"), lines

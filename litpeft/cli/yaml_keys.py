@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from litpeft.cli.suggestions import suggest
 from litpeft.cli.yaml_bounds import TooMuch, compose
 from litpeft.cli.yaml_values import check_value, check_word
-from litpeft.core.errors import UserError, quoted
+from litpeft.core.errors import ConfigError, quoted
 from litpeft.core.kinds import alternatives, in_words
 
 LARGEST = 1 << 20  # bytes of a YAML file
@@ -49,21 +49,21 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
         if not word.startswith("--") or word == "--":
             if re.match("-[^-0-9.]", word) and word != "-h" and "--" not in rest:
                 what = f"there is no option {word}{_unknown(word[1:], options)}"
-                raise UserError("CONFIG-028", what, hint="`--help` lists the options")
+                raise ConfigError(what, hint="`--help` lists the options")
             if positional:
                 check_word(word, positional[0], str, " or ".join(positional))
             rest.append(word)
             continue
         if name not in ("config", "help") and any(option.startswith(f"{name}.") for option in options):
             keys = ", ".join(f"--{option}" for option in options if option.startswith(f"{name}."))
-            raise UserError("CONFIG-018", f"--{name} takes no value of its own; its keys are {keys}")
+            raise ConfigError(f"--{name} takes no value of its own; its keys are {keys}")
         if name in positional:
             what = f"--{name} is no option: its value is given alone, without a name before it"
-            raise UserError("CONFIG-019", what, hint=parser.epilog or "")
+            raise ConfigError(what, hint=parser.epilog or "")
         kind = _kind(name, options)
         if name not in options and kind is None:
             hint = "`--help` lists the options"
-            raise UserError("CONFIG-004", f"there is no option --{name}{_unknown(name, options)}", hint=hint)
+            raise ConfigError(f"there is no option --{name}{_unknown(name, options)}", hint=hint)
         value = [] if has_value or not words or words[0].startswith("--") else [words.pop(0)]
         if kind is not None and kind is not bool:
             for text in [word.partition("=")[2]] if has_value else value:
@@ -73,7 +73,7 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
             if said.startswith("-"):  # no value of the switch
                 words, value, said = value + words, [], ""
             if value and said not in ("true", "false") and not positional:
-                raise UserError("CONFIG-026", f"{name} must be true or false, got {quoted(value[0])}")
+                raise ConfigError(f"{name} must be true or false, got {quoted(value[0])}")
             value = [said] if said in ("true", "false") else ["true", *value]
         if "tuple[str" in str(options.get(name)) and value and not value[0].startswith("["):
             value = [json.dumps(value)]  # one string where a list is meant
@@ -91,19 +91,19 @@ def check_yaml(parser: ArgumentParser, argv: list[str]) -> dict[str, str]:
         try:
             text = Path(file).read_bytes()
             if len(text) > LARGEST:
-                raise UserError("CONFIG-005", f"{len(text):,} bytes are too many for a YAML file", where=file)
+                raise ConfigError(f"{len(text):,} bytes are too many for a YAML file", where=file)
             root = compose(text)
         except TooMuch as error:
-            raise UserError("CONFIG-016", str(error), where=f"{file}:{error.line}") from None
+            raise ConfigError(str(error), where=f"{file}:{error.line}") from None
         except OSError as error:
-            raise UserError("CONFIG-006", error.strerror or str(error), where=file) from None
+            raise ConfigError(error.strerror or str(error), where=file) from None
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{file}:{mark.line + 1}" if mark else file
             what = getattr(error, "problem", None) or " ".join(str(error).split())
-            raise UserError("CONFIG-007", f"not YAML: {what}", where=where) from None
+            raise ConfigError(f"not YAML: {what}", where=where) from None
         if not isinstance(root, yaml.MappingNode):
-            raise UserError("CONFIG-008", "the file must hold keys and values", where=file)
+            raise ConfigError("the file must hold keys and values", where=file)
         _walk(root, "", file, options, lines)
     # the longest first: an error that names `train.lr` must not be placed at `train`
     return dict(sorted(lines.items(), key=lambda item: -len(item[0])))
@@ -114,26 +114,26 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
     for key_node, value in node.value:
         where = f"{file}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
-            raise UserError("CONFIG-009", "a key must be a word", where=where)
+            raise ConfigError("a key must be a word", where=where)
         key = prefix + key_node.value
         kind = _kind(key, options)
         free = key not in options and kind is not None
         group = not free and any(option.startswith(f"{key}.") for option in options)
         if key_node.value in seen:
-            raise UserError("CONFIG-010", f'the key "{key}" stands twice', where=where)
+            raise ConfigError(f'the key "{key}" stands twice', where=where)
         seen.add(key_node.value)
         if not free and ((key not in options and not group) or "." in key_node.value):
-            raise UserError("CONFIG-011", f'there is no key "{key}"{_unknown(key, options)}', where=where)
+            raise ConfigError(f'there is no key "{key}"{_unknown(key, options)}', where=where)
         if not value.tag.startswith("tag:yaml.org,2002:") or "python" in value.tag:
-            raise UserError("CONFIG-012", f'the tag {value.tag} of "{key}" is not plain YAML', where=where)
+            raise ConfigError(f'the tag {value.tag} of "{key}" is not plain YAML', where=where)
         if group and not isinstance(value, yaml.MappingNode):
-            raise UserError("CONFIG-013", f'"{key}" must hold keys and values', where=where)
+            raise ConfigError(f'"{key}" must hold keys and values', where=where)
         if isinstance(value, yaml.MappingNode) and kind and "dict" not in str(kind):
-            raise UserError("CONFIG-027", f'"{key}" must be {in_words(kind)}, got keys and values', where=where)
+            raise ConfigError(f'"{key}" must be {in_words(kind)}, got keys and values', where=where)
         if value.tag.endswith(":null") and options.get(key) and type(None) not in get_args(kind):
-            raise UserError("CONFIG-014", f'"{key}" must not be null; leave it out for its default', where=where)
+            raise ConfigError(f'"{key}" must not be null; leave it out for its default', where=where)
         if isinstance(value, yaml.ScalarNode) and "\0" in value.value:
-            raise UserError("CONFIG-015", f'"{key}" holds a NUL character', where=where)
+            raise ConfigError(f'"{key}" holds a NUL character', where=where)
         if free:
             check_value(key_node, key, str, where)
         if kind is not None and not isinstance(value, yaml.MappingNode):

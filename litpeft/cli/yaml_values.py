@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from litpeft.cli.yaml_bounds import TooMuch, compose
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 
 # What YAML 1.1 takes for a number though it is not written in plain decimal digits.
 ODD_NUMBERS = {
@@ -32,19 +32,19 @@ def check_value(node: yaml.Node, key: str, kind: Any, where: str) -> None:
         text, plain, tag = scalar.value, scalar.style is None, scalar.tag.rpartition(":")[2]
         if plain and tag in ("int", "float") and len(text) > DIGITS:
             what = f'"{key}" is a number of {len(text):,} characters'
-            raise UserError("CONFIG-058", what, where=where, hint="write it shorter; text needs quotes")
+            raise ConfigError(what, where=where, hint="write it shorter; text needs quotes")
         odd = next((why for pattern, why in ODD_NUMBERS.items() if re.fullmatch(pattern, text)), None)
         hint = f'put it in quotes: "{text}"'
         if types == {str}:
             if plain and tag in ("bool", "float", "int"):
                 what = f'"{key}" must be text, and YAML reads {text} as {yaml.safe_load(text)}'
-                raise UserError("CONFIG-055", what, where=where, hint=hint)
+                raise ConfigError(what, where=where, hint=hint)
         elif odd is not None:
             hint = "write it in decimal digits, such as 90, 0.0002 or 2e-4"
-            raise UserError("CONFIG-056", f'"{key}" is {text}, a number {odd}', where=where, hint=hint)
+            raise ConfigError(f'"{key}" is {text}, a number {odd}', where=where, hint=hint)
         elif plain and tag == "bool" and types != {bool} and text.lower() not in ("true", "false"):
             what = f'"{key}" is {text}, which YAML reads as {yaml.safe_load(text)}'
-            raise UserError("CONFIG-057", what, where=where, hint=f"write true or false, or {hint}")
+            raise ConfigError(what, where=where, hint=f"write true or false, or {hint}")
 
 
 def check_word(text: str, key: str, kind: Any, where: str) -> None:
@@ -54,7 +54,7 @@ def check_word(text: str, key: str, kind: Any, where: str) -> None:
     try:
         node = compose(text)
     except TooMuch as error:
-        raise UserError("CONFIG-017", str(error), where=where) from None
+        raise ConfigError(str(error), where=where) from None
     except yaml.YAMLError:
         return  # the option's own type says what is wrong with it
     if node is not None and plain_types(kind) != {str}:

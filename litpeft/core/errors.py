@@ -1,14 +1,7 @@
-"""The one error that a user may see, and the exit codes of the program."""
+"""The errors that a user may see, and the exit codes of the program."""
 
 import re
 
-EXIT_CODES = {
-    "CONFIG": 2,  # a key, a value or the command line
-    "DATA": 3,  # a row or a file of the data set
-    "MODEL": 4,  # a file of a model, a tokenizer, a run
-    "NUMERIC": 5,  # a number that is not finite, or a run that learned nothing
-    "RESOURCE": 6,  # disk, memory, network
-}
 PEER_LOST = 7  # another process of the run is gone
 INTERNAL_ERROR = 70
 INTERRUPTED = 130  # by Ctrl-C
@@ -18,22 +11,52 @@ LONGEST = 3000  # characters of a part of an error
 
 
 class UserError(Exception):
-    """Something that the user can put right, told in one line.
+    """Something that the user can put right, told in one line. A subclass says what is at fault.
 
-    `code` is AREA-NNN: the area gives the exit code and the number names the raise site, to be searched for.
     `where` is the file, `file:line` or key that is wrong; `hint` says what to do.
     """
 
-    def __init__(self, code: str, what: str, *, where: str = "", hint: str = ""):
+    exit_code: int  # of the program that the error ends
+
+    def __init__(self, what: str, *, where: str = "", hint: str = ""):
         super().__init__(what)
-        self.code, self.what, self.where, self.hint = code, what, where, hint
-        self.exit_code = EXIT_CODES[code.split("-")[0]]
+        self.what, self.where, self.hint = what, where, hint
 
     def __str__(self) -> str:
         place = f" {cut(self.where)}:".replace("\n", "\ufffd") if self.where else ""
         hint = f"hint: {cut(self.hint)}" if self.hint else ""
-        parts = filter(None, (f"error[E-{self.code}]{place} {brief(self.what)}", hint))
+        parts = filter(None, (f"error:{place} {brief(self.what)}", hint))
         return "\n".join(part.replace("\n", "\n  ") for part in parts)  # what came from outside cannot begin a line
+
+
+class ConfigError(UserError):
+    """A key, a value or the command line."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A row or a file of the data set."""
+
+    exit_code = 3
+
+
+class ModelError(UserError):
+    """A file of a model, a tokenizer or a run."""
+
+    exit_code = 4
+
+
+class NumericError(UserError):
+    """A number that is not finite, or a run that learned nothing."""
+
+    exit_code = 5
+
+
+class ResourceError(UserError):
+    """Disk, memory or network."""
+
+    exit_code = 6
 
 
 def brief(text: str) -> str:

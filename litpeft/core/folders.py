@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from litpeft.core.checksums import CHECKSUMS
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import ConfigError, ResourceError, some
 
 # What belongs to a model beside its weights; copied from folder to folder as it is.
 COMPANIONS = (
@@ -105,7 +105,7 @@ def alone(path: Path) -> Iterator[None]:
             holder = handle.read().strip() or "another process"
             handle.close()
             hint = "wait for it to end, or name another folder"
-            raise UserError("RESOURCE-032", f"{holder} is working on it", where=str(path), hint=hint) from None
+            raise ResourceError(f"{holder} is working on it", where=str(path), hint=hint) from None
         if lock.exists() and os.fstat(handle.fileno()).st_ino == lock.stat().st_ino:
             break
         handle.close()  # the one before has just removed its file: ours is not the one that the next will find
@@ -132,7 +132,7 @@ def _commit(temporary: Path, path: Path) -> None:
     except OSError as error:
         if old.exists() and not path.exists():
             os.rename(old, path)
-        raise UserError("RESOURCE-030", f"cannot be written: {error.strerror or error}", where=str(path)) from error
+        raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(path)) from error
 
 
 def check_place(path: Path) -> None:
@@ -146,7 +146,7 @@ def check_place(path: Path) -> None:
     except OSError as error:
         why = error.strerror
     if why:
-        raise UserError("CONFIG-031", f"this can be no folder: {why}", where=str(path), hint="name another")
+        raise ConfigError(f"this can be no folder: {why}", where=str(path), hint="name another")
 
 
 def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
@@ -159,7 +159,7 @@ def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise UserError("CONFIG-030", "the output exists", where=str(path), hint="name another, or say --overwrite")
+        raise ConfigError("the output exists", where=str(path), hint="name another, or say --overwrite")
     entries = [path] if not path.is_dir() else list(path.iterdir())
     half = [".tmp-*", ".lock-*", *(f"{name}.part" for name in RUN_FILES)]  # what a kill left of us
     foreign = sorted(
@@ -167,7 +167,7 @@ def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
     )
     if foreign or path.is_symlink():
         what = f"the output holds {some(foreign)}, which litpeft did not write: it is not replaced"
-        raise UserError("CONFIG-035", what, where=str(path), hint="name another")
+        raise ConfigError(what, where=str(path), hint="name another")
 
 
 def has_result(path: Path) -> bool:
@@ -234,7 +234,7 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError("RESOURCE-400", f"cannot be written: {error.strerror or error}", where=str(path)) from None
+        raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(path)) from None
     finally:
         if temporary.exists():
             temporary.unlink()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -13,11 +13,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         hint = "a model folder holds config.json, *.safetensors and tokenizer files; see `litpeft download --help`"
-        raise UserError("MODEL-001", f"there is no {what}", where=str(path), hint=hint) from None
+        raise ModelError(f"there is no {what}", where=str(path), hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError("MODEL-002", f"{what} cannot be read: {error}", where=str(path)) from None
+        raise ModelError(f"{what} cannot be read: {error}", where=str(path)) from None
     if not isinstance(value, dict):
-        raise UserError("MODEL-003", f"{what} must be a JSON object, got {type(value).__name__}", where=str(path))
+        raise ModelError(f"{what} must be a JSON object, got {type(value).__name__}", where=str(path))
     return value
 
 

@@ -3,7 +3,7 @@
 import errno
 import re
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ResourceError, UserError
 
 # What errors say that have no class of their own: torch, its products' libraries, C++, Rust, numpy, threads.
 SIGNS = (
@@ -55,4 +55,4 @@ def memory_error(error: BaseException, command: str) -> UserError:
     """Returns what a user is told of a lack of memory in this command."""
     text = " ".join(str(getattr(error, "what", error)).split())[:160]
     what = f"out of memory{asked_for(error)}: {text or type(error).__name__}"
-    return UserError("RESOURCE-001", what, hint=HELPS.get(command, ELSE))
+    return ResourceError(what, hint=HELPS.get(command, ELSE))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def pick_precision(name: str, device: torch.device, key: str = "precision") -> P
         )
         name = "bf16-true" if native else "32-true"
     if name not in PRECISIONS:
-        raise UserError("CONFIG-032", f"{name!r} is not one of auto, {', '.join(PRECISIONS)}", where=key)
+        raise ConfigError(f"{name!r} is not one of auto, {', '.join(PRECISIONS)}", where=key)
     if name == "16-mixed" and device.type == "cpu":
         what = "16-mixed needs a GPU; this machine's CPU has bf16-true, bf16-mixed and 32-true"
-        raise UserError("CONFIG-033", what, where=key)
+        raise ConfigError(what, where=key)
     return PRECISIONS[name]
 
 

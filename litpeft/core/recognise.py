@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import ModelError, some
 from litpeft.core.json import read_json
 from litpeft.core.terminal import command_line
 
@@ -16,7 +16,7 @@ def refuse_file(path: Path) -> None:
     """Raises if there is nothing at `path`, or a file."""
     if not os.path.exists(path):  # false for a name that is too long, where Path.exists would raise
         hint = "give a model folder, a run, or a merged folder; `litpeft download` gets a model of the hub"
-        raise UserError("MODEL-050", "there is no such folder", where=str(path), hint=hint)
+        raise ModelError("there is no such folder", where=str(path), hint=hint)
     if path.is_dir():
         return
     if path.suffix == ".gguf":
@@ -25,7 +25,7 @@ def refuse_file(path: Path) -> None:
         what, hint = "this is a file of weights; a model is the folder of them", "give the folder that holds it"
     else:
         what, hint = "this is a file; a model is a folder", "give the folder that holds it"
-    raise UserError("MODEL-058", what, where=str(path), hint=hint)
+    raise ModelError(what, where=str(path), hint=hint)
 
 
 def refuse_other(folder: Path) -> None:
@@ -37,11 +37,11 @@ def refuse_other(folder: Path) -> None:
     if adapter and weights:
         what = f"the folder holds an adapter ({', '.join(adapter)}) beside full weights: which is meant is not clear"
         hint = f"take the adapter out of the folder, or {FOLD}"
-        raise UserError("MODEL-140", what, where=where, hint=hint)
+        raise ModelError(what, where=where, hint=hint)
     if adapter:
         base = _said(folder / ADAPTER, "base_model_name_or_path")
         what = f"this is an adapter{f' of {base}' if base else ''} ({', '.join(adapter)}), which litpeft does not read"
-        raise UserError("MODEL-141", what, where=where, hint=FOLD)
+        raise ModelError(what, where=where, hint=FOLD)
     if not (folder / "config.json").exists():
         _refuse_without_config(folder)
     quantised = _said(folder / "config.json", "quantization_config")
@@ -51,7 +51,7 @@ def refuse_other(folder: Path) -> None:
     if quantised is not None:
         what = f"the weights are already quantised ({kind or 'quantization_config in config.json'})"
         hint = "take the model's plain weights; `--base.quantize` of finetune holds them in 4 or 8 bits"
-        raise UserError("MODEL-142", what, where=where, hint=hint)
+        raise ModelError(what, where=where, hint=hint)
 
 
 def _refuse_without_config(folder: Path) -> None:
@@ -67,20 +67,19 @@ def _refuse_without_config(folder: Path) -> None:
             hint = f"give {run / 'final'}"
         elif (run / "merged" / "config.json").exists():
             hint = f"give {run / 'merged'}"
-        raise UserError("MODEL-143", what, where=where, hint=hint)
+        raise ModelError(what, where=where, hint=hint)
     if (folder / "MANIFEST.json").exists():
         what, hint = "this is a checkpoint of a run", "continue the run with --resume, or give its final/ or merged/"
-        raise UserError("MODEL-144", what, where=where, hint=hint)
+        raise ModelError(what, where=where, hint=hint)
     if ggufs := sorted(folder.glob("*.gguf")):
-        raise UserError(
-            "MODEL-145",
+        raise ModelError(
             f"this is a folder of GGUF files: {some([g.name for g in ggufs])}",
             where=where,
             hint=convert_hint(ggufs[0]),
         )
     inside = sorted({path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json")})
     if inside:
-        raise UserError("MODEL-146", "the model lies in a folder of this one", where=where, hint=f"give {inside[-1]}")
+        raise ModelError("the model lies in a folder of this one", where=where, hint=f"give {inside[-1]}")
 
 
 def _said(path: Path, key: str) -> object:

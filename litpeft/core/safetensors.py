@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from litpeft.core.checksums import compare, sha256, tensor_sums, write_checksums
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import ModelError, ResourceError, some
 from litpeft.core.folders import COMPANIONS
 from litpeft.core.json import read_json
 from litpeft.core.recognise import convert_hint, refuse_other
@@ -40,10 +40,10 @@ class Weights:
         if index.exists():
             placed = read_json(index, "index of the weights").get("weight_map")
             if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-                raise UserError("MODEL-030", "weight_map must map names to files", where=str(index))
+                raise ModelError("weight_map must map names to files", where=str(index))
             for file in set(placed.values()):
                 if Path(file).name != file or not file.endswith(".safetensors"):
-                    raise UserError("MODEL-031", f"{file!r} escapes the folder or is no safetensors", where=str(index))
+                    raise ModelError(f"{file!r} escapes the folder or is no safetensors", where=str(index))
         elif (folder / "model.safetensors").exists() or (folder / "model.safetensors").is_symlink():
             placed = None
         else:
@@ -51,14 +51,14 @@ class Weights:
             shards = sorted(p.name for p in folder.glob("*.safetensors"))
             if shards and all(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in shards):
                 what = f"there are shards ({some(shards)}), but their index {index.name} is missing"
-                raise UserError("MODEL-037", what, where=str(folder), hint="download or copy it, too")
+                raise ModelError(what, where=str(folder), hint="download or copy it, too")
             if shards:
                 hint = "if that is the model, rename it to model.safetensors" if len(shards) == 1 else ""
                 what = f"there is no model.safetensors, only {some(shards)}"
-                raise UserError("MODEL-038", what, where=str(folder), hint=hint)
+                raise ModelError(what, where=str(folder), hint=hint)
             other = [*sorted(folder.glob("*.gguf"))[:1], *([folder] if any(folder.glob("pytorch_model*.bin")) else [])]
             hint = convert_hint(other[0]) if other else "see `litpeft download --help`"
-            raise UserError("MODEL-032", "there is no model.safetensors", where=str(folder), hint=hint)
+            raise ModelError("there is no model.safetensors", where=str(folder), hint=hint)
         files = sorted(set(placed.values())) if placed else ["model.safetensors"]
         self.headers = {file: read_header(folder / file) for file in files}
         self.file_of: dict[str, str] = {}
@@ -66,11 +66,11 @@ class Weights:
             for name in header:
                 if name in self.file_of:
                     what = f"{name} is in {self.file_of[name]} and in {file}"
-                    raise UserError("MODEL-033", what, where=str(folder))
+                    raise ModelError(what, where=str(folder))
                 self.file_of[name] = file
         missing = sorted(name for name, file in (placed or {}).items() if self.file_of.get(name) != file)
         if missing:
-            raise UserError("MODEL-034", f"{some(missing)} not in the file that the index names", where=str(index))
+            raise ModelError(f"{some(missing)} not in the file that the index names", where=str(index))
         self._maps: dict[str, mmap.mmap] = {}
         self._read_bytes = 0  # of tensors that were used since the pages were dropped
 
@@ -156,10 +156,10 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         what = f"{path.name} is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
         hint = "download or copy it, too"
-        raise UserError("MODEL-035", what or "the file is missing", where=str(path), hint=hint) from None
+        raise ModelError(what or "the file is missing", where=str(path), hint=hint) from None
     except (OSError, SafetensorError, ValueError, struct.error) as error:
         what = f"not a whole safetensors file ({size} bytes): {error}"
-        raise UserError("MODEL-036", what, where=str(path), hint="download or copy it again") from None
+        raise ModelError(what, where=str(path), hint="download or copy it again") from None
     header.pop("__metadata__", None)
     return header
 
@@ -197,7 +197,7 @@ class _Shard:
                 view = view[self.handle.write(view) :]
         except OSError as error:
             what = f"cannot be written: {error.strerror or error}"
-            raise UserError("RESOURCE-033", what, where=str(self.path.parent)) from None
+            raise ResourceError(what, where=str(self.path.parent)) from None
 
     def finish(self) -> None:
         """Writes the header, with spaces up to the first tensor."""
@@ -245,7 +245,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise UserError("RESOURCE-031", f"cannot be written: {error}", where=str(path)) from None
+        raise ResourceError(f"cannot be written: {error}", where=str(path)) from None
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

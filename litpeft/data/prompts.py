@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import UserError, quoted, some
+from litpeft.core.errors import ConfigError, DataError, quoted, some
 from litpeft.core.terminal import tell
 from litpeft.data.formats import alpaca, keys, messages
 from litpeft.data.formats.turn import Turn, text
@@ -37,9 +37,9 @@ def read_prompts(path: Path, raw: bool) -> list[Prompt]:
             wrong.append((record.where, str(error)))
     if wrong:
         more = f" (and {len(wrong) - 1} more bad rows)" if len(wrong) > 1 else ""
-        raise UserError("DATA-404", wrong[0][1] + more, where=wrong[0][0])
+        raise DataError(wrong[0][1] + more, where=wrong[0][0])
     if not prompts:
-        raise UserError("DATA-405", "the file holds no prompts", where=str(path))
+        raise DataError("the file holds no prompts", where=str(path))
     return prompts
 
 
@@ -48,7 +48,7 @@ def lines(path: Path) -> Iterator[Record]:
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise UserError("DATA-406", f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
     for number, line in enumerate(raw.split(b"\n"), 1):
         where = f"{path}:{number}"
         try:
@@ -102,9 +102,9 @@ def typed_prompt(typed: str | None, raw: bool) -> Prompt:
         row["prompt"].encode()
         return Prompt(row, content(row, raw), where)
     except UnicodeError as error:  # standard input, or the terminal, has another encoding
-        raise UserError("DATA-407", f"this is not UTF-8: {error}", where=where) from None
+        raise DataError(f"this is not UTF-8: {error}", where=where) from None
     except ValueError as error:
-        raise UserError("CONFIG-405", str(error), where=where) from None
+        raise ConfigError(str(error), where=where) from None
 
 
 def new_file(name: str | None) -> Path | None:
@@ -115,9 +115,9 @@ def new_file(name: str | None) -> Path | None:
     try:
         taken = path.exists()
     except OSError as error:  # the name is too long, say
-        raise UserError("CONFIG-411", f"this can be no file: {error.strerror}", where=name) from None
+        raise ConfigError(f"this can be no file: {error.strerror}", where=name) from None
     if taken:
-        raise UserError("CONFIG-406", "the output exists", where=name, hint="name another, or remove it")
+        raise ConfigError("the output exists", where=name, hint="name another, or remove it")
     if not os.access(path.parent, os.W_OK):
-        raise UserError("CONFIG-407", f"{path.parent} is no folder that can be written to", where=name)
+        raise ConfigError(f"{path.parent} is no folder that can be written to", where=name)
     return path

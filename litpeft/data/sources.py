@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import UserError, quoted, some
+from litpeft.core.errors import DataError, UserError, quoted, some
 from litpeft.data.formats import SHAPES
 
 SUFFIXES = (".json", ".jsonl")
@@ -110,11 +110,11 @@ def records(path: Path) -> Iterator[Record]:
             for magic, kind in MAGIC.items():
                 if head.startswith(magic):
                     hint = "unpack or convert it to UTF-8 text"
-                    raise UserError("DATA-003", f"the file is {kind}, not JSON in UTF-8", where=str(path), hint=hint)
+                    raise DataError(f"the file is {kind}, not JSON in UTF-8", where=str(path), hint=hint)
             handle.seek(0)
             yield from _lines(path, handle) if path.suffix.lower() == ".jsonl" else _elements(path, handle.read())
     except OSError as error:
-        raise UserError("DATA-004", f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
 
 
 def _lines(path: Path, handle: Iterator[bytes]) -> Iterator[Record]:
@@ -133,7 +133,7 @@ def _lines(path: Path, handle: Iterator[bytes]) -> Iterator[Record]:
             continue
         if number == 1 and text.lstrip() == "[":
             hint = "one row stands on one line of a .jsonl file; a list of rows belongs into a .json file"
-            raise UserError("DATA-005", "this is a JSON list, not JSON Lines", where=where, hint=hint)
+            raise DataError("this is a JSON list, not JSON Lines", where=where, hint=hint)
         try:
             value, end, flaw = decode(text, _skip(text, 0))
             if not flaw and end < len(text):
@@ -151,14 +151,14 @@ def _elements(path: Path, raw: bytes) -> Iterator[Record]:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError("DATA-006", f"not UTF-8 at byte {error.start + 1}", where=f"{path}:{line}") from None
+        raise DataError(f"not UTF-8 at byte {error.start + 1}", where=f"{path}:{line}") from None
     decode = StrictDecoder()
     position = _skip(text, 0)
     if position == len(text):
         return
     if text[position] != "[":
         hint = "if every line is a row, the file's name should end in .jsonl"
-        raise UserError("DATA-007", "a .json file must be a list of rows: [{...}, {...}]", where=str(path), hint=hint)
+        raise DataError("a .json file must be a list of rows: [{...}, {...}]", where=str(path), hint=hint)
     line, counted, separator = 1, 0, "["
     while True:
         position = _skip(text, position + 1)
@@ -171,9 +171,9 @@ def _elements(path: Path, raw: bytes) -> Iterator[Record]:
             value, end, flaw = decode(text, position)
         except json.JSONDecodeError as error:
             at = f"{path}:{error.lineno}"
-            raise UserError("DATA-008", f"not JSON at column {error.colno}: {error.msg}", where=at) from None
+            raise DataError(f"not JSON at column {error.colno}: {error.msg}", where=at) from None
         except ValueError as error:
-            raise UserError("DATA-009", str(error), where=where) from None
+            raise DataError(str(error), where=where) from None
         yield Record(where, value, flaw)
         position = _skip(text, end)
         separator = text[position : position + 1]
@@ -181,11 +181,11 @@ def _elements(path: Path, raw: bytes) -> Iterator[Record]:
             break
         if separator != ",":
             at = f"{path}:{text.count(chr(10), 0, position) + 1}"
-            raise UserError("DATA-010", f"expected , or ] after a row, got {separator or 'the end'!r}", where=at)
+            raise DataError(f"expected , or ] after a row, got {separator or 'the end'!r}", where=at)
     rest = _skip(text, position + 1)
     if rest < len(text):
         at = f"{path}:{text.count(chr(10), 0, rest) + 1}"
-        raise UserError("DATA-011", "there is more after the end of the list", where=at)
+        raise DataError("there is more after the end of the list", where=at)
 
 
 def _skip(text: str, position: int) -> int:
@@ -198,7 +198,7 @@ def find(path: str, validation_path: str | None) -> tuple[Path, Path | None]:
     """Returns the file of rows to train on and that of held-out rows, if there is one."""
     train, held_out = _existing(path), _existing(validation_path) if validation_path else None
     if held_out is not None and held_out.is_dir():
-        raise UserError("DATA-012", "data.validation_path must be a file, this is a folder", where=str(held_out))
+        raise DataError("data.validation_path must be a file, this is a folder", where=str(held_out))
     if not train.is_dir():
         return train, held_out
     folder, train = train, _one_of(train, TRAIN, "data.path")
@@ -220,7 +220,7 @@ def find_measured(path: str) -> Path:
 
 def _existing(path: str) -> Path:
     if not os.path.exists(path):
-        raise UserError("DATA-001", "there is no such file or folder", where=path)
+        raise DataError("there is no such file or folder", where=path)
     return Path(path)
 
 
@@ -231,7 +231,7 @@ def _one_of(folder: Path, names: tuple[str, ...], option: str) -> Path | None:
     if len(found) > 1:
         what = f"several files could be meant: {', '.join(path.name for path in found)}"
         hint = "keep one of them, or name the file itself" + (f": {option}" if option else " instead of the folder")
-        raise UserError("DATA-014", what, where=str(folder), hint=hint)
+        raise DataError(what, where=str(folder), hint=hint)
     if not found:  # a table with such a name must not be ignored
         for path in sorted(folder.iterdir()):
             if path.name.partition(".")[0] in names and _other(path)[0]:
@@ -246,13 +246,13 @@ def _nothing_in(folder: Path, names: tuple[str, ...]) -> UserError:
         hint = f"name the file itself, or call it {names[0]}.jsonl"
     else:
         hint = next((_other(p)[1] for p in present if _other(p)[0]), f"put the rows into {names[0]}.jsonl")
-    return UserError("DATA-013", what, where=str(folder), hint=hint)
+    return DataError(what, where=str(folder), hint=hint)
 
 
 def _not_read(path: Path) -> UserError:
     kind, hint = _other(path)
     what = f"{kind} is not read" if kind else f"got {path.name!r}"
-    return UserError("DATA-002", f"a data file ends in .json or .jsonl, {what}", where=str(path), hint=hint)
+    return DataError(f"a data file ends in .json or .jsonl, {what}", where=str(path), hint=hint)
 
 
 def _other(path: Path) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, ModelError
 from litpeft.data.answers import Messages, ask, find_answers, prompt_difference
 from litpeft.data.formats.turn import Turn
 from litpeft.data.marks import restore, shield
@@ -68,9 +68,9 @@ class ChatTemplate:
         if name == "model" and tokenizer.chat_template is None:
             if not is_setting:
                 what = "the run was trained with the model's chat template, which is not there any more"
-                raise UserError("MODEL-322", what, where=tokenizer.where, hint="put it back: chat_template.jinja")
+                raise ModelError(what, where=tokenizer.where, hint="put it back: chat_template.jinja")
             hint = "choose data.template alpaca, or auto"
-            raise UserError("CONFIG-300", "the model has no chat template", where="data.template", hint=hint)
+            raise ConfigError("the model has no chat template", where="data.template", hint=hint)
         own = name != "alpaca" and tokenizer.chat_template is not None
         self.tokenizer, self.name = tokenizer, "model" if own else "alpaca"
         alpaca = ("{{ bos_token }}" if tokenizer.adds_bos else "") + ALPACA
@@ -84,10 +84,10 @@ class ChatTemplate:
         except (LimitError, ValueError) as error:
             hint = "data.template alpaca does without the model's template" if is_setting else ""
             what = f"the chat template cannot be used: {error}"
-            raise UserError("MODEL-320", what, where=self.where, hint=hint) from None
+            raise ModelError(what, where=self.where, hint=hint) from None
         if self.end_of_turn is None and tokenizer.eos is None:
             what = "neither the chat template nor the tokenizer has a token that ends an answer"
-            raise UserError("MODEL-321", what, where=tokenizer.where, hint="set eos_token in tokenizer_config.json")
+            raise ModelError(what, where=tokenizer.where, hint="set eos_token in tokenizer_config.json")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -172,7 +172,7 @@ class ChatTemplate:
         except LimitError as error:
             place = f", with {places[error.number]}" if places[error.number] else ""
             what = f"the chat template costs more than it may{place}: {error}"
-            raise UserError("MODEL-323", what, where=self.where) from None
+            raise ModelError(what, where=self.where) from None
 
     def _one(self, task: Task[T], place: str = "") -> T:
         [result] = self._all([task], [place])

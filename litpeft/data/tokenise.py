@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, DataError
 from litpeft.data.formats import FORMATS, SHAPES, UNREAD, detect
 from litpeft.data.formats.keys import listed
 from litpeft.data.formats.turn import Turn
@@ -58,7 +58,7 @@ def load_dataset(
     if held_out is not None and data.validation_split not in (0, Data.validation_split):
         what, hint = f"{data.validation_split} is of no use: the rows of {held_out} are held out", "leave it out"
         hint += "" if data.validation_path else f", or name {path} as data.path instead of its folder"
-        raise UserError("CONFIG-094", what, where="data.validation_split", hint=hint)
+        raise ConfigError(what, where="data.validation_split", hint=hint)
     report = Report(Counts.of([]), Counts.of([]), template.name, min(data.max_length, max_positions))
     examples = _read(path, data, report)
     validation = _read(held_out, data, report) if held_out else []
@@ -76,7 +76,7 @@ def load_dataset(
     if not train:
         what = f"no row is left to train on: {len(report.rejected)} rejected, {len(report.dropped)} longer than "
         hint = "see data.max_length, data.bad_rows"
-        raise UserError("DATA-023", f"{what}{report.max_length} tokens", where=data.path, hint=hint)
+        raise DataError(f"{what}{report.max_length} tokens", where=data.path, hint=hint)
     # 4. figures
     known = {hash(tuple(row.ids)) for row in train}
     report.duplicates = sum(hash(tuple(row.ids)) in known for row in validation)
@@ -102,7 +102,7 @@ def _read(path: Path, data: Data, report: Report) -> list[Example]:
     if not examples:
         hint = f"a row is {SHAPES}" + (f"; the rows have the keys {listed(came)}" if came else "")
         what = f"none of its rows can be used; {len(rejected)} bad rows:\n{_listed(rejected)}"
-        raise UserError("DATA-020", what if rejected else "there are no rows in it", where=str(path), hint=hint)
+        raise DataError(what if rejected else "there are no rows in it", where=str(path), hint=hint)
     report.rejected += rejected
     return examples
 
@@ -113,7 +113,7 @@ def _refuse(rejected: list[Rejected], data: Data, must_stay: bool) -> None:
             "" if must_stay else ", or leave them out with data.bad_rows skip"
         )
         what = _listed(rejected).removeprefix(f"{rejected[0].where}: ")
-        raise UserError("DATA-021", what, where=rejected[0].where, hint=hint)
+        raise DataError(what, where=rejected[0].where, hint=hint)
 
 
 def _listed(rejected: list[Rejected]) -> str:
@@ -211,7 +211,7 @@ def _refuse_long(rows: list[Row], data: Data, limit: int, must_stay: bool) -> No
         what = f"{len(long)} rows are longer than {limit:,} tokens: {named}{more}"
         hint = "raise data.max_length as far as the model reaches, or choose data.overlong drop or split"
         hint = "the model reaches no further; take them out of the file" if must_stay else hint
-        raise UserError("DATA-022", what, where=data.path, hint=hint)
+        raise DataError(what, where=data.path, hint=hint)
 
 
 def _fit(rows: list[Row], data: Data, report: Report) -> list[Row]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
 from litpeft.data.tokenizer_backends import Backend, Encoded, Span, any_of, overlaps
 from litpeft.data.tokenizer_files import read_files
@@ -119,8 +119,7 @@ class Tokenizer:
         """Raises if the tokenizer can give an id for which the model has no embedding."""
         top = max(self.backend.names)
         if top >= embedding_rows:
-            raise UserError(
-                "MODEL-304",
+            raise ModelError(
                 f"token {self.backend.names[top]!r} has id {top}, but the model's embedding has {embedding_rows} rows",
                 where=self.where,
                 hint="the tokenizer files are not those of this model, or its embedding was not resized",
@@ -133,7 +132,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError("MODEL-302", f"the chat template cannot be read: {error}", where=str(path)) from None
+            raise ModelError(f"the chat template cannot be read: {error}", where=str(path)) from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

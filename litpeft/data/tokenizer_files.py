@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import ModelError, some
 from litpeft.core.json import read_json
 from litpeft.data.pieces import BPE_MODEL, BYTE, CONTROL, SPACE, UNKNOWN, USER_DEFINED, merges_of, read_pieces
 
@@ -78,14 +78,14 @@ def read_files(folder: Path, model: dict[str, Any]) -> TokenizerFiles:
         tokens = _declared(inner, config, added, list(named.values()) if overlooked else special)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"a token of the tokenizer must be text, or an object with its content and flags: {error}"
-        raise UserError("MODEL-308", what, where=where) from None
+        raise ModelError(what, where=where) from None
     if name in NAMES and "added_tokens_decoder" in config:
         _refuse_forgotten(inner, {token.content for token in (*tokens.values(), *special)}, name, where)
     _add_declared(inner, tokens, where)
     known = {key: token.content for key, token in named.items() if inner.token_to_id(token.content) is not None}
     for key in ("bos_token", "eos_token"):
         if key in named and key in said and key not in known:
-            raise UserError("MODEL-303", f"{key} {named[key].content!r} is not in the vocabulary", where=where)
+            raise ModelError(f"{key} {named[key].content!r} is not in the vocabulary", where=where)
     _add_special(inner, special, model.get("vocab_size"))
     adds_bos = False if name == "GPTNeoXTokenizer" else None
     if path.suffix == ".model":
@@ -100,12 +100,12 @@ def _read(folder: Path) -> tuple[Path, tokenizers.Tokenizer | None]:
         try:
             return path, tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise UserError("MODEL-301", f"{path.name} cannot be read: {error}", where=str(path)) from None
+            raise ModelError(f"{path.name} cannot be read: {error}", where=str(path)) from None
     path = folder / "tokenizer.model"
     if path.is_file():
         return path, None
     hint = "a model folder holds tokenizer.json or tokenizer.model beside config.json"
-    raise UserError("MODEL-300", "there is no tokenizer in the folder", where=str(folder), hint=hint)
+    raise ModelError("there is no tokenizer in the folder", where=str(folder), hint=hint)
 
 
 def _class_name(config: dict[str, Any], model: dict[str, Any], inner: tokenizers.Tokenizer | None) -> str:
@@ -133,14 +133,14 @@ def _from_pieces(path: Path, name: str, config: dict[str, Any], where: str) -> t
         said = config.get("tokenizer_class")
         what = f"tokenizer_class is {said!r}, for which litpeft does not know how a tokenizer.model is read"
         hint = f'if the model is of Llama\'s kind, write "tokenizer_class": "LlamaTokenizer" into {where}'
-        raise UserError("MODEL-305", what, where=where, hint=hint)
+        raise ModelError(what, where=where, hint=hint)
     try:
         model = read_pieces(path)
     except (OSError, LookupError, ValueError) as error:
-        raise UserError("MODEL-309", f"{path.name} cannot be read: {error}", where=str(path)) from None
+        raise ModelError(f"{path.name} cannot be read: {error}", where=str(path)) from None
     if model.kind != BPE_MODEL:
         what = f"{path.name} is a sentencepiece model of kind {model.kind}; a {name} is of kind {BPE_MODEL}, BPE"
-        raise UserError("MODEL-310", what, where=str(path), hint="take the model's tokenizer.json")
+        raise ModelError(what, where=str(path), hint="take the model's tokenizer.json")
     vocabulary = {piece: number for number, (piece, _) in enumerate(model.pieces)}
     merges = merges_of([piece for piece, kind in model.pieces if kind not in (UNKNOWN, CONTROL, BYTE)])
     unknown = next((piece for piece, kind in model.pieces if kind == UNKNOWN), None)
@@ -167,13 +167,13 @@ def _refuse_keys(config: dict[str, Any], folder: Path, name: str, inner: tokeniz
         if config.get(key):
             what = f"{key} {json.dumps(config[key])} is not supported: {why}"
             hint = AS_IT_IS_HINT if key in FOREIGN else "set it to false, if that is right for the model"
-            raise UserError("MODEL-306", what, where=str(folder / "tokenizer_config.json"), hint=hint)
+            raise ModelError(what, where=str(folder / "tokenizer_config.json"), hint=hint)
     files = config.get("fast_tokenizer_files")
     for file in files if isinstance(files, list) else []:
         if file != "tokenizer.json" and (folder / str(file)).is_file():
             what = f"fast_tokenizer_files names {file!r}, and only tokenizer.json is read"
             hint = "rename the file to tokenizer.json, if it is the right one"
-            raise UserError("MODEL-311", what, where=str(folder / "tokenizer_config.json"), hint=hint)
+            raise ModelError(what, where=str(folder / "tokenizer_config.json"), hint=hint)
 
 
 def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, where: str) -> None:
@@ -185,13 +185,13 @@ def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, w
     if odd or not isinstance(inner.model, BPE):
         odd = odd or [f"a {type(inner.model).__name__} model"]
         what = f"tokenizer_class {name} only turns spaces into {SPACE}, but tokenizer.json has {', '.join(odd)}"
-        raise UserError("MODEL-307", what, where=where, hint=AS_IT_IS_HINT)
+        raise ModelError(what, where=where, hint=AS_IT_IS_HINT)
     prefix = config.get("add_prefix_space")
     if prefix is None:
         prefix = plain[0] in changes or any(step["prepend_scheme"] != "never" for step in spaces)
         if not prefix:
             what = f"tokenizer.json puts no space before a text, but a {name} does unless add_prefix_space is false"
-            raise UserError("MODEL-312", what, where=where, hint='write "add_prefix_space": false, or true')
+            raise ModelError(what, where=where, hint='write "add_prefix_space": false, or true')
     everywhere = bool(config.get("legacy")) and name == "LlamaTokenizer"  # a space after each special token, too
     inner.normalizer = None
     scheme = "never" if not prefix else "always" if everywhere else "first"
@@ -216,7 +216,7 @@ def _set_byte_level(inner: tokenizers.Tokenizer, config: dict[str, Any], name: s
         has = [*changes, *(kind for kind, _ in found), f"a {type(inner.model).__name__} model"]
         wants = [*normal, *(kind for kind, _ in expected), "a BPE model"]
         what = f"tokenizer_class {name} means {', '.join(wants)}; tokenizer.json has {', '.join(has)}"
-        raise UserError("MODEL-313", what, where=where, hint=AS_IT_IS_HINT)
+        raise ModelError(what, where=where, hint=AS_IT_IS_HINT)
     pre = inner.pre_tokenizer
     last = pre[len(_steps(pre)) - 1] if isinstance(pre, pre_tokenizers.Sequence) else pre
     last.add_prefix_space = bool(config.get("add_prefix_space"))
@@ -250,7 +250,7 @@ def _refuse_forgotten(inner: tokenizers.Tokenizer, listed: set[str], name: str, 
     forgotten = [token.content for token in inner.get_added_tokens_decoder().values() if token.content not in listed]
     if forgotten:
         what = f"added_tokens_decoder lacks {some(forgotten)} of tokenizer.json: a {name} would read them as plain text"
-        raise UserError("MODEL-314", what, where=where, hint=f"add them, or {AS_IT_IS_HINT}")
+        raise ModelError(what, where=where, hint=f"add them, or {AS_IT_IS_HINT}")
 
 
 def _add_declared(inner: tokenizers.Tokenizer, tokens: dict[int, AddedToken], where: str) -> None:
@@ -261,7 +261,7 @@ def _add_declared(inner: tokenizers.Tokenizer, tokens: dict[int, AddedToken], wh
         if new and inner.token_to_id(token.content) != number:
             what = f"added token {token.content!r} cannot get its id {number}: the next one is"
             what += f" {inner.token_to_id(token.content)}"
-            raise UserError("MODEL-315", what, where=where, hint="the tokenizer's files are not of one model")
+            raise ModelError(what, where=where, hint="the tokenizer's files are not of one model")
 
 
 def _add_special(inner: tokenizers.Tokenizer, special: list[AddedToken], rows: Any) -> None:

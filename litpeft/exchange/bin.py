@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import ModelError, some
 from litpeft.core.json import read_json
 from litpeft.model.families.read import left_out, read_config
 
@@ -36,9 +36,7 @@ class BinFolder:
         size, layers = sum((folder / file).stat().st_size for file in self.shards), self.config.n_layers
         if layers * self.config.d_model > size:  # before so many layers are made
             what = f"config.json{left_out(folder)} says {layers} layers of width {self.config.d_model}"
-            raise UserError(
-                "MODEL-280", f"{what}, the weights ({some(list(self.shards))}) have {size} bytes", where=str(folder)
-            )
+            raise ModelError(f"{what}, the weights ({some(list(self.shards))}) have {size} bytes", where=str(folder))
 
     def summary(self) -> str:
         files = f"{len(self.shards)} shards" if len(self.shards) > 1 else next(iter(self.shards))
@@ -70,7 +68,7 @@ class BinFolder:
             state = read_bin(self.folder / file)
             if listed is not None and listed != state.keys():
                 odd = ", ".join(sorted(listed ^ state.keys())[:5])
-                raise UserError("MODEL-240", f"the index and the file disagree on {odd}", where=str(self.folder / file))
+                raise ModelError(f"the index and the file disagree on {odd}", where=str(self.folder / file))
             seen: set[int] = set()
             for name, tensor in state.items():
                 end = ends.get(name) if self.config.tie_embeddings else None
@@ -86,7 +84,7 @@ class BinFolder:
         if len(tied) == 2 and not torch.equal(tied["embed"], tied["head"]):
             embed, head = (names.file_name(f"{end}.weight") for end in ("embed", "head"))
             what = f"config.json says that {head} is {embed}, but they differ"
-            raise UserError("MODEL-239", what, where=str(self.folder), hint='set "tie_word_embeddings": false')
+            raise ModelError(what, where=str(self.folder), hint='set "tie_word_embeddings": false')
 
     def _shards(self) -> dict[str, set[str] | None]:
         """Returns file -> names of its tensors; None where there is no index to say so."""
@@ -94,18 +92,18 @@ class BinFolder:
         if not path.exists():
             if (self.folder / ONE).exists():
                 return {ONE: None}
-            raise UserError("MODEL-241", f"has shards, but their index {INDEX} is missing", where=str(self.folder))
+            raise ModelError(f"has shards, but their index {INDEX} is missing", where=str(self.folder))
         placed = read_json(path, "index of the weights").get("weight_map")
         if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
-            raise UserError("MODEL-242", "weight_map must map names to files", where=str(path))
+            raise ModelError("weight_map must map names to files", where=str(path))
         shards: dict[str, set[str] | None] = {}
         for name, file in placed.items():
             if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".bin"):
-                raise UserError("MODEL-243", f"{file!r} escapes the folder or is no .bin file", where=str(path))
+                raise ModelError(f"{file!r} escapes the folder or is no .bin file", where=str(path))
             shards.setdefault(file, set()).add(name)
         missing = sorted(file for file in shards if not os.path.isfile(self.folder / file))
         if missing:
-            raise UserError("MODEL-244", f"{', '.join(missing[:5])} not in the folder", where=str(path))
+            raise ModelError(f"{', '.join(missing[:5])} not in the folder", where=str(path))
         return shards
 
 
@@ -121,17 +119,17 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         what = f"asks to run {wanted.group(1)}" if wanted else "is no pickle of plain tensors"
         what = f"holds more than weights, and was not loaded: it {what}"
-        raise UserError("MODEL-245", what, where=str(path), hint=hint) from None
+        raise ModelError(what, where=str(path), hint=hint) from None
     except (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
         what = f"is damaged: {str(error).strip().splitlines()[0][:200]}"
-        raise UserError("MODEL-249", what, where=str(path), hint="download or copy it again") from None
+        raise ModelError(what, where=str(path), hint="download or copy it again") from None
     if not isinstance(state, dict) or not state:
-        raise UserError("MODEL-247", f"holds {type(state).__name__}, not named tensors", where=str(path), hint=hint)
+        raise ModelError(f"holds {type(state).__name__}, not named tensors", where=str(path), hint=hint)
     for name, tensor in state.items():
         plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         # a small storage may pretend to be an endless tensor
         if not plain or tensor.is_quantized or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise UserError("MODEL-248", f"{name!r} is not a plain tensor", where=str(path), hint=hint)
+            raise ModelError(f"{name!r} is not a plain tensor", where=str(path), hint=hint)
     return state
 
 
@@ -143,10 +141,10 @@ def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
         kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
         what = f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, expected {kinds}"
         hint = "quantised weights are not read: take the model's plain weights"
-        raise UserError("MODEL-253", what, where=str(path), hint=hint)
+        raise ModelError(what, where=str(path), hint=hint)
     if tensor.numel() and not is_finite(tensor):
         hint = "the file is damaged, or was saved by a run that had failed"
-        raise UserError("MODEL-254", f"{name} holds numbers that are not finite", where=str(path), hint=hint)
+        raise ModelError(f"{name} holds numbers that are not finite", where=str(path), hint=hint)
 
 
 def check_archive(path: Path) -> None:
@@ -155,7 +153,7 @@ def check_archive(path: Path) -> None:
         what = "is cut short, or was written by torch before 1.6"
         if not path.stat().st_size:
             what = "is empty"
-        raise UserError("MODEL-246", what, where=str(path), hint="download it again, or save it with a newer torch")
+        raise ModelError(what, where=str(path), hint="download it again, or save it with a newer torch")
 
 
 def check_sums(path: Path) -> None:
@@ -167,4 +165,4 @@ def check_sums(path: Path) -> None:
     except (BadZipFile, OSError, EOFError, ValueError, LookupError, RuntimeError, struct.error) as error:
         wrong = str(error)
     if wrong:
-        raise UserError("MODEL-252", f"is damaged at {wrong}", where=str(path), hint="download or copy it again")
+        raise ModelError(f"is damaged at {wrong}", where=str(path), hint="download or copy it again")

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, ModelError, UserError
 from litpeft.core.recognise import refuse_other
 from litpeft.core.terminal import command_line, say
 from litpeft.exchange.settings import Convert
@@ -27,7 +27,7 @@ def convert(settings: Convert) -> None:
     gguf_file = find_gguf(source)
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         what = "the source lies in it, and would be lost when it is replaced"
-        raise UserError("CONFIG-200", what, where=str(out), hint="name another folder for the result")
+        raise ConfigError(what, where=str(out), hint="name another folder for the result")
     model = open_gguf(gguf_file) if gguf_file else BinFolder(source)
     say(f"read {gguf_file or source}: {model.summary()}")
     check_place(out)
@@ -59,7 +59,7 @@ def tell_stop_ids(folder: Path) -> None:
 def find_gguf(source: Path) -> Path | None:
     """Returns the GGUF file that `source` is or holds, None for a folder of .bin weights; refuses all else."""
     if not os.path.exists(source):  # Path.exists would raise for a name that is too long
-        raise UserError("CONFIG-201", "there is no such file or folder", where=str(source))
+        raise ConfigError("there is no such file or folder", where=str(source))
     if source.is_file():
         if source.suffix == ".gguf":
             return source
@@ -69,13 +69,13 @@ def find_gguf(source: Path) -> Path | None:
         what = f"a single {source.suffix or 'plain'} file is not a model folder"
         if source.suffix in PICKLED:
             what += ": it does not say what its tensors are"
-        raise UserError("CONFIG-202", what, where=str(source), hint=hint)
+        raise ConfigError(what, where=str(source), hint=hint)
     if any(source.glob("*.safetensors")):
         refuse_safetensors(source)
     files = sorted(source.glob("*.gguf")) or sorted(source.glob("*/*.gguf"))
     if len(files) > 1:
         names = ", ".join(str(file.relative_to(source)) for file in files[:5])
-        raise UserError("CONFIG-203", f"{len(files)} GGUF files: {names}", where=str(source), hint="name one of them")
+        raise ConfigError(f"{len(files)} GGUF files: {names}", where=str(source), hint="name one of them")
     if files:
         return files[0]
     if any(source.glob("pytorch_model*.bin")):
@@ -85,14 +85,13 @@ def find_gguf(source: Path) -> Path | None:
     if any(file.suffix in PICKLED for file in source.iterdir()):
         what += "; files of Meta's or litgpt's own layout (.pth, .ckpt) are not read"
     hint = "take the Hugging Face edition of the model: `litpeft download --help`"
-    raise UserError("CONFIG-204", what, where=str(source), hint=hint)
+    raise ConfigError(what, where=str(source), hint=hint)
 
 
 def refuse_safetensors(folder: Path) -> None:
     """Raises: a folder of safetensors is what convert would write, unless it is an adapter or the like."""
     refuse_other(folder)
-    raise UserError(
-        "CONFIG-205",
+    raise ConfigError(
         "needs no conversion: use it where it lies",
         where=str(folder),
         hint=f"try `{command_line('chat', folder)}`",
@@ -106,7 +105,7 @@ def open_gguf(path: Path) -> "GgufFile":
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
-        raise UserError("CONFIG-206", "needs the package gguf", where=str(path), hint="pip install gguf") from None
+        raise ConfigError("needs the package gguf", where=str(path), hint="pip install gguf") from None
     return GgufFile(path)
 
 
@@ -128,7 +127,7 @@ def check(folder: Path, source: str) -> tuple[int, int, str]:
         dtypes.add(str(tensor.dtype).removeprefix("torch."))
         if not is_finite(tensor):
             hint = "the source is damaged; or, with --dtype float16, its numbers are too large: take bfloat16"
-            raise UserError("MODEL-201", f"{name} holds numbers that are not finite", where=source, hint=hint)
+            raise ModelError(f"{name} holds numbers that are not finite", where=source, hint=hint)
         weights.drop_pages(tensor.nbytes)
     shapes = [weights.shape(name) for name in weights.file_of]
     return len(shapes), sum(map(math.prod, shapes)), " and ".join(sorted(dtypes))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.folders import alone, atomic_folder, check_place, refuse_existing, sync_files
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
@@ -88,13 +88,13 @@ def merge(settings: Merge) -> None:
     run = find_run(Path(settings.run))
     if run is None:
         what = "this is no run but a model folder (it has no final/delta.json): there is nothing to merge"
-        raise UserError("MODEL-060", what, where=settings.run, hint="name the run: the `--out` of `litpeft finetune`")
+        raise ModelError(what, where=settings.run, hint="name the run: the `--out` of `litpeft finetune`")
     if run.is_model:
         what = f"there is nothing to merge: {run.folder} is an ordinary Hugging Face folder already"
-        raise UserError("MODEL-065", what, where=settings.run)
+        raise ModelError(what, where=settings.run)
     if settings.onto == "original" and run.storage is None:
         what = "the run saw the original weights (base.quantize null), so there are no others to choose"
-        raise UserError("CONFIG-038", what, where="onto", hint="leave it out")
+        raise ConfigError(what, where="onto", hint="leave it out")
     out = Path(settings.out) if settings.out else Path(settings.run) / "merged"
     check_place(out)
     refuse_existing(out, settings.overwrite)
@@ -104,7 +104,7 @@ def merge(settings: Merge) -> None:
     for kept in (base, run.folder):
         if kept.resolve().is_relative_to(out.resolve()):
             what = f"the merged model would replace {kept}, from which it is made"
-            raise UserError("CONFIG-036", what, where="out", hint="name another folder")
+            raise ConfigError(what, where="out", hint="name another folder")
     storage = run.storage if settings.onto == "trained" else None
     sizes = _types(base)
     dtype = RESULT_DTYPES.get(settings.dtype) or max(sizes, key=sizes.__getitem__, default=torch.float32)
@@ -115,7 +115,7 @@ def merge(settings: Merge) -> None:
             write_safetensors(folder, _merged(model, base, dtype, rounding))
         except TypeError as error:
             hint = "generate and chat take the run as it is"
-            raise UserError("MODEL-061", f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
+            raise ModelError(f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
         copy_companions(base, folder)
         write_dtype(folder, dtype)
         write_stop_ids(folder, template.stop_ids)
@@ -240,14 +240,14 @@ def _check(want: Tensor, fold: Tensor, files: Tensor, dtype: torch.dtype, roundi
     say("\n".join(rounding.lines(str(dtype).removeprefix("torch."))))
     if rounding.changed == 0:
         hint = "train longer, or write float32 with --dtype float32"
-        raise UserError("MODEL-063", "no weight changed: the merged model would be the base", where=where, hint=hint)
+        raise ModelError("no weight changed: the merged model would be the base", where=where, hint=hint)
     for (name, logits), limit in zip(names.items(), (FOLD_TOLERANCE, ROUND_TOLERANCE[dtype]), strict=True):
         off = float((logits - want).abs().max()) / size
         if not off <= limit:
             what = (
                 f"logits of the {name} are off by {off:.1e} of the largest, more than {limit:.0e}: nothing was written"
             )
-            raise UserError("MODEL-064", what, where=where, hint="try --dtype float32")
+            raise ModelError(what, where=where, hint="try --dtype float32")
 
 
 def _tell_of_original(run: Run, base: Path, prompts: list[list[int]], want: Tensor) -> None:

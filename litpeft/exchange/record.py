@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
 from litpeft.core.precision import PRECISIONS
 from litpeft.core.typed import typed
@@ -129,19 +129,19 @@ def read_record(path: Path) -> dict[str, Any]:
     where = str(path)
     if path.stat().st_size > LARGEST:
         what = f"{path.stat().st_size:,} bytes are too many for the delta.json of a run"
-        raise UserError("MODEL-059", what, where=where)
+        raise ModelError(what, where=where)
     facts = read_json(path, "delta.json of a run")
     if facts.pop("checksum", None) != checksum(facts):
-        raise UserError("MODEL-057", "the file is not as the run wrote it (checksum mismatch)", where=where)
+        raise ModelError("the file is not as the run wrote it (checksum mismatch)", where=where)
     number, method = facts.get("format"), facts.get("method")
     kind = {2: RecordOf2, 3: Record, FORMAT: Record}.get(number) if type(number) is int else None
     if kind is None or not isinstance(method, str) or method not in METHODS:
         said = ", ".join(f"{key} {str(facts.get(key))[:40]!r}" for key in ("format", "method"))
-        raise UserError("MODEL-051", f"{said}: not of this version of litpeft", where=where)
+        raise ModelError(f"{said}: not of this version of litpeft", where=where)
     try:
         typed(kind, facts, "")
     except ValueError as error:
-        raise UserError("MODEL-067", str(error), where=where, hint=NOT_OURS) from None
+        raise ModelError(str(error), where=where, hint=NOT_OURS) from None
     return facts
 
 

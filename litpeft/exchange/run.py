@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litpeft import __version__
 from litpeft.core.distributed import gather
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import ConfigError, ModelError, NumericError, some
 from litpeft.core.folders import atomic_folder, checkpoint_steps
 from litpeft.core.json import read_json
 from litpeft.core.precision import PRECISIONS
@@ -83,13 +83,13 @@ class Run:
         if self.is_model and self.facts["files"].keys() != (held := Weights(self.folder).headers.keys()):
             odd = some(sorted(self.facts["files"].keys() ^ held))
             what = f"the weights are not in the files that the run wrote: delta.json and the folder differ in {odd}"
-            raise UserError("MODEL-068", what, where=str(self.folder))
+            raise ModelError(what, where=str(self.folder))
         for name, sha256 in self.facts["files"].items():
             path = self.folder / name
             read_header(path)
             if file_sha256(path) != sha256:
                 what = "the file is not the one that the run wrote (sha256 mismatch with delta.json)"
-                raise UserError("MODEL-052", what, where=str(path))
+                raise ModelError(what, where=str(path))
 
     def model_folder(self) -> Path:
         """Returns the folder of a run that is a model by itself; weights and config must be those that it wrote."""
@@ -103,7 +103,7 @@ class Run:
         folder = Path(moved_to) if moved_to else Path(saved["path"])
         if not os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
             hint = "say where it is with --base FOLDER"
-            raise UserError("MODEL-053", f"the run's base model is not at {folder}", where=str(self.folder), hint=hint)
+            raise ModelError(f"the run's base model is not at {folder}", where=str(self.folder), hint=hint)
         refuse_other(folder)
         self.check_config(folder)
         fingerprint = Weights(folder).fingerprint()
@@ -112,7 +112,7 @@ class Run:
                 f"the run was trained on other weights: {folder} has fingerprint {fingerprint[:12]}, "
                 f"the run's base {saved['fingerprint'][:12]}"
             )
-            raise UserError("MODEL-054", what, where=str(self.folder), hint="say where the right base is with --base")
+            raise ModelError(what, where=str(self.folder), hint="say where the right base is with --base")
         return folder
 
     def check_config(self, folder: Path) -> None:
@@ -123,20 +123,20 @@ class Run:
         lines = config_changes(then, config_identity(folder))
         if lines:
             what = f"the model's config is not the one that the run was trained with: {some(lines, '; ')}"
-            raise UserError("MODEL-069", what, where=str(folder / "config.json"), hint=BACK)
+            raise ModelError(what, where=str(folder / "config.json"), hint=BACK)
 
     def text(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
         """Returns tokenizer and template of the model's folder, which must be those that the run was trained with."""
         tokenizer = Tokenizer.load(folder)
         if self.template == "model" and tokenizer.template_hash != self.facts["template"]["sha256"]:
             what = "the base's chat template is not the one that the run was trained with"
-            raise UserError("MODEL-055", what, where=str(folder), hint=BACK)
+            raise ModelError(what, where=str(folder), hint=BACK)
         template = ChatTemplate(tokenizer, self.template, is_setting=False)
         then = self.facts["base"].get("tokenizer")
         lines = [] if then is None else tokenizer_changes(then, tokenizer_identity(template))
         if lines:
             what = f"the tokenizer is not the one that the run was trained with: {'; '.join(lines)}"
-            raise UserError("MODEL-071", what, where=str(folder), hint=BACK)
+            raise ModelError(what, where=str(folder), hint=BACK)
         return tokenizer, template
 
     def standing(self) -> str | None:
@@ -168,7 +168,7 @@ def find_run(path: Path) -> Run | None:
         hint = "it did not finish; train it again"
         if steps and method:
             hint = f"it was stopped after its checkpoint of step {steps[-1]:,}; it goes on with: {go_on(method, path)}"
-        raise UserError("MODEL-056", "this run holds no result (no final/delta.json)", where=str(path), hint=hint)
+        raise ModelError("this run holds no result (no final/delta.json)", where=str(path), hint=hint)
     refuse_other(path)
     read_json(path / "config.json", "config.json of a model")
     return None
@@ -239,7 +239,7 @@ def _whole_model(model: GPT, base: Path, dtype: torch.dtype) -> Iterator[tuple[s
 def _finite(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
-            raise UserError("NUMERIC-050", f"{name} is not finite: nothing was saved", where=str(folder))
+            raise NumericError(f"{name} is not finite: nothing was saved", where=str(folder))
         yield name, tensor
 
 
@@ -266,10 +266,8 @@ def build_run(
     """Returns the model of a run: `build` on the folder of its base, with the delta that it learned."""
     try:
         model = build(base, dtype, run.method(), device, storage)
-    except UserError as error:
-        if not error.code.startswith("CONFIG"):
-            raise
+    except ConfigError as error:
         what = f"{error.where.replace('method', 'settings', 1)}: {error.what}"  # nobody typed them: delta.json says so
-        raise UserError("MODEL-072", what, where=str(run.folder / "delta.json"), hint=NOT_OURS) from None
+        raise ModelError(what, where=str(run.folder / "delta.json"), hint=NOT_OURS) from None
     load_delta(model, run.delta(), str(run.folder))
     return model

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from litpeft.core.errors import UserError, nearest
+from litpeft.core.errors import ConfigError, DataError, UserError, nearest
 from litpeft.core.terminal import tell, write
 from litpeft.generate.engine import Answer
 from litpeft.generate.load import load_model
@@ -56,7 +56,7 @@ def read_message(session: Session, terminal: bool) -> str:
         while terminal and more_is_there():
             lines.append(input())
     except UnicodeDecodeError as error:
-        raise UserError("DATA-403", f"this is not UTF-8: {error}", where="standard input") from None
+        raise DataError(f"this is not UTF-8: {error}", where="standard input") from None
     return "\n".join(lines).strip()
 
 
@@ -67,7 +67,7 @@ def respond(session: Session, message: str, terminal: bool) -> None:
         word, argument = command[1].lower(), (command[2] or "").strip()
         if word not in COMMANDS:
             what = f"there is no command {word}{nearest(word, list(COMMANDS))}; /help lists them"
-            raise UserError("CONFIG-404", what)
+            raise ConfigError(what)
         tell(COMMANDS[word][1](session, argument))
     elif message:
         report(session, session.ask(message, write), terminal)

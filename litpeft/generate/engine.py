@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import DataError
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import tell, write
 from litpeft.data.formats.keys import listed
@@ -94,10 +94,10 @@ def room(model: GPT, prompt: Sequence[int], sampling: Sampling, where: str = "")
     """Returns how many tokens an answer to `prompt` may have; an error if the prompt leaves none."""
     reach = model.reach
     if not prompt:
-        raise UserError("DATA-400", "the prompt is empty: there is no token to continue from", where=where)
+        raise DataError("the prompt is empty: there is no token to continue from", where=where)
     if len(prompt) >= reach:
         what = f"the prompt has {len(prompt)} tokens; the model reaches {reach}, answer included"
-        raise UserError("DATA-401", what, where=where, hint="shorten the prompt")
+        raise DataError(what, where=where, hint="shorten the prompt")
     return min(sampling.max_new_tokens, reach - len(prompt))
 
 
@@ -209,7 +209,7 @@ def prompt_ids(loaded: Loaded, prompt: Prompt, system: str | None) -> list[int]:
         ids = tokenizer.encode(prompt.content)  # raw: BOS first if the model saw plain text so
         return [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id] else ids
     except ValueError as error:
-        raise UserError("DATA-408", str(error), where=prompt.where) from None
+        raise DataError(str(error), where=prompt.where) from None
 
 
 def answer_all(

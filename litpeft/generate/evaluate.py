@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import DataError
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import say, tell
 from litpeft.data.formats.turn import Turn
@@ -78,7 +78,7 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
         try:
             prompts.append(loaded.template.prompt(exchange.before, row.source))
         except ValueError as error:
-            raise UserError("DATA-430", f"the row cannot be asked: {error}", where=row.source) from None
+            raise DataError(f"the row cannot be asked: {error}", where=row.source) from None
     expected = [exchange.expected for exchange in exchanges]
     answers, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size)
     return Score(name, loss, answers, exact, time.perf_counter() - began)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.core.precision import pick_device, pick_precision
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
     run = find_run(Path(path))
     tell_standing(run)
     if base is not None and (run is None or run.is_model):
-        raise UserError("CONFIG-034", "base is for a run with a delta, and this is a model by itself", where="base")
+        raise ConfigError("base is for a run with a delta, and this is a model by itself", where="base")
     storage = None
     if quantize is not None:
         storage_class(quantize, "quantize")
@@ -49,7 +49,7 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
     if storage is not None and run is not None and not run.is_model:
         held = "not quantised" if run.storage is None else f"in {run.storage.key}"
         what = f"the delta was trained on a base that was {held}: that is how it is used"
-        raise UserError("CONFIG-039", what, where="quantize", hint="merge the run first, or leave it out")
+        raise ConfigError(what, where="quantize", hint="merge the run first, or leave it out")
     if run is None:
         folder = Path(path)
         tokenizer = Tokenizer.load(folder)

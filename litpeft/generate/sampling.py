@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 from litpeft.generate.settings import Sampling
 
 
@@ -47,7 +47,7 @@ def next_tokens(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not torch.isfinite(logits.amax(-1)).all():
         hint = "the files may be damaged; 16-true overflows in some models, 32-true does not"
-        raise UserError("MODEL-400", "the model's output is not finite", hint=hint)
+        raise ModelError("the model's output is not finite", hint=hint)
     if sampling.repetition_penalty != 1:
         logits = penalised(logits, history, sampling.repetition_penalty)
     if sampling.temperature == 0:

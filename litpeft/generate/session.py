@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, DataError, UserError
 from litpeft.core.folders import atomic_file
 from litpeft.data.formats.turn import Turn
 from litpeft.data.templates import with_system
@@ -41,11 +41,11 @@ class Session:
         try:
             prompt = self.loaded.template.prompt(with_system([*self.turns, question], self.system))
         except ValueError as error:
-            raise UserError("DATA-409", str(error)) from None
+            raise DataError(str(error)) from None
         reach = self.loaded.model.reach
         if len(prompt) >= reach:
             what = f"the conversation has {len(prompt)} tokens; the model reaches {reach}, its answer included"
-            raise UserError("DATA-402", what, hint="/reset starts anew, /undo drops the last exchange")
+            raise DataError(what, hint="/reset starts anew, /undo drops the last exchange")
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.turns) // 2)
         stop_ids = self.loaded.template.stop_ids
         stream = Stream(self.caches[self.on_base], prompt, self.loaded.tokenizer, sampling, stop_ids)
@@ -73,12 +73,12 @@ class Session:
         try:
             return self.loaded.template.render(with_system([Turn("user", MARK)], self.system)).partition(MARK)[0]
         except ValueError as error:
-            raise UserError("DATA-412", str(error), where="/system") from None
+            raise DataError(str(error), where="/system") from None
 
     def undo(self) -> str:
         """Drops the last exchange; returns what the user had said."""
         if not self.turns:
-            raise UserError("CONFIG-400", "there is nothing to undo", where="/undo")
+            raise ConfigError("there is nothing to undo", where="/undo")
         question, _ = self.turns[-2:]
         del self.turns[-2:]
         return question.content
@@ -86,7 +86,7 @@ class Session:
     def switch(self) -> bool:
         """Lets the other of finetuned model and base answer; returns whether that is the base."""
         if not self.loaded.has_delta:
-            raise UserError("CONFIG-401", "this model has no finetuned part that could be switched off", where="/base")
+            raise ConfigError("this model has no finetuned part that could be switched off", where="/base")
         self.on_base = not self.on_base
         return self.on_base
 
@@ -96,16 +96,16 @@ class Session:
         A file that this conversation has not written is replaced only with `overwrite`.
         """
         if not self.turns:
-            raise UserError("CONFIG-402", "there is nothing to save", where="/save")
+            raise ConfigError("there is nothing to save", where="/save")
         path = Path(name) if name else self.written or Path(f"chat-{datetime.now():%Y%m%d-%H%M%S}.json")
         try:
             path = path.expanduser()
             taken = path.exists() and path.absolute() != self.written
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError("CONFIG-408", f"this is no file name: {error}", where="/save") from None
+            raise ConfigError(f"this is no file name: {error}", where="/save") from None
         if taken and not overwrite:
             hint = f"name another, or replace it: /save --overwrite {path}"
-            raise UserError("CONFIG-403", "the file exists", where=str(path), hint=hint)
+            raise ConfigError("the file exists", where=str(path), hint=hint)
         with atomic_file(path) as handle:
             messages = [{"role": turn.role, "content": turn.content} for turn in with_system(self.turns, self.system)]
             json.dump([{"messages": messages}], handle, ensure_ascii=False, indent=2)

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_choices
 from litpeft.model.delta import Method
 from litpeft.model.gpt import ACTIVATIONS, GPT
@@ -93,7 +93,7 @@ class Bottleneck(Method):
         width, inner = model.config.d_model, model.config.d_model // self.reduction_factor
         if not inner:
             what = f"{self.reduction_factor} is more than {width}, the width of this model"
-            raise UserError("CONFIG-095", what, where="method.reduction_factor")
+            raise ConfigError(what, where="method.reduction_factor")
         for block in model.blocks:
             for place in KINDS[self.kind]:
                 adapter = BottleneckAdapter(width, inner, self.kind, self.activation, self.scale)

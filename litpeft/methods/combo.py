@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.core.json import jsonable
 from litpeft.core.typed import typed
 from litpeft.data.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ class Combo(Method):
             one.attach(model)
         if model.after_embed.virtual_tokens and model.learned_keys:
             what = "two of the methods write the virtual tokens, and one would undo what the other does"
-            raise UserError("CONFIG-098", what, where="method.methods", hint="choose one of them")
+            raise ConfigError(what, where="method.methods", hint="choose one of them")
 
     def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
         for one in self.parts:

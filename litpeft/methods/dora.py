@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.methods.lora import LoRA
 from litpeft.model.affine import Affine
 from litpeft.model.context import Context
@@ -74,7 +74,7 @@ class DoRA(LoRA):
         for name, (linear, shape) in self.shapes(model).items():
             if any(fnmatchcase(f"{name}.weight", glob) for glob in self.unfreeze):
                 what = f"{name}.weight would train, while its norm is a magnitude that dora trains"
-                raise UserError("CONFIG-029", what, where="method.unfreeze", hint="leave it out here or in the targets")
+                raise ConfigError(what, where="method.unfreeze", hint="leave it out here or in the targets")
             linear.slot.add("dora", Decomposed(*shape))
 
     def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.model.delta import Method, linears
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear, LowRankDelta
@@ -76,7 +76,7 @@ class LoRA(Method):
         targets = linears(model, self.targets)
         for glob in self.ranks:
             if not any(fnmatchcase(name, glob) for name in targets):
-                raise UserError("CONFIG-024", f'"{glob}" matches no target', where="method.ranks")
+                raise ConfigError(f'"{glob}" matches no target', where="method.ranks")
         shapes = {}
         for name, linear in targets.items():
             rank = ([self.rank] + [rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)])[-1]

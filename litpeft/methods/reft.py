@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_choices
 from litpeft.methods.lora import LARGEST_RANK
 from litpeft.model.context import Context
@@ -101,7 +101,7 @@ class ReFT(Method):
         blocks, width = model.blocks, model.config.d_model
         if self.rank > width:
             what = f"{self.rank} is more than {width}, the width of this model"
-            raise UserError("CONFIG-096", what, where="method.rank")
+            raise ConfigError(what, where="method.rank")
         layers = range(len(blocks)) if self.layers is None else self.layers
         ends = [("reft", self.first, self.last)]
         if not self.tied:
@@ -109,6 +109,6 @@ class ReFT(Method):
         for layer in layers:
             if not 0 <= layer < len(blocks):
                 what = f"there is no block {layer}; the model has 0 to {len(blocks) - 1}"
-                raise UserError("CONFIG-097", what, where="method.layers")
+                raise ConfigError(what, where="method.layers")
             for name, first, last in ends:
                 blocks[layer].after_block.add(name, Edit(width, self.rank, self.kind, first, last))

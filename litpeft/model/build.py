@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights, is_finite
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method, attach
@@ -29,7 +29,7 @@ def checked_files(folder: Path) -> tuple[ModelConfig, Weights, NameMap]:
     weights = Weights(folder)
     if config.n_layers > len(weights.file_of):  # before so many layers are made
         what = f"config.json{left_out(folder)} says {config.n_layers} layers"
-        raise UserError("MODEL-042", f"{what}, the files hold {len(weights.file_of)} tensors", where=str(folder))
+        raise ModelError(f"{what}, the files hold {len(weights.file_of)} tensors", where=str(folder))
     names = NameMap(name, config)
     names.check(weights)
     return config, weights, names
@@ -128,7 +128,7 @@ def _read(names: NameMap, weights: Weights, ours: str) -> Tensor:
     if not is_finite(tensor):
         file, name = names.found(weights, ours)
         hint = "take the model's files again, or another precision"
-        raise UserError("MODEL-041", f"{name} holds numbers that are not finite", where=str(file), hint=hint)
+        raise ModelError(f"{name} holds numbers that are not finite", where=str(file), hint=hint)
     return tensor
 
 

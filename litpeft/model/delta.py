@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
-from litpeft.core.errors import UserError, nearest, some
+from litpeft.core.errors import ConfigError, ModelError, nearest, some
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import OFF, Delta, Linear, Slot, TiedHead
@@ -62,12 +62,12 @@ def linears(model: GPT, targets: tuple[str, ...], key: str = "method.targets") -
             patterns = list(dict.fromkeys(f"*.{'.'.join(n.split('.')[-2:])}" if "." in n else n for n in layers))
             near = nearest(glob, patterns)
             known = ", ".join(patterns)
-            raise UserError("CONFIG-020", f'"{glob}" matches no linear layer; the model has {known}{near}', where=key)
+            raise ConfigError(f'"{glob}" matches no linear layer; the model has {known}{near}', where=key)
         chosen |= hits
     if any(isinstance(m, TiedHead) for m in chosen.values()):
         hint = "leave the head out of the targets"
         what = "the head of this model is its embedding (tie_embeddings); a delta on it alone would untie them"
-        raise UserError("CONFIG-021", what, where=key, hint=hint)
+        raise ConfigError(what, where=key, hint=hint)
     return chosen
 
 
@@ -86,17 +86,15 @@ def attach(model: GPT, method: Method) -> None:
         if not hits:
             known = ", ".join(dict.fromkeys(f"*.{'.'.join(name.split('.')[-2:])}" for name in names))
             what = f'"{glob}" matches no parameter; the model has {known}'
-            raise UserError("CONFIG-022", what, where="method.unfreeze")
+            raise ConfigError(what, where="method.unfreeze")
         for name in hits:
             parameter = model.get_parameter(name)
             if not parameter.is_floating_point():
                 what = f'"{glob}" matches {name}, which base.quantize holds in codes: those cannot train'
-                raise UserError(
-                    "CONFIG-025", what, where="method.unfreeze", hint="set base.quantize null, or narrow it"
-                )
+                raise ConfigError(what, where="method.unfreeze", hint="set base.quantize null, or narrow it")
             parameter.requires_grad_(True)
     if not trainable(model):
-        raise UserError("CONFIG-023", "this method would train 0 parameters", where="method", hint="give it targets")
+        raise ConfigError("this method would train 0 parameters", where="method", hint="give it targets")
     model.delta_keys = {k for k, v in model.state_dict(keep_vars=True).items() if k not in base or v.requires_grad}
 
 
@@ -140,7 +138,7 @@ def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
         if state[name].shape != own[name].shape
     ]
     if wrong:
-        raise UserError("MODEL-020", f"the delta does not fit this model: {some(wrong, '; ')}", where=where)
+        raise ModelError(f"the delta does not fit this model: {some(wrong, '; ')}", where=where)
     model.base_values = {name: own[name].detach().clone() for name in state if name in model.base_keys}
     copy_into(model, state)
 

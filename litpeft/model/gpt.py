@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights
 from litpeft.model.attention import attend
 from litpeft.model.config import ModelConfig
@@ -193,7 +193,7 @@ class GPT(nn.Module):
         if self.positions is not None:
             if ctx.reach() > self.config.max_positions:
                 what = f"{ctx.reach()} tokens are more than the {self.config.max_positions} positions of this model"
-                raise UserError("MODEL-080", what, hint="give it shorter texts")
+                raise ModelError(what, hint="give it shorter texts")
             x = x + self.positions(ctx.pos).to(x.dtype)
         if self.config.turned:
             pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.model.affine import Affine
 from litpeft.model.context import Context
 from litpeft.model.kernels.low_rank import Factors, add_updates, apply_affines
@@ -80,7 +80,7 @@ class Slot(nn.Module):
         for other, there in self.deltas.items():
             if name == other or self.takes_one or (delta.claims and delta.claims == there.claims):
                 what = f"{name} and {other} want the same place: both {delta.claims or 'go by one name'}"
-                raise UserError("CONFIG-049", what, where="method", hint="choose one of them, or other targets")
+                raise ConfigError(what, where="method", hint="choose one of them, or other targets")
         self.add_module(name, delta)
 
     @property

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError, NumericError, ResourceError, UserError
 from litpeft.core.folders import checkpoint_steps, remove_leftovers, sync, whole_folder
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import file_sha256, read_header, save_tensors
@@ -47,7 +47,7 @@ class Checkpoint:
         """Returns the tensors that were saved under this stem, straight from the file's pages."""
         path = self.folder / f"{stem}.safetensors"
         if path.name not in read_json(self.folder / MANIFEST, "the file")["files"]:  # only those were verified
-            raise UserError("MODEL-622", f"this checkpoint holds no {path.name}", where=str(self.folder))
+            raise ModelError(f"this checkpoint holds no {path.name}", where=str(self.folder))
         return load_file(path)
 
 
@@ -65,7 +65,7 @@ class Checkpoints:
                 remove_leftovers(self.folder / name)
         except OSError as error:
             what = f"what a killed run left cannot be cleared: {error.strerror or error}"
-            raise UserError("RESOURCE-622", what, where=str(self.folder)) from None
+            raise ResourceError(what, where=str(self.folder)) from None
 
     def steps(self) -> list[int]:
         """Returns the steps that there are folders for, in order; what is in them is not looked at."""
@@ -90,13 +90,13 @@ class Checkpoints:
         steps = self.steps()
         if step not in steps:
             what = f"there is no checkpoint of step {step}; there is {', '.join(map(str, steps)) or 'none'}"
-            raise UserError("MODEL-620", what, where=str(self.folder))
+            raise ModelError(what, where=str(self.folder))
         try:
             return self._read(step)
         except ValueError as error:
             others = ", ".join(str(other) for other in steps if other != step)
             hint = f"take another: {others}" if others else "begin the run again"
-            raise UserError("MODEL-621", str(error), where=str(self.folder / folder_name(step)), hint=hint) from None
+            raise ModelError(str(error), where=str(self.folder / folder_name(step)), hint=hint) from None
 
     def save(
         self,
@@ -114,14 +114,14 @@ class Checkpoints:
         bad = next(nonfinite({**tensors, "state": state, "facts": facts}), None)
         if bad:
             what = f"{bad} is not finite at step {step}: no checkpoint is written, the ones before are as they were"
-            raise UserError("NUMERIC-620", what, where=str(self.folder))
+            raise NumericError(what, where=str(self.folder))
         try:
             self._write(step, tensors, state, facts)
         except (OSError, UserError) as error:
             why = error.what if isinstance(error, UserError) else error.strerror or error
             what = f"the checkpoint of step {step} is not written, the ones before are as they were: {why}"
             hint = "make room or give the right to write there, then go on with --resume true"
-            raise UserError("RESOURCE-621", what, where=str(self.folder), hint=hint) from error
+            raise ResourceError(what, where=str(self.folder), hint=hint) from error
         self._prune(step, keep)
 
     def _write(
@@ -264,4 +264,4 @@ def check_disk(folder: Path, needed_bytes: int) -> None:
         need, left, short = (scaled(count, "B") for count in (needed_bytes, free, needed_bytes - free))
         what = f"the checkpoints need {need}, the disk has {left} left: {short} too little"
         hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
-        raise UserError("RESOURCE-620", what, where=str(folder), hint=hint)
+        raise ResourceError(what, where=str(folder), hint=hint)

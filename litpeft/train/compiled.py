@@ -5,7 +5,7 @@ import shutil
 
 import torch
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.model.gpt import GPT, through
 
 
@@ -14,7 +14,7 @@ def check_compiler(device: torch.device) -> None:
     if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
         hint = "install one (Debian and Ubuntu: apt install g++), or set train.compile false"
         what = f"true needs a C++ compiler on {device.type}, and this machine has neither g++ nor clang++"
-        raise UserError("CONFIG-054", what, where="train.compile", hint=hint)
+        raise ConfigError(what, where="train.compile", hint=hint)
 
 
 def compile_blocks(model: GPT, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Stra
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.core.precision import Precision
 from litpeft.model.gpt import GPT
 from litpeft.train.settings import Finetune
@@ -23,11 +23,11 @@ def check_devices(settings: Finetune, precision: Precision, device: torch.device
     """Raises if this machine has not the devices that the settings name, or they cannot train so."""
     if device.type == "cuda" and settings.devices > torch.cuda.device_count():
         what = f"{settings.devices} are asked for, this machine has {torch.cuda.device_count()} GPUs"
-        raise UserError("CONFIG-050", what, where="devices")
+        raise ConfigError(what, where="devices")
     if settings.strategy == "fsdp" and precision.fabric == "16-mixed":
         hint = "take bf16-true or bf16-mixed, or strategy ddp"
         what = "16-mixed scales its gradients, which Fabric does not do over sharded ones"
-        raise UserError("CONFIG-051", what, where="base.precision", hint=hint)
+        raise ConfigError(what, where="base.precision", hint=hint)
 
 
 def make_fabric(settings: Finetune, precision: Precision, device: torch.device) -> Fabric:
@@ -64,7 +64,7 @@ def check_agreement(fabric: Fabric, facts: dict[str, Any]) -> None:
     differ = [key for key in facts if any(one[key] != facts[key] for one in everyones)]
     if differ:
         hint = "give every machine the same files and start it with the same command"
-        raise UserError("CONFIG-053", f"the ranks differ in {', '.join(differ)}", where="devices", hint=hint)
+        raise ConfigError(f"the ranks differ in {', '.join(differ)}", where="devices", hint=hint)
 
 
 def sharder(settings: Finetune, precision: Precision, fabric: Fabric) -> Callable[[GPT], None] | None:

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 
 from litpeft.core.distributed import is_first
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ResourceError, UserError
 from litpeft.core.folders import alone, replaced
 from litpeft.core.memory import out_of_memory
 from litpeft.core.precision import pick_device
@@ -48,7 +48,7 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
         try:
             progress = train(run, signals, began)
         except Exception as error:
-            if not out_of_memory(error) or (isinstance(error, UserError) and error.exit_code == 6):
+            if isinstance(error, ResourceError) or not out_of_memory(error):
                 raise
             longest = max(len(row.ids) for row in run.rows.train)
             raise Shortage(settings, method, run.shapes, run.precision, longest).error(error) from error

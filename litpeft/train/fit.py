@@ -12,7 +12,7 @@ import torch.distributed
 from lightning.fabric import Fabric
 
 from litpeft.core.distributed import gather
-from litpeft.core.errors import UserError
+from litpeft.core.errors import NumericError
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
 from litpeft.data.rows import Row
 from litpeft.model.delta import copy_into, delta_state, todays_names, trainable
@@ -202,7 +202,7 @@ class Trainer:
         loss = mean_loss(self.model, measured, tokens, self.fabric.device, self.fabric)
         if not math.isfinite(loss):
             what = f"the validation loss is {loss} after step {progress.step}: nothing more is trained or saved"
-            raise UserError("NUMERIC-002", what, hint="lower train.lr, or choose another base.precision")
+            raise NumericError(what, hint="lower train.lr, or choose another base.precision")
         progress.validations.append((progress.step, loss))
         exact = self.exact() if validation.metric == "exact" else None
         self.log.validation(progress.step, loss, sum(sum(row.trained) for row in measured), exact)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from litpeft.core.errors import INTERRUPTED, PEER_LOST, STOPPED, UserError
+from litpeft.core.errors import INTERRUPTED, PEER_LOST, STOPPED, ConfigError, ResourceError
 from litpeft.core.terminal import tell
 
 PARENT = "LITPEFT_LAUNCHER"  # in a rank that `launch` started: the process id of its parent
@@ -133,7 +133,7 @@ def exit_code(bad: list[int], passed_on: set[int]) -> int:
 def tell_killed(number: int, by: int) -> None:
     """Prints that a rank was killed by a signal that did not come through this process."""
     hint = "the kernel does this when memory runs out; `dmesg` tells" if by == signal.SIGKILL else ""
-    error = UserError("RESOURCE-640", f"rank {number} was killed by {signal.Signals(by).name}", hint=hint)
+    error = ResourceError(f"rank {number} was killed by {signal.Signals(by).name}", hint=hint)
     tell(f"litpeft: {error}")
 
 
@@ -190,11 +190,11 @@ def rank_environment(devices: int, num_nodes: int) -> dict[str, str]:
     if num_nodes > 1 and missing:
         what = f"with num_nodes {num_nodes} the environment must say {', '.join(missing)}"
         hint = "on every node: MASTER_ADDR and MASTER_PORT of the first node, NODE_RANK counted from 0; or use torchrun"
-        raise UserError("CONFIG-640", what, where="num_nodes", hint=hint)
+        raise ConfigError(what, where="num_nodes", hint=hint)
     node_rank = number_in("NODE_RANK", 0)
     if node_rank >= num_nodes:
         what = f"NODE_RANK is {node_rank}, but with num_nodes {num_nodes} it is at most {num_nodes - 1}"
-        raise UserError("CONFIG-642", what, where="num_nodes")
+        raise ConfigError(what, where="num_nodes")
     # an allocation of SLURM without srun: its tasks are not our ranks, and Fabric would take them for such
     environment.pop("SLURM_NTASKS", None)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -220,7 +220,7 @@ def number_in(name: str, default: int) -> int:
     """Returns the number that an environment variable holds, or `default` where it is not set."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise UserError("CONFIG-641", f"{name} must be a number from 0, got {text!r}", where="environment")
+        raise ConfigError(f"{name} must be a number from 0, got {text!r}", where="environment")
     return int(text)
 
 
@@ -248,7 +248,7 @@ def check_world(devices: int, num_nodes: int) -> None:
     srun = f"srun --nodes={num_nodes} --ntasks-per-node={devices}"
     if slurm and number_in(total, 1) > 1 and each not in os.environ:
         what = f"SLURM started {os.environ[total]} processes without saying how many on each node"
-        raise UserError("CONFIG-644", what, where="devices", hint=f"start them with `{srun}`, not with --ntasks")
+        raise ConfigError(what, where="devices", hint=f"start them with `{srun}`, not with --ntasks")
     wanted = {total: ("devices x num_nodes", devices * num_nodes), each: ("devices", devices)}
     if slurm:
         wanted["SLURM_NNODES"] = ("num_nodes", num_nodes)
@@ -264,7 +264,7 @@ def check_world(devices: int, num_nodes: int) -> None:
     else:
         hint += f"`torchrun --nnodes={num_nodes} --nproc_per_node={devices}`"
     what = f"{starter} started another number of processes than the settings say: {', '.join(wrong)}"
-    raise UserError("CONFIG-643", what, where="devices", hint=hint)
+    raise ConfigError(what, where="devices", hint=hint)
 
 
 def peer_lost(error: BaseException) -> bool:

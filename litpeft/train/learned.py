@@ -8,7 +8,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from litpeft.core.distributed import is_share
-from litpeft.core.errors import UserError
+from litpeft.core.errors import NumericError, UserError
 from litpeft.train.progress import Progress
 
 STILL = 5  # steps in a row without a gradient that end a run
@@ -39,7 +39,7 @@ def no_gradient(progress: Progress, loss: float, vocabulary: int) -> UserError:
     hint = TOO_LARGE
     if not last:
         hint = "the base's activations overflow, or its weights are 0: take its files again, or another base.precision"
-    return UserError("NUMERIC-003", what, hint=hint)
+    return NumericError(what, hint=hint)
 
 
 def sums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
@@ -68,7 +68,7 @@ def check_loss(progress: Progress, loss: float, vocabulary: int) -> None:
     first = progress.losses[0]
     if loss > WORSE * max(first, math.log(vocabulary)):
         what = f"the loss was {first:.3f} in the first step and is {loss:,.3f} after step {progress.step}"
-        raise UserError("NUMERIC-005", f"{what}: a guess among all {vocabulary:,} tokens is better", hint=TOO_LARGE)
+        raise NumericError(f"{what}: a guess among all {vocabulary:,} tokens is better", hint=TOO_LARGE)
 
 
 def check_moved(
@@ -81,4 +81,4 @@ def check_moved(
         hint = "raise train.lr, or hold what trains in float32 (base.precision 32-true, method.master_weights true)"
         if getattr(fabric.strategy.precision, "scaler", None) is not None:
             hint = "each gradient overflowed in float16: take more steps, while its scale falls, or bf16-mixed"
-        raise UserError("NUMERIC-004", what, hint=hint)
+        raise NumericError(what, hint=hint)

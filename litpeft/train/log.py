@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.terminal import clean, tell
 
 COLUMNS = (
@@ -235,9 +235,7 @@ def read_metrics(folder: Path) -> list[dict[str, float | None]]:
     """Returns the rows of a run's metrics.csv, by column; None where a row has no such figure."""
     path = Path(folder) / "metrics.csv"
     if not path.is_file():
-        raise UserError(
-            "CONFIG-502", "there is no metrics.csv here", where=str(folder), hint="name the folder of a run"
-        )
+        raise ConfigError("there is no metrics.csv here", where=str(folder), hint="name the folder of a run")
     return [row for _, row in _rows(path)]
 
 
@@ -246,7 +244,7 @@ def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     if lines and lines[0] != ",".join(COLUMNS):
         what = f'the first line is "{lines[0][:80]}", not the header of litpeft\'s metrics'
-        raise UserError("MODEL-093", what, where=str(path), hint="move that file away, or choose another folder")
+        raise ModelError(what, where=str(path), hint="move that file away, or choose another folder")
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         cells = line.split(",")
@@ -258,7 +256,7 @@ def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
         except ValueError:
             what = f'"{line[:80]}" is not a row of {len(COLUMNS)} numbers'
             hint = "delete that line; every other row is still good"
-            raise UserError("MODEL-094", what, where=f"{path}:{number}", hint=hint) from None
+            raise ModelError(what, where=f"{path}:{number}", hint=hint) from None
         rows.append((line, row))
     return rows
 
@@ -273,5 +271,5 @@ def summary_writer_class() -> Any:
         except ImportError:
             what = "TensorBoard files need a package that is not installed"
             hint = "pip install tensorboardX"
-            raise UserError("CONFIG-500", what, where="tensorboard", hint=hint) from None
+            raise ConfigError(what, where="tensorboard", hint=hint) from None
     return SummaryWriter

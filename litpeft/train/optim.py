@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from litpeft.core.distributed import is_share
-from litpeft.core.errors import UserError, nearest
+from litpeft.core.errors import ConfigError, nearest
 from litpeft.model.delta import trainable
 from litpeft.model.quantize.codes import bitsandbytes
 from litpeft.train.launch import peer_lost
@@ -43,44 +43,44 @@ def make_optimizer(
     library, _, name = train.optimizer.rpartition(".")
     if library not in ("", "bitsandbytes"):
         what = f"{train.optimizer!r} is neither a class of torch.optim nor bitsandbytes.NAME"
-        raise UserError("CONFIG-040", what, where="train.optimizer")
+        raise ConfigError(what, where="train.optimizer")
     module = _bitsandbytes() if library else torch.optim
     known = {n: c for n, c in vars(module).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
     for unfit in ("Optimizer", "LBFGS", "SparseAdam"):  # a base class; wants a closure; wants sparse gradients
         known.pop(unfit, None)
     if name not in known:
         what = f"{module.__name__} has no {name!r}{nearest(name, sorted(known))}"
-        raise UserError("CONFIG-041", what, where="train.optimizer")
+        raise ConfigError(what, where="train.optimizer")
     if train.optimizer.startswith("bitsandbytes.Paged") and torch.device(device).type != "cuda":
         what = f"{name} pages its state between a GPU and the machine's memory, and this run is on {device}"
         hint = f"take bitsandbytes.{name.removeprefix('Paged')}"
-        raise UserError("CONFIG-047", what, where="train.optimizer", hint=hint)
+        raise ConfigError(what, where="train.optimizer", hint=hint)
     takes = inspect.signature(known[name]).parameters
     arguments = dict(train.optimizer_args)
     both = sorted({"lr", "weight_decay"} & set(arguments))
     if both:
         hint = f"set train.{both[0]}"
-        raise UserError("CONFIG-042", f"{both[0]} has a key of its own", where="train.optimizer_args", hint=hint)
+        raise ConfigError(f"{both[0]} has a key of its own", where="train.optimizer_args", hint=hint)
     unknown = sorted(set(arguments) - set(takes))
     if unknown:
         what = f"{name} takes no {unknown[0]!r}{nearest(unknown[0], list(takes))}"
-        raise UserError("CONFIG-043", what, where="train.optimizer_args")
+        raise ConfigError(what, where="train.optimizer_args")
     if train.weight_decay and "weight_decay" not in takes:
-        raise UserError("CONFIG-044", f"{name} has no weight decay", where="train.weight_decay")
+        raise ConfigError(f"{name} has no weight decay", where="train.weight_decay")
     if "weight_decay" in takes:
         arguments["weight_decay"] = train.weight_decay
     if name in ("Adam", "AdamW") and not library and not scaled and not {"fused", "foreach"} & set(arguments):
         arguments["fused"] = True  # one pass over each tensor instead of one for each operation
     if scaled and arguments.get("fused"):
         what = "base.precision 16-mixed scales its gradients, which a fused optimiser cannot clip"
-        raise UserError("CONFIG-048", what, where="train.optimizer_args", hint="leave fused out")
+        raise ConfigError(what, where="train.optimizer_args", hint="leave fused out")
     every = list(parameters)
     matrices, vectors = ([p for p in every if (p.ndim > 1) == many] for many in (True, False))
     groups = [{"params": matrices}, {"params": vectors} | ({"weight_decay": 0.0} if "weight_decay" in takes else {})]
     try:
         optimizer = known[name]([group for group in groups if group["params"]], lr=train.lr, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError("CONFIG-045", f"{name} refuses: {error}", where="train.optimizer_args") from None
+        raise ConfigError(f"{name} refuses: {error}", where="train.optimizer_args") from None
     _check_step(optimizer)
     return optimizer
 
@@ -118,11 +118,11 @@ def _check_step(optimizer: torch.optim.Optimizer) -> None:
             name, why = type(optimizer).__name__, " ".join(str(error).split())[:160]
             what = f"{name} cannot step on {'the shares of strategy fsdp' if shared else 'what this trains'}: {why}"
             hint = "take AdamW, or another of torch.optim" + (", or strategy ddp" if shared else "")
-            raise UserError("CONFIG-052", what, where="train.optimizer", hint=hint) from None
+            raise ConfigError(what, where="train.optimizer", hint=hint) from None
 
 
 def _bitsandbytes() -> ModuleType:
     try:
         return bitsandbytes().optim
     except ImportError as error:
-        raise UserError("CONFIG-046", f"bitsandbytes cannot be used: {error}", where="train.optimizer") from None
+        raise ConfigError(f"bitsandbytes cannot be used: {error}", where="train.optimizer") from None

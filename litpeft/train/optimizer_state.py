@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from litpeft.core.distributed import copy_shard, gather
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import ModelError, some
 
 
 def optimizer_tensors(
@@ -64,7 +64,7 @@ def load_optimizer(
     if wrong:
         what = f"the saved state is not of this optimizer over these parameters: {some(wrong, '; ')}"
         hint = "resume with the method, train.optimizer and train.optimizer_args that the run began with"
-        raise UserError("MODEL-623", what, where=where, hint=hint)
+        raise ModelError(what, where=where, hint=hint)
     for name, parameter in parameters:
         if values[name] is not None:
             optimizer.state[parameter] = filled(states[name], name, tensors, plain)

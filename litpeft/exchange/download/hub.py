@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from litpeft.core.checksums import CHECKSUMS
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError
 from litpeft.core.folders import alone, check_place
 from litpeft.core.terminal import say, tell
 from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
@@ -85,7 +85,7 @@ def _repo_id(source: str) -> str:
     if os.path.exists(source):  # Path.exists would raise for a name that is too long
         hint += "; a model on this disk needs no download (GGUF and .bin: see `litpeft convert --help`)"
     source = re.sub(r"//[^/@]*@", "//", source)  # an address may hold a password
-    raise UserError("CONFIG-101", f"{source!r} is not the id of a hub repository", where="source", hint=hint)
+    raise ConfigError(f"{source!r} is not the id of a hub repository", where="source", hint=hint)
 
 
 def _listing(repo: str, revision: str | None) -> tuple[str | None, dict[str, "RepoFile"]]:
@@ -101,15 +101,15 @@ def _listing(repo: str, revision: str | None) -> tuple[str | None, dict[str, "Re
         if pickles := sorted(filter(PICKLES.fullmatch, tree)):
             what = f"holds only pickled weights ({', '.join(pickles[:3])}), which can run code when they are opened"
             hint = "download them, config.json and the tokenizer files by hand, then `litpeft convert FOLDER OUT`"
-            raise UserError("MODEL-105", what, where=repo, hint=hint)
+            raise ModelError(what, where=repo, hint=hint)
         if ggufs := sorted(name for name in tree if name.endswith(".gguf")):
             what = f"holds no safetensors, only GGUF files: {', '.join(ggufs[:8])}"
             hint = "download one of them by hand, then `litpeft convert FILE.gguf OUT`"
-            raise UserError("MODEL-106", what, where=repo, hint=hint)
-        raise UserError("MODEL-107", "holds no safetensors at its top level", where=repo, hint="choose another model")
+            raise ModelError(what, where=repo, hint=hint)
+        raise ModelError("holds no safetensors at its top level", where=repo, hint="choose another model")
     if "config.json" not in chosen:
         hint = "it is an adapter: download its base model" if "adapter_config.json" in tree else "choose another model"
-        raise UserError("MODEL-108", "holds no config.json, so it is not a whole model", where=repo, hint=hint)
+        raise ModelError("holds no config.json, so it is not a whole model", where=repo, hint=hint)
     return commit, {name: tree[name] for name in chosen}
 
 
@@ -136,11 +136,11 @@ def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pend
     hint = "give another --out, or delete the folder"
     if others := sorted(set(model_files(here)).difference(expected)):
         what = f"already holds {', '.join(others[:3])}, which is not a part of {repo}"
-        raise UserError("CONFIG-102", what, where=str(folder), hint=hint)
+        raise ConfigError(what, where=str(folder), hint=hint)
     changed = sorted(here.intersection(pending))
     if changed and not (folder / ".cache" / "huggingface").is_dir():
         what = f"already holds another {changed[0]} than {repo}"
-        raise UserError("CONFIG-103", what, where=str(folder), hint=hint)
+        raise ConfigError(what, where=str(folder), hint=hint)
     for name in changed:
         say(f"{folder / name}: not as the hub has it, will be replaced")
 
@@ -169,7 +169,7 @@ def _transfer(settings: Download, commit: str | None, folder: Path, pending: lis
             tell(f"{told}: attempt {attempt + 1} of {ATTEMPTS} in {2**attempt} s")
             time.sleep(2**attempt)
     hint = "run the same command again: finished files are kept"
-    raise UserError("RESOURCE-103", f"{told} after {ATTEMPTS} attempts", where=str(folder), hint=hint)
+    raise ResourceError(f"{told} after {ATTEMPTS} attempts", where=str(folder), hint=hint)
 
 
 def _verify(path: Path, file: "RepoFile") -> None:
@@ -177,7 +177,7 @@ def _verify(path: Path, file: "RepoFile") -> None:
     if difference := _difference(path, file):
         path.unlink(missing_ok=True)
         hint = "the file was deleted: run the same command again; if it stays, do not trust this source"
-        raise UserError("MODEL-109", f"not what the hub lists: {difference}", where=str(path), hint=hint)
+        raise ModelError(f"not what the hub lists: {difference}", where=str(path), hint=hint)
 
 
 def _told(error: BaseException) -> str:
@@ -199,16 +199,16 @@ def _refusal(error: Exception, settings: Download) -> UserError | None:
     login = "set HF_TOKEN or log in with `hf auth login`"
     if isinstance(error, GatedRepoError):  # first: it is a RepositoryNotFoundError too
         hint = f"accept its terms on the model's page, then {login} as the same user"
-        return UserError("MODEL-110", f"the model is gated and the hub refuses you ({status})", where=where, hint=hint)
+        return ModelError(f"the model is gated and the hub refuses you ({status})", where=where, hint=hint)
     if isinstance(error, RepositoryNotFoundError):
         hint = f"check the spelling; for a private repository {login}"
-        return UserError("MODEL-111", "the hub has no such repository, or it is private", where=where, hint=hint)
+        return ModelError("the hub has no such repository, or it is private", where=where, hint=hint)
     if isinstance(error, RevisionNotFoundError):
         what = f"the repository has no revision {settings.revision!r}"
-        return UserError("MODEL-112", what, where=where, hint="give a branch, a tag or a full commit")
+        return ModelError(what, where=where, hint="give a branch, a tag or a full commit")
     if status in (401, 403):
         hint = f"the token in use is not valid or may not read this model: {login} anew, or unset HF_TOKEN"
-        return UserError("MODEL-113", f"the hub refuses the request ({status})", where=where, hint=hint)
+        return ModelError(f"the hub refuses the request ({status})", where=where, hint=hint)
     return None
 
 
@@ -218,7 +218,7 @@ def _unreachable(error: Exception, settings: Download, folder: Path) -> Path:
 
     what = f"cannot reach the hub at {urlsplit(constants.ENDPOINT).hostname} ({_told(error)})"
     hint = "check the network, the proxy variables, HF_ENDPOINT and HF_HUB_OFFLINE, then run the same command again"
-    failure = UserError("RESOURCE-104", what, where=settings.source, hint=hint)
+    failure = ResourceError(what, where=settings.source, hint=hint)
     # Only the default folder, for the default revision, is known to hold what was asked for.
     tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if settings.out or settings.revision or not tokenizer:

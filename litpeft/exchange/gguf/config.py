@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 
 LARGEST_WIDTH = 1 << 20
 LARGEST_CONTEXT = 1 << 31
@@ -25,20 +25,20 @@ def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any], path: Path) 
     refuse_unknown(values, path)
     embedding = stored.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise UserError("MODEL-222", "there is no matrix token_embd.weight", where=str(path))
+        raise ModelError("there is no matrix token_embd.weight", where=str(path))
     layers = number(values, "block_count", int, path)
     if layers > len(stored):
-        raise UserError("MODEL-223", f"{len(stored)} tensors cannot be {layers} layers", where=str(path))
+        raise ModelError(f"{len(stored)} tensors cannot be {layers} layers", where=str(path))
     width, heads = number(values, "embedding_length", int, path), number(values, "attention.head_count", int, path)
     kv_heads = number(values, "attention.head_count_kv", int, path, heads)
     head_dim = number(values, "attention.key_length", int, path, max(width // heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if (other := number(values, key, int, path, head_dim)) != head_dim:
             what = f"llama.{key} = {other}: a Hugging Face Llama needs it to be the size of a head, {head_dim}"
-            raise UserError("MODEL-224", what, where=str(path))
+            raise ModelError(what, where=str(path))
     if head_dim % 2 or heads % kv_heads or heads * head_dim > LARGEST_WIDTH:
         what = f"{heads} query and {kv_heads} key/value heads of size {head_dim} do not make an attention"
-        raise UserError("MODEL-225", what, where=str(path))
+        raise ModelError(what, where=str(path))
     theta = single(number(values, "rope.freq_base", float, path, 10000.0))
     scaling = rope_scaling(values, stored, theta, head_dim, path)
     return {
@@ -70,7 +70,7 @@ def refuse_unknown(values: Mapping[str, Any], path: Path) -> None:
     unknown = [key for key in unknown if not (key.startswith("llama.expert") and values[key] == 0)]
     if unknown:
         what = f"a Hugging Face Llama cannot express {', '.join(f'{key} = {values[key]}' for key in unknown[:5])}"
-        raise UserError("MODEL-226", what, where=str(path))
+        raise ModelError(what, where=str(path))
 
 
 def number(values: Mapping[str, Any], key: str, kind: type, path: Path, default: Any = None) -> Any:
@@ -81,7 +81,7 @@ def number(values: Mapping[str, Any], key: str, kind: type, path: Path, default:
         return value
     allowed = "a positive number" if kind is float else f"an integer from 1 to {top}"
     what = f"llama.{key} must be {allowed}, got {value}"
-    raise UserError("MODEL-227", what, where=str(path), hint="the header is damaged, or of a model that is no Llama")
+    raise ModelError(what, where=str(path), hint="the header is damaged, or of a model that is no Llama")
 
 
 def single(value: float) -> float:
@@ -96,7 +96,7 @@ def rope_scaling(
     kind = values.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in values else "none")
     if kind not in ("none", "linear"):
         what = f"rope scaling {kind!r} is not supported; convert reads none, linear and llama3"
-        raise UserError("MODEL-228", what, where=str(path))
+        raise ModelError(what, where=str(path))
     frequencies = stored.get("rope_freqs.weight")
     if frequencies is None:
         if kind == "none":
@@ -106,7 +106,7 @@ def rope_scaling(
         return None if factor == 1 else {"rope_type": "linear", "type": "linear", "factor": factor}
     factors = np.asarray(frequencies.data)
     if factors.shape != (head_dim // 2,) or factors.dtype != np.float32 or not np.isfinite(factors).all():
-        raise UserError("MODEL-229", f"rope_freqs.weight must be {head_dim // 2} finite float32", where=str(path))
+        raise ModelError(f"rope_freqs.weight must be {head_dim // 2} finite float32", where=str(path))
     if kind == "none" and (factors == 1).all():
         return None
     factor = single(factors.max())
@@ -121,7 +121,7 @@ def rope_scaling(
                 "original_max_position_embeddings": original,
             }
     what = "rope_freqs.weight is no llama3 scaling (low_freq_factor 1, high_freq_factor 4, any power of 2 positions)"
-    raise UserError("MODEL-230", what, where=str(path))
+    raise ModelError(what, where=str(path))
 
 
 def llama3(theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:

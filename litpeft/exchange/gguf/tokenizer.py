@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from litpeft.core.errors import UserError, nearest
+from litpeft.core.errors import ModelError, nearest
 from litpeft.data.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, merges_of
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -49,23 +49,23 @@ class GgufTokenizer:
             what = (
                 f"{len(self.tokens)} tokens ({len(self.vocab)} different) and {len(types)} types for {rows} embeddings"
             )
-            raise UserError("MODEL-231", what, where=str(path), hint="the header is damaged")
+            raise ModelError(what, where=str(path), hint="the header is damaged")
         self.kind = values.get("tokenizer.ggml.model")
         self.pre = SAME.get(values.get("tokenizer.ggml.pre"), values.get("tokenizer.ggml.pre"))
         if self.kind not in ("gpt2", "llama"):
             what = f"tokenizer.ggml.model {self.kind!r} is not supported; convert reads gpt2 and llama"
-            raise UserError("MODEL-232", what, where=str(path))
+            raise ModelError(what, where=str(path))
         if self.kind == "gpt2" and self.pre not in SPLITS:
             known = [*SPLITS, *SAME]
             what = f"tokenizer.ggml.pre {self.pre!r} is not supported; convert reads {', '.join(known)}"
-            raise UserError("MODEL-233", what + nearest(str(self.pre), known), where=str(path))
+            raise ModelError(what + nearest(str(self.pre), known), where=str(path))
         default = (1, 2, 0) if self.kind == "llama" else (None, None, None)
         self.bos, self.eos, self.unknown = map(self._id, ("bos", "eos", "unknown"), default)
         self.pad = self._id("padding")
         self.ids = {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
         self.template = values.get("tokenizer.chat_template")
         if not isinstance(self.template, str | None):
-            raise UserError("MODEL-234", "tokenizer.chat_template is no text", where=str(path))
+            raise ModelError("tokenizer.chat_template is no text", where=str(path))
         self.tokenizer = self._build()
 
     def summary(self) -> str:
@@ -135,7 +135,7 @@ class GgufTokenizer:
             return
         if any(":" in token or "$" in token for token in bos + eos):
             what = f"{' '.join(bos + eos)} cannot be added to a text by a tokenizer.json"
-            raise UserError("MODEL-235", what, where=str(self.path))
+            raise ModelError(what, where=str(self.path))
         pair = [*bos, "$A", *eos, *(f"{token}:1" for token in bos), "$B:1", *(f"{token}:1" for token in eos)]
         ids = [(token, self.vocab[token]) for token in dict.fromkeys(bos + eos)]
         tokenizer.post_processor = TemplateProcessing(single=[*bos, "$A", *eos], pair=pair, special_tokens=ids)
@@ -146,7 +146,7 @@ class GgufTokenizer:
         for idx, merge in enumerate(merges):
             if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocab.keys():
                 what = f"merge {idx}, {' '.join(merge)!r}, does not join two tokens to a third"
-                raise UserError("MODEL-236", what, where=str(self.path), hint="the header is damaged")
+                raise ModelError(what, where=str(self.path), hint="the header is damaged")
         return merges
 
     def _merges_of_scores(self) -> list[tuple[str, str]]:
@@ -154,7 +154,7 @@ class GgufTokenizer:
         scores = self._list("scores", float)
         if len(scores) != len(self.tokens):
             what = f"{len(scores)} scores for {len(self.tokens)} tokens"
-            raise UserError("MODEL-237", what, where=str(self.path), hint="the header is damaged")
+            raise ModelError(what, where=str(self.path), hint="the header is damaged")
         pieces = {token: idx for token, idx in self.vocab.items() if self.types[idx] == NORMAL}
         return merges_of(sorted(pieces, key=lambda token: (-scores[pieces[token]], pieces[token])))
 
@@ -162,7 +162,7 @@ class GgufTokenizer:
         value = self.values.get(f"tokenizer.ggml.{key}")
         if not isinstance(value, list) or not value or not all(type(entry) is kind for entry in value):
             what = f"tokenizer.ggml.{key} must be a list of {kind.__name__}"
-            raise UserError("MODEL-238", what, where=str(self.path), hint="the header is damaged, or has no tokenizer")
+            raise ModelError(what, where=str(self.path), hint="the header is damaged, or has no tokenizer")
         return value
 
     def _id(self, name: str, default: int | None = None) -> int | None:
@@ -171,12 +171,12 @@ class GgufTokenizer:
         if value is None or (type(value) is int and 0 <= value < len(self.tokens)):
             return value
         what = f"tokenizer.ggml.{name}_token_id is {value}, but there are {len(self.tokens)} tokens"
-        raise UserError("MODEL-251", what, where=str(self.path), hint="the header is damaged")
+        raise ModelError(what, where=str(self.path), hint="the header is damaged")
 
     def _flag(self, name: str, default: bool) -> bool:
         value = self.values.get(f"tokenizer.ggml.{name}", default)
         if type(value) is not bool:
-            raise UserError("MODEL-250", f"tokenizer.ggml.{name} must be a flag, got {value}", where=str(self.path))
+            raise ModelError(f"tokenizer.ggml.{name} must be a flag, got {value}", where=str(self.path))
         return value
 
     def _adds(self, name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from litpeft.core.errors import UserError, nearest
+from litpeft.core.errors import ModelError, nearest
 from litpeft.exchange.gguf.config import hf_config
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
 
@@ -83,9 +83,9 @@ class GgufFile:
                 self.values = {name: field.contents() for name, field in self.reader.fields.items()}
         except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
             what = f"not a whole GGUF file: {error}"
-            raise UserError("MODEL-210", what, where=str(path), hint="download or copy it again") from None
+            raise ModelError(what, where=str(path), hint="download or copy it again") from None
         except OSError as error:
-            raise UserError("MODEL-211", f"cannot be read: {error.strerror}", where=str(path)) from None
+            raise ModelError(f"cannot be read: {error.strerror}", where=str(path)) from None
         self.stored = {tensor.name: tensor for tensor in self.reader.tensors}
         self._check_kind()
         self._check_layout()
@@ -125,12 +125,12 @@ class GgufFile:
         if odd:
             here, gone = [n for n in odd if n in self.stored], [n for n in odd if n not in self.stored]
             what = f"{len(gone)} tensors missing ({', '.join(gone[:3])}), {len(here)} unknown ({', '.join(here[:3])})"
-            raise UserError("MODEL-212", what, where=str(self.path), hint="the header and the tensors disagree")
+            raise ModelError(what, where=str(self.path), hint="the header and the tensors disagree")
         for stored, name in theirs.items():
             tensor = self.stored[stored]
             shape = tuple(int(size) for size in reversed(tensor.shape))
             if shape != shapes[name]:
-                raise UserError("MODEL-213", f"{stored} is {shape}, expected {shapes[name]}", where=str(self.path))
+                raise ModelError(f"{stored} is {shape}, expected {shapes[name]}", where=str(self.path))
             values = torch.empty(shape, dtype=dtype)
             rows, data = values.view(-1, shape[-1]), np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
             for at in range(0, len(rows), step := max(1, PIECE // shape[-1])):
@@ -155,22 +155,22 @@ class GgufFile:
         if name not in ARCHITECTURES:
             what = f"architecture {name!r} is not supported; convert reads {', '.join(ARCHITECTURES)}"
             hint = "take the Hugging Face edition of the model, which needs no conversion"
-            raise UserError("MODEL-214", what + nearest(str(name), list(ARCHITECTURES)), where=where, hint=hint)
+            raise ModelError(what + nearest(str(name), list(ARCHITECTURES)), where=where, hint=hint)
         kind = self.values.get("general.type", "model")
         if kind != "model":
-            raise UserError("MODEL-215", f"holds {kind!r}, not a model", where=where)
+            raise ModelError(f"holds {kind!r}, not a model", where=where)
         if self.values.get("split.count", 0) not in (0, 1):
             hint = "join them first with llama.cpp's `llama-gguf-split --merge`"
-            raise UserError("MODEL-216", f"one of {self.values['split.count']} parts", where=where, hint=hint)
+            raise ModelError(f"one of {self.values['split.count']} parts", where=where, hint=hint)
         if self.reader.endianess != gguf.GGUFEndian.LITTLE:
-            raise UserError("MODEL-217", "written for a big-endian machine", where=where)
+            raise ModelError("written for a big-endian machine", where=where)
         for type_ in {tensor.tensor_type for tensor in self.reader.tensors}:
             try:
                 gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
             except NotImplementedError:
                 what = f"tensors of type {type_.name} cannot be read"
                 hint = "take another quantisation of the model, such as Q8_0 or Q4_K_M"
-                raise UserError("MODEL-219", what, where=where, hint=hint) from None
+                raise ModelError(what, where=where, hint=hint) from None
 
     def _check_layout(self) -> None:
         """Refuses a file whose tensors do not lie one behind the other up to its end, as the format asks."""
@@ -178,12 +178,12 @@ class GgufFile:
         for tensor in self.reader.tensors:
             if tensor.data_offset != end:
                 what = f"{tensor.name} lies at byte {tensor.data_offset}, expected {end}"
-                raise UserError("MODEL-220", what, where=str(self.path), hint="download or copy it again")
+                raise ModelError(what, where=str(self.path), hint="download or copy it again")
             last = end + tensor.n_bytes
             end = -(-last // alignment) * alignment
         if self.stored and not last <= len(self.reader.data) <= end:
             what = f"has {len(self.reader.data)} bytes, but its tensors end at {last}"
-            raise UserError("MODEL-221", what, where=str(self.path), hint="download or copy it again")
+            raise ModelError(what, where=str(self.path), hint="download or copy it again")
 
 
 def rows_in_halves(values: "Tensor", head_dim: int) -> "Tensor":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from litpeft.core.errors import UserError, some
+from litpeft.core.errors import ModelError, some
 from litpeft.core.safetensors import DTYPES, Weights
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import Place, family, split_name
@@ -84,7 +84,7 @@ class NameMap:
         missing = [ours for theirs in left for ours in self.parts[theirs] if ours not in waiting.get(theirs, {})]
         if missing:
             what = f"the files would not be a whole model: {some(missing)} missing"
-            raise UserError("MODEL-070", what, where=where)
+            raise ModelError(what, where=where)
 
     def check(self, weights: Weights) -> None:
         """Raises unless the files hold exactly the tensors that the config asks for, in those shapes."""
@@ -111,13 +111,13 @@ class NameMap:
         if wrong:
             what = f"the weights do not fit config.json{left_out(weights.folder)}: {some(sorted(wrong), '; ')}"
             hint = "they seem to be quantised: take the model's plain weights" if packed else ""
-            raise UserError("MODEL-040", what, where=str(weights.folder), hint=hint)
+            raise ModelError(what, where=str(weights.folder), hint=hint)
 
     def _known(self, ours: str, where: str) -> str:
         """Returns the file's name of a parameter that the plain model has."""
         if ours not in self.ours:
             what = f"the method adds {ours}, which this family's files have no place for"
-            raise UserError("MODEL-062", what, where=where)
+            raise ModelError(what, where=where)
         return self.file_name(ours)
 
     def _place(self, ours: str) -> Place:

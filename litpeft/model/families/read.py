@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
 from litpeft.core.recognise import refuse_other
 from litpeft.model.config import ModelConfig
@@ -16,15 +16,13 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
     hf = read_json(path, "config.json of a model")
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(
-            "MODEL-004", f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=str(path)
-        )
+        raise ModelError(f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=str(path))
     try:
         return name, family(name).config(hf)
     except KeyError as error:
-        raise UserError("MODEL-006", f"the key {error} is missing", where=str(path)) from None
+        raise ModelError(f"the key {error} is missing", where=str(path)) from None
     except ValueError as error:
-        raise UserError("MODEL-007", str(error), where=str(path)) from None
+        raise ModelError(str(error), where=str(path)) from None
 
 
 def left_out(folder: Path) -> str:

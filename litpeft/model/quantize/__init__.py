@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from importlib import import_module
 
-from litpeft.core.errors import UserError, nearest
+from litpeft.core.errors import ConfigError, nearest
 
 STORAGES = {
     "nf4": (
@@ -19,7 +19,7 @@ def storage_class(name: str, key: str = "base.quantize") -> type:
     """Returns the Linear of a storage; imports its file, and so torch. `key` is the setting that names it."""
     if name not in STORAGES:
         what = f"{name!r} is not one of {', '.join(STORAGES)}{nearest(name, list(STORAGES))}"
-        raise UserError("CONFIG-600", what, where=key)
+        raise ConfigError(what, where=key)
     module, _, cls = STORAGES[name][0].partition(":")
     return getattr(import_module(module), cls)
 

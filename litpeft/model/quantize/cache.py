@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from litpeft import __version__
-from litpeft.core.errors import UserError
+from litpeft.core.errors import ModelError, UserError
 from litpeft.core.folders import atomic_folder
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import file_sha256, read_header, save_tensors
@@ -54,7 +54,7 @@ class Cache:
         except OSError as error:
             what = f"the packed weights cannot be written: {error.strerror or error}"
             hint = "make room there, or train without keeping them"
-            raise UserError("MODEL-600", what, where=str(self.folder), hint=hint) from None
+            raise ModelError(what, where=str(self.folder), hint=hint) from None
 
     def _reason(self) -> str | None:
         """Returns why the folder cannot be used, or None if it can."""
@@ -77,5 +77,5 @@ class Cache:
         plain = self.folder.is_dir() and not self.folder.is_symlink()
         if not plain or any(file.name not in FILES for file in self.folder.iterdir()):
             what = f"there is more than {' and '.join(FILES)}, which litpeft did not write: it is not replaced"
-            raise UserError("MODEL-601", what, where=str(self.folder), hint="move it away")
+            raise ModelError(what, where=str(self.folder), hint="move it away")
         shutil.rmtree(self.folder)
