@@ -354,6 +354,8 @@ def test_an_error_names_five_bad_rows_and_counts_the_others(tmp_path, tokenizer,
     assert f"{path}:6" not in told
     assert "and 3 more" in told
     assert "8 bad rows" in told
+    with pytest.raises(UserError, match="hint: 1 bad row to put right, or to leave out"):
+        read(tokenizer, template, write_jsonl(tmp_path / "one.jsonl", [{"instruction": "a"}, alpaca(1)]))
 
 
 def test_what_the_template_refuses_is_a_bad_row(tmp_path):
@@ -395,7 +397,7 @@ def test_a_row_of_megabytes_is_a_long_row_like_any_other(tmp_path, tokenizer, te
     with pytest.raises(UserError) as error:
         read(tokenizer, template, path)
     assert error.value.exit_code == 3
-    assert f"1 rows are longer than 2,048 tokens: {path}:2 (" in str(error.value)
+    assert f"1 row longer than 2,048 tokens: {path}:2 (" in str(error.value)
     for wish in ({"bad_rows": "skip", "overlong": "drop"}, {"overlong": "drop"}):
         data = read(tokenizer, template, path, **wish)
         assert [row.source for row in data.train] == [f"{path}:1", f"{path}:3"]
@@ -412,7 +414,7 @@ def test_rows_that_are_too_long_are_an_error_that_names_them(long_rows, tokenize
         read(tokenizer, template, long_rows, max_length=100)
     lengths = {row.source: len(row.ids) for row in read(tokenizer, template, long_rows).train}
     named = ", ".join(f"{source} ({n})" for source, n in lengths.items() if n > 100)
-    assert f"3 rows are longer than 100 tokens: {named}" in str(error.value)
+    assert f"3 rows longer than 100 tokens: {named}" in str(error.value)
     with pytest.raises(UserError, match="longer than 90 tokens"):
         read(tokenizer, template, long_rows, max_positions=90)
 
@@ -423,7 +425,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted(long_rows, tokenizer, te
     assert len(data.report.dropped) == 3
     whole = {row.source: len(row.ids) for row in read(tokenizer, template, long_rows).train}
     named = ", ".join(f"{where} ({n} tokens, of at most 100)" for where, n in whole.items() if n > 100)
-    assert f"warning: 3 rows are longer than 100 tokens and are left out: {named}; the run's" in str(data.report)
+    assert f"warning: 3 rows longer than 100 tokens, left out: {named}; the run's" in str(data.report)
     assert [bad.where for bad in data.rejected] == [where for where, n in whole.items() if n > 100]
     for seed in range(9):  # in the file's order, though a split has taken them apart
         data = read(tokenizer, template, long_rows, max_length=100, overlong="drop", validation_split=0.5, seed=seed)
@@ -464,7 +466,7 @@ def test_the_report_counts_what_there_is(tmp_path, tokenizer, template):
     assert counts.trained == sum(sum(row.trained) for row in data.train)
     told = str(data.report)
     assert f"15 rows, {counts.tokens:,} tokens, {counts.trained} trained ({counts.trained / counts.tokens:.1%})" in told
-    assert f"{data.report.duplicates} of the held-out rows are among the rows to train on" in told
+    assert "the rows to train on hold 1 held-out row\n" in f"{told}\n"
     assert "end-of-turn token trained in 100.0% of the rows" in told
 
 

@@ -53,7 +53,7 @@ def test_a_base_is_refused_where_nothing_would_read_it(tiny_folder, tmp_path, ca
         evaluate(Evaluate(str(run), str(rows), base=str(moved), max_rows=1, max_new_tokens=1))
     finally:
         shutil.move(hidden, tiny_folder)
-    assert re.search("1 rows +base +finetuned", capsys.readouterr().out)
+    assert re.search("1 row +base +finetuned", capsys.readouterr().out)
 
 
 def test_the_base_of_a_full_run_is_held_as_its_result_is(tiny_folder, tmp_path, capsys) -> None:

@@ -153,7 +153,7 @@ def test_another_method_base_or_rows_are_refused(finished, tiny_folder, tmp_path
     assert f"other base weights: those of {tiny_folder} then, of {other} now" in said
     said = refusal(capsys, tiny_folder, finished, {"data.path": rows})[1]
     assert f'other rows: data.path: "{finished.parent / "data"}" -> "{rows}"' in said
-    assert re.search(r"held-out rows: 2 rows, \d+ tokens, \d+ trained -> 1 rows, \d+ tokens", said)
+    assert re.search(r"held-out rows: 2 rows, \d+ tokens, \d+ trained -> 1 row, \d+ tokens", said)
     assert content(finished) == before
 
 

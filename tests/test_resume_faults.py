@@ -253,7 +253,7 @@ def in_gradient(loss: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
-    [(lambda loss: loss * torch.nan, "the loss of rows"), (in_gradient, "the gradient of blocks.0")],
+    [(lambda loss: loss * torch.nan, "the loss of row "), (in_gradient, "the gradient of blocks.0")],
     ids=["loss", "gradient"],
 )
 def test_what_is_not_finite_ends_the_run_before_its_step(
@@ -268,7 +268,7 @@ def test_what_is_not_finite_ends_the_run_before_its_step(
     error = capsys.readouterr().err
     assert stop.value.code == 5
     assert f"step 3: {said}" in error
-    assert error.count("train.jsonl:") == ("rows" in said)  # of four rows in that step
+    assert error.count("train.jsonl:") == ("row" in said)  # of four rows in that step
     assert newest(run).step == 2
     assert not (run / "final").exists()
     assert not leftovers(run)

@@ -318,6 +318,6 @@ def test_a_row_of_megabytes_is_named_and_left_out_at_once(tmp_path, suffix, larg
         assert [row.source[-2:] for row in found.train] == [":1", ":3"]
         assert [bad.where[-2:] for bad in found.rejected] == [":2"]
         assert said in found.rejected[0].reason
-    with pytest.raises(UserError, match="leave them out with data.bad_rows skip") as error:
+    with pytest.raises(UserError, match="1 bad row to put right, or to leave out with data.bad_rows skip") as error:
         load_dataset(Data(str(path), None, 0.0), tokenizer, ChatTemplate(tokenizer), 512)
     assert error.value.where == f"{path}:2"

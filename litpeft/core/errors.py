@@ -86,6 +86,11 @@ def nearest(word: str, options: list[str]) -> str:
     return f' (did you mean "{hits[0]}"?)' if hits else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: `1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def some(names: list[str], between: str = ", ") -> str:
     """Returns at most five names as text, and how many more there are."""
     return between.join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

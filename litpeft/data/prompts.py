@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import ConfigError, DataError, quoted, some
+from litpeft.core.errors import ConfigError, DataError, counted, quoted, some
 from litpeft.core.terminal import tell
 from litpeft.data.formats import alpaca, keys, messages
 from litpeft.data.formats.turn import Turn, text
@@ -36,7 +36,7 @@ def read_prompts(path: Path, raw: bool) -> list[Prompt]:
         except ValueError as error:
             wrong.append((record.where, str(error)))
     if wrong:
-        more = f" (and {len(wrong) - 1} more bad rows)" if len(wrong) > 1 else ""
+        more = f" (and {counted(len(wrong) - 1, 'more bad row')})" if len(wrong) > 1 else ""
         raise DataError(wrong[0][1] + more, where=wrong[0][0])
     if not prompts:
         raise DataError("the file holds no prompts", where=str(path))

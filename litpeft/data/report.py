@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from litpeft.core.errors import some
+from litpeft.core.errors import counted, some
 from litpeft.core.terminal import clean
 from litpeft.data.formats.keys import listed
 from litpeft.data.rows import Row
@@ -32,7 +32,7 @@ class Counts:
             return "none"
         share, ended = self.trained / self.tokens, self.ended / self.rows
         return (
-            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained ({share:.1%}); "
+            f"{counted(self.rows, 'row')}, {counted(self.tokens, 'token')}, {self.trained:,} trained ({share:.1%}); "
             f"longest {self.longest:,}; end-of-turn token trained in {ended:.1%} of the rows"
         )
 
@@ -71,14 +71,14 @@ class Report:
 
         notes = {
             f"not read    the keys {listed(self.unread)}": self.unread,
-            f"warning: {len(self.rejected):,} rows cannot be used and are {out(self.rejected)}": self.rejected,
-            f"warning: {len(self.dropped):,} rows are {long} and are {out(self.dropped)}": self.dropped,
-            f"warning: {self.split_rows:,} rows are {long} and are cut into {self.split_pieces:,} pieces; "
-            f"{self.empty_pieces:,} more hold nothing to train": self.split_rows,
-            f"warning: {self.straddling:,} rows have a token across the end of a prompt and the start of an answer; "
-            "it is trained": self.straddling,
-            f"warning: in {len(self.unlike):,} rows the prompt that asks for the answer is not how the row begins: "
-            f"{self.difference} ({some(self.unlike)})": self.unlike,
-            f"warning: {self.duplicates:,} of the held-out rows are among the rows to train on": self.duplicates,
+            f"warning: {counted(len(self.rejected), 'row')} cannot be used, {out(self.rejected)}": self.rejected,
+            f"warning: {counted(len(self.dropped), 'row')} {long}, {out(self.dropped)}": self.dropped,
+            f"warning: {counted(self.split_rows, 'row')} {long}, cut into {counted(self.split_pieces, 'piece')}; "
+            f"{self.empty_pieces:,} more with nothing to train": self.split_rows,
+            f"warning: in {counted(self.straddling, 'row')} a token lies across the end of a prompt and the start of "
+            "an answer; it is trained": self.straddling,
+            f"warning: in {counted(len(self.unlike), 'row')} the prompt that asks for the answer is not how the row "
+            f"begins: {self.difference} ({some(self.unlike)})": self.unlike,
+            f"warning: the rows to train on hold {counted(self.duplicates, 'held-out row')}": self.duplicates,
         }
         return [clean(note).replace("\n", " ") for note, present in notes.items() if present]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from litpeft.core.errors import ConfigError, DataError
+from litpeft.core.errors import ConfigError, DataError, counted
 from litpeft.data.formats import FORMATS, SHAPES, UNREAD, detect
 from litpeft.data.formats.keys import listed
 from litpeft.data.formats.turn import Turn
@@ -101,7 +101,7 @@ def _read(path: Path, data: Data, report: Report) -> list[Example]:
             came.update(list(record.value) if isinstance(record.value, dict) else ())
     if not examples:
         hint = f"a row is {SHAPES}" + (f"; the rows have the keys {listed(came)}" if came else "")
-        what = f"none of its rows can be used; {len(rejected)} bad rows:\n{_listed(rejected)}"
+        what = f"none of its rows can be used; {counted(len(rejected), 'bad row')}:\n{_listed(rejected)}"
         raise DataError(what if rejected else "there are no rows in it", where=str(path), hint=hint)
     report.rejected += rejected
     return examples
@@ -109,9 +109,8 @@ def _read(path: Path, data: Data, report: Report) -> list[Example]:
 
 def _refuse(rejected: list[Rejected], data: Data, must_stay: bool) -> None:
     if rejected and data.bad_rows == "error":
-        hint = f"{len(rejected)} bad rows; put them right" + (
-            "" if must_stay else ", or leave them out with data.bad_rows skip"
-        )
+        leave_out = "" if must_stay else ", or to leave out with data.bad_rows skip"
+        hint = f"{counted(len(rejected), 'bad row')} to put right{leave_out}"
         what = _listed(rejected).removeprefix(f"{rejected[0].where}: ")
         raise DataError(what, where=rejected[0].where, hint=hint)
 
@@ -208,9 +207,9 @@ def _refuse_long(rows: list[Row], data: Data, limit: int, must_stay: bool) -> No
     if long:
         named = ", ".join(f"{row.source} ({len(row.ids):,})" for row in long[:SHOWN])
         more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
-        what = f"{len(long)} rows are longer than {limit:,} tokens: {named}{more}"
+        what = f"{counted(len(long), 'row')} longer than {limit:,} tokens: {named}{more}"
         hint = "raise data.max_length as far as the model reaches, or choose data.overlong drop or split"
-        hint = "the model reaches no further; take them out of the file" if must_stay else hint
+        hint = "the model reaches no further; take out of the file what is longer" if must_stay else hint
         raise DataError(what, where=data.path, hint=hint)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
-from litpeft.core.errors import ModelError, some
+from litpeft.core.errors import ModelError, counted, some
 from litpeft.core.json import read_json
 from litpeft.model.families.read import left_out, read_config
 
@@ -40,7 +40,7 @@ class BinFolder:
 
     def summary(self) -> str:
         files = f"{len(self.shards)} shards" if len(self.shards) > 1 else next(iter(self.shards))
-        return f"{self.family}, {self.config.n_layers} layers, {files}"
+        return f"{self.family}, {counted(self.config.n_layers, 'layer')}, {files}"
 
     def write(self, folder: Path, dtype: "torch.dtype | None") -> None:
         """Writes the weights as safetensors and copies what belongs to them."""

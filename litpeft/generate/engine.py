@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from litpeft.core.errors import DataError
+from litpeft.core.errors import DataError, counted
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import tell, write
 from litpeft.data.formats.keys import listed
@@ -232,5 +232,5 @@ def figures(answers: list[Answer], seconds: float) -> str:
     """Returns one line on how much was written, how fast, and how much of it was cut."""
     tokens = sum(len(a.ids) for a in answers)
     cut = sum(a.reason == "length" for a in answers)
-    speed = f"{tokens} tokens in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)"
+    speed = f"{counted(tokens, 'token')} in {seconds:.1f} s ({tokens / seconds:.1f} tokens/s)"
     return speed + (f"; {cut} of {len(answers)} answers cut at their longest length" if cut else "")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from litpeft.core.errors import DataError
+from litpeft.core.errors import DataError, counted
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import say, tell
 from litpeft.data.formats.turn import Turn
@@ -120,7 +120,7 @@ def evaluate(settings: Evaluate) -> None:
 def table(scores: list[Score], rows: list[Row], samples: int) -> str:
     """Returns the figures of the models side by side, and the answers to the first rows."""
     figures = {
-        f"{len(rows)} rows": [s.name for s in scores],
+        counted(len(rows), "row"): [s.name for s in scores],
         "exact answers": [f"{sum(s.exact)}/{len(rows)} ({sum(s.exact) / len(rows):.1%})" for s in scores],
         "loss, nats per token": [f"{s.loss:.4f}" for s in scores],
         "seconds": [f"{s.seconds:.1f}" for s in scores],
@@ -137,4 +137,4 @@ def table(scores: list[Score], rows: list[Row], samples: int) -> str:
 def one_line(text: str) -> str:
     """Returns the first of a text on one line of the terminal."""
     text = " ".join(text.split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({len(text) - SHOWN} more characters)"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({counted(len(text) - SHOWN, 'more character')})"

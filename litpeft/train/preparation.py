@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from litpeft.core.distributed import is_first
-from litpeft.core.errors import ConfigError
+from litpeft.core.errors import ConfigError, counted
 from litpeft.core.folders import check_place, refuse_existing, remove_leftovers
 from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
@@ -116,7 +116,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         },
         "rows": rows_sha256(rows.train, rows.validation),
         "counts": {
-            part: f"{count.rows:,} rows, {count.tokens:,} tokens, {count.trained:,} trained"
+            part: f"{counted(count.rows, 'row')}, {counted(count.tokens, 'token')}, {count.trained:,} trained"
             for part, count in (("rows to train on", rows.report.train), ("held-out rows", rows.report.validation))
         },
         "began": start.isoformat(),
@@ -172,7 +172,8 @@ def dry_run(name: str, config: ModelConfig, shapes: GPT, rows: DataSet, tokenize
     trained = {key: p.numel() for key, p in trainable(shapes).items()}
     train, new = sum(trained.values()), sum(count for key, count in trained.items() if key not in shapes.base_keys)
     total = sum(p.numel() for p in empty_model(config).parameters()) + new  # of which a storage packs several into one
-    say(f"{name} would train {train:,} of {total:,} parameters ({train / total:.3%}) in {steps} optimizer steps")
+    length = counted(steps, "optimizer step")
+    say(f"{name} would train {train:,} of {total:,} parameters ({train / total:.3%}) in {length}")
     say(f"{rows.train[0].source}, as the model sees it (what is trained is marked):")
     say(show(rows.train[0], tokenizer, color=sys.stdout.isatty()), colored=True)
 

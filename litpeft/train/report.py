@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litpeft.core.errors import counted
 from litpeft.core.terminal import clean
 from litpeft.train.log import duration
 
@@ -168,7 +169,7 @@ def _table(facts: RunFacts) -> str:
 
 
 def _work(facts: RunFacts) -> str:
-    steps = f"{facts.steps:,} step{'' if facts.steps == 1 else 's'}"
+    steps = counted(facts.steps, "step")
     epochs = f"{facts.epochs:.3g} epoch{'' if facts.epochs == 1 else 's'}"
     whole = f"{duration(facts.total_seconds)} with start, validation and saving"
     return f"{steps} ({epochs}) in {duration(facts.seconds)}; {whole}"
@@ -196,7 +197,7 @@ def _trained(facts: RunFacts) -> str:
 
 def _cost(facts: RunFacts) -> list[str]:
     memory = [] if facts.peak_memory is None else [f"peak memory {scaled(facts.peak_memory, 'B')}"]
-    threads = f"{facts.threads} thread{'' if facts.threads == 1 else 's'}"
+    threads = counted(facts.threads, "thread")
     return [f"{facts.tokens_per_second:,.0f} tokens/s", *memory, f"{facts.device} ({threads})"]
 
 

@@ -106,7 +106,7 @@ def refuse_nonfinite(
         what = f"the loss of all {len(rows)} rows of the step ({some(rows)})"
         hint = f"the weights are at fault rather than a row; {hint}"
     elif rows:
-        what = f"the loss of rows {some(rows)}"
+        what = f"the loss of row{'s' * (len(rows) > 1)} {some(rows)}"
     else:
         what = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
     raise NumericError(f"step {step}: {what} is not finite", hint=hint)

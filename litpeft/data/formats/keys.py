@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-from litpeft.core.errors import quoted, some
+from litpeft.core.errors import counted, quoted, some
 
 TOOLS = "calls of tools are not trained"
 THOUGHTS = "write the thoughts into the answer's text, as the model's template writes them"
@@ -67,4 +67,4 @@ def listed(counts: Counter[str]) -> str:
     """Returns keys with their number of rows, the most frequent first: `id (200 rows), source (3 rows)`."""
     ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
     # keys come from outside: they are cut, and control characters are escaped
-    return some([f"{repr(key[:40])[1:-1]} ({n:,} {'row' if n == 1 else 'rows'})" for key, n in ordered])
+    return some([f"{repr(key[:40])[1:-1]} ({counted(n, 'row')})" for key, n in ordered])

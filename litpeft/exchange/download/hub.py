@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from litpeft.core.checksums import CHECKSUMS
-from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError
+from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, counted
 from litpeft.core.folders import alone, check_place
 from litpeft.core.terminal import say, tell
 from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
@@ -58,7 +58,7 @@ def _complete(
     if pending:
         size = sum(expected[name].size for name in pending)
         need_space(folder, size)
-        count = f"{len(pending)} file{'s' * (len(pending) != 1)}"
+        count = counted(len(pending), "file")
         say(f"will download {count}, {amount(size)} to {folder}")
         _transfer(settings, commit, folder, pending)
         for name in pending:

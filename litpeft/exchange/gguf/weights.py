@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from litpeft.core.errors import ModelError, nearest
+from litpeft.core.errors import ModelError, counted, nearest
 from litpeft.exchange.gguf.config import hf_config
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
 
@@ -97,8 +97,8 @@ class GgufFile:
         types = Counter(tensor.tensor_type.name for tensor in self.reader.tensors)
         count = sum(tensor.n_elements for tensor in self.reader.tensors)
         kinds = ", ".join(f"{number} {name}" for name, number in types.most_common())
-        layers = self.config["num_hidden_layers"]
-        return f"llama, {layers} layers, {count / 1e6:.1f} M parameters; tensors {kinds}; {self.tokenizer.summary()}"
+        layers = counted(self.config["num_hidden_layers"], "layer")
+        return f"llama, {layers}, {count / 1e6:.1f} M parameters; tensors {kinds}; {self.tokenizer.summary()}"
 
     def write(self, folder: Path, dtype: "torch.dtype | None") -> None:
         """Writes the model as a Hugging Face folder."""
