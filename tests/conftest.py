@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,21 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+NEEDED = {"bitfit": {"add_missing": True}}  # what a method has to be told for a model like the tiny one
+
+
+def method_of(name: str) -> Any:
+    """Returns a method with its defaults, or with what the tiny Llama needs."""
+    from litpeft.methods import method_class
+
+    return method_class(name)(**NEEDED.get(name, {}))
+
+
+def needed(name: str) -> dict[str, str]:
+    """Returns the options of the command line that the tiny Llama needs."""
+    return {f"--method.{key}": str(value).lower() for key, value in NEEDED.get(name, {}).items()}
+
+
 def folded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Returns the weights of the plain model that computes the same without deltas, by name."""
     from litpeft.model.delta import folds
@@ -106,6 +122,7 @@ def finetune(base: Path, folder: Path, *argv: str, out: str = "run", method: str
     common += ["--train.batch_size", 3, "--base.precision", "32-true", "--validation.sample_tokens", 4]
     given = {word for word in argv if word.startswith("--")}
     pairs = zip(common[::2], common[1::2], strict=True)
+    argv = (*(word for pair in needed(method).items() for word in pair), *argv)
     main(["finetune", method, *(str(w) for pair in pairs if pair[0] not in given for w in pair), *argv])
     return folder / out
 

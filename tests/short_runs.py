@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_rows
+from conftest import needed, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,7 +40,8 @@ Settings = dict[str, object]
 def words(base: Path, out: Path, settings: Settings | None = None, method: str = "lora") -> list[str]:
     """Returns the command line of a run on the small rows, which lie beside its folder."""
     places = {"base.dir": base, "data.path": write_rows(out.parent), "out": out}
-    pairs = (SETTINGS | places | (settings or {})).items()
+    told = {key.removeprefix("--"): value for key, value in needed(method).items()}
+    pairs = (SETTINGS | told | places | (settings or {})).items()
     return ["finetune", method, *(word for key, value in pairs for word in (f"--{key}", as_text(value)))]
 
 

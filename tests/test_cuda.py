@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finetune, make_folder, write_rows
+from conftest import finetune, make_folder, method_of, write_rows
 from lightning.fabric import Fabric
 from short_runs import assert_same, cut, delta, resume, same_tensors, train
 from test_generate import assert_recorded_steps_agree
@@ -18,7 +18,7 @@ from litpeft.cli import main
 from litpeft.data.batches import Batch, collate
 from litpeft.data.rows import Row
 from litpeft.generate.load import load_model
-from litpeft.methods import METHODS, method_class
+from litpeft.methods import METHODS
 from litpeft.model.attention import Documents, attend, document_mask
 from litpeft.model.build import build
 from litpeft.model.delta import trainable
@@ -52,7 +52,7 @@ def rows(count: int) -> list[Row]:
 def made(folder: Path, dtype: torch.dtype, method: str, device: torch.device | str, storage: Storage | None = None):
     """Returns a model whose method draws the same start on every device."""
     torch.manual_seed(3)
-    model = build(folder, dtype, method_class(method)(), device, storage)
+    model = build(folder, dtype, method_of(method), device, storage)
     use_fused_step(model, torch.device(device))
     return model
 

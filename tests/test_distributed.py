@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_folder, write_rows
+from conftest import make_folder, needed, write_rows
 from ranks import Hook, Result, run
 from torch.distributed.tensor import DTensor
 
@@ -72,7 +72,7 @@ def train(folder: Path, tmp_path: Path) -> Train:
         hook: Hook | None = None,
     ) -> Result | str:
         out = tmp_path / (out or strategy)
-        given = {"--base.dir": folder / base, "--data.path": folder / "data", "--out": out, **ARGUMENTS}
+        given = {**needed(name), "--base.dir": folder / base, "--data.path": folder / "data", "--out": out, **ARGUMENTS}
         if "--data.packing" in argv:
             del given["--train.micro_tokens"]
         spread = () if strategy == "one" else ("--strategy", strategy)

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from conftest import method_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
 from litpeft.data.batches import Batch
-from litpeft.methods import METHODS, method_class
+from litpeft.methods import METHODS
 from litpeft.model import attention
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import attach, trainable
@@ -45,7 +46,7 @@ def fake_model(name: str) -> GPT:
     model.dtype = torch.bfloat16
     if name == "qlora":
         store(model, "nf4", True, torch.bfloat16)
-    attach(model, method_class(name)())
+    attach(model, method_of(name))
     for module in model.modules():
         for key, own in list(module._parameters.items()):
             if own is not None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import make_folder
+from conftest import make_folder, method_of
 from model_switches import AWAY, CONFIG
 
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import BareBlock, strip
 from litpeft.generate.cpu.pack import pack_weights
-from litpeft.methods import METHODS, method_class
+from litpeft.methods import METHODS
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import trainable
@@ -159,7 +159,7 @@ def test_what_is_in_each_slot_is_heeded(name: str, dtype: torch.dtype) -> None:
 def test_each_method_is_heeded(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     folder = make_folder(tmp_path / "model")
     torch.manual_seed(3)
-    plain = build(folder, dtype, method_class(name)())
+    plain = build(folder, dtype, method_of(name))
     for parameter in trainable(plain).values():
         parameter.data += 0.1 * torch.randn(parameter.shape).to(parameter)
     plain.eval().requires_grad_(False)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY, folded, make_folder
+from conftest import TINY, folded, make_folder, method_of
 from safetensors.torch import load_file, save_file
 
 from litpeft.core.errors import UserError
@@ -40,7 +40,7 @@ def storage_of(name: str) -> Storage | None:
 
 def make(folder, name: str, dtype: torch.dtype = torch.float64) -> GPT:
     torch.manual_seed(1)
-    return build(folder, dtype, method_class(name)(), storage=storage_of(name))
+    return build(folder, dtype, method_of(name), storage=storage_of(name))
 
 
 def forward(model: GPT, ids: torch.Tensor = IDS) -> torch.Tensor:
@@ -65,18 +65,18 @@ def test_on_a_quantised_base_it_learns_what_it_learns_on_the_weights_that_the_co
     tiny_folder, name: str
 ) -> None:
     torch.manual_seed(1)
-    twin = build(tiny_folder, torch.float64, method_class(name)())
+    twin = build(tiny_folder, torch.float64, method_of(name))
     torch.manual_seed(1)
     if any(isinstance(m, Linear) and m.weight.requires_grad for m in twin.blocks.modules()):
         with pytest.raises(UserError, match="holds in codes: those cannot train"):
-            build(tiny_folder, torch.float64, method_class(name)(), storage=Storage("nf4"))
+            build(tiny_folder, torch.float64, method_of(name), storage=Storage("nf4"))
         return
-    model = build(tiny_folder, torch.float64, method_class(name)(), storage=Storage("nf4"))
+    model = build(tiny_folder, torch.float64, method_of(name), storage=Storage("nf4"))
     for key, layer in model.blocks.named_modules():
         if isinstance(layer, Linear):
             other = twin.blocks.get_submodule(key)
             other.weight.data = layer.dense()
-            method_class(name)().start(f"blocks.{key}", other, other.weight, lambda weight: weight)
+            method_of(name).start(f"blocks.{key}", other, other.weight, lambda weight: weight)
     assert steps(model) == steps(twin)
     assert all(torch.equal(tensor, delta_state(twin)[key]) for key, tensor in delta_state(model).items())
 
@@ -135,7 +135,7 @@ def test_a_saved_delta_gives_bit_equal_logits(tiny_folder, name: str) -> None:
     model = make(tiny_folder, name)
     steps(model)
     torch.manual_seed(9)
-    fresh = build(tiny_folder, torch.float64, method_class(name)(), storage=storage_of(name))
+    fresh = build(tiny_folder, torch.float64, method_of(name), storage=storage_of(name))
     load_delta(fresh, {key: value.clone() for key, value in delta_state(model).items()}, "test")
     assert torch.equal(forward(fresh), forward(model))
 
@@ -225,7 +225,7 @@ def test_it_attaches_on_the_meta_device(tiny_folder, name: str) -> None:
         model = GPT(made.config)
         if storage_of(name) is not None:
             store(model, storage_of(name).name, True, torch.float64)
-        attach(model, method_class(name)())
+        attach(model, method_of(name))
     assert all(value.is_meta for value in model.state_dict().values())
     assert model.delta_keys == made.delta_keys
 
@@ -260,6 +260,7 @@ LLAMA_7B = ModelConfig(
         ("lora", {"rank": 64}, 159_907_840),
         ("dora", {"rank": 32, "targets": ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")}, 56_975_360),
         ("dora", {"rank": 16, "targets": ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")}, 28_925_952),
+        ("bitfit", {"add_missing": True}, 1_359_872),
         ("adapter", {}, 1_229_760),
         ("adapter_v2", {}, 4_215_744),
         ("adapter_v2", {"targets": ("*.attn.*", "*.mlp.*", "head")}, 4_279_744),

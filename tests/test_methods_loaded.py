@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_folder
+from conftest import make_folder, method_of
 
 from litpeft.core.safetensors import Weights
 from litpeft.data.templates import ChatTemplate
@@ -16,7 +16,7 @@ from litpeft.generate.cache import TokenCache
 from litpeft.generate.engine import answer
 from litpeft.generate.load import Loaded, load_model
 from litpeft.generate.settings import Sampling
-from litpeft.methods import METHODS, method_class
+from litpeft.methods import METHODS
 from litpeft.model.build import build
 from litpeft.model.context import Context
 from litpeft.model.delta import load_delta, trainable, without_delta
@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trains_weights(folder: Path, name: str) -> bool:
     """Returns whether the method trains weights of linear layers, which codes cannot."""
-    model = build(folder, torch.float32, method_class(name)())
+    model = build(folder, torch.float32, method_of(name))
     return any(key in model.base_keys and "norm" not in key for key in trainable(model))
 
 
@@ -52,7 +52,7 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """A run whose delta is far from its start: as the plain model, as `load` makes it, and how far they may differ."""
     name, kind = request.param
     precision, quantize, limit = HELD[kind]
-    storage, method, dtype = quantize and Storage(quantize, cache=False), method_class(name)(), TYPES[precision]
+    storage, method, dtype = quantize and Storage(quantize, cache=False), method_of(name), TYPES[precision]
     if quantize and trains_weights(base, name):
         pytest.skip("codes cannot train")
     torch.manual_seed(1)

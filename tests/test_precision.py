@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from conftest import method_of
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
 from litpeft.core.precision import PRECISIONS
 from litpeft.data.batches import collate
 from litpeft.data.rows import Row
-from litpeft.methods import METHODS, method_class
+from litpeft.methods import METHODS
 from litpeft.methods.full import Full
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
@@ -44,7 +45,7 @@ def stepped(folder, method, dtype: torch.dtype, fabric: Fabric, optimizer: str =
 def test_what_trains_and_its_moments_are_float32_or_better(tiny_folder, name: str, method: str) -> None:
     precision = PRECISIONS[name]
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision.fabric)
-    model, optimizer, _ = stepped(tiny_folder, method_class(method)(), precision.weights, fabric)
+    model, optimizer, _ = stepped(tiny_folder, method_of(method), precision.weights, fabric)
     wide = torch.promote_types(precision.weights, torch.float32)
     assert {p.dtype for p in trainable(model).values()} == {wide}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {precision.weights}

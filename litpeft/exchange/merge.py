@@ -13,16 +13,17 @@ from torch import Tensor
 
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.folders import alone, atomic_folder, check_place, refuse_existing, sync_files
+from litpeft.core.json import read_json
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
 from litpeft.exchange.generation_config import write_stop_ids
-from litpeft.exchange.run import Run, build_run, find_run, tell_standing, write_dtype
+from litpeft.exchange.run import Run, build_run, find_run, tell_standing, write_config
 from litpeft.exchange.settings import Merge
 from litpeft.model.build import build
 from litpeft.model.context import Context
 from litpeft.model.delta import folds, without_delta
 from litpeft.model.families.names import NameMap
-from litpeft.model.families.read import read_config
+from litpeft.model.families.read import config_of
 from litpeft.model.gpt import GPT
 from litpeft.model.kernels.ops import product
 from litpeft.model.quantize import Storage
@@ -108,16 +109,16 @@ def merge(settings: Merge) -> None:
     storage = run.storage if settings.onto == "trained" else None
     sizes = _types(base)
     dtype = RESULT_DTYPES.get(settings.dtype) or max(sizes, key=sizes.__getitem__, default=torch.float32)
-    model = _trained(run, base, storage)
+    model, names = _trained(run, base, storage), _names(run, base)
     prompts, rounding = [tokenizer.encode(text) for text in PROMPTS], Rounding()
     with alone(out), atomic_folder(out, settings.overwrite) as folder:
         try:
-            write_safetensors(folder, _merged(model, base, dtype, rounding))
+            write_safetensors(folder, _merged(model, names, dtype, rounding, settings.run))
         except TypeError as error:
             hint = "generate and chat take the run as it is"
             raise ModelError(f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
         copy_companions(base, folder)
-        write_dtype(folder, dtype)
+        write_config(folder, dtype, run.method())
         write_stop_ids(folder, template.stop_ids)
         with ThreadPoolExecutor(1) as pool:
             written = pool.submit(sync_files, folder)  # the disk works while the model is compared
@@ -207,20 +208,32 @@ def _types(base: Path) -> dict[torch.dtype, int]:
     return sizes
 
 
-def _merged(model: GPT, base: Path, dtype: torch.dtype, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
+def _names(run: Run, base: Path) -> NameMap:
+    """Returns the names of the merged model's tensors: the base's, and those that the method adds."""
+    config = read_json(base / "config.json", "config.json of the base")
+    run.method().configure(config)
+    return NameMap(*config_of(config, str(base)))
+
+
+def _merged(
+    model: GPT, names: NameMap, dtype: torch.dtype, rounding: Rounding, where: str
+) -> Iterator[tuple[str, Tensor]]:
     """Yields the folded weights under their Hugging Face names, rounded once to the type of the files."""
 
     def rounded() -> Iterator[tuple[str, Tensor]]:
+        left = {ours: shape for ours, shape in names.ours.items() if ours not in model.base_keys}
         for ours, exact, before in folds(model, widened=_Scratch()):
             after = exact.to(dtype, copy=exact is not before)
-            before = model.base_values.get(ours, before)
-            if before is not None and before is not exact:  # where a method adds one, `written` knows if it has a place
+            before = model.base_values.get(ours, torch.zeros_like(exact) if before is None else before)
+            if before is not exact:
                 rounding.add(exact, after, before)
             yield ours, after
+            left.pop(ours, None)
             model.files.drop_pages(after.nbytes)
+        yield from ((ours, torch.zeros(shape, dtype=dtype)) for ours, shape in left.items())  # biases of other layers
 
     with torch.no_grad():
-        yield from NameMap(*read_config(base)).written(rounded(), where=str(base))
+        yield from names.written(rounded(), where=where)
 
 
 @torch.inference_mode()

@@ -213,7 +213,7 @@ def save_result(
         if settings.writes_model:
             write_safetensors(temporary, _finite(tensors, folder))
             copy_companions(base, temporary)
-            write_dtype(temporary, dtype)
+            write_config(temporary, dtype, settings)
             write_stop_ids(temporary, facts["base"]["tokenizer"]["stop_ids"])
         else:
             save_tensors({k: v.contiguous() for k, v in _finite(tensors, folder)}, temporary / DELTA)
@@ -243,10 +243,14 @@ def _finite(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tup
         yield name, tensor
 
 
-def write_dtype(folder: Path, dtype: torch.dtype) -> None:
-    """Says in config.json of which type the weights are; under both names, since readers differ in which they know."""
+def write_config(folder: Path, dtype: torch.dtype, method: Method) -> None:
+    """Says in config.json of which type the weights are, and what the method needs.
+
+    The type has two names, since readers differ in which they know.
+    """
     path = folder / "config.json"
     config = read_json(path, "config.json of the base")
+    method.configure(config)
     name = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config | {"dtype": name, "torch_dtype": name}, indent=2) + "\n", encoding="utf-8")
 

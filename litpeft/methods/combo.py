@@ -50,6 +50,10 @@ class Combo(Method):
             weight = one.start(name, linear, weight, held)
         return weight
 
+    def configure(self, config: dict[str, Any]) -> None:
+        for one in self.parts:
+            one.configure(config)
+
     def read(self, tokenizer: Tokenizer) -> None:
         for one in self.parts:
             one.read(tokenizer)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn as nn
@@ -42,6 +42,9 @@ class Method:
 
     def start_embedding(self, model: GPT, weight: Tensor) -> None:
         """Does for the embedding (V, d), as it is read, what `start` does for a linear layer; leaves it as it is."""
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Changes what a config.json says, in place, to what the merged model needs."""
 
     def trained_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Returns the type in which what trains is held, on a base of `dtype`: float32 or better."""

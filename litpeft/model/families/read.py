@@ -1,6 +1,7 @@
 """Reads the config.json of a Hugging Face folder as its family does."""
 
 from pathlib import Path
+from typing import Any
 
 from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
@@ -13,16 +14,20 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
     """Returns the family's name (`llama`, ...) and the ModelConfig of a Hugging Face folder."""
     refuse_other(folder)
     path = folder / "config.json"
-    hf = read_json(path, "config.json of a model")
+    return config_of(read_json(path, "config.json of a model"), str(path))
+
+
+def config_of(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
+    """Returns what `read_config` does, of a config.json that is read already; `where` is for messages."""
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ModelError(f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=str(path))
+        raise ModelError(f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=where)
     try:
         return name, family(name).config(hf)
     except KeyError as error:
-        raise ModelError(f"the key {error} is missing", where=str(path)) from None
+        raise ModelError(f"the key {error} is missing", where=where) from None
     except ValueError as error:
-        raise ModelError(str(error), where=str(path)) from None
+        raise ModelError(str(error), where=where) from None
 
 
 def left_out(folder: Path) -> str:
