@@ -260,6 +260,7 @@ LLAMA_7B = ModelConfig(
         ("lora", {"rank": 64}, 159_907_840),
         ("dora", {"rank": 32, "targets": ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")}, 56_975_360),
         ("dora", {"rank": 16, "targets": ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")}, 28_925_952),
+        ("ia3", {}, 614_400),
         ("bitfit", {"add_missing": True}, 1_359_872),
         ("adapter", {}, 1_229_760),
         ("adapter_v2", {}, 4_215_744),
