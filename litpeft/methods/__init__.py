@@ -8,6 +8,7 @@ METHODS = {
     "dora": ("litpeft.methods.dora:DoRA", "Low-rank updates of rows' directions, and their lengths."),
     "adapter": ("litpeft.methods.adapter:Adapter", "Gated prompts in the attention (LLaMA-Adapter)."),
     "adapter_v2": ("litpeft.methods.adapter_v2:AdapterV2", "Gated prompts, factors and biases of linears, and norms."),
+    "vera": ("litpeft.methods.vera:VeRA", "Vectors that scale random matrices, shared by all layers."),
     "ia3": ("litpeft.methods.ia3:IA3", "Factors on keys, values and what is in the MLP."),
     "bitfit": ("litpeft.methods.bitfit:BitFit", "The biases of linear layers and norms."),
     "bottleneck": ("litpeft.methods.bottleneck:Bottleneck", "Small networks after attention and MLP (adapters)."),

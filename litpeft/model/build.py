@@ -20,7 +20,7 @@ from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.model.quantize.cache import Cache
 from litpeft.model.quantize.quantized import store
-from litpeft.model.slots import Delta, Linear
+from litpeft.model.slots import Bank, Delta, Linear
 
 
 def checked_files(folder: Path) -> tuple[ModelConfig, Weights, NameMap]:
@@ -65,7 +65,7 @@ def build(
         if parameter.is_floating_point() and key in names.ours:
             parameter.data = parameter.data.to(wide if parameter.requires_grad and method else dtype)
     for module in model.modules():  # 4. the deltas at their start: drawn on the CPU, the same on every device
-        if isinstance(module, Delta):
+        if isinstance(module, Delta | Bank):
             module.to_empty(device="cpu").reset_parameters()
             module.to(device, wide)
     if shard is not None:  # 5. each rank has memory for its share

@@ -158,6 +158,7 @@ class GPT(nn.Module):
         self.delta_keys: set[str] = set()
         self.files: Weights | None = None  # that the weights were read from, by build.py
         self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
+        self.banks = nn.ModuleDict()  # what deltas share (slots.Bank), by the name of their method
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.positions = Embedding(config.max_positions, config.d_model) if config.learned_positions else None
         self.after_embed = Slot()

@@ -63,6 +63,13 @@ class LowRankDelta(Delta):
         return Affine(A=a, B=b)
 
 
+class Bank(nn.Module):
+    """Tensors that several deltas share. Each of them holds the bank, hidden in a tuple, and not its tensors."""
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} must initialise its tensors")
+
+
 OFF: dict[str, Delta] = {}  # what `deltas` is, of every slot, while all of them are switched off
 
 

@@ -39,7 +39,8 @@ def make_fabric(settings: Finetune, precision: Precision, device: torch.device) 
     ):  # the model is sharded where it is built (see build.py), so there is nothing left for Fabric to do
         strategy = ModelParallelStrategy(lambda model, mesh: model, world, 1, timeout=timeout)
     elif world > 1:  # the ranks build the same model from the same files and seed: nothing to send at the start
-        strategy = DDPStrategy(timeout=timeout, init_sync=False, gradient_as_bucket_view=True)
+        # and no buffer changes
+        strategy = DDPStrategy(timeout=timeout, init_sync=False, gradient_as_bucket_view=True, broadcast_buffers=False)
     for name in ("lightning.fabric", "lightning.pytorch"):  # which of the two speaks depends on what was imported
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
