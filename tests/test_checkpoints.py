@@ -23,7 +23,7 @@ from torch import Tensor
 import litpeft.core.safetensors
 import litpeft.train.preparation
 from litpeft.core.errors import ModelError, NumericError, ResourceError, UserError
-from litpeft.exchange.identity import changed
+from litpeft.exchange.identity import changed, checksum
 from litpeft.exchange.run import checksum
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, check_disk
 

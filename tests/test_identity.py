@@ -12,7 +12,7 @@ from short_runs import cut, resume, train
 from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
-from litpeft.exchange.record import checksum
+from litpeft.exchange.identity import checksum
 from litpeft.generate.load import load_model
 
 Change = Callable[[dict], object]

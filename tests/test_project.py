@@ -40,7 +40,7 @@ def test_a_part_of_a_name_is_found(part: str) -> None:
 
 def test_nothing_is_decided_by_a_part_of_a_parameters_name() -> None:
     with_models = [file for file in SOURCES if file.relative_to(ROOT / "litpeft").parts[0] in SEE_MODELS]
-    with_models += [ROOT / "litpeft/exchange/merge.py", ROOT / "litpeft/exchange/run.py"]
+    with_models += [ROOT / f"litpeft/exchange/{name}.py" for name in ("merge", "compare", "run")]
     assert {str(file): found for file in with_models if (found := partly_matched(file.read_text()))} == {}
 
 

@@ -13,7 +13,7 @@ from short_runs import assert_same, cut, resume, train
 
 from litpeft.cli import main
 from litpeft.core.safetensors import file_sha256
-from litpeft.exchange.record import checksum
+from litpeft.exchange.identity import checksum
 from litpeft.exchange.run import find_run
 
 SUM = "0" * 64

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from short_runs import QUIET, UNPACKED, Settings, assert_same, cut, delta, newest, resume, train
 
 from litpeft.core.safetensors import file_sha256
-from litpeft.exchange.record import checksum
+from litpeft.exchange.identity import checksum
 from litpeft.exchange.run import find_run
 from litpeft.generate.load import load_model
 from litpeft.methods import METHODS, method_class
@@ -108,7 +108,7 @@ def test_a_run_that_is_to_end_earlier_than_it_is_ends_there_with_a_result_that_i
     run = resume(tiny_folder, cut(finished, 3, tmp_path / "run"), settings)
     assert "nothing is left to train: step 3 of 2" in capsys.readouterr().out
     assert find_run(run).facts["step"] == 3
-    assert find_run(run).standing() is None
+    assert find_run(run).progress() is None
 
 
 def content(folder: Path) -> dict[Path, tuple[int, bytes]]:

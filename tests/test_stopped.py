@@ -13,7 +13,7 @@ import pytest
 from short_runs import LONG, assert_same, cut, start, train, wait_for_step, words
 
 from litpeft.cli import main
-from litpeft.exchange.record import checksum
+from litpeft.exchange.identity import checksum
 
 PROMPT = "--prompt", "x", "--sampling.max_new_tokens", "1"
 

@@ -1,6 +1,5 @@
-"""Reads a Hugging Face folder of pickled weights, without ever running what a pickle may hold."""
+"""Reads a Hugging Face folder of pickled weights without running the code that a pickle may hold."""
 
-import json
 import os
 import pickle
 import re
@@ -29,12 +28,11 @@ class BinFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.family, self.config = read_config(folder)
-        self.hf = read_json(folder / "config.json", "config.json of a model")
         self.shards = self._shards()
         for file in self.shards:
             check_archive(folder / file)
         size, layers = sum((folder / file).stat().st_size for file in self.shards), self.config.n_layers
-        if layers * self.config.d_model > size:  # before so many layers are made
+        if layers * self.config.d_model > size:  # an absurd config.json must not cost memory
             what = f"config.json{left_out(folder)} says {layers} layers of width {self.config.d_model}"
             raise ModelError(f"{what}, the weights ({some(list(self.shards))}) have {size} bytes", where=str(folder))
 
@@ -43,18 +41,17 @@ class BinFolder:
         return f"{self.family}, {counted(self.config.n_layers, 'layer')}, {files}"
 
     def write(self, folder: Path, dtype: "torch.dtype | None") -> None:
-        """Writes the weights as safetensors and copies what belongs to them."""
+        """Writes the weights as safetensors and copies the model's other files."""
         from litpeft.core.safetensors import copy_companions, write_safetensors
+        from litpeft.exchange.run import write_config
 
         copy_companions(self.folder, folder)
         if dtype is not None:
-            name = str(dtype).removeprefix("torch.")
-            hf = self.hf | {"dtype": name, "torch_dtype": name}
-            (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
+            write_config(folder, dtype)
         write_safetensors(folder, self.tensors(dtype))
 
     def tensors(self, dtype: "torch.dtype | None") -> Iterator[tuple[str, "Tensor"]]:
-        """Returns every tensor once, shard by shard, but for buffers and a head that is the embedding."""
+        """Yields every tensor once, shard by shard, without buffers and without a head that is the embedding."""
         import torch
 
         from litpeft.model.families.names import NameMap
@@ -77,7 +74,7 @@ class BinFolder:
                 if end == "head" or any(fnmatchcase(name, glob) for glob in names.buffers):
                     continue
                 check_numbers(name, tensor, self.folder / file)
-                shared = tensor.data_ptr() in seen  # safetensors keeps no two names of one memory
+                shared = tensor.data_ptr() in seen  # safetensors takes no two tensors of one memory
                 seen.add(tensor.data_ptr())
                 tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
                 yield name, tensor.clone() if shared else tensor
@@ -87,7 +84,7 @@ class BinFolder:
             raise ModelError(what, where=str(self.folder), hint='set "tie_word_embeddings": false')
 
     def _shards(self) -> dict[str, set[str] | None]:
-        """Returns file -> names of its tensors; None where there is no index to say so."""
+        """Returns file -> names of its tensors, or None if there is no index."""
         path = self.folder / INDEX
         if not path.exists():
             if (self.folder / ONE).exists():
@@ -108,7 +105,7 @@ class BinFolder:
 
 
 def read_bin(path: Path) -> dict[str, "Tensor"]:
-    """Returns the named tensors of a file, as pages of that file; anything but plain tensors is refused unread."""
+    """Returns the named tensors of a file, memory-mapped; anything but plain tensors is refused."""
     import torch
 
     hint = "only a dict of plain tensors is read; nothing else in such a file can be trusted"
@@ -127,14 +124,14 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
         raise ModelError(f"holds {type(state).__name__}, not named tensors", where=str(path), hint=hint)
     for name, tensor in state.items():
         plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        # a small storage may pretend to be an endless tensor
+        # with strides of 0 a small storage can claim to be a huge tensor
         if not plain or tensor.is_quantized or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
             raise ModelError(f"{name!r} is not a plain tensor", where=str(path), hint=hint)
     return state
 
 
 def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
-    """Raises unless a tensor holds plain, finite numbers."""
+    """Raises unless a tensor has a floating-point dtype of safetensors files and finite values."""
     from litpeft.core.safetensors import DTYPES, is_finite
 
     if tensor.dtype not in DTYPES.values():
@@ -148,7 +145,7 @@ def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Raises unless `path` is an archive, as torch.save writes it."""
+    """Raises unless `path` is a zip archive, as torch.save writes it."""
     if not is_zipfile(path):
         what = "is cut short, or was written by torch before 1.6"
         if not path.stat().st_size:
@@ -157,7 +154,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_sums(path: Path) -> None:
-    """Raises unless the checksum of each record of an archive is right."""
+    """Raises unless every record of an archive is uncompressed and has the right checksum."""
     try:
         with ZipFile(path) as archive:
             packed = [record.filename for record in archive.infolist() if record.compress_type != ZIP_STORED]

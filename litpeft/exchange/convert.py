@@ -1,4 +1,4 @@
-"""The command `convert`: a GGUF file, or a folder of pickled .bin weights, becomes a Hugging Face folder."""
+"""The command `convert`: turns a GGUF file, or a folder of pickled .bin weights, into a Hugging Face folder."""
 
 import math
 import os
@@ -17,7 +17,7 @@ PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 
 
 def convert(settings: Convert) -> None:
-    """Writes the Hugging Face folder `settings.out`, reads it again and says what was done."""
+    """Writes the Hugging Face folder `settings.out` and checks it."""
     from litpeft.core.folders import alone, atomic_folder, check_place
     from litpeft.core.safetensors import RESULT_DTYPES
     from litpeft.exchange.bin import BinFolder
@@ -43,7 +43,7 @@ def convert(settings: Convert) -> None:
 
 
 def tell_stop_ids(folder: Path) -> None:
-    """Has generation_config.json name what ends an answer in the model's template, if litpeft can read that."""
+    """Writes the ids that end an answer into generation_config.json, if the tokenizer and template can be read."""
     from litpeft.data.templates import ChatTemplate
     from litpeft.data.tokenizer import Tokenizer
     from litpeft.exchange.generation_config import write_stop_ids
@@ -52,12 +52,12 @@ def tell_stop_ids(folder: Path) -> None:
         return
     try:
         write_stop_ids(folder, ChatTemplate(Tokenizer.load(folder), is_setting=False).stop_ids)
-    except UserError as error:  # the weights are as good for other programs
+    except UserError as error:  # other programs may still use the weights
         say(f"generation_config.json is left as it is, since an answer's end is not known: {error.what}")
 
 
 def find_gguf(source: Path) -> Path | None:
-    """Returns the GGUF file that `source` is or holds, None for a folder of .bin weights; refuses all else."""
+    """Returns the GGUF file that `source` is or holds, None for a folder of .bin weights; raises for anything else."""
     if not os.path.exists(source):  # Path.exists would raise for a name that is too long
         raise ConfigError("there is no such file or folder", where=str(source))
     if source.is_file():
@@ -89,7 +89,7 @@ def find_gguf(source: Path) -> Path | None:
 
 
 def refuse_safetensors(folder: Path) -> None:
-    """Raises: a folder of safetensors is what convert would write, unless it is an adapter or the like."""
+    """Raises: a folder of safetensors needs no conversion, unless it is an adapter or the like."""
     refuse_other(folder)
     raise ConfigError(
         "needs no conversion: use it where it lies",
@@ -99,7 +99,7 @@ def refuse_safetensors(folder: Path) -> None:
 
 
 def open_gguf(path: Path) -> "GgufFile":
-    """Returns the GgufFile at `path`; the package that knows the quantised layouts is asked for only here."""
+    """Returns the GgufFile at `path`; only this needs the package gguf."""
     try:
         from litpeft.exchange.gguf.weights import GgufFile
     except ModuleNotFoundError as error:
@@ -110,7 +110,7 @@ def open_gguf(path: Path) -> "GgufFile":
 
 
 def check(folder: Path, source: str) -> tuple[int, int, str]:
-    """Returns the tensors, parameters and data type of a written folder, after reading all of it again."""
+    """Reads a written folder again; returns the number of its tensors and of its parameters, and their dtypes."""
     from litpeft.core.safetensors import Weights, is_finite
     from litpeft.model.families.names import NameMap
     from litpeft.model.families.read import read_config
@@ -118,7 +118,7 @@ def check(folder: Path, source: str) -> tuple[int, int, str]:
     weights = Weights(folder)
     try:
         NameMap(*read_config(folder)).check(weights)
-    except UserError as error:  # the user knows the source, not the folder that goes away
+    except UserError as error:  # name the source: the folder is about to be removed
         error.where, error.hint = source, "the source is incomplete, or of another model"
         raise
     dtypes = set()

@@ -1,4 +1,4 @@
-"""generation_config.json, from which other programs know the ids that end an answer."""
+"""generation_config.json, which tells other programs the ids that end an answer."""
 
 import json
 from collections.abc import Collection
@@ -9,19 +9,22 @@ from litpeft.core.terminal import say
 from litpeft.data.tokenizer import ids_of
 
 NAME = "generation_config.json"
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")  # what transformers takes from config.json without such a file
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id")  # transformers takes them from config.json if it is missing
 
 
 def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
-    """Has a folder that is written name all ids that end an answer; says so in one line if it named others."""
+    """Writes all ids that end an answer into a folder's generation_config.json; says so if it had others."""
     path, model = folder / NAME, read_json(folder / "config.json", "config.json of a model")
     known = read_json(path, NAME) if path.is_file() else {key: model[key] for key in KEPT if model.get(key) is not None}
     before = ids_of(known.get("eos_token_id"))
     same = set(before) == set(stop_ids)
     if same and path.is_file():
         return
-    ids = [*before, *(number for number in stop_ids if number not in before)]  # transformers may pad with the first
-    known.pop("_from_model_config", None)  # with it transformers may take config.json's ids instead
+    ids = [
+        *before,
+        *(number for number in stop_ids if number not in before),
+    ]  # the first stays first: transformers may pad with it
+    known.pop("_from_model_config", None)  # else transformers may take config.json's ids instead
     path.write_text(json.dumps(known | {"eos_token_id": ids if len(ids) > 1 else ids[0]}, indent=2) + "\n")
     if not same:
         say(f"{NAME} now names the ids that end an answer, {_listed(ids)}; it named {_listed(before) or 'none'}")

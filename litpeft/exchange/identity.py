@@ -1,7 +1,7 @@
-"""What decides the logits and ids of a model folder beside its weights, as values that a run keeps and compares.
+"""The identity of a model's config and tokenizer: values that a run records and compares when its base is used again.
 
-They are taken from what was read, not from the files' bytes: another order of keys, other spaces, or a key that
-litpeft does not use change nothing.
+They are taken from what was read, not from the files' bytes: the order of keys, white space and unused keys have no
+effect.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.model.config import ModelConfig
 from litpeft.model.families.read import read_config
 
-# Text whose ids show what the settings of a tokenizer do that no file of it spells out: spaces, digits, other scripts.
+# Its ids show what settings of a tokenizer do: to spaces, digits, special tokens, other scripts.
 PROBE = " Hello,  world!\n\n\tIt's 12345.67 [x] <s>naïve</s> Straße 你好 \N{SLIGHTLY SMILING FACE}\u2581e\u0301 end "
-UNUSED = ("version", "truncation", "padding", "post_processor")  # of tokenizer.json: litpeft adds and cuts nothing
-MEANINGS = {  # of a difference in the sums
+UNUSED = ("version", "truncation", "padding", "post_processor")  # keys of tokenizer.json without effect in litpeft
+MEANINGS = {  # field of TokenizerIdentity -> what a difference in it means
     "file": "its file holds another one",
     "vocabulary": "other tokens are added or special",
     "probe": "the same text becomes other ids",
@@ -29,12 +29,12 @@ MEANINGS = {  # of a difference in the sums
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What decides the ids of a text, and where an answer ends."""
+    """What determines the ids of a text, and where an answer ends."""
 
-    file: str  # sha256 of what tokenizer.json or tokenizer.model says
+    file: str  # sha256 of the content of tokenizer.json or tokenizer.model
     vocabulary: str  # sha256 of all tokens with their ids, and of which are special
     probe: str  # sha256 of the ids of a text that holds every added token
-    special_tokens: dict[str, str]  # bos_token, eos_token, ... as far as the template or plain text use them
+    special_tokens: dict[str, str]  # those of bos_token, eos_token, ... that the template or plain text uses
     adds_bos: bool
     stop_ids: tuple[int, ...]  # of the template and the tokenizer
 
@@ -51,7 +51,7 @@ def tokenizer_identity(template: ChatTemplate) -> dict[str, Any]:
     backend, path = tokenizer.backend, Path(tokenizer.where)
     if path.suffix == ".json":
         content = {key: value for key, value in read_json(path, path.name).items() if key not in UNUSED}
-        file = sha256(content)
+        file = checksum(content)
     else:
         file = hashlib.sha256(path.read_bytes()).hexdigest()
     text = "".join(f"{PROBE}{token}" for token in ["", *sorted(backend.added)])
@@ -62,8 +62,8 @@ def tokenizer_identity(template: ChatTemplate) -> dict[str, Any]:
     }
     identity = TokenizerIdentity(
         file=file,
-        vocabulary=sha256([sorted(backend.names.items()), sorted(backend.specials)]),
-        probe=sha256(backend.encode([text])[0].ids),
+        vocabulary=checksum([sorted(backend.names.items()), sorted(backend.specials)]),
+        probe=checksum(backend.encode([text])[0].ids),
         special_tokens=used,
         adds_bos=tokenizer.adds_bos,
         stop_ids=template.stop_ids,
@@ -72,28 +72,28 @@ def tokenizer_identity(template: ChatTemplate) -> dict[str, Any]:
 
 
 def config_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns a line for each field in which the config that a run kept differs from the one there is."""
+    """Returns a line for each field in which the recorded config differs from the present one."""
     return changed(with_defaults(then), now, ())
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a config that a run kept, with the defaults of what ModelConfig has got since."""
+    """Returns a recorded config with the defaults of fields that ModelConfig did not have then."""
     return {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING} | config
 
 
 def tokenizer_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns in words what differs between the tokenizer's identity that a run kept and the one there is."""
+    """Returns a line for each difference between the recorded tokenizer identity and the present one."""
     lines = changed(then, now, ())
     return [MEANINGS.get(line.split(":")[0], line) for line in lines]
 
 
-def sha256(value: Any) -> str:
-    """Returns the sha256 of a JSON value, in which the order of keys does not count."""
+def checksum(value: Any) -> str:
+    """Returns the sha256 of a JSON value; the order of keys does not count."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings under dotted keys, with lists for tuples."""
+    """Returns nested settings with dotted keys, and lists for tuples."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -104,7 +104,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def changed(then: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> list[str]:
-    """Returns a line like `train.lr: 0.001 -> 0.002` for each setting that differs and that no glob allows to."""
+    """Returns a line like `train.lr: 0.001 -> 0.002` for each setting that differs and matches no `allowed` glob."""
 
     def shown(settings: dict[str, Any], key: str) -> str:
         return json.dumps(settings[key], default=str) if key in settings else "not set"

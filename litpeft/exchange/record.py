@@ -1,10 +1,8 @@
-"""delta.json, which says what a run left: every field with its type and range, and the file's own checksum.
+"""delta.json, the record of a run's result: its fields with types and ranges, and the file's own checksum.
 
-The checksum only tells that the file is as somebody wrote it, so nothing in it is taken on trust.
+The checksum detects damage, not forgery; so every field is checked.
 """
 
-import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
 from litpeft.core.precision import PRECISIONS
 from litpeft.core.typed import typed
-from litpeft.exchange.identity import TokenizerIdentity, with_defaults
+from litpeft.exchange.identity import TokenizerIdentity, checksum, with_defaults
 from litpeft.methods import METHODS, method_class
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES
@@ -29,7 +27,7 @@ NOT_OURS = "litpeft has not written it so: take the run's folder again, or train
 
 @dataclass
 class StorageRecord:
-    """How the base's linear layers were held."""
+    """How the base's linear layers were quantised."""
 
     name: str
     double_quantize: bool
@@ -40,7 +38,7 @@ class StorageRecord:
 
 @dataclass
 class BaseOf2:
-    """The base as format 2 knows it: its weights."""
+    """The base in format 2: its weights."""
 
     path: str
     fingerprint: str
@@ -54,7 +52,7 @@ class BaseOf2:
 
 @dataclass
 class BaseRecord(BaseOf2):
-    """The base: its weights, and what else decides logits and ids."""
+    """The base: its weights, and what else determines logits and ids."""
 
     config: dict[str, Any]
     tokenizer: TokenizerIdentity
@@ -66,7 +64,7 @@ class BaseRecord(BaseOf2):
 
 @dataclass
 class TemplateRecord:
-    """The chat template that the run was trained with."""
+    """The chat template of the training."""
 
     name: str
     sha256: str | None  # of the model's own template, null where it has none
@@ -91,7 +89,7 @@ class RecordOf2:
     base: BaseOf2
     template: TemplateRecord
     precision: str
-    step: int  # optimizer steps behind the weights
+    step: int  # optimizer steps that the weights have seen
     finished: bool
 
     def __post_init__(self) -> None:
@@ -114,7 +112,7 @@ class Record(RecordOf2):
     """delta.json as it is written."""
 
     base: BaseRecord
-    steps_done: int  # when the run ended or was stopped; more than `step` where an earlier one was better
+    steps_done: int  # when the run ended; more than `step` if the weights of an earlier step were better
     steps_planned: int
 
     def __post_init__(self) -> None:
@@ -125,7 +123,7 @@ class Record(RecordOf2):
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Returns what a delta.json says, which is as this version or an earlier format has it; an error names the key."""
+    """Returns the content of a delta.json of this format or an earlier one; an error names the key that is wrong."""
     where = str(path)
     if path.stat().st_size > LARGEST:
         what = f"{path.stat().st_size:,} bytes are too many for the delta.json of a run"
@@ -146,17 +144,12 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_reads(config: dict[str, Any], tokenizer: TokenizerIdentity) -> None:
-    """Raises a ValueError unless they are what litpeft.identity tells of a base."""
+    """Raises a ValueError unless these are values of exchange/identity.py."""
     config = with_defaults(config)
     one_of("config.model_type", config.pop("model_type", None), FAMILIES)
     typed(ModelConfig, config, "config")
     for key in ("file", "vocabulary", "probe"):
         check_sha256(f"tokenizer.{key}", getattr(tokenizer, key))
-
-
-def checksum(facts: dict[str, Any]) -> str:
-    """Returns the sha256 of what delta.json says, by which a later change of it is noticed."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def check_sha256(key: str, value: Any) -> None:

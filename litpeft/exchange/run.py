@@ -1,4 +1,4 @@
-"""What a run leaves behind and how it is read again: a delta or a model, and delta.json, which says what it is."""
+"""The result of a run, written and read again: delta.json with a delta, or with a whole model."""
 
 import json
 import os
@@ -25,8 +25,8 @@ from litpeft.core.typed import typed
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.generation_config import write_stop_ids
-from litpeft.exchange.identity import config_changes, config_identity, tokenizer_changes, tokenizer_identity
-from litpeft.exchange.record import DELTA, FORMAT, NOT_OURS, checksum, read_record
+from litpeft.exchange.identity import checksum, config_changes, config_identity, tokenizer_changes, tokenizer_identity
+from litpeft.exchange.record import DELTA, FORMAT, NOT_OURS, read_record
 from litpeft.methods import METHODS, method_class
 from litpeft.model.build import build
 from litpeft.model.delta import Method, delta_state, load_delta
@@ -40,25 +40,25 @@ BACK = "put the folder's files back as they were then, or name the right folder 
 
 @dataclass
 class Run:
-    """A trained delta on disk: the folder with delta.json and delta.safetensors."""
+    """The result of a run on disk: the folder with delta.json and delta.safetensors, or with a model's files."""
 
     folder: Path
     facts: dict[str, Any]  # delta.json
 
     @property
     def is_model(self) -> bool:
-        """Whether the folder is an ordinary model by itself, since the method trained the base's own weights."""
+        """Whether the folder is an ordinary model, since the method trained the base's own weights."""
         return self.facts["holds"] == "model"
 
     @property
     def storage(self) -> Storage | None:
-        """How the base's linear layers were held while the delta was trained; None = as they are."""
+        """How the base was quantised while the delta was trained; None: not at all."""
         saved = self.facts["base"]["storage"]
         return None if saved is None else Storage(**saved)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type in which the base's weights were held, or came out of their storage."""
+        """The dtype of the base's weights while the delta was trained, dequantised if they were quantised."""
         return PRECISIONS[self.facts["precision"]].weights
 
     @property
@@ -74,12 +74,12 @@ class Run:
         return typed(method_class(self.facts["method"]), self.facts["settings"], "settings")
 
     def delta(self) -> dict[str, Tensor]:
-        """Returns the saved tensors; their file must be the one that was written."""
+        """Returns the saved tensors, after checking their file."""
         self.check_files()
         return load_file(self.folder / DELTA)
 
     def check_files(self) -> None:
-        """Raises unless the tensors' files are those that the run wrote."""
+        """Raises unless the files of tensors are those that the run wrote."""
         if self.is_model and self.facts["files"].keys() != (held := Weights(self.folder).headers.keys()):
             odd = some(sorted(self.facts["files"].keys() ^ held))
             what = f"the weights are not in the files that the run wrote: delta.json and the folder differ in {odd}"
@@ -92,13 +92,13 @@ class Run:
                 raise ModelError(what, where=str(path))
 
     def model_folder(self) -> Path:
-        """Returns the folder of a run that is a model by itself; weights and config must be those that it wrote."""
+        """Returns the folder of a run that is a model, after checking its weights and config."""
         self.check_config(self.folder)
         self.check_files()
         return self.folder
 
     def base_folder(self, moved_to: str | None = None) -> Path:
-        """Returns the base model's folder; its weights and config must be those that the run was trained on."""
+        """Returns the base model's folder, after checking that its weights and config are those of the training."""
         saved = self.facts["base"]
         folder = Path(moved_to) if moved_to else Path(saved["path"])
         if not os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
@@ -116,7 +116,7 @@ class Run:
         return folder
 
     def check_config(self, folder: Path) -> None:
-        """Raises unless the model's config reads as it did when the run was trained; format 2 does not know that."""
+        """Raises unless the model's config is that of the training; format 2 does not record it."""
         then = self.facts["base"].get("config")
         if then is None:
             return
@@ -125,8 +125,8 @@ class Run:
             what = f"the model's config is not the one that the run was trained with: {some(lines, '; ')}"
             raise ModelError(what, where=str(folder / "config.json"), hint=BACK)
 
-    def text(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
-        """Returns tokenizer and template of the model's folder, which must be those that the run was trained with."""
+    def tokenizer_and_template(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
+        """Returns tokenizer and template of the model's folder, after checking that they are those of the training."""
         tokenizer = Tokenizer.load(folder)
         if self.template == "model" and tokenizer.template_hash != self.facts["template"]["sha256"]:
             what = "the base's chat template is not the one that the run was trained with"
@@ -139,13 +139,13 @@ class Run:
             raise ModelError(what, where=str(folder), hint=BACK)
         return tokenizer, template
 
-    def standing(self) -> str | None:
-        """Returns in one line which step of how many the result is of, or None if it is the end of its run."""
+    def progress(self) -> str | None:
+        """Returns a line with the step of the result and how to resume the run; None if the run is complete."""
         facts, run = self.facts, self.folder.parent if self.folder.name == "final" else self.folder
         step, planned, finished = facts["step"], facts.get("steps_planned"), facts["finished"]
         newest = max(checkpoint_steps(run / "checkpoints"), default=0)
         if planned is None and finished and (run / "report.md").exists():
-            newest = 0  # format 2 does not say how far a run got that took an earlier step as its best
+            newest = 0  # format 2 does not record how far a run got beyond its best step
         newer = newest > facts.get("steps_done", step)
         if finished and not newer and planned in (None, step):
             return None
@@ -153,7 +153,7 @@ class Run:
         said += [] if finished else ["the run was stopped"]
         said += [f"there is a newer checkpoint, of step {newest:,}"] if newer else []
         if (newer or not finished) and (run / "run.yaml").exists():  # final/ may have been copied alone
-            said.append(f"it goes on with: {go_on(facts['method'], run)}")
+            said.append(f"it goes on with: {resume_command(facts['method'], run)}")
         return "; ".join(said)
 
 
@@ -167,27 +167,28 @@ def find_run(path: Path) -> Run | None:
         steps, method = checkpoint_steps(path / "checkpoints"), method_of(path)
         hint = "it did not finish; train it again"
         if steps and method:
-            hint = f"it was stopped after its checkpoint of step {steps[-1]:,}; it goes on with: {go_on(method, path)}"
+            hint = f"it was stopped after its checkpoint of step {steps[-1]:,}; "
+            hint += f"it goes on with: {resume_command(method, path)}"
         raise ModelError("this run holds no result (no final/delta.json)", where=str(path), hint=hint)
     refuse_other(path)
     read_json(path / "config.json", "config.json of a model")
     return None
 
 
-def tell_standing(run: Run | None) -> None:
-    """Tells the user, in one line on stderr, of a result that is not the end of its run."""
-    standing = None if run is None else run.standing()
-    if standing:
-        tell(standing)
+def tell_progress(run: Run | None) -> None:
+    """Tells the user if a result is not that of a complete run."""
+    progress = None if run is None else run.progress()
+    if progress:
+        tell(progress)
 
 
-def go_on(method: str, run: Path) -> str:
-    """Returns the command that goes on with a run."""
+def resume_command(method: str, run: Path) -> str:
+    """Returns the command that resumes a run."""
     return command_line("finetune", method, "--config", run / "run.yaml", "--out", run, "--resume")
 
 
 def method_of(run: Path) -> str | None:
-    """Returns the method of a run that has no result yet, from the command in the first line of its run.yaml."""
+    """Returns the method of a run without a result, from the command in the first line of its run.yaml."""
     with open(run / "run.yaml", encoding="utf-8", errors="replace") as file:
         said = re.match(r"# litpeft finetune (\w+) ", file.readline(200))
     return said[1] if said and said[1] in METHODS else None
@@ -196,9 +197,9 @@ def method_of(run: Path) -> str | None:
 def save_result(
     folder: Path, model: GPT, method: str, settings: Method, base: Path, facts: dict[str, Any], first: bool = True
 ) -> None:
-    """Writes what a run learned with all that is needed to use it again; the folder appears as a whole.
+    """Writes the result of a run; the folder appears complete or not at all.
 
-    All ranks give their shares of the tensors; the first of them writes.
+    Every rank must call it, since tensors are gathered; the first one writes.
     """
     if settings.writes_model:
         dtype = settings.result_dtype(model.dtype)
@@ -231,7 +232,7 @@ def save_result(
 
 
 def _whole_model(model: GPT, base: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yields all weights under their Hugging Face names, in this type."""
+    """Yields all weights under their Hugging Face names, in this dtype."""
     own = ((name, gather(tensor).to("cpu", dtype)) for name, tensor in model.state_dict().items())
     return NameMap(*read_config(base)).written(own, where=str(base))
 
@@ -243,14 +244,12 @@ def _finite(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tup
         yield name, tensor
 
 
-def write_config(folder: Path, dtype: torch.dtype, method: Method) -> None:
-    """Says in config.json of which type the weights are, and what the method needs.
-
-    The type has two names, since readers differ in which they know.
-    """
+def write_config(folder: Path, dtype: torch.dtype, method: Method | None = None) -> None:
+    """Writes the weights' dtype into config.json, under its new and its old key, and what the method adds."""
     path = folder / "config.json"
     config = read_json(path, "config.json of the base")
-    method.configure(config)
+    if method is not None:
+        method.configure(config)
     name = str(dtype).removeprefix("torch.")
     path.write_text(json.dumps(config | {"dtype": name, "torch_dtype": name}, indent=2) + "\n", encoding="utf-8")
 
@@ -258,7 +257,7 @@ def write_config(folder: Path, dtype: torch.dtype, method: Method) -> None:
 def base_facts(
     base: Path, storage: Storage | None, fingerprint: str, config: dict[str, Any], tokenizer: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns what says on which model something was trained: its weights, and what identity.py tells of it."""
+    """Returns delta.json's entry for the base: its path, weights and storage, and what identity.py takes from it."""
     held = None if storage is None else {"name": storage.name, "double_quantize": storage.double_quantize}
     known = {"path": str(base.resolve()), "fingerprint": fingerprint, "storage": held}
     return known | {"config": config, "tokenizer": tokenizer}
@@ -267,11 +266,11 @@ def base_facts(
 def build_run(
     run: Run, base: Path, dtype: torch.dtype, device: torch.device | str = "cpu", storage: Storage | None = None
 ) -> GPT:
-    """Returns the model of a run: `build` on the folder of its base, with the delta that it learned."""
+    """Returns the base model with the run's delta."""
     try:
         model = build(base, dtype, run.method(), device, storage)
     except ConfigError as error:
-        what = f"{error.where.replace('method', 'settings', 1)}: {error.what}"  # nobody typed them: delta.json says so
+        what = f"{error.where.replace('method', 'settings', 1)}: {error.what}"  # the settings come from delta.json
         raise ModelError(what, where=str(run.folder / "delta.json"), hint=NOT_OURS) from None
     load_delta(model, run.delta(), str(run.folder))
     return model

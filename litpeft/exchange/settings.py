@@ -1,4 +1,4 @@
-"""Settings of the commands that move model files: download, convert, merge."""
+"""Settings of the commands download, convert and merge."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -7,7 +7,7 @@ from litpeft.core.errors import ConfigError
 from litpeft.core.precision import pick_device, pick_precision
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
-from litpeft.exchange.run import Run, build_run, find_run, tell_standing
+from litpeft.exchange.run import Run, build_run, find_run, tell_progress
 from litpeft.generate.cpu.fused_block import strip
 from litpeft.generate.cpu.pack import pack_weights
 from litpeft.model.build import build
@@ -39,7 +39,7 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
     device = pick_device()
     dtype = pick_precision(precision, device).weights
     run = find_run(Path(path))
-    tell_standing(run)
+    tell_progress(run)
     if base is not None and (run is None or run.is_model):
         raise ConfigError("base is for a run with a delta, and this is a model by itself", where="base")
     storage = None
@@ -57,11 +57,11 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
         model = build(folder, dtype, device=device, storage=storage)
     elif run.is_model:
         folder = run.model_folder()
-        tokenizer, template = run.text(folder)
+        tokenizer, template = run.tokenizer_and_template(folder)
         model = build(folder, dtype, device=device, storage=storage)
     else:
         folder = run.base_folder(base)
-        tokenizer, template = run.text(folder)
+        tokenizer, template = run.tokenizer_and_template(folder)
         storage = run.storage
         if storage is not None:  # a cache that a run has left is read, none is made
             storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())

@@ -26,7 +26,7 @@ from litpeft.core.folders import checkpoint_steps, remove_leftovers, sync, whole
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import file_sha256, read_header, save_tensors
 from litpeft.core.terminal import say
-from litpeft.exchange.record import checksum
+from litpeft.exchange.identity import checksum
 from litpeft.train.report import scaled
 
 FORMAT = 1

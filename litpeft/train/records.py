@@ -15,7 +15,7 @@ from litpeft.core.json import jsonable
 from litpeft.core.terminal import command_line, say
 from litpeft.data.sources import find
 from litpeft.data.tokenise import DataSet
-from litpeft.exchange.run import go_on
+from litpeft.exchange.run import resume_command
 from litpeft.model.delta import Method, trainable, unfoldable
 from litpeft.model.gpt import GPT
 from litpeft.train.log import Log
@@ -88,7 +88,7 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
             command_line("chat", out),
             *([] if run.method.writes_model or unfoldable(model) else [command_line("merge", out)]),
         ],
-        go_on=go_on(name, out) if progress.exit_code or progress.out_of_time else "",
+        go_on=resume_command(name, out) if progress.exit_code or progress.out_of_time else "",
     )
     if not (out / "run.yaml").exists():  # the folder was removed while the run went on
         begin_run(out, settings, name, run.method, run.rows)

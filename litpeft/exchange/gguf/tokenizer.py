@@ -19,7 +19,7 @@ CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
 )
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-# What `tokenizer.ggml.pre` means: the text is cut by each of these in turn, and merges never cross a cut.
+# tokenizer.ggml.pre -> patterns that split the text, one after the other; merges never cross a split.
 SPLITS = {
     "gpt-2": (GPT2,),
     "smollm": (r"\p{N}", GPT2),
@@ -33,11 +33,11 @@ SAME = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
     "refact": "starcoder",
 }  # fmt: skip
-WHOLE_WORDS = ("llama-bpe", "tekken")  # a piece that is a token is taken whole, and a text starts with bos
+IGNORE_MERGES = ("llama-bpe", "tekken")  # a piece that is a token is not merged, and a text starts with BOS
 
 
 class GgufTokenizer:
-    """The tokenizer that a header describes; `rows` is how many tokens the embedding has."""
+    """The tokenizer that a header describes; `rows` is the number of embeddings."""
 
     def __init__(self, values: Mapping[str, Any], path: Path, rows: int):
         self.values, self.path = values, path
@@ -97,8 +97,8 @@ class GgufTokenizer:
     def _build(self) -> Tokenizer:
         """Returns the tokenizer of the `tokenizers` library."""
         if self.kind == "gpt2":
-            whole = self.pre in WHOLE_WORDS
-            tokenizer = Tokenizer(BPE(vocab=self.vocab, merges=self._merges(), ignore_merges=whole))
+            ignore_merges = self.pre in IGNORE_MERGES
+            tokenizer = Tokenizer(BPE(vocab=self.vocab, merges=self._merges(), ignore_merges=ignore_merges))
             cuts = [pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS[self.pre]]
             prefix = self._flag("add_space_prefix", False)
             byte_level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
@@ -128,7 +128,7 @@ class GgufTokenizer:
         return tokenizer
 
     def _frame(self, tokenizer: Tokenizer) -> None:
-        """Lets a text start with bos and end with eos, where the header asks for it."""
+        """Adds BOS and EOS to a text if the header asks for it."""
         bos = [self.tokens[self.bos]] if self._adds("bos") else []
         eos = [self.tokens[self.eos]] if self._adds("eos") else []
         if not bos + eos:
@@ -150,7 +150,7 @@ class GgufTokenizer:
         return merges
 
     def _merges_of_scores(self) -> list[tuple[str, str]]:
-        """Returns the merges that scores stand for: the pieces of the token with the highest score are joined first."""
+        """Returns the merges that the scores imply: those that make the token with the highest score come first."""
         scores = self._list("scores", float)
         if len(scores) != len(self.tokens):
             what = f"{len(scores)} scores for {len(self.tokens)} tokens"
@@ -180,6 +180,6 @@ class GgufTokenizer:
         return value
 
     def _adds(self, name: str) -> bool:
-        """Says whether a text gets this token; a header that says nothing means what its kind of tokenizer does."""
-        usual = name == "bos" and (self.kind == "llama" or self.pre in WHOLE_WORDS)
+        """Returns whether a text gets this token; without the key, as its kind of tokenizer usually does."""
+        usual = name == "bos" and (self.kind == "llama" or self.pre in IGNORE_MERGES)
         return self._flag(f"add_{name}_token", usual) and {"bos": self.bos, "eos": self.eos}[name] is not None

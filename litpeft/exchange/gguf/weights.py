@@ -1,6 +1,6 @@
-"""Reads a GGUF file: the header becomes config.json, the tensors plain ones under Hugging Face names.
+"""Reads a GGUF file: the header becomes config.json, the tensors are dequantised and get Hugging Face names.
 
-llama.cpp stores the rows of q and k in the order of its rotation, which turns neighbouring rows:
+llama.cpp stores the rows of q and k interleaved, since its RoPE rotates neighbouring rows:
     theirs  a0 b0 a1 b1 a2 b2 …        ours  a0 a1 a2 … b0 b1 b2 …        (a_i, b_i: the pair with frequency i)
 """
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("llama",)
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-PIECE = 1 << 20  # numbers that are unpacked at a time
-MOST_ENTRIES = 1 << 21  # of an array in the header; vocabularies and merges stay far below
+CHUNK = 1 << 20  # weights that are dequantised together
+MOST_ENTRIES = 1 << 21  # of an array in the header; vocabularies and merges have far fewer
 
 
 class BoundedReader(gguf.GGUFReader):
-    """A GGUFReader for files that may be damaged: nothing lies beyond the end, and no array is endless."""
+    """A GGUFReader for files that may be damaged: it checks every offset and the length of arrays."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         self._reach(offset + np.dtype(dtype).itemsize * int(count))
@@ -40,9 +40,9 @@ class BoundedReader(gguf.GGUFReader):
             raise ValueError(f"something in it should reach to byte {end}, but it has {len(self.data)}")
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-        """Returns length in bytes, parts, numbers of those with a value, and types of a value; arrays quickly.
+        """Returns a field's size in bytes, its parts, the indices of those with a value, and the value's types.
 
-        The package makes some arrays of numpy for each entry, which took half of the time of a conversion.
+        The package makes numpy arrays for each entry of an array, which took half of the time of a conversion.
         """
         if raw_type != gguf.GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
@@ -61,7 +61,7 @@ class BoundedReader(gguf.GGUFReader):
         return end - orig_offs, [kind, length, *values], list(range(2, 2 + len(values))), types
 
     def _strings(self, start: int, count: int) -> tuple[list[memoryview], int]:
-        """Returns the bytes of some strings, each after its length, and where the last one ends."""
+        """Returns the bytes of `count` strings, each of which follows its length, and the end of the last one."""
         data, strings = memoryview(self.data), []
         for _ in range(count):
             first = start + 8
@@ -73,7 +73,7 @@ class BoundedReader(gguf.GGUFReader):
 
 
 class GgufFile:
-    """A GGUF file of a llama model. Opening it checks all that can be checked without reading the tensors."""
+    """A GGUF file of a llama model. Opening it checks everything but the tensors' values."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -116,7 +116,7 @@ class GgufFile:
         write_safetensors(folder, self.tensors(NameMap(*read_config(folder)).shapes, dtype))
 
     def tensors(self, shapes: dict[str, tuple[int, ...]], dtype: "torch.dtype") -> Iterator[tuple[str, "Tensor"]]:
-        """Returns every tensor of `shapes` (Hugging Face names), one at a time; rounded once, from float32."""
+        """Yields every tensor of `shapes` (Hugging Face names), rounded once, from float32."""
         import torch
 
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config["num_hidden_layers"])
@@ -133,15 +133,15 @@ class GgufFile:
                 raise ModelError(f"{stored} is {shape}, expected {shapes[name]}", where=str(self.path))
             values = torch.empty(shape, dtype=dtype)
             rows, data = values.view(-1, shape[-1]), np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
-            for at in range(0, len(rows), step := max(1, PIECE // shape[-1])):
-                with np.errstate(all="ignore"):  # what is not finite is found, and named, when it is read again
+            for at in range(0, len(rows), step := max(1, CHUNK // shape[-1])):
+                with np.errstate(all="ignore"):  # `convert` checks that the numbers are finite
                     part = gguf.dequantize(data[at : at + step], tensor.tensor_type)
                 rows[at : at + step] = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
             halves = stored.split(".")[-2] in ("attn_q", "attn_k")
             yield name, rows_in_halves(values, self.config["head_dim"]) if halves else values
 
     def _own_dtype(self) -> str:
-        """Returns the type that holds most of the matrices' numbers; bfloat16 where they are quantised."""
+        """Returns the dtype of most weights of matrices; bfloat16 if any are quantised."""
         held: Counter[str] = Counter()
         for tensor in self.reader.tensors:
             if len(tensor.shape) > 1:
@@ -149,7 +149,7 @@ class GgufFile:
         return "bfloat16" if "quantised" in held else held.most_common(1)[0][0]
 
     def _check_kind(self) -> None:
-        """Refuses what is not a whole, little-endian llama model in types that can be read."""
+        """Raises unless this is a complete, little-endian llama model in types that can be read."""
         where = str(self.path)
         name = self.values.get("general.architecture")
         if name not in ARCHITECTURES:
@@ -173,7 +173,7 @@ class GgufFile:
                 raise ModelError(what, where=where, hint=hint) from None
 
     def _check_layout(self) -> None:
-        """Refuses a file whose tensors do not lie one behind the other up to its end, as the format asks."""
+        """Raises unless the tensors follow each other up to the end of the file, as the format requires."""
         end, alignment = self.reader.data_offset, int(self.reader.alignment)
         for tensor in self.reader.tensors:
             if tensor.data_offset != end:

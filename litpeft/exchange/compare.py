@@ -1,0 +1,102 @@
+"""Compares what a merged model computes with what the run computes, by the logits of a few prompts."""
+
+import torch
+from torch import Tensor
+
+from litpeft.core.errors import ModelError
+from litpeft.core.terminal import say
+from litpeft.exchange.rounding import Rounding
+from litpeft.model.context import Context
+from litpeft.model.delta import without_delta
+from litpeft.model.gpt import GPT
+from litpeft.model.kernels.ops import product
+from litpeft.model.slots import Delta, Linear, Slot
+
+PROMPTS = (
+    "The capital of France is",
+    "def add(a, b):\n    return",
+    "Once upon a time there was a",
+    "Translate to German: Good morning, how are you?",
+)
+# The largest difference of a logit that is allowed, relative to the largest logit.
+FOLD_TOLERANCE = 5e-5
+ROUND_TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def in_float32(model: GPT) -> GPT:
+    """Lets `model` compute in float32 and drop the pages of its weights after each block."""
+    model.dtype, files = torch.float32, model.files
+    for block in model.blocks:
+        block.register_forward_hook(lambda *_: files.drop_pages())
+    return model.eval()
+
+
+class Scratch:
+    """Copies tensors to float32 or float64 in one buffer, since allocating a new one each time is slower."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        if self.memory.numel() < tensor.numel() or self.memory.dtype != dtype:
+            self.memory = torch.empty(tensor.numel(), dtype=dtype)
+        return self.memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+class _ThreeWays(Delta):
+    """Computes a layer three ways, for tokens that come three times: with deltas, without, and with them folded."""
+
+    def __init__(self, slot: Slot, widened: Scratch):
+        super().__init__()
+        self.slot, self.widened = Slot(), widened
+        self.slot.deltas = slot.deltas
+
+    def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
+        (with_deltas, without, _), (first, _, third) = y.chunk(3, 1), x.chunk(3, 1)
+        bias = None if linear.bias is None else linear.bias.to(x.dtype, copy=True)
+        fold = product(third, *self.slot.frozen(linear).fold(self.widened(linear.dense()), bias))
+        return torch.cat((self.slot(with_deltas, first, linear, ctx), without, fold), 1)
+
+
+def three_ways(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the logits of base + delta, of the base, and of the folded weights. The model cannot be used afterwards.
+
+    The three are computed in one forward pass, so that every weight is read once.
+    """
+    tokens, widened = sum(map(len, prompts)), Scratch()
+    for layer in model.modules():
+        if isinstance(layer, Linear) and layer.slot.deltas:
+            layer.slot.deltas = {"three ways": _ThreeWays(layer.slot, widened)}
+    want, before, fold = logits_of(model, 3 * prompts).split(tokens)
+    if model.base_values:
+        with without_delta(model):
+            before = logits_of(model, 3 * prompts)[tokens : 2 * tokens]
+    return want, before, fold
+
+
+@torch.inference_mode()
+def logits_of(model: GPT, prompts: list[list[int]]) -> Tensor:
+    ids = torch.tensor([[i for prompt in prompts for i in prompt]])
+    return model(ids, Context.packed(tuple(map(len, prompts)), ids.device, None))[0]
+
+
+def check(want: Tensor, fold: Tensor, files: Tensor, dtype: torch.dtype, rounding: Rounding, where: str) -> None:
+    """Raises unless the logits of the folded weights, and of the files, are those of base + delta up to rounding."""
+    size = float(want.abs().max())
+    names = {"folded in float32": fold, f"files read back, {str(dtype).removeprefix('torch.')}": files}
+    for name, logits in names.items():
+        same = float((logits.argmax(-1) == want.argmax(-1)).float().mean())
+        say(f"  {name:<32} differs by {float((logits - want).abs().max()):.2e}, same next token at {same:.0%}")
+    say(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
+    say("\n".join(rounding.lines(str(dtype).removeprefix("torch."))))
+    if rounding.changed == 0:
+        hint = "train longer, or write float32 with --dtype float32"
+        raise ModelError("no weight changed: the merged model would be the base", where=where, hint=hint)
+    for (name, logits), limit in zip(names.items(), (FOLD_TOLERANCE, ROUND_TOLERANCE[dtype]), strict=True):
+        off = float((logits - want).abs().max()) / size
+        if not off <= limit:
+            what = (
+                f"logits of the {name} are off by {off:.1e} of the largest, more than {limit:.0e}: nothing was written"
+            )
+            raise ModelError(what, where=where, hint="try --dtype float32")
