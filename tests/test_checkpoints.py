@@ -24,7 +24,6 @@ import litpeft.core.safetensors
 import litpeft.train.preparation
 from litpeft.core.errors import ModelError, NumericError, ResourceError, UserError
 from litpeft.exchange.identity import changed, checksum
-from litpeft.exchange.run import checksum
 from litpeft.train.checkpoints import Checkpoint, Checkpoints, check_disk
 
 CALLS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir"}

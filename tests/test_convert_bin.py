@@ -14,7 +14,7 @@ from test_model import CASES, reference
 from transformers import AutoModelForCausalLM
 
 from litpeft.core.errors import ModelError, UserError
-from litpeft.core.folders import alone
+from litpeft.core.folders import locked
 from litpeft.core.safetensors import Weights
 from litpeft.exchange.convert import convert
 from litpeft.exchange.settings import Convert
@@ -264,7 +264,7 @@ def test_a_number_that_is_not_finite_is_named_by_shard_and_tensor(tmp_path):
 def test_one_process_at_a_time_converts_into_a_folder(tmp_path):
     source, _ = bin_folder(tmp_path / "bin")
     out = tmp_path / "hf"
-    with alone(out):
+    with locked(out):
         command = [sys.executable, "-m", "litpeft", "convert", str(source), str(out), "--overwrite", "true"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 6

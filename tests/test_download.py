@@ -12,7 +12,7 @@ from loopback_hub import Hub
 from safetensors.numpy import load
 
 from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError
-from litpeft.core.folders import alone
+from litpeft.core.folders import locked
 from litpeft.core.safetensors import Weights
 
 UNWANTED = {
@@ -57,7 +57,7 @@ def test_the_checksums_of_what_the_hub_sent_are_kept_and_later_damage_is_named(h
 
 
 def test_one_process_at_a_time_downloads_into_a_folder(hub: Hub, tmp_path: Path) -> None:
-    with alone(tmp_path / "out"):
+    with locked(tmp_path / "out"):
         refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), ResourceError, f"process {os.getpid()} on")
     assert hub.transfers() == []
 

@@ -10,11 +10,11 @@ from conftest import finetune, write_rows
 
 from litpeft.cli import main
 from litpeft.core.errors import UserError
-from litpeft.core.folders import alone, atomic_file
+from litpeft.core.folders import locked
 
 
 def hold(path, pipe) -> None:
-    with alone(path):
+    with locked(path):
         pipe.send("working")
         pipe.recv()
 
@@ -58,11 +58,11 @@ def test_a_second_run_on_the_same_folder_is_refused_and_names_the_first(tiny_fol
 @pytest.mark.parametrize("number", [None, signal.SIGKILL])
 def test_the_folder_is_free_when_its_process_ends_however_that_happens(tmp_path, holder, number) -> None:
     process, pipe = holder
-    with pytest.raises(UserError, match="is working on it"), alone(tmp_path / "run"):
+    with pytest.raises(UserError, match="is working on it"), locked(tmp_path / "run"):
         pass
     os.kill(process.pid, number) if number else pipe.send("end")
     process.join()
-    with alone(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         assert (tmp_path / ".lock-run").read_text().startswith(f"process {os.getpid()} on ")
     assert list(tmp_path.iterdir()) == []
 

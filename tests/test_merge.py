@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litpeft.cli import main
 from litpeft.core.errors import UserError
-from litpeft.core.folders import alone
+from litpeft.core.folders import locked
 from litpeft.exchange.run import find_run
 from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA
@@ -172,7 +172,7 @@ def test_settings_that_were_changed_after_the_run_are_noticed(tiny_folder, tmp_p
 
 def test_one_process_at_a_time_merges_into_a_folder(tiny_folder, tmp_path, capsys):
     run = finetune(tiny_folder, tmp_path, "--train.epochs", "1")
-    with alone(run / "merged"):
+    with locked(run / "merged"):
         code, error = fails(capsys, "merge", str(run))
     assert code == 6
     assert f"{run / 'merged'}: process {os.getpid()} on " in error

@@ -1,6 +1,6 @@
-"""The command line: a static table of commands, one flat parser for the command that is asked for.
+"""The command line: a table of commands, and a parser for the one that is called.
 
-Nothing heavy is imported before it is needed: `litpeft --help` reads the table only.
+Imports are late, so that `litpeft --help` only reads the table.
 """
 
 import gc
@@ -27,7 +27,7 @@ from litpeft.core.errors import (
     quoted,
 )
 from litpeft.core.memory import memory_error, out_of_memory
-from litpeft.core.terminal import Lasting, say, tell
+from litpeft.core.terminal import TolerantStream, say, tell
 from litpeft.methods import METHODS
 from litpeft.train.launch import PATIENCE, launch, leave, peer_lost, started_by
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         raise KeyboardInterrupt
 
     before, stderr = signal.signal(signal.SIGINT, interrupt), sys.stderr
-    sys.stderr = Lasting(stderr)  # whether somebody reads what is told changes neither the work nor the exit code
+    sys.stderr = TolerantStream(stderr)  # a closed stderr changes neither the work nor the exit code
     try:
         dispatch(argv, debug)
         sys.stdout.flush()
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             leave(int(stop.code or 0))
         raise
     except (Exception, KeyboardInterrupt) as error:
-        # some imports turn a Ctrl-C into an error of their own
+        # some libraries turn Ctrl-C during their import into another error
         interrupted = isinstance(error, KeyboardInterrupt) or (pressed and not isinstance(error, UserError))
         if interrupted:
             tell("litpeft: interrupted")
@@ -126,9 +126,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _report(error: Exception, command: str) -> int:
-    """Prints what went wrong in a command, by its first word, and returns the exit code."""
+    """Prints the error of a command (its first word) and returns the exit code."""
     if isinstance(error, BrokenPipeError):
-        sys.stderr.close()  # whoever read our output has left: nobody to tell
+        sys.stderr.close()  # the reader of our output is gone
         return 1
     text = " ".join(str(error).split())
     if peer_lost(error):
@@ -137,8 +137,8 @@ def _report(error: Exception, command: str) -> int:
     others = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
     if isinstance(error, UserError) and others and not isinstance(error, ResourceError):
         if started_by() == "litpeft":
-            return error.exit_code  # every rank found the same: the first of the machine tells
-        time.sleep(PATIENCE)  # torchrun ends the others as soon as one has left: not before the first has told
+            return error.exit_code  # every rank has the same error: the machine's first rank prints it
+        time.sleep(PATIENCE)  # torchrun ends all ranks once one has left: let the first rank print first
     if out_of_memory(error):
         error = error if isinstance(error, ResourceError) else memory_error(error, command)
     elif isinstance(error, OSError):
@@ -152,9 +152,9 @@ def _report(error: Exception, command: str) -> int:
 
 
 def dispatch(argv: list[str], debug: list[str]) -> None:
-    """Finds the command that `argv` begins with, parses the rest into its settings, and runs it.
+    """Runs the command that `argv` begins with, with the settings of the rest.
 
-    `debug` goes to the processes that the command starts.
+    `debug` is passed on to processes that the command starts.
     """
     if argv and argv[0] == "--version":
         say(__version__)
@@ -165,7 +165,7 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
         if not any(f"{name} ".startswith(" ".join(words) + " ") for name in COMMANDS):
             from litpeft.cli.suggestions import suggest_command
 
-            two = " ".join([*words, *argv[:1]])  # a misspelt `finetune` is told from its method
+            two = " ".join([*words, *argv[:1]])  # the method shows that a misspelt word is `finetune`
             near = suggest_command(two, COMMANDS) or suggest_command(" ".join(words), COMMANDS)
             if words[0] in METHODS:
                 near = f' (did you mean "finetune {words[0]}"?)'
@@ -186,11 +186,11 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
             sys.exit(code)
     function = _load(command.function)
     if not gc.isenabled():  # see __main__.py
-        gc.freeze()  # what was imported stays
+        gc.freeze()  # imported modules stay: never scan them
         gc.enable()
     try:
         function(settings) if command.method is None else function(settings, command.method, method)
-    except UserError as error:  # one that names a key is told with the key's place in its file
+    except UserError as error:  # add the file and line of the key that it names
         error.where = f"{lines[error.where]}: {error.where}" if error.where in lines else error.where
         raise
 
@@ -205,7 +205,7 @@ def usage(prefix: str) -> None:
 
 
 def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[str, str]]:
-    """Returns the settings of a command, its method (for `finetune`), and `file:line` of each key of a YAML file."""
+    """Returns the settings of a command, its method (for `finetune`), and `file:line` of each key in a YAML file."""
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     from litpeft.cli.help import help_text, wanted

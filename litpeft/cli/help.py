@@ -1,4 +1,4 @@
-"""The text of `litpeft COMMAND --help`: an example, what is required, the method, then each group of options."""
+"""The text of `litpeft COMMAND --help`: an example, required options, the method, then each group of options."""
 
 import json
 from argparse import Action
@@ -11,12 +11,12 @@ from jsonargparse import ArgumentParser
 
 from litpeft.core.kinds import alternatives, choices
 
-COLUMN = 34  # where the texts begin; that of a longer option begins in the next line
+COLUMN = 34  # where the descriptions begin; that of a longer option begins on the next line
 VALUES = {int: "INTEGER", float: "NUMBER", tuple: "LIST", dict: "DICT"}
 
 
 def wanted(argv: list[str], parser: ArgumentParser) -> str | None:
-    """Returns which help a command line asks for: "" for all of it, the name of a group, None for no help."""
+    """Returns the help that a command line asks for: "" for all of it, a group's name, or None."""
     groups = {f"--{name}.help": name for name in _titles(parser)}
     return next((groups.get(word, "") for word in argv if word in ("-h", "--help", *groups)), None)
 
@@ -64,7 +64,7 @@ def _section(title: str, actions: list[Action]) -> list[str]:
 
 
 def _command(line: str) -> list[str]:
-    """Returns a command to copy; where one line is too short, each option has its own."""
+    """Returns a command to copy; if it is too long for one line, each option has its own."""
     broken = line.replace(" --", " \\\n    --") if len(line) + 2 > _width() else line
     return f"  {broken}".split("\n")
 
@@ -74,7 +74,7 @@ def _left(action: Action) -> str:
 
 
 def _value(action: Action) -> str:
-    """Returns what stands for the option's value: its choices, or the kind of value that it takes."""
+    """Returns the placeholder of an option's value: its choices, or its type."""
     if action._typehint is bool:
         return "[true|false]"
     named = choices(action._typehint)
@@ -86,7 +86,7 @@ def _value(action: Action) -> str:
 
 
 def _text(action: Action) -> str:
-    """Returns the option's own words and its default, which null and an empty text, list or dict are not worth."""
+    """Returns the option's description, with its default unless that is null or empty."""
     default: Any = action.default
     if action.required or default in (None, "", (), {}):
         return action.help
@@ -99,7 +99,7 @@ def _plain(value: Any) -> str:
 
 
 def _row(left: str, text: str) -> list[str]:
-    """Returns an option with its text beside it, or below where it is too long for that."""
+    """Returns the lines of an option: its description beside it, or below if it is too long."""
     lines = wrap(" ".join(text.split()), _width() - COLUMN, break_on_hyphens=False)
     start = f"  {left:<{COLUMN - 2}}"
     first = [start + lines[0]] if len(left) < COLUMN - 2 else [f"  {left}", " " * COLUMN + lines[0]]

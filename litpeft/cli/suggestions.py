@@ -1,4 +1,4 @@
-"""What a user may have meant by a key that litpeft does not have: another spelling, or another tool's name for it."""
+"""Suggestions for an unknown key: a known key with a similar spelling, or the one for another tool's name."""
 
 import json
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from difflib import SequenceMatcher, get_close_matches
 from litpeft.generate.settings import Generate
 from litpeft.train.settings import Finetune
 
-# Our key, and what others call it: PEFT, transformers and TRL, Axolotl, LLaMA-Factory, torchtune, LitGPT, mlx-lm.
+# Our key -> its names in PEFT, transformers and TRL, Axolotl, LLaMA-Factory, torchtune, LitGPT, mlx-lm.
 MEANINGS = {
     "method.rank": "r lora_r lora_rank network_dim",
     "method.alpha": "lora_alpha",
@@ -80,21 +80,21 @@ MEANINGS = {
     "sampling.lookup": "prompt_lookup_num_tokens",
 }
 
-COMMANDS = {  # as MEANINGS; other tools' names of a command
+COMMANDS = {  # our command -> its names in other tools
     "finetune lora": "train sft tune fit",
     "evaluate": "eval test benchmark measure",
     "generate": "infer inference predict run answer complete",
     "merge": "export fuse",
     "download": "pull",
 }
-LONGEST = 100  # characters of a key that can be a misspelling; to compare longer ones takes long
+LONGEST = 100  # characters of a key that is compared with others; longer ones take too long
 
 
 def suggest(key: str, known: Collection[str]) -> str:
-    """Returns ` (did you mean "x"?)` for what `key` may stand for among the known keys, and "" where nothing is near.
+    """Returns ` (did you mean "x"?)` for the known keys that `key` may mean, or "".
 
-    In turn: the same letters, another tool's name, the same last word, a key of another command, a misspelling in the
-    same group. Where the group is known and nothing in it is near, its keys are listed instead of a key of another.
+    Tried in turn: the same letters, another tool's name, the same last word, a key of another command, a misspelling in
+    the same group. If nothing in a known group is similar, its keys are listed.
     """
     if len(key) > LONGEST:
         return ""
@@ -102,7 +102,7 @@ def suggest(key: str, known: Collection[str]) -> str:
     leaves = [name for name in known if name.rpartition(".")[2] == leaf]
     found = [name for name in known if _flat(name) == _flat(key)]
     elsewhere = _elsewhere(_plain(key), known)
-    if not (group and elsewhere):  # another tool's name for a key is none where it is our name of another
+    if not (group and elsewhere):  # our own name for a key of another command comes before another tool's name
         found = found or [name for name in known if leaf in MEANINGS.get(name, "").split()]
     found = found or sorted(leaves, key=lambda name: -SequenceMatcher(None, name, key).ratio())
     if not found and elsewhere:
@@ -113,24 +113,24 @@ def suggest(key: str, known: Collection[str]) -> str:
         found = [near[hit] for hit in get_close_matches(leaf, near, n=1)]
     if not found and group and siblings:
         return f"; {group} has {', '.join(name.rpartition('.')[2] for name in siblings)}"
-    if not found and len(leaf) > 2:  # of two letters half would be alike by chance
+    if not found and len(leaf) > 2:  # two letters match by chance
         near = {name.rpartition(".")[2]: name for name in known}
         near |= {name.partition(".")[0]: name.partition(".")[0] for name in known if "." in name}  # groups
         found = [near[hit] for hit in get_close_matches(leaf, near, n=1)]
     if group:
-        found = found[:1]  # where the group was said, all but the nearest would be noise
+        found = found[:1]
     return f" (did you mean {' or '.join(map(json.dumps, found))}?)" if found else ""
 
 
 def suggest_command(word: str, names: Collection[str]) -> str:
-    """Returns ` (did you mean "x"?)` for the command that `word` may stand for among `names`, or ""."""
+    """Returns ` (did you mean "x"?)` for the command of `names` that `word` may mean, or ""."""
     found = [name for name, words in COMMANDS.items() if word in words.split()]
     found = found or get_close_matches(word, names, n=1, cutoff=0.7)
     return f' (did you mean "{found[0]}"?)' if found else ""
 
 
 def _elsewhere(key: str, known: Collection[str]) -> str:
-    """Returns to which other command a key belongs, if it is one there or the last word of one; or ""."""
+    """Returns a note that a key (or its last word) belongs to another command, or ""."""
     for command, settings in (("finetune", Finetune), ("generate", Generate)):
         groups = {field.name: fields(field.type) for field in fields(settings) if is_dataclass(field.type)}
         names = [f"{group}.{field.name}" for group, inner in groups.items() for field in inner]

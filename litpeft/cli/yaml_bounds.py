@@ -1,15 +1,15 @@
-"""YAML in bounds: aliases can make a gigabyte out of ten lines, and a value that holds itself."""
+"""Reads YAML with limits: aliases can expand ten lines to a gigabyte, or make a value that contains itself."""
 
 from typing import Any
 
 import yaml
 
-MOST = 10_000  # values, each counted as often as aliases repeat it
+MOST = 10_000  # values, with aliases expanded
 DEEPEST = 50  # levels
 
 
 class TooMuch(yaml.YAMLError):
-    """The YAML under `key` (dotted; "" = all of it) goes beyond the bounds at `line`."""
+    """The YAML at `key` (dotted; "" = all of it) exceeds a limit at `line`."""
 
     def __init__(self, key: str, what: str, line: int):
         super().__init__(f'"{key}" {what}' if key else f"it {what}")
@@ -17,12 +17,12 @@ class TooMuch(yaml.YAMLError):
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """Composes nodes only within the bounds; where they are crossed first is where the fault lies."""
+    """Composes nodes and raises TooMuch at the first that exceeds a limit."""
 
     def __init__(self, text: str | bytes):
         super().__init__(text)
-        self.path: list[str] = []  # the key of each level, "" in a list
-        self.extents: dict[int, tuple[int, int]] = {}  # of each node that is complete: values in it, levels
+        self.path: list[str] = []  # the key of each level, "" for a list
+        self.extents: dict[int, tuple[int, int]] = {}  # id of a complete node -> its number of values and of levels
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         named = isinstance(parent, yaml.MappingNode) and isinstance(index, yaml.ScalarNode)
@@ -58,5 +58,5 @@ class BoundedLoader(yaml.SafeLoader):
 
 
 def compose(text: str | bytes) -> yaml.Node | None:
-    """Returns the root of a YAML text; raises TooMuch where it goes beyond the bounds, yaml.YAMLError where none is."""
+    """Returns the root of a YAML text; raises TooMuch if it exceeds a limit, yaml.YAMLError if it is not YAML."""
     return yaml.compose(text, Loader=BoundedLoader)

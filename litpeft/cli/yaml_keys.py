@@ -1,4 +1,4 @@
-"""Strict options and YAML keys: what no option knows, and what is said twice, is an error that names its place."""
+"""Strict options and YAML keys: an unknown or repeated one is an error with its file and line."""
 
 import json
 import re
@@ -18,12 +18,12 @@ LARGEST = 1 << 20  # bytes of a YAML file
 
 
 def _options(parser: ArgumentParser) -> dict[str, Any]:
-    """Returns the type of each option by its dotted name; a group of options has none."""
+    """Returns the type of each option by its dotted name; None for a group of options."""
     return {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
 
 
 def _kind(name: str, options: dict[str, Any]) -> Any:
-    """Returns the type of an option, or of the free arguments that hold it as `OPTION.KEY`; None for any other name."""
+    """Returns the type of an option, or of the dict option that takes it as `OPTION.KEY`; None for any other name."""
     if name in options:
         return options[name]
     dicts = (kind for option, kind in options.items() if "dict" in str(kind) and name.startswith(f"{option}."))
@@ -31,13 +31,13 @@ def _kind(name: str, options: dict[str, Any]) -> Any:
 
 
 def _unknown(name: str, options: dict[str, Any]) -> str:
-    """Returns what may have been meant by a key that does not exist, to go on after its name."""
+    """Returns a suggestion for an unknown key, to be appended to its name."""
     groups = {name.partition(".")[0] for name in options if "." in name}
     return suggest(name, [option for option in options if option not in groups])
 
 
 def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
-    """Returns `argv` with each --config first, so that options win over it, and `true` after a bare switch."""
+    """Checks `argv`; returns it with --config first, so that options override it, and `true` after a bare switch."""
     options = _options(parser)
     positional = [action.dest for action in parser._actions if not action.option_strings]
     first: list[str] = []
@@ -70,19 +70,19 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
                 check_word(text, name, kind, f"--{name}")
         if not has_value and options.get(name) is bool:
             said = value[0].lower() if value else ""
-            if said.startswith("-"):  # no value of the switch
+            if said.startswith("-"):  # the next option, not this switch's value
                 words, value, said = value + words, [], ""
             if value and said not in ("true", "false") and not positional:
                 raise ConfigError(f"{name} must be true or false, got {quoted(value[0])}")
             value = [said] if said in ("true", "false") else ["true", *value]
         if "tuple[str" in str(options.get(name)) and value and not value[0].startswith("["):
-            value = [json.dumps(value)]  # one string where a list is meant
+            value = [json.dumps(value)]  # one string stands for a list of it
         (first if name == "config" else rest).extend([word, *value])
     return first + rest
 
 
 def check_yaml(parser: ArgumentParser, argv: list[str]) -> dict[str, str]:
-    """Returns `file:line` of every key in the --config files; raises on a key that is unknown or stands twice."""
+    """Returns `file:line` of every key in the --config files; raises for an unknown or repeated key."""
     files = [argv[i + 1] for i, word in enumerate(argv[:-1]) if word == "--config"]
     files += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
     options = {name: kind for name, kind in _options(parser).items() if name not in ("help", "config", "print_config")}
@@ -105,7 +105,7 @@ def check_yaml(parser: ArgumentParser, argv: list[str]) -> dict[str, str]:
         if not isinstance(root, yaml.MappingNode):
             raise ConfigError("the file must hold keys and values", where=file)
         _walk(root, "", file, options, lines)
-    # the longest first: an error that names `train.lr` must not be placed at `train`
+    # the longest first: an error about `train.lr` must not get the line of `train`
     return dict(sorted(lines.items(), key=lambda item: -len(item[0])))
 
 
@@ -144,7 +144,7 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
 
 
 def in_plain_words(complaint: str, parser: ArgumentParser) -> str:
-    """Returns what jsonargparse says of a value: the key, what it may be, and what came."""
+    """Returns a complaint of jsonargparse in plain words: the key, what is allowed, and what came."""
     options = _options(parser)
     wrong = re.match(r'Parser key "([^"]+)": .*?(?:Got value|Given value): ?(.*)', complaint)
     if wrong and options.get(wrong[1]):

@@ -1,4 +1,4 @@
-"""Numbers and words that YAML 1.1 reads as others than a person means: refused, with their place."""
+"""Refuses numbers and words that YAML 1.1 reads otherwise than a person: `yes`, `0123`, `12:30`."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import yaml
 from litpeft.cli.yaml_bounds import TooMuch, compose
 from litpeft.core.errors import ConfigError
 
-# What YAML 1.1 takes for a number though it is not written in plain decimal digits.
+# numbers of YAML 1.1 that are not plain decimal digits
 ODD_NUMBERS = {
     r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?": "in base 60",
     r"[-+]?0[xX][0-9a-fA-F_]+": "in base 16",
@@ -18,14 +18,14 @@ ODD_NUMBERS = {
     r"[-+]?0[0-9_]+": "with a leading 0, which stands for base 8",
 }
 
-DIGITS = 100  # of a number; Python reads none that is far longer
+DIGITS = 100  # of a number; Python refuses far longer ones
 
 
 def check_value(node: yaml.Node, key: str, kind: Any, where: str) -> None:
-    """Raises if `node`, the value of an option of type `kind`, holds a scalar that YAML reads in a surprising way.
+    """Raises if `node`, the value of an option of type `kind`, has a scalar that YAML reads in a surprising way.
 
-    A number must be in decimal digits and text must not be read as a number or a boolean; `yes` is one only where
-    nothing but a boolean can stand.
+    Numbers must be decimal, text must not be read as a number or boolean, and words like `yes` are allowed only for an
+    option that takes nothing but booleans.
     """
     types = plain_types(kind)
     for scalar in scalars(node, set()):
@@ -48,21 +48,21 @@ def check_value(node: yaml.Node, key: str, kind: Any, where: str) -> None:
 
 
 def check_word(text: str, key: str, kind: Any, where: str) -> None:
-    """Does the same for a value on the command line, where text needs no quotes; refuses what is out of bounds."""
+    """Does the same for a value on the command line, where text needs no quotes; raises if it exceeds the limits."""
     if plain_types(kind) == {str} and not re.search("dict|list|tuple", str(kind)) and not {"&", "*"} <= set(text):
-        return  # text that no reader of YAML makes more of
+        return  # plain text without aliases
     try:
         node = compose(text)
     except TooMuch as error:
         raise ConfigError(str(error), where=where) from None
     except yaml.YAMLError:
-        return  # the option's own type says what is wrong with it
+        return  # the check of the option's type reports it
     if node is not None and plain_types(kind) != {str}:
         check_value(node, key, kind, "")
 
 
 def plain_types(kind: Any) -> set[Any]:
-    """Returns the types of the scalars that an option of this type may hold, None left out."""
+    """Returns the types of the scalars in a value of this type, without None."""
     if get_origin(kind) is Literal:
         return set(map(type, get_args(kind)))
     inner = get_args(kind)[1:] if get_origin(kind) is dict else get_args(kind)
@@ -70,7 +70,7 @@ def plain_types(kind: Any) -> set[Any]:
 
 
 def scalars(node: yaml.Node, seen: set[int]) -> Iterator[yaml.ScalarNode]:
-    """Yields every scalar in a node once, keys included, however often aliases name it."""
+    """Yields every scalar in a node once, keys included, however often aliases repeat it."""
     if id(node) in seen:
         return
     seen.add(id(node))

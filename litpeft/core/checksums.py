@@ -1,7 +1,7 @@
 """checksums.json: the sha256 of every tensor of a model folder, as it was downloaded or written.
 
-Damage that leaves finite numbers is noticed by nothing else. The sums are of tensors, not of files, so that a model's
-fingerprint (`Weights.fingerprint`), which needs the same sums, compares them for nothing.
+It detects damage that leaves finite numbers. The sums are of tensors, not of files, since `Weights.fingerprint` needs
+the same ones.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ CHECKSUMS = "checksums.json"
 
 
 def write_checksums(folder: Path, sums: dict[str, str], origin: str) -> None:
-    """Writes the sha256 of each tensor (by its name in the files), and where the weights came from."""
+    """Writes the sha256 of each tensor, by its name in the files, and the origin of the weights."""
     content = {"of": origin, "tensors": dict(sorted(sums.items()))}
     (folder / CHECKSUMS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_checksums(folder: Path) -> dict[str, str] | None:
-    """Returns the sha256 of each tensor as it should be; None if the folder does not say."""
+    """Returns the expected sha256 of each tensor; None if the folder has no checksums.json."""
     path = folder / CHECKSUMS
     if not path.is_file():
         return None
@@ -37,8 +37,8 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
     return tensors
 
 
-def compare(folder: Path, sums: dict[str, str], file_of: dict[str, str]) -> None:
-    """Raises if a tensor is not the one that checksums.json knows; says it once if there is no such file."""
+def verify_sums(folder: Path, sums: dict[str, str], file_of: dict[str, str]) -> None:
+    """Raises if a tensor does not have its sha256 of checksums.json; without that file says so once."""
     known = read_checksums(folder)
     if known is None:
         tell_unverified(folder)
@@ -56,8 +56,8 @@ def compare(folder: Path, sums: dict[str, str], file_of: dict[str, str]) -> None
 
 @cache
 def tell_unverified(folder: Path) -> None:
-    """Says once that nothing would notice damage of a folder's weights."""
-    from litpeft.core.distributed import is_first  # imported here, for the commands that need no torch
+    """Says once that damage of a folder's weights would not be noticed."""
+    from litpeft.core.distributed import is_first  # it imports torch, which `download` does not need
 
     if not is_first():
         return
@@ -66,7 +66,7 @@ def tell_unverified(folder: Path) -> None:
 
 
 def tensor_sums(path: Path, threads: int = 1) -> dict[str, str]:
-    """Returns the sha256 of each tensor's bytes in a safetensors file; they are read once, until the file changes."""
+    """Returns the sha256 of each tensor in a safetensors file; cached until the file changes."""
     state = path.stat()
     return _tensor_sums(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns), threads)
 

@@ -1,4 +1,4 @@
-"""Tensors that several processes hold in shares (FSDP2's DTensors), and plain ones, through the same few functions."""
+"""The same few functions for tensors that are sharded over processes (FSDP2's DTensors) and for ordinary ones."""
 
 import os
 import sys
@@ -7,20 +7,20 @@ import torch
 from torch import Tensor
 
 
-def is_share(tensor: Tensor) -> bool:
-    """Returns whether this is a rank's share of a tensor. A process alone never loads the module, which takes long."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Returns whether this is a DTensor; does not import the module of DTensor, which is slow, if nobody has."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Returns the whole of a tensor; all ranks must ask, since those that hold shares send them to each other."""
-    return tensor.full_tensor() if is_share(tensor) else tensor
+    """Returns the full tensor; all ranks must call it, since they exchange their shards."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def share(tensor: Tensor, like: Tensor) -> Tensor:
-    """Returns this rank's share of a whole tensor, laid out as `like`, without asking other ranks."""
-    if not is_share(like):
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Returns this rank's shard of a full tensor, laid out as `like`, without communication."""
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -29,14 +29,14 @@ def share(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_shard(parameter: Tensor, tensor: Tensor) -> None:
-    """Copies a whole tensor, or this rank's share of it, into a parameter."""
-    if is_share(parameter):
-        tensor = share(tensor.to(parameter.device, parameter.dtype), parameter)
+    """Copies a full tensor, or this rank's shard of it, into a parameter."""
+    if is_sharded(parameter):
+        tensor = shard_like(tensor.to(parameter.device, parameter.dtype), parameter)
     parameter.copy_(tensor)
 
 
 def is_first() -> bool:
-    """Returns whether this process is the one that speaks and writes; known before the processes are connected."""
+    """Returns whether this is the rank that prints and writes; works before the process group exists."""
     names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
     if "LOCAL_RANK" not in os.environ:
         names = ("SLURM_PROCID",)

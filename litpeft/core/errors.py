@@ -26,7 +26,7 @@ class UserError(Exception):
         place = f" {cut(self.where)}:".replace("\n", "\ufffd") if self.where else ""
         hint = f"hint: {cut(self.hint)}" if self.hint else ""
         parts = filter(None, (f"error:{place} {brief(self.what)}", hint))
-        return "\n".join(part.replace("\n", "\n  ") for part in parts)  # what came from outside cannot begin a line
+        return "\n".join(part.replace("\n", "\n  ") for part in parts)  # text from outside cannot begin a line
 
 
 class ConfigError(UserError):
@@ -60,20 +60,17 @@ class ResourceError(UserError):
 
 
 def brief(text: str) -> str:
-    """Returns a message without the middle of its longest words, which are text from outside, nor its own beyond 3000.
-
-    Unlike a place or a command to copy, it need not be whole.
-    """
+    """Returns a message, shortened, as are its longest words, which come from outside."""
     return cut(re.sub(r"(\S{100})\S{200,}(\S{20})", r"\1…\2", text))
 
 
 def cut(text: str) -> str:
-    """Returns a text without what is beyond LONGEST, but with its end."""
+    """Returns a text shortened to LONGEST, with its end."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 400]} … {text[-400:]}"
 
 
 def quoted(value: object) -> str:
-    """Returns somebody's value as Python writes it, its end left out where it is long."""
+    """Returns the repr of a value from outside, at most 80 characters of it."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 
@@ -92,5 +89,5 @@ def counted(number: int, noun: str) -> str:
 
 
 def some(names: list[str], between: str = ", ") -> str:
-    """Returns at most five names as text, and how many more there are."""
+    """Returns at most five names as text, and the number of the others."""
     return between.join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,4 +1,4 @@
-"""Folders that appear as a whole or not at all, and what a killed process may leave of them."""
+"""Folders and files that appear complete or not at all, locks, and clean-up after killed processes."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ from typing import TextIO
 from litpeft.core.checksums import CHECKSUMS
 from litpeft.core.errors import ConfigError, ResourceError, some
 
-# What belongs to a model beside its weights; copied from folder to folder as it is.
+# the files of a model beside its weights, copied from folder to folder
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -31,25 +31,25 @@ COMPANIONS = (
 RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard")
 RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "report.json", "loss.png", *RUN_FOLDERS)
 LONGEST_NAME = 255  # bytes, of the file systems in use
-FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them: a folder that is whole
+FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them marks a complete folder
 OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json", CHECKSUMS)  # what --overwrite may remove
 
 
 @contextmanager
 def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty folder beside `path` that becomes `path` when the block ends well, and is removed otherwise.
+    """Yields an empty folder beside `path` that becomes `path` if the block succeeds, and is removed otherwise.
 
-    A `path` that exists is refused, or, with `overwrite`, replaced as a whole: no reader ever sees half of either.
+    An existing `path` is an error or, with `overwrite`, replaced in one step.
     """
     path = Path(path)
     refuse_existing(path, overwrite)
-    with whole_folder(path) as temporary:
+    with replace_folder(path) as temporary:
         yield temporary
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Does the work of `atomic_folder`, and replaces what is at `path` whatever it is."""
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Does the same, but replaces whatever is at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
     temporary.mkdir()
@@ -62,10 +62,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced(path: Path, overwrite: bool, begun: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Makes an empty folder at `path` for the block; what was there is moved aside.
+    """Makes an empty folder at `path` for the block; an old folder is moved aside, and removed at the end.
 
-    It comes back if the block fails, but not if that leaves something to go on from. Where nothing was there, and the
-    block had not even `begun` its work, its folder goes: it would only be in the way of the next try.
+    The old folder comes back if the block fails without a result or checkpoint. If there was none and the block had
+    not `begun` its work, the new folder is removed, so that it is not in the way of the next try.
     """
     refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,10 +89,10 @@ def replaced(path: Path, overwrite: bool, begun: Callable[[], bool] = lambda: Tr
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keeps other processes from working on `path` for the time of the block; one that already does is an error.
+def locked(path: Path) -> Iterator[None]:
+    """Locks `path` during the block; raises if another process holds the lock.
 
-    The lock is a file beside `path` that the system frees when its process ends, however that happens.
+    The lock is on a file beside `path`; the system releases it when the process ends, however that happens.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.parent / f".lock-{path.name}"
@@ -108,7 +108,7 @@ def alone(path: Path) -> Iterator[None]:
             raise ResourceError(f"{holder} is working on it", where=str(path), hint=hint) from None
         if lock.exists() and os.fstat(handle.fileno()).st_ino == lock.stat().st_ino:
             break
-        handle.close()  # the one before has just removed its file: ours is not the one that the next will find
+        handle.close()  # the former holder has removed this file, so it locks nothing: try again
     try:
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -120,7 +120,7 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def _commit(temporary: Path, path: Path) -> None:
-    """Makes a finished folder take its place; what was there is moved aside first and removed last."""
+    """Renames a finished folder to `path`; what was there is moved aside first and removed last."""
     old = path.parent / f".tmp-{path.name}-{os.getpid()}-old"
     try:
         sync_files(temporary)
@@ -136,7 +136,7 @@ def _commit(temporary: Path, path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raises if no folder can lie at `path`: its name is too long, say, or a file lies on the way."""
+    """Raises if `path` cannot be a folder: a name is too long, say, or a parent is a file."""
     why = ""
     try:
         path.lstat()
@@ -150,9 +150,9 @@ def check_place(path: Path) -> None:
 
 
 def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
-    """Raises if `path` holds something that was not said to be replaced, or that litpeft did not write.
+    """Raises if `path` exists, unless `overwrite` is set and litpeft has written all that is in it.
 
-    What a killed process left beside it is removed if `clear`: one process of a run may do that.
+    `clear` removes what a killed process left beside it; only one process of a run may do so.
     """
     if clear:
         remove_leftovers(path)
@@ -161,7 +161,7 @@ def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
     if not overwrite:
         raise ConfigError("the output exists", where=str(path), hint="name another, or say --overwrite")
     entries = [path] if not path.is_dir() else list(path.iterdir())
-    half = [".tmp-*", ".lock-*", *(f"{name}.part" for name in RUN_FILES)]  # what a kill left of us
+    half = [".tmp-*", ".lock-*", *(f"{name}.part" for name in RUN_FILES)]  # left by a killed process
     foreign = sorted(
         p.name for p in entries if p.name not in OURS and not any(p.match(name) for name in ("*.safetensors", *half))
     )
@@ -171,38 +171,38 @@ def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
 
 
 def has_result(path: Path) -> bool:
-    """Returns whether a folder is whole, or a run that can go on from a checkpoint."""
+    """Returns whether a folder is complete, or a run with a checkpoint to resume from."""
     return any((path / name).exists() for name in FINISHED) or any((path / "checkpoints").glob("step-*"))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Returns the steps that `folder`, a run's checkpoints, has one of, in order; what is in them is not looked at."""
+    """Returns the steps of the checkpoints in `folder`, in order, without reading them."""
     folders = (path for path in folder.glob("step-*") if path.is_dir() and not path.is_symlink())
     matches = (re.fullmatch(r"step-([0-9]{8,18})", path.name) for path in folders)
     return sorted(int(match[1]) for match in matches if match and match[0] == f"step-{int(match[1]):08d}")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Clears what a killed process left beside `path`: unfinished folders go, one that was moved aside comes back."""
+    """Cleans up after a killed process beside `path`: removes unfinished folders, moves an old one back."""
     for folder in path.parent.glob(f".tmp-{path.name}-*"):
         match = re.fullmatch(rf"\.tmp-{re.escape(path.name)}-(\d+)(-old)?", folder.name)
         if match is None or _alive(int(match.group(1))):
             continue
         if match.group(2) and not has_result(path):
-            shutil.rmtree(path, ignore_errors=True)  # what was to take its place, and never got its result
+            shutil.rmtree(path, ignore_errors=True)  # the folder that was to replace it has no result
             os.rename(folder, path)
         else:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync_files(folder: Path) -> None:
-    """Forces all that is in a folder to the disk."""
+    """Flushes a folder and all that is in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """Forces a file's or folder's content to the disk."""
+    """Flushes a file or folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -211,7 +211,7 @@ def sync(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
-    """Returns whether another process has this number; what has ours is of one before us, as in a container."""
+    """Returns whether another process has this id. If it is ours, an earlier process had it, as in a container."""
     if pid == os.getpid():
         return False
     try:
@@ -225,8 +225,8 @@ def _alive(pid: int) -> bool:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[TextIO]:
-    """Yields a text file beside `path` that becomes `path` when the block ends well, and is removed otherwise."""
-    temporary = path.with_name(f".tmp-{os.getpid()}")  # as short as it can be: path.name may have the longest name
+    """Yields a text file beside `path` that becomes `path` if the block succeeds, and is removed otherwise."""
+    temporary = path.with_name(f".tmp-{os.getpid()}")  # path.name may be as long as a name can be
     try:
         with open(temporary, "w", encoding="utf-8") as handle:
             yield handle

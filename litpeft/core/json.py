@@ -1,4 +1,4 @@
-"""JSON files that hold an object."""
+"""Reads JSON files that hold an object."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from litpeft.core.errors import ModelError
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Returns the JSON object in `path`; `what` names the file's role in the error."""
+    """Returns the JSON object in `path`; errors call the file `what`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -22,7 +22,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def jsonable(value: object) -> object:
-    """Returns `value` with lists for tuples, as JSON and YAML know them."""
+    """Returns `value` with lists for tuples, which JSON and YAML do not have."""
     if isinstance(value, dict):
         return {key: jsonable(item) for key, item in value.items()}
     return [jsonable(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""What values a setting may have, from its type: said in words, and checked where the type names the choices."""
+"""The values that a setting's type allows: in words, and checked if the type is a `Literal`."""
 
 from dataclasses import fields
 from types import NoneType, UnionType
@@ -10,12 +10,12 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """Returns the types of a union, or the one type."""
+    """Returns the members of a union, or the type itself."""
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def choices(kind: Any) -> list[Any]:
-    """Returns the values that a `Literal` names, with None where it may be null; none where others may stand too."""
+    """Returns the values of a `Literal`, with None if it may be null; an empty list for any other type."""
     parts = alternatives(kind)
     if any(get_origin(part) is not Literal and part is not NoneType for part in parts):
         return []
@@ -24,7 +24,7 @@ def choices(kind: Any) -> list[Any]:
 
 
 def in_words(kind: Any) -> str:
-    """Returns what a value of this type is: `a whole number or null`, `auto, alpaca or messages`."""
+    """Returns a type in words: `a whole number or null`, `auto, alpaca or messages`."""
     words: list[str] = []
     for part in alternatives(kind):
         origin, args = get_origin(part), get_args(part)
@@ -38,7 +38,7 @@ def in_words(kind: Any) -> str:
 
 
 def check_choices(settings: Any, group: str = "") -> None:
-    """Raises a ValueError for a setting that is none of the choices of its type; `group` comes before its key."""
+    """Raises a ValueError for a setting that is not one of its type's choices; `group` is the prefix of its key."""
     for field in fields(settings):
         allowed, value = choices(field.type), getattr(settings, field.name)
         if allowed and value not in allowed:

@@ -1,11 +1,11 @@
-"""What a lack of memory looks like, whichever library meets it, and what helps."""
+"""Recognises out-of-memory errors of any library, and says what helps."""
 
 import errno
 import re
 
 from litpeft.core.errors import ResourceError, UserError
 
-# What errors say that have no class of their own: torch, its products' libraries, C++, Rust, numpy, threads.
+# texts of out-of-memory errors without a class of their own: torch and its libraries, C++, Rust, numpy, threads
 SIGNS = (
     "DefaultCPUAllocator",
     "out of memory",
@@ -28,7 +28,7 @@ ELSE = "close other programs that hold memory, or raise the limit of this one (u
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Returns whether an error, or one that it was made of, is a lack of memory."""
+    """Returns whether an error, or one in its chain of causes, is a lack of memory."""
     while error is not None:
         text, name = str(error), type(error).__name__
         if isinstance(error, MemoryError) or name == "OutOfMemoryError":
@@ -42,7 +42,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def asked_for(error: BaseException | None) -> str:
-    """Returns ` (1.2 GB were asked for)`, or an empty string where no error of the chain tells."""
+    """Returns ` (1.2 GB were asked for)`, or "" if no error of the chain says how much."""
     while error is not None:
         found = re.search(r"(?:allocate|mmap|allocation of) ([\d.]+) ?([KMGTPE]?i?B|bytes)\b", str(error))
         if found:
@@ -52,7 +52,7 @@ def asked_for(error: BaseException | None) -> str:
 
 
 def memory_error(error: BaseException, command: str) -> UserError:
-    """Returns what a user is told of a lack of memory in this command."""
+    """Returns the UserError for a lack of memory in this command."""
     text = " ".join(str(getattr(error, "what", error)).split())[:160]
     what = f"out of memory{asked_for(error)}: {text or type(error).__name__}"
     return ResourceError(what, hint=HELPS.get(command, ELSE))

@@ -1,4 +1,4 @@
-"""How the frozen weights are held, and which type the arithmetic runs in. What trains is float32."""
+"""The dtypes of the frozen weights and of the computation. Trained parameters are float32."""
 
 import os
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from litpeft.core.errors import ConfigError
 class Precision:
     name: str
     weights: torch.dtype  # of the frozen base
-    fabric: str  # Fabric's plugin; the -true ones would also cast what trains, so `build` sets types itself
+    fabric: str  # Fabric's plugin; its -true ones would also cast trained parameters, so `build` sets dtypes itself
 
 
 PRECISIONS = {

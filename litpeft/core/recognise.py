@@ -1,4 +1,4 @@
-"""What a path is, if it is no model folder: which command takes it, or what to take instead."""
+"""Errors for paths that are not model folders: they say what the path is, and which command takes it."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ FOLD = "fold it into its base with what made it (peft: PeftModel.from_pretrained
 
 
 def refuse_file(path: Path) -> None:
-    """Raises if there is nothing at `path`, or a file."""
+    """Raises unless `path` is a folder."""
     if not os.path.exists(path):  # false for a name that is too long, where Path.exists would raise
         hint = "give a model folder, a run, or a merged folder; `litpeft download` gets a model of the hub"
         raise ModelError("there is no such folder", where=str(path), hint=hint)
@@ -29,7 +29,7 @@ def refuse_file(path: Path) -> None:
 
 
 def refuse_other(folder: Path) -> None:
-    """Raises if `folder` is something else than a plain model, such as a run, an adapter or quantised weights."""
+    """Raises if `folder` is known to be something else than a model: a run, an adapter, quantised weights, ..."""
     refuse_file(folder)
     where = str(folder)
     adapter = sorted(path.name for pattern in ADAPTERS for path in folder.glob(pattern))
@@ -55,7 +55,7 @@ def refuse_other(folder: Path) -> None:
 
 
 def _refuse_without_config(folder: Path) -> None:
-    """Raises if it is known what a folder without config.json is."""
+    """Raises if a folder without config.json is recognised."""
     where = str(folder)
     if (folder / "final" / "delta.json").exists() or (folder / "delta.json").exists() or (folder / "run.yaml").exists():
         run = folder.parent if folder.name == "final" else folder
@@ -83,11 +83,11 @@ def _refuse_without_config(folder: Path) -> None:
 
 
 def _said(path: Path, key: str) -> object:
-    """Returns what a JSON file says of a key; None if there is no such file."""
+    """Returns the value of a key in a JSON file; None if there is none."""
     return read_json(path, path.name).get(key) if path.is_file() else None
 
 
 def convert_hint(path: Path) -> str:
-    """Returns the command that makes a model folder of a GGUF file, or of a folder with pytorch_model*.bin."""
+    """Returns a hint with the command that converts a GGUF file, or a folder with pytorch_model*.bin."""
     out = path.with_suffix("") if path.suffix == ".gguf" else path.with_name(f"{path.name}-safetensors")
     return f"`{command_line('convert', path, out)}` makes a model folder of it"

@@ -1,4 +1,4 @@
-"""Model files on disk: safetensors read lazily, folders written as a whole or not at all, fingerprints."""
+"""safetensors files: memory-mapped reading, writing tensor by tensor, fingerprints."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litpeft.core.checksums import compare, sha256, tensor_sums, write_checksums
+from litpeft.core.checksums import sha256, tensor_sums, verify_sums, write_checksums
 from litpeft.core.errors import ModelError, ResourceError, some
 from litpeft.core.folders import COMPANIONS
 from litpeft.core.json import read_json
@@ -27,12 +27,12 @@ from litpeft.core.recognise import convert_hint, refuse_other
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as settings say them
 SHARD_BYTES = 5_000_000_000
-HEADER_BYTES = (1 << 17) - 8  # kept free for the header of a file that is written: the tensors begin at a whole page
+HEADER_BYTES = (1 << 17) - 8  # reserved for the header of a file that is written, so that tensors begin at a page
 MAPPED_BYTES = 1 << 25  # of mapped files that are read before their pages are dropped
 
 
 class Weights:
-    """The tensors of a folder's safetensors files, by name: each is its place in the file, read when it is used."""
+    """The tensors of a folder's safetensors files, by name; memory-mapped, so they are read when they are used."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -81,34 +81,34 @@ class Weights:
         return tuple(self.headers[self.file_of[name]][name]["shape"])
 
     def dtype(self, name: str) -> str:
-        """Returns the type of a tensor as safetensors spells it: F32, BF16, ..."""
+        """Returns the dtype of a tensor as safetensors spells it: F32, BF16, ..."""
         return self.headers[self.file_of[name]][name]["dtype"]
 
     def read(self, name: str) -> Tensor:
-        """Returns one tensor. It must not be written to: `drop_pages` would undo that."""
+        """Returns a tensor. It must not be written to: `drop_pages` would undo that."""
         dtype, shape, first = DTYPES[self.dtype(name)], self.shape(name), self._span(name)[0]
         count = math.prod(shape)
         return torch.frombuffer(self._map(self.file_of[name]), dtype=dtype, count=count, offset=first).view(shape)
 
     def fingerprint(self) -> str:
-        """Returns the sha256 over every tensor's name, type, shape and bytes; the same however they are sharded."""
+        """Returns the sha256 over every tensor's name, dtype, shape and bytes; it does not depend on sharding."""
         digests = self.verified_sums()
         lines = [f"{name} {self.dtype(name)} {list(self.shape(name))} {digests[name]}\n" for name in self.file_of]
         return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
     def sums(self) -> dict[str, str]:
-        """Returns the sha256 of every tensor's bytes; they are read, not mapped, and leave no pages behind."""
+        """Returns the sha256 of every tensor; the files are read, not mapped, to keep no pages in memory."""
         found = [tensor_sums(self.folder / file, torch.get_num_threads()) for file in self.headers]
         return {name: sums[name] for sums in found for name in sums}
 
     def verified_sums(self) -> dict[str, str]:
-        """Returns what `sums` does; raises if they are not those of the folder's checksums.json."""
+        """Does the same, and raises if they are not those of the folder's checksums.json."""
         sums = self.sums()
-        compare(self.folder, sums, self.file_of)
+        verify_sums(self.folder, sums, self.file_of)
         return sums
 
     def _span(self, name: str) -> tuple[int, int]:
-        """Returns where a tensor's bytes begin and end in its file."""
+        """Returns the offsets of a tensor's first byte in its file, and of the byte after its last."""
         first, last = self.headers[self.file_of[name]][name]["data_offsets"]
         start = 8 + struct.unpack("<Q", self._map(self.file_of[name])[:8])[0]
         return start + first, start + last
@@ -120,9 +120,9 @@ class Weights:
         return self._maps[file]
 
     def drop_pages(self, read_bytes: int = MAPPED_BYTES) -> None:
-        """Takes the files' pages out of this process's memory; they are read again where they are used.
+        """Drops the files' pages from this process's memory; they are read again when they are used.
 
-        With `read_bytes`, those of a tensor that was just used, only once such tensors come to MAPPED_BYTES.
+        With `read_bytes`, the size of a tensor that was just used, only after MAPPED_BYTES of such tensors.
         """
         self._read_bytes += read_bytes
         if self._read_bytes < MAPPED_BYTES:
@@ -134,7 +134,7 @@ class Weights:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Returns whether every number of a tensor is finite; copies nothing. (Its least and largest pass nan on.)"""
+    """Returns whether every number of a tensor is finite, without a copy: minimum and maximum propagate nan."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
@@ -145,7 +145,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the header of a safetensors file, name -> {dtype, shape, data_offsets}; the file must be whole."""
+    """Returns the header of a safetensors file, name -> {dtype, shape, data_offsets}; raises if the file is damaged."""
     size = 0
     try:
         size = path.stat().st_size
@@ -165,21 +165,21 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class _Shard:
-    """A safetensors file of one type, written tensor by tensor: the library's own writer wants all of them at once."""
+    """A safetensors file of one dtype, written tensor by tensor; the library's writer needs all tensors at once."""
 
     def __init__(self, path: Path):
         self.path, self.end, self.header_size = path, 0, 0
         self.entries: dict[str, Any] = {}
         self.sums: dict[str, str] = {}
-        self.handle = path.open("wb", buffering=0)  # so that closing it has nothing left to write
+        self.handle = path.open("wb", buffering=0)  # unbuffered: closing it cannot fail
         self.handle.seek(8 + HEADER_BYTES)
 
     def has_room(self, tensor: Tensor, shard_bytes: int) -> bool:
-        """Returns whether one more tensor fits; the first always does."""
+        """Returns whether one more tensor fits; the first one always does."""
         return not self.end or (self.end + tensor.nbytes <= shard_bytes and self.header_size < HEADER_BYTES - 4096)
 
     def add(self, name: str, tensor: Tensor, pool: ThreadPoolExecutor) -> None:
-        """Writes one tensor, and takes its checksum meanwhile."""
+        """Writes one tensor while another thread computes its checksum."""
         kind = next(kind for kind, dtype in DTYPES.items() if dtype == tensor.dtype)
         offsets = [self.end, self.end + tensor.nbytes]
         self.entries[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
@@ -200,7 +200,7 @@ class _Shard:
             raise ResourceError(what, where=str(self.path.parent)) from None
 
     def finish(self) -> None:
-        """Writes the header, with spaces up to the first tensor."""
+        """Writes the header, padded with spaces up to the first tensor."""
         header = json.dumps({"__metadata__": {"format": "pt"}} | self.entries).encode().ljust(HEADER_BYTES)
         self.handle.seek(0)
         self.write(struct.pack("<Q", len(header)) + header)
@@ -209,7 +209,7 @@ class _Shard:
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
     """Writes model.safetensors, or shards of at most `shard_bytes` with an index, and checksums.json.
 
-    A shard holds tensors of one type, which so lie where that type can be read. One tensor is held at a time.
+    A shard holds tensors of one dtype, to keep them aligned. Only one tensor is in memory at a time.
     """
     shards: list[_Shard] = []
     pool = ThreadPoolExecutor(1)
@@ -241,7 +241,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes one safetensors file, readable by whom the umask lets (the library itself makes it private)."""
+    """Writes one safetensors file with the umask's permissions; the library makes it private."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -252,7 +252,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies config, tokenizer and template files of a model from one folder to another."""
+    """Copies a model's config, tokenizer and template files from one folder to another."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -1,6 +1,6 @@
-"""All that litpeft prints: no text from outside may drive the terminal, and nothing depends on its being there.
+"""All output of litpeft. Text from outside cannot control the terminal, and a closed terminal is no error.
 
-Names of files, keys, rows, what a template or a model says: all of it is text from outside. No other file prints.
+Text from outside is the name of a file, a key, a row, the output of a template or a model. No other module prints.
 """
 
 import os
@@ -11,41 +11,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-# Control characters but the line break (C0, DEL, C1), lone surrogates, and what reorders the text around it.
+# control characters (C0, DEL, C1) but the line break, lone surrogates, and bidirectional controls
 UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 def clean(text: str) -> str:
-    """Returns `text` without what a terminal would obey or UTF-8 cannot hold."""
+    """Returns `text` with characters that control a terminal, or that UTF-8 cannot encode, replaced."""
     return UNSAFE.sub("\ufffd", text.replace("\r\n", "\n").expandtabs(4))
 
 
 def say(text: object = "", *, end: str = "\n", colored: bool = False) -> None:
-    """Prints a message on stdout; `colored`: it is clean, and has our own colours in it."""
+    """Prints a message on stdout; `colored`: it is clean already, and has our own colours in it."""
     print(text if colored else clean(str(text)), end=end, flush=True)
 
 
 def tell(text: object) -> None:
-    """Prints a message on stderr: what is no result."""
+    """Prints a message that is not a result, on stderr."""
     print(clean(str(text)), file=sys.stderr, flush=True)
 
 
 def write(text: str) -> None:
-    """Writes a part of a result on stdout: as it is to a file or a pipe, so that a terminal shows it only, to that."""
+    """Writes a part of a result on stdout: unchanged to a file or pipe, cleaned to a terminal."""
     sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def command_line(*words: object) -> str:
-    """Returns a litpeft command for the user to copy, with each word quoted as the shell wants it."""
+    """Returns a litpeft command for the user to copy, quoted for the shell."""
     return shlex.join(["litpeft", *map(str, words)])
 
 
-class Lasting:
-    """A stream whose texts are dropped once they can no longer be written: a terminal that closed, a reader that left.
+class TolerantStream:
+    """A stream that drops its output once it cannot be written, since the terminal or the pipe's reader is gone.
 
-    Its file is then /dev/null, so that what Python flushes at its end cannot fail either.
+    Its file is then /dev/null, so that the flush at the end of Python cannot fail either.
     """
 
     def __init__(self, stream: TextIO):
@@ -75,11 +75,11 @@ class Lasting:
 
 
 @contextmanager
-def lasting(*names: str) -> Iterator[None]:
-    """Makes these streams of `sys` last, for the time of the block."""
+def tolerant_streams(*names: str) -> Iterator[None]:
+    """Makes these streams of `sys` tolerant during the block."""
     before = {name: getattr(sys, name) for name in names}
     for name, stream in before.items():
-        setattr(sys, name, Lasting(stream))
+        setattr(sys, name, TolerantStream(stream))
     try:
         yield
     finally:

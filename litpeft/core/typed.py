@@ -1,4 +1,4 @@
-"""JSON values as the types of a dataclass's fields: strict, since a file that was changed by hand is to be noticed."""
+"""Strict conversion of JSON values to the types of dataclasses, so that a file changed by hand is noticed."""
 
 import math
 import types
@@ -11,11 +11,10 @@ PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number",
 
 
 def typed(kind: Any, value: Any, key: str) -> Any:
-    """Returns a JSON value as the type `kind`: a plain one, a union, list, tuple or dict of such, or a dataclass.
+    """Returns a JSON value as the type `kind`: a scalar, a union, list, tuple or dict of such, or a dataclass.
 
-    A dataclass needs each of its fields and no other key, and checks their ranges itself. Nothing is converted but
-    lists to tuples and whole numbers to float. Raises ValueError, which names the key within `key`, what is
-    allowed and what came.
+    A dataclass needs each of its fields and no other key, and checks their ranges itself. Only lists are converted, to
+    tuples, and whole numbers, to float. Raises a ValueError with the key (below `key`), what is allowed and what came.
     """
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if kind is Any:
@@ -45,7 +44,7 @@ def _any_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
     if value is None and type(None) in kinds:
         return None
     kinds = tuple(kind for kind in kinds if kind is not type(None))
-    if len(kinds) == 1:  # its own error says more
+    if len(kinds) == 1:  # its own error is more precise
         return typed(kinds[0], value, key)
     for kind in kinds:
         try:

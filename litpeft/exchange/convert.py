@@ -18,7 +18,7 @@ PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 
 def convert(settings: Convert) -> None:
     """Writes the Hugging Face folder `settings.out` and checks it."""
-    from litpeft.core.folders import alone, atomic_folder, check_place
+    from litpeft.core.folders import atomic_folder, check_place, locked
     from litpeft.core.safetensors import RESULT_DTYPES
     from litpeft.exchange.bin import BinFolder
 
@@ -31,7 +31,7 @@ def convert(settings: Convert) -> None:
     model = open_gguf(gguf_file) if gguf_file else BinFolder(source)
     say(f"read {gguf_file or source}: {model.summary()}")
     check_place(out)
-    with alone(out), atomic_folder(out, settings.overwrite) as folder:
+    with locked(out), atomic_folder(out, settings.overwrite) as folder:
         model.write(folder, dtype)
         tell_stop_ids(folder)
         count, parameters, written = check(folder, settings.source)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError, ModelError
-from litpeft.core.folders import alone, atomic_folder, check_place, refuse_existing, sync_files
+from litpeft.core.folders import atomic_folder, check_place, locked, refuse_existing, sync_files
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
@@ -55,7 +55,7 @@ def merge(settings: Merge) -> None:
     dtype = RESULT_DTYPES.get(settings.dtype) or max(sizes, key=sizes.__getitem__, default=torch.float32)
     model, names = _trained(run, base, storage), _names(run, base)
     prompts, rounding = [tokenizer.encode(text) for text in PROMPTS], Rounding()
-    with alone(out), atomic_folder(out, settings.overwrite) as folder:
+    with locked(out), atomic_folder(out, settings.overwrite) as folder:
         try:
             write_safetensors(folder, _merged(model, names, dtype, rounding, settings.run))
         except TypeError as error:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from litpeft.core.errors import ModelError, NumericError, ResourceError, UserError
-from litpeft.core.folders import checkpoint_steps, remove_leftovers, sync, whole_folder
+from litpeft.core.folders import checkpoint_steps, remove_leftovers, replace_folder, sync
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import file_sha256, read_header, save_tensors
 from litpeft.core.terminal import say
@@ -129,7 +129,7 @@ class Checkpoints:
     ) -> None:
         new = not self.folder.is_dir()
         path = self.folder / folder_name(step)
-        with whole_folder(path) as folder:
+        with replace_folder(path) as folder:
             for stem, named in tensors.items():
                 save_tensors(writable(named), folder / f"{stem}.safetensors")
             (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")

@@ -11,10 +11,10 @@ from lightning.fabric import Fabric
 
 from litpeft.core.distributed import is_first
 from litpeft.core.errors import ResourceError, UserError
-from litpeft.core.folders import alone, replaced
+from litpeft.core.folders import locked, replaced
 from litpeft.core.memory import out_of_memory
 from litpeft.core.precision import pick_device
-from litpeft.core.terminal import lasting, say, tell
+from litpeft.core.terminal import say, tell, tolerant_streams
 from litpeft.exchange.run import base_facts, save_result
 from litpeft.generate.load import Loaded
 from litpeft.model.build import build
@@ -41,7 +41,7 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
     """Trains `method` as the settings say; leaves run.yaml, metrics.csv, final/ and report.md in `settings.out`."""
     began, first = time.perf_counter(), is_first()
     said, told = (say, tell) if first else (lambda text: None,) * 2
-    with lasting("stdout", "stderr"), StopSignals(told) as signals:
+    with tolerant_streams("stdout", "stderr"), StopSignals(told) as signals:
         run = prepare(settings, name, method, said)
         if run is None:
             return
@@ -83,7 +83,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     log = open_log(run, fabric.is_global_zero)
     with ExitStack() as stack:
         if fabric.is_global_zero:
-            stack.enter_context(alone(out))
+            stack.enter_context(locked(out))
             if not run.saved:
                 stack.enter_context(replaced(out, settings.overwrite or settings.resume, lambda: log.steps_done > 0))
             begin_run(out, settings, run.name, method, run.rows)

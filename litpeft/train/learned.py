@@ -7,7 +7,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from litpeft.core.distributed import is_share
+from litpeft.core.distributed import is_sharded
 from litpeft.core.errors import NumericError, UserError
 from litpeft.train.progress import Progress
 
@@ -44,7 +44,7 @@ def no_gradient(progress: Progress, loss: float, vocabulary: int) -> UserError:
 
 def sums(parameters: Iterable[Tensor]) -> list[tuple[float, float]]:
     """Returns the sum of each tensor and of its squares, or of this rank's share: any change of it changes them."""
-    own = [p.detach().to_local() if is_share(p) else p.detach() for p in parameters]
+    own = [p.detach().to_local() if is_sharded(p) else p.detach() for p in parameters]
     parts = ((part.double() for part in p.flatten().split(PART)) for p in own)
     pairs = [torch.stack([torch.stack([part.sum(), part.dot(part)]) for part in each]).sum(0) for each in parts]
     return [tuple(pair.tolist()) for pair in pairs]

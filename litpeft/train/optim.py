@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 import torch.nn as nn
 
-from litpeft.core.distributed import is_share
+from litpeft.core.distributed import is_sharded
 from litpeft.core.errors import ConfigError, nearest
 from litpeft.model.delta import trainable
 from litpeft.model.quantize.codes import bitsandbytes
@@ -114,7 +114,7 @@ def _check_step(optimizer: torch.optim.Optimizer) -> None:
         except (NameError, RuntimeError, TypeError, ValueError) as error:
             if peer_lost(error):
                 raise
-            shared = is_share(smallest)
+            shared = is_sharded(smallest)
             name, why = type(optimizer).__name__, " ".join(str(error).split())[:160]
             what = f"{name} cannot step on {'the shares of strategy fsdp' if shared else 'what this trains'}: {why}"
             hint = "take AdamW, or another of torch.optim" + (", or strategy ddp" if shared else "")

