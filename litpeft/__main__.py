@@ -3,7 +3,7 @@
 import gc
 
 from litpeft.cli import main
-from litpeft.train.launch import end
+from litpeft.train.launch import exit_now
 
 
 def program() -> None:
@@ -14,7 +14,7 @@ def program() -> None:
         main()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else bool(stop.code)
-    end(int(code))
+    exit_now(int(code))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from conftest import finetune, write_rows
 
 from litpeft.cli import main
 from litpeft.core.errors import UserError
-from litpeft.core.folders import locked
+from litpeft.core.folders import atomic_file, locked
 
 
 def hold(path, pipe) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: folders written as a whole or not at all, and read only if every byte is as written.
+"""The checkpoints of a run: folders that are written completely or not at all, and verified before they are read.
 
 RUN/checkpoints/step-00000123/
     delta.safetensors, optimizer.safetensors, ...   tensors, one file for each stem
@@ -36,7 +36,7 @@ STATE = "state.json"
 
 @dataclass
 class Checkpoint:
-    """A checkpoint on disk whose files were found to be as they were written."""
+    """A checkpoint on disk whose files were verified."""
 
     step: int  # optimizer steps done
     folder: Path
@@ -44,7 +44,7 @@ class Checkpoint:
     facts: dict[str, Any]
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """Returns the tensors that were saved under this stem, straight from the file's pages."""
+        """Returns the tensors of STEM.safetensors, memory-mapped."""
         path = self.folder / f"{stem}.safetensors"
         if path.name not in read_json(self.folder / MANIFEST, "the file")["files"]:  # only those were verified
             raise ModelError(f"this checkpoint holds no {path.name}", where=str(self.folder))
@@ -52,13 +52,13 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The folder `RUN/checkpoints`. One process of a run writes it; the newest is found by step, never by date."""
+    """The folder `RUN/checkpoints`. One process of a run writes it; the newest is that of the highest step."""
 
     def __init__(self, folder: Path, keep_last: int = 2, tell: Callable[[str], None] = say, clear: bool = True):
-        """What killed runs left is removed if `clear`: one process of a run may do that."""
+        """`clear` removes what killed runs left; only one process of a run may do so."""
         assert keep_last >= 1, "a run keeps at least its last checkpoint"
         self.folder, self.keep_last, self.tell = Path(folder), keep_last, tell
-        self._seen: dict[int, list[tuple]] = {}  # step -> what its files looked like when they were last verified
+        self._seen: dict[int, list[tuple]] = {}  # step -> stat_signature when it was last verified
         left = (re.fullmatch(r"\.tmp-(step-[0-9]{8,})-[0-9]+(-old)?", p.name) for p in self.folder.glob(".tmp-step-*"))
         try:
             for name in sorted({match[1] for match in left if match and clear}):
@@ -68,11 +68,11 @@ class Checkpoints:
             raise ResourceError(what, where=str(self.folder)) from None
 
     def steps(self) -> list[int]:
-        """Returns the steps that there are folders for, in order; what is in them is not looked at."""
+        """Returns the steps of all checkpoints, in order, without verifying them."""
         return checkpoint_steps(self.folder)
 
     def newest(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that verifies, or None; tells of each newer one why it is passed over."""
+        """Returns the newest valid checkpoint, or None; says why newer ones are passed over."""
         found, broken = None, {}
         for step in reversed(self.steps()):
             try:
@@ -106,10 +106,10 @@ class Checkpoints:
         facts: dict[str, Any],
         keep: Collection[int] = (),
     ) -> None:
-        """Writes the checkpoint of a step, in place of one that is there, and then removes what need not be kept.
+        """Writes the checkpoint of a step, and then removes others.
 
-        Kept are the newest `keep_last` whole ones up to this step, and those of the steps in `keep`. One of a later
-        step goes: the run went back behind it, and it must not be what the next resume finds.
+        The newest `keep_last` valid ones up to this step stay, and those of the steps in `keep`. One of a later step is
+        removed: the run was resumed before it, and the next resume must not find it.
         """
         bad = next(nonfinite({**tensors, "state": state, "facts": facts}), None)
         if bad:
@@ -137,14 +137,14 @@ class Checkpoints:
             record = {"format": FORMAT, "step": step, "files": files, "facts": json.loads(json.dumps(facts))}
             record["checksum"] = checksum(record)
             (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if new:  # the names of the folder and of the run are in the folders above
+        if new:  # flush the folder's and the run's entries in their parents, too
             sync(self.folder.parent)
-            with suppress(PermissionError):  # one that may not be listed cannot be synced; it need not be ours
+            with suppress(PermissionError):  # it may belong to someone else
                 sync(self.folder.parent.parent)
         self._seen[step] = stat_signature(path)
 
     def _read(self, step: int) -> Checkpoint:
-        """Returns a checkpoint all of whose files are as they were written; a ValueError says what is not."""
+        """Returns a checkpoint after verifying its files; raises a ValueError if one is damaged."""
         folder = self.folder / folder_name(step)
         try:
             facts = read_manifest(folder, step)
@@ -157,8 +157,8 @@ class Checkpoints:
             raise ValueError(f"cannot be read: {error}") from None
         return checkpoint
 
-    def _is_whole(self, step: int) -> bool:
-        """Returns whether a checkpoint verifies; one whose files look as they did then is not read again."""
+    def _is_valid(self, step: int) -> bool:
+        """Returns whether a checkpoint is valid; reads it only if its files changed since they were verified."""
         try:
             if self._seen.get(step) != stat_signature(self.folder / folder_name(step)):
                 self._read(step)
@@ -169,13 +169,13 @@ class Checkpoints:
     def _prune(self, step: int, keep: Collection[int]) -> None:
         kept = {step}
         for older in reversed(self.steps()):
-            if len(kept) < self.keep_last and older < step and self._is_whole(older):
+            if len(kept) < self.keep_last and older < step and self._is_valid(older):
                 kept.add(older)
         for other in self.steps():
             if other in kept or other in keep:
                 continue
             path = self.folder / folder_name(other)
-            gone = self.folder / f".tmp-{path.name}-{os.getpid()}"  # if we are killed now, the next run clears it
+            gone = self.folder / f".tmp-{path.name}-{os.getpid()}"  # the next run removes it if this one is killed now
             try:
                 os.rename(path, gone)
             except OSError as error:
@@ -189,13 +189,13 @@ def folder_name(step: int) -> str:
 
 
 def stat_signature(folder: Path) -> list[tuple]:
-    """Returns what tells, without reading them, that a folder's files are those that they were."""
+    """Returns sizes, times and inodes of a folder's files, which change if a file does."""
     stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
     return [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats]
 
 
 def read_manifest(folder: Path, step: int) -> dict[str, Any]:
-    """Returns the facts in a checkpoint's manifest; a ValueError says which file is not as it was written, and how."""
+    """Returns the facts in a checkpoint's manifest after verifying all files; a ValueError names the damaged one."""
     if (folder / MANIFEST).is_symlink() or not (folder / MANIFEST).is_file():
         raise ValueError(f"{MANIFEST} is missing")
     record = read_json(folder / MANIFEST, "the file")
@@ -226,14 +226,14 @@ def read_manifest(folder: Path, step: int) -> dict[str, Any]:
 
 
 def check_finite(values: dict[str, Any], name: str) -> None:
-    """Raises a ValueError that names the first number of a file that is not finite: a run could not go on from it."""
+    """Raises a ValueError that names the first value of a file that is not finite."""
     bad = next(nonfinite(values), None)
     if bad:
         raise ValueError(f"{name}: {bad} is not finite")
 
 
 def writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors as a file takes them: on the CPU, contiguous, and no two in the same memory."""
+    """Returns the tensors as safetensors needs them: on the CPU, contiguous, and no two in the same memory."""
     ready: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
@@ -257,7 +257,7 @@ def nonfinite(value: object, name: str = "") -> Iterator[str]:
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Raises if the file system that `folder` is on, or will be on, has less room left than needed."""
+    """Raises if the file system of `folder`, which need not exist yet, has fewer bytes free than needed."""
     there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < needed_bytes:

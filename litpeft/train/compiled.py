@@ -1,4 +1,4 @@
-"""Blocks that torch has compiled: one program makes fewer passes over memory than its steps one by one."""
+"""Compiles blocks with torch.compile, which fuses operations to make fewer passes over memory."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from litpeft.model.gpt import GPT, through
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises where torch could not compile for this device."""
+    """Raises if torch cannot compile for this device."""
     if not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")):
         hint = "install one (Debian and Ubuntu: apt install g++), or set train.compile false"
         what = f"true needs a C++ compiler on {device.type}, and this machine has neither g++ nor clang++"
@@ -18,9 +18,9 @@ def check_compiler(device: torch.device) -> None:
 
 
 def compile_blocks(model: GPT, device: torch.device) -> None:
-    """Makes `model` compile its blocks at the first training pass: all that are built alike share one program.
+    """Lets `model` compile its blocks at the first training pass; blocks of equal structure share the compiled code.
 
-    Attention itself stays as it is: the documents that it keeps apart are Python numbers, other ones at every step.
+    The attention core is not compiled: the lengths of documents are Python numbers that change at every step.
     """
     check_compiler(device)
     for block in model.blocks:

@@ -1,4 +1,4 @@
-"""Where a run computes: one device, or several that each hold the model (DDP) or share it between them (FSDP2)."""
+"""The devices of a run: one, or several with DDP or FSDP2."""
 
 import logging
 import warnings
@@ -20,7 +20,7 @@ from litpeft.train.settings import Finetune
 
 
 def check_devices(settings: Finetune, precision: Precision, device: torch.device) -> None:
-    """Raises if this machine has not the devices that the settings name, or they cannot train so."""
+    """Raises if this machine lacks the devices of the settings, or cannot train with this strategy."""
     if device.type == "cuda" and settings.devices > torch.cuda.device_count():
         what = f"{settings.devices} are asked for, this machine has {torch.cuda.device_count()} GPUs"
         raise ConfigError(what, where="devices")
@@ -31,17 +31,15 @@ def check_devices(settings: Finetune, precision: Precision, device: torch.device
 
 
 def make_fabric(settings: Finetune, precision: Precision, device: torch.device) -> Fabric:
-    """Returns Fabric on the devices that the settings name, with the processes of the run connected."""
+    """Returns Fabric on the devices of the settings, with the run's processes connected."""
     world, timeout = settings.devices * settings.num_nodes, timedelta(seconds=settings.timeout)
     strategy: Strategy | str = "auto"
-    if (
-        settings.strategy == "fsdp"
-    ):  # the model is sharded where it is built (see build.py), so there is nothing left for Fabric to do
+    if settings.strategy == "fsdp":  # model/build.py shards the model, Fabric does not
         strategy = ModelParallelStrategy(lambda model, mesh: model, world, 1, timeout=timeout)
-    elif world > 1:  # the ranks build the same model from the same files and seed: nothing to send at the start
-        # and no buffer changes
+    elif world > 1:  # the ranks build the same model from the same files and seed: no initial broadcast,
+        # and none of buffers, which do not change
         strategy = DDPStrategy(timeout=timeout, init_sync=False, gradient_as_bucket_view=True, broadcast_buffers=False)
-    for name in ("lightning.fabric", "lightning.pytorch"):  # which of the two speaks depends on what was imported
+    for name in ("lightning.fabric", "lightning.pytorch"):  # which one logs depends on what was imported
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*experimental.*")
@@ -57,7 +55,7 @@ def make_fabric(settings: Finetune, precision: Precision, device: torch.device) 
 
 
 def check_agreement(fabric: Fabric, facts: dict[str, Any]) -> None:
-    """Raises on every rank if they are about to do different work: files may differ from one machine to another."""
+    """Raises on every rank if these facts differ between ranks, as files on different machines may."""
     if fabric.world_size == 1:
         return
     everyones: list[dict[str, Any]] = [{}] * fabric.world_size
@@ -69,7 +67,7 @@ def check_agreement(fabric: Fabric, facts: dict[str, Any]) -> None:
 
 
 def sharder(settings: Finetune, precision: Precision, fabric: Fabric) -> Callable[[GPT], None] | None:
-    """Returns what spreads a model over the ranks while it is built, or None where each holds all of it."""
+    """Returns a function that shards a model while it is built, or None if every rank holds all of it."""
     if settings.strategy != "fsdp":
         return None
     mixed = precision.fabric == "bf16-mixed" and settings.base.quantize is None  # constants of 4 bits stay float32
@@ -84,7 +82,7 @@ def sharder(settings: Finetune, precision: Precision, fabric: Fabric) -> Callabl
 def shard(
     model: GPT, mesh: DeviceMesh, policy: MixedPrecisionPolicy, offload: OffloadPolicy, device: torch.device
 ) -> None:
-    """Leaves each rank its share of every parameter, block by block; what was on the meta device gets its memory."""
+    """Shards every parameter over the ranks, block by block, and allocates what is on the meta device."""
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)

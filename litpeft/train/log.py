@@ -1,4 +1,4 @@
-"""What a run tells while it trains: a line or a bar in the terminal, metrics.csv, TensorBoard if asked for."""
+"""The log of a run while it trains: a line or a bar in the terminal, metrics.csv, and optionally TensorBoard."""
 
 import math
 import os
@@ -31,8 +31,8 @@ COLUMNS = (
     "seconds",
 )
 SCALARS = ("loss", "val_loss", "val_exact", "lr", "grad_norm", "tokens_per_second")  # what TensorBoard draws
-LINES = 20  # lines of a whole run where there is no terminal
-WINDOW = 100  # steps whose mean duration predicts the time left
+LINES = 20  # printed for a run if there is no terminal
+WINDOW = 100  # steps whose mean duration predicts the remaining time
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,24 @@ class StepRecord:
     epoch: float
     """Passes over the data so far."""
     loss: float
-    """Mean over the step's trained tokens, nats per token."""
+    """Mean over the step's trained tokens, in nats."""
     lr: float
     grad_norm: float
     """Norm of the gradient before clipping."""
     tokens: int
     """Tokens read since the run began."""
     trained_tokens: int
-    """Those of them that counted in the loss."""
+    """Those that count in the loss."""
     tokens_per_second: float
     seconds: float
-    """Since the run began, the clock that max_time is compared with."""
+    """Since the run began; compared with max_time."""
 
 
 class Log:
-    """Where the training loop reports to, a context manager; does nothing where `enabled` is false (ranks but 0).
+    """Takes the figures of the training loop; a context manager. Does nothing unless `enabled` (on rank 0).
 
-    `steps` are the planned optimizer steps and `max_time` the planned seconds. A run that goes on after `start_step`
-    keeps the rows of metrics.csv up to that step; with 0 the file begins anew.
+    `steps` are the planned optimizer steps, `max_time` the planned seconds. A run that is resumed after `start_step`
+    keeps the rows of metrics.csv up to that step; 0 starts a new file.
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class Log:
     ):
         self.folder, self.steps, self.tensorboard, self.enabled = Path(folder), steps, tensorboard, enabled
         self.start_step, self.max_time = start_step, max_time
-        self.steps_done = 0  # since this process began
+        self.steps_done = 0  # by this process
         self._curve = array("d")  # step, loss and learning rate of each step of the whole run
         self._pace: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._bar: Progress | None = None
         self._writer: Any = None
-        self._printed = -1  # how many of the LINES parts of the run have had their line
-        self._unprinted = ""  # the newest line, while it has not been printed
+        self._printed = -1  # the last of the run's LINES parts that was printed
+        self._unprinted = ""  # the newest line, if it was not printed
 
     def __enter__(self) -> "Log":
         if not self.enabled:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.tensorboard:
-            purge = self.start_step + 1 if self.start_step else None  # hides what an earlier run logged after that
+            purge = self.start_step + 1 if self.start_step else None  # hides what was logged after that step
             place = str(self.folder / "tensorboard")
             self._writer = summary_writer_class()(place, purge_step=purge, flush_secs=10)
         self._file, rows = open_metrics(self.folder / "metrics.csv", self.start_step)
@@ -96,10 +96,9 @@ class Log:
             if row["loss"] is not None:
                 self._curve.extend((row["step"], row["loss"], row["lr"]))
         console = Console(stderr=True)
-        if console.is_interactive and sys.stderr.isatty():  # is_interactive alone believes FORCE_COLOR
+        if console.is_interactive and sys.stderr.isatty():  # is_interactive is true with FORCE_COLOR alone
             count = TextColumn("step {task.completed:.0f}/{task.total:.0f}")
             columns = count, BarColumn(bar_width=None), TextColumn("{task.fields[figures]}")
-            # Standard output that goes to a file stays out of the terminal.
             into_bar = sys.stdout.isatty()
             self._bar = Progress(*columns, console=console, expand=True, refresh_per_second=4, redirect_stdout=into_bar)
             self._task = self._bar.add_task("", total=self.steps, completed=self.start_step, figures="")
@@ -142,9 +141,9 @@ class Log:
             self._printed, self._unprinted = part, ""
 
     def validation(self, step: int, loss: float, tokens: int, exact: float | None = None) -> None:
-        """Reports the loss on held-out rows after `step`, a mean over their `tokens` trained tokens.
+        """Reports the validation loss after `step`, a mean over `tokens` trained tokens.
 
-        `exact` is the share of them that is answered exactly, where that is measured.
+        `exact` is the share of rows that are answered exactly, if it is measured.
         """
         if not self.enabled:
             return
@@ -153,7 +152,7 @@ class Log:
         self.message(f"step {step}/{self.steps}  validation loss {loss:.4f} over {tokens:,} tokens{score}")
 
     def curve(self) -> list[dict[str, float]]:
-        """Returns step, loss and lr of each step of the run, whatever became of metrics.csv."""
+        """Returns step, loss and lr of each step of the run, even if metrics.csv is lost."""
         values = self._curve
         return [dict(zip(("step", "loss", "lr"), values[i : i + 3], strict=True)) for i in range(0, len(values), 3)]
 
@@ -171,7 +170,7 @@ class Log:
         if not (path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))):
             self.message(f"{path} was removed: it is written again")
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file.seek(0)  # what was removed can be read as long as it is open
+            self._file.seek(0)  # a removed file can be read while it is open
             path.write_text(self._file.read(), encoding="utf-8", newline="\n")
             self._file.close()
             self._file = append_to(path)
@@ -184,15 +183,12 @@ class Log:
 
 
 def _text(value: float | None) -> str:
-    """Returns the shortest text that reads back as the same number."""
+    """Returns the shortest text that parses to the same number."""
     return "" if value is None else repr(value if isinstance(value, int) else float(value))
 
 
 def time_left(pace: Sequence[tuple[int, float]], steps: int, max_time: float | None) -> float | None:
-    """Returns the seconds until step `steps` or `max_time`, at the mean speed over `pace`: (step, seconds since start).
-
-    None while neither is known.
-    """
+    """Returns the seconds until step `steps` or `max_time`, None if unknown; `pace` has (step, seconds since start)."""
     (first, start), (last, now) = pace[0], pace[-1]
     ends = [] if last == first else [(steps - last) * (now - start) / (last - first)]
     if max_time:
@@ -201,11 +197,11 @@ def time_left(pace: Sequence[tuple[int, float]], steps: int, max_time: float | N
 
 
 def duration(seconds: float) -> str:
-    """Returns a time as a person says it: 8.3 s, 1 min 52 s, 2 h 5 min, 1 d 3 h."""
+    """Returns a duration as text: 8.3 s, 1 min 52 s, 2 h 5 min, 1 d 3 h."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     for unit, smaller, size, limit in (("min", "s", 60, 60), ("h", "min", 60, 24), ("d", "h", 24, float("inf"))):
-        # Round to the smaller unit first: 119.7 s are 2 min, not 1 min 60 s.
+        # round to the smaller unit first: 119.7 s are 2 min, not 1 min 60 s
         whole, rest = divmod(round(seconds), size)
         if whole < limit:
             break
@@ -214,25 +210,25 @@ def duration(seconds: float) -> str:
 
 
 def open_metrics(path: Path, start_step: int) -> tuple[TextIO, list[dict[str, float | None]]]:
-    """Returns metrics.csv opened for more rows, and those it holds: up to `start_step`, none where that is 0."""
-    rows = _rows(path) if path.exists() else []  # read even if none stays: another program's file is not ours to empty
+    """Opens metrics.csv to append to; returns it with the rows that it keeps, those up to `start_step` (0: none)."""
+    rows = _rows(path) if path.exists() else []  # even if none is kept: raises for another program's file
     rows = [(line, row) for line, row in rows if start_step and row["step"] <= start_step]
     part = path.with_name(path.name + ".part")
     with open(part, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(line + "\n" for line in (",".join(COLUMNS), *(line for line, _ in rows)))
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)  # a kill in between leaves the old rows
+    os.replace(part, path)
     return append_to(path), [row for _, row in rows]
 
 
 def append_to(path: Path) -> TextIO:
-    """Returns a file opened to be read, and written to at its end."""
+    """Opens a file to read it and to append to it."""
     return open(path, "a+", encoding="utf-8", newline="\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, float | None]]:
-    """Returns the rows of a run's metrics.csv, by column; None where a row has no such figure."""
+    """Returns the rows of a run's metrics.csv by column; None for an empty cell."""
     path = Path(folder) / "metrics.csv"
     if not path.is_file():
         raise ConfigError("there is no metrics.csv here", where=str(folder), hint="name the folder of a run")
@@ -240,7 +236,7 @@ def read_metrics(folder: Path) -> list[dict[str, float | None]]:
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
-    """Returns each row as its line and its numbers. A last line without its end was cut by a kill and is left out."""
+    """Returns each row as its line and its numbers. A last line without a line break is incomplete and left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     if lines and lines[0] != ",".join(COLUMNS):
         what = f'the first line is "{lines[0][:80]}", not the header of litpeft\'s metrics'
@@ -262,7 +258,7 @@ def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
 
 
 def summary_writer_class() -> Any:
-    """Returns the class that writes TensorBoard event files; raises where no package has one."""
+    """Returns the class that writes TensorBoard files; raises if no package has one."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:

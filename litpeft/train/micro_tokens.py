@@ -1,6 +1,6 @@
-"""How many tokens a forward pass takes where `train.micro_tokens` is auto: on a GPU as many as its memory holds.
+"""`train.micro_tokens` auto: the tokens of a forward pass, on a GPU as many as fit into its memory.
 
-How the rows of a step are spread over passes changes nothing that is learned, but the last bits of its sums.
+How a step's rows are spread over passes changes only the last bits of its sums.
 """
 
 import torch
@@ -13,18 +13,18 @@ from litpeft.model.delta import trainable
 from litpeft.model.objective import summed_loss
 
 ON_A_CPU = 2048  # tokens; more make nothing faster there
-MOST = 8192  # tokens from which a GPU is busy with any model
-STEP = 256  # tokens of which the answer is a multiple
+MOST = 8192  # tokens that keep a GPU busy with any model
+STEP = 256  # the result is a multiple of it
 PROBES = (512, 1024)  # tokens of the passes whose memory is measured
 DOCUMENT = 512  # tokens of a document in them
-SHARE = 0.9  # of the memory that is free, for what differs from pass to pass
-MOMENTS = 8  # bytes that the optimiser will hold for each number that trains
+SHARE = 0.9  # of the free memory; the rest is for differences between passes
+MOMENTS = 8  # bytes of optimizer state for each trained number
 
 
 def fitting_tokens(model: torch.nn.Module, fabric: Fabric, moments: int = MOMENTS) -> int:
-    """Returns the tokens of a forward pass of `model`, as Fabric wraps it, for this device or the fullest of the ranks.
+    """Returns the tokens of a forward pass of `model`, as Fabric wraps it, that fit on every rank.
 
-    On a GPU it computes two small passes, forward and backward, and leaves no gradient behind.
+    On a GPU it runs two small forward and backward passes, and leaves no gradient behind.
     """
     if fabric.device.type != "cuda":
         return ON_A_CPU
@@ -39,14 +39,14 @@ def fitting_tokens(model: torch.nn.Module, fabric: Fabric, moments: int = MOMENT
 
 
 def most_tokens(peaks: list[float], free: float) -> int:
-    """Returns how many tokens fit into `free` bytes, if passes of PROBES tokens took `peaks` bytes at most."""
+    """Returns how many tokens fit into `free` bytes, if passes of PROBES tokens have `peaks` of bytes."""
     each = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
     fitting = PROBES[0] + (free - peaks[0]) / max(each, 1.0)
     return int(min(MOST, max(STEP, fitting // STEP * STEP)))
 
 
 def _peak(model: torch.nn.Module, fabric: Fabric, tokens: int) -> float:
-    """Returns the bytes that a pass of so many tokens takes beside what is held before and after it."""
+    """Returns the peak of additional memory, in bytes, of a pass of so many tokens."""
     row = Row([1] * DOCUMENT, [False] + [True] * (DOCUMENT - 1), 1, "a probe", [])
     batch = collate([row] * (tokens // DOCUMENT)).to(fabric.device)
     torch.cuda.synchronize(fabric.device)

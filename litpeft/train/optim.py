@@ -1,4 +1,4 @@
-"""The optimiser by name, and the learning rate as a pure function of the step."""
+"""The optimizer by name, and the learning rate as a function of the step."""
 
 import inspect
 import math
@@ -20,7 +20,7 @@ from litpeft.train.settings import Train
 def lr_at(step: int, steps: int, train: Train) -> float:
     """Returns the learning rate of optimizer step `step` (from 0) of `steps`.
 
-    It rises from lr / warmup in the first step to lr, then falls towards min_lr, where a step after the last would be.
+    It rises from lr / warmup in the first step to lr, then falls, and would be min_lr one step after the last.
     """
     warmup = min(train.warmup_steps, steps)
     if step < warmup:
@@ -35,10 +35,10 @@ def lr_at(step: int, steps: int, train: Train) -> float:
 def make_optimizer(
     train: Train, parameters: Iterable[nn.Parameter], device: torch.device | str = "cpu", scaled: bool = False
 ) -> torch.optim.Optimizer:
-    """Returns the optimiser that `train.optimizer` names, over these parameters, which are on `device`.
+    """Returns the optimizer of `train.optimizer` over these parameters, which are on `device`.
 
-    `scaled` says that their gradients will be, as in 16-mixed: Fabric cannot clip those of a fused optimiser.
-    Norms' weights and biases do not decay: towards zero is not towards the model.
+    `scaled`: gradients will be scaled, as in 16-mixed; Fabric cannot clip those of a fused optimizer. Vectors (norms
+    and biases) have no weight decay, which would pull them to zero and not to the base model.
     """
     library, _, name = train.optimizer.rpartition(".")
     if library not in ("", "bitsandbytes"):
@@ -70,7 +70,7 @@ def make_optimizer(
     if "weight_decay" in takes:
         arguments["weight_decay"] = train.weight_decay
     if name in ("Adam", "AdamW") and not library and not scaled and not {"fused", "foreach"} & set(arguments):
-        arguments["fused"] = True  # one pass over each tensor instead of one for each operation
+        arguments["fused"] = True  # one pass over each tensor
     if scaled and arguments.get("fused"):
         what = "base.precision 16-mixed scales its gradients, which a fused optimiser cannot clip"
         raise ConfigError(what, where="train.optimizer_args", hint="leave fused out")
@@ -86,9 +86,9 @@ def make_optimizer(
 
 
 def check_optimizer(train: Train, model: nn.Module, dtype: torch.dtype, device: torch.device, scaled: bool) -> None:
-    """Raises unless `make_optimizer` takes what `model` trains, of which only the shapes are needed.
+    """Raises unless `make_optimizer` accepts the trained parameters of `model`, which may be on the meta device.
 
-    It is tried on the smallest parameter of each number of dimensions, the only ones that get memory.
+    It is tried on the smallest parameter of each number of dimensions; only these are allocated.
     """
     smallest: dict[int, nn.Parameter] = {}
     for parameter in trainable(model).values():
@@ -103,9 +103,9 @@ def check_optimizer(train: Train, model: nn.Module, dtype: torch.dtype, device: 
 
 
 def _check_step(optimizer: torch.optim.Optimizer) -> None:
-    """Raises unless the optimiser can step on what it was given; tries it on zeros of the smallest of each kind.
+    """Raises unless the optimizer can step on the smallest parameter of each group, with gradients of zeros.
 
-    Few optimisers say so themselves: a row-wise or a foreign kernel, for one, cannot work on FSDP's shares.
+    A row-wise or a foreign kernel, for example, cannot step on FSDP's shards, and few optimizers check that.
     """
     for group in optimizer.param_groups:
         smallest = min(group["params"], key=lambda parameter: parameter.numel())

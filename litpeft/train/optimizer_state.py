@@ -1,4 +1,4 @@
-"""An optimiser's state as tensors and plain values, by the names of the parameters; and back, bit for bit."""
+"""Saves and restores an optimizer's state, bit for bit, as tensors and plain values by parameter name."""
 
 from collections import defaultdict
 from copy import deepcopy
@@ -14,10 +14,10 @@ from litpeft.core.errors import ModelError, some
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: list[str], keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, dict | None]]:
-    """Returns the tensors of the state as `NAME/KEY`, and the rest of it by parameter; None: it has no state yet.
+    """Returns the state's tensors as `NAME/KEY`, and its other values by parameter; None: no state yet.
 
-    `names` are those of the parameters in the order of the optimiser's groups. Every rank must ask, and those that
-    do not `keep` get no tensors. The tensors are on the CPU, and those that were there are the optimiser's own.
+    `names` are those of the parameters, in the order of the optimizer's groups. Every rank must call it; without `keep`
+    a rank gets no tensors. The tensors are on the CPU; those that were there already are not copied.
     """
     optimizer = unwrapped(optimizer)
     tensors: dict[str, Tensor] = {}
@@ -40,10 +40,10 @@ def load_optimizer(
     values: dict[str, dict | None],
     where: str = "optimizer",
 ) -> None:
-    """Gives a fresh optimiser the state that `optimizer_tensors` returned of one over parameters of the same shapes.
+    """Restores the state that `optimizer_tensors` returned in a new optimizer over parameters of the same shapes.
 
-    The optimiser itself makes the places for it, so that each tensor has the type, device and share that it would have
-    had without the interruption. Nothing is changed if something does not fit. Every rank must ask.
+    The optimizer itself creates the state's tensors, so that dtype, device and sharding are as without the
+    interruption. If something does not fit, nothing is changed. Every rank must call it.
     """
     optimizer = unwrapped(optimizer)
     parameters = named_parameters(optimizer, names)
@@ -73,19 +73,19 @@ def load_optimizer(
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns the optimiser in Fabric's wrapper, or the optimiser."""
+    """Returns the optimizer without Fabric's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def named_parameters(optimizer: torch.optim.Optimizer, names: list[str]) -> list[tuple[str, Tensor]]:
-    """Returns the optimiser's parameters with their names."""
-    assert len(set(names)) == len(names), "names tell parameters apart"
-    assert not any("/" in name for name in names), "a slash ends the name"
+    """Returns the optimizer's parameters with their names."""
+    assert len(set(names)) == len(names), "names must be unique"
+    assert not any("/" in name for name in names), "a slash separates name and key"
     return list(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
 
 
 def leaves(state: dict, path: str) -> dict[str, Any]:
-    """Returns what nested dicts hold, as PATH/KEY/KEY."""
+    """Returns the values of nested dicts as PATH/KEY/KEY."""
     found: dict[str, Any] = {}
     for key, value in state.items():
         found |= leaves(value, f"{path}/{key}") if isinstance(value, dict) else {f"{path}/{key}": value}
@@ -93,13 +93,13 @@ def leaves(state: dict, path: str) -> dict[str, Any]:
 
 
 def without_tensors(state: dict) -> dict:
-    """Returns nested dicts with their tensors left out."""
+    """Returns nested dicts without their tensors."""
     kept = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
     return {key: without_tensors(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def filled(state: dict, path: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict:
-    """Returns the nested dicts of `state` with what was saved in place of what they hold."""
+    """Returns `state`, nested dicts, with the saved values in place."""
     for key, value in state.items():
         at = f"{path}/{key}"
         if isinstance(value, dict):
@@ -112,23 +112,23 @@ def filled(state: dict, path: str, tensors: dict[str, Tensor], plain: dict[str, 
 
 
 def fresh_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict:
-    """Returns the state that the optimiser would have for a parameter after a step; nothing else changes.
+    """Returns the state that the optimizer would have for a parameter after a step; changes nothing.
 
-    A copy of the optimiser steps on zeros. Only so is it known what an optimiser keeps, and where: the paged memory of
-    bitsandbytes, the shares of FSDP, or a step counter on the CPU.
+    A copy of the optimizer steps on zeros: that shows what state an optimizer keeps, and where, such as paged memory
+    of bitsandbytes, shards of FSDP or a step counter on the CPU.
     """
     zeros = torch.zeros_like(parameter).requires_grad_()
     zeros.grad = torch.zeros_like(parameter)
     copy = object.__new__(type(optimizer))
     copy.__dict__ = optimizer.__dict__ | {"param_groups": [{**group, "params": [zeros]}], "state": defaultdict(dict)}
-    if optimizer.state.get(parameter):  # made with the optimiser, before any step
+    if optimizer.state.get(parameter):  # state that its constructor made
         copy.state[zeros] = deepcopy(optimizer.state[parameter])
     type(copy).step(copy)
     return copy.state[zeros]
 
 
 def misfits(expected: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    """Returns a line for each place of the state that is not in both, or that is not of one shape and type."""
+    """Returns a line for each entry that is missing in one of them, or that differs in shape or type."""
     lines = [f"{path} is missing" for path in expected if path not in saved]
     lines += [f"{path} does not belong to it" for path in saved if path not in expected]
     for path in expected.keys() & saved.keys():
@@ -139,7 +139,7 @@ def misfits(expected: dict[str, Any], saved: dict[str, Any]) -> list[str]:
 
 
 def describe(value: object) -> str:
-    """Returns the shape and type of a tensor, or what kind of value it is, as JSON gives it back."""
+    """Returns the shape and dtype of a tensor, or the type of another value, after JSON."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     return "a list" if isinstance(value, list | tuple) else f"a plain {type(value).__name__}"

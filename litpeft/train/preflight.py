@@ -1,4 +1,4 @@
-"""What is checked before a run begins, from shapes and headers: a dry run refuses all that the run would refuse."""
+"""Checks before a run begins, from shapes and headers alone, so that a dry run finds the errors of the run."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from litpeft.train.settings import Finetune
 
 
 def check_run(settings: Finetune, method: Method, precision: Precision, device: torch.device) -> tuple[Weights, GPT]:
-    """Returns the base's weights, unread, and the shapes of the model that trains; raises where the run would fail."""
+    """Returns the base's weights, unread, and the model with its method on the meta device; raises for any error."""
     check_devices(settings, precision, device)
     if settings.train.compile:
         check_compiler(device)
@@ -37,7 +37,7 @@ def check_run(settings: Finetune, method: Method, precision: Precision, device: 
 
 
 def check_held_out(settings: Finetune, held_out: int, askable: int) -> None:
-    """Raises if settings ask for what is measured on held-out rows, and there are none that it could be measured on."""
+    """Raises if settings need held-out rows and there are none, or none with a prompt to answer."""
     validation = settings.validation
     if held_out:
         if validation.metric == "exact" and not askable:

@@ -1,4 +1,4 @@
-"""Where a run is and what it has seen, which is what a checkpoint holds beside its tensors."""
+"""The progress of a run, which a checkpoint holds beside its tensors."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,20 +8,20 @@ from litpeft.train.report import Sample
 
 @dataclass
 class Progress:
-    """Where a run is and what it has seen; a checkpoint holds it as JSON."""
+    """Counters and results of a run so far; a checkpoint holds them as JSON."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0  # spent in optimizer steps
-    startup: float = 0.0  # seconds of the command before its first step, of all commands of the run
-    elapsed: float = 0.0  # since the run began, without the time between a stop and its resume
-    still: int = 0  # steps in a row, up to the last, whose gradient was exactly 0
-    losses: list[float] = field(default_factory=list)  # nats per trained token, one a step
+    startup: float = 0.0  # seconds before the first step, summed over all commands of the run
+    elapsed: float = 0.0  # seconds since the run began, without the time between a stop and its resume
+    still: int = 0  # most recent steps in a row whose gradient was exactly 0
+    losses: list[float] = field(default_factory=list)  # of each step, nats per trained token
     validations: list[tuple[int, float]] = field(default_factory=list)  # step, nats per trained token
     best: tuple[int, float] | None = None  # step and value of the metric
-    waited: int = 0  # measurements since then
+    waited: int = 0  # measurements since the best
     samples: list[Sample] = field(default_factory=list)
     stopped: str = ""
     out_of_time: bool = False
@@ -29,7 +29,7 @@ class Progress:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Progress":
-        """Returns the progress that a checkpoint's JSON holds, ready to go on."""
+        """Returns the progress of a checkpoint's JSON, with nothing left of why the run stopped."""
         samples = [Sample(**sample) for sample in record["samples"]]
         validations = [(step, loss) for step, loss in record["validations"]]
         best = record["best"] and tuple(record["best"])

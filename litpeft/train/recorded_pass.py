@@ -1,8 +1,8 @@
-"""Forward and backward passes that a GPU repeats: their thousands of kernels are recorded once, and started as one.
+"""Forward and backward passes as CUDA graphs: their thousands of kernels are recorded once and launched as one.
 
-To start them one by one takes the processor longer than the GPU needs for short rows or small models. Kernels are
-recorded for one size, so a micro-batch is filled up to the next size class: with a document that trains nothing, and
-with targets that do not count. That adds zeros to the loss and to the gradients.
+For short rows or small models launching them one by one takes the CPU longer than the GPU needs. A graph has fixed
+shapes, so a micro-batch is padded to the next size class, with a document that trains nothing and with targets that are
+ignored; these add zeros to the loss and to the gradients.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from litpeft.model.slots import is_empty
 from litpeft.train.fused_block import HALF, fused_step, groups_of, kernels
 
 LEAST, LEAST_DOCUMENTS = 128, 8  # of the smallest size class
-FINENESS = 8  # size classes between a number of tokens and twice that
-MOST_WORK = 2e13  # parameters times tokens of a pass above which the GPU has more to do than the processor
-MOST_CLASSES = 24  # size classes that are recorded; others are computed kernel by kernel
+FINENESS = 8  # size classes from a number of tokens to twice that
+MOST_WORK = 2e13  # parameters times tokens of a pass; above it the GPU, not the CPU, limits the speed
+MOST_CLASSES = 24  # size classes that are recorded; others are launched kernel by kernel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Size:
 
 
 def rounded_up(n: int, least: int, fineness: int) -> int:
-    """Returns the smallest size >= n: `least`, or one of `fineness` sizes from a power of two to the next."""
+    """Returns the smallest size class >= n: `least`, or one of `fineness` between two powers of two."""
     if n <= least:
         return least
     step = max(1, (1 << (n - 1).bit_length() - 1) // fineness)
@@ -49,7 +49,7 @@ def rounded_up(n: int, least: int, fineness: int) -> int:
 
 
 class RecordedPass:
-    """The passes of one size class. What goes in is copied to where the recorded kernels read."""
+    """The forward and backward pass of one size class, with buffers for its inputs, which the graph reads."""
 
     def __init__(self, model: GPT, size: Size):
         device = model.embed.weight.device
@@ -61,26 +61,26 @@ class RecordedPass:
         self.loss = torch.zeros((), device=device)
 
     def fill(self, batch: Batch, factor: float) -> None:
-        """Copies a micro-batch to where it is read, filled up to the size class."""
+        """Copies a micro-batch into the buffers, padded to the size class."""
         size, tokens, targets = self.size, batch.tokens, len(batch.at)
         rest, missing = size.tokens - tokens, size.targets - targets
         lengths = [*batch.lengths, rest, *(0 for _ in range(size.documents - len(batch.lengths) - 1))]
         starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         pos = torch.cat([torch.arange(length) for length in lengths])
-        for target, whole in ((self.starts, starts), (self.pos, pos[None])):
-            target.copy_(whole, non_blocking=True)
+        for target, values in ((self.starts, starts), (self.pos, pos[None])):
+            target.copy_(values, non_blocking=True)
         self.ids[:, :tokens].copy_(batch.ids, non_blocking=True)
         self.ids[:, tokens:] = 0
         self.at[:targets].copy_(batch.at, non_blocking=True)
         self.targets[:targets].copy_(batch.targets, non_blocking=True)
-        if missing:  # each at a place of its own: adding zeros to one place takes as long as adding anything
+        if missing:  # at different positions, since atomic additions to one position are slow
             self.at[targets:] = torch.arange(missing, device=self.at.device) % size.tokens
             self.targets[targets:] = -1
         self.factor.fill_(factor)
 
     def step(self) -> None:
-        """Computes the loss, and adds its gradient times `factor` to the gradients."""
-        bounds = (self.size.tokens, *(0 for _ in range(self.size.documents - 1)))  # where they begin is in `starts`
+        """Computes the loss and adds its gradient times `factor` to the gradients."""
+        bounds = (self.size.tokens, *(0 for _ in range(self.size.documents - 1)))  # `starts` has the true offsets
         ctx = Context(self.pos, Documents(bounds, self.starts))
         loss = self.model(self.ids, ctx, at=self.at, targets=self.targets)
         (loss * self.factor).backward()
@@ -88,7 +88,7 @@ class RecordedPass:
 
 
 class RecordedPasses:
-    """All size classes of a run. They write into the same gradients, and share memory."""
+    """All size classes of a run. They add to the same gradients and share a memory pool."""
 
     def __init__(self, model: GPT):
         self.model, self.pool = model, None
@@ -99,7 +99,7 @@ class RecordedPasses:
 
     @classmethod
     def of(cls, model: GPT) -> "RecordedPasses | None":
-        """Returns the passes of a model on a GPU whose blocks are all fused, else None."""
+        """Returns the passes of a model if it is on a GPU and all its blocks are fused, else None."""
         fused = type(model) is GPT and model.fused is fused_step and model.dtype in HALF and kernels() is not None
         plain = is_empty(model.head.slot) and is_empty(model.after_embed) and model.head.bias is None
         rotates = model.positions is None and model.config.turned == model.config.head_dim
@@ -109,7 +109,7 @@ class RecordedPasses:
         return cls(model) if all(groups_of(block) is not None for block in model.blocks) else None
 
     def __call__(self, batch: Batch, factor: float) -> Tensor | None:
-        """Adds the gradient of factor * loss to the gradients, and returns the summed loss; None for too large ones."""
+        """Adds the gradient of factor * loss to the gradients and returns the summed loss; None: not for this batch."""
         if batch.tokens > self.most_tokens or not len(batch.at):
             return None
         size = Size.of(batch)
@@ -119,17 +119,17 @@ class RecordedPasses:
         self.hold_gradients()
         if known and run.replay is None and sum(one.replay is not None for one in self.sizes.values()) < MOST_CLASSES:
             run.replay = self.record(run.step)
-        (run.replay or run.step)()  # the first time computes the same, and makes ready what cannot be recorded
+        (run.replay or run.step)()  # the first pass of a size class warms up what cannot be recorded
         return run.loss.clone()
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Returns what repeats `step` on the GPU."""
-        torch.cuda.empty_cache()  # recorded kernels have memory of their own
+        """Returns a function that replays `step` on the GPU."""
+        torch.cuda.empty_cache()  # a graph has memory of its own
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         return record(step, self.pool)
 
     def hold_gradients(self) -> None:
-        """Makes the tensors that the recorded kernels add to the gradients of the parameters."""
+        """Makes the graphs' gradient tensors the gradients of the parameters, with the values that they have."""
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is gradient:
                 continue

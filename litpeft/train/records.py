@@ -1,4 +1,4 @@
-"""What a run writes beside its weights: run.yaml when it begins, the report when it ends."""
+"""The files of a run beside its weights: run.yaml when it begins, the report when it ends."""
 
 import json
 import resource
@@ -26,8 +26,8 @@ from litpeft.train.settings import Finetune
 
 
 def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: DataSet) -> None:
-    """Writes run.yaml, which is itself a --config, and the rows that were rejected."""
-    once = {"resume": False, "resume_changed": (), "overwrite": False}  # said of one command, not of the run
+    """Writes run.yaml, which can be used as --config, and the rows that were rejected."""
+    once = {"resume": False, "resume_changed": (), "overwrite": False}  # of one command, not of the run
     record = asdict(settings) | once | {"method": asdict(method)}
     text = yaml.safe_dump(jsonable(record), sort_keys=False, allow_unicode=True)
     command = command_line("finetune", name, "--config", out / "run.yaml", "--out", "ANOTHER")
@@ -40,7 +40,7 @@ def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: Da
 
 
 def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log: Log) -> None:
-    """Writes report.md and loss.png, and prints the same in a few lines."""
+    """Writes the report and prints its summary."""
     settings, name, out = run.settings, run.name, Path(run.settings.out)
     base, device = Path(settings.base.dir), fabric.device
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""What is left to read after a run: report.md, its picture loss.png, its facts in report.json, and the last lines."""
+"""The report on a run: report.md, report.json, and the last lines in the terminal."""
 
 import io
 import json
@@ -6,14 +6,11 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from litpeft.core.errors import counted
 from litpeft.core.terminal import clean
 from litpeft.train.log import duration
-
-if TYPE_CHECKING:
-    pass
 
 SAMPLE_WIDTH = 112  # characters of a line of the samples' three columns
 SAMPLE_LENGTH = 2000  # characters shown of one text of a sample
@@ -21,7 +18,7 @@ SAMPLE_LENGTH = 2000  # characters shown of one text of a sample
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out prompt, the answer its row has, and the model's answers before and after training."""
+    """A held-out prompt, its row's answer, and the model's answers before and after training."""
 
     prompt: str
     expected: str
@@ -31,7 +28,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """All that the report says of a run; what follows from other figures is a property."""
+    """The figures of a report."""
 
     title: str
     """"lora on SmolLM2-135M-Instruct"."""
@@ -46,11 +43,11 @@ class RunFacts:
     """Of the base model."""
     precision: str
     data: str
-    """What the data loader says of the rows; any number of lines."""
+    """The data set's report; any number of lines."""
     trainable: int
     """Trained parameters."""
     delta_bytes: int
-    """What the run's result takes on disk."""
+    """Size of the result on disk."""
     steps: int
     epochs: float
     tokens: int
@@ -58,7 +55,7 @@ class RunFacts:
     seconds: float
     """Spent in optimizer steps."""
     total_seconds: float
-    """Of the whole command: with its start, the measurements and what is saved."""
+    """Of the whole command, with start, validation and saving."""
     tokens_per_second: float
     """Over `seconds`."""
     device: str
@@ -67,7 +64,7 @@ class RunFacts:
     stopped: str
     """Why it ended: "all steps done", "max_time reached", "Ctrl-C at step 37"."""
     peak_memory: int | None = None
-    """Bytes; None where the system does not tell."""
+    """Bytes; None if unknown."""
     first_loss: float | None = None
     """Mean training loss over the first 5 % of the steps, nats per token; None if no step was made."""
     last_loss: float | None = None
@@ -75,13 +72,13 @@ class RunFacts:
     validation: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss in nats per token), in order."""
     metric: str = "loss"
-    """What `best` goes by: loss, or exact."""
+    """What `best` is measured by: loss, or exact."""
     best: tuple[int, float] | None = None
-    """(step, value of the metric) of the best measurement after the start, the one that patience waits from."""
+    """(step, value of the metric) of the best measurement after step 0."""
     samples: list[Sample] = field(default_factory=list)
     next_commands: list[str] = field(default_factory=list)
     go_on: str = ""
-    """The command that goes on with a run that was stopped before its end."""
+    """The command that resumes a run that was stopped."""
 
     @property
     def share(self) -> float:
@@ -106,14 +103,14 @@ def write_report(folder: Path, facts: RunFacts, steps: list[dict[str, float]]) -
     record = json.dumps(asdict(facts), indent=2, default=str)
     (Path(folder) / "report.json").write_text(record + "\n", encoding="utf-8")
     path = Path(folder) / "report.md"
-    part = path.with_name(path.name + ".part")  # it tells that the run is over: there as a whole, or not at all
+    part = path.with_name(path.name + ".part")  # written atomically: it marks the end of the run
     part.write_text(markdown(facts, "loss.png" if steps else None), encoding="utf-8", newline="\n")
     os.replace(part, path)
     return path
 
 
 def summary_lines(facts: RunFacts) -> list[str]:
-    """Returns the 4 to 8 lines that end a run in the terminal; those of a stopped one begin with how it goes on."""
+    """Returns the last 4 to 8 lines in the terminal; those of a stopped run begin with the command to resume it."""
     lines = [f"to go on         {facts.go_on}"] if facts.go_on else []
     lines.append(f"{facts.title}: {facts.stopped}, {_work(facts)}")
     if facts.first_loss is not None:
@@ -218,7 +215,7 @@ def _cut(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Returns `text` as one line in which Markdown sees no mark-up."""
+    """Returns `text` as one line of Markdown without mark-up."""
     return re.sub(r"([\\`*_\[\]<>|~&$#])", r"\\\1", " ".join(clean(text).split()))
 
 
@@ -241,7 +238,7 @@ def _fenced(text: str, language: str = "text") -> str:
 
 
 def _columns(sample: Sample) -> str:
-    """Returns the three answers side by side, wrapped, as plain text."""
+    """Returns the three answers in wrapped columns of plain text."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Which run a command continues: its checkpoint, and whether it is still the same run."""
+"""Resuming a run: finds its checkpoint and checks that it is still the same run."""
 
 import hashlib
 import json
@@ -28,8 +28,7 @@ from litpeft.train.checkpoints import MANIFEST, STATE, Checkpoint, Checkpoints
 from litpeft.train.progress import Progress
 from litpeft.train.settings import Base, Finetune
 
-# What may differ between a run and its resume: none of it changes what is learned, and rows and weights are compared by
-# their content.
+# Settings that may differ when a run is resumed: they do not change the result, or, as paths, are compared by content.
 FREE = (
     *("out", "resume", "resume_changed", "overwrite", "dry_run", "tensorboard", "timeout"),
     *("devices", "num_nodes", "strategy", "cpu_offload", "base.dir", "base.cache", "data.path", "data.validation_path"),
@@ -40,7 +39,7 @@ FREE = (
 
 @dataclass
 class SavedReads:
-    """What of the base beside its weights decided logits and ids."""
+    """The identity of the base's config, tokenizer and template."""
 
     config: dict[str, Any]
     tokenizer: TokenizerIdentity
@@ -52,7 +51,7 @@ class SavedReads:
 
 @dataclass
 class SavedFacts:
-    """What a checkpoint's manifest says of its run."""
+    """The facts on its run in a checkpoint's manifest."""
 
     method: str
     settings: dict[str, Any]
@@ -60,7 +59,7 @@ class SavedFacts:
     rows: str
     began: str
     circumstances: dict[str, str | int]
-    reads: SavedReads | None = None  # of a version before it was noted; so is the next
+    reads: SavedReads | None = None  # early versions lack this and the next
     counts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,7 +68,7 @@ class SavedFacts:
             check_sha256(key, getattr(self, key))
         default = Finetune(Base(""), Data("."), "")
         known = jsonable(asdict(default) | {"method": asdict(method_class(self.method)())})
-        known["base"]["dir"] = known["train"]["micro_tokens"] = None  # every version has written them
+        known["base"]["dir"] = known["train"]["micro_tokens"] = None  # every version has them
         saved = _over(known, self.settings)
         typed(method_class(self.method), saved.pop("method"), "settings.method")
         typed(Finetune, saved, "settings")
@@ -80,7 +79,7 @@ class SavedFacts:
 
 
 def _over(known: Any, saved: Any) -> Any:
-    """Returns saved settings with the defaults of keys that an older version lacked, without keys that are no more."""
+    """Returns saved settings with defaults for keys that are new since, and without keys that no longer exist."""
     if not (isinstance(known, dict) and isinstance(saved, dict) and known):
         return saved
     return {key: _over(value, saved[key]) if key in saved else value for key, value in known.items()}
@@ -103,7 +102,7 @@ class SavedScaler:
 
 @dataclass
 class SavedState:
-    """Where a checkpoint's run was."""
+    """The content of a checkpoint's state.json."""
 
     progress: Progress
     optimizer: dict[str, dict[str, Any] | None]
@@ -111,7 +110,7 @@ class SavedState:
 
 
 def check_saved(saved: Checkpoint) -> None:
-    """Raises unless what a checkpoint says has the types and ranges that a run writes: its sums do not tell that."""
+    """Raises unless a checkpoint's values have the types and ranges that a run writes; checksums do not show that."""
     state = saved.state
     if isinstance(state.get("progress"), dict):  # an older version wrote fewer fields
         state = state | {"progress": asdict(Progress()) | state["progress"]}
@@ -143,7 +142,7 @@ def check_saved(saved: Checkpoint) -> None:
 
 
 def rows_sha256(*groups: Sequence[Row]) -> str:
-    """Returns the sha256 over the tokens of all rows, in their order, and over which of them are trained."""
+    """Returns the sha256 over the tokens and masks of all rows, in their order."""
     digest = hashlib.sha256()
     for rows in groups:
         for row in rows:
@@ -153,7 +152,7 @@ def rows_sha256(*groups: Sequence[Row]) -> str:
 
 
 def circumstances(device: torch.device, ranks: int) -> dict[str, Any]:
-    """Returns what the last bits of a run's numbers depend on beside its settings."""
+    """Returns what a run's last bits depend on beside its settings."""
     return {
         "litpeft": __version__,
         "torch": torch.__version__,
@@ -165,7 +164,7 @@ def circumstances(device: torch.device, ranks: int) -> dict[str, Any]:
 
 
 def find_saved(out: Path, checkpoints: Checkpoints, say: Callable[[str], None]) -> Checkpoint | None:
-    """Returns the newest whole checkpoint of the run in `out`, or None if the run is to begin."""
+    """Returns the newest complete checkpoint of the run in `out`, or None if there is no run yet."""
     saved = checkpoints.newest()
     if saved is not None:
         check_saved(saved)
@@ -173,25 +172,25 @@ def find_saved(out: Path, checkpoints: Checkpoints, say: Callable[[str], None]) 
     hint = "name another out, or begin again with --overwrite"
     if checkpoints.steps():
         raise ModelError("none of the run's checkpoints is whole", where=str(out), hint=hint)
-    if has_result(out):  # to begin here would replace it
+    if has_result(out):  # a new run would replace it
         raise ModelError("it holds a result but no checkpoint to continue from", where=str(out), hint=hint)
     say(f"{out} holds no checkpoint: the run begins")
     return None
 
 
 def finished_at(out: Path) -> int | None:
-    """Returns the step whose weights a finished run holds, or None: its report, written last, is not there."""
+    """Returns the step of a finished run's result; None if its report, which is written last, is missing."""
     done = find_run(out) if (out / "final").exists() and (out / "report.md").exists() else None
     return done.facts["step"] if done and done.facts["finished"] else None
 
 
 def began(saved: Checkpoint | None) -> datetime:
-    """Returns the time that a run began, which a chat template may print: a resumed run must see the same tokens."""
+    """Returns the time when the run began. A chat template may print it, and a resumed run must get the same tokens."""
     return datetime.now() if saved is None else datetime.fromisoformat(saved.facts["began"])
 
 
 def difference(key: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-    """Returns in words how a run's method, base or rows differ from those that it began with."""
+    """Returns a text on how the method, base or rows differ from those at the run's beginning."""
     if key == "method":
         return f"another method: {then['method']} then, {now['method']} now"
     if key == "base":
@@ -199,14 +198,14 @@ def difference(key: str, then: dict[str, Any], now: dict[str, Any]) -> str:
         moved = f"those of {old} then, of {new} now" if old != new else f"the files in {new} have changed since"
         return f"other base weights: {moved}"
     differ = [line for line in changed(then["settings"], now["settings"], ()) if line.startswith("data.")]
-    counts = then.get("counts", {})  # none in a run of an earlier version
+    counts = then.get("counts", {})  # early versions lack them
     pairs = [(part, was, now["counts"].get(part)) for part, was in counts.items()]
     differ += [f"{part}: {was} -> {there}" for part, was, there in pairs if was != there]
     return f"other rows: {'; '.join(differ) or 'as many rows and tokens, but other text or another order'}"
 
 
-def reads_differently(then: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """Returns in words what of the base reads other than when the run began; None is of a version that kept nothing."""
+def read_changes(then: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """Returns a text for each of config, tokenizer and template that has changed; early versions recorded None."""
     if then is None:
         return []
     config = config_changes(then["config"], now["config"])
@@ -219,10 +218,10 @@ def reads_differently(then: dict[str, Any] | None, now: dict[str, Any]) -> list[
 def check_same_run(
     saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str, ...], say: Callable[[str], None]
 ) -> list[str]:
-    """Returns the settings that changed and were allowed to; raises if anything else of the run is another."""
+    """Returns the settings that changed and were allowed to; raises if anything else of the run has changed."""
     where = str(saved.folder)
     reasons = [difference(key, saved.facts, facts) for key in ("method", "base") if saved.facts[key] != facts[key]]
-    reasons += reads_differently(saved.facts.get("reads"), facts["reads"])
+    reasons += read_changes(saved.facts.get("reads"), facts["reads"])
     reasons += [difference("rows", saved.facts, facts)] if saved.facts["rows"] != facts["rows"] else []
     if reasons:
         hint = "a resumed run continues on what it began with; take another out for a new run"

@@ -1,4 +1,4 @@
-"""Held-out rows as questions: what a run shows of its model's answers, and how many of them are exactly right."""
+"""Held-out rows as questions: sample answers during a run, and the share that is answered exactly."""
 
 import torch
 from lightning.fabric import Fabric
@@ -14,7 +14,7 @@ from litpeft.train.progress import Progress
 from litpeft.train.report import Sample
 
 ANSWERED_AT_ONCE = 16
-Question = tuple[Exchange, list[int]]  # and its prompt as tokens
+Question = tuple[Exchange, list[int]]  # with the ids of its prompt
 
 
 @torch.no_grad()
@@ -54,13 +54,13 @@ def exact_share(fabric: Fabric, loaded: Loaded, questions: list[Question]) -> fl
 
 
 def askable(template: ChatTemplate, reach: int, rows: list[Row]) -> list[Question]:
-    """Returns exchanges, with their prompts as tokens, that the template takes and that leave room for an answer."""
+    """Returns the rows as questions, without those that the template refuses or that leave no room for an answer."""
     found = []
     for row in rows:
         exchange = Exchange.of(row)
         try:
             prompt = template.prompt(exchange.before)
-        except ValueError:  # a chat that the assistant opens, say: learnt from, but not to be asked
+        except ValueError:  # the assistant begins the chat, say
             continue
         if 0 < len(prompt) < reach:
             found.append((exchange, prompt))

@@ -1,4 +1,4 @@
-"""What a run that is out of memory is told: what was held by what, by its shapes, and the settings that save most."""
+"""The error of a run that is out of memory: an estimate of what needed how much, and the settings that save most."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,12 @@ from litpeft.train.micro_tokens import MOST
 from litpeft.train.report import scaled
 from litpeft.train.settings import Finetune
 
-FEW_BITS = 0.6  # bytes of a weight in 4 bits, with its constants
+NF4_BYTES = 0.6  # of a weight in 4 bits, with its constants
 
 
 @dataclass
 class Shortage:
-    """A run, as far as its memory goes. All figures are estimates in bytes, of one device."""
+    """The memory of a run on one device, estimated in bytes."""
 
     settings: Finetune
     method: Method
@@ -27,7 +27,7 @@ class Shortage:
     longest: int  # tokens of the longest row
 
     def error(self, cause: BaseException) -> UserError:
-        """Returns what the user is told."""
+        """Returns the error for the user."""
         held = self.held()
         parts = ", ".join(f"{name} {scaled(count, 'B')}" for name, count in held.items() if count)
         what = f"out of memory{asked_for(cause)}; about what the run needs: {parts}"
@@ -38,7 +38,7 @@ class Shortage:
         return ResourceError(what, hint=f"{hint}; checkpoints that were saved are whole: --resume goes on")
 
     def held(self) -> dict[str, int]:
-        """Returns the bytes by what holds them."""
+        """Returns the bytes of weights, gradients, optimizer state and activations."""
         trained = self.trained()
         held = {
             "weights": self.frozen(),
@@ -52,18 +52,18 @@ class Shortage:
         return shares | {f"activations of {tokens:,} tokens a pass": self.activations(tokens)}
 
     def frozen(self) -> int:
-        """Returns the bytes of the weights that do not train."""
+        """Returns the bytes of the frozen weights."""
         size = self.precision.weights.itemsize
         every = [p for p in self.shapes.parameters() if not p.requires_grad]
         return sum(p.numel() * (size if p.is_floating_point() else p.element_size()) for p in every)
 
     def trained(self) -> int:
-        """Returns the bytes of what trains."""
+        """Returns the bytes of the trained parameters."""
         size = self.method.trained_dtype(self.precision.weights).itemsize
         return size * sum(p.numel() for p in trainable(self.shapes).values())
 
     def moments(self) -> float:
-        """Returns the bytes of the optimiser's state over those of what trains: Adam's two moments, if nothing else."""
+        """Returns the size of the optimizer's state relative to the trained parameters; that of Adam if unknown."""
         optimizer = self.settings.train.optimizer
         if "8bit" in optimizer:
             return 0.5
@@ -78,7 +78,7 @@ class Shortage:
         return max(self.longest, min(micro, train.batch_size * self.longest))
 
     def activations(self, tokens: int, recompute: bool | None = None) -> int:
-        """Returns what is kept for the backward pass of so many tokens, and the logits."""
+        """Returns the bytes of the logits and of what is kept for the backward pass of so many tokens."""
         config = self.shapes.config
         recompute = self.settings.train.activation_checkpointing if recompute is None else recompute
         heads = 2 * config.n_heads * config.head_dim + 2 * config.n_kv_heads * config.head_dim  # q and answers, k and v
@@ -88,7 +88,7 @@ class Shortage:
         return tokens * kept * size + 2 * min(tokens, CHUNK) * config.vocab_size * 4
 
     def savings(self) -> dict[str, int]:
-        """Returns the bytes that settings would save, by their text."""
+        """Returns settings, as text, with the bytes that each would save."""
         settings, train = self.settings, self.settings.train
         tokens, trained, frozen = self.tokens(), self.trained(), self.frozen()
         now, half = self.activations(tokens), self.activations(max(1, tokens // 2))
@@ -107,7 +107,7 @@ class Shortage:
             found["base.precision bf16-true"] = int((1 - share) * (frozen + now))
         if settings.base.quantize is None and not self.method.writes_model:
             weights = sum(p.numel() for p in self.shapes.blocks.parameters() if not p.requires_grad and p.ndim > 1)
-            found["base.quantize nf4"] = int(weights * (self.precision.weights.itemsize - FEW_BITS))
+            found["base.quantize nf4"] = int(weights * (self.precision.weights.itemsize - NF4_BYTES))
         if self.method.writes_model:
             found["litpeft finetune lora"] = int(trained * (1 + self.moments()))
         if self.moments() == 2.0:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1: before the first step they end the program, later the run, after its step."""
+"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end the program before the first step, and later the run after its step."""
 
 import signal
 import sys
@@ -12,7 +12,7 @@ NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(
 
 
 class StopSignals:
-    """Catches the signals for the time of a `with` block; `asked` is the name of the first that came."""
+    """Catches the signals in a `with` block; `asked` is the name of the first one."""
 
     def __init__(self, tell: Callable[[str], None]):
         self.tell, self.asked, self.training = tell, "", False
@@ -29,7 +29,7 @@ class StopSignals:
         for name, handler in self._before.items():
             signal.signal(getattr(signal, name), handler)
         if self.asked and not self.training and not isinstance(error, SystemExit):
-            sys.exit(exit_code(self.asked))  # some imports turn the exit into an error of their own
+            sys.exit(exit_code(self.asked))  # some libraries turn the exit during their import into another error
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
@@ -44,5 +44,5 @@ class StopSignals:
 
 
 def exit_code(name: str) -> int:
-    """Returns the exit code of a program that this signal ended, with its work saved."""
+    """Returns the exit code of a run that this signal ended, with its work saved."""
     return INTERRUPTED if name == "SIGINT" else STOPPED
