@@ -66,7 +66,7 @@ class Tokenizer:
     @property
     def template_hash(self) -> str | None:
         """Returns the sha256 of the model's chat template."""
-        return _hash(self.chat_template)
+        return hashlib.sha256(self.chat_template.encode()).hexdigest() if self.chat_template else None
 
     @property
     def bos(self) -> str | None:
@@ -138,15 +138,6 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template if isinstance(template, str) and template else None
-
-
-def template_hash(folder: Path) -> str | None:
-    """Returns what Tokenizer.template_hash does, without loading the vocabulary."""
-    return _hash(_chat_template(folder, _optional(folder / "tokenizer_config.json")))
-
-
-def _hash(template: str | None) -> str | None:
-    return hashlib.sha256(template.encode()).hexdigest() if template else None
 
 
 def _optional(path: Path) -> dict[str, Any]:

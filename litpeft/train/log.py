@@ -39,22 +39,15 @@ WINDOW = 100  # steps whose mean duration predicts the remaining time
 class StepRecord:
     """The figures of one optimizer step."""
 
-    step: int
-    """Optimizer steps made so far, this one included."""
-    epoch: float
-    """Passes over the data so far."""
-    loss: float
-    """Mean over the step's trained tokens, in nats."""
+    step: int  # optimizer steps made so far, this one included
+    epoch: float  # passes over the data so far
+    loss: float  # mean over the step's trained tokens, in nats
     lr: float
-    grad_norm: float
-    """Norm of the gradient before clipping."""
-    tokens: int
-    """Tokens read since the run began."""
-    trained_tokens: int
-    """Those that count in the loss."""
+    grad_norm: float  # norm of the gradient before clipping
+    tokens: int  # tokens read since the run began
+    trained_tokens: int  # those that count in the loss
     tokens_per_second: float
-    seconds: float
-    """Since the run began; compared with max_time."""
+    seconds: float  # since the run began; compared with max_time
 
 
 class Log:

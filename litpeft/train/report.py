@@ -30,55 +30,36 @@ class Sample:
 class RunFacts:
     """The figures of a report."""
 
-    title: str
-    """"lora on SmolLM2-135M-Instruct"."""
-    command: str
-    """The command line that repeats the run."""
+    title: str  # "lora on SmolLM2-135M-Instruct"
+    command: str  # the command line that repeats the run
     method: str
-    settings: dict[str, Any]
-    """The method's own keys."""
-    base: str
-    """Folder of the base model."""
-    parameters: int
-    """Of the base model."""
+    settings: dict[str, Any]  # the method's own keys
+    base: str  # folder of the base model
+    parameters: int  # of the base model
     precision: str
-    data: str
-    """The data set's report; any number of lines."""
-    trainable: int
-    """Trained parameters."""
-    delta_bytes: int
-    """Size of the result on disk."""
+    data: str  # the data set's report; any number of lines
+    trainable: int  # trained parameters
+    delta_bytes: int  # size of the result on disk
     steps: int
     epochs: float
     tokens: int
     trained_tokens: int
-    seconds: float
-    """Spent in optimizer steps."""
-    total_seconds: float
-    """Of the whole command, with start, validation and saving."""
-    tokens_per_second: float
-    """Over `seconds`."""
+    seconds: float  # spent in optimizer steps
+    total_seconds: float  # of the whole command, with start, validation and saving
+    tokens_per_second: float  # over `seconds`
     device: str
     threads: int
     versions: dict[str, str]
-    stopped: str
-    """Why it ended: "all steps done", "max_time reached", "Ctrl-C at step 37"."""
-    peak_memory: int | None = None
-    """Bytes; None if unknown."""
-    first_loss: float | None = None
-    """Mean training loss over the first 5 % of the steps, nats per token; None if no step was made."""
-    last_loss: float | None = None
-    """The same over the last 5 %."""
-    validation: list[tuple[int, float]] = field(default_factory=list)
-    """(step, loss in nats per token), in order."""
-    metric: str = "loss"
-    """What `best` is measured by: loss, or exact."""
-    best: tuple[int, float] | None = None
-    """(step, value of the metric) of the best measurement after step 0."""
+    stopped: str  # why it ended: "all steps done", "max_time reached", "Ctrl-C at step 37"
+    peak_memory: int | None = None  # bytes; None if unknown
+    first_loss: float | None = None  # mean training loss of the first 5 % of the steps, nats per token
+    last_loss: float | None = None  # the same over the last 5 %
+    validation: list[tuple[int, float]] = field(default_factory=list)  # (step, loss in nats per token), in order
+    metric: str = "loss"  # what `best` is measured by: loss, or exact
+    best: tuple[int, float] | None = None  # (step, value of the metric) of the best measurement after step 0
     samples: list[Sample] = field(default_factory=list)
     next_commands: list[str] = field(default_factory=list)
-    go_on: str = ""
-    """The command that resumes a run that was stopped."""
+    go_on: str = ""  # the command that resumes a stopped run
 
     @property
     def share(self) -> float:
