@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The quickstart's task with each finetuning command, one after the other: lora, qlora, adapter, adapter_v2, full. Each
+# The quickstart's task with each file of config_hub/smollm2-135m, or those that METHODS names, one after the other. Each
 # run answers the held-out orders; the end is a table in Markdown. Can be run again. Arguments go to each
 # `litpeft finetune`:
 #
-#   bash scripts/compare_commands.sh --train.max_steps 3
+#   METHODS="lora dora" bash scripts/compare_commands.sh --train.max_steps 3
 
 source "$(dirname "$0")/environment.sh"
 runs=out/smollm2-135m
@@ -15,7 +15,7 @@ get_model
 
 mkdir -p "$answers"
 rows=()
-for method in lora qlora adapter adapter_v2 full; do
+for method in ${METHODS:-$(cd config_hub/smollm2-135m && basename -s .yaml -- *.yaml)}; do
     say "finetuning with $method"
     began=$SECONDS
     litpeft finetune "$method" --config "config_hub/smollm2-135m/$method.yaml" --overwrite "$@" --out "$runs/$method"
