@@ -94,6 +94,13 @@ def folded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor, _ in folds(model)}
 
 
+def document_mask(lengths: tuple[int, ...], window: int | None, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Returns (T, T), True where a token of a packed row sees another: what packing means."""
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
+    distance = torch.arange(len(number), device=device)[:, None] - torch.arange(len(number), device=device)
+    return (number[:, None] == number) & (distance >= 0) & (distance < (window or len(number)))
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny float32 Llama with grouped queries and an untied head. Tests must not change it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finetune, make_folder, method_of, write_rows
+from conftest import document_mask, finetune, make_folder, method_of, write_rows
 from lightning.fabric import Fabric
 from short_runs import assert_same, cut, delta, resume, same_tensors, train
 from test_generate import assert_recorded_steps_agree
@@ -19,7 +19,7 @@ from litpeft.data.batches import Batch, collate
 from litpeft.data.rows import Row
 from litpeft.generate.load import load_model
 from litpeft.methods import METHODS
-from litpeft.model.attention import Documents, attend, document_mask
+from litpeft.model.attention import Documents, attend
 from litpeft.model.build import build
 from litpeft.model.delta import trainable
 from litpeft.model.gpt import GPT
@@ -83,7 +83,7 @@ def test_attention_of_documents(lengths: tuple[int, ...], window: int | None, dt
     documents, tokens = Documents(lengths), sum(lengths)
     given = [torch.randn(1, heads, tokens, 64, device=CUDA).to(dtype).requires_grad_() for heads in (6, 2, 2)]
     exact = [x.detach().double().requires_grad_() for x in given]
-    mask = document_mask(documents, window, CUDA)
+    mask = document_mask(lengths, window, CUDA)
     want = F.scaled_dot_product_attention(*exact, attn_mask=mask, enable_gqa=True)
     got = attend(*given, mask=None, documents=documents, window=window)
     dy = torch.randn_like(want)

@@ -11,7 +11,7 @@ from conftest import make_folder, method_of
 from model_switches import AWAY, CONFIG
 
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.cpu.fused_block import BareBlock, strip
+from litpeft.generate.cpu.fused_block import FusedBlock, fuse_blocks
 from litpeft.generate.cpu.pack import pack_weights
 from litpeft.methods import METHODS
 from litpeft.model.build import build
@@ -36,7 +36,7 @@ def fast(model: GPT) -> GPT:
     """Returns a copy as `load` makes it ready to answer."""
     model = copy.deepcopy(model)
     pack_weights(model)
-    strip(model)
+    fuse_blocks(model)
     return model
 
 
@@ -66,7 +66,7 @@ def test_each_switch_of_the_model_is_heeded(name: str | None, dtype: torch.dtype
     plain = made(CONFIG if name is None else replace(CONFIG, **{name: AWAY[name]}), dtype)
     other = fast(plain)
     if name is None and dtype == torch.float32:
-        assert {type(block) for block in other.blocks} == {BareBlock}
+        assert {type(block) for block in other.blocks} == {FusedBlock}
     assert_answers_alike(plain, other, LIMITS[dtype])
 
 
@@ -137,7 +137,7 @@ def test_a_block_of_another_kind_is_not_fused(name: str, dtype: torch.dtype) -> 
         nn.init.normal_(parameter, std=0.3)
     plain = plain.to(dtype).requires_grad_(False)
     other = fast(plain)
-    assert BareBlock not in {type(block) for block in other.blocks}
+    assert FusedBlock not in {type(block) for block in other.blocks}
     assert_answers_alike(plain, other, LIMITS[dtype])
 
 
@@ -173,4 +173,4 @@ def test_what_is_packed_is_every_linear_layer_of_a_block() -> None:
     other = fast(plain)
     layers = [layer for layer in other.blocks[0].modules() if isinstance(layer, Linear)]
     assert len(layers) == 10
-    assert all(layer.rows is not None for layer in layers)
+    assert all(layer.packed_in is not None for layer in layers)

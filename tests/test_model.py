@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import TINY, in_float64, make_folder
+from conftest import TINY, document_mask, in_float64, make_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from litpeft.model.attention import Documents, attend, document_mask
+from litpeft.model.attention import Documents, attend
 from litpeft.model.build import build
 from litpeft.model.context import Context, KVCache
 from litpeft.model.gpt import GPT
@@ -130,7 +130,7 @@ def test_attention_by_length_equals_the_masked_reference(window: int | None) -> 
     torch.manual_seed(0)
     documents = Documents((3, 66, 10, 64, 1, 65))
     q, k, v = (torch.randn(1, heads, 209, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
-    mask = document_mask(documents, window, q.device)[None, None]
+    mask = document_mask(documents.lengths, window)[None, None]
     grad = torch.randn(1, 4, 209, 8, dtype=torch.float64)
     got = attend(q, k, v, mask=None, documents=documents, window=window)
     got_grads = torch.autograd.grad(got, (q, k, v), grad)

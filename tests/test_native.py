@@ -9,8 +9,8 @@ from packed_layers import KEYS, make
 
 import litpeft.generate.cpu.fused_block
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.cpu.fused_block import strip
-from litpeft.generate.cpu.native_weights import NativeRows
+from litpeft.generate.cpu.fused_block import fuse_blocks
+from litpeft.generate.cpu.native_weights import NativeLinears
 from litpeft.generate.cpu.pack import pack_weights
 from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA, LowRank
@@ -40,7 +40,7 @@ def linear(name: str | None, outputs: int, inputs: int, bias: bool) -> Linear:
 def test_rows_multiply_as_their_weights_whatever_comes_with_a_row(name: str | None, sizes: tuple, bias: bool) -> None:
     torch.manual_seed(0)
     layers = [linear(name, size, 320, bias) for size in sizes]
-    rows, held = NativeRows(layers), torch.cat([layer.dense() for layer in layers])
+    rows, held = NativeLinears(layers), torch.cat([layer.dense() for layer in layers])
     assert (rows.dense() - held).abs().max() <= (0 if name in (None, "int8") else 2**-7 * held.abs().max())
     weight = torch.cat([exact(layer) for layer in layers])
     x = torch.randn(41, 320).bfloat16()
@@ -92,7 +92,7 @@ def test_a_block_in_one_call_is_as_near_to_the_truth_as_its_modules(changes: dic
     model, fast, truth = (random_model(**changes) for _ in range(3))
     truth.double().dtype = torch.float64
     pack_weights(fast)
-    strip(fast)
+    fuse_blocks(fast)
     assert all(block.native is not None for block in fast.blocks)
     caches = [TokenCache(m) for m in (model, fast, truth)]
     rows = torch.randint(64, (3, 300)).tolist()
@@ -140,11 +140,11 @@ def test_lora_is_part_of_a_call_and_can_be_left_out(tmp_path: Path, monkeypatch:
     for delta in (m for m in model.modules() if isinstance(m, LowRank)):
         torch.nn.init.normal_(delta.B, std=0.05)
     pack_weights(model.requires_grad_(False))
-    strip(model)
+    fuse_blocks(model)
     ids = torch.randint(200, (2, 12)).tolist()
     by_few = {few: few for few in (0, 512)}
     for few in by_few:
-        monkeypatch.setattr(litpeft.generate.cpu.fused_block, "FEW", few)
+        monkeypatch.setattr(litpeft.generate.cpu.fused_block, "NATIVE_TOKENS", few)
         with without_delta(model):
             base = TokenCache(model).logits(ids)
         by_few[few] = base, TokenCache(model).logits(ids)

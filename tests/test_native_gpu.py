@@ -63,16 +63,16 @@ def test_swiglu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("heads", "tokens", "size", "turned"), [(9, 5, 64, 64), (3, 40, 48, 48), (32, 7, 128, 32)])
-def test_rotate(heads: int, tokens: int, size: int, turned: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("heads", "tokens", "size", "rotary_dim"), [(9, 5, 64, 64), (3, 40, 48, 48), (32, 7, 128, 32)])
+def test_rotate(heads: int, tokens: int, size: int, rotary_dim: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    angle = torch.randn(1, 1, tokens, turned // 2, device=DEVICE) * 100
+    angle = torch.randn(1, 1, tokens, rotary_dim // 2, device=DEVICE) * 100
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
     x = torch.randn(1, tokens, heads, size, device=DEVICE).to(dtype).transpose(1, 2).requires_grad_()
     dy = torch.randn(1, heads, tokens, size, device=DEVICE).to(dtype)
     double = x.detach().double().requires_grad_()
-    turning, still = double[..., :turned], double[..., turned:]
+    turning, still = double[..., :rotary_dim], double[..., rotary_dim:]
     first, second = turning.chunk(2, -1)
     c, s = cos.double(), sin.double()
     want = torch.cat((first * c - second * s, second * c + first * s, still), -1)

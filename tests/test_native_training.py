@@ -5,15 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import document_mask
 from torch import Tensor
 
 from litpeft.methods.lora import LowRank
 from litpeft.model import attention
 from litpeft.model import kernels as native
-from litpeft.model.attention import Documents, attend, document_mask
+from litpeft.model.attention import Documents, attend
 from litpeft.model.kernels.ops import rms_norm, rotate, swiglu
 from litpeft.model.loss import summed_cross_entropy
-from litpeft.model.slots import Linear, together
+from litpeft.model.slots import Linear, project
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="this machine has no AVX-512 BF16 or no g++")
 HALF = 2**-8  # what rounding to bfloat16 may change, relative
@@ -52,12 +53,12 @@ def random(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("window", [None, 1, 5, 70])
 @pytest.mark.parametrize("lengths", [(1, 2), (40, 1, 33, 8), (200, 32, 31, 64)])
-@pytest.mark.parametrize(("heads", "shared", "size"), [(6, 2, 32), (4, 4, 128), (9, 3, 64)])
-def test_attention_of_documents(lengths: tuple, heads: int, shared: int, size: int, window: int | None, used) -> None:
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 32), (4, 4, 128), (9, 3, 64)])
+def test_attention_of_documents(lengths: tuple, heads: int, kv_heads: int, size: int, window: int | None, used) -> None:
     torch.manual_seed(0)
     documents, tokens = Documents(lengths), sum(lengths)
-    mask = document_mask(documents, window, torch.device("cpu"))
-    inputs = [2 * random(1, tokens, count, size).transpose(1, 2) for count in (heads, shared, shared)]
+    mask = document_mask(lengths, window)
+    inputs = [2 * random(1, tokens, count, size).transpose(1, 2) for count in (heads, kv_heads, kv_heads)]
     pairs = both(
         lambda q, k, v: attend(q, k, v, mask=None, documents=documents, window=window),
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True),
@@ -108,15 +109,15 @@ def test_norm(shape: tuple[int, ...], trains: bool, used) -> None:
     assert not trains or pairs[2][0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("turned", [32, 64])
-def test_rotation(turned: int, used) -> None:
+@pytest.mark.parametrize("rotary_dim", [32, 64])
+def test_rotation(rotary_dim: int, used) -> None:
     torch.manual_seed(0)
-    x, angle = random(1, 11, 3, 64).transpose(1, 2), torch.rand(1, 1, 11, turned // 2) * 6
+    x, angle = random(1, 11, 3, 64).transpose(1, 2), torch.rand(1, 1, 11, rotary_dim // 2) * 6
     cos, sin = torch.cat((angle.cos(),) * 2, -1).bfloat16(), torch.cat((-angle.sin(), angle.sin()), -1).bfloat16()
 
     def truth(x: Tensor) -> Tensor:
-        left, right, rest = x.split((turned // 2, turned // 2, 64 - turned), -1)
-        c, s = cos.double()[..., : turned // 2], sin.double()[..., turned // 2 :]
+        left, right, rest = x.split((rotary_dim // 2, rotary_dim // 2, 64 - rotary_dim), -1)
+        c, s = cos.double()[..., : rotary_dim // 2], sin.double()[..., rotary_dim // 2 :]
         return torch.cat((left * c - right * s, right * c + left * s, rest), -1)
 
     pairs = both(lambda x: rotate(x, cos, sin), truth, x)
@@ -175,7 +176,7 @@ def test_low_rank_updates(ranks: tuple[int, ...], tokens: int, frozen: str, used
         torch.nn.init.normal_(delta.A), torch.nn.init.normal_(delta.B)
         delta.A.requires_grad_(frozen != "A"), delta.B.requires_grad_(frozen != "B")
     x = random(1, tokens, 96).requires_grad_(frozen != "x")
-    ys = together(x, None, *layers)
+    ys = project(x, None, *layers)
     names = [(kind, i) for kind in ("A", "B") if kind != frozen for i in range(len(ranks))]
     leaves = [getattr(deltas[i], kind) for kind, i in names] + ([x] if frozen != "x" else [])
     dys = [random(*y.shape) for y in ys]

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from litpeft.model import attention, loss
 from litpeft.model.attention import Documents
 from litpeft.model.kernels import ops
-from litpeft.model.kernels.ops import product, remade, rms_norm, rotate, scaled, swiglu
+from litpeft.model.kernels.ops import product, recompute_output, rms_norm, rotate, scaled, swiglu
 from litpeft.model.loss import summed_cross_entropy
 from litpeft.model.slots import Delta, Linear
 
@@ -68,7 +68,7 @@ def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("piece", [8, 1 << 18])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rms_norm_equals_its_formula(shape: tuple[int, ...], piece: int, monkeypatch) -> None:
-    monkeypatch.setattr(ops, "PIECE", piece)  # one row at a time, or all
+    monkeypatch.setattr(ops, "CHUNK", piece)  # one row at a time, or all
     x, weight = random(*shape), random(7, seed=1)
     assert same(gradients(lambda x, w: rms_norm(x, w, 1e-5), x, weight), gradients(plain_rms_norm, x, weight))
 
@@ -88,14 +88,14 @@ def test_swiglu_equals_its_formula() -> None:
     assert same(gradients(swiglu, gate, up), gradients(lambda g, u: g * torch.sigmoid(g) * u, gate, up))
 
 
-@pytest.mark.parametrize("turned", [2, 6, 8])
-def test_a_rotation_is_the_product_with_a_complex_number(turned: int) -> None:
-    x, angle = random(2, 3, 5, 8), random(2, 1, 5, turned // 2, seed=1)
+@pytest.mark.parametrize("rotary_dim", [2, 6, 8])
+def test_a_rotation_is_the_product_with_a_complex_number(rotary_dim: int) -> None:
+    x, angle = random(2, 3, 5, 8), random(2, 1, 5, rotary_dim // 2, seed=1)
 
     def plain(x: Tensor) -> Tensor:
-        half = turned // 2
-        z = torch.complex(x[..., :half], x[..., half:turned]) * torch.exp(1j * angle)
-        return torch.cat((z.real, z.imag, x[..., turned:]), -1)
+        half = rotary_dim // 2
+        z = torch.complex(x[..., :half], x[..., half:rotary_dim]) * torch.exp(1j * angle)
+        return torch.cat((z.real, z.imag, x[..., rotary_dim:]), -1)
 
     cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
     assert same(gradients(lambda x: rotate(x, cos, sin), x), gradients(plain, x))
@@ -107,7 +107,7 @@ def test_what_is_made_again_is_not_kept_and_gives_the_same_gradients(shape: tupl
     want = torch.autograd.grad(F.linear(x.exp(), weight).square().sum(), (x, weight))
     y, times = Exp.apply(x), []
     storage = StorageWeakRef(y.untyped_storage())
-    with remade(y, lambda: times.append(1) or x.detach().exp()):
+    with recompute_output(y, lambda: times.append(1) or x.detach().exp()):
         z = F.linear(y, weight)
     del y
     assert storage.expired()
@@ -153,7 +153,7 @@ class Doubled(Delta):
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_summed_loss_equals_cross_entropy_for_every_head(bias: bool, filled: bool, piece: int, monkeypatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 5)
-    monkeypatch.setattr(loss, "PIECE", piece)
+    monkeypatch.setattr(loss, "SOFTMAX_CHUNK", piece)
     head = Linear(6, 11, bias).double()
     if filled:
         head.slot.add("doubled", Doubled())

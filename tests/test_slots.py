@@ -13,7 +13,7 @@ from torch import Tensor
 from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import UserError
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.cpu.fused_block import BareBlock, strip
+from litpeft.generate.cpu.fused_block import FusedBlock, fuse_blocks
 from litpeft.generate.cpu.pack import pack_weights
 from litpeft.generate.cpu.packed_weights import can_pack
 from litpeft.methods.adapter import Adapter, PromptAttention
@@ -100,9 +100,9 @@ def test_a_stack_is_answered_with_by_the_fused_block(quantize, dtype: torch.dtyp
     plain = learnt(folder, dtype, None if quantize is None else Storage(quantize, cache=False))
     other = copy.deepcopy(plain.requires_grad_(False))
     pack_weights(other, native)
-    strip(other)
+    fuse_blocks(other)
     fused = dtype == torch.bfloat16 or quantize is None
-    assert {type(block) for block in other.blocks} == ({BareBlock} if fused else {type(plain.blocks[0])})
+    assert {type(block) for block in other.blocks} == ({FusedBlock} if fused else {type(plain.blocks[0])})
     limit, off = 5e-6 if dtype == torch.float32 else 3e-2, ((), ("lora",), ("before", "after"))
     with torch.inference_mode():
         pairs = [(other(IDS), plain(IDS))]

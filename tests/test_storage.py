@@ -53,8 +53,8 @@ def test_four_bit_bytes_are_those_of_bitsandbytes(name: str, double: bool, dtype
 def test_packing_piece_by_piece_gives_the_same_bytes(name: str, double: bool, monkeypatch) -> None:
     weight = torch.randn(129, 62)
     want = make(name, double, weight).packed()
-    monkeypatch.setattr(kernels, "PIECE", 256)
-    monkeypatch.setattr(int8, "PIECE", 256)
+    monkeypatch.setattr(kernels, "CHUNK", 256)
+    monkeypatch.setattr(int8, "CHUNK", 256)
     got = make(name, double, weight).packed()
     assert all(torch.equal(got[key], want[key]) for key in want)
 

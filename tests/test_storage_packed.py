@@ -10,9 +10,9 @@ from families.tiny_families import make_family
 from packed_layers import KEYS, make
 
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.cpu.fused_block import BareBlock, _norm, strip
+from litpeft.generate.cpu.fused_block import FusedBlock, _norm, fuse_blocks
 from litpeft.generate.cpu.pack import KINDS, Packed, PackedTiedHead, pack_weights
-from litpeft.generate.cpu.packed_weights import Int8Rows, PackedRows, Rows, can_pack
+from litpeft.generate.cpu.packed_weights import Int8Linears, OneDNNLinears, PackedLinears, can_pack
 from litpeft.generate.engine import answer
 from litpeft.generate.load import load_model
 from litpeft.generate.settings import Sampling
@@ -39,7 +39,7 @@ def test_packed_rows_have_the_weight_and_the_products_of_a_dense_layer(
     layer = Linear(shape[1], shape[0], bias).to(dtype).requires_grad_(False)
     if bias:
         layer.bias.data = layer.bias.float()  # as one that has been trained
-    rows = PackedRows([layer])
+    rows = OneDNNLinears([layer])
     assert torch.equal(rows.dense(), layer.weight)
     products_agree(rows, layer.weight, layer.bias)
 
@@ -62,7 +62,7 @@ def test_rows_of_codes_multiply_as_their_unpacked_weights(
     products_agree(rows, rows.dense(), torch.cat([layer.bias for layer in layers]) if bias else None)
 
 
-def products_agree(rows: Rows, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def products_agree(rows: PackedLinears, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     for shape in ((1, 1), (1, 5), (3, 300)):
         x = torch.randn(*shape, weight.size(1)).bfloat16()
         want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -77,7 +77,7 @@ def test_sizes_that_a_kernel_does_not_take_are_computed_with_the_weight_unpacked
     torch.manual_seed(0)
     layer = make(name, False, torch.randn(shape), torch.bfloat16)
     kind, x = KINDS[type(layer)], torch.randn(2, shape[1]).bfloat16()
-    assert kind is Int8Rows or not kind.takes(layer)
+    assert kind is Int8Linears or not kind.takes(layer)
     with torch.inference_mode():
         y = kind([layer]).product(x) if kind.takes(layer) else layer(x)
     assert torch.equal(y, F.linear(x, layer.dense()))
@@ -119,18 +119,18 @@ def test_a_bare_block_computes_what_its_modules_do(
     changes: dict, dtype: torch.dtype, native: bool, tmp_path: Path
 ) -> None:
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.25, **changes)
-    model, bare = (build(folder, dtype).eval().requires_grad_(False) for _ in range(2))
+    model, fused = (build(folder, dtype).eval().requires_grad_(False) for _ in range(2))
     pack_weights(model, native)
-    pack_weights(bare, native)
-    strip(bare)
-    assert {type(block) for block in bare.blocks} == {BareBlock}
+    pack_weights(fused, native)
+    fuse_blocks(fused)
+    assert {type(block) for block in fused.blocks} == {FusedBlock}
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.inference_mode():
-        assert (bare(IDS) - model(IDS)).norm() < limit * model(IDS).norm()
+        assert (fused(IDS) - model(IDS)).norm() < limit * model(IDS).norm()
         packed = [Context.packed((12, 8), torch.device("cpu"), None) for _ in range(2)]
-        plain, got = model(IDS[:1], packed[0]), bare(IDS[:1], packed[1])
+        plain, got = model(IDS[:1], packed[0]), fused(IDS[:1], packed[1])
         assert (got - plain).norm() < limit * plain.norm()
-    caches = TokenCache(model), TokenCache(bare)
+    caches = TokenCache(model), TokenCache(fused)
     for end in (5, 6, 9, 20):
         plain, got = (cache.logits(IDS[:, :end].tolist()) for cache in caches)
         assert (got - plain).norm() < limit * plain.norm()
@@ -145,19 +145,19 @@ def test_a_bare_block_answers_with_lora_and_without(
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.1, **sizes)
     method, storage = LoRA(rank=2, targets=targets), None if quantize is None else Storage(quantize, cache=False)
-    model, bare = (build(folder, torch.bfloat16, method, storage=storage).eval() for _ in range(2))
+    model, fused = (build(folder, torch.bfloat16, method, storage=storage).eval() for _ in range(2))
     torch.manual_seed(0)
     for delta in (m for m in model.modules() if isinstance(m, LowRank)):
         torch.nn.init.normal_(delta.B, std=0.05)
-    bare.load_state_dict(model.state_dict())
-    pack_weights(bare.requires_grad_(False), native)
-    strip(bare)
-    assert {type(block) for block in bare.blocks} == {BareBlock}
+    fused.load_state_dict(model.state_dict())
+    pack_weights(fused.requires_grad_(False), native)
+    fuse_blocks(fused)
+    assert {type(block) for block in fused.blocks} == {FusedBlock}
     with torch.inference_mode():
-        want, got, few = model(IDS), bare(IDS), bare(IDS[:, :4])
-        with without_delta(model), without_delta(bare):
-            base, got_base = model(IDS), bare(IDS)
-        again = bare(IDS)
+        want, got, few = model(IDS), fused(IDS), fused(IDS[:, :4])
+        with without_delta(model), without_delta(fused):
+            base, got_base = model(IDS), fused(IDS)
+        again = fused(IDS)
     assert (want - base).norm() > 0.1 * base.norm()  # the delta does something
     assert (got - want).norm() < 2e-2 * want.norm()
     assert (few - want[:, :4]).norm() < 2e-2 * want[:, :4].norm()
@@ -180,16 +180,16 @@ def test_a_block_that_is_not_of_llamas_kind_or_holds_another_delta_stays_as_it_i
     models += [build(folder, torch.bfloat16, method) for method in (Adapter(layers=2), LoRA(rank=2), LoRA(rank=2))]
     for block, name in ((block, name) for block in models[-1].blocks for name in ("q", "o")):
         getattr(block.attn, name).slot.add("squashed", Squashed())
-    kinds = [Block, Block, Block, BareBlock, Block]
+    kinds = [Block, Block, Block, FusedBlock, Block]
     for model, kind in zip(models, kinds, strict=True):
         pack_weights(model.requires_grad_(False))
         with torch.inference_mode():
             want = model(IDS)
-            strip(model)
+            fuse_blocks(model)
             assert {type(block) for block in model.blocks} == {kind}
-            assert kind is BareBlock or torch.equal(model(IDS), want)
+            assert kind is FusedBlock or torch.equal(model(IDS), want)
     model = build(folder, torch.bfloat16)
-    strip(model)  # not packed
+    fuse_blocks(model)  # not packed
     assert {type(block) for block in model.blocks} == {Block}
 
 
@@ -207,8 +207,8 @@ def test_norms_that_trained_can_be_given_back(tmp_path: Path) -> None:
     state = {name: torch.ones_like(tensor) for name, tensor in delta_state(model).items()}
     load_delta(model, state, "here")
     pack_weights(model.eval().requires_grad_(False))
-    strip(model)
-    assert [type(block) for block in model.blocks] == [Block, *[BareBlock] * (len(model.blocks) - 1)]
+    fuse_blocks(model)
+    assert [type(block) for block in model.blocks] == [Block, *[FusedBlock] * (len(model.blocks) - 1)]
     base = build(folder, torch.bfloat16).eval()
     with torch.inference_mode(), without_delta(model):
         assert (model(IDS) - base(IDS)).norm() < 2e-2 * base(IDS).norm()
@@ -230,6 +230,6 @@ def test_load_packs_what_only_answers(tmp_path: Path) -> None:
     for precision in ("32-true", "bf16-true"):
         loaded = load_model(str(folder), precision=precision)
         assert all(isinstance(m, Packed | PackedTiedHead) for m in loaded.model.modules() if isinstance(m, Linear))
-        assert {type(block) for block in loaded.model.blocks} == {BareBlock}
+        assert {type(block) for block in loaded.model.blocks} == {FusedBlock}
     assert not any(isinstance(m, Packed) for m in load_model(str(folder), precision="16-true").model.modules())
     assert len(answer(loaded.model, [[5, 9], [7]], loaded.tokenizer, Sampling(max_new_tokens=8), ())[0].ids) == 8

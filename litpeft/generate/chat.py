@@ -51,7 +51,7 @@ def read_message(session: Session, terminal: bool) -> str:
             lines[-1] = lines[-1][:-1]
             try:
                 lines.append(input("... " if terminal else ""))
-            except EOFError:  # nothing more comes: what there is, is the message
+            except EOFError:  # the message ends with the input
                 break
         while terminal and more_is_there():
             lines.append(input())
@@ -61,7 +61,7 @@ def read_message(session: Session, terminal: bool) -> str:
 
 
 def respond(session: Session, message: str, terminal: bool) -> None:
-    """Answers a message or obeys a command."""
+    """Answers a message or runs a command."""
     command = re.fullmatch(r"(/[A-Za-z]*)(?:\s+(.*))?", message, re.DOTALL)
     if command is not None:
         word, argument = command[1].lower(), (command[2] or "").strip()
@@ -74,7 +74,7 @@ def respond(session: Session, message: str, terminal: bool) -> None:
 
 
 def report(session: Session, answer: Answer, terminal: bool) -> None:
-    """Ends the answer's line and says why it ended, unless the model wanted it so."""
+    """Ends the answer's line and says why the answer ended, unless the model ended it."""
     write("\n")
     if answer.reason == "interrupted":
         if not terminal:
@@ -138,15 +138,15 @@ COMMANDS: dict[str, tuple[str, Command, str]] = {
 
 
 def more_is_there() -> bool:
-    """Returns whether another line has come together with the last one: pasted, for nobody types so fast."""
+    """Returns whether another line is there already: it was pasted, for nobody types so fast."""
     return os.name == "posix" and bool(select.select([sys.stdin], [], [], PASTED_WITHIN)[0])
 
 
 @contextmanager
 def line_editing() -> Iterator[None]:
-    """Line editing, and a history that outlives the program, where Python comes with readline.
+    """Line editing and a persistent history, if Python comes with readline.
 
-    GNU's asks the terminal to mark what is pasted, so that it can be edited before it is sent; not every terminal does.
+    GNU readline asks the terminal to mark pasted text, so that it can be edited before it is sent; not all do.
     """
     try:
         import readline
@@ -154,7 +154,7 @@ def line_editing() -> Iterator[None]:
         yield
         return
     if "libedit" not in (readline.__doc__ or ""):
-        asks = os.environ.get("TERM", "dumb") != "dumb"  # a dumb one would show what asks it for marks
+        asks = os.environ.get("TERM", "dumb") != "dumb"  # a dumb terminal would show the request itself
         readline.parse_and_bind(r'"\e[200~": bracketed-paste-begin')
         readline.parse_and_bind(f"set enable-bracketed-paste {'on' if asks else 'off'}")
     state = os.environ.get("XDG_STATE_HOME", "")

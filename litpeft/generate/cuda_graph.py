@@ -1,6 +1,6 @@
-"""A step of an answer as a GPU can repeat it: its thousand kernels are recorded once, and then started as one.
+"""Decoding steps as CUDA graphs: the thousand kernels of a step are recorded once, and then launched as one.
 
-To start them one by one takes a processor several times as long as the GPU needs to compute them.
+Launching them one by one takes a processor several times as long as the GPU needs to run them.
 """
 
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from torch import Tensor
 from litpeft.model.context import Context, KVCache
 from litpeft.model.gpt import GPT
 
-WIDTHS = (1, 16)  # new tokens of a row that steps are recorded for; 16 = with guessed ones
+WIDTHS = (1, 16)  # new tokens of a row that steps are recorded for; 16 with guessed ones
 
 
 class RecordedStep:
-    """What a model makes of T new tokens of each of B rows, whose earlier ones lie in `layers`.
+    """A step of a model over T new tokens of each of B rows, whose earlier ones are in `layers`.
 
-    Holds for these layers only, as long as no weight and no key moves elsewhere. All of a cache's keys are looked at,
-    and those that no token may see are masked.
+    Valid for these layers only, and while no weight and no key moves in memory. Attention reads all keys of the cache,
+    masked.
     """
 
     def __init__(self, model: GPT, layers: list[KVCache], shape: tuple[int, int]):
@@ -44,7 +44,7 @@ class RecordedStep:
 
 
 def record(step: Callable[[], None], pool: tuple[int, int] | None = None) -> Callable[[], None]:
-    """Returns what does `step` again on the GPU, with the tensors that it has now. It must have been done before.
+    """Returns a function that repeats `step` on the GPU, with the same tensors. Run `step` once before this.
 
     What a kernel loads at its first use cannot be recorded. Graphs with the same `pool` share memory.
     """

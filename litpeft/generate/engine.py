@@ -1,4 +1,4 @@
-"""Writing with a model: token by token, to where an answer ends; and the command `litpeft generate`."""
+"""Generation, token by token until an answer ends; and the command `litpeft generate`."""
 
 import json
 import time
@@ -26,7 +26,7 @@ from litpeft.model.gpt import GPT
 
 @dataclass
 class Answer:
-    """What a model wrote to a prompt, without the token or the string that ended it."""
+    """A model's answer to a prompt, without the token or the string that ended it."""
 
     ids: list[int]
     text: str
@@ -48,11 +48,11 @@ class Draft:
 
     @property
     def left(self) -> int:
-        """How many tokens the answer may still have."""
+        """Returns how many more tokens the answer may have."""
         return self.limit - len(self.answer.ids)
 
     def add(self, token: int) -> str:
-        """Takes the next token; returns the text that can be shown now."""
+        """Appends the next token; returns the text that can be shown now."""
         if token in self.stop_ids:
             return self.end("stop")
         self.ids.append(token)
@@ -65,7 +65,7 @@ class Draft:
     def end(self, reason: str) -> str:
         """Ends the answer; returns the rest of its text."""
         shown = self.show(self.decoder.flush())
-        if self.ended:  # the rest held a stop string
+        if self.ended:  # by a stop string in the rest
             return shown
         self.ended, self.answer.reason = True, reason
         rest, self.held = self.held, ""
@@ -86,11 +86,11 @@ class Draft:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` that a stop string begins with, short of the whole of it."""
+    """Returns the length of the longest end of `text` with which a stop string begins, but does not end."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def room(model: GPT, prompt: Sequence[int], sampling: Sampling, where: str = "") -> int:
+def answer_budget(model: GPT, prompt: Sequence[int], sampling: Sampling, where: str = "") -> int:
     """Returns how many tokens an answer to `prompt` may have; an error if the prompt leaves none."""
     reach = model.reach
     if not prompt:
@@ -113,7 +113,7 @@ def decode(
         history = [drafts[row].ids for row in live]
         guess = lookup.guess(history[0], drafts[live[0]].left - 1) if len(live) == 1 else []
         logits = cache.logits([ids + guess for ids in history], len(guess) + 1, [prompts[row] for row in live])
-        for right, guessed in enumerate([*guess, None]):  # a token that is the guessed one says what follows it
+        for right, guessed in enumerate([*guess, None]):  # the next logits count if this token is the guessed one
             after = logits[right :: len(guess) + 1]
             picked = next_tokens(after, history, sampling, [generators[row] for row in live]).tolist()
             for row, token in zip(live, picked, strict=True):
@@ -142,7 +142,7 @@ def answer(
 
     Row i draws with seed `sampling.seed + i`, or `seeds[i]`. After Ctrl-C the error carries on; nothing is returned.
     """
-    drafts = [Draft(p, tokenizer, sampling, stop_ids, room(model, p, sampling)) for p in prompts]
+    drafts = [Draft(p, tokenizer, sampling, stop_ids, answer_budget(model, p, sampling)) for p in prompts]
     seeds = [sampling.seed + row for row in range(len(prompts))] if seeds is None else seeds
     for row, text in decode(TokenCache(model), drafts, sampling, seeds):
         if on_token is not None:
@@ -161,7 +161,7 @@ class Stream:
         sampling: Sampling,
         stop_ids: Collection[int],
     ):
-        draft = Draft(prompt, tokenizer, sampling, stop_ids, room(cache.model, prompt, sampling))
+        draft = Draft(prompt, tokenizer, sampling, stop_ids, answer_budget(cache.model, prompt, sampling))
         self.answer = draft.answer
         self._pieces = decode(cache, [draft], sampling, [sampling.seed])
 
@@ -182,7 +182,7 @@ def generate(settings: Generate) -> None:
     system = loaded.system if settings.system is None else settings.system
     ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]
     for tokens, prompt in zip(ids, prompts, strict=True):
-        room(loaded.model, tokens, settings.sampling, prompt.where)
+        answer_budget(loaded.model, tokens, settings.sampling, prompt.where)
     stop_ids = loaded.tokenizer.stop_ids if settings.raw else loaded.template.stop_ids
     began = time.perf_counter()
     if settings.input is None and output is None:

@@ -4,7 +4,6 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from litpeft.core.errors import DataError, counted
 from litpeft.core.folders import atomic_file
@@ -23,9 +22,6 @@ from litpeft.generate.settings import Sampling
 from litpeft.model.delta import without_delta
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
 
-if TYPE_CHECKING:
-    pass
-
 SHOWN = 240  # characters of a text in the terminal
 
 
@@ -41,7 +37,7 @@ def exactly(
 
 @dataclass
 class Score:
-    """What one model made of the rows."""
+    """One model's results on the rows."""
 
     name: str
     loss: float  # nats per trained token
@@ -103,7 +99,7 @@ def evaluate(settings: Evaluate) -> None:
         if loaded.has_delta:
             with without_delta(loaded.model):
                 scores.insert(0, score("base", loaded, rows, settings))
-        else:  # the run's result is a model of its own: here one follows the other
+        else:  # the run's result is a model of its own: load the base in its place
             loaded.model = load_model(
                 str(loaded.run.base_folder(settings.base)), precision=settings.precision, quantize=settings.quantize
             ).model
@@ -135,6 +131,6 @@ def table(scores: list[Score], rows: list[Row], samples: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """Returns the first of a text on one line of the terminal."""
+    """Returns the beginning of a text as one line."""
     text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]} … ({counted(len(text) - SHOWN, 'more character')})"

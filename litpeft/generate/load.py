@@ -8,7 +8,7 @@ from litpeft.core.precision import pick_device, pick_precision
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import Run, build_run, find_run, tell_progress
-from litpeft.generate.cpu.fused_block import strip
+from litpeft.generate.cpu.fused_block import fuse_blocks
 from litpeft.generate.cpu.pack import pack_weights
 from litpeft.model.build import build
 from litpeft.model.gpt import GPT
@@ -63,12 +63,12 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
         folder = run.base_folder(base)
         tokenizer, template = run.tokenizer_and_template(folder)
         storage = run.storage
-        if storage is not None:  # a cache that a run has left is read, none is made
+        if storage is not None:  # an existing cache is read, none is written
             storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
         model = build_run(run, folder, dtype, device, storage)
     model.eval().requires_grad_(False)
     if device.type == "cpu":
         pack_weights(model)
-        strip(model)
+        fuse_blocks(model)
     tokenizer.check_vocabulary(model.config.vocab_size)
     return Loaded(model, tokenizer, template, run.system if run else None, run)

@@ -1,24 +1,24 @@
-"""Guessing how a text goes on from what it said before: several tokens are then checked in one pass of the model.
+"""Guesses the next tokens of a text from what it said before; the model checks several in one pass.
 
-Prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding: speculation without a second model. A pass over a
-few tokens reads the weights once, as a pass over one does, and that is what it waits for.
+Prompt lookup, https://github.com/apoorvumang/prompt-lookup-decoding: speculation without a second model. Passes over
+one or a few tokens are bound by reading the weights, which both do once.
 """
 
 from collections.abc import Sequence
 
-GRAM = 2  # tokens that must have been there before
+GRAM = 2  # last tokens that must have occurred before
 
 
 class Lookup:
-    """The guesses for one text that grows. As many tokens are guessed as guesses were right before."""
+    """The guesses for one text that grows. How many tokens are guessed follows how many were right before."""
 
     def __init__(self, most: int):
         self.most = self.width = most
-        self.after: dict[tuple[int, ...], int] = {}  # where the text went on after these tokens, the last time
+        self.after: dict[tuple[int, ...], int] = {}  # tokens -> position after their last occurrence
         self.noted = GRAM
 
     def guess(self, ids: Sequence[int], limit: int) -> list[int]:
-        """Returns at most `limit` tokens that may follow; a text that goes round in circles is thought to go on."""
+        """Returns at most `limit` tokens that may follow; a text that repeats itself is guessed to go on so."""
         for end in range(self.noted, len(ids)):
             self.after[tuple(ids[end - GRAM : end])] = end
         self.noted = max(self.noted, len(ids))
@@ -28,5 +28,5 @@ class Lookup:
         return [ids[start + n % (len(ids) - start)] for n in range(min(self.width, limit))]
 
     def learn(self, right: int) -> None:
-        """Takes how many tokens of a guess were right."""
+        """Adapts to how many tokens of a guess were right."""
         self.width = min(self.most, max(1, 2 * right))

@@ -12,7 +12,7 @@ METHODS = {
     "ia3": ("litpeft.methods.ia3:IA3", "Factors on keys, values and what is in the MLP."),
     "bitfit": ("litpeft.methods.bitfit:BitFit", "The biases of linear layers and norms."),
     "bottleneck": ("litpeft.methods.bottleneck:Bottleneck", "Small networks after attention and MLP (adapters)."),
-    # what writes virtual tokens comes last: nothing of a combination changes it any more
+    # methods that write virtual tokens come last, so that no other of a combination changes those
     "reft": ("litpeft.methods.reft:ReFT", "Edits between blocks, at the ends of the prompt (LoReFT)."),
     "prefix": ("litpeft.methods.prefix:Prefix", "Learned keys and values before the text, in every block."),
     "prompt": ("litpeft.methods.prompt:Prompt", "Learned vectors before the text, in place of tokens."),

@@ -1,4 +1,4 @@
-"""LLaMA-Adapter: in the top blocks every token also looks at a few learned prompts, through a gate that starts shut.
+"""LLaMA-Adapter: in the top blocks every token also attends to a few learned prompts, through a gate that starts shut.
 
     y = softmax(q k^T / sqrt(D)) v  +  tanh(gate) * softmax(q kp^T / sqrt(D)) vp
     kp = W_k prompt,  vp = W_v prompt        prompt (n, d) ~ N(0, 1), gate (heads,) = 0, so nothing changes at first
@@ -25,10 +25,9 @@ LONGEST_PROMPT = 65536  # tokens; longer than what any model reads
 class PromptAttention(Delta):
     """Attention to the text plus gated attention to prompts (n, d), each with a softmax of its own.
 
-    The prompts go as they are, without norm or rotary angle, through the block's own projections and whatever other
-    methods put into their slots: an adapted k gives adapted keys. All documents and positions see all prompts. Keys and
-    values of the prompts are computed anew in each call: kept ones would be old after an optimizer step, and those of
-    a validation pass would pass no gradient on to the prompts.
+    The prompts pass, without norm or rotary angle, through the block's own projections with their slots: an adapted k
+    gives adapted keys. All documents and positions see all prompts. Each call computes the prompts' keys and values:
+    cached ones would be stale after an optimizer step, and those of a validation pass would carry no gradient.
     """
 
     claims = "the attention"
@@ -47,8 +46,8 @@ class PromptAttention(Delta):
         prompt = self.prompt.to(q.dtype)[None]
         kp, vp = attn.heads(attn.k(prompt)), attn.heads(attn.v(prompt))  # (1, G, n, D)
         kp, vp = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (kp, vp))  # (1, H, n, D)
-        # Plain products: with keys as few as these they take a third of the fused kernel's time in bfloat16 (measured
-        # on the CPU, forward and backward), and the weights that they hold are small.
+        # With so few keys plain products take a third of the fused kernel's time in bfloat16 (measured on the CPU,
+        # forward and backward), and the weights that autograd keeps are small.
         weights = (q @ (kp * attn.head_dim**-0.5).mT).softmax(-1)  # (B, H, T, n)
         return y + (weights * self.gate.tanh().to(q.dtype)[:, None, None]) @ vp
 

@@ -6,7 +6,7 @@ The paper's factor is s = 1 + scale, held as its offset from 1: the same functio
 
 LLaMA-Adapter V2 https://arxiv.org/abs/2304.15010 (its part for text).
 Trains layers * (prompt_length * d + heads) parameters, 2 * out for each target, and the norms.
-Folds but for the prompts, so a run of it does not: W <- (1 + scale) * W, b <- (1 + scale) * (b + bias).
+The prompts do not fold, so a run does not. The rest would: W <- (1 + scale) * W, b <- (1 + scale) * (b + bias).
 """
 
 from dataclasses import dataclass, field

@@ -2,8 +2,8 @@
 
     y = W x + b + d        d (out,) = 0 at the start, so nothing changes at first
 
-BitFit https://arxiv.org/abs/2106.10199. Biases of norms train themselves; what the bias of a linear layer learns is a
-tensor of its own, so that layers with a bias and layers that get one are alike.
+BitFit https://arxiv.org/abs/2106.10199. Biases of norms train themselves; the update of a linear layer's bias is a
+tensor of its own, so that layers with and without a bias are alike.
 Trains out parameters for each target, and the width for each norm with a bias. Folds: b <- b + d.
 """
 

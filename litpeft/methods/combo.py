@@ -1,6 +1,6 @@
 """Combinations: several methods in one run. Each fills slots of its own, and they train together.
 
-    y = what the methods that act at one place make of it, one after the other, in the order of the registry
+    y <- f_n(... f_1(y))        for the methods f_1, ..., f_n that act at one place, in the order of the registry
 
 Mao et al. https://arxiv.org/abs/2110.07577 train LoRA, prefix tuning and adapters together.
 Trains what its methods train. Folds if each of them does.

@@ -1,4 +1,4 @@
-"""DoRA: the direction of each row of a weight learns a low-rank update, and its magnitude is trained by itself.
+"""DoRA: the direction of each row of a weight learns a low-rank update, and its magnitude trains by itself.
 
     y = n * (W x + s B A x) + b        n = m / ||W + s B A||, the norm of each row, a constant of the step
 
@@ -62,7 +62,7 @@ class Decomposed(Delta):
         if not (self.dropout and self.training):
             return super().forward(y, x, linear, ctx)
         x = F.dropout(x, self.dropout)
-        z = linear.base(x)  # as peft has it, all that changes sees what is left of x: y + (n - 1) W x + n s B A x
+        z = linear.base(x)  # as in peft, the change of y is computed from the dropped x: y + (n - 1) W x + n s B A x
         return y - z + super().forward(z, x, linear, ctx)
 
 

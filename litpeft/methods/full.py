@@ -3,7 +3,7 @@
     W <- W - lr * update(dL/dW)        update: AdamW, or what train.optimizer says; W starts at the base's weights
 
 ULMFiT https://arxiv.org/abs/1801.06146; weights that train in float32 https://arxiv.org/abs/1710.03740.
-Trains every parameter that `unfreeze` names; an embedding that is also the head is one. Folds: W is what it learned.
+Trains every parameter that `unfreeze` names; an embedding that is also the head counts once. Folds: W is the result.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@
 
     g (out,) = 1 at the start, so nothing changes at first
 
-The factors inside the MLP are put on what `up` gives: with a gate that is the same product as on the input of `down`,
-where the paper has them, and like keys and values it is a row of a weight that is scaled.
+The factors inside the MLP multiply the output of `up`: with a gate this equals the paper's factors on the input of
+`down`, and scales rows of a weight, as for keys and values.
 
 IA3 https://arxiv.org/abs/2205.05638. Trains out parameters for each target. Folds: W <- diag(g) W, b <- g * b.
 """

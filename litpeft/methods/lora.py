@@ -19,7 +19,7 @@ from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear, LowRankDelta
 
 LARGEST_RANK = 65536  # wider than any layer there is
-LARGEST_ALPHA = 1e30  # what is far beyond it is no number in float32
+LARGEST_ALPHA = 1e30  # far beyond it float32 overflows
 
 Shape = tuple[int, int, int, float, float]
 

@@ -1,10 +1,10 @@
-"""Prefix tuning: in every block the text also looks at learned keys and values that stand before it.
+"""Prefix tuning: in every block the text also attends to learned keys and values that stand before it.
 
     softmax(q [P_k; k]^T / sqrt(D)) [P_v; v]        P_k, P_v (n, heads * D) in each block, at the positions 0 to n - 1
 
-Prefix tuning https://arxiv.org/abs/2101.00190. P_k are keys as attention sees them: they are not rotated, so that those
-of another tool are the same numbers. The text begins at position n.
-Trains layers * 2 * prompt_length * key/value heads * D parameters. Does not fold: the keys and values are read.
+Prefix tuning https://arxiv.org/abs/2101.00190. P_k are not rotated: they are keys as attention reads them, the same
+numbers as in other tools. The text begins at position n.
+Trains layers * 2 * prompt_length * key/value heads * D parameters. Does not fold: attention reads the keys and values.
 """
 
 from dataclasses import dataclass

@@ -40,10 +40,10 @@ class VirtualTokens(Delta):
 
     def forward(self, y: Tensor, *context: object) -> Tensor:
         ctx, n = context[-1], self.virtual_tokens
-        if ctx is None:  # no tokens of the call
+        if ctx is None:  # in the head
             return y
-        one_more = F.pad(self.vectors.to(y.dtype), (0, 0, 0, 1))  # a row for the text, which passes no gradient on
-        vectors = F.embedding(ctx.pos.clamp(max=n), one_more, padding_idx=n)  # (B, T, width)
+        table = F.pad(self.vectors.to(y.dtype), (0, 0, 0, 1))  # row n is for the text, and gets no gradient
+        vectors = F.embedding(ctx.pos.clamp(max=n), table, padding_idx=n)  # (B, T, width)
         return torch.where((ctx.pos < n)[..., None], vectors, y)
 
 

@@ -30,9 +30,9 @@ from litpeft.model.slots import Delta
 class Edit(Delta):
     """h + R^T (W h + b - R h) at the first and last tokens of each document's prompt.
 
-    What trains and is saved is M (r, d); R are its rows made orthonormal, one after the other (Gram-Schmidt), by a QR
-    whose signs are fixed, for a flipped row of R would be another function. So R is orthonormal after every step of
-    any optimizer, M has no constraint that a shard or a checkpoint could break, and R follows from M bit for bit.
+    M (r, d) trains and is saved; R are its rows, orthonormalised one after the other (Gram-Schmidt) by a QR with fixed
+    signs, as a flipped row of R would be another function. So R is orthonormal after every step of any optimizer, M has
+    no constraint that a shard or a checkpoint could break, and R follows from M bit for bit.
     """
 
     def __init__(self, width: int, rank: int, kind: str, first: int, last: int):
@@ -55,7 +55,7 @@ class Edit(Delta):
         return (q * upper.diagonal().sign()).mT
 
     def edited(self, ctx: Context) -> Tensor:
-        """Returns where the edit is made, (B, T)."""
+        """Returns which tokens are edited, (B, T)."""
         pos, prompt = ctx.pos - ctx.virtual_tokens, ctx.prompt_lengths - ctx.virtual_tokens
         half = prompt // 2
         first, last = half.clamp(max=self.first), half.clamp(max=self.last)
@@ -72,10 +72,10 @@ class Edit(Delta):
 
 @dataclass
 class ReFT(Method):
-    """Low-rank edits of what flows between blocks, at the ends of the prompt."""
+    """Low-rank edits of the residual stream between blocks, at the ends of the prompt."""
 
     kind: Literal["loreft", "noreft", "direft"] = "loreft"
-    """Which edit: in an orthonormal subspace, in any subspace, or without a look at what is there."""
+    """Which edit: in an orthonormal subspace, in any subspace, or without subtracting R h."""
     rank: int = 4
     """Dimensions of the subspace."""
     first: int = 5

@@ -23,7 +23,7 @@ from litpeft.model.slots import Bank, LowRankDelta
 
 
 class Projections(Bank):
-    """A (rank, in) and B (out, rank), uniform with the deviation of Kaiming's start."""
+    """A (rank, in) and B (out, rank), uniform with the deviation of Kaiming initialisation."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, seed: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the deltas of a linear layer make of what it puts out.
+"""The affine map that the deltas of a linear layer apply to its output.
 
 Letters: out and in of the layer, r rank.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Affine:
-    """y <- gain * y + B A x + shift, for the y = W x + b and the x of a linear layer; what is None is left out."""
+    """y <- gain * y + B A x + shift, for input x and output y = W x + b of a linear layer; None leaves a term out."""
 
     gain: Tensor | None = None  # (out,)
     A: Tensor | None = None  # (r, in), there with B
@@ -20,7 +20,7 @@ class Affine:
     shift: Tensor | None = None  # (out,)
 
     def after(self, first: "Affine") -> "Affine":
-        """Returns what this makes of the y that `first` has made."""
+        """Returns the composition: `first` is applied, then this one."""
         gain, a, b, shift = first.gain, first.A, first.B, first.shift
         if self.gain is not None:
             gain = self.gain if gain is None else self.gain * gain
@@ -32,7 +32,7 @@ class Affine:
         return Affine(gain, a, b, shift)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Returns weight (out, in), written over, and bias (out,) of a layer that computes the same by itself."""
+        """Returns weight (out, in), changed in place, and bias (out,) of a layer that computes W x + b and this map."""
         gain, a, b, shift = (None if t is None else t.to(weight.dtype) for t in (self.gain, self.A, self.B, self.shift))
         if gain is not None:
             weight, bias = weight.mul_(gain[:, None]), None if bias is None else gain * bias
@@ -43,7 +43,7 @@ class Affine:
         return weight, bias
 
     @staticmethod
-    def beside(parts: Sequence["Affine"], sizes: Sequence[int]) -> "Affine":
+    def concatenate(parts: Sequence["Affine"], sizes: Sequence[int]) -> "Affine":
         """Returns one Affine for layers that read the same x: its output is the concatenation of theirs."""
         like = next((t for part in parts for t in (part.gain, part.B, part.shift) if t is not None), torch.empty(0))
         each = list(zip(parts, sizes, strict=True))

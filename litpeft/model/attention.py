@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from litpeft.model.kernels import native
 
-PART = 192  # queries of a short document that are computed at a time
-FEW = 64  # tokens, of a row whose earlier ones are cached, up to which its heads go together
-LEAST = 4  # rows of a product below which torch's CPU kernel sums in another order
+QUERY_CHUNK = 192  # queries of a short document that one product takes
+GROUPED_TOKENS = 64  # new tokens of a row with a KV cache, up to which the heads that share a key are one product
+MIN_ROWS = 4  # rows of a product below which torch's CPU kernel sums in another order
 SHORT = 512  # tokens; longer documents go to the fused kernel, which holds no attention weights
 FASTEST_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
@@ -24,19 +24,19 @@ FASTEST_FIRST = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
-LONGEST = 2048  # tokens of a document that model/kernels takes: its backward pass has room for all weights of a head
+LONGEST = 2048  # tokens of a document that the C++ kernel takes: its backward pass allocates all weights of a head
 
 
 @dataclass  # not frozen: Fabric's mixed precision copies what forward is given, and cannot copy a frozen one
 class Documents:
-    """The documents that lie one after the other in a packed row."""
+    """The documents of a packed row, one after the other."""
 
     lengths: tuple[int, ...]  # tokens
     _starts: Tensor | None = None
     _biases: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def starts(self, device: torch.device) -> Tensor:
-        """Returns where the documents begin and the last one ends (documents + 1,), int32; made once for all layers."""
+        """Returns the start of each document and the end of the last (documents + 1,), int32; cached for all layers."""
         if self._starts is None:
             self._starts = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device, non_blocking=True)
         return self._starts
@@ -45,21 +45,16 @@ class Documents:
         """Returns the position (T,) of each token in its own document."""
         return torch.cat([torch.arange(n, device=device) for n in self.lengths])
 
-    def numbers(self, device: torch.device) -> Tensor:
-        """Returns the number (T,) of the document that each token belongs to."""
-        lengths = torch.tensor(self.lengths, device=device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=device), lengths)
-
     def bias(self, m: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Returns (m, m), minus infinity where a token of a document may not see another; made once for all layers."""
+        """Returns what is added to a document's scores (m, m): minus infinity where masked; cached for all layers."""
         if (m, window, dtype) not in self._biases:
             position = torch.arange(m)[None]
             unseen = ~causal_mask(position, position, window)[0]
             self._biases[m, window, dtype] = torch.zeros(m, m, dtype=dtype).masked_fill_(unseen, float("-inf"))
         return self._biases[m, window, dtype]
 
-    def alike(self) -> list[list[int]]:
-        """Returns document numbers in groups of like length (within 64 tokens), to be computed as one batch each."""
+    def batches(self) -> list[list[int]]:
+        """Returns the indices of documents in batches of like length (within 64 tokens)."""
         groups: dict[int, list[int]] = {}
         for number, length in enumerate(self.lengths):
             groups.setdefault((length + 63) // 64, []).append(number)
@@ -73,22 +68,16 @@ def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return mask if window is None else mask & (distance < window)
 
 
-def document_mask(documents: Documents, window: int | None, device: torch.device) -> Tensor:
-    """Returns (T, T), True where a token of a packed row may see another: the plain statement of what packing means."""
-    position, number = documents.positions(device)[None], documents.numbers(device)
-    return causal_mask(position, position, window)[0] & (number[:, None] == number)
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, documents: Documents | None, window: int | None
 ) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) v as (B, H, T, D); q is (B, H, T, D), k and v are (B, G, S, D).
 
-    `mask` (B, 1, T, S), added to the scores or True where a query may look, says what it sees; without it a query sees
-    its own and the earlier tokens of its document (of its row if `documents` is None), at most `window` of them.
+    `mask` (B, 1, T, S) is added to the scores, or True where a query sees a key. Without it a query sees itself and the
+    earlier tokens of its document (of its row if `documents` is None), at most `window` of them.
     """
-    if mask is not None and q.size(2) <= FEW:
-        return _few(q, k, v, mask)
+    if mask is not None and q.size(2) <= GROUPED_TOKENS:
+        return _grouped(q, k, v, mask)
     if mask is not None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     library = None if documents is None or max(documents.lengths) > LONGEST else native(q, k, v)
@@ -104,23 +93,23 @@ def attend(
     return _by_length(q, k, v, documents, window)
 
 
-def _few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Few tokens of each row, as when an answer is written: the heads that share a key are rows of one product.
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """For few tokens of each row, as in decoding: the query heads that share a key are rows of one product.
 
-    What a token gets does not depend on how many come with it.
+    A token's result does not depend on how many tokens come with it.
     """
-    shared = k.size(1)
-    rows = q.reshape(len(q), shared, -1, q.size(3))
-    count, lacking = rows.size(2), max(0, LEAST - rows.size(2))
+    kv_heads = k.size(1)
+    rows = q.reshape(len(q), kv_heads, -1, q.size(3))
+    count, padding = rows.size(2), max(0, MIN_ROWS - rows.size(2))
     if q.size(2) > 1:
-        mask = F.pad(mask.repeat(1, 1, q.size(1) // shared, 1), (0, 0, 0, lacking))
-    if lacking:
-        rows = F.pad(rows, (0, 0, 0, lacking))
+        mask = F.pad(mask.repeat(1, 1, q.size(1) // kv_heads, 1), (0, 0, 0, padding))
+    if padding:
+        rows = F.pad(rows, (0, 0, 0, padding))
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)[:, :, :count].reshape(q.shape)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Every row is one document, from its first token; keys that pad a shorter one lie after it, where none looks."""
+    """Every row is one document from its first token; padding comes after it, where no query of it looks."""
     if window is None or q.size(2) <= window:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     position = torch.arange(q.size(2), device=q.device)[None]
@@ -129,7 +118,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def _batch(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
-    """Documents of one length on a GPU, as a batch: cuDNN's kernel, the fastest on Hopper, takes no other."""
+    """Documents of equal length on a GPU, as a batch: cuDNN's kernel, the fastest on Hopper, takes no others."""
     heads, size = q.size(1), q.size(3)
     rows = [x.transpose(1, 2).reshape(count, -1, x.size(1), size).transpose(1, 2) for x in (q, k, v)]
     with sdpa_kernel(FASTEST_FIRST, set_priority=True):
@@ -138,7 +127,7 @@ def _batch(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
 
 
 class _Native(torch.autograd.Function):
-    """The documents of a packed row by model/kernels: nothing is padded, and no weights of the attention are held."""
+    """The documents of a packed row by the C++ kernel: without padding, and without keeping the attention weights."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None) -> Tensor:
@@ -159,7 +148,7 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: in
     """Documents of like length are padded at the end into one batch, so none is computed against another."""
     pieces: list[Tensor] = [q] * len(documents.lengths)
     parts = [x[0].transpose(0, 1).split(documents.lengths) for x in (q, k, v)]  # each document (m, heads, D)
-    for group in documents.alike():
+    for group in documents.batches():
         padded = [pad_sequence([part[i] for i in group], batch_first=True).transpose(1, 2) for part in parts]
         short_half = padded[0].size(2) <= SHORT and q.dtype in (torch.bfloat16, torch.float16)
         if short_half:
@@ -172,14 +161,14 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: in
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """What _dense computes, as plain batched products; q is (B, H, m, D), k and v are (B, G, m, D), bias (m, m).
+    """Does what `_dense` does, by batched products; q is (B, H, m, D), k and v are (B, G, m, D), bias (m, m).
 
     For short documents in half precision on the CPU it takes a third of the time of the fused kernel, forward and
-    backward (measured). The queries go in parts, each over the keys up to its end, so that little of what no query may
-    see is computed.
+    backward (measured). The queries are split into chunks, each over the keys up to its last query, so that few masked
+    scores are computed.
     """
     m, size = q.shape[2:]
-    parts = -(-m // PART)
+    parts = -(-m // QUERY_CHUNK)
     ends = [-(-m * part // parts) for part in range(parts + 1)]
     spans = [(q[:, :, a:b], k[:, :, :b], v[:, :, :b], bias[a:b, :b]) for a, b in pairwise(ends)]
     done = [_Part.apply(*span, size**-0.5) for span in spans]
@@ -189,8 +178,8 @@ def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 class _Part(torch.autograd.Function):
     """softmax(scale q k^T + bias) v; the query heads that share a key are rows of one product.
 
-    The weights of the attention are made again in the backward pass, for some 3 % of the time of a step: to hold them
-    took twice the memory of q, k and v.
+    The backward pass recomputes the attention weights, for some 3 % of the time of a step: keeping them took twice the
+    memory of q, k and v.
     """
 
     @staticmethod
@@ -224,8 +213,8 @@ class _Part(torch.autograd.Function):
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None) -> Tensor:
-    """The kernel for ragged batches that flash attention brings; half precision on CUDA only."""
-    from torch.nn.attention.varlen import varlen_attn  # which loads torch's compiler, and that takes a second
+    """Flash attention's kernel for ragged batches; half precision on CUDA only."""
+    from torch.nn.attention.varlen import varlen_attn  # here, as it loads torch's compiler, which takes a second
 
     starts, longest = documents.starts(q.device), max(documents.lengths)
     rows = [x[0].transpose(0, 1) for x in (q, k, v)]  # (T, heads, D)

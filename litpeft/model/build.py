@@ -1,4 +1,4 @@
-"""How a model comes to be. Training, generation and merging all use this one order."""
+"""Builds a model from a folder. Training, generation and merging all use this one order of steps."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +24,10 @@ from litpeft.model.slots import Bank, Delta, Linear
 
 
 def checked_files(folder: Path) -> tuple[ModelConfig, Weights, NameMap]:
-    """Returns the config, the weights and the names of a Hugging Face folder, whose headers fit each other."""
+    """Returns config, weights and name map of a Hugging Face folder, whose config.json fits the files' headers."""
     name, config = read_config(folder)
     weights = Weights(folder)
-    if config.n_layers > len(weights.file_of):  # before so many layers are made
+    if config.n_layers > len(weights.file_of):  # before that many layers are created
         what = f"config.json{left_out(folder)} says {config.n_layers} layers"
         raise ModelError(f"{what}, the files hold {len(weights.file_of)} tensors", where=str(folder))
     names = NameMap(name, config)
@@ -44,20 +44,19 @@ def build(
     shard: Callable[[GPT], None] | None = None,
     first: bool = True,
 ) -> GPT:
-    """Returns the model of a Hugging Face folder in `dtype`, with a method attached at its start; without one, frozen.
+    """Returns the model of a Hugging Face folder in `dtype`, with `method` at its start, or frozen without a method.
 
-    `storage` says how the linear layers are held. `shard` spreads the model over the ranks. The `first` rank alone
-    compares the files with their checksums, and writes the quantised weights to disk where they are to be kept.
+    `storage` says how the linear layers are held. `shard` spreads the model over the ranks. Only the `first` rank
+    verifies the files' checksums, and writes the quantised weights to disk if `storage` wants them cached.
     """
     config, weights, names = checked_files(folder)
-    # beside all that follows
-    verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if first else None
+    verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if first else None  # in parallel to what follows
     with torch.device("meta"):  # 1. shapes
         model = GPT(config)
     model.dtype, model.files = dtype, weights
     quantized = {} if storage is None else store(model, storage.name, storage.double_quantize, dtype)  # 2. storages
     if method is None:
-        model.requires_grad_(False)  # what does not train is not copied out of its file
+        model.requires_grad_(False)  # so that no parameter is copied out of its file
     else:  # 3. slots filled; names of the base stay as they are
         attach(model, method)
     wide = dtype if method is None else method.trained_dtype(dtype)
@@ -95,7 +94,7 @@ def build(
             _place(model, key, value)
         if stored and cache is not None and cached is None and first:
             packed |= values
-        weights.drop_pages(sum(value.nbytes for value in values.values()))  # what is read here once need not be held
+        weights.drop_pages(sum(value.nbytes for value in values.values()))  # of the files: each is read once
     if packed and not changed:
         cache.write(packed)
     if verified is not None:
@@ -105,20 +104,20 @@ def build(
 
 @dataclass
 class Held:
-    """What a linear layer holds of a weight (out, in); `packed`, if it is known, is that of `weight`."""
+    """Packs weights (out, in) for a linear layer; `packed`, if known, are the packed tensors of `weight`."""
 
     layer: Linear
     weight: Tensor | None
     packed: dict[str, Tensor] | None
 
     def pack(self, weight: Tensor | None) -> dict[str, Tensor]:
-        """Returns the tensors that hold a weight, by their names in the layer."""
+        """Returns the packed tensors of a weight, by their names in the layer."""
         if self.packed is None or weight is not self.weight:
             self.weight, self.packed = weight, self.layer.pack(weight)
         return self.packed
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """Returns what the layer multiplies with if it holds a weight: with that of the codes it is rounded to."""
+        """Returns the weight that the layer would multiply with: `weight`, rounded to the layer's type or codes."""
         return self.layer.unpacked(self.pack(weight))
 
 
@@ -133,12 +132,12 @@ def _read(names: NameMap, weights: Weights, ours: str) -> Tensor:
 
 
 def _place(model: GPT, name: str, tensor: Tensor) -> None:
-    """Gives a parameter its value: the tensor itself where the parameter is only a shape, else a copy, or a share."""
+    """Gives a parameter its value: the tensor itself for one on the meta device, else a copy, or a copy of a shard."""
     own = model.get_parameter(name)
     if not own.is_meta:
         copy_shard(own, tensor)
         return
     module, _, leaf = name.rpartition(".")
     tensor = tensor.to(own.dtype)
-    tensor = tensor.clone() if own.requires_grad else tensor  # what trains must not write into the file's pages
+    tensor = tensor.clone() if own.requires_grad else tensor  # an optimizer must not write into the file's pages
     setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=own.requires_grad))

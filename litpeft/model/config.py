@@ -1,4 +1,4 @@
-"""What a model is, read from the config.json of a Hugging Face folder. No table of sizes, no torch."""
+"""The architecture of a model, read from the config.json of a Hugging Face folder. No table of sizes, no torch."""
 
 import json
 import sys
@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
-# What config.json calls an activation -> what model.py does.
-ACTIVATIONS = {
+ACTIVATIONS = {  # name in config.json -> name in gpt.py
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
@@ -17,7 +16,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-LARGEST = (1 << 31) - 1  # of the whole numbers that a key may hold
+LARGEST = (1 << 31) - 1  # whole number that a key may hold
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and switches of a decoder-only model; every field changes what model.py builds."""
+    """Shapes and switches of a decoder-only model; every field changes what gpt.py builds."""
 
     vocab_size: int
     d_model: int
@@ -45,14 +44,14 @@ class ModelConfig:
     max_positions: int
     norm: str = "rms"  # rms | layer, which has a bias
     norm_eps: float = 1e-5
-    rotary_dim: int | None = None  # so many first dimensions of a head turn with the position; None = all, 0 = none
+    rotary_dim: int | None = None  # so many first dimensions of a head rotate; None = all, 0 = none
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     learned_positions: bool = False  # a table of max_positions vectors, one added to each token's embedding
     tie_embeddings: bool = False
     activation: str = "silu"  # silu | relu | gelu | gelu_tanh
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
-    parallel_residual: bool = False  # the MLP sees what the attention of its block saw, not what it gave
+    parallel_residual: bool = False  # the MLP reads the block's input, as attention does, not the sum after attention
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -62,14 +61,14 @@ class ModelConfig:
         if self.n_heads % self.n_kv_heads:
             what = f"num_attention_heads {self.n_heads} is no multiple of num_key_value_heads {self.n_kv_heads}"
             raise ValueError(what)
-        if self.turned % 2 or not 0 <= self.turned <= self.head_dim:
+        if self.rotary_size % 2 or not 0 <= self.rotary_size <= self.head_dim:
             what = f"the rotary part of a head (partial_rotary_factor or rotary_pct of head_dim {self.head_dim})"
             origin = f"head_dim is hidden_size {self.d_model} / num_attention_heads {self.n_heads} unless it is given"
-            raise ValueError(f"{what} must be even and no larger than the head, got {self.turned}; {origin}")
+            raise ValueError(f"{what} must be even and no larger than the head, got {self.rotary_size}; {origin}")
 
     @property
-    def turned(self) -> int:
-        """Dimensions of a head that turn with the position."""
+    def rotary_size(self) -> int:
+        """Returns how many dimensions of a head rotate."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
 
@@ -140,8 +139,8 @@ def rope_settings(
 ) -> tuple[float, float, RopeScaling | None]:
     """Returns theta, the share of a head that rotates, and the scaling.
 
-    Where several keys say it, transformers' choice is taken: the first of `rope_scaling` and `rope_parameters` that is
-    not empty, and what is in it before `theta` and `share`, the keys of older files at the top level.
+    Of several keys for one value the one that transformers reads counts: the first of `rope_scaling` and
+    `rope_parameters` that is not empty, and its keys before `theta` and `share`, older files' keys at the top level.
     """
     where = next((key for key in ("rope_scaling", "rope_parameters") if checked(key, hf.get(key), dict | None)), "")
     given = {field: (name, hf[name]) for field, name in (("rope_theta", theta), (PARTIAL, share)) if name in hf}

@@ -1,4 +1,4 @@
-"""What the parts of a model know of one call beside the tokens.
+"""The context of one forward pass: positions, documents, KV cache and mask.
 
 Letters: B rows, T new tokens, S keys, D head size, R of them that rotate, G key/value heads.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 from litpeft.model.attention import Documents, causal_mask
 from litpeft.model.config import ModelConfig
 
-KEYS = 64  # keys that attention over a cache takes at once
+KEYS = 64  # the length of a cache, and of what attention reads of it, is a multiple of this
 
 
 class KVCache:
-    """Keys and values of one layer. A key lies at its position, so what a row has not written yet is never seen."""
+    """Keys and values of one layer, each at its position: what a row has not written yet is masked as its future."""
 
     def __init__(self, rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
         length = -(-length // KEYS) * KEYS
@@ -24,7 +24,7 @@ class KVCache:
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
 
     def of_rows(self, rows: slice) -> "KVCache":
-        """Returns the cache of some rows, which is written to where this one lies."""
+        """Returns a view of some rows: what is written to it is written here."""
         part = copy(self)
         part.k, part.v = self.k[rows], self.v[rows]
         return part
@@ -43,7 +43,7 @@ class KVCache:
 
 @dataclass
 class Context:
-    """What the blocks know of one call beside the tokens; made by the caller, completed by GPT.forward."""
+    """What the blocks need to know of one call; made by the caller, completed by GPT.forward."""
 
     pos: Tensor  # (B, T) position of each token in its document
     documents: Documents | None = None  # of the one packed row; None = every row is one document
@@ -51,11 +51,11 @@ class Context:
     cache: list[KVCache] | None = None  # one for each layer, while generating
     end: int = 0  # with a cache: one more than the highest position of this call
     start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
-    keys: int = 0  # with a cache: how many of its keys attention is given, with those that the mask hides
-    mask: Tensor | None = None  # (B, 1, T, S) what is added to the scores; None = causal within the document
-    recompute: bool = False  # the blocks keep nothing, and are computed again in the backward pass
+    keys: int = 0  # with a cache: how many of its keys attention reads, masked ones included
+    mask: Tensor | None = None  # (B, 1, T, S), added to the scores; None = causal within the document
+    recompute: bool = False  # activation checkpointing: blocks run again in the backward pass
     virtual_tokens: int = 0  # first positions of each document that hold no tokens of the text
-    rope: tuple[Tensor, Tensor] | None = None  # of ops.rotate, (B, 1, T, R); None = nothing rotates
+    rope: tuple[Tensor, Tensor] | None = None  # cos and sin of ops.rotate, (B, 1, T, R); None = nothing rotates
 
     @classmethod
     def rows(cls, ids: Tensor) -> "Context":
@@ -74,10 +74,10 @@ class Context:
         return cls(documents.positions(device)[None], documents, prompts)
 
     def look_back(self, tokens: int, window: int | None, dtype: torch.dtype) -> None:
-        """Sets how many keys of the cache are looked at, and which of them the new `tokens` of each row see.
+        """Sets `keys`, and the mask of what the new `tokens` of each row see of the cache.
 
-        If the rows do not begin here, it is a whole number of KEYS: then what a token sees sums up to the same bits,
-        whether it comes by itself or with a few more.
+        Unless the rows begin here, `keys` is a multiple of KEYS: then the sums of a token have the same bits, whether
+        it comes alone or with a few others.
         """
         self.keys = self.end
         if tokens < self.end:
@@ -87,7 +87,7 @@ class Context:
             self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
     def reach(self) -> int:
-        """Returns one more than the highest position, from what is known without asking the device."""
+        """Returns one more than the highest position, without reading from the device."""
         if self.cache is not None:
             return self.end
         return self.pos.size(1) if self.documents is None else max(self.documents.lengths)

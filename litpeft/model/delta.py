@@ -30,10 +30,10 @@ class Method:
         """Fills slots of `model`. Knows shapes only, so that it works on the meta device."""
 
     def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the weight (out, in) that a linear layer is to hold, given the base's own, whole on every rank.
+        """Returns the weight (out, in) that a linear layer is to hold, given the base's, which every rank has in full.
 
-        Called for every linear layer as its weight is read. Deltas whose start depends on it get theirs here, through
-        `distributed.fill`. `held(weight)` is what the layer multiplies with if it holds a weight, in its type or codes.
+        Called for every linear layer as its weight is read. Deltas whose start depends on it are set here, through
+        `copy_shard`. `held(weight)` is the weight that the layer would multiply with, rounded to its type or codes.
         """
         return weight
 
@@ -41,7 +41,7 @@ class Method:
         """Takes from the base's tokenizer what the settings name in words; called before a training run is built."""
 
     def start_embedding(self, model: GPT, weight: Tensor) -> None:
-        """Does for the embedding (V, d), as it is read, what `start` does for a linear layer; leaves it as it is."""
+        """Like `start`, for the embedding (V, d), which stays as it is."""
 
     def configure(self, config: dict[str, Any]) -> None:
         """Changes what a config.json says, in place, to what the merged model needs."""
@@ -75,10 +75,10 @@ def linears(model: GPT, targets: tuple[str, ...], key: str = "method.targets") -
 
 
 def attach(model: GPT, method: Method) -> None:
-    """Fills the slots, freezes the base but for what `unfreeze` names, and notes which tensors are the delta.
+    """Fills the slots, freezes the base but for what `unfreeze` names, and records which tensors are the delta.
 
-    `model.base_keys` are the names in the state dict before; `model.delta_keys` those that the base's files cannot give
-    back: new or trained.
+    `model.base_keys` are the names in the state dict before; `model.delta_keys` those of new and trained tensors, which
+    the base's files do not hold.
     """
     base = model.base_keys = set(model.state_dict())
     model.requires_grad_(False)
@@ -107,7 +107,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def delta_state(model: GPT) -> dict[str, Tensor]:
-    """Returns what a run saves: every tensor that the base's files cannot give back."""
+    """Returns what a run saves: every tensor that the base's files do not hold."""
     return {name: tensor for name, tensor in model.state_dict().items() if name in model.delta_keys}
 
 
@@ -115,7 +115,7 @@ Saved = TypeVar("Saved")
 
 
 def todays_names(model: GPT, saved: dict[str, Saved]) -> dict[str, Saved]:
-    """Returns what was saved by name of tensor, or NAME/more, under the names that the tensors have now.
+    """Returns saved values with their keys, a tensor's name or NAME/more, brought to the names of today.
 
     Until format 3 of delta.json a slot held one Delta, whose own name was not among those of its tensors.
     """
@@ -147,7 +147,7 @@ def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
 
 
 def copy_into(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copies tensors into the model's own of these names, or each rank its share of them."""
+    """Copies tensors into the model's own of these names; each rank copies its shards."""
     own = model.state_dict(keep_vars=True)
     for name, tensor in todays_names(model, state).items():
         copy_shard(own[name], tensor)
@@ -155,9 +155,9 @@ def copy_into(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 @contextmanager
 def without_delta(model: GPT, *names: str) -> Iterator[None]:
-    """Switches the finetuned part off, in place, for the time of the block: the model is its base again.
+    """Switches the finetuned part off, in place, within the `with` block: the model is its base again.
 
-    With names of deltas only these, and base parameters that trained stay.
+    With names of deltas only those are switched off, and trained base parameters stay.
     """
     slots = [(slot, slot.deltas) for slot in model.modules() if isinstance(slot, Slot) and slot.deltas]
     base_values = {} if names else model.base_values
@@ -176,9 +176,9 @@ def without_delta(model: GPT, *names: str) -> Iterator[None]:
 
 
 def unfoldable(model: nn.Module) -> str | None:
-    """Returns the name of a Delta that is no change of weights, or None if the model can be folded.
+    """Returns the class name of a Delta that cannot be folded into weights, or None if the model can be folded.
 
-    Reads no tensor: one rank may ask alone.
+    Reads no tensor: one rank may call it alone.
     """
     inside = {layer.slot for layer in model.modules() if isinstance(layer, Linear)}
     for slot in model.modules():
@@ -198,9 +198,9 @@ def folds(
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yields name, tensor and former tensor of the plain model that computes the same without deltas.
 
-    Folds into what `widened` makes of a weight, a copy in float32 or better; the former tensor, before the fold, is
-    the same one where nothing is folded, and None where a method adds one. Raises TypeError, with the Delta's name, if
-    one of them is no change of weights.
+    A weight is folded in the copy that `widened` makes of it, in float32 or better. The former tensor is the same
+    object where nothing is folded, and None for a bias that a method adds. Raises TypeError, with the Delta's name, if
+    one cannot be folded.
     """
     if not prefix and unfoldable(module):
         raise TypeError(f"{unfoldable(module)} acts on activations: nothing can be merged")

@@ -19,23 +19,23 @@ from litpeft.core.safetensors import Weights
 from litpeft.model.attention import attend
 from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context
-from litpeft.model.kernels.ops import plain, remade, rms_norm, rotate, swiglu
+from litpeft.model.kernels.ops import recompute_output, rms_norm, rotate, swiglu, use_eager
 from litpeft.model.loss import summed_cross_entropy
-from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, together
+from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Returns the rotary frequencies (R/2,) in radians a token; in float32, like those the models were trained with."""
-    exponent = torch.arange(0, config.turned, 2, device=device).float() / config.turned
+    exponent = torch.arange(0, config.rotary_size, 2, device=device).float() / config.rotary_size
     frequency = 1.0 / config.rope_theta**exponent
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
-    # llama3: long waves are stretched, short ones kept, those between are mixed
+    # llama3: long wavelengths are stretched, short ones kept, those between interpolated
     turns = scaling.original_positions * frequency / (2 * math.pi)  # over the length that the model was trained on
     mix = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     mix = mix.clamp(0, 1)
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = (self.heads(y) for y in together(x, ctx, self.q, self.k, self.v))
+        q, k, v = (self.heads(y) for y in project(x, ctx, self.q, self.k, self.v))
         if ctx.rope is not None:
             q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
         if ctx.cache is not None:
@@ -107,13 +107,13 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.gate is None:
             return self.down(self.act(self.up(x, ctx)), ctx)
-        gate, up = together(x, ctx, self.gate, self.up)
+        gate, up = project(x, ctx, self.gate, self.up)
         if self.act is not F.silu:
             return self.down(self.act(gate) * up, ctx)
         y = swiglu(gate, up)
-        if plain() or ctx.recompute:  # where nothing is kept anyway
+        if use_eager() or ctx.recompute:  # no backward pass, or checkpointed
             return self.down(y, ctx)
-        with remade(y, partial(swiglu, gate.detach(), up.detach())):  # a fifth of what the block would keep
+        with recompute_output(y, partial(swiglu, gate.detach(), up.detach())):  # saves a fifth of activation memory
             return self.down(y, ctx)
 
 
@@ -137,8 +137,8 @@ class Block(nn.Module):
         return self.after_block(y, ctx)
 
 
-def through(block: Block, x: Tensor, ctx: Context) -> Tensor:
-    """Returns what a block makes of x (B, T, d)."""
+def run_block(block: Block, x: Tensor, ctx: Context) -> Tensor:
+    """Returns a block's output for x (B, T, d)."""
     return block(x, ctx)
 
 
@@ -148,15 +148,13 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.dtype: torch.dtype | None = (
-            None  # of the frozen weights and what runs through the blocks; None = embedding's
-        )
-        self.recompute = False  # activation checkpointing: keep a block's input only, compute the rest again backwards
-        self.compiled: Callable[[Block, Tensor, Context], Tensor] | None = None  # `through`, by train/compiled.py
+        self.dtype: torch.dtype | None = None  # of frozen weights and activations; None = the embedding's
+        self.recompute = False  # activation checkpointing: keep only a block's input for the backward pass
+        self.compiled: Callable[[Block, Tensor, Context], Tensor] | None = None  # `run_block`, by train/compiled.py
         self.fused: Callable[[Block, Tensor, Context], Tensor | None] | None = None  # by train/fused_block.py, on GPUs
-        self.base_keys: set[str] = set()  # these three are filled by delta.py
+        self.files: Weights | None = None  # that the weights were read from; set by build.py
+        self.base_keys: set[str] = set()  # these three are set by delta.py
         self.delta_keys: set[str] = set()
-        self.files: Weights | None = None  # that the weights were read from, by build.py
         self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
         self.banks = nn.ModuleDict()  # what deltas share (slots.Bank), by the name of their method
         self.embed = Embedding(config.vocab_size, config.d_model)
@@ -173,7 +171,7 @@ class GPT(nn.Module):
 
     @property
     def virtual_tokens(self) -> int:
-        """Returns how many first positions of each document hold learned vectors: what is read lies after them."""
+        """Returns how many first positions of each document hold learned vectors; the text follows them."""
         return max(self.after_embed.virtual_tokens, self.learned_keys)
 
     @property
@@ -186,7 +184,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Returns logits (B, T, V); (N, V) at flattened positions `at` (N,); with `targets` (N,) the summed loss.
 
-        Only where logits are asked for are they computed, and a loss never holds them all.
+        Logits are computed for these positions only, and a loss never holds all of them.
         """
         ctx = ctx or Context.rows(ids)
         ctx.virtual_tokens = self.virtual_tokens
@@ -196,7 +194,7 @@ class GPT(nn.Module):
                 what = f"{ctx.reach()} tokens are more than the {self.config.max_positions} positions of this model"
                 raise ModelError(what, hint="give it shorter texts")
             x = x + self.positions(ctx.pos).to(x.dtype)
-        if self.config.turned:
+        if self.config.rotary_size:
             pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos
             angle = pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
             cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -209,8 +207,8 @@ class GPT(nn.Module):
             if fused is not None:
                 x = fused
                 continue
-            # compiled for what has a gradient only: not once more for measuring, or for the block above the embedding
-            step = self.compiled if self.compiled is not None and x.requires_grad else through
+            # only an x with a gradient: evaluation, and the first block above a frozen embedding, would compile anew
+            step = self.compiled if self.compiled is not None and x.requires_grad else run_block
             x = checkpoint(step, block, x, ctx, use_reentrant=False) if ctx.recompute else step(block, x, ctx)
         x = self.norm(x if at is None else x.flatten(0, 1)[at])
         return self.head(x) if targets is None else summed_cross_entropy(self.head, x, targets)

@@ -1,4 +1,4 @@
-"""What the fast paths know: a block of LLaMA's kind, whole. What is not named here takes the plain path of model.py."""
+"""What the fast paths support: a LLaMA block. Whatever is not named here takes the plain path of gpt.py."""
 
 from collections.abc import Collection
 from dataclasses import MISSING, fields
@@ -10,18 +10,18 @@ from litpeft.model.config import ModelConfig
 from litpeft.model.gpt import MLP, Attention, Block, RMSNorm, Sdpa
 from litpeft.model.slots import is_empty
 
-PARTS = {  # of the modules that may have parts, the names of all of them
+PARTS = {  # the submodules of each
     Block: {"norm1", "attn", "after_attn", "norm2", "mlp", "after_mlp", "after_block"},
     Attention: {"q", "k", "v", "o", "core"},
     MLP: {"gate", "up", "down"},
 }
-# Switches of the model that do not change what a block does, or that every fast path reads.
+# Switches of the model that do not change a block, or that every fast path reads.
 READ = {"norm_eps", "rotary_dim", "rope_theta", "rope_scaling", "learned_positions", "tie_embeddings", "window"}
 BIASES = {"qkv_bias", "output_bias", "mlp_bias"}
 
 
 def at_defaults(config: ModelConfig, but: Collection[str]) -> bool:
-    """Returns whether every switch of the model is at its default but those that a path names, and so heeds."""
+    """Returns whether every switch of the model is at its default, except those that a fast path reads."""
     return all(
         field.default is MISSING or field.name in but or getattr(config, field.name) == field.default
         for field in fields(config)
@@ -29,7 +29,7 @@ def at_defaults(config: ModelConfig, but: Collection[str]) -> bool:
 
 
 def is_llama(block: nn.Module) -> bool:
-    """Returns whether a block is made of these modules and no others, and no method acts outside its linear layers."""
+    """Returns whether a block consists of exactly these modules, and no method acts outside its linear layers."""
     if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not MLP:
         return False
     if any({name for name, _ in part.named_children()} != PARTS[type(part)] for part in (block, block.attn, block.mlp)):

@@ -10,17 +10,17 @@ from litpeft.model.kernels.ops import product
 from litpeft.model.slots import Linear, is_empty, product_dtype
 
 CHUNK = 256  # positions whose logits exist at one time
-PIECE = 1 << 21  # logits that a CPU turns into probabilities at once: their float32 copy stays in its cache
+SOFTMAX_CHUNK = 1 << 21  # logits whose softmax a CPU computes at once: their float32 copy fits its cache
 
 
 def summed_cross_entropy(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
     """Returns the sum over N positions of -log p(target), in float32 or better; x is (N, d), targets (N,)."""
     dtype = product_dtype(x)
-    # in float16 the small probabilities, which are the gradient, would vanish: there autograd's scaled ones are taken
+    # in float16 small probabilities, which are the gradient, would underflow; autograd computes them from a scaled loss
     if len(targets) and is_empty(head.slot) and head.bias is None and dtype != torch.float16:
         return _Summed.apply(x, head.dense(), targets, dtype)
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for start in range(0, max(1, len(targets)), CHUNK):  # no targets: a zero that still has its gradient, of zeros
+    for start in range(0, max(1, len(targets)), CHUNK):  # without targets one pass: a zero whose gradient is zeros
         part = x[start : start + CHUNK], targets[start : start + CHUNK]
         if torch.is_grad_enabled():
             total = total + checkpoint(_summed, head, *part, use_reentrant=False)
@@ -30,15 +30,15 @@ def summed_cross_entropy(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
 
 
 def _summed(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
-    """What _Summed computes, for any head."""
+    """Computes what `_Summed` does, for any head."""
     logits = head(x)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 
 class _Summed(torch.autograd.Function):
-    """The loss of a head that is one product. Its gradient, p - 1 at the target, is formed while p is at hand:
+    """The loss of a head that is one product. The forward pass computes the gradient, too, while it has the logits.
 
-    so the backward pass has neither logits to hold nor any to compute again.
+    So no logits are kept, and none are recomputed. Their gradient is p, less 1 at the target.
     """
 
     @staticmethod
@@ -67,11 +67,12 @@ class _Summed(torch.autograd.Function):
 
 
 def _losses(logits: Tensor, targets: Tensor, wide: torch.dtype, wants_gradient: bool) -> Tensor:
-    """Returns the summed loss of N positions; if it is wanted, the logits (N, V) become their own gradient."""
+    """Returns the summed loss of N positions; if the gradient is wanted, it is written over the logits (N, V)."""
     library = fused(logits)
     if library is not None:
         return library.cross_entropy(logits, targets.contiguous()).sum()
-    total, size = logits.new_zeros((), dtype=wide), len(logits) if logits.is_cuda else max(1, PIECE // logits.size(1))
+    total = logits.new_zeros((), dtype=wide)
+    size = len(logits) if logits.is_cuda else max(1, SOFTMAX_CHUNK // logits.size(1))
     for piece, target in zip(logits.split(size), targets.split(size), strict=True):
         log_p = F.log_softmax(piece, -1, dtype=wide)
         total -= log_p.gather(1, target[:, None]).sum()

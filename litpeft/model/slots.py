@@ -1,6 +1,5 @@
-"""The places where a finetuning method may act. Each is the identity until a method fills it."""
+"""The places where a finetuning method can act. Each is the identity until a method fills it."""
 
-from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -18,8 +17,8 @@ from litpeft.model.kernels.ops import product
 class Delta(nn.Module):
     """What a method puts into a slot. It owns its new tensors; no Delta holds another Delta.
 
-    `reset_parameters` (the name that Fabric and FSDP call) must not look at other modules: what depends on the base's
-    weights goes to `Method.start`. Tensors of another module are reached through the module: FSDP swaps them.
+    `reset_parameters` (the name that Fabric and FSDP call) must not read other modules: what depends on the base's
+    weights goes to `Method.start`. Hold another module, never its tensors: FSDP swaps them.
     """
 
     claims: ClassVar[str] = ""  # what only one Delta of a slot can do, in words
@@ -30,12 +29,12 @@ class Delta(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must initialise its tensors")
 
     def factors(self) -> Factors | None:
-        """Returns A (rank, in) and B (out, rank), differentiably, if all that it does is to add B A dropout(x)."""
+        """Returns A (rank, in) and B (out, rank), differentiably, if it does nothing but add B A dropout(x)."""
 
     def affine(self, linear: "Linear") -> Affine | None:
-        """Returns what this Delta in `linear.slot` makes of W x + b, differentiably, in float32 or better.
+        """Returns what this Delta in `linear.slot` does to W x + b, differentiably, in float32 or better.
 
-        Answers and merging take it, too. None: it acts on activations, has a `forward`, and cannot be merged.
+        Answering and merging use it, too. None: it acts on activations, defines `forward`, and cannot be merged.
         """
 
     def forward(self, y: Tensor, x: Tensor, linear: "Linear", ctx: Context | None) -> Tensor:
@@ -43,7 +42,7 @@ class Delta(nn.Module):
 
 
 class LowRankDelta(Delta):
-    """y + B A dropout(x): a method states A and B, and all else that can be done with them follows."""
+    """y + B A dropout(x): a method states A and B, and everything else follows from them."""
 
     def __init_subclass__(cls) -> None:
         if cls.forward is not LowRankDelta.forward:
@@ -53,7 +52,7 @@ class LowRankDelta(Delta):
         raise NotImplementedError(f"{type(self).__name__} must state A (rank, in) and B (out, rank)")
 
     def forward(self, y: Tensor, x: Tensor, linear: "Linear", ctx: Context | None) -> Tensor:
-        """The plain statement. Layers take `add_updates` in its place, which computes the same faster."""
+        """The definition. Layers call `add_updates` instead, which computes the same faster."""
         x = F.dropout(x, self.dropout, self.training)
         x, a, b = (tensor.to(y.dtype) for tensor in (x, *self.factors()))
         return y + x @ a.T @ b.T
@@ -64,13 +63,13 @@ class LowRankDelta(Delta):
 
 
 class Bank(nn.Module):
-    """Tensors that several deltas share. Each of them holds the bank, hidden in a tuple, and not its tensors."""
+    """Tensors that several deltas share. A Delta holds the bank, in a tuple that hides it, and not its tensors."""
 
     def reset_parameters(self) -> None:
         raise NotImplementedError(f"{type(self).__name__} must initialise its tensors")
 
 
-OFF: dict[str, Delta] = {}  # what `deltas` is, of every slot, while all of them are switched off
+OFF: dict[str, Delta] = {}  # the `deltas` of every slot while all are switched off
 
 
 class Slot(nn.Module):
@@ -80,10 +79,10 @@ class Slot(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.deltas: dict[str, Delta] = self._modules  # those that are on; without_delta puts fewer here for a time
+        self.deltas: dict[str, Delta] = self._modules  # those that are on; without_delta replaces them for a time
 
     def add(self, name: str, delta: Delta) -> None:
-        """Puts a Delta after those that are there; its tensors are called SLOT.NAME.TENSOR."""
+        """Appends a Delta; its tensors are called SLOT.NAME.TENSOR."""
         for other, there in self.deltas.items():
             if name == other or self.takes_one or (delta.claims and delta.claims == there.claims):
                 what = f"{name} and {other} want the same place: both {delta.claims or 'go by one name'}"
@@ -96,7 +95,7 @@ class Slot(nn.Module):
         return max([0, *(delta.virtual_tokens for delta in self.deltas.values())])
 
     def factors(self) -> Factors | None:
-        """Returns A and B if all that the deltas do is to add B A x, without dropout."""
+        """Returns A and B if the deltas do nothing but add B A x, without dropout."""
         pairs = [None if d.dropout and d.training else d.factors() for d in self.deltas.values()]
         if not pairs or None in pairs:
             return None
@@ -104,18 +103,18 @@ class Slot(nn.Module):
 
     @torch.no_grad()
     def frozen(self, linear: "Linear") -> Affine | None:
-        """Returns what the deltas come to outside of training, as `affine` does."""
+        """Returns `affine`, without autograd."""
         return self.affine(linear)
 
     def affine(self, linear: "Linear") -> Affine | None:
-        """Returns what the deltas come to, one after the other, differentiably; None if one of them cannot say."""
-        whole = Affine()
+        """Returns the composition of all deltas, differentiably; None if one of them is no affine map."""
+        composed = Affine()
         for delta in self.deltas.values():
             affine = delta.affine(linear)
             if affine is None:
                 return None
-            whole = affine.after(whole)
-        return whole
+            composed = affine.after(composed)
+        return composed
 
     def forward(self, y: Tensor, *context: object) -> Tensor:
         for delta in self.deltas.values():
@@ -124,7 +123,7 @@ class Slot(nn.Module):
 
 
 def is_empty(module: nn.Module) -> bool:
-    """Returns whether a module is a slot and does nothing."""
+    """Returns whether a module is a slot without deltas."""
     return type(module) is Slot and not module.deltas
 
 
@@ -135,40 +134,32 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-class Rows(Protocol):
-    """The weights of layers that read the same input, as one matrix."""
+class PackedLinears(Protocol):
+    """What layers know of the one matrix that holds their weights: see generate/cpu/packed_weights.py."""
 
-    layers: Sequence["Linear"]
-    sizes: list[int]  # outputs of each layer
-    slot: Slot | None  # the first that is filled
+    sizes: list[int]
+    covers_deltas: bool
 
-    def product(self, x: Tensor) -> Tensor:
-        """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""
-
-    def answer(self, x: Tensor) -> Tensor:
-        """Returns what all layers make of x, with their slots, if they are `whole`."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether `answer` is all that the layers do now."""
+    def product(self, x: Tensor) -> Tensor: ...
+    def answer(self, x: Tensor) -> Tensor: ...
 
 
 class Linear(nn.Linear):
     """y = slot(W x + b). A storage class (a quantised weight) overrides `base` and `dense` only."""
 
-    rows: Rows | None = None  # set by generate/cpu/pack.py; the layers of a group have the same ones
+    packed_in: PackedLinears | None = None  # set by generate/cpu/pack.py; layers that read the same input share one
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
         self.slot = Slot()
 
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # where torch would load its compiler to draw numbers that nobody keeps
+        if not self.weight.is_meta:  # torch would load its compiler to draw numbers for it, which nobody keeps
             super().reset_parameters()
 
     def base(self, x: Tensor) -> Tensor:
         """Returns W x + b of the frozen base: (..., in) -> (..., out)."""
-        # what trains is float32 whatever x is; for the rest this casts nothing
+        # a bias that trains is float32 whatever x is; for others this is a no-op
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return product(x, self.weight, bias)
 
@@ -177,15 +168,15 @@ class Linear(nn.Linear):
         return self.weight
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Returns the tensors that hold one weight (out, in), by name; keeps none of them."""
+        """Returns the tensors that would hold a weight (out, in), by name; does not store them."""
         return {"weight": weight}
 
     def unpacked(self, packed: dict[str, Tensor]) -> Tensor:
-        """Returns the weight that `dense` answers with where these tensors are held."""
+        """Returns what `dense` would return if the layer held these tensors."""
         return packed["weight"].to(self.weight.dtype)
 
     def after(self, y: Tensor, x: Tensor, ctx: Context | None) -> Tensor:
-        """Returns what the slot makes of y = W x + b."""
+        """Returns the slot's output for y = W x + b."""
         for delta in self.slot.deltas.values():
             factors = delta.factors()
             if factors is None:
@@ -195,16 +186,17 @@ class Linear(nn.Linear):
         return y
 
     def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
-        """`ctx` is None where x are not the tokens of the call: in the head, which gets some of them only."""
+        """`ctx` is None in the head, whose x are only some of the call's tokens."""
         return self.after(self.base(x), x, ctx)
 
 
-def together(x: Tensor, ctx: Context | None, *layers: Linear) -> list[Tensor]:
-    """Returns what each layer makes of x; by one product if their weights are one matrix."""
-    rows = layers[0].rows
-    if rows is not None and rows is layers[-1].rows:
-        ys = (rows.answer if rows.whole else rows.product)(x).split_with_sizes(rows.sizes, -1)
-        return ys if rows.whole else [layer.after(y, x, ctx) for layer, y in zip(layers, ys, strict=True)]
+def project(x: Tensor, ctx: Context | None, *layers: Linear) -> list[Tensor]:
+    """Returns each layer's output for x; by one product if their weights are one matrix."""
+    packed = layers[0].packed_in
+    if packed is not None and packed is layers[-1].packed_in:
+        covered = packed.covers_deltas
+        ys = (packed.answer if covered else packed.product)(x).split_with_sizes(packed.sizes, -1)
+        return ys if covered else [layer.after(y, x, ctx) for layer, y in zip(layers, ys, strict=True)]
     ys = [layer.base(x) for layer in layers]
     drops = any(delta.dropout and delta.training for layer in layers for delta in layer.slot.deltas.values())
     affines = [None if drops else layer.slot.affine(layer) for layer in layers]
@@ -214,7 +206,7 @@ def together(x: Tensor, ctx: Context | None, *layers: Linear) -> list[Tensor]:
 
 
 class Embedding(nn.Embedding):
-    """A row of the weight for each token."""
+    """Looks up a row of the weight for each token."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:

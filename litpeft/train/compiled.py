@@ -6,7 +6,7 @@ import shutil
 import torch
 
 from litpeft.core.errors import ConfigError
-from litpeft.model.gpt import GPT, through
+from litpeft.model.gpt import GPT, run_block
 
 
 def check_compiler(device: torch.device) -> None:
@@ -26,4 +26,4 @@ def compile_blocks(model: GPT, device: torch.device) -> None:
     for block in model.blocks:
         block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
     model.fused = None
-    model.compiled = torch.compile(through, dynamic=True)
+    model.compiled = torch.compile(run_block, dynamic=True)

@@ -167,9 +167,9 @@ def test_older_and_newer_spellings_of_partial_rotation_mean_the_same() -> None:
     rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
     new = gpt_neox.config(hf | {"rope_parameters": rope})
     assert gpt_neox.config(hf | {"rotary_pct": 0.5, "rotary_emb_base": 500}) == new
-    assert (new.turned, new.rope_theta) == (8, 500.0)
+    assert (new.rotary_size, new.rope_theta) == (8, 500.0)
     stretched = gpt_neox.config(hf | {"rotary_pct": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}})
-    assert (stretched.rope_scaling.kind, stretched.turned, stretched.rope_theta) == ("linear", 8, 10000.0)
+    assert (stretched.rope_scaling.kind, stretched.rotary_size, stretched.rope_theta) == ("linear", 8, 10000.0)
     assert replace(gpt_neox.config(hf), rotary_dim=8) == replace(new, rope_theta=10000.0)
 
 

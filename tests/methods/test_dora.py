@@ -134,9 +134,9 @@ def test_no_gradient_goes_through_the_norm(tiny_folder) -> None:
     (linear(x) * weight).sum().backward()
     for detached in (True, False):
         b = delta.B.detach().requires_grad_()
-        turned = linear.weight + delta.scale * b @ delta.A.detach()
-        norm = turned.norm(dim=1).detach() if detached else turned.norm(dim=1)
-        (x @ (delta.m.detach()[:, None] * turned / norm[:, None]).T * weight).sum().backward()
+        updated = linear.weight + delta.scale * b @ delta.A.detach()
+        norm = updated.norm(dim=1).detach() if detached else updated.norm(dim=1)
+        (x @ (delta.m.detach()[:, None] * updated / norm[:, None]).T * weight).sum().backward()
         assert torch.allclose(b.grad, delta.B.grad, rtol=1e-9) == detached
 
 

@@ -13,7 +13,7 @@ from litpeft.model.delta import trainable
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
 from litpeft.model.kernels.low_rank import add_updates
-from litpeft.model.slots import Linear, together
+from litpeft.model.slots import Linear, project
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
@@ -75,7 +75,7 @@ def test_layers_of_one_input_learn_as_by_the_formula(shape: tuple[int, ...], fro
     weights = [torch.randn(y.shape).to(dtype) for y in want]
     want_loss = sum((y * w.double()).sum() for y, w in zip(want, weights, strict=True))
     expected = torch.autograd.grad(want_loss, [*leaves, *([twin] if twin.requires_grad else [])])
-    got = together(x, None, *layers)
+    got = project(x, None, *layers)
     got_loss = sum((y * w).sum() for y, w in zip(got, weights, strict=True))
     grads = torch.autograd.grad(got_loss, [*leaves, *([x] if x.requires_grad else [])])
     limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]

@@ -14,7 +14,7 @@ from litpeft.data.batches import collate
 from litpeft.data.rows import Row
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.engine import room
+from litpeft.generate.engine import answer_budget
 from litpeft.generate.settings import Sampling
 from litpeft.methods.prompt import Prompt
 from litpeft.model.build import build
@@ -131,9 +131,9 @@ def test_answers_from_the_cache_are_those_of_the_whole_text(folder) -> None:
 def test_a_text_may_be_as_long_as_the_positions_that_are_left(tiny_folder) -> None:
     model = learnt(tiny_folder)
     assert model.reach == 512 - N
-    assert room(model, [1] * (511 - N), Sampling()) == 1
+    assert answer_budget(model, [1] * (511 - N), Sampling()) == 1
     with pytest.raises(UserError, match=f"the model reaches {512 - N}"):
-        room(model, [1] * (512 - N), Sampling())
+        answer_budget(model, [1] * (512 - N), Sampling())
 
 
 def test_it_starts_from_common_tokens_or_as_random_numbers(tiny_folder) -> None:

@@ -1,7 +1,7 @@
-"""Frozen weights of layers that read the same input, as litpeft/model/kernels multiplies them.
+"""Frozen weights of layers that read the same input, in the layout of the C++ kernels.
 
 16 outputs make a strip, which is read from one end to the other: inputs 0 and 1 of each output, then 2 and 3 of each.
-Of eight bits a strip holds the even input of all outputs and then the odd one; of four bits, a byte holds inputs k
+With eight bits a strip holds the even input of all outputs and then the odd one; with four bits a byte holds inputs k
 (low half) and k + 2.
 """
 
@@ -10,20 +10,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from litpeft.generate.cpu.packed_weights import Rows
+from litpeft.generate.cpu.packed_weights import PackedLinears
 from litpeft.model.affine import Affine
 from litpeft.model.kernels import library
-from litpeft.model.kernels.library import RowsStruct
+from litpeft.model.kernels.library import PackedLinearsStruct
 from litpeft.model.quantize.codes import BLOCK, CODES
 from litpeft.model.quantize.four_bit import FourBit
 from litpeft.model.quantize.int8 import Int8
 from litpeft.model.slots import OFF, Linear
 
 STRIP = 16  # outputs
-KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.uint8: 2}  # of decode.cpp
+KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.uint8: 2}  # of products.h
 
 
-class NativeRows(Rows):
+class NativeLinears(PackedLinears):
     """In bfloat16, or as codes of eight or four bits with scales in float32."""
 
     def __init__(self, layers: Sequence[Linear]):
@@ -37,7 +37,6 @@ class NativeRows(Rows):
             self.scale = absmax.view(-1, self.inputs // BLOCK).t().contiguous()
             self.codes = torch.tensor(CODES[first.kind]).bfloat16().repeat(2)
         self.weight = _joined([_strips(layer) for layer in layers])
-        self.added = super().bias(torch.float32)
         bias = Affine(shift=super().bias(torch.float32))
         affine = bias if self.affine is None else self.affine.after(bias)
         self.kept = [self._tensors(one) for one in (bias, affine)]
@@ -52,17 +51,17 @@ class NativeRows(Rows):
 
     @staticmethod
     def _tensors(affine: Affine) -> list[Tensor | None]:
-        """Returns the tensors of RowsStruct that say what is done with W x."""
+        """Returns the tensors of PackedLinearsStruct that are applied to W x."""
         tensors = affine.gain, affine.shift, affine.A, None if affine.B is None else affine.B.t()
         return [None if tensor is None else tensor.float().contiguous() for tensor in tensors]
 
-    def _struct(self, tensors: list[Tensor | None]) -> RowsStruct:
+    def _struct(self, tensors: list[Tensor | None]) -> PackedLinearsStruct:
         pointers = [None if t is None else t.data_ptr() for t in (self.weight, self.scale, self.codes, *tensors)]
         span, rank = self.inputs if self.codes is None else BLOCK, 0 if tensors[2] is None else len(tensors[2])
-        return RowsStruct(*pointers, KINDS[self.weight.dtype], self.inputs, sum(self.sizes), span, rank)
+        return PackedLinearsStruct(*pointers, KINDS[self.weight.dtype], self.inputs, sum(self.sizes), span, rank)
 
     def product(self, x: Tensor) -> Tensor:
-        return library().product(self.base, x) if x.dtype == torch.bfloat16 else self.plain(x)
+        return library().product(self.base, x) if x.dtype == torch.bfloat16 else self.unpacked_product(x)
 
     def answer(self, x: Tensor) -> Tensor:
         on = self.slot is not None and self.slot.deltas is not OFF
@@ -82,16 +81,16 @@ class NativeRows(Rows):
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """Returns the parts one below the other, each copied once."""
+    """Returns the parts stacked, each copied once."""
     sizes = [len(part) for part in parts]
-    whole = parts[0].new_empty(sum(sizes), *parts[0].shape[1:])
-    for place, part in zip(whole.split(sizes), parts, strict=True):
+    joined = parts[0].new_empty(sum(sizes), *parts[0].shape[1:])
+    for place, part in zip(joined.split(sizes), parts, strict=True):
         place.copy_(part)
-    return whole
+    return joined
 
 
 def _strips(layer: Linear) -> Tensor:
-    """Returns the weight or the codes of a layer, (out / 16, ...), in the order of strips; a view, if it can be."""
+    """Returns the weight or the codes of a layer in strips, (out / 16, ...); a view where possible."""
     inputs, strips = layer.in_features, layer.out_features // STRIP
     if isinstance(layer, Int8):
         return layer.weight.detach().view(strips, STRIP, inputs // 2, 2).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""The frozen weights of a model that only answers on a CPU, as its matrix products read them fastest.
+"""Packs the frozen weights of a model that only answers on a CPU, in the layout that its products read fastest.
 
 Layers that read the same input become one matrix, so that a token takes 4 products in a block and not 7.
 """
@@ -6,8 +6,8 @@ Layers that read the same input become one matrix, so that a token takes 4 produ
 import torch.nn as nn
 from torch import Tensor
 
-from litpeft.generate.cpu.native_weights import NativeRows
-from litpeft.generate.cpu.packed_weights import FourBitRows, Int8Rows, PackedRows, Rows
+from litpeft.generate.cpu.native_weights import NativeLinears
+from litpeft.generate.cpu.packed_weights import FourBitLinears, Int8Linears, OneDNNLinears, PackedLinears
 from litpeft.model.context import Context
 from litpeft.model.gpt import GPT, MLP, Attention, Block
 from litpeft.model.quantize.four_bit import FP4, NF4
@@ -16,65 +16,65 @@ from litpeft.model.slots import Linear, TiedHead
 
 
 class Packed(Linear):
-    """A layer whose weight is in `rows`; of its own parameters only names, shapes and types are left."""
+    """A layer whose weight is in `packed_in`; its own parameters are on the meta device."""
 
     def base(self, x: Tensor) -> Tensor:
-        return self.rows.of(self, self.rows.product(x), -1)
+        return self.packed_in.part_of(self, self.packed_in.product(x), -1)
 
     def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:
-        alone = len(self.rows.layers) == 1 and self.rows.whole
-        return self.rows.answer(x) if alone else super().forward(x, ctx)
+        alone = len(self.packed_in.layers) == 1 and self.packed_in.covers_deltas
+        return self.packed_in.answer(x) if alone else super().forward(x, ctx)
 
     def dense(self) -> Tensor:
-        return self.rows.of(self, self.rows.dense(), 0)
+        return self.packed_in.part_of(self, self.packed_in.dense(), 0)
 
 
 class PackedTiedHead(TiedHead):
-    """A head with a packed copy of the embedding, from which it takes rows, not products."""
+    """A head with a packed copy of the embedding's weight; the embedding itself does lookups and keeps its own."""
 
     def base(self, x: Tensor) -> Tensor:
-        return self.rows.product(x)
+        return self.packed_in.product(x)
 
 
-KINDS = {Linear: PackedRows, TiedHead: PackedRows, Int8: Int8Rows, NF4: FourBitRows, FP4: FourBitRows}
+KINDS = {Linear: OneDNNLinears, TiedHead: OneDNNLinears, Int8: Int8Linears, NF4: FourBitLinears, FP4: FourBitLinears}
 
 
 def pack_weights(model: GPT, native: bool = True) -> None:
-    """Packs, in place, every linear layer that a kind of rows takes, and whose weight no loaded delta has replaced.
+    """Packs, in place, every linear layer that a PackedLinears takes, unless a loaded delta has replaced its weight.
 
-    `native`: as litpeft/model/kernels multiplies them, where it can.
+    `native`: in the layout of the C++ kernels, where possible.
     """
     replaced = {leaf: owners(model, leaf) for leaf in ("weight", "bias")}
 
-    def kind(layer: Linear) -> type[Rows] | None:
+    def kind(layer: Linear) -> type[PackedLinears] | None:
         owner = layer.embed[0] if type(layer) is TiedHead else layer
         if type(layer) not in KINDS or owner in replaced["weight"]:
             return None
-        kinds = [NativeRows] if native and owner not in replaced["bias"] else []
+        kinds = [NativeLinears] if native and owner not in replaced["bias"] else []
         return next((kind for kind in (*kinds, KINDS[type(layer)]) if kind.takes(layer)), None)
 
     for group in [*(group for block in model.blocks for group in groups(block)), [model.head]]:
         alike = len({(kind(layer), type(layer)) for layer in group}) == 1
         for layers in [group] if alike else [[layer] for layer in group]:
-            rows = kind(layers[0])
-            if rows is not None:
-                _pack(layers, rows)
+            packed_class = kind(layers[0])
+            if packed_class is not None:
+                _pack(layers, packed_class)
             if model.files is not None:
                 model.files.drop_pages()
     if any(parameter.is_meta for parameter in model.parameters()):
-        for parameter in model.parameters():  # the rest moves out of the model's files, whose pages can go then
+        for parameter in model.parameters():  # copy the rest out of the files, so that all their pages can be dropped
             if not parameter.is_meta:
                 parameter.data = parameter.data.clone()
 
 
 def owners(model: GPT, *leaves: str) -> set[nn.Module]:
-    """Returns the modules of which a loaded delta has replaced one of the parameters of these names."""
+    """Returns the modules of which a loaded delta has replaced a parameter with one of these names."""
     parts = (key.rpartition(".") for key in model.base_values)
     return {model.get_submodule(module) for module, _, leaf in parts if leaf in leaves}
 
 
 def groups(block: Block) -> list[list[Linear]]:
-    """Returns the linear layers of a block, those together that read the same input."""
+    """Returns the linear layers of a block, grouped by the input that they read."""
     attn, mlp, known = block.attn, block.mlp, []
     if type(attn) is Attention:
         known += [[attn.q, attn.k, attn.v], [attn.o]]
@@ -84,10 +84,10 @@ def groups(block: Block) -> list[list[Linear]]:
     return known + [[layer] for layer in block.modules() if isinstance(layer, Linear) and layer not in named]
 
 
-def _pack(layers: list[Linear], kind: type[Rows]) -> None:
-    rows = kind(layers)
+def _pack(layers: list[Linear], kind: type[PackedLinears]) -> None:
+    packed = kind(layers)
     for layer in layers:
-        layer.rows = rows
+        layer.packed_in = packed
         if isinstance(layer, TiedHead):
             layer.__class__ = PackedTiedHead
             continue

@@ -1,7 +1,7 @@
-"""Frozen weights of layers that read the same input, as the products of torch and bitsandbytes read them fastest.
+"""Frozen weights of layers that read the same input, in the layouts that torch and bitsandbytes read fastest.
 
-Weights lie in oneDNN's own layout: one row times a weight as it lies in a file runs at half the speed at which memory
-can be read. Codes are multiplied as they are, and never unpacked for a few rows.
+Weights are in oneDNN's own layout: in the layout of a file, the product with one row reads memory at half its speed.
+Codes are multiplied as they are, and never unpacked for a few rows.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from litpeft.model.quantize.four_bit import FP4, NF4, FourBit
 from litpeft.model.quantize.int8 import Int8
 from litpeft.model.slots import OFF, Linear
 
-LONG = 1024  # inputs above which oneDNN sums a row by itself in another order than a row among others
-BELOW = 32  # outputs whose codes bitsandbytes' kernel takes at a time
+LONG = 1024  # inputs above which oneDNN sums a single row in another order than a row among others
+OUTPUTS = 32  # whose codes bitsandbytes' kernel takes at a time
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -29,8 +29,8 @@ def can_pack(dtype: torch.dtype) -> bool:
     return native and has_onednn()
 
 
-class Rows:
-    """The weights of layers that read the same input, one below the other."""
+class PackedLinears:
+    """The weights of layers that read the same input, stacked as one matrix."""
 
     def __init__(self, layers: Sequence[Linear]):
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
@@ -38,19 +38,19 @@ class Rows:
         self.slot = next((layer.slot for layer in layers if layer.slot.deltas), None)  # the first that is filled
         self.deltas = None if self.slot is None else self.slot.deltas
         parts = [layer.slot.frozen(layer) for layer in layers] if self.slot else []
-        self.affine = None if not parts or None in parts else Affine.beside(parts, self.sizes)
+        self.affine = None if not parts or None in parts else Affine.concatenate(parts, self.sizes)
 
     @staticmethod
     def takes(layer: Linear) -> bool:
-        """Returns whether a layer can be held so."""
-        raise NotImplementedError("a kind of rows must say what it takes")
+        """Returns whether a layer can be packed so."""
+        raise NotImplementedError("a subclass must say what it takes")
 
     def product(self, x: Tensor) -> Tensor:
         """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""
         raise NotImplementedError(f"{type(self).__name__} must say how it multiplies")
 
     def answer(self, x: Tensor) -> Tensor:
-        """Returns what all layers make of x, with their deltas, if they are `whole`."""
+        """Returns the outputs of all layers, with their deltas; valid if `covers_deltas`."""
         y = self.product(x)
         if self.slot is None or self.slot.deltas is OFF:
             return y
@@ -60,35 +60,35 @@ class Rows:
         return (wide if a is None else add_updates([wide], x, [(a, b)])[0]).to(y.dtype)
 
     @property
-    def whole(self) -> bool:
-        """Whether `answer` is all that the layers do now: their deltas are all on and say what they come to, or off."""
+    def covers_deltas(self) -> bool:
+        """Returns whether `answer` is what the layers compute now: all deltas are off, or all on and affine maps."""
         if self.slot is None or self.slot.deltas is OFF:
             return True
         return self.affine is not None and self.slot.deltas is self.deltas
 
     def dense(self) -> Tensor:
-        """Returns the weights (sum of sizes, in), in the type that they were packed for."""
+        """Returns the weights (sum of sizes, in), in the type that they were packed from."""
         raise NotImplementedError(f"{type(self).__name__} must say what its weights are")
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Returns the layers' biases (sum of sizes,); asked for each time, for a delta's can be taken off."""
+        """Returns the layers' biases (sum of sizes,); read each time, as `without_delta` may replace them."""
         return torch.cat([layer.bias for layer in self.layers]).to(dtype) if self.biased else None
 
     def with_bias(self, y: Tensor) -> Tensor:
         """Returns y + b for y (..., sum of sizes)."""
         return y + self.bias(y.dtype) if self.biased else y
 
-    def plain(self, x: Tensor) -> Tensor:
+    def unpacked_product(self, x: Tensor) -> Tensor:
         """Returns W x + b with the weights unpacked, in the type of x."""
         return product(x, self.dense().to(x.dtype), self.bias(x.dtype))
 
-    def of(self, layer: Linear, y: Tensor, dim: int) -> Tensor:
-        """Returns what belongs to one of the layers."""
+    def part_of(self, layer: Linear, y: Tensor, dim: int) -> Tensor:
+        """Returns the part of y that belongs to one of the layers."""
         return y if len(self.layers) == 1 else y.split(self.sizes, dim)[self.layers.index(layer)]
 
 
-class PackedRows(Rows):
-    """In bfloat16 or float32, in oneDNN's layout, which holds the same numbers."""
+class OneDNNLinears(PackedLinears):
+    """The same numbers in bfloat16 or float32, in oneDNN's layout."""
 
     def __init__(self, layers: Sequence[Linear]):
         super().__init__(layers)
@@ -102,7 +102,7 @@ class PackedRows(Rows):
 
     def product(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:
-            return self.plain(x)
+            return self.unpacked_product(x)
         multiply, bias = torch.ops.mkldnn._linear_pointwise.default, self.bias(x.dtype)
         if x.numel() == x.size(-1) > LONG and x.dtype == torch.bfloat16:
             return multiply(torch.cat((x, x)), self.weight, bias, "none", [], "")[: len(x)]
@@ -112,7 +112,7 @@ class PackedRows(Rows):
         return self.weight.to_dense()
 
 
-class Int8Rows(Rows):
+class Int8Linears(PackedLinears):
     """As INT8 codes, with scales in bfloat16."""
 
     def __init__(self, layers: Sequence[Int8]):
@@ -126,22 +126,25 @@ class Int8Rows(Rows):
         return layer.dtype == torch.bfloat16
 
     def product(self, x: Tensor) -> Tensor:
-        return self.with_bias(Int8.product(x, self.codes, self.scale)) if Int8.few(x, self.codes) else self.plain(x)
+        if not Int8.small_batch(x, self.codes):
+            return self.unpacked_product(x)
+        return self.with_bias(Int8.product(x, self.codes, self.scale))
 
     def dense(self) -> Tensor:
         return Int8.unpack((self.codes, self.absmax), self.codes.shape, torch.bfloat16)
 
 
-class FourBitRows(Rows):
+class FourBitLinears(PackedLinears):
     """As codes of four bits, in the layout of bitsandbytes' kernel for CPUs, and absmax rounded to bfloat16.
 
-    For two inputs and BELOW outputs that is 64 codes in 32 bytes: the first half of the outputs in their low halves.
+    Two inputs of OUTPUTS outputs are 64 codes in 32 bytes: the first half of the outputs is in the bytes' low halves.
     """
 
     def __init__(self, layers: Sequence[FourBit]):
         super().__init__(layers)
         size, self.kind = layers[0].in_features, layers[0].kind
-        low, high = torch.cat([layer.weight.detach() for layer in layers]).view(-1, 2, BELOW // 2, size // 2).unbind(1)
+        codes = torch.cat([layer.weight.detach() for layer in layers])
+        low, high = codes.view(-1, 2, OUTPUTS // 2, size // 2).unbind(1)
         pair = torch.stack((low >> 4 | high & 240, low & 15 | high << 4), -1).view(torch.int16)[..., 0]
         self.codes = pair.transpose(1, 2).contiguous().view(torch.uint8).view(-1, size // 2)
         absmax = torch.cat([layer.blocks().detach() for layer in layers]).view(-1, size // BLOCK)
@@ -150,17 +153,17 @@ class FourBitRows(Rows):
 
     @staticmethod
     def takes(layer: FourBit) -> bool:
-        fits = layer.in_features % BLOCK == 0 and layer.out_features % BELOW == 0
+        fits = layer.in_features % BLOCK == 0 and layer.out_features % OUTPUTS == 0
         return layer.dtype == torch.bfloat16 and fits and _has_product(layer.kind)
 
     def product(self, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16:
-            return self.plain(x)
+            return self.unpacked_product(x)
         shape = (len(self.codes), x.size(-1))
         return self.with_bias(torch.ops.bitsandbytes.gemv_4bit(x, self.codes, shape, self.absmax, self.table, BLOCK))
 
     def dense(self) -> Tensor:
-        byte = self.codes.view(-1, self.codes.size(1), BELOW)
+        byte = self.codes.view(-1, self.codes.size(1), OUTPUTS)
         code = torch.stack((byte & 15, byte >> 4), 2).view(*byte.shape, 2).transpose(1, 2).reshape(-1, BLOCK)
         weight = self.table[code.int()] * self.absmax.float().t().reshape(-1, 1)
         return weight.view(len(self.codes), -1).bfloat16()
@@ -168,13 +171,13 @@ class FourBitRows(Rows):
 
 @cache
 def _has_product(kind: str) -> bool:
-    """Returns whether bitsandbytes multiplies with the codes as FourBitRows lays them out, here and in this version."""
+    """Returns whether this version of bitsandbytes multiplies with FourBitLinears' layout on this processor."""
     if not has_kernels("cpu") or not torch._C._dispatch_has_kernel_for_dispatch_key("bitsandbytes::gemv_4bit", "CPU"):
         return False
-    layer = Linear(2 * BLOCK, 2 * BELOW)
+    layer = Linear(2 * BLOCK, 2 * OUTPUTS)
     weight, layer.__class__ = layer.weight.detach(), FP4 if kind == FP4.kind else NF4
     layer.convert(torch.bfloat16, False)
     for name, tensor in layer.pack(weight).items():
         setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
-    rows, x = FourBitRows([layer]), torch.eye(2 * BLOCK, dtype=torch.bfloat16)
-    return torch.allclose(rows.product(x), rows.dense().t(), rtol=2**-7)
+    packed, x = FourBitLinears([layer]), torch.eye(2 * BLOCK, dtype=torch.bfloat16)
+    return torch.allclose(packed.product(x), packed.dense().t(), rtol=2**-7)

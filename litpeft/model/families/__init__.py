@@ -1,9 +1,9 @@
-"""Model families: one file each, with Keys, what its class in transformers reads of a config.json, `config(hf)`, which
-returns a ModelConfig, and NAMES, the two-way name map.
+"""Model families, one file each: Keys, which transformers' class reads of a config.json; `config(hf)`, which returns a
+ModelConfig; and NAMES, the two-way name map.
 
 NAMES maps our modules to those of the files, with `{}` for the layer's number; weight and bias follow. A value is the
-name of a module whose tensors are as ours, or a `Place`. A family may also have BUFFERS, globs of what its files may
-hold beside the weights and nobody needs, and OTHER_PREFIXES: how a name of NAMES starts -> how it may start instead.
+name of a module whose tensors are as ours, or a `Place`. A family may also have BUFFERS, globs of tensors in its files
+that are no weights, and OTHER_PREFIXES, prefix of a name in NAMES -> prefix that files may have instead.
 """
 
 import re
@@ -26,7 +26,7 @@ class Place:
     Modules of one layer with the same `module` are fused there, in the order of their lines in NAMES:
 
         per=None       q q q q k k k k v v v v     one block after the other
-        per="n_heads"  q k v q k v q k v q k v     so many groups (a field of ModelConfig), each with a part of all
+        per="n_heads"  q k v q k v q k v q k v     as many groups as this field of ModelConfig says
     """
 
     module: str

@@ -1,4 +1,4 @@
-"""GPT-2, and what is built like it: DistilGPT2, Cerebras-GPT.
+"""GPT-2 and models of its architecture: DistilGPT2, Cerebras-GPT.
 
 The dropout that its config.json names (resid_pdrop, embd_pdrop, attn_pdrop) is not applied.
 """

@@ -1,4 +1,4 @@
-"""LLaMA and what is built like it: Llama 2 and 3, SmolLM2, TinyLlama.
+"""LLaMA and models of its architecture: Llama 2 and 3, SmolLM2, TinyLlama.
 
 The dropout that its config.json may name (attention_dropout) is not applied.
 """

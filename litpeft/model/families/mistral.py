@@ -1,4 +1,4 @@
-"""Mistral: LLaMA without biases, whose tokens see no more than a window of those before them."""
+"""Mistral: LLaMA without biases and with a sliding window."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -26,7 +26,7 @@ class Keys(ConfigKeys):
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     sliding_window: int | None = 4096
-    layer_types: None = None  # of Ministral, which transformers takes a config.json for that has this key
+    layer_types: None = None  # transformers takes a config.json with this key for Ministral's
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:

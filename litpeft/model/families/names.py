@@ -1,4 +1,4 @@
-"""The two-way name map: which tensors of a folder's files are which parameters of the model, and how they lie there."""
+"""The two-way name map between the parameters of the model and the tensors of a folder's files, with their layout."""
 
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -24,10 +24,10 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class NameMap:
-    """Reads our parameters from a folder's tensors, checks that these are all, and makes such tensors of them again.
+    """Reads our parameters from a folder's tensors, checks that none is missing, and converts them back.
 
     `ours` holds the shape of every parameter of the plain model, `shapes` that of every tensor of its files, and
-    `parts` the parameters that a tensor of the files is made of, in their order; one, where nothing is fused.
+    `parts` the parameters that a tensor of the files consists of, in their order; only one if it is not fused.
     """
 
     def __init__(self, name: str, config: ModelConfig):
@@ -45,7 +45,7 @@ class NameMap:
         self.shapes = {theirs: self._shape(parts) for theirs, parts in self.parts.items()}
 
     def file_name(self, ours: str) -> str:
-        """Returns the name of the tensor of the files that is or holds a parameter, as we write it."""
+        """Returns the name of the file's tensor that is or contains a parameter, as we write it."""
         module, layer, leaf = split_name(ours)
         return f"{self._places[module].module.format(layer)}.{leaf}"
 
@@ -68,9 +68,9 @@ class NameMap:
         return weights.folder / weights.file_of[name], name
 
     def written(self, pairs: Iterable[tuple[str, Tensor]], where: str = "") -> Iterator[tuple[str, Tensor]]:
-        """Yields name and tensor of the files, of all our names and tensors in any order.
+        """Yields name and tensor as in the files, from all our names and tensors in any order.
 
-        It holds no more than the parts of those fused tensors of which some are still to come.
+        Holds only the parts of fused tensors that are still incomplete.
         """
         waiting: dict[str, dict[str, Tensor]] = {}
         left = dict.fromkeys(self.parts)
@@ -135,13 +135,13 @@ class NameMap:
         return theirs
 
     def _shape(self, parts: list[str]) -> tuple[int, ...]:
-        """Returns the shape of the tensor that these parameters make in the files."""
+        """Returns the shape of the file's tensor that consists of these parameters."""
         rows, rest = sum(self.ours[part][0] for part in parts), self.ours[parts[0]][1:]
         shape = (rows, *rest)
         return shape[::-1] if self._place(parts[0]).transposed else shape
 
     def _joined(self, theirs: str, given: dict[str, Tensor]) -> Tensor:
-        """Returns the tensor of the files that these parameters make."""
+        """Returns the file's tensor that consists of these parameters."""
         parts = self.parts[theirs]
         place, tensor = self._place(parts[0]), given[parts[0]]
         if len(parts) > 1:

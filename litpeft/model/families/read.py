@@ -18,7 +18,7 @@ def read_config(folder: Path) -> tuple[str, ModelConfig]:
 
 
 def config_of(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
-    """Returns what `read_config` does, of a config.json that is read already; `where` is for messages."""
+    """Returns what `read_config` does, for the contents of a config.json; `where` is for messages."""
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ModelError(f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=where)
@@ -31,7 +31,7 @@ def config_of(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
 
 
 def left_out(folder: Path) -> str:
-    """Returns which sizes and switches a folder's config.json leaves out, and their defaults; a part of a message."""
+    """Returns a part of a message: which sizes and switches a folder's config.json leaves out, and their defaults."""
     hf = read_json(folder / "config.json", "config.json of a model")
     keys = family(hf["model_type"]).Keys
     absent = [

@@ -1,7 +1,7 @@
-"""Code of our own, where torch makes more passes over memory than it needs; else its and bitsandbytes' kernels do.
+"""Our own kernels, where torch makes more passes over memory than necessary; elsewhere torch's and bitsandbytes' do.
 
-For CPUs with AVX-512 BF16 it is the C++ files beside this one, compiled once on a machine where there is a g++. For
-GPUs it is triton.py, a little only: there torch is fast.
+For CPUs with AVX-512 BF16 they are the C++ files beside this one, compiled once on each machine that has g++. For GPUs
+they are in triton.py, and few: there torch is fast.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ FLAGS = (*FLAGS, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")
 
 @cache
 def library() -> Library | None:
-    """Returns the compiled functions, or None where there cannot be any; compiles at the first call on a machine."""
+    """Returns the compiled functions, or None if the machine cannot have them; compiles at the first call on it."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if not torch.cpu._is_avx512_bf16_supported() or compiler is None:
         return None
@@ -47,7 +47,7 @@ def library() -> Library | None:
 def native(*tensors: Tensor) -> Library | None:
     """Returns the library if it takes these tensors: in bfloat16, on the CPU, a multiple of 32 numbers in a row.
 
-    Not while torch compiles what is done with them, and no tensors of a kind that have no memory or share it out.
+    None under torch.compile, and for subclasses of Tensor, which have no memory (fake tensors) or shard it (DTensor).
     """
     if torch.compiler.is_compiling():
         return None
@@ -57,7 +57,7 @@ def native(*tensors: Tensor) -> Library | None:
 
 @cache
 def gpu_kernels() -> ModuleType | None:
-    """Returns triton.py, or None without Triton (torch's builds for GPUs bring it) or the C compiler that it needs."""
+    """Returns triton.py, or None without Triton (torch's builds for GPUs include it) or the C compiler it needs."""
     try:
         from litpeft.model.kernels import triton as kernels
     except ImportError:
@@ -66,11 +66,11 @@ def gpu_kernels() -> ModuleType | None:
 
 
 def fused(*tensors: Tensor) -> Library | ModuleType | None:
-    """Returns what has swiglu, swiglu_backward, rotate and cross_entropy: as `native` does, or for these on a GPU."""
+    """Returns the kernels swiglu, swiglu_backward, rotate and cross_entropy: triton.py's on a GPU, else `native`'s."""
     if torch.compiler.is_compiling():
         return None
-    half, plain = (torch.bfloat16, torch.float16), (Tensor, torch.nn.Parameter)
-    known = all(x.is_cuda and type(x) in plain and x.dtype in half and x.stride(-1) == 1 for x in tensors)
+    half, types = (torch.bfloat16, torch.float16), (Tensor, torch.nn.Parameter)
+    known = all(x.is_cuda and type(x) in types and x.dtype in half and x.stride(-1) == 1 for x in tensors)
     return gpu_kernels() if known else native(*tensors)
 
 

@@ -1,4 +1,4 @@
-// Causal attention of the documents of a packed row, forward and backward, with nothing padded and no weights held.
+// Causal attention of the documents of a packed row, forward and backward, without padding or keeping the weights.
 //
 // Letters: T tokens of all documents, m of one, H query heads, G key/value heads, D head size. A unit of work is a
 // document with one key/value head and the query heads that share it. Its m tokens are rounded up to a multiple of 32.
@@ -8,18 +8,18 @@
 
 #include "tiles.h"
 
-struct Attention {  // tensors (heads, T, D), whose heads and tokens are so many numbers apart
+struct Attention {  // tensors (heads, T, D), with strides of heads and tokens
     const bf16 *q, *k, *v;
     bf16* y;             // (T, H, D)
-    float* log_sum;      // (H, T): of the exponentials of the scores
-    const bf16* dy;      // (H, T, D); this and the next are for the backward pass, and null forward
+    float* log_sum;      // (H, T): log-sum-exp of the scores
+    const bf16* dy;      // (H, T, D); dy, dq, dk and dv are null in the forward pass
     bf16 *dq, *dk, *dv;  // (T, H, D), (T, G, D) twice
     const int32_t* starts;  // (documents + 1,)
     Long q_head, q_token, k_head, k_token, v_head, v_token, dy_head, dy_token;
-    Long documents, tokens, heads, shared, size, window;
+    Long documents, tokens, heads, kv_heads, size, window;
 };
 
-// which of 16 keys from `key` on a query sees
+// which of the 16 keys from `key` on a query sees
 static inline __mmask16 seen(Long query, Long key, Long window) {
     const auto up_to = [](Long n) { return n <= 0 ? 0u : n >= 16 ? 0xFFFFu : (1u << n) - 1; };  // the first n
     return up_to(query + 1 - key) & ~up_to(query + 1 - window - key);
@@ -32,7 +32,7 @@ static void forward(const Attention& a, Long document, Long group) {
     by_row(a.k + group * a.k_head + start * a.k_token, a.k_token, m, D, keys.get());
     by_column(a.v + group * a.v_head + start * a.v_token, a.v_token, m, D, values.get());
     const __m512 factor = _mm512_set1_ps(1 / std::sqrt(float(D)));
-    for (Long head = group * (a.heads / a.shared); head < (group + 1) * (a.heads / a.shared); head++)
+    for (Long head = group * (a.heads / a.kv_heads); head < (group + 1) * (a.heads / a.kv_heads); head++)
         for (Long from = 0; from < m; from += ROWS) {
             const Long end = rounded(std::min(m, from + ROWS)), count = std::min(ROWS, m - from);
             some_rows(a.q + head * a.q_head + (start + from) * a.q_token, a.q_token, count, D, q.get());
@@ -79,7 +79,7 @@ static void backward(const Attention& a, Long document, Long group) {
     by_column(k, a.k_token, m, D, keys_by_column.get());
     by_row(a.v + group * a.v_head + start * a.v_token, a.v_token, m, D, values.get());
     const __m512 scale = _mm512_set1_ps(1 / std::sqrt(float(D)));
-    for (Long head = group * (a.heads / a.shared); head < (group + 1) * (a.heads / a.shared); head++) {
+    for (Long head = group * (a.heads / a.kv_heads); head < (group + 1) * (a.heads / a.kv_heads); head++) {
         const bf16* head_q = a.q + head * a.q_head + start * a.q_token;
         const bf16* head_dy = a.dy + head * a.dy_head + start * a.dy_token;
         by_column(head_q, a.q_token, m, D, q_by_column.get());
@@ -92,7 +92,7 @@ static void backward(const Attention& a, Long document, Long group) {
                 product<2>(q.get(), D, 2, &keys[s * D], 16 * D, D / 2, &scores[s], M);
                 product<2>(dy.get(), D, 2, &values[s * D], 16 * D, D / 2, &dweights[s], M);
             }
-            for (Long i = 0; i < ROWS; i++) {  // scores become weights, dweights the gradients of the scores
+            for (Long i = 0; i < ROWS; i++) {  // overwrite scores with weights, dweights with the scores' gradients
                 const Long token = start + std::min(m - 1, from + i);
                 const __m512 log_sum = _mm512_set1_ps(a.log_sum[head * a.tokens + token]);
                 __m512 along = _mm512_setzero_ps();
@@ -124,7 +124,7 @@ static void backward(const Attention& a, Long document, Long group) {
                     narrow(a.dq + ((start + from + i) * a.heads + head) * D + n, _mm512_loadu_ps(&out[i * D + n]));
         }
         const Long pairs = (m + ROWS - 1) / ROWS * ROWS / 2;
-        for (Long s = 0; s < m; s += ROWS)  // the queries that see these keys are those from s on
+        for (Long s = 0; s < m; s += ROWS)  // only queries from s on see these keys
             for (Long n = 0; n < D; n += 32) {
                 const Long first = s / 2, from = (first * M + s) * 2, at = n * M + 32 * first;
                 const auto add = [&](const Buffer& x, const Buffer& w, float* sum) {
@@ -142,7 +142,7 @@ static void backward(const Attention& a, Long document, Long group) {
     }
     for (Long s = 0; s < m; s++)
         for (Long n = 0; n < D; n += 16) {
-            const Long to = ((start + s) * a.shared + group) * D + n;
+            const Long to = ((start + s) * a.kv_heads + group) * D + n;
             narrow(a.dk + to, _mm512_loadu_ps(&dk[s * D + n]));
             narrow(a.dv + to, _mm512_loadu_ps(&dv[s * D + n]));
         }
@@ -150,9 +150,9 @@ static void backward(const Attention& a, Long document, Long group) {
 
 extern "C" void attention(const Attention* a, Long threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (Long unit = 0; unit < a->documents * a->shared; unit++)
+    for (Long unit = 0; unit < a->documents * a->kv_heads; unit++)
         if (a->dy == nullptr)
-            forward(*a, unit / a->shared, unit % a->shared);
+            forward(*a, unit / a->kv_heads, unit % a->kv_heads);
         else
-            backward(*a, unit / a->shared, unit % a->shared);
+            backward(*a, unit / a->kv_heads, unit % a->kv_heads);
 }

@@ -1,4 +1,4 @@
-// One step of an answer on a CPU that multiplies in bfloat16: a whole block of LLaMA's kind in one call.
+// Decoding on a CPU that multiplies in bfloat16: a LLaMA block in one call.
 //
 // Letters: M rows (B texts of T new tokens each), d model width, D head size, R of it that rotates, H query heads,
 // G key/value heads, S keys.
@@ -8,13 +8,13 @@
 #include "products.h"
 
 struct Block {
-    Rows qkv, o, gate_up, down;
+    PackedLinears qkv, o, gate_up, down;
     const float *norm1, *norm2;  // (d,)
     double eps1, eps2;
-    Long heads, shared, size, turned, window;  // H, G, D; how much of D rotates; keys that are seen
+    Long heads, kv_heads, size, rotary_dim, window;  // H, G, D, R; keys that a query sees
 };
 
-// 1. the steps of a block beside its products
+// 1. a block's operations beside its products
 
 // y = x / rms(x) * weight, for this thread's rows
 static void norm(const bf16* x, const float* weight, double eps, Long M, Long d, bf16* y) {
@@ -22,18 +22,18 @@ static void norm(const bf16* x, const float* weight, double eps, Long M, Long d,
     for (Long m = from; m < to; m++) norm_row(x + m * d, weight, eps, d, y + m * d);
 }
 
-// y (D,) = x with each pair (i, i + R/2) of its first R numbers turned; cos and sin (R,), sin negated in its first half
-static void turn(const float* x, const bf16* cos, const bf16* sin, Long R, Long D, bf16* y) {
-    alignas(64) float turned[256];
+// y (D,) = x with pairs (i, i + R/2) of its first R numbers rotated; cos and sin (R,), sin negated in its first half
+static void rotate(const float* x, const bf16* cos, const bf16* sin, Long R, Long D, bf16* y) {
+    alignas(64) float rotated[256];
     for (Long i = 0; i < R; i++)
-        turned[i] = x[i] * number(cos[i]) + x[i < R / 2 ? i + R / 2 : i - R / 2] * number(sin[i]);
-    std::copy(x + R, x + D, turned + R);
-    for (Long i = 0; i < D; i += 16) narrow(y + i, _mm512_load_ps(turned + i));
+        rotated[i] = x[i] * number(cos[i]) + x[i < R / 2 ? i + R / 2 : i - R / 2] * number(sin[i]);
+    std::copy(x + R, x + D, rotated + R);
+    for (Long i = 0; i < D; i += 16) narrow(y + i, _mm512_load_ps(rotated + i));
 }
 
-constexpr Long TOGETHER = 4;  // heads that share a key and are computed together
+constexpr Long MOST_HEADS = 4;  // query heads, of those that share a key, that are computed at a time
 
-// y (HEADS, D) = softmax(q k^T / sqrt(D)) v over S keys; q may lie where y does; weights and scores are (HEADS, row)
+// y (HEADS, D) = softmax(q k^T / sqrt(D)) v over S keys; q and y may be the same; weights and scores are (HEADS, row)
 template <int HEADS>
 static void attend(const bf16* q, const bf16* k, const bf16* v, Long S, Long D, Long row, float* scores, bf16* weights,
                    bf16* y) {
@@ -76,21 +76,21 @@ static void attend(const bf16* q, const bf16* k, const bf16* v, Long S, Long D, 
     }
 }
 
-constexpr decltype(&attend<1>) ATTEND[TOGETHER] = {attend<1>, attend<2>, attend<3>, attend<4>};
+constexpr decltype(&attend<1>) ATTEND[MOST_HEADS] = {attend<1>, attend<2>, attend<3>, attend<4>};
 
 // 2. what Python calls
 
 // y (M, N) = gain W x + b + update, for x (M, K)
-extern "C" void product(const Rows* rows, const bf16* x, bf16* y, Long M, Long threads) {
+extern "C" void product(const PackedLinears* linears, const bf16* x, bf16* y, Long M, Long threads) {
 #pragma omp parallel num_threads(threads)
-    multiply(*rows, x, M, [&](Long m, Long n, __m512 sum) { narrow(y + m * rows->outputs + n, sum); });
+    multiply(*linears, x, M, [&](Long m, Long n, __m512 sum) { narrow(y + m * linears->outputs + n, sum); });
 }
 
-// y (B, T, d) = what a block makes of x (B, T, d), whose tokens are at `positions` (B, T); cos and sin are (B, T, R).
-// Their keys and values are written into k and v (B, G, room, D), which hold those before.
+// y (B, T, d) = a block's output for x (B, T, d), whose tokens are at `positions` (B, T); cos and sin are (B, T, R).
+// Their keys and values are written into the cache, k and v (B, G, length, D).
 extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, const Long* positions, const bf16* cos,
-                      const bf16* sin, Long B, Long T, Long room, Long threads) {
-    const Long M = B * T, H = b->heads, G = b->shared, D = b->size, R = b->turned;
+                      const bf16* sin, Long B, Long T, Long length, Long threads) {
+    const Long M = B * T, H = b->heads, G = b->kv_heads, D = b->size, R = b->rotary_dim;
     const Long d = b->qkv.inputs, all = b->qkv.outputs, middle = b->down.inputs;
     const Floats wide(new float[M * std::max(all, 2 * middle)]);
     const Buffer normed(new bf16[M * d]), heads(new bf16[M * H * D]), inside(new bf16[M * middle]);
@@ -107,20 +107,20 @@ extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, 
         const auto [first, last] = share(M * (H + 2 * G));
         for (Long i = first; i < last; i++) {
             const Long m = i / (H + 2 * G), head = i % (H + 2 * G), group = (head - H) % G;
-            const Long key = ((m / T * G + group) * room + positions[m]) * D;
+            const Long key = ((m / T * G + group) * length + positions[m]) * D;
             bf16* to = head < H ? &heads[(m * H + head) * D] : head < H + G ? k + key : v + key;
-            turn(&wide[m * all + head * D], cos + m * R, sin + m * R, head < H + G ? R : 0, D, to);
+            rotate(&wide[m * all + head * D], cos + m * R, sin + m * R, head < H + G ? R : 0, D, to);
         }
 #pragma omp barrier
         const Long row = rounded(most);
-        const Floats scores(new float[TOGETHER * row]);
-        const Buffer weights(new bf16[TOGETHER * row]);
+        const Floats scores(new float[MOST_HEADS * row]);
+        const Buffer weights(new bf16[MOST_HEADS * row]);
         const auto [from, until] = share(M * G);
         for (Long i = from; i < until; i++) {
             const Long m = i / G, keys = std::min(positions[m] + 1, b->window);
-            const Long at = ((m / T * G + i % G) * room + positions[m] + 1 - keys) * D;
-            for (Long head = i * (H / G); head < (i + 1) * (H / G); head += TOGETHER) {
-                const Long count = std::min(TOGETHER, (i + 1) * (H / G) - head);
+            const Long at = ((m / T * G + i % G) * length + positions[m] + 1 - keys) * D;
+            for (Long head = i * (H / G); head < (i + 1) * (H / G); head += MOST_HEADS) {
+                const Long count = std::min(MOST_HEADS, (i + 1) * (H / G) - head);
                 bf16* y = &heads[head * D];
                 ATTEND[count - 1](y, k + at, v + at, keys, D, row, scores.get(), weights.get(), y);
             }

@@ -1,4 +1,4 @@
-"""The functions of the C++ files, on tensors that lie in a CPU's memory, in bfloat16 unless something else is said.
+"""The functions of the C++ files, on tensors in a CPU's memory, in bfloat16 unless another type is named.
 
 Letters: B rows, T tokens, S keys, D head size, R of it that rotates, d model width, H query heads, G key/value heads.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ALL = 1 << 62  # keys that a query sees where no window says how many
-LAYERS = 3  # that read the same input, at most
+ALL = 1 << 62  # keys: the window of a model without one
+LAYERS = 3  # at most, that read the same input
 
 
 def _pointers(*names: str) -> list[tuple[str, type]]:
@@ -23,8 +23,8 @@ def _numbers(*names: str) -> list[tuple[str, type]]:
     return [(name, c_int64) for name in names]
 
 
-class RowsStruct(Structure):
-    """`Rows` of products.h."""
+class PackedLinearsStruct(Structure):
+    """`PackedLinears` of products.h."""
 
     _fields_ = [
         *_pointers("weight", "scale", "codes", "gain", "bias", "a", "b"),
@@ -36,10 +36,10 @@ class BlockStruct(Structure):
     """`Block` of decode.cpp."""
 
     _fields_ = [
-        *((name, RowsStruct) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, PackedLinearsStruct) for name in ("qkv", "o", "gate_up", "down")),
         *_pointers("norm1", "norm2"),
         *((name, c_double) for name in ("eps1", "eps2")),
-        *_numbers("heads", "shared", "size", "turned", "window"),
+        *_numbers("heads", "kv_heads", "size", "rotary_dim", "window"),
     ]
 
 
@@ -49,7 +49,7 @@ class AttentionStruct(Structure):
     _fields_ = [
         *_pointers("q", "k", "v", "y", "log_sum", "dy", "dq", "dk", "dv", "starts"),
         *_numbers(*(f"{name}_{step}" for name in ("q", "k", "v", "dy") for step in ("head", "token"))),
-        *_numbers("documents", "tokens", "heads", "shared", "size", "window"),
+        *_numbers("documents", "tokens", "heads", "kv_heads", "size", "window"),
     ]
 
 
@@ -72,7 +72,7 @@ class Library:
     def __init__(self, file: Path):
         library, pointer, number = ctypes.CDLL(str(file)), c_void_p, c_int64
         arguments = {
-            "product": [POINTER(RowsStruct), *[pointer] * 2, *[number] * 2],
+            "product": [POINTER(PackedLinearsStruct), *[pointer] * 2, *[number] * 2],
             "block": [POINTER(BlockStruct), *[pointer] * 7, *[number] * 4],
             "attention": [POINTER(AttentionStruct), number],
             "low_rank": [POINTER(LowRankStruct), *[number] * 2],
@@ -88,21 +88,21 @@ class Library:
             function.argtypes, function.restype = types, None
             setattr(self, f"_{name}", function)
 
-    # 1. answers
+    # 1. decoding
 
-    def product(self, rows: RowsStruct, x: Tensor) -> Tensor:
+    def product(self, linears: PackedLinearsStruct, x: Tensor) -> Tensor:
         """Returns gain W x + b + update for x (..., in): (..., out)."""
         x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], rows.outputs))
-        self._product(rows, x.data_ptr(), y.data_ptr(), x.numel() // rows.inputs, torch.get_num_threads())
+        y = x.new_empty((*x.shape[:-1], linears.outputs))
+        self._product(linears, x.data_ptr(), y.data_ptr(), x.numel() // linears.inputs, torch.get_num_threads())
         return y
 
     def block(
         self, block: BlockStruct, x: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """Returns what a block makes of x (B, T, d), whose tokens are at `positions` (B, T), in int64.
+        """Returns a block's output for x (B, T, d), whose tokens are at `positions` (B, T), in int64.
 
-        cos and sin are those of ops.rotate, (B, 1, T, R); keys and values (B, G, room, D) are completed in place.
+        cos and sin are those of ops.rotate, (B, 1, T, R); new keys and values are written into k and v (B, G, S, D).
         """
         y, (rows, tokens, _) = torch.empty_like(x), x.shape
         tensors = (t.data_ptr() for t in (x, y, k, v, positions, cos, sin))
@@ -112,10 +112,10 @@ class Library:
     # 2. training
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """Returns what attend of attention.py does for documents at `starts` (documents + 1,), in int32, as (T, H, D);
+        """Returns the output (T, H, D) of attention, and the log-sum-exp (H, T) of the scores, in float32.
 
-        and the logarithms (H, T), in float32, of the sums of the exponentials of the scores. q is (H, T, D), k and v
-        are (G, T, D), and the numbers of a head of a token lie together.
+        Documents lie at `starts` (documents + 1,), in int32. q is (H, T, D), k and v are (G, T, D), and the D numbers
+        of a head are contiguous.
         """
         heads, tokens, size = q.shape
         y, log_sum = q.new_empty(tokens, heads, size), q.new_empty(heads, tokens, dtype=torch.float32)
@@ -135,7 +135,7 @@ class Library:
     def low_rank(self, x: Tensor, a: Tensor, bs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
         """Adds B A x to the y (N, out) of each layer, in place; returns h = A x (N, R), for x (N, in).
 
-        a (R, in) is the A of all layers, one below the other, and b (out, r) the B of one, with the update's scale.
+        a (R, in) is the A of all layers, stacked, and each b (out, r) the B of one, with the update's scale.
         """
         h = x.new_empty(len(x), len(a))
         struct = LowRankStruct(x.data_ptr(), a.data_ptr(), h.data_ptr(), layers=len(bs), rows=len(x))
@@ -199,7 +199,7 @@ class Library:
         return dx, None if dweight is None else dweight.sum(0)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-        """Returns x (1, heads, T, D) turned forwards (1) or back (-1); cos and sin are (1, 1, T, R)."""
+        """Returns x (1, heads, T, D) rotated forwards (1) or back (-1); cos and sin are (1, 1, T, R)."""
         _, heads, tokens, size = x.shape
         y = x.new_empty(1, tokens, heads, size)
         tensors = (cos.data_ptr(), sin.data_ptr(), y.data_ptr())
@@ -208,7 +208,7 @@ class Library:
         return y.transpose(1, 2)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns -log p(target) (N,) in float32; the logits (N, V) become their gradient. Targets are int64."""
+        """Returns -log p(target) (N,) in float32; writes the gradient over the logits (N, V). Targets are int64."""
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         tensors = (t.data_ptr() for t in (logits, targets, losses))
         self._cross_entropy(*tensors, *logits.shape, torch.get_num_threads())
@@ -222,6 +222,6 @@ def _attention(tensors: dict[str, Tensor], window: int | None) -> AttentionStruc
             setattr(struct, f"{name}_head", tensors[name].stride(0))
             setattr(struct, f"{name}_token", tensors[name].stride(1))
     struct.heads, struct.tokens, struct.size = tensors["q"].shape
-    struct.documents, struct.shared = len(tensors["starts"]) - 1, tensors["k"].size(0)
+    struct.documents, struct.kv_heads = len(tensors["starts"]) - 1, tensors["k"].size(0)
     struct.window = window or ALL
     return struct

@@ -4,7 +4,7 @@
 
 #include "tiles.h"
 
-constexpr Long LAYERS = 3, BLOCK = 64;  // layers at most; rows of which everything is done while they are near
+constexpr Long LAYERS = 3, BLOCK = 64;  // layers at most; rows that go through all steps while they are in the cache
 
 struct LowRank {
     const bf16 *x, *a;        // (N, K), (R, K)
@@ -13,12 +13,12 @@ struct LowRank {
     bf16* y[LAYERS];          // forward (N, O)
     const bf16* dy[LAYERS];   // backward (N, O)
     bf16* dx;                 // (N, K), or null
-    float *da, *db[LAYERS];   // (threads, R, K), (threads, r, O) of zeros to which gradients are added; or null
+    float *da, *db[LAYERS];   // (threads, R, K), (threads, r, O): zeros to which gradients are added; or null
     Long outputs[LAYERS], ranks[LAYERS];
     Long layers, rows, inputs, rank;
 };
 
-// what this thread does of the rows, in blocks
+// this thread's part of the rows, in multiples of BLOCK
 static std::pair<Long, Long> blocks(Long rows) {
     const auto [from, to] = share((rows + BLOCK - 1) / BLOCK);
     return {from * BLOCK, std::min(rows, to * BLOCK)};
@@ -77,7 +77,7 @@ static void outer(const bf16* w, Long R, Long ranks, const bf16* x, Long K, Long
         }
 }
 
-// y: the rows of x (BLOCK, R) two by two, as (BLOCK / 2, R, 2)
+// y (BLOCK / 2, R, 2): pairs of the rows of x (BLOCK, R)
 static void in_pairs(const bf16* x, Long R, bf16* y) {
     for (Long i = 0; i < BLOCK; i += 2)
         for (Long j = 0; j < R; j += 16) {
@@ -90,7 +90,7 @@ static void backward(const LowRank& u, const bf16* a, const Buffer* b) {
     const Long K = u.inputs, R = rounded(u.rank), thread = omp_get_thread_num();
     const Long widest = *std::max_element(u.outputs, u.outputs + u.layers);
     const Buffer h(new bf16[BLOCK * R]), dh(new bf16[BLOCK * R]), rows(new bf16[ROWS * widest]);
-    const Buffer pairs(new bf16[BLOCK * R + 2 * ROWS]());  // the last products read a few more
+    const Buffer pairs(new bf16[BLOCK * R + 2 * ROWS]());  // the last products read beyond the rows
     const Floats inner(new float[ROWS * R]);
     const auto [from, to] = blocks(u.rows);
     for (Long start = from; start < to; start += BLOCK) {

@@ -1,4 +1,4 @@
-"""Low-rank updates of layers that read the same x, as one step of autograd.
+"""Low-rank updates of layers that read the same x, as one function of autograd.
 
 Letters: N rows, R the sum of the layers' ranks r.
 """
@@ -11,16 +11,16 @@ from torch import Tensor
 from litpeft.model.affine import Affine
 from litpeft.model.kernels import native
 from litpeft.model.kernels.library import LAYERS, Library
-from litpeft.model.kernels.ops import plain, product, scaled
+from litpeft.model.kernels.ops import product, scaled, use_eager
 
 SMALL_BATCH = 32  # rows up to which a CPU computes thin products faster in float32 than in half precision
-THICK = 64  # rank above which products by torch are faster than litpeft/model/kernels's
+THICK = 64  # rank above which torch's products are faster than the C++ kernel
 
 Factors = tuple[Tensor, Tensor]  # A (r, in), and B (out, r) with the scale of the update in it
 
 
 def apply_affines(ys: Sequence[Tensor], x: Tensor, affines: Sequence[Affine]) -> list[Tensor]:
-    """Returns gain * y + B A x + shift for the y (..., out) of each of some layers that read the same x (..., in)."""
+    """Returns gain * y + B A x + shift for the y (..., out) of each of the layers, which read the same x (..., in)."""
     ys = [scaled(y, affine.gain, affine.shift) for y, affine in zip(ys, affines, strict=True)]
     low_rank = [n for n, affine in enumerate(affines) if affine.A is not None]
     if low_rank:
@@ -31,15 +31,15 @@ def apply_affines(ys: Sequence[Tensor], x: Tensor, affines: Sequence[Affine]) ->
 
 
 def add_updates(ys: Sequence[Tensor], x: Tensor, factors: Sequence[Factors]) -> list[Tensor]:
-    """Returns y + B A x for the y (..., out) of each of some layers that read the same x (..., in).
+    """Returns y + B A x for the y (..., out) of each of the layers, which read the same x (..., in).
 
-    Where something has a gradient it is written over y.
+    Under autograd the result is written over y.
     """
     answers = not torch.is_grad_enabled() and x.device.type == "cpu"
     if answers and x.numel() <= SMALL_BATCH * x.size(-1):
         return [(y + product(product(x.to(a.dtype), a), b)).to(y.dtype) for y, (a, b) in zip(ys, factors, strict=True)]
     x = x.to(ys[0].dtype)
-    if plain():
+    if use_eager():
         return [y + product(product(x, a.to(x.dtype)), b.to(x.dtype)) for y, (a, b) in zip(ys, factors, strict=True)]
     as_, bs = zip(*factors, strict=True)
     return list(Updates.apply(x, *ys, *as_, *bs))
@@ -48,7 +48,8 @@ def add_updates(ys: Sequence[Tensor], x: Tensor, factors: Sequence[Factors]) -> 
 class Updates(torch.autograd.Function):
     """y + B A x for each layer, written over its y.
 
-    A is one matrix for all of them, and what a product and a sum do in three passes over y takes one, and one rounding.
+    The A of all layers are one matrix. A product and a sum would take three passes over y; this takes one, and rounds
+    once.
     """
 
     @staticmethod
@@ -91,6 +92,6 @@ class Updates(torch.autograd.Function):
 
 
 def _library(ranks: Sequence[int], *tensors: Tensor) -> Library | None:
-    """Returns litpeft/model/kernels if it takes these updates."""
+    """Returns the C++ library if it takes these updates."""
     fits = len(ranks) <= LAYERS and all(rank % 2 == 0 and rank <= THICK for rank in ranks)
     return native(*tensors) if fits and all(x.is_contiguous() for x in tensors) else None

@@ -25,7 +25,7 @@ static inline __m512bh load_pairs(const bf16* x) { return (__m512bh)_mm512_loadu
 
 static inline float number(bf16 x) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(uint32_t(x) << 16))); }
 
-// e^x = 2^n e^r, |r| <= ln 2 / 2, by Taylor's series: right to some 2e-7 of it. Beyond 200 it is infinite or 0.
+// e^x = 2^n e^r, |r| <= ln 2 / 2, by Taylor's series, to a relative error of some 2e-7. Beyond 200 it is infinite or 0.
 static inline __m512 exponential(__m512 x) {
     x = _mm512_min_ps(_mm512_set1_ps(200), _mm512_max_ps(_mm512_set1_ps(-200), x));  // in this order nan stays nan
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);

@@ -1,6 +1,6 @@
-"""Steps of a block whose backward passes are written out: fewer passes over memory, and less held.
+"""Operations of a block with backward passes of our own: fewer passes over memory, and less memory.
 
-What autograd makes of the same formulas keeps every intermediate; each function here keeps its inputs.
+Autograd would keep every intermediate of these formulas; each function here keeps its inputs only.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,18 +13,18 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from litpeft.model.kernels import fused, native
 
-PIECE = 1 << 18  # numbers whose float32 copies stay in a CPU's cache: it is memory that a norm waits for
-CAST = 1 << 20  # numbers of a weight that are cast at a time, for the same reason
+CHUNK = 1 << 18  # numbers whose float32 copies fit a CPU's cache: norms are memory-bound
+CAST_CHUNK = 1 << 20  # numbers of a weight that are cast at a time, for the same reason
 
 
-def plain() -> bool:
-    """Returns whether a formula is best left as it is: nothing is held, or the compiler does what is done here."""
+def use_eager() -> bool:
+    """Returns whether to leave a formula to torch: without autograd nothing is kept, and torch.compile fuses it."""
     return not torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 @cache
 def has_onednn() -> bool:
-    """Returns whether this build of torch can be asked for oneDNN's products."""
+    """Returns whether this build of torch gives access to oneDNN's products."""
     operators = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     return operators and torch.backends.mkldnn.is_available()
 
@@ -32,12 +32,12 @@ def has_onednn() -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns W x + b: (..., in) -> (..., out). A weight of another type is cast to that of x.
 
-    Where that makes it larger and no gradient is wanted, it is cast a few outputs at a time. Float32 on a CPU goes to
+    Where that makes it larger and there is no autograd, it is cast a few outputs at a time. Float32 on a CPU goes to
     oneDNN: torch takes MKL there, which needed twice the time on an AMD processor.
     """
     if x.dtype != weight.dtype:
-        here = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if here and x.dtype.itemsize > weight.dtype.itemsize:
+        in_parts = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if in_parts and x.dtype.itemsize > weight.dtype.itemsize:
             return _cast_in_parts(x, weight, bias)
         weight = weight.to(x.dtype)
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -48,7 +48,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _cast_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns W x + b without a copy of W in the type of x."""
-    y, outputs = x.new_empty(*x.shape[:-1], len(weight)), max(1, CAST // weight.size(1))
+    y, outputs = x.new_empty(*x.shape[:-1], len(weight)), max(1, CAST_CHUNK // weight.size(1))
     for part, some in zip(y.split(outputs, -1), weight.split(outputs), strict=True):
         part.copy_(product(x, some.to(x.dtype)))
     return y if bias is None else y.add_(bias)
@@ -76,15 +76,15 @@ class _Product(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Returns x / rms(x) * weight for x (..., d) and weight (d,), in the type of x; computed in float32 or better."""
-    if x.is_cuda or plain():  # the same bits
+    if x.is_cuda or use_eager():  # the same bits
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight, eps)
 
 
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yields the same rows (rows, n) of tensors of like leading shape, a cacheful at a time."""
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields tensors of equal leading shape as chunks (rows, n) that fit the cache, the same rows of each."""
     rows = [x.flatten(0, -2) if x.dim() > 1 else x[None] for x in tensors]
-    return zip(*(x.split(max(1, PIECE // rows[0].size(1))) for x in rows), strict=True)
+    return zip(*(x.split(max(1, CHUNK // rows[0].size(1))) for x in rows), strict=True)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -99,7 +99,7 @@ class _RMSNorm(torch.autograd.Function):
             return y
         y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=wide)  # scale = 1 / rms(x)
         weight_ = weight.to(wide)
-        for x_, y_, scale_ in _pieces(x, y, scale):
+        for x_, y_, scale_ in _chunks(x, y, scale):
             size = torch.linalg.vector_norm(x_, dim=-1, keepdim=True, dtype=wide)
             scale_.copy_(size.square_().div_(x.size(-1)).add_(eps).rsqrt_())
             y_.copy_((x_.to(wide) * scale_).mul_(weight_))
@@ -116,7 +116,7 @@ class _RMSNorm(torch.autograd.Function):
             return dx, None if dweight is None else dweight.to(weight.dtype), None
         dx, weight_ = torch.empty_like(x), weight.to(scale.dtype)
         dweight = torch.zeros_like(weight_) if ctx.needs_input_grad[1] else None
-        for x_, dy_, scale_, dx_ in _pieces(x, dy, scale, dx):
+        for x_, dy_, scale_, dx_ in _chunks(x, dy, scale, dx):
             unit, dy_ = x_.to(scale.dtype) * scale_, dy_.to(scale.dtype)
             if dweight is not None:
                 dweight += (dy_ * unit).sum(0)
@@ -130,11 +130,11 @@ def scaled(y: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
     """Returns gain * y + shift for y (..., out) and vectors (out,), in the type of y."""
     if gain is None:
         return y if shift is None else y + shift.to(y.dtype)
-    return _scaled(y, gain, shift) if plain() else _Scaled.apply(y, gain, shift)
+    return _scaled(y, gain, shift) if use_eager() else _Scaled.apply(y, gain, shift)
 
 
 def _scaled(y: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
-    # as an addition to y: bfloat16 has no number between 1 and 1.0078
+    # gain - 1 times y is added to y, as bfloat16 has no number between 1 and 1.0078
     return torch.addcmul(y if shift is None else y + shift.to(y.dtype), y, (gain - 1).to(y.dtype))
 
 
@@ -149,14 +149,14 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         (y, gain), (needs_dy, _, needs_dshift) = ctx.saved_tensors, ctx.needs_input_grad
-        dgain = None if y is None else sum((y_ * dy_).sum(0, dtype=gain.dtype) for y_, dy_ in _pieces(y, dy))
+        dgain = None if y is None else sum((y_ * dy_).sum(0, dtype=gain.dtype) for y_, dy_ in _chunks(y, dy))
         dshift = dy.flatten(0, -2).sum(0, dtype=gain.dtype) if needs_dshift else None
         return _scaled(dy, gain, None) if needs_dy else None, dgain, dshift
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns silu(gate) * up, of https://arxiv.org/abs/2002.05202."""
-    return _swiglu(gate, up) if plain() else _SwiGLU.apply(gate, up)
+    return _swiglu(gate, up) if use_eager() else _SwiGLU.apply(gate, up)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Holds its inputs only: the backward pass computes silu(gate) again."""
+    """Keeps its inputs only: the backward pass recomputes silu(gate)."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ class _SwiGLU(torch.autograd.Function):
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
-class remade(saved_tensors_hooks):
-    """Within the block, autograd keeps of the tensor `y` only how to make it again."""
+class recompute_output(saved_tensors_hooks):
+    """Within the `with` block, autograd does not keep the tensor `y`: the backward pass recomputes it by `make`."""
 
     def __init__(self, y: Tensor, make: Callable[[], Tensor]):
         def place(x: Tensor) -> tuple[int, int, int]:
@@ -203,11 +203,11 @@ class remade(saved_tensors_hooks):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns x (B, heads, T, D) with each pair (i, i + R/2) turned by its angle.
+    """Returns x (B, heads, T, D) with each pair (i, i + R/2) rotated by its angle.
 
     cos and sin are (B, 1, T, R), each angle twice; sin is negated in its first half.
     """
-    return _turn(x, cos, sin, 1) if plain() else _Rotate.apply(x, cos, sin)
+    return _turn(x, cos, sin, 1) if use_eager() else _Rotate.apply(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -222,12 +222,12 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """Returns x turned forwards (1) or back (-1)."""
+    """Returns x rotated forwards (1) or back (-1)."""
     library = fused(x, cos, sin) if len(x) == 1 else None
     if library is not None:
         return library.rotate(x, cos, sin, direction)
-    turned, rest = cos.size(-1), x.size(-1) - cos.size(-1)
-    if rest:
-        x, still = x.split((turned, rest), -1)
-        return torch.cat((_turn(x, cos, sin, direction), still), -1)
-    return torch.addcmul(x * cos, x.roll(turned // 2, -1), sin, value=direction)
+    rotary_dim = cos.size(-1)
+    if rotary_dim < x.size(-1):
+        x, rest = x.split((rotary_dim, x.size(-1) - rotary_dim), -1)
+        return torch.cat((_turn(x, cos, sin, direction), rest), -1)
+    return torch.addcmul(x * cos, x.roll(rotary_dim // 2, -1), sin, value=direction)

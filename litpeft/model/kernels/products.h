@@ -1,25 +1,25 @@
-// Products with weights in strips of 16 outputs, whether in bfloat16 or in codes.
+// Products with weights in strips of 16 outputs, in bfloat16 or in codes.
 //
-// Letters: M rows, K inputs, N outputs. Every sum has one order, whatever M is: what a row gets does not depend, bit
-// for bit, on how many come with it.
+// Letters: M rows, K inputs, N outputs. Every sum has one order, whatever M is: the bits of a row's result do not
+// depend on the other rows.
 
 #pragma once
 
 #include "tiles.h"
 
-// W (N, K) of layers that read the same input; generate/cpu/native_weights.py says how it lies
-struct Rows {
+// W (N, K) of layers that read the same input; generate/cpu/native_weights.py describes the layout
+struct PackedLinears {
     const uint8_t* weight;
-    const float* scale;   // (K / span, N), or null: what the sums over `span` inputs are multiplied with
-    const bf16* codes;    // (32,): the 16 values of four bits, twice; null for other kinds
-    const float* gain;    // (N,), or null: what W x is multiplied with
+    const float* scale;   // (K / span, N), or null: factors of the sums over `span` inputs
+    const bf16* codes;    // (32,): the 16 values of four-bit codes, twice; null for other kinds
+    const float* gain;    // (N,), or null: factors of W x
     const float* bias;    // (N,), or null
     const float* a;       // (rank, K) and
     const float* b;       // (rank, N): a low-rank update b^T a x
     Long kind, inputs, outputs, span, rank;
 };
 
-// A kind of weight says how many bytes two inputs of 16 outputs take, and loads four inputs of each as bfloat16.
+// A kind of weight: the bytes of two inputs of 16 outputs, and how to load four inputs of each as bfloat16.
 
 struct Bfloat16 {
     static constexpr Long BYTES = 64;
@@ -35,7 +35,7 @@ struct Int8 {
         __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
     }
-    static inline __m512bh pair(const uint8_t* p) {  // the upper halves of whole numbers below 256 are all of them
+    static inline __m512bh pair(const uint8_t* p) {  // the upper halves of floats hold integers below 256 exactly
         return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(floats(p), 16), floats(p + 16));
     }
     static inline void load(const uint8_t* p, __m512i, __m512bh& x, __m512bh& y) {
@@ -48,23 +48,23 @@ struct FourBit {
     static constexpr Long BYTES = 16;  // two inputs in the low halves of 32 bytes, the next two in the high ones
     static inline void load(const uint8_t* p, __m512i codes, __m512bh& x, __m512bh& y) {
         __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        x = (__m512bh)_mm512_permutexvar_epi16(bytes, codes);  // which looks at five bits: every code is there twice
+        x = (__m512bh)_mm512_permutexvar_epi16(bytes, codes);  // an index has five bits, so every code is there twice
         y = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), codes);
     }
 };
 
-constexpr Long AHEAD = 3072;  // bytes of a strip that are asked for before they are needed
+constexpr Long AHEAD = 3072;  // bytes that a strip is prefetched ahead
 
-// y (M, 16 S) = what S strips of outputs from `strip` on make of x (M, K)
+// y (M, 16 S) = the outputs of S strips from `strip` on, for x (M, K)
 template <class Weight, int M, int S>
-static void tile(const Rows& rows, const bf16* x, Long strip, float* y) {
-    const Long K = rows.inputs, bytes = K / 2 * Weight::BYTES;
-    const uint8_t* weight = rows.weight + strip * bytes;
-    const __m512i codes = rows.codes ? _mm512_loadu_si512(rows.codes) : _mm512_setzero_si512();
+static void tile(const PackedLinears& linears, const bf16* x, Long strip, float* y) {
+    const Long K = linears.inputs, bytes = K / 2 * Weight::BYTES;
+    const uint8_t* weight = linears.weight + strip * bytes;
+    const __m512i codes = linears.codes ? _mm512_loadu_si512(linears.codes) : _mm512_setzero_si512();
     __m512 total[M][S] = {};
-    for (Long from = 0; from < K; from += rows.span) {
+    for (Long from = 0; from < K; from += linears.span) {
         __m512 sum[M][S] = {};
-        for (Long k = from; k < std::min(K, from + rows.span); k += 4) {
+        for (Long k = from; k < std::min(K, from + linears.span); k += 4) {
             __m512bh first[S], second[S];
 #pragma GCC unroll 4
             for (int s = 0; s < S; s++) {
@@ -83,8 +83,8 @@ static void tile(const Rows& rows, const bf16* x, Long strip, float* y) {
             }
         }
         for (int s = 0; s < S; s++) {
-            const Long at = from / rows.span * rows.outputs + 16 * (strip + s);
-            const __m512 factor = rows.scale ? _mm512_loadu_ps(rows.scale + at) : _mm512_set1_ps(1);
+            const Long at = from / linears.span * linears.outputs + 16 * (strip + s);
+            const __m512 factor = linears.scale ? _mm512_loadu_ps(linears.scale + at) : _mm512_set1_ps(1);
             for (int m = 0; m < M; m++) total[m][s] = _mm512_fmadd_ps(sum[m][s], factor, total[m][s]);
         }
     }
@@ -92,10 +92,10 @@ static void tile(const Rows& rows, const bf16* x, Long strip, float* y) {
         for (int s = 0; s < S; s++) _mm512_storeu_ps(y + 16 * (m * S + s), total[m][s]);
 }
 
-using Tile = void (*)(const Rows&, const bf16*, Long, float*);
-constexpr Long MOST = 8, CACHE = 192 << 10;  // rows at a time; bytes of weights that stay near while the rows go by
+using Tile = void (*)(const PackedLinears&, const bf16*, Long, float*);
+constexpr Long MOST = 8, CACHE = 192 << 10;  // rows at a time; bytes of weights that stay in the cache for all rows
 
-struct Tiles {  // for 1 to 8 rows: as many strips as there are registers for, and one
+struct Tiles {  // for 1 to 8 rows: `wide` takes as many strips as registers hold, `narrow` one
     Long bytes, strips[MOST];
     Tile wide[MOST], narrow[MOST];
 };
@@ -113,26 +113,26 @@ constexpr Tiles TILES = {
 static const Tiles* const KINDS[] = {&TILES<Bfloat16>, &TILES<Int8>, &TILES<FourBit>};
 
 // h (M, rank) = a x
-static std::unique_ptr<float[]> inner(const Rows& rows, const bf16* x, Long M) {
-    const Long K = rows.inputs;
-    std::unique_ptr<float[]> h(new float[M * rows.rank]);
+static std::unique_ptr<float[]> inner(const PackedLinears& linears, const bf16* x, Long M) {
+    const Long K = linears.inputs;
+    std::unique_ptr<float[]> h(new float[M * linears.rank]);
     for (Long m = 0; m < M; m++)
-        for (Long r = 0; r < rows.rank; r++) {
+        for (Long r = 0; r < linears.rank; r++) {
             __m512 sum = _mm512_setzero_ps();
             for (Long k = 0; k < K; k += 16)
-                sum = _mm512_fmadd_ps(widen(x + m * K + k), _mm512_loadu_ps(rows.a + r * K + k), sum);
-            h[m * rows.rank + r] = _mm512_reduce_add_ps(sum);
+                sum = _mm512_fmadd_ps(widen(x + m * K + k), _mm512_loadu_ps(linears.a + r * K + k), sum);
+            h[m * linears.rank + r] = _mm512_reduce_add_ps(sum);
         }
     return h;
 }
 
-// calls put(m, n, y) with each 16 outputs from n on of gain W x + b + update, for x (M, K); the threads share the outputs
-template <class Put>
-static void multiply(const Rows& rows, const bf16* x, Long M, const Put& put) {
-    const Tiles& tiles = *KINDS[rows.kind];
-    const Long K = rows.inputs, near = std::max<Long>(4, CACHE / (K / 2 * tiles.bytes) / 4 * 4);
-    const auto h = inner(rows, x, M);
-    const auto [begin, end] = share(rows.outputs / 16);
+// calls store(m, n, y) for each 16 outputs from n on of gain W x + b + update, for x (M, K); threads share the outputs
+template <class Store>
+static void multiply(const PackedLinears& linears, const bf16* x, Long M, const Store& store) {
+    const Tiles& tiles = *KINDS[linears.kind];
+    const Long K = linears.inputs, near = std::max<Long>(4, CACHE / (K / 2 * tiles.bytes) / 4 * 4);
+    const auto h = inner(linears, x, M);
+    const auto [begin, end] = share(linears.outputs / 16);
     alignas(64) float y[MOST * 16 * 4];
     for (Long from = begin; from < end; from += near)
         for (Long m = 0; m < M; m += MOST) {
@@ -140,18 +140,18 @@ static void multiply(const Rows& rows, const bf16* x, Long M, const Put& put) {
             Long strips = tiles.strips[count - 1];
             for (Long strip = from; strip < to; strip += strips) {
                 if (strip + strips > to) strips = 1;
-                (strips == 1 ? tiles.narrow : tiles.wide)[count - 1](rows, x + m * K, strip, y);
+                (strips == 1 ? tiles.narrow : tiles.wide)[count - 1](linears, x + m * K, strip, y);
                 for (Long i = 0; i < count; i++)
                     for (Long s = 0; s < strips; s++) {
                         const Long n = 16 * (strip + s);
                         __m512 sum = _mm512_load_ps(y + 16 * (i * strips + s));
-                        if (rows.gain) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(rows.gain + n));
-                        if (rows.bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(rows.bias + n));
-                        for (Long r = 0; r < rows.rank; r++) {
-                            const __m512 factor = _mm512_set1_ps(h[(m + i) * rows.rank + r]);
-                            sum = _mm512_fmadd_ps(factor, _mm512_loadu_ps(rows.b + r * rows.outputs + n), sum);
+                        if (linears.gain) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(linears.gain + n));
+                        if (linears.bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(linears.bias + n));
+                        for (Long r = 0; r < linears.rank; r++) {
+                            const __m512 factor = _mm512_set1_ps(h[(m + i) * linears.rank + r]);
+                            sum = _mm512_fmadd_ps(factor, _mm512_loadu_ps(linears.b + r * linears.outputs + n), sum);
                         }
-                        put(m + i, n, sum);
+                        store(m + i, n, sum);
                     }
             }
         }

@@ -1,4 +1,4 @@
-// Small products in bfloat16, and how their operands are laid out: in pairs of inputs, 16 outputs to a strip.
+// Small products in bfloat16, and the layout of their operands: in pairs of inputs, 16 outputs to a strip.
 
 #pragma once
 
@@ -8,14 +8,14 @@
 
 #include "numbers.h"
 
-constexpr Long ROWS = 8;  // of x that are multiplied together
+constexpr Long ROWS = 8;  // of x that are multiplied at a time
 
 using Buffer = std::unique_ptr<bf16[]>;
 using Floats = std::unique_ptr<float[]>;
 
 static inline Long rounded(Long m) { return (m + 31) / 32 * 32; }
 
-static inline __m512bh broadcast(const bf16* x) {  // one pair, 16 times
+static inline __m512bh broadcast(const bf16* x) {  // a pair, 16 times
     int pair;
     std::memcpy(&pair, x, sizeof pair);
     return (__m512bh)_mm512_set1_epi32(pair);
@@ -38,8 +38,8 @@ static inline __m512i zip(const float* one, const float* next) {
     return zip((__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(next), _mm512_loadu_ps(one)));
 }
 
-// y (8, 16 S) = the sum over pairs of inputs of x w. The rows of x are `row` apart, its pairs `pair`; w is S strips,
-// `strip` apart
+// y (8, 16 S) = the sum of x w over pairs of inputs. Strides: `row` and `pair` of the rows and pairs of x, `strip` of
+// the S strips of w
 template <int S>
 static inline void product(const bf16* x, Long row, Long pair, const bf16* w, Long strip, Long pairs, float* y,
                            Long y_row) {
@@ -57,7 +57,7 @@ static inline void product(const bf16* x, Long row, Long pair, const bf16* w, Lo
         for (Long s = 0; s < S; s++) _mm512_storeu_ps(y + i * y_row + 16 * s, sum[i][s]);
 }
 
-// y: strips of the m rows of x, each an output and its D numbers the inputs
+// y: strips of x, whose m rows are the outputs and whose D columns are the inputs
 static inline void by_row(const bf16* x, Long row, Long m, Long D, bf16* y) {
     const __m512i sixteen = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i lanes = _mm512_mullo_epi32(sixteen, _mm512_set1_epi32(int(row)));
@@ -71,7 +71,7 @@ static inline void by_row(const bf16* x, Long row, Long m, Long D, bf16* y) {
     }
 }
 
-// y: strips of the D columns of x, each an output and its m numbers, and zeros up to a multiple of 32, the inputs
+// y: strips of x, whose D columns are the outputs and whose m rows, padded with zeros to a multiple of 32, the inputs
 static inline void by_column(const bf16* x, Long row, Long m, Long D, bf16* y) {
     const Long M = rounded(m);
     for (Long i = 0; i < D; i += 16)
@@ -82,7 +82,7 @@ static inline void by_column(const bf16* x, Long row, Long m, Long D, bf16* y) {
         }
 }
 
-// y (8, D) = rows of x, zeros after the last
+// y (8, D) = `count` rows of x, padded with zeros
 static inline void some_rows(const bf16* x, Long row, Long count, Long D, bf16* y) {
     std::memset(y, 0, ROWS * D * sizeof *y);
     for (Long i = 0; i < std::min(ROWS, count); i++) std::memcpy(y + i * D, x + i * row, D * sizeof *y);

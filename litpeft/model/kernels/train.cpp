@@ -1,4 +1,4 @@
-// Steps of a block in training that wait for memory, each in one pass over it: SwiGLU, norms, rotation, loss.
+// Memory-bound operations of training, each in one pass over memory: SwiGLU, norms, rotation, loss.
 
 #include <algorithm>
 #include <cmath>
@@ -27,7 +27,7 @@ extern "C" void swiglu_backward(const bf16* dy, const bf16* gate, const bf16* up
     }
 }
 
-// y = x / rms(x) * weight for M rows of d numbers; keeps scale (M,) = 1 / rms(x)
+// y = x / rms(x) * weight for M rows of d numbers, and scale (M,) = 1 / rms(x)
 extern "C" void norm(const bf16* x, const float* weight, double eps, bf16* y, float* scale, Long M, Long d,
                      Long threads) {
 #pragma omp parallel for num_threads(threads)
@@ -58,8 +58,8 @@ extern "C" void norm_backward(const bf16* dy, const bf16* x, const float* weight
     }
 }
 
-// y (T, H, D) = x (H, T, D), whose heads and tokens are so many numbers apart, with the first R numbers of each head in
-// pairs (i, i + R/2) turned forwards (1) or back (-1); cos and sin are (T, R), sin negated in its first half
+// y (T, H, D) = x (H, T, D), of strides `head` and `token`, with the first R numbers of each head in pairs (i, i + R/2)
+// rotated forwards (1) or back (-1); cos and sin are (T, R), sin negated in its first half
 extern "C" void rotate(const bf16* x, Long head, Long token, const bf16* cos, const bf16* sin, bf16* y, Long H, Long T,
                        Long D, Long R, Long direction, Long threads) {
     const __m512 sign = _mm512_set1_ps(direction);
@@ -79,8 +79,8 @@ extern "C" void rotate(const bf16* x, Long head, Long token, const bf16* cos, co
         }
 }
 
-// losses (N,) = -log softmax(logits (N, V))[target]; the logits become their gradient: the probabilities, less 1 at the
-// target
+// losses (N,) = -log softmax(logits (N, V))[target]; overwrites the logits with their gradient: the probabilities, less
+// 1 at the target
 extern "C" void cross_entropy(bf16* logits, const Long* targets, float* losses, Long N, Long V, Long threads) {
 #pragma omp parallel for num_threads(threads)
     for (Long n = 0; n < N; n++) {
@@ -95,7 +95,7 @@ extern "C" void cross_entropy(bf16* logits, const Long* targets, float* losses, 
         losses[n] = log_sum - target;
         for (Long i = 0; i < V; i += 16)
             narrow(row + i, exponential(_mm512_sub_ps(widen(row + i), _mm512_set1_ps(log_sum))));
-        const __m512 wrong = _mm512_set1_ps(std::expm1(target - log_sum));  // p - 1, and no digit of it lost
+        const __m512 wrong = _mm512_set1_ps(std::expm1(target - log_sum));  // p - 1, without cancellation
         alignas(32) bf16 rounded[16];
         narrow(rounded, wrong);
         row[targets[n]] = rounded[0];

@@ -1,6 +1,6 @@
-"""Steps of a block that torch does in several passes over memory, in one, for GPUs: written in Triton.
+"""Operations of a block in one pass over memory, where torch makes several: Triton kernels for GPUs.
 
-Computed in float32, and rounded once. Triton comes with torch's builds for GPUs.
+They compute in float32 and round once. Triton comes with torch's builds for GPUs.
 """
 
 import torch
@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 SIZE = 1024  # numbers that one program takes
-HEADS = 8  # heads that one program turns
-CLASSES = 4096  # logits that one program looks at together
+HEADS = 8  # heads that one program rotates
+CLASSES = 4096  # logits that a program reads at a time
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _rotate(x, y, cos, sin, x_head, x_token, y_head, y_token, heads, half, direc
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """Returns x (1, heads, T, D) with its first R numbers turned forwards (1) or back (-1).
+    """Returns x (1, heads, T, D) with its first R numbers rotated forwards (1) or back (-1).
 
     cos and sin (1, 1, T, R) are those of ops.rotate.
     """
@@ -78,7 +78,7 @@ def _cross_entropy(logits, targets, losses, n, size: tl.constexpr):
     for start in range(0, n, size):
         at = start + tl.arange(0, size)
         x = tl.load(logits + at, mask=at < n, other=-float("inf")).to(tl.float32)
-        wanted += tl.sum(tl.where(at == target, x, 0.0), 0)  # not from memory: it may have been written over by then
+        wanted += tl.sum(tl.where(at == target, x, 0.0), 0)  # not loaded later: it may be overwritten by then
         before, top = top, tl.maximum(top, tl.max(x, 0))
         total = total * tl.exp(before - top) + tl.sum(tl.exp(x - top), 0)
     log_sum = top + tl.log(total)
@@ -91,9 +91,9 @@ def _cross_entropy(logits, targets, losses, n, size: tl.constexpr):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns the loss of each row (N,), in float32; the logits (N, V) become their own gradients.
+    """Returns the loss of each row (N,), in float32; writes the gradients over the logits (N, V).
 
-    A target below 0 stands for a row that does not count: its loss and its gradient are 0.
+    A row with a target below 0 does not count: its loss and its gradient are 0.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _cross_entropy[len(logits),](logits, targets, losses, logits.size(1), CLASSES, num_warps=8)
@@ -122,9 +122,9 @@ def dequantize_4bit(
     dynamic: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """Returns `out`, filled with the weights of packed codes, blocks of 64; with `scale` the absmax are codes too.
+    """Returns `out`, filled with the weights of packed codes in blocks of 64; with `scale` the absmax are codes, too.
 
-    `table` has the 16 numbers of a code, `dynamic` the 256 of an absmax. In float32, rounded once.
+    `table` maps 16 codes to numbers, `dynamic` the 256 codes of an absmax. Computes in float32 and rounds once.
     """
     nested, n = scale is not None, out.numel()
     given = (codes, absmax, scale if nested else absmax, offset if nested else absmax, table, dynamic, out, n)

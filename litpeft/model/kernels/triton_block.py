@@ -1,7 +1,7 @@
-"""The passes over memory of a LLaMA block in training, for GPUs, written in Triton.
+"""What a LLaMA block in training does beside its large products, as Triton kernels for GPUs.
 
-Each reads its inputs once, computes in float32 and rounds once. Low-rank updates y + B t, whose t = A x (N, r) is
-small, are added where y is read anyway, so that they cost no pass of their own.
+Each kernel reads its inputs once, computes in float32 and rounds once. Low-rank updates y + B t, whose t = A x (N, r)
+is small, are added where y is read anyway, so that they cost no pass of their own.
 Letters: N tokens, d model width, F width of the MLP, H heads, D head size, r rank.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from litpeft.model.kernels import triton as kernels
 
 ROWS, COLUMNS = 32, 64  # of the tile that one program takes
-LEAST = 16  # rank up to which factors are filled with zeros: the smallest that tl.dot takes
+SMALLEST = 16  # size that tl.dot takes; smaller factors are padded with zeros
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _swiglu_backward(
 
 
 def swiglu(gate: Tensor, up: Tensor, updates: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
-    """Returns silu(gate + t b^T) * (up + t b^T) of gate, up (N, F) with an update (t (N, r), b (F, r)) for each."""
+    """Returns silu(gate + t b^T) * (up + t b^T) of gate and up (N, F), each with an update (t (N, r), b (F, r))."""
     y, (n, width) = torch.empty_like(gate), gate.shape
     (tg, bg), (tu, bu) = updates
     ranks = [bg.size(1), bu.size(1)]
@@ -128,9 +128,9 @@ def swiglu(gate: Tensor, up: Tensor, updates: tuple[tuple[Tensor, Tensor], ...])
 def swiglu_backward(
     dy: Tensor, gate: Tensor, up: Tensor, updates: tuple[tuple[Tensor, Tensor], ...], below: tuple[Tensor, Tensor]
 ) -> None:
-    """Writes the gradients of gate and up over them, and over dy (N, F) what `swiglu` returned.
+    """Writes the gradients of gate and up over them, and the output of `swiglu` over dy (N, F).
 
-    The gradient of that is dy + t a^T, where `below` is t (N, r) and a (F, r).
+    The gradient of that output is dy + t a^T, where `below` is t (N, r) and a (F, r).
     """
     (n, width), (tg, bg), (tu, bu), (td, ad) = gate.shape, *updates, below
     ranks = [bg.size(1), bu.size(1), ad.size(1)]
@@ -140,8 +140,8 @@ def swiglu_backward(
 
 
 def _padded(rank: int) -> int:
-    """Returns the size of a tile for a rank; 0 stands for no update."""
-    return 0 if rank == 0 else max(LEAST, triton.next_power_of_2(rank))
+    """Returns the size of a tile for a rank; 0 means no update."""
+    return 0 if rank == 0 else max(SMALLEST, triton.next_power_of_2(rank))
 
 
 @triton.jit
@@ -161,13 +161,13 @@ def _rotate(x, t, b, cos, sin, n, width, t_row, r, half, R: tl.constexpr, tile: 
 def rotate(x: Tensor, update: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor) -> None:
     """Writes x + t b^T, rotated, over x (N, H * D); cos and sin (1, 1, N, D) are those of ops.rotate."""
     (n, width), (t, b), size = x.shape, update, cos.size(-1)
-    tile = (ROWS, max(LEAST, triton.next_power_of_2(size // 2)))
+    tile = (ROWS, max(SMALLEST, triton.next_power_of_2(size // 2)))
     grid = (width // size, triton.cdiv(n, tile[0]))
     rank = b.size(1)
     _rotate[grid](x, t, b, cos, sin, n, width, t.stride(0), rank, size // 2, _padded(rank), tile)
 
 
 def rotated_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns the gradient (N, H * D) of what was rotated, from that of the result."""
+    """Returns the gradient (N, H * D) of the input of `rotate`, from that of its output."""
     heads = dy.view(1, len(dy), -1, cos.size(-1)).transpose(1, 2)
     return kernels.rotate(heads, cos, sin, -1).transpose(1, 2).reshape(dy.shape)

@@ -26,7 +26,7 @@ def storage_class(name: str, key: str = "base.quantize") -> type:
 
 @dataclass(frozen=True)
 class Storage:
-    """How the linear layers of a frozen base are held, where not as they are: see litpeft/model/quantize."""
+    """How the linear layers of a frozen base are quantised: see litpeft/model/quantize."""
 
     name: str
     double_quantize: bool = True
@@ -34,5 +34,5 @@ class Storage:
 
     @property
     def key(self) -> str:
-        """Returns the name under which such weights are kept on disk."""
+        """Returns the name of such weights in a cache on disk."""
         return f"{self.name}-dq" if self.double_quantize and self.name != "int8" else self.name

@@ -1,4 +1,4 @@
-"""A base's packed weights on disk, beside its own files: made once, read by every later run."""
+"""A base's packed weights on disk, beside its own files: written once, read by every later run."""
 
 import json
 import shutil
@@ -30,9 +30,9 @@ class Cache:
         self.facts = {"format": FORMAT, "key": key, "fingerprint": fingerprint}
 
     def tensors(self) -> Any | None:
-        """Returns the open safetensors file, whose `get_tensor(name)` reads one tensor, or None if none is of use.
+        """Returns the open safetensors file, whose `get_tensor(name)` reads one tensor, or None without a valid cache.
 
-        Says in one line why a cache that is there is of no use.
+        Says in one line why an existing cache is not valid.
         """
         if not self.folder.exists():
             return None
@@ -43,7 +43,7 @@ class Cache:
         return safe_open(self.folder / FILES[0], framework="pt")
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """Writes the packed tensors by their names in the model; the folder appears as a whole. No copies on a CPU."""
+        """Writes the packed tensors by their names in the model; the folder appears at once. No copies on a CPU."""
         try:
             self._remove()
             with atomic_folder(self.folder) as temporary:
@@ -66,7 +66,7 @@ class Cache:
             read_header(self.folder / FILES[0])
             if found.get("sha256") != file_sha256(self.folder / FILES[0]):
                 return f"{FILES[0]} is not the file that was written (sha256 mismatch)"
-        except UserError as error:  # damaged: nothing is lost that the base does not hold
+        except UserError as error:  # damaged: nothing is lost, the base still has it
             return error.what
         return None
 

@@ -16,8 +16,8 @@ from litpeft.model.kernels import gpu_kernels
 
 BLOCK = 64  # values that share an absmax
 GROUP = 256  # values of absmax that share a scale, with double quantisation
-PIECE = 1 << 19  # values that are packed at a time: their float32 copies stay in a processor's cache
-AMBIGUOUS = 255  # no code: the table of `_cells` cannot tell
+CHUNK = 1 << 19  # values that are packed at a time: their float32 copies fit a processor's cache
+AMBIGUOUS = 255  # not a code: the table of `_cells` does not decide
 TINY = 1e-38  # a block of zeros is divided by this instead
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -47,7 +47,7 @@ def bitsandbytes() -> ModuleType:
 
 @cache
 def has_kernels(device: str) -> bool:
-    """Returns whether bitsandbytes brings kernels of its own for this type of device; torch does the work elsewhere."""
+    """Returns whether bitsandbytes has kernels for this type of device; elsewhere torch does the work."""
     try:
         bitsandbytes()
     except (ImportError, OSError):  # not installed, or built for another system
@@ -61,7 +61,7 @@ def has_product(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in KNOWN and has_kernels("cuda")
 
 
-# 1. quantise: torch on every device, so that a base has the same bytes wherever it was packed
+# 1. quantise: by torch on every device, so that a base has the same bytes wherever it was packed
 
 
 @cache
@@ -94,24 +94,24 @@ def _packed(code: Tensor) -> Tensor:
 
 
 def quantize_4bit(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Returns packed codes (ceil(n / 2),) and absmax (b,) in float32 of n values; works piece by piece."""
+    """Returns packed codes (ceil(n / 2),) and absmax (b,) in float32 of n values; works chunk by chunk."""
     flat = weight.detach().reshape(-1)
     n = flat.numel()
-    whole = n - n % BLOCK
+    full = n - n % BLOCK  # values in full blocks
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32, device=flat.device)
-    for start in range(0, whole, PIECE):
-        end = min(start + PIECE, whole)
+    for start in range(0, full, CHUNK):
+        end = min(start + CHUNK, full)
         x = flat[start:end].float().view(-1, BLOCK)
         largest = torch.amax(x.abs(), -1, out=absmax[start // BLOCK : end // BLOCK])
         # times the reciprocal, as bitsandbytes does: a quotient would round some values to the neighbouring code
         x = x * (1 / largest.clamp(min=TINY))[:, None]
         packed[start // 2 : end // 2] = _packed(_nearest(x.flatten(), kind))
-    if n > whole:  # the last block is short; here it is a quotient
-        x = flat[whole:].float()
+    if n > full:  # the last block is short; its values are divided by absmax
+        x = flat[full:].float()
         absmax[-1] = x.abs().max().clamp(min=TINY)
         x = F.pad(x / absmax[-1], (0, n % 2))
-        packed[whole // 2 :] = _packed(_nearest(x, kind))
+        packed[full // 2 :] = _packed(_nearest(x, kind))
     return packed, absmax
 
 
@@ -140,7 +140,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = F.pad(absmax - offset, (0, -absmax.numel() % GROUP)).view(-1, GROUP)
     scale = x.abs().amax(-1)
     x = (x * (1 / scale)[:, None]).nan_to_num_(0).clamp_(-1, 1)
-    cell = ((x + 1) * 32767.5 + 0.5).int()  # bitsandbytes looks the nearest code up in as many cells
+    cell = ((x + 1) * 32767.5 + 0.5).int()  # bitsandbytes looks the nearest code up in 65536 cells, too
     code = _dynamic_cells(absmax.device)[cell].masked_fill_((scale == 0)[:, None], 0)
     return code.flatten()[: absmax.numel()].contiguous(), scale, offset[None]
 
@@ -203,7 +203,7 @@ def dequantize_4bit(
     if not kernels:
         return dequantize_in_torch(codes, absmax, shape, kind, dtype)
     n = shape[0] * shape[1]
-    # rows of even length are what all of the kernels take; blocks run over the flattened weight anyway
+    # all of the kernels take rows of even length only; blocks run over the flattened weight anyway
     rows = shape if shape[1] % 2 == 0 else [1, n + n % 2]
     given = dtype if dtype in KNOWN else torch.float32
     weight = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, kind, rows, given)
@@ -216,9 +216,10 @@ def _(codes: Tensor, absmax: Tensor, scale: Tensor, offset: Tensor, shape: list[
 
 
 def product_4bit(x: Tensor, packed: tuple[Tensor, ...], outputs: int, kind: str, bias: Tensor | None) -> Tensor:
-    """Returns W x + b of a weight (outputs, in) that is not unpacked where there are few rows: (..., in) -> (..., out).
+    """Returns W x + b: (..., in) -> (..., out); for few rows of x the weight (outputs, in) is not unpacked.
 
-    Without a gradient, and where `has_product`; `in` is a multiple of 64. `packed` is what dequantize_4bit takes first.
+    Without autograd, and if `has_product`; `in` is a multiple of 64. `packed` are the first arguments of
+    dequantize_4bit.
     """
     codes, absmax, *nested = packed
     first, twice = absmax, (None, None, None)

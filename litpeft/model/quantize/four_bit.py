@@ -26,7 +26,7 @@ from litpeft.model.slots import product_dtype
 class FourBit(Quantized):
     """Weights as one of 16 codes times the largest magnitude of their block."""
 
-    kind: str  # key of kernels.CODES
+    kind: str  # key of codes.CODES
 
     @classmethod
     def unpack(cls, packed: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:

@@ -3,17 +3,17 @@
     W = q * absmax / 127        q = round(127 W / absmax), absmax the largest magnitude of the row
 
 Costs 8 + 32/in bits a weight. The bytes are those of bitsandbytes' LLM.int8() https://arxiv.org/abs/2208.07339 without
-outliers; what is computed with is the weight in full, so that the gradient is exact. Where none is needed, a CPU
-multiplies few rows with the codes as they are, and scales the result.
+outliers; layers multiply with the unpacked weight, so that the gradient is exact. Without autograd a CPU multiplies
+few rows with the codes themselves, and scales the result.
 """
 
 import torch
 from torch import Tensor
 
-from litpeft.model.quantize.codes import PIECE
+from litpeft.model.quantize.codes import CHUNK
 from litpeft.model.quantize.quantized import Quantized
 
-FEW = 256  # rows up to which the kernel is faster than unpacking the weight
+SMALL_BATCH = 256  # rows up to which the kernel is faster than unpacking the weight
 
 
 class Int8(Quantized):
@@ -25,10 +25,10 @@ class Int8(Quantized):
         return (codes * absmax[:, None]).mul_(1 / 127).to(dtype)
 
     @staticmethod
-    def few(x: Tensor, codes: Tensor) -> bool:
-        """Returns whether x (..., in) has so few rows that torch's kernel for codes is the fastest, and can be used."""
-        sizes = all(size % 32 == 0 for size in codes.shape)  # others the kernel does not check, and dies of
-        return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= FEW * x.size(-1) and sizes
+    def small_batch(x: Tensor, codes: Tensor) -> bool:
+        """Returns whether torch's kernel for codes takes x (..., in), and is the fastest for so few rows."""
+        sizes = all(size % 32 == 0 for size in codes.shape)  # the kernel crashes on others, unchecked
+        return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() <= SMALL_BATCH * x.size(-1) and sizes
 
     @staticmethod
     def product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class Int8(Quantized):
         return y.view(*x.shape[:-1], len(codes))
 
     def base(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or not self.few(x, self.weight):
+        if torch.is_grad_enabled() or not self.small_batch(x, self.weight):
             return super().base(x)
         y = self.product(x, self.weight, (self.absmax / 127).to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)
@@ -49,7 +49,7 @@ class Int8(Quantized):
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         absmax = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        rows = max(1, PIECE // weight.size(1))  # at a time: no float32 copy of the whole
+        rows = max(1, CHUNK // weight.size(1))  # at a time: no float32 copy of the full weight
         for start in range(0, len(weight), rows):
             x = weight[start : start + rows].detach().float()
             largest = absmax[start : start + rows] = x.abs().amax(1)

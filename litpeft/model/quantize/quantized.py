@@ -1,4 +1,4 @@
-"""A linear layer whose frozen weight is held in few bits, and how a model gets such layers."""
+"""A linear layer with a quantised frozen weight, and how a model gets such layers."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from litpeft.model.slots import Linear, product_dtype
 
 
 class Product(torch.autograd.Function):
-    """y = W x + b, where W is unpacked in the forward and again in the backward pass, and never kept."""
+    """y = W x + b, where W is unpacked in the forward pass, again in the backward pass, and not kept between them."""
 
     @staticmethod
     def forward(
@@ -26,7 +26,7 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = dbias = None
-        packed = ctx.saved_tensors  # read once: checkpointing allows no more
+        packed = ctx.saved_tensors  # checkpointing allows reading them only once
         if ctx.needs_input_grad[0]:
             dx = product(dy, ctx.storage.unpack(packed, ctx.shape, ctx.dtype).t())
         if ctx.needs_input_grad[1]:
@@ -35,18 +35,18 @@ class Product(torch.autograd.Function):
 
 
 class Quantized(Linear):
-    """A linear layer with a packed weight. A storage says what is packed, how, and how it comes back.
+    """A linear layer with a packed weight. A subclass says how a weight is packed and unpacked.
 
-    All packed tensors are plain parameters that do not train: FSDP shards them, state dicts and files hold them.
+    All packed tensors are ordinary parameters that do not train: FSDP shards them, state dicts and files hold them.
     """
 
-    dtype: torch.dtype  # in which `dense` answers
+    dtype: torch.dtype  # of `dense`
     double_quantize: bool
     packed_names: tuple[str, ...]  # of the parameters that hold the weight
 
     @classmethod
     def unpack(cls, packed: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """Returns the weight (out, in) that the packed tensors stand for."""
+        """Returns the weight (out, in) of packed tensors."""
         raise NotImplementedError(f"{cls.__name__} must say how its weight is unpacked")
 
     def layout(self) -> dict[str, Tensor]:
@@ -54,11 +54,11 @@ class Quantized(Linear):
         raise NotImplementedError(f"{type(self).__name__} must say what it holds")
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Returns the packed tensors by name of one weight (out, in), on its device; keeps none of them."""
+        """Returns the packed tensors of a weight (out, in) by name, on its device; does not store them."""
         raise NotImplementedError(f"{type(self).__name__} must say how a weight is packed")
 
     def convert(self, dtype: torch.dtype, double_quantize: bool) -> None:
-        """Makes what was a Linear on the meta device this storage, without a weight yet."""
+        """Turns a Linear on the meta device into this storage, without a weight yet."""
         self.dtype, self.double_quantize = dtype, double_quantize
         layout = self.layout()
         self.packed_names = tuple(layout)
@@ -70,7 +70,7 @@ class Quantized(Linear):
         return {name: getattr(self, name) for name in self.packed_names}
 
     def reset_parameters(self) -> None:
-        """A packed weight comes from a file; there is none to start at random."""
+        """No-op: a packed weight comes from a file."""
 
     def unpacked(self, packed: dict[str, Tensor]) -> Tensor:
         tensors = tuple(packed[name] for name in self.packed_names)
@@ -80,15 +80,15 @@ class Quantized(Linear):
         return self.unpacked(self.packed())
 
     def base(self, x: Tensor) -> Tensor:
-        x = x.to(product_dtype(x))  # as F.linear, which would cast both
+        x = x.to(product_dtype(x))  # as F.linear does under autocast
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if x.dtype.itemsize > self.dtype.itemsize and not torch.is_grad_enabled():
-            return product(x, self.dense(), bias)  # not unpacked to numbers that are finer than those of the run
+            return product(x, self.dense(), bias)  # unpacked in the run's type, not in the wider one of x
         shape = (self.out_features, self.in_features)
         return Product.apply(x, bias, type(self), shape, *self.packed().values())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """As `nn.Module`; but `model.to(bfloat16)` and the like move the packed tensors and keep their types."""
+        """As `nn.Module`, except that `model.to(bfloat16)` and the like keep the types of packed tensors."""
         packed = {id(tensor) for tensor in self.packed().values()}
 
         def keep_type(tensor: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def store(model: GPT, name: str, double_quantize: bool, dtype: torch.dtype) -> d
     """Turns every linear layer of the blocks into this storage, in place, and returns them by name.
 
     The model must be on the meta device, without a method yet: weights are packed one by one as they are read. Head,
-    embedding and norms stay as they are. `double_quantize` packs the constants too, where there are enough of them.
+    embedding and norms stay as they are. `double_quantize` quantises a storage's absmax, too, if it has one per block.
     """
     storage = storage_class(name)
     layers = {f"blocks.{key}": layer for key, layer in model.blocks.named_modules() if type(layer) is Linear}
