@@ -1,4 +1,4 @@
-"""The fused block of training for GPUs against the block of model.py: losses and gradients, and what it refuses.
+"""The fused block of training for GPUs against the block of gpt.py: losses and gradients, and what it refuses.
 
 Where there is no GPU, Triton's interpreter computes its kernels on the processor.
 """

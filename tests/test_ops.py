@@ -133,7 +133,7 @@ class Exp(torch.autograd.Function):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("part", [2, 5, 192])
 def test_attention_of_short_documents_equals_torchs_own(part: int, window: int | None, monkeypatch) -> None:
-    monkeypatch.setattr(attention, "PART", part)
+    monkeypatch.setattr(attention, "QUERY_CHUNK", part)
     q, k, v = random(2, 6, 7, 4), random(2, 3, 7, 4, seed=1), random(2, 3, 7, 4, seed=2)
     bias = Documents((7,)).bias(7, window, torch.float64)
     got = gradients(lambda q, k, v: attention._products(q, k, v, bias), q, k, v)
