@@ -1,19 +1,23 @@
-"""A tiny model, and for each switch of ModelConfig a value away from its default."""
+"""A tiny model, and for each switch of ModelConfig a value away from its default, by its type."""
 
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
+from typing import Any
 
+from litpeft.core.kinds import alternatives, choices
 from litpeft.model.config import ModelConfig, RopeScaling
 
 CONFIG = ModelConfig(
     vocab_size=320, d_model=48, n_layers=1, n_heads=3, n_kv_heads=1, head_dim=16, d_ff=40, max_positions=128
 )
-SWITCHED = {field.name: not field.default for field in fields(ModelConfig) if isinstance(field.default, bool)}
-AWAY = SWITCHED | {  # of the defaults of ModelConfig
-    "norm": "layer",
-    "norm_eps": 0.1,
-    "rotary_dim": 8,
-    "rope_theta": 100.0,
-    "rope_scaling": RopeScaling("linear", 4.0),
-    "activation": "gelu",
-    "window": 7,
-}
+VALUES = {int: 6, float: 0.1, RopeScaling: RopeScaling("linear", 4.0)}
+
+
+def away(field: Field) -> Any:
+    """Returns a value of a field that is not its default; of a type that has none here, a KeyError names it."""
+    if isinstance(field.default, bool):
+        return not field.default
+    allowed = [value for value in choices(field.type) if value != field.default]
+    return allowed[0] if allowed else VALUES[alternatives(field.type)[0]]
+
+
+AWAY = {field.name: away(field) for field in fields(ModelConfig) if field.default is not MISSING}

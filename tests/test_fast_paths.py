@@ -1,7 +1,7 @@
 """Answers on a CPU go through packed weights and fused blocks: the plain ones, for whatever model and method."""
 
 import copy
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,8 +56,12 @@ def assert_answers_alike(plain: GPT, other: GPT, limit: float) -> None:
         assert (got - want).double().norm() <= limit * want.double().norm()
 
 
-def test_every_switch_of_the_model_is_tried() -> None:
-    assert set(AWAY) == {field.name for field in fields(ModelConfig) if field.default is not MISSING}
+def test_every_switch_is_tried_with_a_value_that_has_an_effect() -> None:
+    ids, idle = torch.arange(17)[None], []
+    want = made(CONFIG, torch.float64)(ids)
+    for name, value in AWAY.items():
+        idle += [name] if torch.equal(made(replace(CONFIG, **{name: value}), torch.float64)(ids), want) else []
+    assert idle == []
 
 
 @pytest.mark.parametrize("dtype", LIMITS)

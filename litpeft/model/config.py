@@ -23,7 +23,7 @@ LARGEST = (1 << 31) - 1  # whole number that a key may hold
 class RopeScaling:
     """How the rotary frequencies are stretched to reach beyond the length that the model was trained on."""
 
-    kind: str  # linear | llama3
+    kind: Literal["linear", "llama3"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -42,14 +42,14 @@ class ModelConfig:
     head_dim: int
     d_ff: int
     max_positions: int
-    norm: str = "rms"  # rms | layer, which has a bias
+    norm: Literal["rms", "layer"] = "rms"  # layer has a bias
     norm_eps: float = 1e-5
     rotary_dim: int | None = None  # so many first dimensions of a head rotate; None = all, 0 = none
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     learned_positions: bool = False  # a table of max_positions vectors, one added to each token's embedding
     tie_embeddings: bool = False
-    activation: str = "silu"  # silu | relu | gelu | gelu_tanh
+    activation: Literal["silu", "relu", "gelu", "gelu_tanh"] = "silu"
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
     parallel_residual: bool = False  # the MLP reads the block's input, as attention does, not the sum after attention
     qkv_bias: bool = False

@@ -25,6 +25,7 @@ from litpeft.model.known_block import READ, at_defaults, is_llama
 from litpeft.model.slots import Linear, is_empty
 
 THICK = 64  # rank above which an update is better two products of its own
+SWITCHES = READ | {"qkv_bias"}  # of the model, that are heeded here
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -89,7 +90,7 @@ def fused_step(block: Block, x: Tensor, ctx: Context) -> Tensor | None:
 
 def use_fused_step(model: GPT, device: torch.device) -> None:
     """Has a model train by `fused_step` where it lies on a GPU and has no switch that this file does not name."""
-    if device.type == "cuda" and at_defaults(model.config, READ | {"qkv_bias"}):
+    if device.type == "cuda" and at_defaults(model.config, SWITCHES):
         model.fused = fused_step
 
 
