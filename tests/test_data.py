@@ -50,7 +50,7 @@ def read(tokenizer, template, path, max_positions=4096, **settings):
     [
         ("overlong", "x", "data.overlong must be error, drop or split, got 'x'"),
         ("bad_rows", "warn", "data.bad_rows must be error or skip, got 'warn'"),
-        ("format", "sharegpt", "data.format must be auto, alpaca or messages"),
+        ("format", "sharegpt", "data.format must be auto, messages or alpaca"),
         ("template", "llama", "data.template must be auto, model or alpaca"),
         ("validation_split", 1.0, "data.validation_split must be at least 0 and below 1, got 1.0"),
         ("max_length", 1, "data.max_length must be at least 2"),
@@ -64,20 +64,27 @@ def test_a_wrong_setting_is_told_as_the_user_typed_it(key, value, told):
 
 
 def test_an_alpaca_row_is_a_chat_of_two_or_three_turns():
-    assert FORMATS["alpaca"]({"instruction": "a", "input": "b", "output": "c", "system": "d", "id": 7}) == [
+    assert FORMATS["alpaca"].turns({"instruction": "a", "input": "b", "output": "c", "system": "d", "id": 7}) == [
         Turn("system", "d"),
         Turn("user", "a", input="b"),
         Turn("assistant", "c"),
     ]
-    assert FORMATS["alpaca"]({"instruction": "a", "input": None, "output": "c"})[0] == Turn("user", "a")
+    assert FORMATS["alpaca"].turns({"instruction": "a", "input": None, "output": "c"})[0] == Turn("user", "a")
 
 
 def test_a_bare_list_of_messages_is_a_row_too():
     chat = [{"role": "user", "content": ""}, {"role": "assistant", "content": "b", "train": False}]
-    assert FORMATS["messages"](chat) == FORMATS["messages"]({"messages": chat})
-    assert [turn.trained for turn in FORMATS["messages"](chat)] == [False, False]
+    assert FORMATS["messages"].turns(chat) == FORMATS["messages"].turns({"messages": chat})
+    assert [turn.trained for turn in FORMATS["messages"].turns(chat)] == [False, False]
     assert detect(chat) == detect({"messages": chat}) == "messages"
     assert detect({"instruction": "", "output": ""}) == "alpaca"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_row_that_messages_show_for_a_format_is_found_to_be_of_it(name):
+    row = json.loads(FORMATS[name].EXAMPLE)
+    assert detect(row) == name
+    assert FORMATS[name].unread(row) == set()
 
 
 USER = {"role": "user", "content": "q"}
@@ -91,7 +98,7 @@ USER = {"role": "user", "content": "q"}
         ({"instruction": "a", "output": None}, "output must be a string, got null"),
         ({"instruction": "a", "output": " \n"}, "output is empty"),
         ({"instruction": "a", "input": [], "output": "b"}, "input must be a string, got list"),
-        ({"text": "x", "n": 1}, "the row has the keys 'text', 'n'; known are alpaca (instruction, output"),
+        ({"text": "x", "n": 1}, "the row has the keys 'text', 'n'; known are messages (a list of role and content)"),
         ({}, "the row has the keys (none)"),
         (3, "the row has int"),
         ({"messages": None}, "messages must be a list, got null"),
@@ -109,7 +116,7 @@ USER = {"role": "user", "content": "q"}
 )
 def test_a_wrong_key_is_named(record, told):
     with pytest.raises(ValueError) as error:
-        FORMATS[detect(record)](record)
+        FORMATS[detect(record)].turns(record)
     assert told in str(error.value)
 
 
@@ -237,7 +244,7 @@ def test_hundreds_of_mutated_lines_lose_no_good_line_and_end_in_no_traceback(tmp
             try:
                 if record.problem:
                     raise ValueError(record.problem)
-                FORMATS[detect(record.value)](record.value)
+                FORMATS[detect(record.value)].turns(record.value)
             except ValueError:
                 rejected.add(int(record.where.rpartition(":")[2]))
         assert bad <= rejected <= bad | mutated

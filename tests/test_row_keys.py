@@ -98,7 +98,7 @@ def test_a_key_with_a_meaning_trains_what_the_plain_chat_trains(name, tmp_path, 
 )
 def test_a_key_that_would_be_lost_is_refused_by_name(record, told):
     with pytest.raises(ValueError) as error:
-        FORMATS[detect(record)](record)
+        FORMATS[detect(record)].turns(record)
     assert told in str(error.value)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from litpeft.core.errors import ConfigError, DataError, counted, quoted, some
 from litpeft.core.terminal import tell
-from litpeft.data.formats import alpaca, keys, messages
+from litpeft.data.formats import QUESTIONS, alpaca, keys
 from litpeft.data.formats.turn import Turn, text
 from litpeft.data.sources import Record, records
 
@@ -64,31 +64,25 @@ def content(row: Any, raw: bool) -> str | list[Turn]:
         raise ValueError(f"a row must be an object, got {type(row).__name__}")
     if "answer" in row:
         raise ValueError('the row has a key "answer", where its answer would be written; rename it')
-    kinds = [key for key in ("prompt", "messages", "instruction") if key in row]
+    kinds = [key for key in ("prompt", *QUESTIONS) if key in row]
     if len(kinds) != 1:
         got = some([quoted(key) for key in row]) or "no key"
-        raise ValueError(f"a row has one of prompt, messages and instruction; this one has {got}")
+        raise ValueError(f"a row has one of {', '.join(('prompt', *QUESTIONS))}; this one has {got}")
     if raw:
-        foreign = [key for key in ("messages", *alpaca.ASKED) if key in row]
+        foreign = [key for key in (*QUESTIONS, *alpaca.ASKED) if key in row]
         if foreign:
             raise ValueError(f"raw continues the text in `prompt`; this row has {foreign[0]}")
         keys.refuse(row)
         return text(row, "prompt", "prompt", empty=False)
-    if kinds != ["messages"]:
-        return alpaca.asked(row, kinds[0])
-    turns = messages.turns(row)
-    if turns[-1].role != "user":
-        raise ValueError("the last message is not the user's: there is nothing to answer")
-    return turns
+    return alpaca.asked(row, "prompt") if kinds == ["prompt"] else QUESTIONS[kinds[0]].asked(row)
 
 
 def unread(prompts: list[Prompt]) -> Counter[str]:
     """Returns the keys that have no effect on the answers, with their number of rows."""
     found: Counter[str] = Counter()
     for row in (prompt.row for prompt in prompts):
-        found.update(messages.unread(row) if "messages" in row else keys.unread(row, ("prompt", *alpaca.ASKED)))
-        found.update(row.keys() & keys.SWITCHES)  # whether a row is trained
-        found.update({f"messages[].{key}" for one in row.get("messages", ()) for key in one.keys() & keys.SWITCHES})
+        known = next((one for key, one in QUESTIONS.items() if key in row), alpaca)
+        found.update(known.unread(row, to_answer=True))
     return found
 
 

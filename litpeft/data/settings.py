@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from litpeft.core.kinds import check_choices
+from litpeft.data.formats import FORMATS
 
-Format = Literal["auto", "alpaca", "messages"]
+Format = Literal[("auto", *FORMATS)]
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Data:
     validation_split: float = 0.05
     """Share of the rows that is held out when there is no file of held-out rows; 0 holds out none."""
     format: Format = "auto"
-    """Shape of a row: alpaca (instruction, input, output), messages (role, content), or auto: seen from its keys."""
+    """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     template: Literal["auto", "model", "alpaca"] = "auto"
     """How turns become text: model (its own chat template), alpaca, or auto: the model's if it has one, else alpaca."""
     system: str | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from litpeft.core.errors import DataError, UserError, quoted, some
-from litpeft.data.formats import SHAPES
+from litpeft.data.formats import EXAMPLES
 
 SUFFIXES = (".json", ".jsonl")
 TABLES = {
@@ -260,7 +260,7 @@ def _other(path: Path) -> tuple[str, str]:
     suffix = path.suffix.lower()
     if suffix in PACKED:
         return PACKED[suffix], f"unpack {path.name}"
-    return TABLES.get(suffix, ""), f"make {path.stem}.jsonl of it, each row a line: {SHAPES}"
+    return TABLES.get(suffix, ""), f"make {path.stem}.jsonl of it, each row a line: {EXAMPLES}"
 
 
 def split(rows: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:

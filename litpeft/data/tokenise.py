@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, DataError, counted
-from litpeft.data.formats import FORMATS, SHAPES, UNREAD, detect
+from litpeft.data.formats import EXAMPLES, FORMATS, detect
 from litpeft.data.formats.keys import listed
 from litpeft.data.formats.turn import Turn
 from litpeft.data.report import Counts, Report
@@ -93,14 +93,14 @@ def _read(path: Path, data: Data, report: Report) -> list[Example]:
         try:
             if record.problem:
                 raise ValueError(record.problem)
-            name = detect(record.value) if data.format == "auto" else data.format
-            examples.append(Example(with_system(FORMATS[name](record.value), data.system), record.where))
-            report.unread.update(UNREAD[name](record.value))
+            form = FORMATS[detect(record.value) if data.format == "auto" else data.format]
+            examples.append(Example(with_system(form.turns(record.value), data.system), record.where))
+            report.unread.update(form.unread(record.value))
         except ValueError as error:
             rejected.append(Rejected(record.where, str(error)))
             came.update(list(record.value) if isinstance(record.value, dict) else ())
     if not examples:
-        hint = f"a row is {SHAPES}" + (f"; the rows have the keys {listed(came)}" if came else "")
+        hint = f"a row is {EXAMPLES}" + (f"; the rows have the keys {listed(came)}" if came else "")
         what = f"none of its rows can be used; {counted(len(rejected), 'bad row')}:\n{_listed(rejected)}"
         raise DataError(what if rejected else "there are no rows in it", where=str(path), hint=hint)
     report.rejected += rejected

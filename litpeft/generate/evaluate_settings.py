@@ -16,7 +16,7 @@ class Evaluate:
     data: str
     """A .json or .jsonl file of rows, or a folder with validation.*."""
     format: Format = "auto"
-    """Shape of a row: alpaca (instruction, input, output), messages (role, content), or auto: seen from its keys."""
+    """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     base: str | None = None
     """Folder of the base model, if it has moved since the run."""
     precision: Precision = "auto"

@@ -1,25 +1,30 @@
-"""The formats of a row, one file each: `turns(record) -> list[Turn]`, and `unread(record)`, the keys without effect."""
+"""The formats of a row. One is a file here and an entry of FORMATS.
 
-from collections.abc import Callable
+It has MARKS, the keys by which its rows are known, of which a row to answer has the first; KEYS, in words, and EXAMPLE,
+a row, for messages; `turns(record)`; `asked(record)`, the turns of a row to answer; `unread(record, to_answer)`, the
+keys without effect. For a wrong row `turns` and `asked` raise a ValueError that names the key.
+"""
+
+from types import ModuleType
 from typing import Any
 
 from litpeft.core.errors import quoted, some
 from litpeft.data.formats import alpaca, messages
-from litpeft.data.formats.turn import Turn
 
-FORMATS: dict[str, Callable[[Any], list[Turn]]] = {"alpaca": alpaca.turns, "messages": messages.turns}
-UNREAD: dict[str, Callable[[Any], set[str]]] = {"alpaca": alpaca.unread, "messages": messages.unread}
-SHAPES = '{"instruction": "...", "input": "...", "output": "..."} or {"messages": [{"role": "...", "content": "..."}]}'
+FORMATS: dict[str, ModuleType] = {"messages": messages, "alpaca": alpaca}  # in the order in which they are tried
+QUESTIONS: dict[str, ModuleType] = {one.MARKS[0]: one for one in FORMATS.values()}
+EXAMPLES = " or ".join(one.EXAMPLE for one in FORMATS.values())
 
 
 def detect(record: Any) -> str:
     """Returns the format of a row by its keys; raises ValueError if they fit none."""
-    if isinstance(record, list) or (isinstance(record, dict) and "messages" in record):
+    if isinstance(record, list):
         return "messages"
-    if isinstance(record, dict) and {"instruction", "output"} & record.keys():
-        return "alpaca"
     seen = type(record).__name__
     if isinstance(record, dict):
+        for name, one in FORMATS.items():
+            if any(mark in record for mark in one.MARKS):
+                return name
         seen = f"the keys {some([quoted(key) for key in record]) or '(none)'}"
-    known = "alpaca (instruction, output, perhaps input, system) and messages (a list of role and content)"
+    known = ", ".join(f"{name} ({one.KEYS})" for name, one in FORMATS.items())
     raise ValueError(f"the row has {seen}; known are {known}")

@@ -12,6 +12,9 @@ from typing import Any
 from litpeft.data.formats import keys
 from litpeft.data.formats.turn import Turn, text
 
+MARKS = ("instruction", "output")
+KEYS = "instruction, output, perhaps input, system"
+EXAMPLE = '{"instruction": "...", "input": "...", "output": "..."}'
 ASKED = ("instruction", "input", "context", "system", "history")
 
 
@@ -23,9 +26,9 @@ def turns(record: Any) -> list[Turn]:
     return [*asked(record), Turn("assistant", text(record, "output", "output", empty=False))]
 
 
-def unread(record: dict[str, Any]) -> set[str]:
-    """Returns the keys of a record that have no effect."""
-    return keys.unread(record, (*ASKED, "output"))
+def unread(record: dict[str, Any], to_answer: bool = False) -> set[str]:
+    """Returns the keys of a record, or of one to answer, that have no effect."""
+    return keys.unread(record, (*ASKED, "prompt" if to_answer else "output"), to_answer)
 
 
 def asked(record: dict[str, Any], instruction: str = "instruction") -> list[Turn]:

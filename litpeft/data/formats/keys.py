@@ -58,9 +58,9 @@ def refuse_switched_off(record: dict[str, Any]) -> None:
         raise ValueError(f"{key} says that the row is not to be trained: leave it out")
 
 
-def unread(record: dict[str, Any], known: Collection[str]) -> set[str]:
-    """Returns the keys that are neither `known` to the format, nor switches, nor refused."""
-    return {key for key in record if key not in known and key not in REFUSED and key not in SWITCHES}
+def unread(record: dict[str, Any], known: Collection[str], to_answer: bool) -> set[str]:
+    """Returns the keys that are neither `known` to the format nor refused, nor switches of a row to learn."""
+    return {key for key in record if key not in known and key not in REFUSED and (to_answer or key not in SWITCHES)}
 
 
 def listed(counts: Counter[str]) -> str:

@@ -16,6 +16,9 @@ from litpeft.core.errors import quoted
 from litpeft.data.formats import alpaca, keys
 from litpeft.data.formats.turn import ROLES, Turn, text
 
+MARKS = ("messages",)
+KEYS = "a list of role and content"
+EXAMPLE = '{"messages": [{"role": "...", "content": "..."}]}'
 # a row with the keys of both formats would lose one of its texts
 OTHER_SHAPE = dict.fromkeys(
     sorted({*alpaca.ASKED, "output"} - {"system"}), "the row has messages, which must hold the whole chat"
@@ -44,12 +47,20 @@ def turns(record: Any) -> list[Turn]:
     return [Turn("system", system), *turns]
 
 
-def unread(record: Any) -> set[str]:
-    """Returns the keys of a record that have no effect; those of a message as messages[].key."""
+def asked(record: Any) -> list[Turn]:
+    """Returns the turns of a record to answer."""
+    chat = turns(record)
+    if chat[-1].role != "user":
+        raise ValueError("the last message is not the user's: there is nothing to answer")
+    return chat
+
+
+def unread(record: Any, to_answer: bool = False) -> set[str]:
+    """Returns the keys of a record, or of one to answer, that have no effect; those of a message as messages[].key."""
     found, messages = set(), record
     if isinstance(record, dict):
-        found, messages = keys.unread(record, ("messages", "system", *OTHER_SHAPE)), record["messages"]
-    return found | {f"messages[].{key}" for one in messages for key in keys.unread(one, ("role", "content"))}
+        found, messages = keys.unread(record, ("messages", "system", *OTHER_SHAPE), to_answer), record["messages"]
+    return found | {f"messages[].{key}" for one in messages for key in keys.unread(one, ("role", "content"), to_answer)}
 
 
 def _turn(message: Any, name: str) -> Turn:
