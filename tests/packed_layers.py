@@ -2,11 +2,13 @@
 
 import torch
 
-from litpeft.model.quantize import storage_class
+from litpeft.generate.cpu.pack import KINDS
+from litpeft.model.quantize import DOUBLE, STORAGES, storage_class
 from litpeft.model.quantize.quantized import Quantized
 from litpeft.model.slots import Linear
 
-KEYS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True), ("int8", False)]  # storage, double_quantize
+KEYS = [(name, double) for name in STORAGES for double in (False, True)[: 1 + (name in DOUBLE)]]
+FAST = [(name, double) for name, double in KEYS if storage_class(name) in KINDS]  # that answers multiply with
 
 
 def make(name: str, double: bool, weight: torch.Tensor, dtype=torch.float32, bias: bool = False) -> Quantized:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_folder
-from packed_layers import KEYS, make
+from packed_layers import FAST, make
 
 import litpeft.generate.cpu.fused_block
 from litpeft.generate.cache import TokenCache
@@ -36,7 +36,7 @@ def linear(name: str | None, outputs: int, inputs: int, bias: bool) -> Linear:
 @needs_library
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [(16,), (208, 48, 48)])
-@pytest.mark.parametrize("name", [None, *sorted({name for name, _ in KEYS})])
+@pytest.mark.parametrize("name", [None, *sorted({name for name, _ in FAST})])
 def test_rows_multiply_as_their_weights_whatever_comes_with_a_row(name: str | None, sizes: tuple, bias: bool) -> None:
     torch.manual_seed(0)
     layers = [linear(name, size, 320, bias) for size in sizes]

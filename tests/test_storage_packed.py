@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_folder
 from families.tiny_families import make_family
-from packed_layers import KEYS, make
+from packed_layers import FAST, make
 
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import FusedBlock, _norm, fuse_blocks
@@ -46,7 +46,7 @@ def test_packed_rows_have_the_weight_and_the_products_of_a_dense_layer(
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [(64,), (96, 32, 32)])
-@pytest.mark.parametrize(("name", "double"), KEYS)
+@pytest.mark.parametrize(("name", "double"), FAST)
 def test_rows_of_codes_multiply_as_their_unpacked_weights(
     name: str, double: bool, sizes: tuple[int, ...], bias: bool
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from litpeft.core.kinds import check_choices
 from litpeft.data.settings import Data
-from litpeft.model.quantize import STORAGES
+from litpeft.model.quantize import DOUBLE, STORAGES
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Base:
     """Type of weights and arithmetic; auto: bf16-true where the device has it, else 32-true. 16-mixed scales the
     loss, since small gradients vanish in float16."""
     quantize: Literal[tuple(STORAGES)] | None = None
-    """Hold the linear layers of the blocks in 4 bits a weight (nf4, fp4) or 8 (int8); null: as base.precision says."""
+    """Hold the linear layers of the blocks in 4 or 8 bits a weight; null: as base.precision says."""
     double_quantize: bool = True
     """With nf4 and fp4: quantise the constants too, 0.127 bits a weight for them instead of 0.5."""
     cache: bool = False
@@ -29,8 +29,9 @@ class Base:
         check_choices(self, "base.")
         if self.cache and self.quantize is None:
             raise ValueError("base.cache is used only with base.quantize, which is null")
-        if not self.double_quantize and self.quantize not in ("nf4", "fp4"):
-            raise ValueError(f"base.double_quantize is used only with base.quantize nf4 or fp4, got {self.quantize}")
+        if not self.double_quantize and self.quantize not in DOUBLE:
+            known = " or ".join(DOUBLE)
+            raise ValueError(f"base.double_quantize is used only with base.quantize {known}, got {self.quantize}")
 
 
 @dataclass

@@ -5,14 +5,12 @@ from importlib import import_module
 
 from litpeft.core.errors import ConfigError, nearest
 
-STORAGES = {
-    "nf4": (
-        "litpeft.model.quantize.four_bit:NF4",
-        "4 bits a weight, at the quantiles of a normal distribution (QLoRA).",
-    ),
-    "fp4": ("litpeft.model.quantize.four_bit:FP4", "4 bits a weight: a sign, an exponent and one bit after it."),
-    "int8": ("litpeft.model.quantize.int8:Int8", "8 bits a weight: whole numbers, and a scale for each output."),
+STORAGES = {  # module:class, and whether double quantisation packs its constants, too
+    "nf4": ("litpeft.model.quantize.four_bit:NF4", True),
+    "fp4": ("litpeft.model.quantize.four_bit:FP4", True),
+    "int8": ("litpeft.model.quantize.int8:Int8", False),
 }
+DOUBLE = [name for name, (_, double) in STORAGES.items() if double]
 
 
 def storage_class(name: str, key: str = "base.quantize") -> type:
@@ -35,4 +33,4 @@ class Storage:
     @property
     def key(self) -> str:
         """Returns the name of such weights in a cache on disk."""
-        return f"{self.name}-dq" if self.double_quantize and self.name != "int8" else self.name
+        return f"{self.name}-dq" if self.double_quantize and self.name in DOUBLE else self.name
