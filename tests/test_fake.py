@@ -20,6 +20,7 @@ from litpeft.model.delta import attach, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import summed_loss
 from litpeft.model.quantize.quantized import store
+from litpeft.model.slots import Delta
 from litpeft.train.optim import make_optimizer
 from litpeft.train.settings import Train
 
@@ -50,7 +51,7 @@ def fake_model(name: str) -> GPT:
     for module in model.modules():
         for key, own in list(module._parameters.items()):
             if own is not None:
-                kept = own.requires_grad or key in getattr(module, "packed_names", ())
+                kept = own.requires_grad or isinstance(module, Delta) or key in getattr(module, "packed_names", ())
                 dtype = own.dtype if kept else torch.bfloat16
                 module._parameters[key] = torch.nn.Parameter(torch.empty(own.shape, dtype=dtype), own.requires_grad)
     return model

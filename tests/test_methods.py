@@ -124,7 +124,9 @@ def test_what_trains_is_float32_on_a_bfloat16_base(tiny_folder, name: str) -> No
     model = make(tiny_folder, name, torch.bfloat16)
     assert {p.dtype for p in trainable(model).values()} == {torch.float32}
     held = {p.dtype for p in base(tiny_folder, name, torch.bfloat16).parameters()}
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} <= held
+    frozen = {key: p.dtype for key, p in model.named_parameters() if not p.requires_grad}
+    assert {dtype for key, dtype in frozen.items() if key in model.base_keys} <= held
+    assert {dtype for key, dtype in frozen.items() if key not in model.base_keys} <= {torch.float32}
     losses = steps(model, 8)
     assert losses[-1] < losses[0]
     assert forward(model).dtype == torch.bfloat16

@@ -48,7 +48,9 @@ def test_what_trains_and_its_moments_are_float32_or_better(tiny_folder, name: st
     model, optimizer, _ = stepped(tiny_folder, method_of(method), precision.weights, fabric)
     wide = torch.promote_types(precision.weights, torch.float32)
     assert {p.dtype for p in trainable(model).values()} == {wide}
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} <= {precision.weights}
+    frozen = {key: p.dtype for key, p in model.named_parameters() if not p.requires_grad}
+    assert {dtype for key, dtype in frozen.items() if key in model.base_keys} <= {precision.weights}
+    assert {dtype for key, dtype in frozen.items() if key not in model.base_keys} <= {wide}
     moments, _ = optimizer_tensors(optimizer, list(trainable(model)))
     assert {tensor.dtype for key, tensor in moments.items() if not key.endswith("/step")} == {wide}
 
