@@ -83,6 +83,15 @@ def test_rms_norm_of_rows_in_half_precision_is_computed_in_float32() -> None:
     assert (dweight - want[2]).abs().max() <= 1e-2 * want[2].abs().max()  # the random sum is rounded too
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rms_norm_of_rows_that_do_not_lie_together_equals_its_formula(dtype: torch.dtype) -> None:
+    x, weight = random(2, 5, 3, 8, dtype=dtype), random(8, seed=1)
+    got = gradients(lambda x, w: rms_norm(x.transpose(1, 2), w, 1e-5), x, weight)  # as of heads in attention
+    want = gradients(lambda x, w: plain_rms_norm(x.transpose(1, 2), w), x.double(), weight)
+    limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert all((a - b).norm() <= limit * b.norm() for a, b in zip(got, want, strict=True))
+
+
 def test_swiglu_equals_its_formula() -> None:
     gate, up = random(2, 5, 7), random(2, 5, 7, seed=1)
     assert same(gradients(swiglu, gate, up), gradients(lambda g, u: g * torch.sigmoid(g) * u, gate, up))

@@ -97,7 +97,7 @@ class _RMSNorm(torch.autograd.Function):
             y, scale = library.norm(x, weight.to(wide), eps)
             ctx.save_for_backward(x, weight, scale)
             return y
-        y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=wide)  # scale = 1 / rms(x)
+        y, scale = x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide)  # scale = 1 / rms(x)
         weight_ = weight.to(wide)
         for x_, y_, scale_ in _chunks(x, y, scale):
             size = torch.linalg.vector_norm(x_, dim=-1, keepdim=True, dtype=wide)
@@ -114,7 +114,7 @@ class _RMSNorm(torch.autograd.Function):
             needs_dweight = ctx.needs_input_grad[1]
             dx, dweight = library.norm_backward(dy.contiguous(), x, weight.to(scale.dtype), scale, needs_dweight)
             return dx, None if dweight is None else dweight.to(weight.dtype), None
-        dx, weight_ = torch.empty_like(x), weight.to(scale.dtype)
+        dx, weight_ = x.new_empty(x.shape), weight.to(scale.dtype)
         dweight = torch.zeros_like(weight_) if ctx.needs_input_grad[1] else None
         for x_, dy_, scale_, dx_ in _chunks(x, dy, scale, dx):
             unit, dy_ = x_.to(scale.dtype) * scale_, dy_.to(scale.dtype)
