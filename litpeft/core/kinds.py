@@ -1,4 +1,4 @@
-"""The values that a setting's type allows: in words, and checked if the type is a `Literal`."""
+"""The values that a setting allows: of its type in words, checked if it is a `Literal`; and bounds of numbers."""
 
 from dataclasses import fields
 from types import NoneType, UnionType
@@ -43,3 +43,12 @@ def check_choices(settings: Any, group: str = "") -> None:
         allowed, value = choices(field.type), getattr(settings, field.name)
         if allowed and value not in allowed:
             raise ValueError(f"{group}{field.name} must be {in_words(field.type)}, got {quoted(value)}")
+
+
+def check_least(settings: Any, group: str = "", most: int | None = None, **least: int) -> None:
+    """Raises a ValueError for a number among the settings that is below its `least` value, or above `most`."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if isinstance(value, int | float) and (value < bound or (most is not None and value > most)):
+            limits = f"at least {bound}" + ("" if most is None else f" and at most {most}")
+            raise ValueError(f"{group}{name} must be {limits}, got {value}")

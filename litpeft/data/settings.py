@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from litpeft.core.kinds import check_choices
+from litpeft.core.kinds import check_choices, check_least
 from litpeft.data.formats import FORMATS
 
 Format = Literal[("auto", *FORMATS)]
@@ -44,7 +44,4 @@ class Data:
             raise ValueError("data.path must be a .json or .jsonl file or a folder, got an empty string")
         if not 0 <= self.validation_split < 1:
             raise ValueError(f"data.validation_split must be at least 0 and below 1, got {self.validation_split}")
-        if self.max_length < 2:
-            raise ValueError(f"data.max_length must be at least 2 tokens, got {self.max_length}")
-        if self.seed < 0:
-            raise ValueError(f"data.seed must be at least 0, got {self.seed}")
+        check_least(self, "data.", max_length=2, seed=0)

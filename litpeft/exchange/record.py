@@ -11,6 +11,7 @@ from typing import Any
 
 from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
+from litpeft.core.kinds import check_least
 from litpeft.core.precision import PRECISIONS
 from litpeft.core.typed import typed
 from litpeft.exchange.identity import TokenizerIdentity, checksum, with_defaults
@@ -103,8 +104,7 @@ class RecordOf2:
         for name, sha256 in self.files.items():
             check_sha256(f"files.{name[:60]}", sha256)
         one_of("precision", self.precision, [name for name in PRECISIONS if name != "16-true"])
-        if self.step < 1:
-            raise ValueError(f"step must be at least 1, got {self.step}")
+        check_least(self, step=1)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from litpeft.core.kinds import check_choices
+from litpeft.core.kinds import check_choices, check_least
 from litpeft.data.settings import Format
 from litpeft.generate.settings import Precision, Quantize
 
@@ -38,7 +38,4 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name, least in {"max_rows": 1, "max_new_tokens": 1, "batch_size": 1, "samples": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_least(self, max_rows=1, max_new_tokens=1, batch_size=1, samples=0)

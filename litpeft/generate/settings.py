@@ -5,7 +5,7 @@ from math import inf
 from typing import Literal
 
 from litpeft.core.errors import quoted
-from litpeft.core.kinds import check_choices
+from litpeft.core.kinds import check_choices, check_least
 from litpeft.model.quantize import STORAGES
 
 Precision = Literal["auto", "bf16-true", "16-true", "32-true", "64-true"]
@@ -85,8 +85,7 @@ class Generate:
             raise ValueError("prompt and input exclude each other; the prompts come from one of them")
         if self.raw and self.system is not None:
             raise ValueError("raw and system exclude each other; raw text has no system message")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        check_least(self, batch_size=1)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.core.kinds import check_least
 from litpeft.model.attention import attend
 from litpeft.model.context import Context
 from litpeft.model.delta import Method
@@ -62,11 +63,8 @@ class Adapter(Method):
     """Prompts of each of these blocks."""
 
     def __post_init__(self) -> None:
-        if self.layers < 1:
-            raise ValueError(f"method.layers must be at least 1, got {self.layers}")
-        if not 1 <= self.prompt_length <= LONGEST_PROMPT:
-            limits = f"at least 1 and at most {LONGEST_PROMPT}"
-            raise ValueError(f"method.prompt_length must be {limits}, got {self.prompt_length}")
+        check_least(self, "method.", layers=1)
+        check_least(self, "method.", prompt_length=1, most=LONGEST_PROMPT)
 
     def attach(self, model: GPT) -> None:
         for block in model.blocks[-self.layers :]:

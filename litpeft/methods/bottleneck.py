@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError
-from litpeft.core.kinds import check_choices
+from litpeft.core.kinds import check_choices, check_least
 from litpeft.model.delta import Method
 from litpeft.model.gpt import ACTIVATIONS, GPT
 from litpeft.model.slots import Delta
@@ -84,8 +84,7 @@ class Bottleneck(Method):
 
     def __post_init__(self) -> None:
         check_choices(self, "method.")
-        if self.reduction_factor < 1:
-            raise ValueError(f"method.reduction_factor must be at least 1, got {self.reduction_factor}")
+        check_least(self, "method.", reduction_factor=1)
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"method.scale must be above 0 and finite, got {self.scale}")
 

@@ -9,6 +9,7 @@ Trains layers * 2 * prompt_length * key/value heads * D parameters. Does not fol
 
 from dataclasses import dataclass
 
+from litpeft.core.kinds import check_least
 from litpeft.methods.adapter import LONGEST_PROMPT
 from litpeft.methods.prompt import VirtualTokens
 from litpeft.model.delta import Method
@@ -23,9 +24,7 @@ class Prefix(Method):
     """Keys and values of each block; the text that the model can read is shorter by as many tokens."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.prompt_length <= LONGEST_PROMPT:
-            limits = f"at least 1 and at most {LONGEST_PROMPT}"
-            raise ValueError(f"method.prompt_length must be {limits}, got {self.prompt_length}")
+        check_least(self, "method.", prompt_length=1, most=LONGEST_PROMPT)
 
     def attach(self, model: GPT) -> None:
         for block in model.blocks:

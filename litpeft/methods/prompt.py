@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
-from litpeft.core.kinds import check_choices
+from litpeft.core.kinds import check_choices, check_least
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.methods.adapter import LONGEST_PROMPT
 from litpeft.model.delta import Method
@@ -60,9 +60,7 @@ class Prompt(Method):
 
     def __post_init__(self) -> None:
         check_choices(self, "method.")
-        if not 1 <= self.prompt_length <= LONGEST_PROMPT:
-            limits = f"at least 1 and at most {LONGEST_PROMPT}"
-            raise ValueError(f"method.prompt_length must be {limits}, got {self.prompt_length}")
+        check_least(self, "method.", prompt_length=1, most=LONGEST_PROMPT)
         if (self.init == "text") != bool(self.text):
             raise ValueError("method.text must be given with method.init text, and with no other")
         self.tokens: list[int] = []  # of `text`

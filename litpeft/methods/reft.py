@@ -4,7 +4,7 @@
     noreft    h <- h + R^T (W h + b - R h)        R (r, d) unconstrained
     direft    h <- h + R^T (W h + b)              R (r, d) unconstrained
 
-Only the first `first` and the last `last` tokens of the prompt are edited, and at most half of the prompt by each.
+Only the first `first` and the last `last` tokens of the prompt are edited, each at most half of the prompt.
 
 ReFT https://arxiv.org/abs/2404.03592.
 Trains 2 r d + r parameters for each block, twice as many untied. Does not fold: it depends on the position.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError
-from litpeft.core.kinds import check_choices
+from litpeft.core.kinds import check_choices, check_least
 from litpeft.methods.lora import LARGEST_RANK
 from litpeft.model.context import Context
 from litpeft.model.delta import Method
@@ -89,11 +89,8 @@ class ReFT(Method):
 
     def __post_init__(self) -> None:
         check_choices(self, "method.")
-        if not 1 <= self.rank <= LARGEST_RANK:
-            raise ValueError(f"method.rank must be at least 1 and at most {LARGEST_RANK}, got {self.rank}")
-        for key in ("first", "last"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"method.{key} must be at least 0, got {getattr(self, key)}")
+        check_least(self, "method.", rank=1, most=LARGEST_RANK)
+        check_least(self, "method.", first=0, last=0)
         if self.first + self.last == 0 or (not self.tied and not (self.first and self.last)):
             raise ValueError("method.first and method.last must not be 0: no token would be edited")
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.core.kinds import check_least
 from litpeft.methods.lora import LARGEST_RANK
 from litpeft.model.delta import Method, linears
 from litpeft.model.gpt import GPT
@@ -73,14 +74,12 @@ class VeRA(Method):
     """What the random matrices follow from."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= LARGEST_RANK:
-            raise ValueError(f"method.rank must be at least 1 and at most {LARGEST_RANK}, got {self.rank}")
+        check_least(self, "method.", rank=1, most=LARGEST_RANK)
+        check_least(self, "method.", seed=0)
         if not 0 < abs(self.d_initial) < 1e6:
             raise ValueError(f"method.d_initial must not be 0 and be smaller than 1e6, got {self.d_initial}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
-        if self.seed < 0:
-            raise ValueError(f"method.seed must be at least 0, got {self.seed}")
 
     def attach(self, model: GPT) -> None:
         layers = linears(model, self.targets).values()

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from litpeft.core.kinds import check_choices
+from litpeft.core.kinds import check_choices, check_least
 from litpeft.data.settings import Data
 from litpeft.model.quantize import DOUBLE, STORAGES
 
@@ -76,11 +76,8 @@ class Train:
     """Seeds the new parameters and the dropout."""
 
     def __post_init__(self) -> None:
-        at_least = {"batch_size": 1, "micro_tokens": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1}
-        for name, least in at_least.items() | {"warmup_steps": 0, "weight_decay": 0, "min_lr": 0}.items():
-            value = getattr(self, name)
-            if value not in (None, "auto") and value < least:
-                raise ValueError(f"train.{name} must be at least {least}, got {value}")
+        check_least(self, "train.", batch_size=1, micro_tokens=1, micro_batch_size=1, epochs=1, max_steps=1)
+        check_least(self, "train.", warmup_steps=0, weight_decay=0, min_lr=0)
         for name in ("lr", "min_lr", "max_time", "max_norm", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -118,10 +115,7 @@ class Validation:
     """The weights that the run ends with: last, or best by the metric."""
 
     def __post_init__(self) -> None:
-        for name, least in {"interval": 1, "max_rows": 1, "sample_tokens": 0, "patience": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"validation.{name} must be at least {least}, got {value}")
+        check_least(self, "validation.", interval=1, max_rows=1, sample_tokens=0, patience=1)
         check_choices(self, "validation.")
 
 
@@ -137,10 +131,7 @@ class Checkpoint:
     """Keep the one that measured best on the held-out rows too."""
 
     def __post_init__(self) -> None:
-        for name, least in {"interval": 0, "keep_last": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"checkpoint.{name} must be at least {least}, got {value}")
+        check_least(self, "checkpoint.", interval=0, keep_last=1)
 
 
 @dataclass
@@ -178,9 +169,7 @@ class Finetune:
 
     def __post_init__(self) -> None:
         train, default = self.train, Train()
-        for name in ("devices", "num_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_least(self, devices=1, num_nodes=1)
         check_choices(self)
         if self.cpu_offload and self.strategy != "fsdp":
             raise ValueError(f"cpu_offload is used only with strategy fsdp, got {self.strategy}")
