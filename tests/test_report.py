@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
+from litpeft.core.errors import scaled
 from litpeft.core.folders import RUN_FILES
 from litpeft.train.log import Log, StepRecord, read_metrics
 from litpeft.train.loss_figure import loss_figure, smoothed
-from litpeft.train.report import RunFacts, Sample, markdown, scaled, summary_lines, write_report
+from litpeft.train.report import RunFacts, Sample, markdown, summary_lines, write_report
 
 FACTS = RunFacts(
     title="lora on SmolLM2-135M-Instruct",

@@ -88,6 +88,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def scaled(number: float, unit: str = "") -> str:
+    """Returns a number with the decimal prefix that makes it short: 912, 4.9 MB, 134.5 M."""
+    if number < 1000:
+        return f"{number} {unit}".rstrip()
+    for prefix in "kMGT":
+        number /= 1000
+        if number < 999.95:
+            break
+    return f"{number:,.1f} {prefix}{unit}"
+
+
 def some(names: list[str], between: str = ", ") -> str:
     """Returns at most five names as text, and the number of the others."""
     return between.join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from litpeft.core.checksums import CHECKSUMS
-from litpeft.core.errors import ConfigError, ResourceError, some
+from litpeft.core.errors import ConfigError, ResourceError, scaled, some
 
 # the files of a model beside its weights, copied from folder to folder
 COMPANIONS = (
@@ -33,6 +33,16 @@ RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "report.j
 LONGEST_NAME = 255  # bytes, of the file systems in use
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them marks a complete folder
 OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json", CHECKSUMS)  # what --overwrite may remove
+
+
+def check_disk(folder: Path, needed: int, what: str, hint: str) -> None:
+    """Raises if the file system of `folder`, which need not exist yet, has fewer bytes free than `what` need."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        need, left, short = (scaled(count, "B") for count in (needed, free, needed - free))
+        what = f"{what} need {need}, the disk has {left} left: {short} too little"
+        raise ResourceError(what, where=str(folder), hint=hint)
 
 
 @contextmanager

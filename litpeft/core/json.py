@@ -21,6 +21,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
+def read_shards(path: Path, ending: str) -> dict[str, str]:
+    """Returns tensor -> file from the index of a model's shards; all must be files of its folder with this ending."""
+    placed = read_json(path, "index of the shards").get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
+        hint = "the index is damaged: choose another model or revision"
+        raise ModelError("weight_map must map each tensor to a file name", where=str(path), hint=hint)
+    for file in sorted(set(placed.values())):
+        if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(ending):
+            what = f"names {file[:200]!r}; only a *{ending} file of the same folder is allowed"
+            raise ModelError(what, where=str(path), hint="do not trust this model")
+    return placed
+
+
 def jsonable(value: object) -> object:
     """Returns `value` with lists for tuples, which JSON and YAML do not have."""
     if isinstance(value, dict):

@@ -21,7 +21,7 @@ from torch import Tensor
 from litpeft.core.checksums import sha256, tensor_sums, verify_sums, write_checksums
 from litpeft.core.errors import ModelError, ResourceError, some
 from litpeft.core.folders import COMPANIONS
-from litpeft.core.json import read_json
+from litpeft.core.json import read_shards
 from litpeft.core.recognise import convert_hint, refuse_other
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -38,14 +38,9 @@ class Weights:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            placed = read_json(index, "index of the weights").get("weight_map")
-            if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()):
-                raise ModelError("weight_map must map names to files", where=str(index))
-            for file in set(placed.values()):
-                if Path(file).name != file or not file.endswith(".safetensors"):
-                    raise ModelError(f"{file!r} escapes the folder or is no safetensors", where=str(index))
+            placed = read_shards(index, ".safetensors")
         elif (folder / "model.safetensors").exists() or (folder / "model.safetensors").is_symlink():
-            placed = None
+            placed = {}
         else:
             refuse_other(folder)
             shards = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -59,7 +54,7 @@ class Weights:
             other = [*sorted(folder.glob("*.gguf"))[:1], *([folder] if any(folder.glob("pytorch_model*.bin")) else [])]
             hint = convert_hint(other[0]) if other else "see `litpeft download --help`"
             raise ModelError("there is no model.safetensors", where=str(folder), hint=hint)
-        files = sorted(set(placed.values())) if placed else ["model.safetensors"]
+        files = sorted(set(placed.values())) or ["model.safetensors"]
         self.headers = {file: read_header(folder / file) for file in files}
         self.file_of: dict[str, str] = {}
         for file, header in self.headers.items():
@@ -68,7 +63,7 @@ class Weights:
                     what = f"{name} is in {self.file_of[name]} and in {file}"
                     raise ModelError(what, where=str(folder))
                 self.file_of[name] = file
-        missing = sorted(name for name, file in (placed or {}).items() if self.file_of.get(name) != file)
+        missing = sorted(name for name, file in placed.items() if self.file_of.get(name) != file)
         if missing:
             raise ModelError(f"{some(missing)} not in the file that the index names", where=str(index))
         self._maps: dict[str, mmap.mmap] = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 from litpeft.core.errors import ModelError, counted, some
-from litpeft.core.json import read_json
+from litpeft.core.json import read_shards
 from litpeft.model.families.read import left_out, read_config
 
 if TYPE_CHECKING:
@@ -90,13 +90,8 @@ class BinFolder:
             if (self.folder / ONE).exists():
                 return {ONE: None}
             raise ModelError(f"has shards, but their index {INDEX} is missing", where=str(self.folder))
-        placed = read_json(path, "index of the weights").get("weight_map")
-        if not isinstance(placed, dict) or not placed or not all(isinstance(file, str) for file in placed.values()):
-            raise ModelError("weight_map must map names to files", where=str(path))
         shards: dict[str, set[str] | None] = {}
-        for name, file in placed.items():
-            if Path(file).name != file or "\\" in file or "\0" in file or not file.endswith(".bin"):
-                raise ModelError(f"{file!r} escapes the folder or is no .bin file", where=str(path))
+        for name, file in read_shards(path, ".bin").items():
             shards.setdefault(file, set()).add(name)
         missing = sorted(file for file in shards if not os.path.isfile(self.folder / file))
         if missing:

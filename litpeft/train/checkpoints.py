@@ -27,7 +27,6 @@ from litpeft.core.json import read_json
 from litpeft.core.safetensors import file_sha256, read_header, save_tensors
 from litpeft.core.terminal import say
 from litpeft.exchange.identity import checksum
-from litpeft.train.report import scaled
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -254,14 +253,3 @@ def nonfinite(value: object, name: str = "") -> Iterator[str]:
             yield name
     elif isinstance(value, float) and not math.isfinite(value):
         yield name
-
-
-def check_disk(folder: Path, needed_bytes: int) -> None:
-    """Raises if the file system of `folder`, which need not exist yet, has fewer bytes free than needed."""
-    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed_bytes:
-        need, left, short = (scaled(count, "B") for count in (needed_bytes, free, needed_bytes - free))
-        what = f"the checkpoints need {need}, the disk has {left} left: {short} too little"
-        hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
-        raise ResourceError(what, where=str(folder), hint=hint)

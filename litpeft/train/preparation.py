@@ -10,7 +10,7 @@ import torch
 
 from litpeft.core.distributed import is_first
 from litpeft.core.errors import ConfigError, counted
-from litpeft.core.folders import check_place, refuse_existing, remove_leftovers
+from litpeft.core.folders import check_disk, check_place, refuse_existing, remove_leftovers
 from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.terminal import say
@@ -23,7 +23,7 @@ from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method, trainable
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
-from litpeft.train.checkpoints import Checkpoint, Checkpoints, check_disk
+from litpeft.train.checkpoints import Checkpoint, Checkpoints
 from litpeft.train.fit import total_steps
 from litpeft.train.launch import check_world
 from litpeft.train.preflight import check_held_out, check_run
@@ -99,7 +99,9 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     if is_first():
         dtype = method.trained_dtype(precision.weights)
         trained = dtype.itemsize * sum(p.numel() for p in trainable(shapes).values())
-        check_disk(out, bytes_needed(settings, trained, bool(rows.validation), saved is not None))
+        needed = bytes_needed(settings, trained, bool(rows.validation), saved is not None)
+        hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
+        check_disk(out, needed, "the checkpoints", hint)
     fingerprint = weights.fingerprint()  # which compares the files with their checksums
     if settings.dry_run and saved is None:
         dry_run(name, config, shapes, rows, tokenizer, steps)

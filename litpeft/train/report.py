@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import counted
+from litpeft.core.errors import counted, scaled
 from litpeft.core.terminal import clean
 from litpeft.train.log import duration
 
@@ -177,17 +177,6 @@ def _cost(facts: RunFacts) -> list[str]:
     memory = [] if facts.peak_memory is None else [f"peak memory {scaled(facts.peak_memory, 'B')}"]
     threads = counted(facts.threads, "thread")
     return [f"{facts.tokens_per_second:,.0f} tokens/s", *memory, f"{facts.device} ({threads})"]
-
-
-def scaled(number: float, unit: str = "") -> str:
-    """Returns a count with the decimal prefix that makes it short: 912, 4.9 MB, 134.5 M."""
-    if number < 1000:
-        return f"{number} {unit}".rstrip()
-    for prefix in "kMGT":
-        number /= 1000
-        if number < 999.95:
-            break
-    return f"{number:,.1f} {prefix}{unit}"
 
 
 def _cut(text: str) -> str:

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from litpeft.core.errors import ResourceError, UserError
+from litpeft.core.errors import ResourceError, UserError, scaled
 from litpeft.core.memory import asked_for
 from litpeft.core.precision import Precision
 from litpeft.model.delta import Method, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.loss import CHUNK
 from litpeft.train.micro_tokens import MOST
-from litpeft.train.report import scaled
 from litpeft.train.settings import Finetune
 
 NF4_BYTES = 0.6  # of a weight in 4 bits, with its constants

@@ -3,17 +3,17 @@
 import errno
 import os
 import re
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
 from litpeft.core.checksums import tensor_sums, write_checksums
 from litpeft.core.errors import ModelError, ResourceError, UserError
 from litpeft.core.folders import COMPANIONS
-from litpeft.core.json import read_json
+from litpeft.core.json import read_json, read_shards
 
 STANDARD_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+FREE_SPACE = "free some space, or give another --out"
 INDEX = ".index.json"  # NAME.safetensors.index.json tells which shard holds which tensor
 
 
@@ -42,41 +42,16 @@ def check_folder(folder: Path) -> None:
             hint = "delete the file and run the same command again"
             raise ModelError(f"not a whole safetensors file: {error}", where=str(path), hint=hint) from None
     for path in sorted(folder.glob(f"*.safetensors{INDEX}")):
-        _check_index(path)
+        for shard in sorted(set(read_shards(path, ".safetensors").values())):
+            if not os.path.isfile(folder / shard):  # Path.is_file would raise for a name that is too long
+                hint = "run the same command again; if it stays, the source itself is incomplete"
+                raise ModelError(f"names {shard}, which is missing", where=str(path), hint=hint)
 
 
 def keep_checksums(folder: Path, origin: str) -> None:
     """Writes the checksums of weights that were verified against the source."""
     sums = [tensor_sums(path) for path in sorted(folder.glob("*.safetensors"))]
     write_checksums(folder, {name: digest for part in sums for name, digest in part.items()}, origin)
-
-
-def _check_index(path: Path) -> None:
-    shards = read_json(path, "index of the shards").get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        hint = "the source itself is damaged: choose another model or revision"
-        raise ModelError("weight_map must map each tensor to a file name", where=str(path), hint=hint)
-    for shard in sorted(set(shards.values())):
-        if not WEIGHTS.fullmatch(shard):
-            what = f"names {shard[:200]!r}; only a *.safetensors file of the same folder is allowed"
-            raise ModelError(what, where=str(path), hint="do not trust this model")
-        if not os.path.isfile(path.parent / shard):  # Path.is_file would raise for a name that is too long
-            hint = "run the same command again; if it stays, the source itself is incomplete"
-            raise ModelError(f"names {shard}, which is missing", where=str(path), hint=hint)
-
-
-def amount(size: int) -> str:
-    """Returns a size in bytes as text: `1.20 GB`."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
-def need_space(folder: Path, size: int) -> None:
-    """Raises unless the file system of `folder`, which need not exist yet, has `size` bytes free."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < size:
-        what = f"needs {amount(size)} of disk, {amount(free)} are free"
-        raise ResourceError(what, where=str(folder), hint="free some space, or give another --out")
 
 
 def disk_fault(error: BaseException, folder: Path) -> UserError | None:

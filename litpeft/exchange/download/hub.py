@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from litpeft.core.checksums import CHECKSUMS
-from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, counted
-from litpeft.core.folders import check_place, locked
+from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, counted, scaled
+from litpeft.core.folders import check_disk, check_place, locked
 from litpeft.core.terminal import say, tell
-from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
+from litpeft.exchange.download.folder import FREE_SPACE, check_folder, disk_fault, keep_checksums, model_files
 from litpeft.exchange.settings import Download
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def _complete(
     repo = settings.source
     if pending:
         size = sum(expected[name].size for name in pending)
-        need_space(folder, size)
+        check_disk(folder, size, "the files", FREE_SPACE)
         count = counted(len(pending), "file")
-        say(f"will download {count}, {amount(size)} to {folder}")
+        say(f"will download {count}, {scaled(size, 'B')} to {folder}")
         _transfer(settings, commit, folder, pending)
         for name in pending:
             _verify(folder / name, expected[name])
@@ -68,7 +68,7 @@ def _complete(
         keep_checksums(folder, f"{repo}@{commit}")
     told = "downloaded" if pending else "already there, nothing to download"
     size = sum(file.size for file in expected.values())
-    say(f"{folder}: {len(expected)} files of {repo}, {amount(size)}, equal to the hub's ({told})")
+    say(f"{folder}: {len(expected)} files of {repo}, {scaled(size, 'B')}, equal to the hub's ({told})")
 
 
 def _repo_id(source: str) -> str:

