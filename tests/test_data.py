@@ -50,7 +50,7 @@ def read(tokenizer, template, path, max_positions=4096, **settings):
     [
         ("overlong", "x", "data.overlong must be error, drop or split, got 'x'"),
         ("bad_rows", "warn", "data.bad_rows must be error or skip, got 'warn'"),
-        ("format", "sharegpt", "data.format must be auto, messages or alpaca"),
+        ("format", "csv", "data.format must be auto, messages"),
         ("template", "llama", "data.template must be auto, model or alpaca"),
         ("validation_split", 1.0, "data.validation_split must be at least 0 and below 1, got 1.0"),
         ("max_length", 1, "data.max_length must be at least 2"),
