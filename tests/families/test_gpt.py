@@ -1,13 +1,13 @@
-"""GPT-NeoX and GPT-2 against transformers: gradients, generation, merging; and what their config.json may say."""
+"""Every family against transformers: gradients and generation; of two of them also merging, and config.json."""
 
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, finetune, folded
+from conftest import TINY, finetune, folded, in_float64
 from test_model import GPT2
-from tiny_families import make_family
+from tiny_families import MODELS, make_family
 from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
@@ -16,18 +16,21 @@ from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
 from litpeft.model.context import Context, KVCache
-from litpeft.model.families import gpt2, gpt_neox
+from litpeft.model.families import FAMILIES, gpt2, gpt_neox
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
 
-GPTS = ["neox", "neox serial", "gpt2", "gpt2 untied"]
 IDS = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", GPTS)
+def test_every_family_has_a_tiny_model() -> None:
+    assert {model.get("model_type", "llama") for model in MODELS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_every_gradient_equals_that_of_transformers(name: str, tmp_path) -> None:
-    theirs = make_family(tmp_path, name, torch.float64)
+    theirs = in_float64(make_family(tmp_path, name, torch.float64))
     ours = build(tmp_path, torch.float64).requires_grad_(True)
     torch.nn.functional.cross_entropy(theirs(IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
     at = torch.arange(80)[torch.arange(80) % 40 != 39]
@@ -41,7 +44,7 @@ def test_every_gradient_equals_that_of_transformers(name: str, tmp_path) -> None
     assert all((grads[key] - want[key]).abs().max() <= 1e-10 * largest for key in want)
 
 
-@pytest.mark.parametrize("name", GPTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_thirty_two_greedy_tokens_from_the_cache_are_those_of_transformers(name: str, tmp_path) -> None:
     theirs = make_family(tmp_path, name, initializer_range=0.3)  # wide weights: the answers differ and do not repeat
     ours = build(tmp_path, torch.float32)
@@ -59,7 +62,7 @@ def test_thirty_two_greedy_tokens_from_the_cache_are_those_of_transformers(name:
     assert len(ids[:, 9:].unique()) > 8
 
 
-@pytest.mark.parametrize("name", GPTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_cached_and_packed_logits_equal_the_full_forward(name: str, tmp_path) -> None:
     make_family(tmp_path, name, torch.float64)
     model = build(tmp_path, torch.float64)

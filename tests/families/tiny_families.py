@@ -8,6 +8,7 @@ from test_model import CASES, reference
 
 MODELS = {
     "llama": CASES["grouped queries"],
+    "mistral": CASES["mistral with a window"],
     "neox": CASES["gpt_neox, parallel, a quarter rotates"],
     "neox serial": CASES["gpt_neox, serial, all rotates"],
     "gpt2": CASES["gpt2"],
