@@ -148,6 +148,10 @@ def test_onto_original_is_for_quantised_runs(tiny_folder, tmp_path, capsys) -> N
     assert "saw the original weights" in said
 
 
+def test_the_report_says_how_the_base_was_held(quantized_run: Path) -> None:
+    assert "parameters, 32-true, linear layers in nf4 |" in (quantized_run / "report.md").read_text()
+
+
 @torch.no_grad()
 def test_without_its_delta_a_qlora_run_is_its_quantised_base(quantized_run: Path) -> None:
     loaded = load_model(str(quantized_run), precision="32-true")

@@ -61,7 +61,7 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         settings=asdict(run.method),
         base=str(base),
         parameters=sum(p.numel() for p in empty_model(run.config).parameters()),
-        precision=run.precision.name,
+        precision=run.precision.name + (f", linear layers in {held}" if (held := settings.base.quantize) else ""),
         data=str(run.rows.report),
         trainable=sum(p.numel() for p in trainable(model).values()),
         delta_bytes=sum(path.stat().st_size for path in (out / "final").glob("*.safetensors")),

@@ -36,7 +36,7 @@ class RunFacts:
     settings: dict[str, Any]  # the method's own keys
     base: str  # folder of the base model
     parameters: int  # of the base model
-    precision: str
+    precision: str  # "bf16-true", "bf16-true, linear layers in nf4"
     data: str  # the data set's report; any number of lines
     trainable: int  # trained parameters
     delta_bytes: int  # size of the result on disk
