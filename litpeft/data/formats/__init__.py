@@ -11,7 +11,8 @@ from typing import Any
 from litpeft.core.errors import quoted, some
 from litpeft.data.formats import alpaca, messages
 
-FORMATS: dict[str, ModuleType] = {"messages": messages, "alpaca": alpaca}  # in the order in which they are tried
+# in the order in which they are tried
+FORMATS: dict[str, ModuleType] = {"messages": messages, "alpaca": alpaca}
 QUESTIONS: dict[str, ModuleType] = {one.MARKS[0]: one for one in FORMATS.values()}
 EXAMPLES = " or ".join(one.EXAMPLE for one in FORMATS.values())
 
