@@ -151,7 +151,7 @@ def answer(
 
 
 class Stream:
-    """Iterates over the text of one answer as it comes; `answer` is what there is of it, at any time."""
+    """Iterates over the text of one answer as it comes; `answer` holds all that has come so far."""
 
     def __init__(
         self,

@@ -54,14 +54,12 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
         folder = Path(path)
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate(tokenizer, is_setting=False)
-        model = build(folder, dtype, device=device, storage=storage)
-    elif run.is_model:
-        folder = run.model_folder()
+    else:
+        folder = run.model_folder() if run.is_model else run.base_folder(base)
         tokenizer, template = run.tokenizer_and_template(folder)
+    if run is None or run.is_model:
         model = build(folder, dtype, device=device, storage=storage)
     else:
-        folder = run.base_folder(base)
-        tokenizer, template = run.tokenizer_and_template(folder)
         storage = run.storage
         if storage is not None:  # an existing cache is read, none is written
             storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())

@@ -36,7 +36,7 @@ class Session:
         self.written: Path | None = None  # the last file that was saved
 
     def ask(self, text: str, show: Callable[[str], None]) -> Answer:
-        """Returns the answer to `text`, shown as it comes. Ctrl-C ends it: what has come by then stays."""
+        """Returns the answer to `text`, shown as it comes. Ctrl-C ends it and keeps its text so far."""
         question = Turn("user", text)
         try:
             prompt = self.loaded.template.prompt(with_system([*self.turns, question], self.system))

@@ -25,8 +25,8 @@ class Full(Method):
     unfreeze: tuple[str, ...] = ("*",)
     """Globs of the model's parameters that train; the others stay as they are."""
     master_weights: bool = True
-    """Hold what trains in float32. False holds it in the type of base.precision: in bfloat16 half the memory of the
-    weights, but a step that is smaller than their rounding is lost."""
+    """Hold trained weights in float32. False holds them in the type of base.precision: in bfloat16 half the memory of
+    the weights, but a step that is smaller than their rounding is lost."""
 
     save_dtype: Literal[tuple(RESULT_DTYPES)] | None = None
     """Type of the result's weights; default: as they were held. A shorter one takes a

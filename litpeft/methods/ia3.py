@@ -1,4 +1,4 @@
-"""IA3: factors inhibit or amplify the keys, the values and what is inside the MLP.
+"""IA3: factors inhibit or amplify the keys, the values and the MLP's inner activations.
 
     k = g_k * (W_k x + b)        v = g_v * (W_v x + b)        y = W_down (g * act(W_gate x) * (W_up x + b))
 

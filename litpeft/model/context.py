@@ -16,7 +16,7 @@ KEYS = 64  # the length of a cache, and of what attention reads of it, is a mult
 
 
 class KVCache:
-    """Keys and values of one layer, each at its position: what a row has not written yet is masked as its future."""
+    """Keys and values of one layer, each at its position; positions that a row has not written yet are masked."""
 
     def __init__(self, rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
         length = -(-length // KEYS) * KEYS

@@ -1,4 +1,4 @@
-"""What all methods share: attach one, see what it trains, save it, switch it off, fold it."""
+"""What all methods share: to attach one, list what it trains, save it, switch it off and fold it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,16 +38,16 @@ class Method:
         return weight
 
     def read(self, tokenizer: Tokenizer) -> None:
-        """Takes from the base's tokenizer what the settings name in words; called before a training run is built."""
+        """Encodes settings that are text with the base's tokenizer; called before a training run is built."""
 
     def start_embedding(self, model: GPT, weight: Tensor) -> None:
         """Like `start`, for the embedding (V, d), which stays as it is."""
 
     def configure(self, config: dict[str, Any]) -> None:
-        """Changes what a config.json says, in place, to what the merged model needs."""
+        """Changes a config.json, in place, so that it describes the merged model."""
 
     def trained_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Returns the type in which what trains is held, on a base of `dtype`: float32 or better."""
+        """Returns the type of trained parameters on a base of `dtype`: float32 or better."""
         return torch.promote_types(dtype, torch.float32)
 
     def result_dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -61,7 +61,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """(x - mean(x)) / deviation(x) * weight + bias; what trains is float32 whatever x is."""
+    """(x - mean(x)) / deviation(x) * weight + bias; parameters that train are float32 whatever x is."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)

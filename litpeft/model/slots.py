@@ -21,7 +21,7 @@ class Delta(nn.Module):
     weights goes to `Method.start`. Hold another module, never its tensors: FSDP swaps them.
     """
 
-    claims: ClassVar[str] = ""  # what only one Delta of a slot can do, in words
+    claims: ClassVar[str] = ""  # in words: what it does that only one Delta of a slot can do
     dropout: float = 0.0  # share of x that is dropped in training
     virtual_tokens: int = 0  # first positions of each document whose contents it writes
 

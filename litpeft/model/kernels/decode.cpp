@@ -78,7 +78,7 @@ static void attend(const bf16* q, const bf16* k, const bf16* v, Long S, Long D, 
 
 constexpr decltype(&attend<1>) ATTEND[MOST_HEADS] = {attend<1>, attend<2>, attend<3>, attend<4>};
 
-// 2. what Python calls
+// 2. called from Python
 
 // y (M, N) = gain W x + b + update, for x (M, K)
 extern "C" void product(const PackedLinears* linears, const bf16* x, bf16* y, Long M, Long threads) {

@@ -35,7 +35,7 @@ extern "C" void norm(const bf16* x, const float* weight, double eps, bf16* y, fl
 }
 
 // dx = scale (dunit - unit mean(dunit unit)), with unit = x scale and dunit = dy weight; and, unless dweight is null,
-// adds to dweight (threads, d) what each thread sees of the weight's gradient, the sum of dy unit
+// adds to dweight (threads, d) each thread's part of the weight's gradient, the sum of dy unit
 extern "C" void norm_backward(const bf16* dy, const bf16* x, const float* weight, const float* scale, bf16* dx,
                               float* dweight, Long M, Long d, Long threads) {
 #pragma omp parallel for num_threads(threads)
