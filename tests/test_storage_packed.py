@@ -115,7 +115,7 @@ def test_a_packed_model_answers_as_the_one_that_it_was(
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
-def test_a_bare_block_computes_what_its_modules_do(
+def test_a_fused_block_computes_what_its_modules_do(
     changes: dict, dtype: torch.dtype, native: bool, tmp_path: Path
 ) -> None:
     folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.25, **changes)
@@ -139,7 +139,7 @@ def test_a_bare_block_computes_what_its_modules_do(
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("targets", [("*.attn.*", "*.mlp.*"), ("*.q", "*.v", "*.down")])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_a_bare_block_answers_with_lora_and_without(
+def test_a_fused_block_answers_with_lora_and_without(
     quantize: str | None, targets: tuple, native: bool, tmp_path: Path
 ) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
@@ -194,7 +194,7 @@ def test_a_block_that_is_not_of_llamas_kind_or_holds_another_delta_stays_as_it_i
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 7), (2, 5, 64)])
-def test_a_bare_norm_is_the_root_mean_square_norm(shape: tuple[int, ...]) -> None:
+def test_the_norm_of_a_fused_block_is_the_root_mean_square_norm(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x, weight = 5 + torch.randn(shape, dtype=torch.float64), torch.randn(shape[-1], dtype=torch.float64)
     want = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight

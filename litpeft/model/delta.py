@@ -1,6 +1,6 @@
 """What all methods share: to attach one, list what it trains, save it, switch it off and fold it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -58,20 +58,22 @@ class Method:
 def linears(model: GPT, targets: tuple[str, ...], key: str = "method.targets") -> dict[str, Linear]:
     """Returns the linear layers whose names match one of the globs; an error if a glob matches none."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
-    chosen: dict[str, Linear] = {}
-    for glob in targets:
-        hits = {name: m for name, m in layers.items() if fnmatchcase(name, glob)}
-        if not hits:
-            patterns = list(dict.fromkeys(f"*.{'.'.join(n.split('.')[-2:])}" if "." in n else n for n in layers))
-            near = nearest(glob, patterns)
-            known = ", ".join(patterns)
-            raise ConfigError(f'"{glob}" matches no linear layer; the model has {known}{near}', where=key)
-        chosen |= hits
+    chosen = {name: layers[name] for glob in targets for name in matching(layers, glob, "linear layer", key)}
     if any(isinstance(m, TiedHead) for m in chosen.values()):
         hint = "leave the head out of the targets"
         what = "the head of this model is its embedding (tie_embeddings); a delta on it alone would untie them"
         raise ConfigError(what, where=key, hint=hint)
     return chosen
+
+
+def matching(names: Iterable[str], glob: str, kind: str, key: str) -> list[str]:
+    """Returns the names that match a glob; an error if there are none."""
+    hits = [name for name in names if fnmatchcase(name, glob)]
+    if not hits:
+        patterns = list(dict.fromkeys(f"*.{'.'.join(name.split('.')[-2:])}" if "." in name else name for name in names))
+        what = f'"{glob}" matches no {kind}; the model has {", ".join(patterns)}{nearest(glob, patterns)}'
+        raise ConfigError(what, where=key)
+    return hits
 
 
 def attach(model: GPT, method: Method) -> None:
@@ -85,12 +87,7 @@ def attach(model: GPT, method: Method) -> None:
     method.attach(model)
     names = [name for name, _ in model.named_parameters() if name in base]
     for glob in method.unfreeze:
-        hits = [name for name in names if fnmatchcase(name, glob)]
-        if not hits:
-            known = ", ".join(dict.fromkeys(f"*.{'.'.join(name.split('.')[-2:])}" for name in names))
-            what = f'"{glob}" matches no parameter; the model has {known}'
-            raise ConfigError(what, where="method.unfreeze")
-        for name in hits:
+        for name in matching(names, glob, "parameter", "method.unfreeze"):
             parameter = model.get_parameter(name)
             if not parameter.is_floating_point():
                 what = f'"{glob}" matches {name}, which base.quantize holds in codes: those cannot train'
