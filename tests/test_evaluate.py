@@ -66,7 +66,7 @@ def test_the_base_of_a_full_run_is_held_as_its_result_is(tiny_folder, tmp_path, 
 
 
 GOOD = {"instruction": "a", "output": "b"}
-LONG, LARGE = {"instruction": "b" * 600, "output": "c"}, {"instruction": "b" * 5_000_000, "output": "c"}
+LONG, LARGE = {"instruction": "b" * 600, "output": "c"}, {"instruction": "b" * 9_000_000, "output": "c"}
 NUMBERS = "{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}"
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
 FAULTS = {  # rows, a template, and which commands are asked
@@ -74,7 +74,7 @@ FAULTS = {  # rows, a template, and which commands are asked
     "only bad rows": ([{"text": "a"}] * 3, None, "evaluate, generate"),
     "a row without an answer to learn": ([GOOD, {"messages": [{"role": "user", "content": "a"}]}], None, "evaluate"),
     "a row that is too long": ([GOOD, LONG], None, "evaluate, generate"),
-    "a row that is too large": ([GOOD, LARGE], None, "evaluate, generate"),
+    "a row that is too large": ([GOOD, LARGE], None, "evaluate"),
     "no row": ([], None, "evaluate, generate"),
     "a template that hides answers": ([GOOD], NUMBERS, "evaluate"),
     "a template that is none": ([GOOD], "{% for %}", "evaluate, generate"),
