@@ -5,6 +5,7 @@ A torch without CUDA cannot index fake tensors of a GPU: they are the CPU's, wit
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,9 +42,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def fake_model(name: str) -> GPT:
-    """Returns the model as `build` makes it in bf16-true, without a value in it."""
+    """Returns the model as `build` makes it in bf16-true, without a value; where nothing is counted, of two layers."""
     with torch.device("meta"):
-        model = GPT(LLAMA)
+        model = GPT(LLAMA if name in TRAINED else replace(LLAMA, n_layers=2))
     model.dtype = torch.bfloat16
     if name == "qlora":
         store(model, "nf4", True, torch.bfloat16)
