@@ -1,33 +1,46 @@
 """The many cases: a resume after every step of every method, and fifty kills at random instants."""
 
 import itertools
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from pairwise import pairwise
 from short_runs import LONG, UNPACKED, Settings, assert_same, cut, kills, resume, train
 
-from litpeft.methods import METHODS
+from litpeft.methods import METHODS, method_class
 
-pytestmark = pytest.mark.slow
-
-DROPOUT = {"lora", "qlora"}
 LAYOUTS: dict[str, Settings] = {
     "packed": {"train.micro_tokens": 2048},
     "packed, accumulated": {},
     "alone": UNPACKED | {"train.micro_batch_size": 4},
     "alone, accumulated": UNPACKED | {"train.micro_batch_size": 1},
 }
-CASES = [(m, d, lay) for m, d, lay in itertools.product(METHODS, (0.0, 0.1), LAYOUTS) if m in DROPOUT or not d]
+STEPS = range(1, 8)
+WITH_DROPOUT = [f"{name}, dropout" for name in METHODS if "dropout" in [f.name for f in fields(method_class(name))]]
 
 
-@pytest.mark.parametrize(("method", "dropout", "layout"), CASES)
-def test_a_run_resumed_after_every_step_is_the_same_run(method, dropout, layout, tiny_folder, tmp_path) -> None:
-    settings = LAYOUTS[layout] | ({"method.dropout": dropout} if method in DROPOUT else {}) | {"train.epochs": 4}
-    whole = train(tiny_folder, tmp_path / "whole", settings, method)
-    for step in range(1, 8):
-        assert_same(resume(tiny_folder, cut(whole, step, tmp_path / f"after-{step}"), settings, method), whole)
+def cases() -> list:
+    """Returns what to resume: the steps of the pairwise table, and the others, which only `-m full` runs."""
+    methods = [*METHODS, *WITH_DROPOUT]
+    table, found = pairwise(methods, LAYOUTS, STEPS), []
+    for method, layout in itertools.product(methods, LAYOUTS):
+        shown = [step for step in STEPS if (method, layout, step) in table]
+        for steps, mark in ((shown, pytest.mark.slow), ([s for s in STEPS if s not in shown], pytest.mark.full)):
+            found.append(pytest.param(method, layout, steps, marks=mark, id=f"{method}-{layout}-{steps}"))
+    return found
 
 
+@pytest.mark.parametrize(("method", "layout", "steps"), cases())
+def test_a_run_resumed_after_any_step_is_the_same_run(method, layout, steps, tiny_folder, tmp_path) -> None:
+    name, _, dropout = method.partition(", ")
+    settings = LAYOUTS[layout] | ({"method.dropout": 0.1} if dropout else {}) | {"train.epochs": 4}
+    whole = train(tiny_folder, tmp_path / "whole", settings, name)
+    for step in steps:
+        assert_same(resume(tiny_folder, cut(whole, step, tmp_path / f"after-{step}"), settings, name), whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "number"), [("lora", 20), ("full", 15), ("adapter", 15)])
 def test_a_run_killed_again_and_again_is_lost_in_no_part(method: str, number: int, tiny_folder, tmp_path: Path) -> None:
     whole = train(tiny_folder, tmp_path / "whole", LONG, method)
