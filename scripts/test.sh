@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Makes the environment with the test extras and runs the test-suite; arguments go to pytest. The slow tests too:
+# Makes the environment with the test extras and runs the test-suite; arguments go to pytest. The slow tests too, and the
+# rest of the tables of which those show every pair:
 #
-#   bash scripts/test.sh -m "slow or not slow"
+#   bash scripts/test.sh -m "not full"
+#   bash scripts/test.sh -m full
 #
+# Two cores and more run a file each; `-n 0` runs one after the other, as a debugger needs.
 # Where there is a GPU, what only it can show is tested first; all else is of the processor.
 
 source "$(dirname "$0")/environment.sh"
@@ -11,5 +14,7 @@ if .venv/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available(
     echo "== pytest, with the GPU"
     .venv/bin/python -m pytest tests/test_cuda.py tests/test_native_gpu.py
 fi
-echo "== pytest"
-CUDA_VISIBLE_DEVICES='' exec .venv/bin/python -m pytest "$@"
+cores=$(getconf _NPROCESSORS_ONLN)
+workers=$((cores < 4 ? cores : 4)) # each needs some 2 GB
+echo "== pytest, $workers at a time"
+OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' exec .venv/bin/python -m pytest -n "$workers" --dist loadfile "$@"

@@ -150,6 +150,7 @@ sys.exit(3)
 
 def test_ranks_see_where_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "1")  # an allocation in which nothing was started with srun
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     script = "say(json.dumps(dict(os.environ)))"
     seen = sorted((json.loads(line) for line in run(script)[1].splitlines()), key=lambda own: own["LOCAL_RANK"])
     assert [own["LOCAL_RANK"] for own in seen] == ["0", "1"]
