@@ -75,11 +75,23 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
 NEEDED = {"bitfit": {"add_missing": True}}  # what a method has to be told for a model like the tiny one
 
 
+ON_CODES_ONLY = {"loftq"}  # methods that want a quantised base
+
+
 def method_of(name: str) -> Any:
     """Returns a method with its defaults, or with what the tiny Llama needs."""
     from litpeft.methods import method_class
 
     return method_class(name)(**NEEDED.get(name, {}))
+
+
+def storage_of(name: str) -> Any:
+    """Returns how the base of a method is held by default."""
+    from litpeft.methods import PRESETS
+    from litpeft.model.quantize import Storage
+
+    kind = PRESETS.get(name, {}).get("base.quantize")
+    return None if kind is None else Storage(kind)
 
 
 def needed(name: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from litpeft.cli import COMMANDS, parse
-from litpeft.methods import METHODS
+from litpeft.methods import METHODS, PRESETS
 
 ROOT = Path(__file__).parent.parent
 FILES = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "config_hub").glob("*/*.yaml"))]
@@ -53,7 +53,7 @@ def test_a_file_parses_with_its_method_and_sets_nothing_to_its_default(file: str
     assert REQUIRED.keys() <= said.keys()
     assert [key for key in said if values[key] == defaults[key]] == []
     assert {key for key in values if values[key] != defaults[key]} == said.keys()
-    assert values["base.quantize"] == ("nf4" if method == "qlora" else None)
+    assert values["base.quantize"] == PRESETS.get(method, {}).get("base.quantize")
 
 
 @pytest.mark.parametrize("file", FILES)

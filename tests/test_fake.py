@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
 from litpeft.data.batches import Batch
-from litpeft.methods import METHODS
+from litpeft.methods import METHODS, PRESETS
 from litpeft.model import attention
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import attach, trainable
@@ -46,7 +46,7 @@ def fake_model(name: str) -> GPT:
     with torch.device("meta"):
         model = GPT(LLAMA if name in TRAINED else replace(LLAMA, n_layers=2))
     model.dtype = torch.bfloat16
-    if name == "qlora":
+    if name in PRESETS:
         store(model, "nf4", True, torch.bfloat16)
     attach(model, method_of(name))
     for module in model.modules():
@@ -68,7 +68,7 @@ def fake_batch() -> Batch:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_of_a_real_size_needs_no_number_back_from_the_device(name: str) -> None:
     model = fake_model(name)
-    optimizer = make_optimizer(Train(weight_decay=0.1), trainable(model).values())
+    optimizer = make_optimizer(Train(weight_decay=0.1), trainable(model))
     model.recompute = name == "full"
     for _ in range(2):
         loss = summed_loss(model, fake_batch())

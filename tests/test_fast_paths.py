@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from conftest import make_folder, method_of
+from conftest import ON_CODES_ONLY, make_folder, method_of, storage_of
 from model_switches import AWAY, CONFIG
 
 from litpeft.generate.cache import TokenCache
@@ -163,7 +163,8 @@ def test_what_is_in_each_slot_is_heeded(name: str, dtype: torch.dtype) -> None:
 def test_each_method_is_heeded(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     folder = make_folder(tmp_path / "model")
     torch.manual_seed(3)
-    plain = build(folder, dtype, method_of(name))
+    storage = storage_of(name) if name in ON_CODES_ONLY else None
+    plain = build(folder, dtype, method_of(name), storage=storage)
     for parameter in trainable(plain).values():
         parameter.data += 0.1 * torch.randn(parameter.shape).to(parameter)
     plain.eval().requires_grad_(False)

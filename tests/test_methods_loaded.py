@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_folder, method_of
+from conftest import ON_CODES_ONLY, make_folder, method_of, storage_of
 
 from litpeft.core.safetensors import Weights
 from litpeft.data.templates import ChatTemplate
@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trains_weights(folder: Path, name: str) -> bool:
     """Returns whether the method trains weights of linear layers, which codes cannot."""
-    model = build(folder, torch.float32, method_of(name))
+    model = build(folder, torch.float32, method_of(name), storage=storage_of(name))
     return any(key in model.base_keys and "norm" not in key for key in trainable(model))
 
 
@@ -53,6 +53,8 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     name, kind = request.param
     precision, quantize, limit = HELD[kind]
     storage, method, dtype = quantize and Storage(quantize, cache=False), method_of(name), TYPES[precision]
+    if name in ON_CODES_ONLY and not quantize:
+        pytest.skip("wants codes")
     if quantize and trains_weights(base, name):
         pytest.skip("codes cannot train")
     torch.manual_seed(1)
@@ -72,8 +74,9 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     if method.writes_model:
         plain = build(folder / "final", dtype)
     else:
-        plain = build(base, dtype, method, storage=storage)
-        load_delta(plain, find_run(folder).delta(), "test")
+        delta = find_run(folder).delta()
+        plain = build(base, dtype, method, storage=storage, delta=delta)
+        load_delta(plain, delta, "test")
     return plain.eval().requires_grad_(False), load_model(str(folder), precision=precision), limit
 
 

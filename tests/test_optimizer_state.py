@@ -54,7 +54,7 @@ def start(kind: str, arguments: dict, dtype: torch.dtype = torch.float32) -> tup
     parameters = {n: torch.nn.Parameter(torch.randn(s, generator=chance).to(dtype)) for n, s in SHAPES.items()}
     train = Train(lr=0.01, optimizer=kind, optimizer_args=arguments)
     # finetune refuses the paged ones without a GPU, though they work there without their pages: that is tried here
-    return parameters, make_optimizer(train, parameters.values(), "cuda" if "Paged" in kind else "cpu")
+    return parameters, make_optimizer(train, parameters, "cuda" if "Paged" in kind else "cpu")
 
 
 def steps(parameters: dict[str, Tensor], optimizer: object, numbers: range) -> None:
@@ -194,7 +194,7 @@ def sharded(rank: int, folder: Path, kind: str, arguments: dict) -> None:
 
     def build(values: dict[str, Tensor]) -> tuple[dict[str, Tensor], object]:
         parameters = {name: torch.nn.Parameter(split(value)) for name, value in values.items()}
-        return parameters, make_optimizer(train, parameters.values())
+        return parameters, make_optimizer(train, parameters)
 
     begin = {name: value.detach() for name, value in start(kind, arguments)[0].items()}
     want, whole_run = build(begin)

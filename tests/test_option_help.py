@@ -148,7 +148,7 @@ def test_every_key_of_the_table_exists_and_is_what_its_words_lead_to() -> None:
         ("finetune lora", "trian.seed", ' (did you mean "train.seed"?)'),
         ("finetune lora", "seed", ' (did you mean "data.seed" or "train.seed"?)'),
         ("finetune lora", "data.lr", ' (did you mean "train.lr"?)'),
-        ("finetune lora", "lrn_rate_zz", ""),
+        ("finetune lora", "lrn_rote_zz", ""),
         ("finetune lora", "zz", ""),
         ("evaluate", "bad_rows", "; data.bad_rows belongs to litpeft finetune"),
         ("evaluate", "data.max_length", "; data.max_length belongs to litpeft finetune"),

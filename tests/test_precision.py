@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import method_of
+from conftest import method_of, storage_of
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 
@@ -27,14 +27,14 @@ def rows(count: int) -> list[Row]:
     ]
 
 
-def stepped(folder, method, dtype: torch.dtype, fabric: Fabric, optimizer: str = "AdamW", steps: int = 1):
+def stepped(folder, method, dtype: torch.dtype, fabric: Fabric, optimizer: str = "AdamW", steps: int = 1, storage=None):
     """Returns model and optimiser after some steps on four rows, and the loss of each step."""
     torch.manual_seed(1)
-    model = build(folder, dtype, method)
+    model = build(folder, dtype, method, storage=storage)
     wrapped = fabric.setup_module(model)
     scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
     train = Train(optimizer=optimizer, lr=1e-3)
-    made = fabric.setup_optimizers(make_optimizer(train, trainable(model).values(), scaled=scaled))
+    made = fabric.setup_optimizers(make_optimizer(train, trainable(model), scaled=scaled))
     batch = collate(rows(4))
     stepper = Stepper(fabric, wrapped, made)
     return model, made, [stepper.step([batch], len(batch.targets), 1e-3, s + 1).loss for s in range(steps)]
@@ -45,11 +45,13 @@ def stepped(folder, method, dtype: torch.dtype, fabric: Fabric, optimizer: str =
 def test_what_trains_and_its_moments_are_float32_or_better(tiny_folder, name: str, method: str) -> None:
     precision = PRECISIONS[name]
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision.fabric)
-    model, optimizer, _ = stepped(tiny_folder, method_of(method), precision.weights, fabric)
+    storage = storage_of(method)
+    model, optimizer, _ = stepped(tiny_folder, method_of(method), precision.weights, fabric, storage=storage)
     wide = torch.promote_types(precision.weights, torch.float32)
     assert {p.dtype for p in trainable(model).values()} == {wide}
+    held = {p.dtype for p in build(tiny_folder, precision.weights, storage=storage).parameters()}
     frozen = {key: p.dtype for key, p in model.named_parameters() if not p.requires_grad}
-    assert {dtype for key, dtype in frozen.items() if key in model.base_keys} <= {precision.weights}
+    assert {dtype for key, dtype in frozen.items() if key in model.base_keys} <= held
     assert {dtype for key, dtype in frozen.items() if key not in model.base_keys} <= {wide}
     moments, _ = optimizer_tensors(optimizer, list(trainable(model)))
     assert {tensor.dtype for key, tensor in moments.items() if not key.endswith("/step")} == {wide}

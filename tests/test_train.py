@@ -55,7 +55,9 @@ def one_step(folder: Path, dtype: torch.dtype, split: list[list[int]]) -> tuple[
             torch.nn.init.normal_(module.B, std=0.02)
     fabric = Fabric(accelerator="cpu", devices=1)
     wrapped = fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(torch.optim.SGD(trainable(model).values(), lr=1.0))
+    optimizer = fabric.setup_optimizers(
+        make_optimizer(Train(optimizer="SGD", lr=1.0, weight_decay=0.0), trainable(model))
+    )
     rows = some_rows()
     batches = [collate([rows[i] for i in numbers]) for numbers in split]
     trained = sum(len(batch.targets) for batch in batches)
@@ -126,7 +128,7 @@ def test_the_learning_rate_has_no_edge_that_breaks() -> None:
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor", "bitsandbytes.AdamW8bit"])
 def test_an_optimiser_is_made_by_name(name: str) -> None:
     parameter = torch.nn.Parameter(torch.ones(64, 64))
-    optimizer = make_optimizer(Train(lr=0.01, optimizer=name, weight_decay=0.1), [parameter])
+    optimizer = make_optimizer(Train(lr=0.01, optimizer=name, weight_decay=0.1), {"weight": parameter})
     assert type(optimizer).__name__ == name.rpartition(".")[2]
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.01, 0.1)
     parameter.sum().backward()
@@ -149,7 +151,7 @@ def test_an_optimiser_is_made_by_name(name: str) -> None:
 )
 def test_an_optimiser_that_cannot_be_is_refused(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_optimizer(Train(**settings), [torch.nn.Parameter(torch.ones(1))])
+        make_optimizer(Train(**settings), {"weight": torch.nn.Parameter(torch.ones(1))})
 
 
 def test_a_run_learns_its_rows_and_leaves_what_it_promises(tiny_folder, tmp_path, capsys) -> None:

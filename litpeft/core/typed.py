@@ -7,14 +7,21 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from litpeft.core.errors import UserError
 
+LATER = {"later": True}  # metadata of a field that older files do not have: they mean its default
 PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "null"}
+
+
+def later(cls: type) -> dict[str, Any]:
+    """Returns the defaults of a dataclass's fields that are marked LATER, by name."""
+    return {field.name: field.default for field in fields(cls) if field.metadata == LATER}
 
 
 def typed(kind: Any, value: Any, key: str) -> Any:
     """Returns a JSON value as the type `kind`: a scalar, a union, list, tuple or dict of such, or a dataclass.
 
-    A dataclass needs each of its fields and no other key, and checks their ranges itself. Only lists are converted, to
-    tuples, and whole numbers, to float. Raises a ValueError with the key (below `key`), what is allowed and what came.
+    A dataclass needs each of its fields but those marked LATER, and no other key, and checks their ranges itself. Only
+    lists are converted, to tuples, and whole numbers, to float. Raises a ValueError with the key (below `key`), what is
+    allowed and what came.
     """
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if kind is Any:
@@ -59,6 +66,7 @@ def _dataclass(cls: type, value: Any, key: str) -> Any:
         raise _wrong(key, "keys and values", value)
     hints, inside = get_type_hints(cls), f"{key}." if key else ""
     names = [field.name for field in fields(cls)]
+    value = later(cls) | value
     for name in (*names, *value):
         if name not in value:
             raise ValueError(f"{inside}{name} is missing")

@@ -267,10 +267,11 @@ def build_run(
     run: Run, base: Path, dtype: torch.dtype, device: torch.device | str = "cpu", storage: Storage | None = None
 ) -> GPT:
     """Returns the base model with the run's delta."""
+    delta = run.delta()
     try:
-        model = build(base, dtype, run.method(), device, storage)
+        model = build(base, dtype, run.method(), device, storage, delta=delta)
     except ConfigError as error:
         what = f"{error.where.replace('method', 'settings', 1)}: {error.what}"  # the settings come from delta.json
         raise ModelError(what, where=str(run.folder / "delta.json"), hint=NOT_OURS) from None
-    load_delta(model, run.delta(), str(run.folder))
+    load_delta(model, delta, str(run.folder))
     return model

@@ -50,6 +50,13 @@ class Combo(Method):
             weight = one.start(name, linear, weight, held)
         return weight
 
+    def restore(
+        self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor], saved: dict[str, Tensor]
+    ) -> Tensor:
+        for one in self.parts:
+            weight = one.restore(name, linear, weight, held, saved)
+        return weight
+
     def configure(self, config: dict[str, Any]) -> None:
         for one in self.parts:
             one.configure(config)

@@ -75,7 +75,7 @@ class DoRA(LoRA):
             if any(fnmatchcase(f"{name}.weight", glob) for glob in self.unfreeze):
                 what = f"{name}.weight would train, while its norm is a magnitude that dora trains"
                 raise ConfigError(what, where="method.unfreeze", hint="leave it out here or in the targets")
-            linear.slot.add("dora", Decomposed(*shape))
+            self.fill(linear, "dora", Decomposed(*shape))
 
     def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
         delta = linear.slot.deltas.get("dora")
@@ -84,3 +84,8 @@ class DoRA(LoRA):
             delta.squares.copy_(norm.square())
             copy_shard(delta.m, delta.squares.sqrt())
         return weight
+
+    def restore(
+        self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor], saved: dict[str, Tensor]
+    ) -> Tensor:
+        return self.start(name, linear, weight, held)  # m is replaced, ||W||^2 is not saved

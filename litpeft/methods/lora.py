@@ -2,21 +2,23 @@
 
     y = W x + b + s B A dropout(x)        s = alpha / rank, or alpha / sqrt(rank) with rslora
 
-LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732.
+LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+ https://arxiv.org/abs/2402.12354.
 Trains rank * (in + out) parameters for each target. Folds: W <- W + s B A.
 """
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError
+from litpeft.core.typed import LATER
 from litpeft.model.delta import Method, linears
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import Linear, LowRankDelta
+from litpeft.model.slots import Delta, Linear, LowRankDelta
 
 LARGEST_RANK = 65536  # wider than any layer there is
 LARGEST_ALPHA = 1e30  # far beyond it float32 overflows
@@ -41,6 +43,14 @@ class LowRank(LowRankDelta):
         return self.A, self.scale * self.B
 
 
+def check_update(method: Any) -> None:
+    """Raises a ValueError if `alpha` or `dropout` of a method with low-rank updates is out of bounds."""
+    if method.alpha is not None and not 0 < method.alpha < LARGEST_ALPHA:
+        raise ValueError(f"method.alpha must be above 0 and below {LARGEST_ALPHA:.0e}, got {method.alpha}")
+    if not 0 <= method.dropout < 1:
+        raise ValueError(f"method.dropout must be at least 0 and below 1, got {method.dropout}")
+
+
 @dataclass
 class LoRA(Method):
     """Low-rank updates beside frozen linear layers."""
@@ -58,18 +68,25 @@ class LoRA(Method):
     ranks: dict[str, int] = field(default_factory=dict)
     """Other ranks for some targets, by glob, e.g. {"*.mlp.*": 16}; the last glob that matches counts."""
 
+    lr_ratio: float = field(default=1.0, metadata=LATER)
+    """B learns at lr_ratio * train.lr; the LoRA+ paper takes 16 with half of LoRA's train.lr."""
+
     def __post_init__(self) -> None:
         for key, rank in {"rank": self.rank, **{f'ranks["{glob}"]': rank for glob, rank in self.ranks.items()}}.items():
             if not 1 <= rank <= LARGEST_RANK:
                 raise ValueError(f"method.{key} must be at least 1 and at most {LARGEST_RANK}, got {rank}")
-        if self.alpha is not None and not 0 < self.alpha < LARGEST_ALPHA:
-            raise ValueError(f"method.alpha must be above 0 and below {LARGEST_ALPHA:.0e}, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
+        check_update(self)
+        if not 1e-6 <= self.lr_ratio <= 1e6:
+            raise ValueError(f"method.lr_ratio must be at least 1e-6 and at most 1e6, got {self.lr_ratio}")
 
     def attach(self, model: GPT) -> None:
         for linear, shape in self.shapes(model).values():
-            linear.slot.add("lora", LowRank(*shape))
+            self.fill(linear, "lora", LowRank(*shape))
+
+    def fill(self, linear: Linear, name: str, delta: Delta) -> None:
+        """Puts a Delta with an A and a B into the slot of a linear layer."""
+        delta.lr_factors = {"B": self.lr_ratio}
+        linear.slot.add(name, delta)
 
     def shapes(self, model: GPT) -> dict[str, tuple[Linear, Shape]]:
         """Returns the targets by name, each with its sizes in and out, rank, scale and dropout."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,11 +44,13 @@ def build(
     storage: Storage | None = None,
     shard: Callable[[GPT], None] | None = None,
     first: bool = True,
+    delta: dict[str, Tensor] | None = None,
 ) -> GPT:
     """Returns the model of a Hugging Face folder in `dtype`, with `method` at its start, or frozen without a method.
 
     `storage` says how the linear layers are held. `shard` spreads the model over the ranks. Only the `first` rank
     verifies the files' checksums, and writes the quantised weights to disk if `storage` wants them cached.
+    `delta` is what a run saved: the caller loads it afterwards, and the method restores here what it does not hold.
     """
     config, weights, names = checked_files(folder)
     verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if first else None  # in parallel to what follows
@@ -71,7 +74,7 @@ def build(
         shard(model)
     cache = Cache(folder, storage.key, weights.fingerprint()) if storage is not None and storage.cache else None
     cached, packed = None if cache is None else cache.tensors(), {}
-    starts, changed = method is not None and type(method).start is not Method.start, False
+    start, changed = _start(method, delta), False
     for ours in names.ours:  # 6. the base's weights, tensor by tensor; a method may give its own in their place
         module, _, leaf = ours.rpartition(".")
         layer = model.get_submodule(module)
@@ -79,11 +82,11 @@ def build(
         codes, tensor = None, None
         if stored and cached is not None:
             codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
-        if codes is None or starts:
+        if codes is None or start:
             tensor = _read(names, weights, ours).to(device)
         if leaf == "weight" and isinstance(layer, Linear):
             held = Held(layer, tensor, codes)
-            mine = method.start(module, layer, tensor, held) if starts else tensor
+            mine = start(module, layer, tensor, held) if start else tensor
             values, changed = held.pack(mine), changed or mine is not tensor
         else:
             if layer is model.embed and method is not None:
@@ -100,6 +103,15 @@ def build(
     if verified is not None:
         verified.result()
     return model
+
+
+def _start(method: Method | None, delta: dict[str, Tensor] | None) -> Callable[..., Tensor] | None:
+    """Returns what the method does with each linear layer's weight as it is read, or None if nothing."""
+    if method is None:
+        return None
+    if delta is None:
+        return None if type(method).start is Method.start else method.start
+    return None if type(method).restore is Method.restore else partial(method.restore, saved=delta)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import ConfigError, ModelError, nearest, some
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import OFF, Delta, Linear, Slot, TiedHead
+from litpeft.model.slots import OFF, Bank, Delta, Linear, Slot, TiedHead
 
 
 @dataclass
@@ -35,6 +35,12 @@ class Method:
         Called for every linear layer as its weight is read. Deltas whose start depends on it are set here, through
         `copy_shard`. `held(weight)` is the weight that the layer would multiply with, rounded to its type or codes.
         """
+        return weight
+
+    def restore(
+        self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor], saved: dict[str, Tensor]
+    ) -> Tensor:
+        """Does in place of `start` what a model needs whose delta is `saved`, and will be loaded afterwards."""
         return weight
 
     def read(self, tokenizer: Tokenizer) -> None:
@@ -103,6 +109,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def lr_factors(model: nn.Module) -> dict[str, float]:
+    """Returns by name what the learning rate of trained tensors is multiplied by, where a Delta says so."""
+    deltas = {place: module for place, module in model.named_modules() if isinstance(module, Delta)}
+    return {f"{place}.{key}": factor for place, delta in deltas.items() for key, factor in delta.lr_factors.items()}
+
+
 def delta_state(model: GPT) -> dict[str, Tensor]:
     """Returns what a run saves: every tensor that the base's files do not hold."""
     return {name: tensor for name, tensor in model.state_dict().items() if name in model.delta_keys}
@@ -160,8 +172,12 @@ def without_delta(model: GPT, *names: str) -> Iterator[None]:
     base_values = {} if names else model.base_values
     trained = {name: model.get_parameter(name).data for name in base_values}
     try:
-        for slot, deltas in slots:
-            slot.deltas = {n: delta for n, delta in deltas.items() if n not in names} if names else OFF
+        left = [
+            {n: one for n, d in deltas.items() if (one := d if names and n not in names else d.off()) is not None}
+            for _, deltas in slots
+        ]
+        for (slot, _), on in zip(slots, left, strict=True):
+            slot.deltas = on if names or any(left) else OFF  # OFF means that nothing acts in any slot
         for name, tensor in base_values.items():
             model.get_parameter(name).data = tensor
         yield
@@ -213,7 +229,7 @@ def folds(
             yield f"{prefix}weight", weight, before[0]
         if bias is not None:
             yield f"{prefix}bias", bias, before[1]
-    elif not isinstance(module, Slot):
+    elif not isinstance(module, Slot | Bank):
         yield from ((prefix + name, p, p) for name, p in module.named_parameters(recurse=False))
         for name, child in module.named_children():
             yield from folds(child, f"{prefix}{name}.", widened)

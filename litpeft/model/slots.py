@@ -1,5 +1,6 @@
 """The places where a finetuning method can act. Each is the identity until a method fills it."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Protocol
 
 import torch
@@ -22,6 +23,7 @@ class Delta(nn.Module):
     """
 
     claims: ClassVar[str] = ""  # in words: what it does that only one Delta of a slot can do
+    lr_factors: Mapping[str, float] = {}  # what the learning rate of its tensors is multiplied by, if not by 1
     dropout: float = 0.0  # share of x that is dropped in training
     virtual_tokens: int = 0  # first positions of each document whose contents it writes
 
@@ -36,6 +38,9 @@ class Delta(nn.Module):
 
         Answering and merging use it, too. None: it acts on activations, defines `forward`, and cannot be merged.
         """
+
+    def off(self) -> "Delta | None":
+        """Returns what acts in its place while it is switched off: what it took out of the base, if anything."""
 
     def forward(self, y: Tensor, x: Tensor, linear: "Linear", ctx: Context | None) -> Tensor:
         return apply_affines([y], x, [self.affine(linear)])[0]

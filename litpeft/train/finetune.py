@@ -18,7 +18,7 @@ from litpeft.core.terminal import say, tell, tolerant_streams
 from litpeft.exchange.run import base_facts, save_result
 from litpeft.generate.load import Loaded
 from litpeft.model.build import build
-from litpeft.model.delta import Method, copy_into, trainable
+from litpeft.model.delta import Method, copy_into, lr_factors, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.train.compiled import compile_blocks
@@ -68,7 +68,8 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     device = torch.device("cpu") if settings.cpu_offload else fabric.device
     base = Path(settings.base.dir)
     shard = sharder(settings, run.precision, fabric)
-    model = build(base, run.precision.weights, method, device, storage, shard, fabric.is_global_zero)
+    saved = None if run.saved is None else run.saved.tensors("delta")
+    model = build(base, run.precision.weights, method, device, storage, shard, fabric.is_global_zero, saved)
     model.recompute = settings.train.activation_checkpointing
     if shard is None:
         use_fused_step(model, device)
@@ -76,7 +77,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
         compile_blocks(model, fabric.device)
     wrapped = fabric.setup_module(model, move_to_device=False)
     scaled = run.precision.fabric == "16-mixed"
-    optimizer = make_optimizer(settings.train, trainable(model).values(), fabric.device, scaled)
+    optimizer = make_optimizer(settings.train, trainable(model), fabric.device, scaled, lr_factors(model))
     optimizer = fabric.setup_optimizers(optimizer)
     settle_micro_tokens(run, wrapped, fabric)
     # 2. the run folder, and the run

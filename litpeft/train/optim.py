@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -33,12 +33,17 @@ def lr_at(step: int, steps: int, train: Train) -> float:
 
 
 def make_optimizer(
-    train: Train, parameters: Iterable[nn.Parameter], device: torch.device | str = "cpu", scaled: bool = False
+    train: Train,
+    parameters: Mapping[str, nn.Parameter],
+    device: torch.device | str = "cpu",
+    scaled: bool = False,
+    lr_factors: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """Returns the optimizer of `train.optimizer` over these parameters, which are on `device`.
+    """Returns the optimizer of `train.optimizer` over these parameters by name, which are on `device`.
 
-    `scaled`: gradients will be scaled, as in 16-mixed; Fabric cannot clip those of a fused optimizer. Vectors (norms
-    and biases) have no weight decay, which would pull them to zero and not to the base model.
+    `lr_factors` are what the learning rate of some of them is multiplied by; a group keeps its own. `scaled`:
+    gradients will be scaled, as in 16-mixed; Fabric cannot clip those of a fused optimizer. Vectors (norms and biases)
+    have no weight decay, which would pull them to zero and not to the base model.
     """
     library, _, name = train.optimizer.rpartition(".")
     if library not in ("", "bitsandbytes"):
@@ -74,11 +79,17 @@ def make_optimizer(
     if scaled and arguments.get("fused"):
         what = "base.precision 16-mixed scales its gradients, which a fused optimiser cannot clip"
         raise ConfigError(what, where="train.optimizer_args", hint="leave fused out")
-    every = list(parameters)
-    matrices, vectors = ([p for p in every if (p.ndim > 1) == many] for many in (True, False))
-    groups = [{"params": matrices}, {"params": vectors} | ({"weight_decay": 0.0} if "weight_decay" in takes else {})]
+    factors = lr_factors or {}
+    kinds: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for key, parameter in parameters.items():
+        kinds.setdefault((parameter.ndim < 2, factors.get(key, 1.0)), []).append(parameter)
+    groups = [
+        {"params": chosen, "lr_factor": factor, "lr": factor * train.lr}
+        | ({"weight_decay": 0.0} if vectors and "weight_decay" in takes else {})
+        for (vectors, factor), chosen in sorted(kinds.items(), key=lambda kind: kind[0])
+    ]
     try:
-        optimizer = known[name]([group for group in groups if group["params"]], lr=train.lr, **arguments)
+        optimizer = known[name](groups, lr=train.lr, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{name} refuses: {error}", where="train.optimizer_args") from None
     _check_step(optimizer)
@@ -96,7 +107,7 @@ def check_optimizer(train: Train, model: nn.Module, dtype: torch.dtype, device: 
         smallest[parameter.ndim] = min(known, parameter, key=lambda p: p.numel())
     make_optimizer(
         train,
-        [nn.Parameter(torch.zeros(p.shape, dtype=dtype, device=device)) for p in smallest.values()],
+        {str(n): nn.Parameter(torch.zeros(p.shape, dtype=dtype, device=device)) for n, p in smallest.items()},
         device,
         scaled,
     )

@@ -17,7 +17,7 @@ from litpeft import __version__
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.folders import has_result
 from litpeft.core.json import jsonable
-from litpeft.core.typed import typed
+from litpeft.core.typed import later, typed
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
 from litpeft.exchange.identity import TokenizerIdentity, changed, config_changes, tokenizer_changes
@@ -226,7 +226,9 @@ def check_same_run(
     if reasons:
         hint = "a resumed run continues on what it began with; take another out for a new run"
         raise ConfigError(f"the run began with {reasons[0]}", where=where, hint=hint)
-    lines = changed(saved.facts["settings"], facts["settings"], FREE)
+    then = saved.facts["settings"]
+    then = then | {"method": later(method_class(facts["method"])) | then["method"]}
+    lines = changed(then, facts["settings"], FREE)
     refused = [line for line in lines if not any(fnmatchcase(line.split(":")[0], glob) for glob in allowed)]
     if refused:
         what = f"the run began with other settings: {'; '.join(refused)}"

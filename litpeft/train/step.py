@@ -41,7 +41,7 @@ class Stepper:
     ) -> Gradient:
         """Takes optimizer step `number`; returns what `gradient` does."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         found = self.gradient(batches, trained, number, votes)
         self.optimizer.step()
         self.optimizer.zero_grad()

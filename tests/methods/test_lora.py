@@ -3,17 +3,22 @@
 import pytest
 import torch
 from conftest import TINY, in_float64
+from lightning.fabric import Fabric
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from litpeft.core.errors import UserError
+from litpeft.methods.combo import Combo
 from litpeft.methods.lora import LoRA, LowRank
 from litpeft.model.build import build
-from litpeft.model.delta import trainable
+from litpeft.model.delta import Method, lr_factors, trainable
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
 from litpeft.model.kernels.low_rank import add_updates
 from litpeft.model.slots import Linear, project
+from litpeft.train.optim import make_optimizer
+from litpeft.train.settings import Train
+from litpeft.train.step import Stepper
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
@@ -151,3 +156,22 @@ def test_globs_that_match_nothing_are_errors(tiny_folder, settings: dict, messag
 def test_impossible_values_are_refused_by_key(settings: dict) -> None:
     with pytest.raises(ValueError, match=f"method.{next(iter(settings))}"):
         LoRA(**settings)
+
+
+@pytest.mark.parametrize("method", [LoRA(lr_ratio=16.0), Combo(methods={"lora": {"lr_ratio": 16.0}, "prefix": {}})])
+def test_b_learns_at_a_rate_of_its_own(tiny_folder, method: Method) -> None:
+    model = build(tiny_folder, torch.float64, method)
+    parameters = trainable(model)
+    optimizer = make_optimizer(Train(lr=2e-4, weight_decay=0.0), parameters, lr_factors=lr_factors(model))
+    stepper = Stepper(Fabric(accelerator="cpu", devices=1), model, optimizer)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    model(IDS).square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    stepper.gradient = lambda *args: None
+    stepper.step([], 1, 1e-4, 0)
+    for name, parameter in parameters.items():  # Adam's first step is lr * sign(gradient)
+        lr = 16e-4 if name.endswith(".B") else 1e-4
+        moved = torch.where(gradients[name].abs() > 1e-3, (before[name] - parameter).detach(), 0.0)
+        want = torch.where(gradients[name].abs() > 1e-3, lr * gradients[name].sign(), 0.0)
+        assert torch.allclose(moved, want, atol=lr * 1e-4)
+        assert name.endswith(".A") or moved.any()
