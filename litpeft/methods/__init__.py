@@ -5,7 +5,12 @@ from importlib import import_module
 METHODS = {
     "lora": ("litpeft.methods.lora:LoRA", "Low-rank updates beside frozen linear layers."),
     "qlora": ("litpeft.methods.lora:LoRA", "LoRA on a base that is held in 4 bits (NF4)."),
+    "lora_fa": ("litpeft.methods.lora_fa:LoRAFA", "LoRA whose first matrix is frozen: less memory."),
     "dora": ("litpeft.methods.dora:DoRA", "Low-rank updates of rows' directions, and their lengths."),
+    "multi_lora": ("litpeft.methods.multi_lora:MultiLoRA", "Several low-rank updates beside a layer, each scaled."),
+    "tied_lora": ("litpeft.methods.tied_lora:TiedLoRA", "One low-rank pair for all blocks, scaled in each."),
+    "pissa": ("litpeft.methods.pissa:PiSSA", "LoRA that starts as the weights' largest parts (SVD)."),
+    "loftq": ("litpeft.methods.loftq:LoftQ", "LoRA on a 4-bit base whose codes fit its start."),
     "adapter": ("litpeft.methods.adapter:Adapter", "Gated prompts in the attention (LLaMA-Adapter)."),
     "adapter_v2": ("litpeft.methods.adapter_v2:AdapterV2", "Gated prompts, factors and biases of linears, and norms."),
     "vera": ("litpeft.methods.vera:VeRA", "Vectors that scale random matrices, shared by all layers."),
@@ -20,7 +25,10 @@ METHODS = {
     "full": ("litpeft.methods.full:Full", "The model's own weights, all or some."),
 }
 
-PRESETS: dict[str, dict[str, object]] = {"qlora": {"base.quantize": "nf4"}}  # defaults that a name stands for
+PRESETS: dict[str, dict[str, object]] = {
+    "qlora": {"base.quantize": "nf4"},
+    "loftq": {"base.quantize": "nf4"},
+}  # defaults that a name stands for
 
 
 def method_class(name: str) -> type:

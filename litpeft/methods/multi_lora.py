@@ -1,0 +1,57 @@
+"""MultiLoRA: several low-rank updates beside a linear layer, each scaled output by output.
+
+    y = W x + b + s sum_j c_j * (B_j A_j dropout(x))        s = alpha / rank, j = 1 to n
+
+    A_j (rank, in) and B_j (out, rank) random, c_j (out,) = 0 at the start, so nothing changes at first
+
+MultiLoRA https://arxiv.org/abs/2311.11501. Since c_j is zero and not B_j, the updates do not all begin alike.
+Trains n * (rank * (in + out) + out) parameters for each target. Folds: W <- W + s sum_j diag(c_j) B_j A_j.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.core.kinds import check_least
+from litpeft.methods.lora import LoRA
+from litpeft.model.gpt import GPT
+from litpeft.model.slots import LowRankDelta
+
+LARGEST_NUMBER = 64
+
+
+class LowRanks(LowRankDelta):
+    """The updates side by side: A (n rank, in), B (out, n rank), c (n, out)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, number: int):
+        super().__init__()
+        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.A = nn.Parameter(torch.empty(number * rank, in_features, dtype=torch.float32))
+        self.B = nn.Parameter(torch.empty(out_features, number * rank, dtype=torch.float32))
+        self.c = nn.Parameter(torch.empty(number, out_features, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)
+        nn.init.uniform_(self.B, -(self.rank**-0.5), self.rank**-0.5)  # the same of each B_j, whose inputs are `rank`
+        nn.init.zeros_(self.c)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A, self.scale * self.B * self.c.T.repeat_interleave(self.rank, 1)
+
+
+@dataclass
+class MultiLoRA(LoRA):
+    """Several low-rank updates beside each frozen linear layer, each scaled output by output."""
+
+    number: int = 3
+    """Updates beside one linear layer, each of rank `rank`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, "method.", number=1, most=LARGEST_NUMBER)
+
+    def attach(self, model: GPT) -> None:
+        for linear, shape in self.shapes(model).values():
+            self.fill(linear, "multi_lora", LowRanks(*shape, self.number))

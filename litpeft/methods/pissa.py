@@ -1,0 +1,106 @@
+"""PiSSA: LoRA whose update starts as the largest singular parts of the weight, which the frozen weight is left without.
+
+    y = (W - s B0 A0) x + b + s B A dropout(x)        W = U S V^T,  B0 = U_r sqrt(S_r / s),  A0 = sqrt(S_r / s) V_r^T
+
+    A = A0 and B = B0 at the start, so nothing changes at first but for rounding
+
+PiSSA https://arxiv.org/abs/2404.02948. On a quantised base W - s B0 A0 is quantised, whose error is smaller than W's.
+A0 and B0 are saved too: with them a run makes the frozen weight again from the base's files; `/base` adds them to it.
+Trains rank * (in + out) parameters for each target. Folds: W <- W - s B0 A0 + s B A.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.core.distributed import copy_shard
+from litpeft.methods.lora import LoRA, LowRank
+from litpeft.model.gpt import GPT
+from litpeft.model.slots import Linear, LowRankDelta
+
+Holds = Callable[[Tensor], Tensor]
+
+
+class Taken(LowRankDelta):
+    """s B0 A0 x: puts back what was taken out of the weight."""
+
+    def __init__(self, delta: "Split"):
+        super().__init__()
+        self.delta = (delta,)  # a tuple hides the module
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        (delta,) = self.delta
+        return delta.A0, delta.scale * delta.B0
+
+
+class Split(LowRank):
+    """s B A x beside W - s B0 A0."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float):
+        super().__init__(in_features, out_features, rank, scale, dropout)
+        self.register_buffer("A0", torch.empty_like(self.A, requires_grad=False))
+        self.register_buffer("B0", torch.empty_like(self.B, requires_grad=False))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.A0)
+        nn.init.zeros_(self.B0)
+
+    def off(self) -> Taken:
+        return Taken(self)
+
+
+def largest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns A (rank, in) and B (out, rank) whose product is the nearest of that rank to a weight (out, in).
+
+    By subspace iteration: its cost grows with the rank, that of all singular parts with the width.
+    """
+    u, s, v = torch.svd_lowrank(weight, min(*weight.shape, 2 * rank + 32), niter=16)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:, :rank].T, u[:, :rank] * root
+
+
+def rest(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Returns the weight less B A, in float32 or better."""
+    a, b = a.to(weight.device), b.to(weight.device)
+    return weight.to(torch.promote_types(weight.dtype, a.dtype)) - b @ a
+
+
+@dataclass
+class PiSSA(LoRA):
+    """Low-rank updates that start as the largest singular parts of the weights."""
+
+    name: ClassVar[str] = "pissa"
+
+    def attach(self, model: GPT) -> None:
+        for linear, shape in self.shapes(model).values():
+            parts = min(shape[:3])  # a weight has no more singular parts than its smaller side
+            self.fill(linear, self.name, Split(*shape[:2], parts, *shape[3:]))
+
+    def start(self, name: str, linear: Linear, weight: Tensor, held: Holds) -> Tensor:
+        delta = linear.slot.deltas.get(self.name)
+        if delta is None:
+            return weight
+        weight = weight.to(torch.promote_types(weight.dtype, delta.A.dtype))
+        (a0, b0), (a, b) = self.parts(weight, len(delta.A), held)
+        for key, tensor in {"A0": a0, "B0": b0, "A": a, "B": b}.items():
+            copy_shard(getattr(delta, key), tensor / delta.scale**0.5)
+        return rest(weight, delta.A0, delta.scale * delta.B0)
+
+    def parts(self, weight: Tensor, rank: int, held: Holds) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Returns the factors that are taken out of the weight, and those that the update starts with."""
+        pair = largest(weight, rank)
+        return pair, pair
+
+    def restore(self, name: str, linear: Linear, weight: Tensor, held: Holds, saved: dict[str, Tensor]) -> Tensor:
+        delta = linear.slot.deltas.get(self.name)
+        if delta is None:
+            return weight
+        a, b = (saved.get(f"{name}.slot.{self.name}.{key}") for key in ("A0", "B0"))
+        if a is None or b is None or (len(b), *a.shape[1:]) != weight.shape:
+            return weight  # load_delta says what is wrong
+        return rest(weight, a, delta.scale * b)
