@@ -193,9 +193,10 @@ def test_an_interrupted_template_answers_the_next_question_not_the_last():
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from datetime import datetime
 from litpeft.data.sandbox import Limits, Template
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a job in the background inherits may ignore it
 Limits.of = lambda size: Limits(60.0, 1 << 30, 1 << 20)  # as a large chat has: the limit must not be what ends it
 template = Template("{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}", datetime.now())
 print(template._process.pid, flush=True)

@@ -38,7 +38,9 @@ def make_fabric(settings: Finetune, precision: Precision, device: torch.device) 
         strategy = ModelParallelStrategy(lambda model, mesh: model, world, 1, timeout=timeout)
     elif world > 1:  # the ranks build the same model from the same files and seed: no initial broadcast,
         # and none of buffers, which do not change
-        strategy = DDPStrategy(timeout=timeout, init_sync=False, gradient_as_bucket_view=True, broadcast_buffers=False)
+        strategy = DDPStrategy(
+            timeout=timeout, init_sync=False, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )
     for name in ("lightning.fabric", "lightning.pytorch"):  # which one logs depends on what was imported
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
