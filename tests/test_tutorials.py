@@ -11,9 +11,10 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -115,14 +116,19 @@ def test_every_command_of_a_page_parses(name: str, block: Block, monkeypatch) ->
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> tuple[Path, Path]:
-    """A GGUF file of SmolLM2's kind, and the folder that it becomes."""
-    folder = tmp_path_factory.mktemp("stand-in")
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 30, "max_position_embeddings": 1024}
-    model = llama(digits(), **shape)
-    gguf = write_gguf(folder / "tiny.Q8_0.gguf", model, digits(), Type.Q8_0, **{"tokenizer.chat_template": SMOLLM2})
-    main(["convert", str(gguf), str(folder / "hf")])
-    return gguf, folder / "hf"
+def tiny(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
+    """A GGUF file of SmolLM2's kind and the folder that it becomes, with the blocks that a page names."""
+
+    @cache
+    def made(layers: int) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp("stand-in")
+        shape = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 1024}
+        model = llama(digits(), num_hidden_layers=layers, **shape)
+        gguf = write_gguf(folder / "tiny.Q8_0.gguf", model, digits(), Type.Q8_0, **{"tokenizer.chat_template": SMOLLM2})
+        main(["convert", str(gguf), str(folder / "hf")])
+        return gguf, folder / "hf"
+
+    return lambda page: made(1 + max([2, *map(int, re.findall(r"blocks\.(\d+)\.", PAGES[page].read_text()))]))
 
 
 class Here:
@@ -196,7 +202,7 @@ RUN = sorted({name for name, block in ALL if not block.info and any(map(litpeft,
 def test_the_commands_of_a_page_run_one_after_the_other(page: str, tiny, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = [block for block in blocks(PAGES[page]) if not block.info and any(map(litpeft, block.commands))]
-    compared = follow(page, Here(*tiny, run), monkeypatch)
+    compared = follow(page, Here(*tiny(page), run), monkeypatch)
     assert bool(compared) == any(block.shown for block in run)
 
 
