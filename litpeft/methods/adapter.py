@@ -1,7 +1,9 @@
 """LLaMA-Adapter: in the top blocks every token also attends to a few learned prompts, through a gate that starts shut.
 
     y = softmax(q k^T / sqrt(D)) v  +  tanh(gate) * softmax(q kp^T / sqrt(D)) vp
-    kp = W_k prompt,  vp = W_v prompt        prompt (n, d) ~ N(0, 1), gate (heads,) = 0, so nothing changes at first
+
+The keys kp = W_k prompt and values vp = W_v prompt are made by the layers of the block. The prompt (n, d) starts
+random, from N(0, 1). The gate (heads,) starts at zero, so nothing changes at first.
 
 LLaMA-Adapter https://arxiv.org/abs/2303.16199.
 Trains layers * (prompt_length * d + heads) parameters. Does not fold: the prompts act on activations.

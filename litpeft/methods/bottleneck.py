@@ -2,11 +2,12 @@
 
     y <- y + scale * (up act(down u + b_down) + b_up)        down (m, d), up (d, m) = 0, m = d / reduction_factor
 
-    kind      y is the output of                      the network reads
-    houlsby   attention, and of the MLP               u = y
-    pfeiffer  the MLP                                 u = y
-    lin       the block                               u = norm(y), with a norm of its own
-    parallel  the MLP                                 u = h, the MLP's input
+The kinds differ in y, the output that is changed, and in u, the input of the network:
+
+- houlsby: two networks in each block, one for the output of attention and one for that of the MLP; u = y.
+- pfeiffer: y is the output of the MLP; u = y.
+- lin: y is the output of the block; u = norm(y), with a norm of the network's own.
+- parallel: y is the output of the MLP; u is the input of the MLP.
 
 The outputs of attention and MLP are changed before they are added to the residual stream.
 

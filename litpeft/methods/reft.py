@@ -1,9 +1,9 @@
 """ReFT: edits the residual stream h (d,) after each block, in a subspace of r dimensions.
 
-    loreft    h <- h + R^T (W h + b - R h)        R (r, d) with orthonormal rows
-    noreft    h <- h + R^T (W h + b - R h)        R (r, d) unconstrained
-    direft    h <- h + R^T (W h + b)              R (r, d) unconstrained
+    h <- h + R^T (W h + b - R h)        loreft and noreft
+    h <- h + R^T (W h + b)              direft
 
+W (r, d) and b (r,) train, and so does R (r, d). In loreft the rows of R stay orthonormal; in the other two R is free.
 Only the first `first` and the last `last` tokens of the prompt are edited, each at most half of the prompt.
 
 ReFT https://arxiv.org/abs/2404.03592.

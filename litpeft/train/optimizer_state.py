@@ -114,8 +114,8 @@ def filled(state: dict, path: str, tensors: dict[str, Tensor], plain: dict[str, 
 def fresh_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict:
     """Returns the state that the optimizer would have for a parameter after a step; changes nothing.
 
-    A copy of the optimizer steps on zeros: that shows what state an optimizer keeps, and where, such as paged memory
-    of bitsandbytes, shards of FSDP or a step counter on the CPU.
+    A copy of the optimizer takes a step on zeros. The state after it has the tensors of a real one, in the same place:
+    bitsandbytes may page them, FSDP shards them, and a step counter may be on the CPU.
     """
     zeros = torch.zeros_like(parameter).requires_grad_()
     zeros.grad = torch.zeros_like(parameter)

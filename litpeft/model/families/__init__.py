@@ -23,10 +23,9 @@ FAMILIES = {
 class Place:
     """Where a module's tensors lie in the files, if not alone or not as they are.
 
-    Modules of one layer with the same `module` are fused there, in the order of their lines in NAMES:
-
-        per=None       q q q q k k k k v v v v     one block after the other
-        per="n_heads"  q k v q k v q k v q k v     as many groups as this field of ModelConfig says
+    Modules of one layer with the same `module` are fused there, in the order of their lines in NAMES. With `per` None
+    all rows of the first module come first, then all of the second: q q k k v v. Else `per` is a field of ModelConfig
+    with a number of groups, such as "n_heads", and each group has rows of every module: q k v q k v.
     """
 
     module: str

@@ -26,8 +26,8 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class NameMap:
     """Reads our parameters from a folder's tensors, checks that none is missing, and converts them back.
 
-    `ours` holds the shape of every parameter of the plain model, `shapes` that of every tensor of its files, and
-    `parts` the parameters that a tensor of the files consists of, in their order; only one if it is not fused.
+    `ours` maps each parameter of the plain model to its shape. `shapes` maps each tensor of the files to its shape.
+    `parts` maps each tensor of the files to its parameters, in order: several if the tensor is fused, else one.
     """
 
     def __init__(self, name: str, config: ModelConfig):

@@ -1,7 +1,7 @@
 """What a LLaMA block in training does beside its large products, as Triton kernels for GPUs.
 
-Each kernel reads its inputs once, computes in float32 and rounds once. Low-rank updates y + B t, whose t = A x (N, r)
-is small, are added where y is read anyway, so that they cost no pass of their own.
+Each kernel reads its inputs once, computes in float32 and rounds once. A kernel that reads y also adds the low-rank
+update B t to it. So the update needs no kernel of its own; t = A x (N, r) is small.
 Letters: N tokens, d model width, F width of the MLP, H heads, D head size, r rank.
 """
 
