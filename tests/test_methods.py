@@ -74,7 +74,7 @@ def test_on_a_quantised_base_it_learns_what_it_learns_on_the_weights_that_the_co
         if isinstance(layer, Linear):
             other = twin.blocks.get_submodule(key)
             other.weight.data = layer.dense()
-            method_of(name).restore(f"blocks.{key}", other, other.weight, lambda weight: weight, {})
+            method_of(name).start(f"blocks.{key}", other, other.weight, lambda weight: weight, {})
     load_delta(twin, delta_state(model), "test")
     assert steps(model) == steps(twin)
     assert all(torch.equal(tensor, delta_state(twin)[key]) for key, tensor in delta_state(model).items())

@@ -1,7 +1,6 @@
 """Several deltas in one slot: applied in order, named, switched off, folded and answered with."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -21,7 +20,7 @@ from litpeft.methods.adapter_v2 import ScaleBias
 from litpeft.methods.lora import LowRank
 from litpeft.model.affine import Affine
 from litpeft.model.build import build
-from litpeft.model.delta import Method, linears, without_delta
+from litpeft.model.delta import Held, Method, linears, without_delta
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.model.quantize.cache import Cache
@@ -183,7 +182,7 @@ class Started(Method):
         for linear in linears(model, ("*.attn.*",)).values():
             linear.slot.add("norms", Norms(linear.out_features))
 
-    def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
+    def start(self, name: str, linear: Linear, weight: Tensor, held: Held, saved: dict[str, Tensor] | None) -> Tensor:
         weight = weight / 2 if self.halves and name.endswith("attn.o") else weight
         if "norms" in linear.slot.deltas:
             copy_shard(linear.slot.deltas["norms"].norm, held(weight).double().norm(dim=1))

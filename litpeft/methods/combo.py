@@ -6,7 +6,6 @@ Mao et al. https://arxiv.org/abs/2110.07577 train LoRA, prefix tuning and adapte
 Trains what its methods train. Folds if each of them does.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ from litpeft.core.json import jsonable
 from litpeft.core.typed import typed
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.methods import METHODS, PRESETS, method_class
-from litpeft.model.delta import Method
+from litpeft.model.delta import Held, Method
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear
 
@@ -45,16 +44,9 @@ class Combo(Method):
             what = "two of the methods write the virtual tokens, and one would undo what the other does"
             raise ConfigError(what, where="method.methods", hint="choose one of them")
 
-    def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
+    def start(self, name: str, linear: Linear, weight: Tensor, held: Held, saved: dict[str, Tensor] | None) -> Tensor:
         for one in self.parts:
-            weight = one.start(name, linear, weight, held)
-        return weight
-
-    def restore(
-        self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor], saved: dict[str, Tensor]
-    ) -> Tensor:
-        for one in self.parts:
-            weight = one.restore(name, linear, weight, held, saved)
+            weight = one.start(name, linear, weight, held, saved)
         return weight
 
     def configure(self, config: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ DoRA https://arxiv.org/abs/2402.09353; that no gradient goes through the norm is
 Trains rank * (in + out) + out parameters for each target. Folds: W <- n * (W + s B A).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -22,6 +21,7 @@ from litpeft.core.errors import ConfigError
 from litpeft.methods.lora import LoRA
 from litpeft.model.affine import Affine
 from litpeft.model.context import Context
+from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Delta, Linear
 
@@ -77,15 +77,10 @@ class DoRA(LoRA):
                 raise ConfigError(what, where="method.unfreeze", hint="leave it out here or in the targets")
             self.fill(linear, "dora", Decomposed(*shape))
 
-    def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
-        delta = linear.slot.deltas.get("dora")
+    def start(self, name: str, linear: Linear, weight: Tensor, held: Held, saved: dict[str, Tensor] | None) -> Tensor:
+        delta = linear.slot.deltas.get("dora")  # of a saved one m will be loaded, but ||W||^2 is not saved
         if delta is not None:
             norm = torch.linalg.vector_norm(held(weight), dim=1, dtype=delta.squares.dtype)
             delta.squares.copy_(norm.square())
             copy_shard(delta.m, delta.squares.sqrt())
         return weight
-
-    def restore(
-        self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor], saved: dict[str, Tensor]
-    ) -> Tensor:
-        return self.start(name, linear, weight, held)  # m is replaced, ||W||^2 is not saved

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_least
-from litpeft.methods.pissa import Holds, PiSSA, largest
+from litpeft.methods.pissa import PiSSA, largest
+from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize.quantized import Quantized
 
@@ -43,7 +44,7 @@ class LoftQ(PiSSA):
                 raise ConfigError(what, where="base.quantize", hint="set it to nf4, or take pissa or lora")
         super().attach(model)
 
-    def parts(self, weight: Tensor, rank: int, held: Holds) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def parts(self, weight: Tensor, rank: int, held: Held) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         taken = update = weight.new_zeros(rank, weight.size(1)), weight.new_zeros(len(weight), rank)
         for _ in range(self.iterations):
             taken = update

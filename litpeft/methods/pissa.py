@@ -9,7 +9,6 @@ A0 and B0 are saved too: with them a run makes the frozen weight again from the 
 Trains rank * (in + out) parameters for each target. Folds: W <- W - s B0 A0 + s B A.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,10 +18,9 @@ from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
 from litpeft.methods.lora import LoRA, LowRank
+from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear, LowRankDelta
-
-Holds = Callable[[Tensor], Tensor]
 
 
 class Taken(LowRankDelta):
@@ -81,26 +79,22 @@ class PiSSA(LoRA):
             parts = min(shape[:3])  # a weight has no more singular parts than its smaller side
             self.fill(linear, self.name, Split(*shape[:2], parts, *shape[3:]))
 
-    def start(self, name: str, linear: Linear, weight: Tensor, held: Holds) -> Tensor:
+    def start(self, name: str, linear: Linear, weight: Tensor, held: Held, saved: dict[str, Tensor] | None) -> Tensor:
         delta = linear.slot.deltas.get(self.name)
         if delta is None:
             return weight
+        if saved is not None:
+            a, b = (saved.get(f"{name}.slot.{self.name}.{key}") for key in ("A0", "B0"))
+            if a is None or b is None or (len(b), *a.shape[1:]) != weight.shape:
+                return weight  # load_delta says what is wrong
+            return rest(weight, a, delta.scale * b)
         weight = weight.to(torch.promote_types(weight.dtype, delta.A.dtype))
         (a0, b0), (a, b) = self.parts(weight, len(delta.A), held)
         for key, tensor in {"A0": a0, "B0": b0, "A": a, "B": b}.items():
             copy_shard(getattr(delta, key), tensor / delta.scale**0.5)
         return rest(weight, delta.A0, delta.scale * delta.B0)
 
-    def parts(self, weight: Tensor, rank: int, held: Holds) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def parts(self, weight: Tensor, rank: int, held: Held) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Returns the factors that are taken out of the weight, and those that the update starts with."""
         pair = largest(weight, rank)
         return pair, pair
-
-    def restore(self, name: str, linear: Linear, weight: Tensor, held: Holds, saved: dict[str, Tensor]) -> Tensor:
-        delta = linear.slot.deltas.get(self.name)
-        if delta is None:
-            return weight
-        a, b = (saved.get(f"{name}.slot.{self.name}.{key}") for key in ("A0", "B0"))
-        if a is None or b is None or (len(b), *a.shape[1:]) != weight.shape:
-            return weight  # load_delta says what is wrong
-        return rest(weight, a, delta.scale * b)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,7 +64,7 @@ def build(
     wide = dtype if method is None else method.trained_dtype(dtype)
     for key, parameter in model.named_parameters():
         if parameter.is_floating_point() and key in names.ours:
-            parameter.data = parameter.data.to(wide if parameter.requires_grad and method else dtype)
+            parameter.data = parameter.data.to(wide if parameter.requires_grad else dtype)
     for module in model.modules():  # 4. the deltas at their start: drawn on the CPU, the same on every device
         if isinstance(module, Delta | Bank):
             module.to_empty(device="cpu").reset_parameters()
@@ -74,7 +73,8 @@ def build(
         shard(model)
     cache = Cache(folder, storage.key, weights.fingerprint()) if storage is not None and storage.cache else None
     cached, packed = None if cache is None else cache.tensors(), {}
-    start, changed = _start(method, delta), False
+    starts = method is not None and type(method).start is not Method.start
+    changed = False  # whether a method has given another weight than that of the base
     for ours in names.ours:  # 6. the base's weights, tensor by tensor; a method may give its own in their place
         module, _, leaf = ours.rpartition(".")
         layer = model.get_submodule(module)
@@ -82,12 +82,12 @@ def build(
         codes, tensor = None, None
         if stored and cached is not None:
             codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
-        if codes is None or start:
+        if codes is None or starts:
             tensor = _read(names, weights, ours).to(device)
         if leaf == "weight" and isinstance(layer, Linear):
-            held = Held(layer, tensor, codes)
-            mine = start(module, layer, tensor, held) if start else tensor
-            values, changed = held.pack(mine), changed or mine is not tensor
+            packing = Packing(layer, tensor, codes)
+            mine = method.start(module, layer, tensor, packing.held, delta) if starts else tensor
+            values, changed = packing.pack(mine), changed or mine is not tensor
         else:
             if layer is model.embed and method is not None:
                 method.start_embedding(model, tensor)
@@ -105,17 +105,8 @@ def build(
     return model
 
 
-def _start(method: Method | None, delta: dict[str, Tensor] | None) -> Callable[..., Tensor] | None:
-    """Returns what the method does with each linear layer's weight as it is read, or None if nothing."""
-    if method is None:
-        return None
-    if delta is None:
-        return None if type(method).start is Method.start else method.start
-    return None if type(method).restore is Method.restore else partial(method.restore, saved=delta)
-
-
 @dataclass
-class Held:
+class Packing:
     """Packs weights (out, in) for a linear layer; `packed`, if known, are the packed tensors of `weight`."""
 
     layer: Linear
@@ -128,7 +119,7 @@ class Held:
             self.weight, self.packed = weight, self.layer.pack(weight)
         return self.packed
 
-    def __call__(self, weight: Tensor) -> Tensor:
+    def held(self, weight: Tensor) -> Tensor:
         """Returns the weight that the layer would multiply with: `weight`, rounded to the layer's type or codes."""
         return self.layer.unpacked(self.pack(weight))
 

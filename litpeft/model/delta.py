@@ -16,6 +16,8 @@ from litpeft.data.tokenizer import Tokenizer
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import OFF, Bank, Delta, Linear, Slot, TiedHead
 
+Held = Callable[[Tensor], Tensor]
+
 
 @dataclass
 class Method:
@@ -29,18 +31,13 @@ class Method:
     def attach(self, model: GPT) -> None:
         """Fills slots of `model`. Knows shapes only, so that it works on the meta device."""
 
-    def start(self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor]) -> Tensor:
+    def start(self, name: str, linear: Linear, weight: Tensor, held: Held, saved: dict[str, Tensor] | None) -> Tensor:
         """Returns the weight (out, in) that a linear layer is to hold, given the base's, which every rank has in full.
 
         Called for every linear layer as its weight is read. Deltas whose start depends on it are set here, through
         `copy_shard`. `held(weight)` is the weight that the layer would multiply with, rounded to its type or codes.
+        `saved` is the delta of an earlier run, which will be loaded afterwards; None if the run begins.
         """
-        return weight
-
-    def restore(
-        self, name: str, linear: Linear, weight: Tensor, held: Callable[[Tensor], Tensor], saved: dict[str, Tensor]
-    ) -> Tensor:
-        """Does in place of `start` what a model needs whose delta is `saved`, and will be loaded afterwards."""
         return weight
 
     def read(self, tokenizer: Tokenizer) -> None:

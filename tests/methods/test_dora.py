@@ -110,7 +110,7 @@ def test_a_row_of_zeros_stays_one_and_gives_no_nan(tiny_folder) -> None:
     linear.slot.add("dora", Decomposed(6, 4, 2, 1.0, 0.0))
     torch.nn.init.zeros_(linear.weight)
     linear.slot.dora.reset_parameters()
-    DoRA().start("", linear, linear.weight, lambda weight: weight)
+    DoRA().start("", linear, linear.weight, lambda weight: weight, None)
     y = linear(torch.randn(3, 6))
     y.sum().backward()
     assert not y.any()

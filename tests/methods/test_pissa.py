@@ -83,7 +83,7 @@ def relative_errors(weight: torch.Tensor, iterations: int) -> float:
         layer.convert(torch.float32, False)
     layer.slot.add("loftq", Split(weight.size(1), len(weight), 16, 2.0, 0.0))
     held = lambda w: layer.unpacked(layer.pack(w))  # noqa: E731
-    rest = LoftQ(rank=16, iterations=iterations).start("", layer, weight, held)
+    rest = LoftQ(rank=16, iterations=iterations).start("", layer, weight, held, None)
     delta = layer.slot.deltas["loftq"]
     return float((weight - held(rest) - delta.scale * delta.B @ delta.A).norm() / weight.norm())
 
