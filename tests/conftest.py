@@ -1,5 +1,6 @@
 """A tiny Llama in a Hugging Face folder, made anew for the tests that want one. What has no device runs on the CPU."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -130,6 +131,12 @@ def write_rows(folder: Path) -> Path:
     for name, part in (("train", rows), ("validation", rows[4:])):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return data
+
+
+def read_metrics(folder: Path) -> list[dict[str, float | None]]:
+    """Returns the rows of a run's metrics.csv by column; None for an empty cell."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [{name: float(cell) if cell else None for name, cell in row.items()} for row in csv.DictReader(file)]
 
 
 def finetune(base: Path, folder: Path, *argv: str, out: str = "run", method: str = "lora") -> Path:

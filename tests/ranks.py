@@ -12,12 +12,12 @@ from io import FileIO, TextIOWrapper
 from pathlib import Path
 
 import torch
+from conftest import read_metrics
 from safetensors.torch import load_file
 
 from litpeft.cli import main
 from litpeft.train import finetune  # noqa: F401 - forked ranks have it already
 from litpeft.train.launch import PARENT, free_port, watch
-from litpeft.train.log import read_metrics
 
 Hook = Callable[[int], object]  # done in each rank before its command, e.g. to let it fail at some place
 

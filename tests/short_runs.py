@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import needed, write_rows
+from conftest import needed, read_metrics, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
 import litpeft.train.step
 from litpeft.cli import main
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
-from litpeft.train.log import read_metrics
 
 SETTINGS = {
     "train.epochs": 2,

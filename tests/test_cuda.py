@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import document_mask, finetune, make_folder, method_of, write_rows
+from conftest import document_mask, finetune, make_folder, method_of, read_metrics, write_rows
 from lightning.fabric import Fabric
 from short_runs import assert_same, cut, delta, resume, same_tensors, train
 from test_generate import assert_recorded_steps_agree
@@ -28,7 +28,6 @@ from litpeft.model.quantize import STORAGES, Storage
 from litpeft.model.quantize.codes import dequantize_in_torch, has_product, product_4bit
 from litpeft.train.compiled import compile_blocks
 from litpeft.train.fused_block import use_fused_step
-from litpeft.train.log import read_metrics
 from litpeft.train.micro_tokens import MOST, fitting_tokens
 from litpeft.train.recorded_pass import RecordedPasses
 

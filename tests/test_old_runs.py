@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_metrics
 from old_runs.make import IDS, METHODS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
 from litpeft.generate.load import load_model
-from litpeft.train.log import read_metrics
 
 FOLDER = Path(__file__).parent / "old_runs"
 

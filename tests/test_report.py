@@ -7,11 +7,12 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from conftest import read_metrics
 from markdown_it import MarkdownIt
 
 from litpeft.core.errors import scaled
 from litpeft.core.folders import RUN_FILES
-from litpeft.train.log import Log, StepRecord, read_metrics
+from litpeft.train.log import Log, StepRecord
 from litpeft.train.loss_figure import loss_figure, smoothed
 from litpeft.train.report import RunFacts, Sample, markdown, summary_lines, write_report
 

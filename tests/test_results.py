@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, finetune, folded, make_folder, write_rows
+from conftest import TINY, finetune, folded, make_folder, read_metrics, write_rows
 from safetensors.torch import load_file
 from test_methods import NOT_FOLDABLE
 from transformers import AutoModelForCausalLM
@@ -19,7 +19,6 @@ from litpeft.methods import METHODS
 from litpeft.model.build import build
 from litpeft.model.delta import load_delta, unfoldable, without_delta
 from litpeft.model.quantize import Storage
-from litpeft.train.log import read_metrics
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(5))
 LEARN = "--train.epochs", "3", "--train.lr", "1e-2"

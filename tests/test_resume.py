@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHATML, COLOURS, make_folder
+from conftest import CHATML, COLOURS, make_folder, read_metrics
 from safetensors.torch import save_file
 from short_runs import QUIET, UNPACKED, Settings, assert_same, cut, delta, newest, resume, train
 
@@ -18,7 +18,6 @@ from litpeft.exchange.run import find_run
 from litpeft.generate.load import load_model
 from litpeft.methods import METHODS, method_class
 from litpeft.train.checkpoints import Checkpoints
-from litpeft.train.log import read_metrics
 
 SMALL: dict[str, Settings] = {"adapter": {"method.prompt_length": 3}, "adapter_v2": {"method.prompt_length": 3}}
 

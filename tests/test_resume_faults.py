@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import read_metrics
 from short_runs import (
     LONG,
     QUIET,
@@ -40,7 +41,6 @@ from torch import Tensor
 
 import litpeft.train.step
 from litpeft.train.checkpoints import Checkpoints
-from litpeft.train.log import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import finetune, make_folder, write_rows
+from conftest import finetune, make_folder, read_metrics, write_rows
 from lightning.fabric import Fabric
 from safetensors.torch import load_file, save_file
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
@@ -27,7 +27,6 @@ from litpeft.model.build import build
 from litpeft.model.delta import delta_state, trainable
 from litpeft.model.objective import mean_loss
 from litpeft.train.learned import PART, check_learned, count_still, sums
-from litpeft.train.log import read_metrics
 from litpeft.train.optim import lr_at, make_optimizer
 from litpeft.train.progress import Progress
 from litpeft.train.settings import Train

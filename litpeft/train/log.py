@@ -220,14 +220,6 @@ def append_to(path: Path) -> TextIO:
     return open(path, "a+", encoding="utf-8", newline="\n")
 
 
-def read_metrics(folder: Path) -> list[dict[str, float | None]]:
-    """Returns the rows of a run's metrics.csv by column; None for an empty cell."""
-    path = Path(folder) / "metrics.csv"
-    if not path.is_file():
-        raise ConfigError("there is no metrics.csv here", where=str(folder), hint="name the folder of a run")
-    return [row for _, row in _rows(path)]
-
-
 def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
     """Returns each row as its line and its numbers. A last line without a line break is incomplete and left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
