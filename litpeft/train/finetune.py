@@ -3,7 +3,6 @@
 import sys
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +30,6 @@ from litpeft.train.optim import make_optimizer
 from litpeft.train.preparation import Preparation, prepare
 from litpeft.train.progress import Progress
 from litpeft.train.records import begin_run, report
-from litpeft.train.samples import exact_share, show_sample
 from litpeft.train.settings import Finetune
 from litpeft.train.shortage import Shortage
 from litpeft.train.signals import StopSignals
@@ -92,21 +90,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
         stack.enter_context(log)
         signals.tell = log.message
         loaded = Loaded(model, run.tokenizer, run.template, settings.data.system, None)
-        trainer = Trainer(
-            fabric,
-            wrapped,
-            model,
-            optimizer,
-            run.rows.train,
-            run.rows.validation,
-            settings,
-            log,
-            run.checkpoints,
-            run.facts,
-            partial(show_sample, fabric, loaded, run.questions, settings.validation.sample_tokens, log),
-            partial(exact_share, fabric, loaded, run.questions),
-            signals,
-        )
+        trainer = Trainer(fabric, wrapped, optimizer, run, loaded, log, signals)
         if run.saved is not None:
             trainer.resume(run.saved)
         trainer.progress.startup += time.perf_counter() - began

@@ -3,9 +3,8 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed
@@ -14,18 +13,18 @@ from lightning.fabric import Fabric
 from litpeft.core.distributed import gather
 from litpeft.core.errors import NumericError
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
-from litpeft.data.rows import Row
+from litpeft.generate.load import Loaded
 from litpeft.model.delta import copy_into, delta_state, todays_names, trainable
-from litpeft.model.gpt import GPT
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
-from litpeft.train.checkpoints import STATE, Checkpoint, Checkpoints
+from litpeft.train.checkpoints import STATE, Checkpoint
 from litpeft.train.learned import check_learned, check_loss, check_moved, count_still, sums
 from litpeft.train.log import Log, StepRecord
 from litpeft.train.optim import lr_at
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
+from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.recorded_pass import RecordedPasses
-from litpeft.train.settings import Finetune, Train
+from litpeft.train.samples import exact_share, show_sample
 from litpeft.train.signals import NAMES, StopSignals, exit_code
 from litpeft.train.step import Stepper
 
@@ -33,34 +32,23 @@ DONE = "all steps done"
 SHORT = 20  # steps up to which one gradient more at the end shows what a longer run shows by itself
 
 
-def total_steps(rows: int, train: Train) -> int:
-    """Returns the optimizer steps of a run; the last step of an epoch takes the rows that are left."""
-    steps = train.epochs * -(-rows // train.batch_size)
-    return steps if train.max_steps is None else min(steps, train.max_steps)
-
-
 @dataclass
 class Trainer:
-    """A run: a model, its optimiser, its rows, and where they have got to."""
+    """A run with its model and optimiser, and where they have got to."""
 
     fabric: Fabric
     model: torch.nn.Module  # as Fabric wraps it
-    gpt: GPT
     optimizer: torch.optim.Optimizer
-    rows: list[Row]
-    held_out: list[Row]
-    settings: Finetune
+    run: Preparation
+    loaded: Loaded  # the model without Fabric's wrapper, as it answers
     log: Log
-    checkpoints: Checkpoints
-    facts: dict[str, Any]  # of the run, for the manifest of each checkpoint
-    sample: Callable[[Progress], None]  # shows answers to held-out rows
-    exact: Callable[[], float]  # the share of held-out rows that are answered exactly
     signals: StopSignals
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
+        self.gpt, self.settings, self.steps = self.loaded.model, self.run.settings, self.run.steps
+        self.rows = self.run.rows.train
         train, validation, checkpoint = self.settings.train, self.settings.validation, self.settings.checkpoint
-        self.steps = total_steps(len(self.rows), train)
         tenth = max(1, self.steps // 10)
         self.measure_every = validation.interval or tenth
         self.save_every = tenth if checkpoint.interval is None else checkpoint.interval
@@ -194,7 +182,7 @@ class Trainer:
     def measure(self) -> float | None:
         """Returns the metric on the held-out rows, and shows an answer; None where there are no such rows."""
         progress, validation = self.progress, self.settings.validation
-        measured = self.held_out[: validation.max_rows]
+        measured = self.run.rows.validation[: validation.max_rows]
         if not measured:
             return None
         tokens = self.settings.train.micro_tokens
@@ -204,9 +192,10 @@ class Trainer:
             what = f"the validation loss is {loss} after step {progress.step}: nothing more is trained or saved"
             raise NumericError(what, hint="lower train.lr, or choose another base.precision")
         progress.validations.append((progress.step, loss))
-        exact = self.exact() if validation.metric == "exact" else None
+        asked = self.fabric, self.loaded, self.run.questions
+        exact = exact_share(*asked) if validation.metric == "exact" else None
         self.log.validation(progress.step, loss, sum(sum(row.trained) for row in measured), exact)
-        self.sample(progress)
+        show_sample(*asked, validation.sample_tokens, self.log, progress)
         progress.elapsed = self.clock()
         return loss if exact is None else exact
 
@@ -247,7 +236,7 @@ class Trainer:
             state = {"progress": asdict(self.progress), "optimizer": values, "scaler": scaler and scaler.state_dict()}
             best = {self.progress.best[0]} if self.progress.best and self.settings.checkpoint.keep_best else set()
             tensors = {"delta": delta, "optimizer": moments}
-            self.checkpoints.save(self.progress.step, tensors, state, self.facts, keep=best)
+            self.run.checkpoints.save(self.progress.step, tensors, state, self.run.facts, keep=best)
         self.fabric.barrier()
 
     def resume(self, saved: Checkpoint) -> None:
@@ -261,4 +250,4 @@ class Trainer:
             scaler.load_state_dict(saved.state["scaler"])
         self.progress = Progress.of(saved.state["progress"])
         if self.settings.validation.final == "best" and self.progress.best:
-            self.checkpoints.at(self.progress.best[0])  # what is wrong with it is better known now than at the end
+            self.run.checkpoints.at(self.progress.best[0])  # what is wrong with it is better known now than at the end

@@ -17,6 +17,12 @@ from litpeft.train.optimizer_state import fresh_state
 from litpeft.train.settings import Train
 
 
+def total_steps(rows: int, train: Train) -> int:
+    """Returns the optimizer steps of a run; the last step of an epoch takes the rows that are left."""
+    steps = train.epochs * -(-rows // train.batch_size)
+    return steps if train.max_steps is None else min(steps, train.max_steps)
+
+
 def lr_at(step: int, steps: int, train: Train) -> float:
     """Returns the learning rate of optimizer step `step` (from 0) of `steps`.
 

@@ -19,13 +19,12 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_identity, tokenizer_identity
-from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method, trainable
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
-from litpeft.train.fit import total_steps
 from litpeft.train.launch import check_world
+from litpeft.train.optim import total_steps
 from litpeft.train.preflight import check_held_out, check_run
 from litpeft.train.resume import began, check_same_run, circumstances, find_saved, finished_at, rows_sha256
 from litpeft.train.samples import Question, askable
@@ -39,7 +38,6 @@ class Preparation:
     settings: Finetune
     name: str
     method: Method
-    config: ModelConfig
     rows: DataSet
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -104,7 +102,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         check_disk(out, needed, "the checkpoints", hint)
     fingerprint = weights.fingerprint()  # which compares the files with their checksums
     if settings.dry_run and saved is None:
-        dry_run(name, config, shapes, rows, tokenizer, steps)
+        dry_run(name, shapes, rows, tokenizer, steps)
         return None
     # 4. is it the same run?
     facts = {
@@ -136,13 +134,12 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         begin = "going on after" if saved.step <= steps else "nothing is left to train:"
         say(f"{begin} step {saved.step} of {steps}")
     if settings.dry_run:
-        dry_run(name, config, shapes, rows, tokenizer, steps)
+        dry_run(name, shapes, rows, tokenizer, steps)
         return None
     return Preparation(
         settings,
         name,
         method,
-        config,
         rows,
         tokenizer,
         template,
@@ -169,18 +166,18 @@ def bytes_needed(settings: Finetune, trained: int, held_out: bool, resumes: bool
     return 3 * trained * kept + trained - sum(p.stat().st_size for p in there)  # two moments for each parameter
 
 
-def dry_run(name: str, config: ModelConfig, shapes: GPT, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:
+def dry_run(name: str, shapes: GPT, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:
     """Prints what the run would do; trains nothing, writes nothing, reads no weights."""
     trained = {key: p.numel() for key, p in trainable(shapes).items()}
     train, new = sum(trained.values()), sum(count for key, count in trained.items() if key not in shapes.base_keys)
-    total = sum(p.numel() for p in empty_model(config).parameters()) + new  # of which a storage packs several into one
+    total = base_parameters(shapes) + new
     length = counted(steps, "optimizer step")
     say(f"{name} would train {train:,} of {total:,} parameters ({train / total:.3%}) in {length}")
     say(f"{rows.train[0].source}, as the model sees it (what is trained is marked):")
     say(show(rows.train[0], tokenizer, color=sys.stdout.isatty()), colored=True)
 
 
-def empty_model(config: ModelConfig) -> GPT:
-    """Returns the model without memory for its weights, to be counted."""
+def base_parameters(model: GPT) -> int:
+    """Returns how many parameters the base has, of which a storage packs several into one."""
     with torch.device("meta"):
-        return GPT(config)
+        return sum(p.numel() for p in GPT(model.config).parameters())

@@ -19,7 +19,7 @@ from litpeft.exchange.run import resume_command
 from litpeft.model.delta import Method, trainable, unfoldable
 from litpeft.model.gpt import GPT
 from litpeft.train.log import Log
-from litpeft.train.preparation import Preparation, empty_model
+from litpeft.train.preparation import Preparation, base_parameters
 from litpeft.train.progress import Progress
 from litpeft.train.report import RunFacts, summary_lines, write_report
 from litpeft.train.settings import Finetune
@@ -60,7 +60,7 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         method=name,
         settings=asdict(run.method),
         base=str(base),
-        parameters=sum(p.numel() for p in empty_model(run.config).parameters()),
+        parameters=base_parameters(model),
         precision=run.precision.name + (f", linear layers in {held}" if (held := settings.base.quantize) else ""),
         data=str(run.rows.report),
         trainable=sum(p.numel() for p in trainable(model).values()),
