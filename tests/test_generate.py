@@ -17,7 +17,7 @@ from litpeft.core.errors import UserError
 from litpeft.data.prompts import read_prompts
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.engine import Stream, answer, generate
+from litpeft.generate.engine import answer, generate, stream
 from litpeft.generate.sampling import distribution, next_tokens, penalised
 from litpeft.generate.settings import Generate, Sampling
 from litpeft.model.build import build
@@ -223,8 +223,8 @@ def test_text_that_only_looks_like_a_stop_string_is_shown_in_full(model, tokeniz
 
 def test_a_stream_gives_the_same_text_as_a_batch(model, tokenizer):
     sampling = Sampling(temperature=0.9, max_new_tokens=50, seed=4)
-    stream = Stream(TokenCache(model), PROMPTS[0], tokenizer, sampling, (40, 41))
-    assert "".join(stream) == answer(model, PROMPTS, tokenizer, sampling, (40, 41))[0].text == stream.answer.text
+    streamed, pieces = stream(TokenCache(model), PROMPTS[0], tokenizer, sampling, (40, 41))
+    assert "".join(pieces) == answer(model, PROMPTS, tokenizer, sampling, (40, 41))[0].text == streamed.text
 
 
 def test_an_answer_ends_where_the_model_ends_and_a_longer_prompt_is_an_error(model, tokenizer):

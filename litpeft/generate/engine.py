@@ -150,23 +150,13 @@ def answer(
     return [draft.answer for draft in drafts]
 
 
-class Stream:
-    """Iterates over the text of one answer as it comes; `answer` holds all that has come so far."""
-
-    def __init__(
-        self,
-        cache: TokenCache,
-        prompt: Sequence[int],
-        tokenizer: Tokenizer,
-        sampling: Sampling,
-        stop_ids: Collection[int],
-    ):
-        draft = Draft(prompt, tokenizer, sampling, stop_ids, answer_budget(cache.model, prompt, sampling))
-        self.answer = draft.answer
-        self._pieces = decode(cache, [draft], sampling, [sampling.seed])
-
-    def __iter__(self) -> Iterator[str]:
-        return (text for _, text in self._pieces if text)
+def stream(
+    cache: TokenCache, prompt: Sequence[int], tokenizer: Tokenizer, sampling: Sampling, stop_ids: Collection[int]
+) -> tuple[Answer, Iterator[str]]:
+    """Returns an answer, which holds all that has come so far, and its text as it comes."""
+    draft = Draft(prompt, tokenizer, sampling, stop_ids, answer_budget(cache.model, prompt, sampling))
+    pieces = decode(cache, [draft], sampling, [sampling.seed])
+    return draft.answer, (text for _, text in pieces if text)
 
 
 def generate(settings: Generate) -> None:
@@ -186,11 +176,11 @@ def generate(settings: Generate) -> None:
     stop_ids = loaded.tokenizer.stop_ids if settings.raw else loaded.template.stop_ids
     began = time.perf_counter()
     if settings.input is None and output is None:
-        stream = Stream(TokenCache(loaded.model), ids[0], loaded.tokenizer, settings.sampling, stop_ids)
-        for text in stream:
+        only, pieces = stream(TokenCache(loaded.model), ids[0], loaded.tokenizer, settings.sampling, stop_ids)
+        for text in pieces:
             write(text)
         write("\n")
-        answers = [stream.answer]
+        answers = [only]
     else:
         answers = answer_all(loaded, ids, settings.batch_size, settings.sampling, stop_ids)
         rows = [prompt.row | {"answer": a.text} for prompt, a in zip(prompts, answers, strict=True)]

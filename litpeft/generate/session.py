@@ -12,7 +12,7 @@ from litpeft.core.folders import atomic_file
 from litpeft.data.formats.turn import Turn
 from litpeft.data.templates import with_system
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.engine import Answer, Stream
+from litpeft.generate.engine import Answer, stream
 from litpeft.generate.load import Loaded
 from litpeft.generate.settings import Sampling
 from litpeft.model.delta import without_delta
@@ -48,16 +48,16 @@ class Session:
             raise DataError(what, hint="/reset starts anew, /undo drops the last exchange")
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.turns) // 2)
         stop_ids = self.loaded.template.stop_ids
-        stream = Stream(self.caches[self.on_base], prompt, self.loaded.tokenizer, sampling, stop_ids)
+        answer, pieces = stream(self.caches[self.on_base], prompt, self.loaded.tokenizer, sampling, stop_ids)
         try:
             with without_delta(self.loaded.model) if self.on_base else nullcontext():
-                for piece in stream:
+                for piece in pieces:
                     show(piece)
         except KeyboardInterrupt:
-            stream.answer.reason = "interrupted"
-        if stream.answer.text or stream.answer.reason != "interrupted":
-            self.turns += [question, Turn("assistant", stream.answer.text)]
-        return stream.answer
+            answer.reason = "interrupted"
+        if answer.text or answer.reason != "interrupted":
+            self.turns += [question, Turn("assistant", answer.text)]
+        return answer
 
     def instruct(self, system: str) -> None:
         """Takes another system message, an empty one for none; refuses one that the template refuses."""

@@ -1,7 +1,7 @@
 """The places where a finetuning method can act. Each is the identity until a method fills it."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -139,20 +139,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-class PackedLinears(Protocol):
-    """What layers know of the one matrix that holds their weights: see generate/cpu/packed_weights.py."""
-
-    sizes: list[int]
-    covers_deltas: bool
-
-    def product(self, x: Tensor) -> Tensor: ...
-    def answer(self, x: Tensor) -> Tensor: ...
-
-
 class Linear(nn.Linear):
     """y = slot(W x + b). A storage class (a quantised weight) overrides `base` and `dense` only."""
 
-    packed_in: PackedLinears | None = None  # set by generate/cpu/pack.py; layers that read the same input share one
+    packed_in: Any = None  # a PackedLinears of generate/cpu, set there; layers that read the same input share one
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__(in_features, out_features, bias)
