@@ -12,8 +12,7 @@ from litpeft.core.errors import UserError
 from litpeft.generate.chat import chat
 from litpeft.generate.engine import generate
 from litpeft.generate.evaluate import evaluate
-from litpeft.generate.evaluate_settings import Evaluate
-from litpeft.generate.settings import Chat, Generate
+from litpeft.generate.settings import Chat, Evaluate, Generate
 
 
 def test_a_run_that_learnt_its_rows_scores_all_and_its_base_none(tiny_folder, tmp_path, capsys) -> None:

@@ -206,9 +206,9 @@ def test_a_text_is_never_shown_beyond_a_stop_string_that_comes_split(model, toke
     free = answer(model, PROMPTS[:1], tokenizer, Sampling(temperature=1.2, max_new_tokens=60), ())[0]
     printable = max(re.findall(r"[ -~]{4,}", free.text), key=len)
     stops = (printable[1:4], "never")  # every byte is a token, so this one comes in three
-    shown: list[str] = []
     sampling = Sampling(temperature=1.2, max_new_tokens=60, stop=stops)
-    stopped = answer(model, PROMPTS[:1], tokenizer, sampling, (), lambda row, text: shown.append(text))[0]
+    stopped, pieces = stream(TokenCache(model), PROMPTS[0], tokenizer, sampling, ())
+    shown = list(pieces)
     assert stopped.reason == "string"
     assert stopped.text == free.text[: free.text.index(stops[0])] == "".join(shown)
 

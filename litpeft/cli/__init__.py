@@ -65,7 +65,7 @@ COMMANDS = {
         for name, (_, text) in METHODS.items()
     },
     "evaluate": Command(
-        "litpeft.generate.evaluate_settings:Evaluate",
+        "litpeft.generate.settings:Evaluate",
         "litpeft.generate.evaluate:evaluate",
         "Measure loss and exact answers on rows.",
         "out/mine held-out.jsonl",

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,19 +134,16 @@ def answer(
     tokenizer: Tokenizer,
     sampling: Sampling,
     stop_ids: Collection[int],
-    on_token: Callable[[int, str], None] | None = None,
-    *,
     seeds: Sequence[int] | None = None,
 ) -> list[Answer]:
-    """Returns the answer to each prompt, all written in one batch; `on_token(row, text)` sees text as it comes.
+    """Returns the answer to each prompt, all written in one batch.
 
     Row i draws with seed `sampling.seed + i`, or `seeds[i]`. After Ctrl-C the error carries on; nothing is returned.
     """
     drafts = [Draft(p, tokenizer, sampling, stop_ids, answer_budget(model, p, sampling)) for p in prompts]
     seeds = [sampling.seed + row for row in range(len(prompts))] if seeds is None else seeds
-    for row, text in decode(TokenCache(model), drafts, sampling, seeds):
-        if on_token is not None:
-            on_token(row, text)
+    for _ in decode(TokenCache(model), drafts, sampling, seeds):
+        pass
     return [draft.answer for draft in drafts]
 
 
@@ -212,7 +209,7 @@ def answer_all(
         batch = order[start : start + batch_size]
         seeds = [sampling.seed + i for i in batch]
         prompts = [ids[i] for i in batch]
-        done = answer(loaded.model, prompts, loaded.tokenizer, sampling, stop_ids, seeds=seeds)
+        done = answer(loaded.model, prompts, loaded.tokenizer, sampling, stop_ids, seeds)
         answers |= zip(batch, done, strict=True)
         tell(f"{len(answers)} of {len(ids)} prompts answered")
     return [answers[i] for i in range(len(ids))]

@@ -16,9 +16,8 @@ from litpeft.data.sources import find_measured
 from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
 from litpeft.generate.engine import answer_all
-from litpeft.generate.evaluate_settings import Evaluate
 from litpeft.generate.load import Loaded, load_model
-from litpeft.generate.settings import Sampling
+from litpeft.generate.settings import Evaluate, Sampling
 from litpeft.model.delta import without_delta
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
 

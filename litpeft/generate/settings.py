@@ -6,10 +6,25 @@ from typing import Literal
 
 from litpeft.core.errors import quoted
 from litpeft.core.kinds import check_choices, check_least
+from litpeft.data.settings import Format
 from litpeft.model.quantize import STORAGES
 
-Precision = Literal["auto", "bf16-true", "16-true", "32-true", "64-true"]
-Quantize = Literal[tuple(STORAGES)] | None
+
+@dataclass
+class Answering:
+    """The model that answers."""
+
+    model: str
+    """A base folder, a run, or a merged folder."""
+    base: str | None = field(default=None, kw_only=True)  # these three after a command's own keys
+    """Folder of the base model, if it has moved since the run."""
+    precision: Literal["auto", "bf16-true", "16-true", "32-true", "64-true"] = field(default="auto", kw_only=True)
+    """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
+    quantize: Literal[tuple(STORAGES)] | None = field(default=None, kw_only=True)
+    """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass
@@ -54,11 +69,9 @@ def _check(key: str, value: object, good: bool, allowed: str) -> None:
 
 
 @dataclass
-class Generate:
+class Generate(Answering):
     """Answer a prompt, or every row of a file."""
 
-    model: str
-    """A base folder, a run, or a merged folder."""
     prompt: str | None = None
     """The text to answer; `-` or none reads standard input."""
     input: str | None = None
@@ -71,16 +84,10 @@ class Generate:
     """Continue the text as it stands, without the chat template."""
     system: str | None = None
     """System message, for every row that has none of its own."""
-    base: str | None = None
-    """Folder of the base model, if it has moved since the run."""
-    precision: Precision = "auto"
-    """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
-    quantize: Quantize = None
-    """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         if self.prompt is not None and self.input is not None:
             raise ValueError("prompt and input exclude each other; the prompts come from one of them")
         if self.raw and self.system is not None:
@@ -89,20 +96,35 @@ class Generate:
 
 
 @dataclass
-class Chat:
+class Chat(Answering):
     """Talk with a model in the terminal."""
 
-    model: str
-    """A base folder, a run, or a merged folder."""
     system: str | None = None
     """System message."""
-    base: str | None = None
-    """Folder of the base model, if it has moved since the run."""
-    precision: Precision = "auto"
-    """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
-    quantize: Quantize = None
-    """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.9, max_new_tokens=512))
 
+
+@dataclass
+class Evaluate(Answering):
+    """Measure a model on rows with known answers: loss over their tokens, and answers that match exactly."""
+
+    data: str
+    """A .json or .jsonl file of rows, or a folder with validation.*."""
+    format: Format = "auto"
+    """Shape of a row; auto: seen from its keys, which may differ from row to row."""
+    compare_base: bool = True
+    """For a run: measure its base too, and show both side by side."""
+    max_rows: int | None = None
+    """Measure on the first so many rows only."""
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+    batch_size: int = 16
+    """Rows answered at once."""
+    samples: int = 2
+    """Rows whose answers are shown."""
+    output: str | None = None
+    """Write every row's answers and scores here, as .jsonl."""
+
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
+        check_least(self, max_rows=1, max_new_tokens=1, batch_size=1, samples=0)
