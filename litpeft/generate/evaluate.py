@@ -95,13 +95,11 @@ def evaluate(settings: Evaluate) -> None:
     rows = found.train[: settings.max_rows]
     scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings)]
     if loaded.run and settings.compare_base:
-        if loaded.has_delta:
-            with without_delta(loaded.model):
-                scores.insert(0, score("base", loaded, rows, settings))
-        else:  # the run's result is a model of its own: load the base in its place
+        if not loaded.has_delta:  # the run's result is a model of its own: load the base in its place
             loaded.model = load_model(
                 str(loaded.run.base_folder(settings.base)), precision=settings.precision, quantize=settings.quantize
             ).model
+        with without_delta(loaded.model):
             scores.insert(0, score("base", loaded, rows, settings))
     say(table(scores, rows, settings.samples))
     if output is not None:

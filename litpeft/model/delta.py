@@ -218,10 +218,7 @@ def folds(
         weight, bias = before = module.dense(), module.bias
         if module.slot.deltas:
             wide = widened(weight)
-            affine = module.slot.frozen(module)
-            if affine is None:
-                raise TypeError(f"a Delta of {prefix}slot acts on activations: nothing can be merged")
-            weight, bias = affine.fold(wide, None if bias is None else bias.to(wide.dtype))
+            weight, bias = module.slot.frozen(module).fold(wide, None if bias is None else bias.to(wide.dtype))
         if not isinstance(module, TiedHead):
             yield f"{prefix}weight", weight, before[0]
         if bias is not None:

@@ -4,13 +4,11 @@ import logging
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from litpeft.core.errors import ConfigError
@@ -78,13 +76,11 @@ def sharder(settings: Finetune, precision: Precision, fabric: Fabric) -> Callabl
     offload = CPUOffloadPolicy(pin_memory=fabric.device.type == "cuda") if settings.cpu_offload else OffloadPolicy()
     mesh = fabric.strategy.device_mesh["data_parallel"]
     device = torch.device("cpu") if settings.cpu_offload else fabric.device
-    return partial(shard, mesh=mesh, policy=policy, offload=offload, device=device)
 
+    def shard(model: GPT) -> None:
+        """Shards every parameter over the ranks, block by block, and allocates what is on the meta device."""
+        for part in (*model.blocks, model):
+            fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
-def shard(
-    model: GPT, mesh: DeviceMesh, policy: MixedPrecisionPolicy, offload: OffloadPolicy, device: torch.device
-) -> None:
-    """Shards every parameter over the ranks, block by block, and allocates what is on the meta device."""
-    for part in (*model.blocks, model):
-        fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    return shard

@@ -21,7 +21,7 @@ SHARE = 0.9  # of the free memory; the rest is for differences between passes
 MOMENTS = 8  # bytes of optimizer state for each trained number
 
 
-def fitting_tokens(model: torch.nn.Module, fabric: Fabric, moments: int = MOMENTS) -> int:
+def fitting_tokens(model: torch.nn.Module, fabric: Fabric) -> int:
     """Returns the tokens of a forward pass of `model`, as Fabric wraps it, that fit on every rank.
 
     On a GPU it runs two small forward and backward passes, and leaves no gradient behind.
@@ -31,7 +31,7 @@ def fitting_tokens(model: torch.nn.Module, fabric: Fabric, moments: int = MOMENT
     peaks = [_peak(model, fabric, tokens) for tokens in PROBES]
     free, _ = torch.cuda.mem_get_info(fabric.device)
     free += torch.cuda.memory_reserved(fabric.device) - torch.cuda.memory_allocated(fabric.device)
-    free -= moments * sum(parameter.numel() for parameter in trainable(model).values())
+    free -= MOMENTS * sum(parameter.numel() for parameter in trainable(model).values())
     most = torch.tensor(float(most_tokens(peaks, SHARE * free)), device=fabric.device)
     if fabric.world_size > 1:
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MIN)

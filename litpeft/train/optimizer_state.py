@@ -24,8 +24,8 @@ def optimizer_tensors(
     values: dict[str, dict | None] = {}
     for name, parameter in named_parameters(optimizer, names):
         state = optimizer.state.get(parameter)
-        values[name] = without_tensors(state) if state else None
-        for path, value in leaves(state or {}, name).items():
+        values[name] = {k: v for k, v in state.items() if not isinstance(v, Tensor)} if state else None
+        for path, value in by_path(state or {}, name).items():
             if isinstance(value, Tensor):
                 value = gather(value).detach()
                 if keep:
@@ -57,8 +57,8 @@ def load_optimizer(
                 wrong.append(f"{name} is missing")
             saved = values.get(name)
             states[name] = {} if saved is None else fresh_state(optimizer, group, parameter)
-            expected |= leaves(states[name], name)
-    plain = {path: value for name, saved in values.items() for path, value in leaves(saved or {}, name).items()}
+            expected |= by_path(states[name], name)
+    plain = {path: value for name, saved in values.items() for path, value in by_path(saved or {}, name).items()}
     wrong += [f"{path} is both a tensor and a plain value" for path in plain.keys() & tensors.keys()]
     wrong += misfits(expected, {**plain, **tensors})
     if wrong:
@@ -84,30 +84,18 @@ def named_parameters(optimizer: torch.optim.Optimizer, names: list[str]) -> list
     return list(zip(names, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
 
 
-def leaves(state: dict, path: str) -> dict[str, Any]:
-    """Returns the values of nested dicts as PATH/KEY/KEY."""
-    found: dict[str, Any] = {}
+def by_path(state: dict, name: str) -> dict[str, Any]:
+    """Returns the values of a parameter's state as NAME/KEY."""
+    return {f"{name}/{key}": value for key, value in state.items()}
+
+
+def filled(state: dict, name: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict:
+    """Returns the state of a parameter with the saved values in place."""
     for key, value in state.items():
-        found |= leaves(value, f"{path}/{key}") if isinstance(value, dict) else {f"{path}/{key}": value}
-    return found
-
-
-def without_tensors(state: dict) -> dict:
-    """Returns nested dicts without their tensors."""
-    kept = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-    return {key: without_tensors(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def filled(state: dict, path: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict:
-    """Returns `state`, nested dicts, with the saved values in place."""
-    for key, value in state.items():
-        at = f"{path}/{key}"
-        if isinstance(value, dict):
-            filled(value, at, tensors, plain)
-        elif isinstance(value, Tensor):
-            copy_shard(value, tensors[at])
+        if isinstance(value, Tensor):
+            copy_shard(value, tensors[f"{name}/{key}"])
         else:
-            state[key] = plain[at]
+            state[key] = plain[f"{name}/{key}"]
     return state
 
 

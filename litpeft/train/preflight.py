@@ -15,7 +15,7 @@ from litpeft.train.compiled import check_compiler
 from litpeft.train.devices import check_devices
 from litpeft.train.log import summary_writer_class
 from litpeft.train.optim import check_optimizer
-from litpeft.train.settings import Finetune
+from litpeft.train.settings import Finetune, Validation
 
 
 def check_run(settings: Finetune, method: Method, precision: Precision, device: torch.device) -> tuple[Weights, GPT]:
@@ -44,10 +44,9 @@ def check_held_out(settings: Finetune, held_out: int, askable: int) -> None:
             what = "no held-out row can be asked, so there are no answers to compare"
             raise ConfigError(what, where="validation.metric", hint="take validation.metric loss")
         return
-    said = {"patience": validation.patience is not None, "metric": validation.metric != "loss"}
-    said |= {"final": validation.final != "last", "interval": validation.interval is not None}
-    said |= {"max_rows": validation.max_rows is not None}
-    for key in (key for key, given in said.items() if given):
-        what = f"{getattr(validation, key)} is of no use: no row is held out, so nothing is measured"
-        hint = "name rows with data.validation_path or raise data.validation_split, or leave it out"
-        raise ConfigError(what, where=f"validation.{key}", hint=hint)
+    for key in ("patience", "metric", "final", "interval", "max_rows"):
+        value = getattr(validation, key)
+        if value != getattr(Validation(), key):
+            what = f"{value} is of no use: no row is held out, so nothing is measured"
+            hint = "name rows with data.validation_path or raise data.validation_split, or leave it out"
+            raise ConfigError(what, where=f"validation.{key}", hint=hint)

@@ -1,8 +1,9 @@
 """The progress of a run, which a checkpoint holds beside its tensors."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from litpeft.core.typed import typed
 from litpeft.train.report import Sample
 
 
@@ -30,8 +31,4 @@ class Progress:
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Progress":
         """Returns the progress of a checkpoint's JSON, with nothing left of why the run stopped."""
-        samples = [Sample(**sample) for sample in record["samples"]]
-        validations = [(step, loss) for step, loss in record["validations"]]
-        best = record["best"] and tuple(record["best"])
-        record |= {"samples": samples, "validations": validations, "best": best}
-        return cls(**record | {"stopped": "", "out_of_time": False, "exit_code": 0})
+        return typed(cls, asdict(cls()) | record | {"stopped": "", "out_of_time": False, "exit_code": 0}, "progress")

@@ -49,9 +49,9 @@ class NameMap:
         module, layer, leaf = split_name(ours)
         return f"{self._places[module].module.format(layer)}.{leaf}"
 
-    def read(self, weights: Weights, ours: str, where: str = "") -> Tensor:
+    def read(self, weights: Weights, ours: str) -> Tensor:
         """Returns one parameter of the plain model."""
-        theirs = self._known(ours, where)
+        theirs = self.file_name(ours)
         place, parts = self._place(ours), self.parts[theirs]
         tensor = weights.read(self._spelt(weights, theirs))
         if place.transposed:
@@ -75,7 +75,10 @@ class NameMap:
         waiting: dict[str, dict[str, Tensor]] = {}
         left = dict.fromkeys(self.parts)
         for ours, tensor in pairs:
-            theirs = self._known(ours, where)
+            if ours not in self.ours:
+                what = f"the method adds {ours}, which this family's files have no place for"
+                raise ModelError(what, where=where)
+            theirs = self.file_name(ours)
             given = waiting.setdefault(theirs, {})
             given[ours] = tensor
             if len(given) == len(self.parts[theirs]):
@@ -113,13 +116,6 @@ class NameMap:
             hint = "they seem to be quantised: take the model's plain weights" if packed else ""
             raise ModelError(what, where=str(weights.folder), hint=hint)
 
-    def _known(self, ours: str, where: str) -> str:
-        """Returns the file's name of a parameter that the plain model has."""
-        if ours not in self.ours:
-            what = f"the method adds {ours}, which this family's files have no place for"
-            raise ModelError(what, where=where)
-        return self.file_name(ours)
-
     def _place(self, ours: str) -> Place:
         return self._places[split_name(ours)[0]]
 
@@ -136,8 +132,7 @@ class NameMap:
 
     def _shape(self, parts: list[str]) -> tuple[int, ...]:
         """Returns the shape of the file's tensor that consists of these parameters."""
-        rows, rest = sum(self.ours[part][0] for part in parts), self.ours[parts[0]][1:]
-        shape = (rows, *rest)
+        shape = (sum(self.ours[part][0] for part in parts), *self.ours[parts[0]][1:])
         return shape[::-1] if self._place(parts[0]).transposed else shape
 
     def _joined(self, theirs: str, given: dict[str, Tensor]) -> Tensor:
