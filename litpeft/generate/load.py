@@ -40,13 +40,12 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
     dtype = pick_precision(precision, device).weights
     run = find_run(Path(path))
     tell_progress(run)
-    if base is not None and (run is None or run.is_model):
+    has_delta = run is not None and not run.is_model
+    if base is not None and not has_delta:
         raise ConfigError("base is for a run with a delta, and this is a model by itself", where="base")
-    storage = None
     if quantize is not None:
         storage_class(quantize, "quantize")
-        storage = Storage(quantize)
-    if storage is not None and run is not None and not run.is_model:
+    if quantize is not None and has_delta:
         held = "not quantised" if run.storage is None else f"in {run.storage.key}"
         what = f"the delta was trained on a base that was {held}: that is how it is used"
         raise ConfigError(what, where="quantize", hint="merge the run first, or leave it out")
@@ -55,15 +54,15 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate(tokenizer, is_setting=False)
     else:
-        folder = run.model_folder() if run.is_model else run.base_folder(base)
+        folder = run.base_folder(base) if has_delta else run.model_folder()
         tokenizer, template = run.tokenizer_and_template(folder)
-    if run is None or run.is_model:
-        model = build(folder, dtype, device=device, storage=storage)
-    else:
+    if has_delta:
         storage = run.storage
         if storage is not None:  # an existing cache is read, none is written
             storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
         model = build_run(run, folder, dtype, device, storage)
+    else:
+        model = build(folder, dtype, device=device, storage=None if quantize is None else Storage(quantize))
     model.eval().requires_grad_(False)
     if device.type == "cpu":
         pack_weights(model)
