@@ -15,21 +15,18 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.core.kinds import check_least
-from litpeft.methods.lora import LoRA
+from litpeft.methods.lora import LoRA, LowRank
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import LowRankDelta
 
 LARGEST_NUMBER = 64
 
 
-class LowRanks(LowRankDelta):
+class LowRanks(LowRank):
     """The updates side by side: A (n rank, in), B (out, n rank), c (n, out)."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, number: int):
-        super().__init__()
-        self.rank, self.scale, self.dropout = rank, scale, dropout
-        self.A = nn.Parameter(torch.empty(number * rank, in_features, dtype=torch.float32))
-        self.B = nn.Parameter(torch.empty(out_features, number * rank, dtype=torch.float32))
+        super().__init__(in_features, out_features, number * rank, scale, dropout)
+        self.rank = rank
         self.c = nn.Parameter(torch.empty(number, out_features, dtype=torch.float32))
 
     def reset_parameters(self) -> None:

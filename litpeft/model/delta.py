@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -117,10 +117,7 @@ def delta_state(model: GPT) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name in model.delta_keys}
 
 
-Saved = TypeVar("Saved")
-
-
-def todays_names(model: GPT, saved: dict[str, Saved]) -> dict[str, Saved]:
+def todays_names(model: GPT, saved: dict[str, Any]) -> dict[str, Any]:
     """Returns saved values with their keys, a tensor's name or NAME/more, brought to the names of today.
 
     Until format 3 of delta.json a slot held one Delta, whose own name was not among those of its tensors.

@@ -1,6 +1,6 @@
 """The loss of rows: the mean of -log p over all trained tokens."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,10 +8,6 @@ from torch import Tensor
 from litpeft.data.batches import Batch, collate, idle, lay_out
 from litpeft.data.rows import Row
 from litpeft.model.context import Context
-
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
 
 MICRO_TOKENS = 2048  # of one forward pass
 
@@ -24,7 +20,7 @@ def summed_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(
-    model: torch.nn.Module, rows: list[Row], micro_tokens: int, device: torch.device, fabric: "Fabric | None" = None
+    model: torch.nn.Module, rows: list[Row], micro_tokens: int, device: torch.device, fabric: Any = None
 ) -> float:
     """Returns the loss over all trained tokens of the rows, in nats per token; the ranks of `fabric` share the work."""
     ranks, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)

@@ -101,9 +101,6 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
         check_disk(out, needed, "the checkpoints", hint)
     fingerprint = weights.fingerprint()  # which compares the files with their checksums
-    if settings.dry_run and saved is None:
-        dry_run(name, shapes, rows, tokenizer, steps)
-        return None
     # 4. is it the same run?
     facts = {
         "method": name,
@@ -123,10 +120,10 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         "circumstances": circumstances(device, settings.devices * settings.num_nodes),
     }
     facts["settings"]["base"]["precision"] = precision.name  # auto may be another one on another machine
-    if saved is not None and settings.train.micro_tokens == "auto":
-        settings.train.micro_tokens = saved.facts["settings"]["train"]["micro_tokens"]
-        facts["settings"]["train"]["micro_tokens"] = settings.train.micro_tokens
     if saved is not None:
+        if settings.train.micro_tokens == "auto":
+            micro_tokens = saved.facts["settings"]["train"]["micro_tokens"]
+            settings.train.micro_tokens = facts["settings"]["train"]["micro_tokens"] = micro_tokens
         lines = check_same_run(saved, facts, settings.resume_changed, say)
         if not lines and (done := finished_at(out)) is not None:
             say(f"{out} is finished: step {done}; nothing is left to do")

@@ -31,13 +31,15 @@ class FusedBlock(Block):
     norms: tuple[tuple[Tensor, float], ...]  # of both: the weight, twice, and eps
     products: tuple[PackedLinears, ...]  # q, k, v; o; gate, up; down
     filled: PackedLinears | None  # the first with a delta; deltas are switched on and off in all slots alike
-    native: "NativeBlock | None" = None
+    wide_norms: list[Tensor]  # the weights of both in float32, for `native`
+    native: dict[bool, BlockStruct] | None  # the block as decode.cpp takes it, by whether its deltas are on
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         if self.filled is not None and not self.filled.covers_deltas:  # some deltas are on and some off
             return super().forward(x, ctx)
         if self.native is not None and ctx.cache is not None and x.numel() <= NATIVE_TOKENS * x.size(-1):
-            return self.native.answer(x, ctx)
+            cache, on = ctx.cache[self.layer], self.filled is not None and self.filled.slot.deltas is not OFF
+            return library().block(self.native[on], x, cache.k, cache.v, ctx.pos, *ctx.rope)
         (norm1, norm2), (qkv, o, gate_up, down) = self.norms, self.products
         heads, kv_heads, size = self.sizes
         y = qkv.answer(_norm(x, *norm1)).view(*x.shape[:-1], heads + 2 * kv_heads, size).transpose(1, 2)
@@ -51,27 +53,16 @@ class FusedBlock(Block):
         return x + down.answer(F.silu(gate).mul_(up))
 
 
-class NativeBlock:
-    """A fused block as decode.cpp takes it. It owns copies of the norms; the block's products own the rest."""
-
-    def __init__(self, block: FusedBlock, rotary_size: int):
-        self.layer, self.products = block.layer, block.products
-        self.filled = block.filled
-        self.norms = tuple(norm.weight.detach().float() for norm in (block.norm1, block.norm2))
-        rest = [norm.data_ptr() for norm in self.norms]
-        rest += [block.norm1.eps, block.norm2.eps, *block.sizes, rotary_size, block.window or ALL]
-        self.base = BlockStruct(*(packed.base for packed in block.products), *rest)
-        self.tuned = BlockStruct(*(packed.tuned for packed in block.products), *rest)
-
-    @staticmethod
-    def takes(block: FusedBlock) -> bool:
-        """Returns whether decode.cpp can compute a block."""
-        size = block.sizes[2]
-        return all(isinstance(packed, NativeLinears) for packed in block.products) and size % 32 == 0 and size <= 256
-
-    def answer(self, x: Tensor, ctx: Context) -> Tensor:
-        cache, off = ctx.cache[self.layer], self.filled is not None and self.filled.slot.deltas is OFF
-        return library().block(self.base if off else self.tuned, x, cache.k, cache.v, ctx.pos, *ctx.rope)
+def _native(block: FusedBlock, rotary_size: int) -> dict[bool, BlockStruct] | None:
+    """Returns the block as decode.cpp takes it, with its deltas off and on, or None if that cannot compute it."""
+    size = block.sizes[2]
+    if size % 32 or size > 256 or not all(isinstance(packed, NativeLinears) for packed in block.products):
+        return None
+    block.wide_norms = [norm.weight.detach().float() for norm in (block.norm1, block.norm2)]
+    rest = [norm.data_ptr() for norm in block.wide_norms]
+    rest += [block.norm1.eps, block.norm2.eps, *block.sizes, rotary_size, block.window or ALL]
+    structs = {False: [packed.base for packed in block.products], True: [packed.tuned for packed in block.products]}
+    return {on: BlockStruct(*products, *rest) for on, products in structs.items()}
 
 
 def _norm(x: Tensor, weight_twice: Tensor, eps: float) -> Tensor:
@@ -98,7 +89,7 @@ def fuse_blocks(model: GPT) -> None:
         block.sizes = model.config.n_heads, model.config.n_kv_heads, block.attn.head_dim
         block.norms = tuple((torch.cat((norm.weight, norm.weight)).to(model.dtype), norm.eps) for norm in norms)
         block.products, block.filled = products, next((one for one in products if one.slot is not None), None)
-        block.native = NativeBlock(block, model.config.rotary_size) if NativeBlock.takes(block) else None
+        block.native = _native(block, model.config.rotary_size)
 
 
 def _products(block: Block) -> tuple[PackedLinears, ...] | None:
