@@ -11,7 +11,6 @@ Trains layers * (prompt_length * d + heads) parameters. Does not fold: the promp
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -37,12 +36,8 @@ class PromptAttention(Delta):
 
     def __init__(self, width: int, heads: int, prompt_length: int):
         super().__init__()
-        self.prompt = nn.Parameter(torch.empty(prompt_length, width, dtype=torch.float32))
-        self.gate = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.prompt)
-        nn.init.zeros_(self.gate)
+        self.tensor("prompt", (prompt_length, width), nn.init.normal_)
+        self.tensor("gate", (heads,), 0.0)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: Attention) -> Tensor:
         y = attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window)  # (B, H, T, D)

@@ -11,9 +11,6 @@ The prompts do not fold, so a run does not. The rest would: W <- (1 + scale) * W
 
 from dataclasses import dataclass, field
 
-import torch
-import torch.nn as nn
-
 from litpeft.methods.adapter import Adapter
 from litpeft.model.affine import Affine
 from litpeft.model.delta import linears
@@ -26,12 +23,8 @@ class ScaleBias(Delta):
 
     def __init__(self, out_features: int):
         super().__init__()
-        self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.scale)
-        nn.init.zeros_(self.bias)
+        self.tensor("scale", (out_features,), 0.0)
+        self.tensor("bias", (out_features,), 0.0)
 
     def affine(self, linear: Linear) -> Affine:
         gain = 1 + self.scale

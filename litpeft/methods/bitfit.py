@@ -10,9 +10,6 @@ Trains out parameters for each target, and the width for each norm with a bias. 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn as nn
-
 from litpeft.core.errors import ConfigError
 from litpeft.model.affine import Affine
 from litpeft.model.delta import Method, linears
@@ -25,10 +22,7 @@ class Shift(Delta):
 
     def __init__(self, out_features: int):
         super().__init__()
-        self.d = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.d)
+        self.tensor("d", (out_features,), 0.0)
 
     def affine(self, linear: Linear) -> Affine:
         return Affine(shift=self.d)

@@ -20,8 +20,6 @@ Trains 2 d m + m + d parameters for each adapter, and 2 d for the norm of lin. D
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,7 +27,7 @@ from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_choices, check_least
 from litpeft.model.delta import Method
 from litpeft.model.gpt import ACTIVATIONS, GPT
-from litpeft.model.slots import Delta
+from litpeft.model.slots import Delta, kaiming
 
 KINDS = {
     "houlsby": ("after_attn", "after_mlp"),
@@ -45,21 +43,15 @@ class BottleneckAdapter(Delta):
     def __init__(self, width: int, inner: int, kind: str, act: str, scale: float):
         super().__init__()
         self.parallel, self.act, self.scale = kind == "parallel", ACTIVATIONS[act], scale
-        self.down = nn.Parameter(torch.empty(inner, width, dtype=torch.float32))
-        self.down_bias = nn.Parameter(torch.empty(inner, dtype=torch.float32))
-        self.up = nn.Parameter(torch.empty(width, inner, dtype=torch.float32))
-        self.up_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
-        self.norm = self.norm_bias = None
+        self.tensor("down", (inner, width), kaiming)
+        self.tensor("down_bias", (inner,), 0.0)
+        self.tensor("up", (width, inner), 0.0)
+        self.tensor("up_bias", (width,), 0.0)
         if kind == "lin":
-            self.norm, self.norm_bias = (nn.Parameter(torch.empty(width, dtype=torch.float32)) for _ in range(2))
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
-        for zero in (self.down_bias, self.up, self.up_bias):
-            nn.init.zeros_(zero)
-        if self.norm is not None:
-            nn.init.ones_(self.norm)
-            nn.init.zeros_(self.norm_bias)
+            self.tensor("norm", (width,), 1.0)
+            self.tensor("norm_bias", (width,), 0.0)
+        else:
+            self.norm = None
 
     def forward(self, y: Tensor, *context: object) -> Tensor:
         u = context[0] if self.parallel else y  # the slots beside a sub-layer bring its input h

@@ -23,7 +23,7 @@ from litpeft.model.affine import Affine
 from litpeft.model.context import Context
 from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import Delta, Linear
+from litpeft.model.slots import Delta, Linear, kaiming
 
 
 class Decomposed(Delta):
@@ -34,15 +34,13 @@ class Decomposed(Delta):
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float):
         super().__init__()
         self.scale, self.dropout = scale, dropout
-        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
-        self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32))
-        self.m = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+        self.tensor("A", (rank, in_features), kaiming)
+        self.tensor("B", (out_features, rank), 0.0)
+        self.tensor("m", (out_features,), 1.0)  # until `start` knows W
         self.register_buffer("squares", torch.empty(out_features, dtype=torch.float32), persistent=False)  # ||W||^2
 
     def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)
-        nn.init.zeros_(self.B)
-        nn.init.ones_(self.m)  # until `start` knows W
+        super().reset_parameters()
         nn.init.ones_(self.squares)
 
     @torch.no_grad()

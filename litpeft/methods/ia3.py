@@ -12,9 +12,6 @@ IA3 https://arxiv.org/abs/2205.05638. Trains out parameters for each target. Fol
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn as nn
-
 from litpeft.core.errors import ConfigError
 from litpeft.model.affine import Affine
 from litpeft.model.delta import Method, linears
@@ -27,10 +24,7 @@ class Scale(Delta):
 
     def __init__(self, out_features: int):
         super().__init__()
-        self.g = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.g)
+        self.tensor("g", (out_features,), 1.0)
 
     def affine(self, linear: Linear) -> Affine:
         return Affine(gain=self.g)

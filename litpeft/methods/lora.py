@@ -10,15 +10,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-import torch.nn as nn
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.typed import LATER
 from litpeft.model.delta import Method, linears
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import Delta, Linear, LowRankDelta
+from litpeft.model.slots import Delta, Linear, LowRankDelta, kaiming
 
 LARGEST_RANK = 65536  # wider than any layer there is
 LARGEST_ALPHA = 1e30  # far beyond it float32 overflows
@@ -32,12 +30,8 @@ class LowRank(LowRankDelta):
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float):
         super().__init__()
         self.scale, self.dropout = scale, dropout
-        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
-        self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)
-        nn.init.zeros_(self.B)
+        self.tensor("A", (rank, in_features), kaiming)
+        self.tensor("B", (out_features, rank), 0.0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.scale * self.B

@@ -10,7 +10,6 @@ Trains n * (rank * (in + out) + out) parameters for each target. Folds: W <- W +
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -27,12 +26,8 @@ class LowRanks(LowRank):
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, number: int):
         super().__init__(in_features, out_features, number * rank, scale, dropout)
         self.rank = rank
-        self.c = nn.Parameter(torch.empty(number, out_features, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)
-        nn.init.uniform_(self.B, -(self.rank**-0.5), self.rank**-0.5)  # the same of each B_j, whose inputs are `rank`
-        nn.init.zeros_(self.c)
+        self.starts["B"] = lambda b: nn.init.uniform_(b, -(rank**-0.5), rank**-0.5)  # of each B_j, with `rank` inputs
+        self.tensor("c", (number, out_features), 0.0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.A, self.scale * self.B * self.c.T.repeat_interleave(self.rank, 1)

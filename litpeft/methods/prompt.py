@@ -32,11 +32,8 @@ class VirtualTokens(Delta):
 
     def __init__(self, count: int, width: int, spread: float):
         super().__init__()
-        self.virtual_tokens, self.spread = count, spread
-        self.vectors = nn.Parameter(torch.empty(count, width, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.vectors, -self.spread, self.spread)
+        self.virtual_tokens = count
+        self.tensor("vectors", (count, width), lambda vectors: nn.init.uniform_(vectors, -spread, spread))
 
     def forward(self, y: Tensor, *context: object) -> Tensor:
         ctx, n = context[-1], self.virtual_tokens

@@ -24,7 +24,7 @@ from litpeft.methods.lora import LARGEST_RANK
 from litpeft.model.context import Context
 from litpeft.model.delta import Method
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import Delta
+from litpeft.model.slots import Delta, kaiming
 
 
 class Edit(Delta):
@@ -38,14 +38,9 @@ class Edit(Delta):
     def __init__(self, width: int, rank: int, kind: str, first: int, last: int):
         super().__init__()
         self.kind, self.first, self.last = kind, first, last
-        self.M = nn.Parameter(torch.empty(rank, width, dtype=torch.float32))
-        self.W = nn.Parameter(torch.empty(rank, width, dtype=torch.float32))
-        self.b = nn.Parameter(torch.empty(rank, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.orthogonal_(self.M)
-        nn.init.kaiming_uniform_(self.W, a=5**0.5)
-        nn.init.zeros_(self.b)
+        self.tensor("M", (rank, width), nn.init.orthogonal_)
+        self.tensor("W", (rank, width), kaiming)
+        self.tensor("b", (rank,), 0.0)
 
     def rows(self) -> Tensor:
         """Returns R (r, d)."""

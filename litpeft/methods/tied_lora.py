@@ -11,8 +11,6 @@ Trains rank * (in + out) in all, and rank + out in each block. Folds: W <- W + s
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn as nn
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError
@@ -20,7 +18,7 @@ from litpeft.core.kinds import check_least
 from litpeft.methods.lora import LARGEST_RANK, check_update
 from litpeft.model.delta import Method, linears
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import Bank, LowRankDelta
+from litpeft.model.slots import Bank, LowRankDelta, kaiming
 
 ONE_INPUT = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 
@@ -30,13 +28,8 @@ class Pair(Bank):
 
     def __init__(self, rank: int, in_features: int, out_features: int, train: str):
         super().__init__()
-        self.b_is_zero = "v" not in train
-        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32), "A" in train)
-        self.B = nn.Parameter(torch.empty(out_features, rank, dtype=torch.float32), "B" in train)
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.A, a=5**0.5)
-        nn.init.zeros_(self.B) if self.b_is_zero else nn.init.kaiming_uniform_(self.B, a=5**0.5)
+        self.tensor("A", (rank, in_features), kaiming, "A" in train)
+        self.tensor("B", (out_features, rank), kaiming if "v" in train else 0.0, "B" in train)
 
 
 class Inner(Bank):
@@ -44,10 +37,7 @@ class Inner(Bank):
 
     def __init__(self, rank: int, train: str):
         super().__init__()
-        self.u = nn.Parameter(torch.empty(rank, dtype=torch.float32), "u" in train)
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.u)
+        self.tensor("u", (rank,), 1.0, "u" in train)
 
 
 class Tied(LowRankDelta):
@@ -56,10 +46,7 @@ class Tied(LowRankDelta):
     def __init__(self, pair: Pair, inner: Inner, rows: slice, scale: float, dropout: float, train: str):
         super().__init__()
         self.banks, self.rows, self.scale, self.dropout = (pair, inner), rows, scale, dropout  # a tuple hides modules
-        self.v = nn.Parameter(torch.empty(rows.stop - rows.start, dtype=torch.float32), "v" in train)
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.v, 0.0 if self.v.requires_grad else 1.0)
+        self.tensor("v", (rows.stop - rows.start,), 0.0 if "v" in train else 1.0, "v" in train)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         pair, inner = self.banks

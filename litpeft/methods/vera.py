@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from litpeft.core.kinds import check_least
@@ -45,13 +44,9 @@ class Scaled(LowRankDelta):
     def __init__(self, bank: Projections, in_features: int, out_features: int, d_initial: float, dropout: float):
         super().__init__()
         self.bank, self.sizes = (bank,), (in_features, out_features)  # a tuple hides the module
-        self.d_initial, self.dropout = d_initial, dropout
-        self.d = nn.Parameter(torch.empty(len(bank.A), dtype=torch.float32))
-        self.b = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.d, self.d_initial)
-        nn.init.zeros_(self.b)
+        self.dropout = dropout
+        self.tensor("d", (len(bank.A),), d_initial)
+        self.tensor("b", (out_features,), 0.0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         (bank,), (inputs, outputs) = self.bank, self.sizes

@@ -1,6 +1,6 @@
 """The places where a finetuning method can act. Each is the identity until a method fills it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,20 +15,44 @@ from litpeft.model.kernels.low_rank import Factors, add_updates, apply_affines
 from litpeft.model.kernels.ops import product
 
 
-class Delta(nn.Module):
-    """What a method puts into a slot. It owns its new tensors; no Delta holds another Delta.
+def kaiming(tensor: Tensor) -> None:
+    """Fills a matrix with random numbers as nn.Linear does."""
+    nn.init.kaiming_uniform_(tensor, a=5**0.5)
 
-    `reset_parameters` (the name that Fabric and FSDP call) must not read other modules: what depends on the base's
-    weights goes to `Method.start`. Hold another module, never its tensors: FSDP swaps them.
+
+class Stated(nn.Module):
+    """A module that states its tensors, each with its shape and its start.
+
+    Hold another module, in a tuple that hides it, never its tensors: FSDP swaps them.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts: dict[str, float | Callable[[Tensor], object]] = {}
+
+    def tensor(
+        self, name: str, shape: tuple[int, ...], start: float | Callable[[Tensor], object], trains: bool = True
+    ) -> None:
+        """Adds a parameter in float32 that starts at a number, or as a function fills it."""
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32), trains))
+        self.starts[name] = start
+
+    def reset_parameters(self) -> None:
+        """Fills the tensors, in their order. Fabric and FSDP call it: what reads other modules is `Method.start`'s."""
+        for name, tensor in self.named_parameters(recurse=False):
+            if name not in self.starts:
+                raise NotImplementedError(f"{type(self).__name__} must initialise {name}")
+            start = self.starts[name]
+            start(tensor) if callable(start) else nn.init.constant_(tensor, start)
+
+
+class Delta(Stated):
+    """What a method puts into a slot. It owns its new tensors; no Delta holds another Delta."""
 
     claims: ClassVar[str] = ""  # in words: what it does that only one Delta of a slot can do
     lr_factors: Mapping[str, float] = {}  # what the learning rate of its tensors is multiplied by, if not by 1
     dropout: float = 0.0  # share of x that is dropped in training
     virtual_tokens: int = 0  # first positions of each document whose contents it writes
-
-    def reset_parameters(self) -> None:
-        raise NotImplementedError(f"{type(self).__name__} must initialise its tensors")
 
     def factors(self) -> Factors | None:
         """Returns A (rank, in) and B (out, rank), differentiably, if it does nothing but add B A dropout(x)."""
@@ -67,11 +91,8 @@ class LowRankDelta(Delta):
         return Affine(A=a, B=b)
 
 
-class Bank(nn.Module):
-    """Tensors that several deltas share. A Delta holds the bank, in a tuple that hides it, and not its tensors."""
-
-    def reset_parameters(self) -> None:
-        raise NotImplementedError(f"{type(self).__name__} must initialise its tensors")
+class Bank(Stated):
+    """Tensors that several deltas share."""
 
 
 OFF: dict[str, Delta] = {}  # the `deltas` of every slot while all are switched off
