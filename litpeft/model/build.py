@@ -79,19 +79,17 @@ def build(
         module, _, leaf = ours.rpartition(".")
         layer = model.get_submodule(module)
         stored = leaf == "weight" and module in quantized
-        codes, tensor = None, None
+        codes = None
         if stored and cached is not None:
             codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
-        if codes is None or starts:
-            tensor = _read(names, weights, ours).to(device)
+        tensor = _read(names, weights, ours).to(device) if codes is None or starts else None
+        values = {leaf: tensor}
         if leaf == "weight" and isinstance(layer, Linear):
             packing = Packing(layer, tensor, codes)
             mine = method.start(module, layer, tensor, packing.held, delta) if starts else tensor
             values, changed = packing.pack(mine), changed or mine is not tensor
-        else:
-            if layer is model.embed and method is not None:
-                method.start_embedding(model, tensor)
-            values = {leaf: tensor}
+        elif layer is model.embed and method is not None:
+            method.start_embedding(model, tensor)
         values = {f"{module}.{key}": value for key, value in values.items()}
         for key, value in values.items():
             _place(model, key, value)

@@ -41,15 +41,11 @@ class Group:
         """Returns the group, or None if a layer trains, or its slot does something else than a low-rank update."""
         pairs: list[tuple[Tensor | None, Tensor | None]] = []
         for layer in layers:
-            empty = is_empty(layer.slot)
-            low_rank = None if empty else layer.slot.factors()
-            if low_rank is None and not empty:
+            pair = (None, None) if is_empty(layer.slot) else layer.slot.factors()
+            trains = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+            if trains or pair is None or (pair[0] is not None and len(pair[0]) > THICK):
                 return None
-            if any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
-                return None
-            if low_rank is not None and len(low_rank[0]) > THICK:
-                return None
-            pairs.append(low_rank or (None, None))
+            pairs.append(pair)
         return cls(layers, [a for a, _ in pairs] + [b for _, b in pairs])
 
     def cast(self, factors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
