@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 
 from litpeft.core.distributed import is_first
 from litpeft.core.errors import ResourceError, UserError
@@ -77,7 +76,8 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     scaled = run.precision.fabric == "16-mixed"
     optimizer = make_optimizer(settings.train, trainable(model), fabric.device, scaled, lr_factors(model))
     optimizer = fabric.setup_optimizers(optimizer)
-    settle_micro_tokens(run, wrapped, fabric)
+    if settings.train.micro_tokens == "auto" and settings.data.packing:  # not in a resumed run: it takes as many again
+        settings.train.micro_tokens = run.facts["settings"]["train"]["micro_tokens"] = fitting_tokens(wrapped, fabric)
     # 2. the run folder, and the run
     log = open_log(run, fabric.is_global_zero)
     with ExitStack() as stack:
@@ -106,13 +106,6 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
             raise lost
     fabric.barrier()
     return progress
-
-
-def settle_micro_tokens(run: Preparation, model: torch.nn.Module, fabric: Fabric) -> None:
-    """Sets how many tokens a forward pass takes, where that is left open; a resumed run takes as many as before."""
-    train, said = run.settings.train, run.facts["settings"]["train"]
-    if train.micro_tokens == "auto" and run.settings.data.packing:
-        train.micro_tokens = said["micro_tokens"] = fitting_tokens(model, fabric)
 
 
 def open_log(run: Preparation, enabled: bool) -> Log:

@@ -60,8 +60,7 @@ def launch(
     environment = rank_environment(devices, num_nodes)
     command = [*(command or (sys.executable, "-m", "litpeft")), *argv]
     asked: list[int] = []  # signals to pass on, once all ranks are started
-    caught = [number for number in SIGNALS if signal.Signals(number).name != "SIGHUP" or not is_ignored(number)]
-    before = {number: signal.signal(number, lambda n, frame: asked.append(n)) for number in caught}
+    before = {number: signal.signal(number, lambda n, frame: asked.append(n)) for number in to_catch()}
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         for local_rank in range(devices):
@@ -158,9 +157,9 @@ def exit_now(code: int) -> NoReturn:
     os._exit(code)
 
 
-def is_ignored(number: int) -> bool:
-    """Returns whether this process ignores a signal from its start, as with `nohup` and SIGHUP."""
-    return signal.getsignal(number) is signal.SIG_IGN
+def to_catch() -> list[signal.Signals]:
+    """Returns the signals that stop a run, without a SIGHUP that is ignored from the start, as with `nohup`."""
+    return [one for one in SIGNALS if one.name != "SIGHUP" or signal.getsignal(one) is not signal.SIG_IGN]
 
 
 def die_with_parent(parent: int) -> None:

@@ -107,10 +107,8 @@ def check_optimizer(train: Train, model: nn.Module, dtype: torch.dtype, device: 
 
     It is tried on the smallest parameter of each number of dimensions; only these are allocated.
     """
-    smallest: dict[int, nn.Parameter] = {}
-    for parameter in trainable(model).values():
-        known = smallest.setdefault(parameter.ndim, parameter)
-        smallest[parameter.ndim] = min(known, parameter, key=lambda p: p.numel())
+    falling = sorted(trainable(model).values(), key=lambda p: p.numel(), reverse=True)
+    smallest = {p.ndim: p for p in falling}  # of each number of dimensions the last
     make_optimizer(
         train,
         {str(n): nn.Parameter(torch.zeros(p.shape, dtype=dtype, device=device)) for n, p in smallest.items()},

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from litpeft.core.errors import INTERRUPTED, STOPPED
-from litpeft.train.launch import is_ignored
+from litpeft.train.launch import SIGNALS, to_catch
 
-NAMES = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+NAMES = [one.name for one in SIGNALS]
 
 
 class StopSignals:
@@ -18,16 +18,14 @@ class StopSignals:
         self.tell, self.asked, self.training = tell, "", False
 
     def __enter__(self) -> "StopSignals":
-        numbers = {name: getattr(signal, name) for name in NAMES}
-        caught = {name: n for name, n in numbers.items() if name != "SIGHUP" or not is_ignored(n)}
-        self._before = {name: signal.signal(number, self._ask) for name, number in caught.items()}
+        self._before = {number: signal.signal(number, self._ask) for number in to_catch()}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for name, handler in self._before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         if self.asked and not self.training and not isinstance(error, SystemExit):
             sys.exit(exit_code(self.asked))  # some libraries turn the exit during their import into another error
 
