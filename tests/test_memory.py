@@ -29,7 +29,7 @@ from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
 from litpeft.model.delta import Method, trainable
 from litpeft.model.objective import summed_loss
-from litpeft.train.preflight import check_run
+from litpeft.train.preparation import check_run
 from litpeft.train.settings import Base, Finetune, Train
 from litpeft.train.shortage import Shortage
 

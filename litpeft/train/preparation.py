@@ -13,22 +13,27 @@ from litpeft.core.errors import ConfigError, counted
 from litpeft.core.folders import check_disk, check_place, refuse_existing, remove_leftovers
 from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
+from litpeft.core.safetensors import Weights
 from litpeft.core.terminal import say
 from litpeft.data.rows import show
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_identity, tokenizer_identity
-from litpeft.model.delta import Method, trainable
+from litpeft.model.build import checked_files
+from litpeft.model.delta import Method, attach, trainable
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
+from litpeft.model.quantize.quantized import store
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
+from litpeft.train.compiled import check_compiler
+from litpeft.train.devices import check_devices
 from litpeft.train.launch import check_world
-from litpeft.train.optim import total_steps
-from litpeft.train.preflight import check_held_out, check_run
+from litpeft.train.log import summary_writer_class
+from litpeft.train.optim import check_optimizer, total_steps
 from litpeft.train.resume import began, check_same_run, circumstances, find_saved, finished_at, rows_sha256
 from litpeft.train.samples import Question, askable
-from litpeft.train.settings import Finetune
+from litpeft.train.settings import Finetune, Validation
 
 
 @dataclass
@@ -148,6 +153,40 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         facts,
         steps,
     )
+
+
+def check_run(settings: Finetune, method: Method, precision: Precision, device: torch.device) -> tuple[Weights, GPT]:
+    """Returns the base's weights, unread, and the model with its method on the meta device; raises for any error."""
+    check_devices(settings, precision, device)
+    if settings.train.compile:
+        check_compiler(device)
+    if settings.tensorboard:
+        summary_writer_class()
+    config, weights, _ = checked_files(Path(settings.base.dir))
+    with torch.device("meta"):
+        model = GPT(config)
+        if settings.base.quantize is not None:
+            store(model, settings.base.quantize, settings.base.double_quantize, precision.weights)
+        attach(model, method)
+    scaled = precision.fabric == "16-mixed"
+    check_optimizer(settings.train, model, method.trained_dtype(precision.weights), device, scaled)
+    return weights, model
+
+
+def check_held_out(settings: Finetune, held_out: int, askable: int) -> None:
+    """Raises if settings need held-out rows and there are none, or none with a prompt to answer."""
+    validation = settings.validation
+    if held_out:
+        if validation.metric == "exact" and not askable:
+            what = "no held-out row can be asked, so there are no answers to compare"
+            raise ConfigError(what, where="validation.metric", hint="take validation.metric loss")
+        return
+    for key in ("patience", "metric", "final", "interval", "max_rows"):
+        value = getattr(validation, key)
+        if value != getattr(Validation(), key):
+            what = f"{value} is of no use: no row is held out, so nothing is measured"
+            hint = "name rows with data.validation_path or raise data.validation_split, or leave it out"
+            raise ConfigError(what, where=f"validation.{key}", hint=hint)
 
 
 def bytes_needed(settings: Finetune, trained: int, held_out: bool, resumes: bool) -> int:
