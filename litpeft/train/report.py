@@ -94,12 +94,7 @@ def summary_lines(facts: RunFacts) -> list[str]:
     """Returns the last 4 to 8 lines in the terminal; those of a stopped run begin with the command to resume it."""
     lines = [f"to go on         {facts.go_on}"] if facts.go_on else []
     lines.append(f"{facts.title}: {facts.stopped}, {_work(facts)}")
-    if facts.first_loss is not None:
-        lines.append(f"training loss    {_losses(facts)} nats per token (first and last 5 % of the steps)")
-    if facts.validation:
-        lines.append(f"validation loss  {_validation(facts)}")
-    lines.append(f"trained          {_trained(facts)}, {scaled(facts.delta_bytes, 'B')} on disk")
-    lines.append(f"used             {', '.join(_cost(facts))}")
+    lines += [f"{name:<17}{figure}" for name, figure in _figures(facts).items()]
     for command in facts.next_commands[: 2 if facts.go_on else 3]:
         lines.append(f"next             {command}")
     return [clean(line).replace("\n", " ") for line in lines]
@@ -129,21 +124,28 @@ def markdown(facts: RunFacts, picture: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(facts: RunFacts) -> str:
-    rows = []
+def _figures(facts: RunFacts) -> dict[str, str]:
+    """Returns the figures by name that both the terminal and the report show."""
+    found = {}
     if facts.first_loss is not None:
-        rows.append(("Training loss, first → last 5 % of the steps", f"{_losses(facts)} nats per token"))
+        losses = f"{facts.first_loss:.3f} → {facts.last_loss:.3f} nats per token"
+        found["training loss"] = f"{losses} (first and last 5 % of the steps)"
     if facts.validation:
-        rows.append(("Validation loss, first → last", _validation(facts)))
-    rows += [
-        ("Tokens", f"{facts.tokens:,} read, {facts.trained_tokens:,} of them trained on"),
-        ("Trained parameters", _trained(facts)),
-        ("Size on disk", scaled(facts.delta_bytes, "B")),
-        ("Cost", _inline(", ".join(_cost(facts)))),
-        ("Base model", f"{_code(facts.base)}, {scaled(facts.parameters)} parameters, {_inline(facts.precision)}"),
-        ("Versions", _inline(", ".join(f"{name} {version}" for name, version in facts.versions.items()))),
-    ]
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+        found["validation loss"] = _validation(facts)
+    trained = f"{scaled(facts.trainable)} of {scaled(facts.parameters)} parameters ({100 * facts.share:.3g} %)"
+    found["trained"] = f"{trained}, {scaled(facts.delta_bytes, 'B')} on disk"
+    memory = "" if facts.peak_memory is None else f", peak memory {scaled(facts.peak_memory, 'B')}"
+    device = f"{facts.device} ({counted(facts.threads, 'thread')})"
+    return found | {"used": f"{facts.tokens_per_second:,.0f} tokens/s{memory}, {device}"}
+
+
+def _table(facts: RunFacts) -> str:
+    rows = {name: _inline(figure) for name, figure in _figures(facts).items()} | {
+        "tokens": f"{facts.tokens:,} read, {facts.trained_tokens:,} of them trained on",
+        "base model": f"{_code(facts.base)}, {scaled(facts.parameters)} parameters, {_inline(facts.precision)}",
+        "versions": _inline(", ".join(f"{name} {version}" for name, version in facts.versions.items())),
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name.capitalize()} | {value} |" for name, value in rows.items())])
 
 
 def _work(facts: RunFacts) -> str:
@@ -151,10 +153,6 @@ def _work(facts: RunFacts) -> str:
     epochs = f"{facts.epochs:.3g} epoch{'' if facts.epochs == 1 else 's'}"
     whole = f"{duration(facts.total_seconds)} with start, validation and saving"
     return f"{steps} ({epochs}) in {duration(facts.seconds)}; {whole}"
-
-
-def _losses(facts: RunFacts) -> str:
-    return f"{facts.first_loss:.3f} → {facts.last_loss:.3f}"
 
 
 def _validation(facts: RunFacts) -> str:
@@ -167,16 +165,6 @@ def _validation(facts: RunFacts) -> str:
         return f"{text}; most exact answers {value:.1%} at step {step:,}"
     start = f", no better than the start's {first:.3f}" if facts.validation[0][0] == 0 and value >= first else ""
     return f"{text}, best {value:.3f} at step {step:,}{start}"
-
-
-def _trained(facts: RunFacts) -> str:
-    return f"{scaled(facts.trainable)} of {scaled(facts.parameters)} parameters ({100 * facts.share:.3g} %)"
-
-
-def _cost(facts: RunFacts) -> list[str]:
-    memory = [] if facts.peak_memory is None else [f"peak memory {scaled(facts.peak_memory, 'B')}"]
-    threads = counted(facts.threads, "thread")
-    return [f"{facts.tokens_per_second:,.0f} tokens/s", *memory, f"{facts.device} ({threads})"]
 
 
 def _cut(text: str) -> str:
