@@ -76,10 +76,10 @@ def make_optimizer(
     if unknown:
         what = f"{name} takes no {unknown[0]!r}{nearest(unknown[0], list(takes))}"
         raise ConfigError(what, where="train.optimizer_args")
-    if train.weight_decay and "weight_decay" not in takes:
-        raise ConfigError(f"{name} has no weight decay", where="train.weight_decay")
     if "weight_decay" in takes:
         arguments["weight_decay"] = train.weight_decay
+    elif train.weight_decay:
+        raise ConfigError(f"{name} has no weight decay", where="train.weight_decay")
     if name in ("Adam", "AdamW") and not library and not scaled and not {"fused", "foreach"} & set(arguments):
         arguments["fused"] = True  # one pass over each tensor
     if scaled and arguments.get("fused"):
