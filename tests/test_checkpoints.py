@@ -291,7 +291,7 @@ def test_a_file_that_is_a_link_or_no_safetensors_is_refused(tmp_path) -> None:
     folder = tmp_path / "run" / "step-00000001"
     files = json.loads((folder / "MANIFEST.json").read_text())["files"]
     (folder / "bad.safetensors").write_bytes(b"?")
-    digest = litpeft.core.safetensors.file_sha256(folder / "bad.safetensors")
+    digest = litpeft.core.checksums.file_sha256(folder / "bad.safetensors")
     forged(folder, files=files | {"bad.safetensors": {"size": 1, "sha256": digest}})
     with pytest.raises(UserError, match="bad.safetensors: not a whole safetensors file"):
         checkpoints.at(1)

@@ -37,7 +37,7 @@ def damaged(folder: Path, out: Path) -> Path:
     weights = Weights(folder)
     path = out / weights.file_of[NAME]
     content = bytearray(path.read_bytes())
-    content[weights._span(NAME)[0] + 2] ^= 0x80
+    content[weights.headers[path.name][NAME]["data_offsets"][0] + 2] ^= 0x80
     path.write_bytes(content)
     assert load_file(path)[NAME].isfinite().all()
     assert not torch.equal(load_file(path)[NAME], weights.read(NAME))

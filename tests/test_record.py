@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from short_runs import assert_same, cut, resume, train
 
 from litpeft.cli import main
-from litpeft.core.safetensors import file_sha256
+from litpeft.core.checksums import file_sha256
 from litpeft.exchange.identity import checksum
 from litpeft.exchange.run import find_run
 

@@ -12,7 +12,7 @@ from conftest import CHATML, COLOURS, make_folder, read_metrics
 from safetensors.torch import save_file
 from short_runs import QUIET, UNPACKED, Settings, assert_same, cut, delta, newest, resume, train
 
-from litpeft.core.safetensors import file_sha256
+from litpeft.core.checksums import file_sha256
 from litpeft.exchange.identity import checksum
 from litpeft.exchange.run import find_run
 from litpeft.generate.load import load_model

@@ -6,14 +6,17 @@ the same ones.
 
 import hashlib
 import json
+import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
-from io import FileIO
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from litpeft.core.errors import ModelError, some
-from litpeft.core.json import read_json
+from litpeft.core.json import read_json, write_json
 from litpeft.core.terminal import tell
 
 CHECKSUMS = "checksums.json"
@@ -21,8 +24,7 @@ CHECKSUMS = "checksums.json"
 
 def write_checksums(folder: Path, sums: dict[str, str], origin: str) -> None:
     """Writes the sha256 of each tensor, by its name in the files, and the origin of the weights."""
-    content = {"of": origin, "tensors": dict(sorted(sums.items()))}
-    (folder / CHECKSUMS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CHECKSUMS, {"of": origin, "tensors": dict(sorted(sums.items()))})
 
 
 def read_checksums(folder: Path) -> dict[str, str] | None:
@@ -73,25 +75,44 @@ def tensor_sums(path: Path, threads: int = 1) -> dict[str, str]:
 
 @lru_cache(maxsize=1024)
 def _tensor_sums(path: Path, state: tuple[int, ...], threads: int) -> dict[str, str]:
-    with open(path, "rb") as handle:
-        size = struct.unpack("<Q", handle.read(8))[0]
-        header = json.loads(handle.read(size))
-
-    def digest(name: str) -> str:
-        first, last = header[name]["data_offsets"]
-        with open(path, "rb", buffering=0) as handle:
-            handle.seek(8 + size + first)
-            return sha256(handle, last - first)
-
-    names = [name for name in header if name != "__metadata__"]
+    spans = {name: entry["data_offsets"] for name, entry in read_header(path).items()}
     with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+        return dict(zip(spans, pool.map(lambda span: file_sha256(path, *span), spans.values()), strict=True))
 
 
-def sha256(handle: FileIO, size: int) -> str:
-    """Returns the sha256 of the next `size` bytes."""
+def file_sha256(path: Path, first: int = 0, last: int | None = None) -> str:
+    """Returns the sha256 of a file, or of its bytes from `first` up to `last`."""
     digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    while size and (count := handle.readinto(block[:size])):
-        digest.update(block[:count])
-        size -= count
+    size = (path.stat().st_size if last is None else last) - first
+    with open(path, "rb", buffering=0) as handle:
+        handle.seek(first)
+        while size and (count := handle.readinto(block[:size])):
+            digest.update(block[:count])
+            size -= count
     return digest.hexdigest()
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the header of a safetensors file, name -> {dtype, shape, data_offsets}; raises if the file is damaged.
+
+    The offsets are counted from the beginning of the file.
+    """
+    size = 0
+    try:
+        size = path.stat().st_size
+        with safe_open(path, framework="np"):  # checks the layout: offsets, sizes, no overlap
+            pass
+        with open(path, "rb") as handle:
+            header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
+            start = handle.tell()
+    except FileNotFoundError:
+        what = f"{path.name} is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
+        raise ModelError(what or "the file is missing", where=path, hint="download or copy it, too") from None
+    except (OSError, SafetensorError, ValueError, struct.error) as error:
+        what = f"not a whole safetensors file ({size} bytes): {error}"
+        raise ModelError(what, where=path, hint="delete it, then download or copy it again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: entry | {"data_offsets": [start + offset for offset in entry["data_offsets"]]}
+        for name, entry in header.items()
+    }

@@ -1,6 +1,9 @@
 """The errors that a user may see, and the exit codes of the program."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 PEER_LOST = 7  # another process of the run is gone
 INTERNAL_ERROR = 70
@@ -18,9 +21,9 @@ class UserError(Exception):
 
     exit_code: int  # of the program that the error ends
 
-    def __init__(self, what: str, *, where: str = "", hint: str = ""):
+    def __init__(self, what: str, *, where: str | Path = "", hint: str = ""):
         super().__init__(what)
-        self.what, self.where, self.hint = what, where, hint
+        self.what, self.where, self.hint = what, str(where), hint
 
     def __str__(self) -> str:
         place = f" {cut(self.where)}:".replace("\n", "\ufffd") if self.where else ""
@@ -57,6 +60,16 @@ class ResourceError(UserError):
     """Disk, memory or network."""
 
     exit_code = 6
+
+
+@contextmanager
+def located(where: str | Path) -> Iterator[None]:
+    """Gives this place to an error of the block that names none."""
+    try:
+        yield
+    except UserError as error:
+        error.where = error.where or str(where)
+        raise
 
 
 def brief(text: str) -> str:

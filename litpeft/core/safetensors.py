@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litpeft.core.checksums import sha256, tensor_sums, verify_sums, write_checksums
+from litpeft.core.checksums import read_header, tensor_sums, verify_sums, write_checksums
 from litpeft.core.errors import ModelError, ResourceError, some
 from litpeft.core.folders import COMPANIONS
-from litpeft.core.json import read_shards
+from litpeft.core.json import read_shards, write_json
 from litpeft.core.recognise import convert_hint, refuse_other
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,8 +49,7 @@ class Weights:
                 raise ModelError(what, where=str(folder), hint="download or copy it, too")
             if shards:
                 hint = "if that is the model, rename it to model.safetensors" if len(shards) == 1 else ""
-                what = f"there is no model.safetensors, only {some(shards)}"
-                raise ModelError(what, where=str(folder), hint=hint)
+                raise ModelError(f"there is no model.safetensors, only {some(shards)}", where=folder, hint=hint)
             other = [*sorted(folder.glob("*.gguf"))[:1], *([folder] if any(folder.glob("pytorch_model*.bin")) else [])]
             hint = convert_hint(other[0]) if other else "see `litpeft download --help`"
             raise ModelError("there is no model.safetensors", where=str(folder), hint=hint)
@@ -60,12 +59,11 @@ class Weights:
         for file, header in self.headers.items():
             for name in header:
                 if name in self.file_of:
-                    what = f"{name} is in {self.file_of[name]} and in {file}"
-                    raise ModelError(what, where=str(folder))
+                    raise ModelError(f"{name} is in {self.file_of[name]} and in {file}", where=folder)
                 self.file_of[name] = file
         missing = sorted(name for name, file in placed.items() if self.file_of.get(name) != file)
         if missing:
-            raise ModelError(f"{some(missing)} not in the file that the index names", where=str(index))
+            raise ModelError(f"{some(missing)} not in the file that the index names", where=index)
         self._maps: dict[str, mmap.mmap] = {}
         self._read_bytes = 0  # of tensors that were used since the pages were dropped
 
@@ -81,9 +79,9 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor. It must not be written to: `drop_pages` would undo that."""
-        dtype, shape, first = DTYPES[self.dtype(name)], self.shape(name), self._span(name)[0]
-        count = math.prod(shape)
-        return torch.frombuffer(self._map(self.file_of[name]), dtype=dtype, count=count, offset=first).view(shape)
+        dtype, shape, file = DTYPES[self.dtype(name)], self.shape(name), self.file_of[name]
+        first, _ = self.headers[file][name]["data_offsets"]
+        return torch.frombuffer(self._map(file), dtype=dtype, count=math.prod(shape), offset=first).view(shape)
 
     def fingerprint(self) -> str:
         """Returns the sha256 over every tensor's name, dtype, shape and bytes; it does not depend on sharding."""
@@ -102,12 +100,6 @@ class Weights:
         verify_sums(self.folder, sums, self.file_of)
         return sums
 
-    def _span(self, name: str) -> tuple[int, int]:
-        """Returns the offsets of a tensor's first byte in its file, and of the byte after its last."""
-        first, last = self.headers[self.file_of[name]][name]["data_offsets"]
-        start = 8 + struct.unpack("<Q", self._map(self.file_of[name])[:8])[0]
-        return start + first, start + last
-
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:
             with open(self.folder / file, "rb") as handle:
@@ -123,40 +115,13 @@ class Weights:
         if self._read_bytes < MAPPED_BYTES:
             return
         self._read_bytes = 0
-        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-            for pages in self._maps.values():
-                pages.madvise(mmap.MADV_DONTNEED)
+        for pages in self._maps.values():
+            pages.madvise(mmap.MADV_DONTNEED)
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether every number of a tensor is finite, without a copy: minimum and maximum propagate nan."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a file."""
-    with open(path, "rb", buffering=0) as handle:
-        return sha256(handle, path.stat().st_size)
-
-
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the header of a safetensors file, name -> {dtype, shape, data_offsets}; raises if the file is damaged."""
-    size = 0
-    try:
-        size = path.stat().st_size
-        with safe_open(path, framework="pt"):  # checks the layout: offsets, sizes, no overlap
-            pass
-        with open(path, "rb") as handle:
-            header = json.loads(handle.read(struct.unpack("<Q", handle.read(8))[0]))
-    except FileNotFoundError:
-        what = f"{path.name} is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
-        hint = "download or copy it, too"
-        raise ModelError(what or "the file is missing", where=str(path), hint=hint) from None
-    except (OSError, SafetensorError, ValueError, struct.error) as error:
-        what = f"not a whole safetensors file ({size} bytes): {error}"
-        raise ModelError(what, where=str(path), hint="download or copy it again") from None
-    header.pop("__metadata__", None)
-    return header
 
 
 class _Shard:
@@ -191,8 +156,7 @@ class _Shard:
             while len(view):  # one call writes at most 2 GiB
                 view = view[self.handle.write(view) :]
         except OSError as error:
-            what = f"cannot be written: {error.strerror or error}"
-            raise ResourceError(what, where=str(self.path.parent)) from None
+            raise ResourceError(f"cannot be written: {error.strerror or error}", where=self.path.parent) from None
 
     def finish(self) -> None:
         """Writes the header, padded with spaces up to the first tensor."""
@@ -232,7 +196,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard
         os.rename(shard.path, folder / file)
         placed |= dict.fromkeys(shard.entries, file)
     index = {"metadata": {"total_size": sum(shard.end for shard in shards)}, "weight_map": dict(sorted(placed.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -240,7 +204,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise ResourceError(f"cannot be written: {error}", where=str(path)) from None
+        raise ResourceError(f"cannot be written: {error}", where=path) from None
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from litpeft.core.errors import ModelError
-from litpeft.core.json import read_json
+from litpeft.core.json import read_optional
 from litpeft.data.tokenizer_backends import Backend, Encoded, Span, any_of, overlaps
 from litpeft.data.tokenizer_files import read_files
 
@@ -35,7 +35,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
         """Returns the tokenizer that a Hugging Face folder holds: tokenizer.json, else tokenizer.model."""
-        generation, model = _optional(folder / "generation_config.json"), _optional(folder / "config.json")
+        generation, model = read_optional(folder / "generation_config.json"), read_optional(folder / "config.json")
         files = read_files(folder, model)
         backend, where = Backend(files.inner), str(files.path)
         names = files.names
@@ -138,10 +138,6 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     return template if isinstance(template, str) and template else None
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path, path.name) if path.is_file() else {}
 
 
 def ids_of(value: Any) -> list[int]:

@@ -1,10 +1,9 @@
 """generation_config.json, which tells other programs the ids that end an answer."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
-from litpeft.core.json import read_json
+from litpeft.core.json import read_json, write_json
 from litpeft.core.terminal import say
 from litpeft.data.tokenizer import ids_of
 
@@ -20,15 +19,9 @@ def write_stop_ids(folder: Path, stop_ids: Collection[int]) -> None:
     same = set(before) == set(stop_ids)
     if same and path.is_file():
         return
-    ids = [
-        *before,
-        *(number for number in stop_ids if number not in before),
-    ]  # the first stays first: transformers may pad with it
+    ids = list(dict.fromkeys((*before, *stop_ids)))  # the first stays first: transformers may pad with it
     known.pop("_from_model_config", None)  # else transformers may take config.json's ids instead
-    path.write_text(json.dumps(known | {"eos_token_id": ids if len(ids) > 1 else ids[0]}, indent=2) + "\n")
+    write_json(path, known | {"eos_token_id": ids if len(ids) > 1 else ids[0]})
     if not same:
-        say(f"{NAME} now names the ids that end an answer, {_listed(ids)}; it named {_listed(before) or 'none'}")
-
-
-def _listed(ids: Collection[int]) -> str:
-    return " and ".join(map(str, ids))
+        now, then = (" and ".join(map(str, listed)) for listed in (ids, before))
+        say(f"{NAME} now names the ids that end an answer, {now}; it named {then or 'none'}")

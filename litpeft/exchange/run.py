@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from litpeft import __version__
+from litpeft.core.checksums import file_sha256, read_header
 from litpeft.core.distributed import gather
 from litpeft.core.errors import ConfigError, ModelError, NumericError, some
 from litpeft.core.folders import atomic_folder, checkpoint_steps
 from litpeft.core.json import read_json
 from litpeft.core.precision import PRECISIONS
 from litpeft.core.recognise import refuse_file, refuse_other
-from litpeft.core.safetensors import Weights, copy_companions, file_sha256, read_header, save_tensors, write_safetensors
+from litpeft.core.safetensors import Weights, copy_companions, save_tensors, write_safetensors
 from litpeft.core.terminal import command_line, tell
 from litpeft.core.typed import typed
 from litpeft.data.templates import ChatTemplate

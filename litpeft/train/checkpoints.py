@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from litpeft.core.checksums import file_sha256, read_header
 from litpeft.core.errors import ModelError, NumericError, ResourceError, UserError
 from litpeft.core.folders import checkpoint_steps, remove_leftovers, replace_folder, sync
 from litpeft.core.json import read_json
-from litpeft.core.safetensors import file_sha256, read_header, save_tensors
+from litpeft.core.safetensors import save_tensors
 from litpeft.core.terminal import say
 from litpeft.exchange.identity import checksum
 

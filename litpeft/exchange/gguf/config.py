@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,40 +19,40 @@ KEYS = {
 }  # fmt: skip
 
 
-def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """Returns config.json without dtype and special tokens; `stored` are the file's tensors by name."""
-    refuse_unknown(values, path)
+    refuse_unknown(values)
     embedding = stored.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise ModelError("there is no matrix token_embd.weight", where=str(path))
-    layers = number(values, "block_count", int, path)
+        raise ModelError("there is no matrix token_embd.weight")
+    layers = number(values, "block_count", int)
     if layers > len(stored):
-        raise ModelError(f"{len(stored)} tensors cannot be {layers} layers", where=str(path))
-    width, heads = number(values, "embedding_length", int, path), number(values, "attention.head_count", int, path)
-    kv_heads = number(values, "attention.head_count_kv", int, path, heads)
-    head_dim = number(values, "attention.key_length", int, path, max(width // heads, 1))
+        raise ModelError(f"{len(stored)} tensors cannot be {layers} layers")
+    width, heads = number(values, "embedding_length", int), number(values, "attention.head_count", int)
+    kv_heads = number(values, "attention.head_count_kv", int, heads)
+    head_dim = number(values, "attention.key_length", int, max(width // heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if (other := number(values, key, int, path, head_dim)) != head_dim:
-            what = f"llama.{key} = {other}: a Hugging Face Llama needs it to be the size of a head, {head_dim}"
-            raise ModelError(what, where=str(path))
+        if (other := number(values, key, int, head_dim)) != head_dim:
+            needs = f"a Hugging Face Llama needs it to be the size of a head, {head_dim}"
+            raise ModelError(f"llama.{key} = {other}: {needs}")
     if head_dim % 2 or heads % kv_heads or heads * head_dim > LARGEST_WIDTH:
-        what = f"{heads} query and {kv_heads} key/value heads of size {head_dim} do not make an attention"
-        raise ModelError(what, where=str(path))
-    theta = single(number(values, "rope.freq_base", float, path, 10000.0))
-    scaling = rope_scaling(values, stored, theta, head_dim, path)
+        sizes = f"{heads} query and {kv_heads} key/value heads of size {head_dim}"
+        raise ModelError(f"{sizes} do not make an attention")
+    theta = single(number(values, "rope.freq_base", float, 10000.0))
+    scaling = rope_scaling(values, stored, theta, head_dim)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "vocab_size": int(embedding.shape[1]),
         "hidden_size": width,
-        "intermediate_size": number(values, "feed_forward_length", int, path),
+        "intermediate_size": number(values, "feed_forward_length", int),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": number(values, "context_length", int, path),
-        "rms_norm_eps": single(number(values, "attention.layer_norm_rms_epsilon", float, path)),
+        "max_position_embeddings": number(values, "context_length", int),
+        "rms_norm_eps": single(number(values, "attention.layer_norm_rms_epsilon", float)),
         # for transformers 5, and for older readers
         "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
         "rope_theta": theta,
@@ -64,24 +63,24 @@ def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any], path: Path) 
     }
 
 
-def refuse_unknown(values: Mapping[str, Any], path: Path) -> None:
+def refuse_unknown(values: Mapping[str, Any]) -> None:
     """Raises for keys that config.json cannot express: experts, scales of the residual, ..."""
     unknown = [key for key in values if key.startswith("llama.") and key.removeprefix("llama.") not in KEYS]
     unknown = [key for key in unknown if not (key.startswith("llama.expert") and values[key] == 0)]
     if unknown:
-        what = f"a Hugging Face Llama cannot express {', '.join(f'{key} = {values[key]}' for key in unknown[:5])}"
-        raise ModelError(what, where=str(path))
+        said = ", ".join(f"{key} = {values[key]}" for key in unknown[:5])
+        raise ModelError(f"a Hugging Face Llama cannot express {said}")
 
 
-def number(values: Mapping[str, Any], key: str, kind: type, path: Path, default: Any = None) -> Any:
+def number(values: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
     """Returns the header's llama.`key`, or `default`; it must be of this type, positive and of a plausible size."""
     value = values.get(f"llama.{key}", default)
     top = LARGEST_CONTEXT if key == "context_length" else LARGEST_WIDTH
     if type(value) is kind and value > 0 and (math.isfinite(value) if kind is float else value <= top):
         return value
     allowed = "a positive number" if kind is float else f"an integer from 1 to {top}"
-    what = f"llama.{key} must be {allowed}, got {value}"
-    raise ModelError(what, where=str(path), hint="the header is damaged, or of a model that is no Llama")
+    hint = "the header is damaged, or of a model that is no Llama"
+    raise ModelError(f"llama.{key} must be {allowed}, got {value}", hint=hint)
 
 
 def single(value: float) -> float:
@@ -90,23 +89,22 @@ def single(value: float) -> float:
 
 
 def rope_scaling(
-    values: Mapping[str, Any], stored: Mapping[str, Any], theta: float, head_dim: int, path: Path
+    values: Mapping[str, Any], stored: Mapping[str, Any], theta: float, head_dim: int
 ) -> dict[str, Any] | None:
     """Returns the RoPE scaling as Hugging Face writes it, or None."""
     kind = values.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in values else "none")
     if kind not in ("none", "linear"):
-        what = f"rope scaling {kind!r} is not supported; convert reads none, linear and llama3"
-        raise ModelError(what, where=str(path))
+        raise ModelError(f"rope scaling {kind!r} is not supported; convert reads none, linear and llama3")
     frequencies = stored.get("rope_freqs.weight")
     if frequencies is None:
         if kind == "none":
             return None
         key = "rope.scaling.factor" if "llama.rope.scaling.factor" in values else "rope.scale_linear"
-        factor = single(number(values, key, float, path))
+        factor = single(number(values, key, float))
         return None if factor == 1 else {"rope_type": "linear", "type": "linear", "factor": factor}
     factors = np.asarray(frequencies.data)
     if factors.shape != (head_dim // 2,) or factors.dtype != np.float32 or not np.isfinite(factors).all():
-        raise ModelError(f"rope_freqs.weight must be {head_dim // 2} finite float32", where=str(path))
+        raise ModelError(f"rope_freqs.weight must be {head_dim // 2} finite float32")
     if kind == "none" and (factors == 1).all():
         return None
     factor = single(factors.max())
@@ -120,8 +118,8 @@ def rope_scaling(
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original,
             }
-    what = "rope_freqs.weight is no llama3 scaling (low_freq_factor 1, high_freq_factor 4, any power of 2 positions)"
-    raise ModelError(what, where=str(path))
+    expected = "low_freq_factor 1, high_freq_factor 4, any power of 2 positions"
+    raise ModelError(f"rope_freqs.weight is no llama3 scaling ({expected})")
 
 
 def llama3(theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:

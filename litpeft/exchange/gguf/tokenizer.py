@@ -1,6 +1,5 @@
 """Rebuilds tokenizer.json and the chat template from the header of a GGUF file."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
 from litpeft.core.errors import ModelError, nearest
+from litpeft.core.json import write_json
 from litpeft.data.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, merges_of
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -33,39 +33,37 @@ SAME = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
     "refact": "starcoder",
 }  # fmt: skip
+ADDED = (CONTROL, UNKNOWN, USER_DEFINED)  # found in a text before it is split
 IGNORE_MERGES = ("llama-bpe", "tekken")  # a piece that is a token is not merged, and a text starts with BOS
 
 
 class GgufTokenizer:
     """The tokenizer that a header describes; `rows` is the number of embeddings."""
 
-    def __init__(self, values: Mapping[str, Any], path: Path, rows: int):
-        self.values, self.path = values, path
+    def __init__(self, values: Mapping[str, Any], rows: int):
+        self.values = values
         self.tokens = self._list("tokens", str)
-        types = self._list("token_type", int) if "tokenizer.ggml.token_type" in values else [NORMAL] * len(self.tokens)
-        self.types = types
+        count = len(self.tokens)
+        self.types = self._list("token_type", int) if "tokenizer.ggml.token_type" in values else [NORMAL] * count
         self.vocab = {token: idx for idx, token in enumerate(self.tokens)}
-        if len(self.vocab) != len(self.tokens) or len(types) != len(self.tokens) or len(self.tokens) > rows:
-            what = (
-                f"{len(self.tokens)} tokens ({len(self.vocab)} different) and {len(types)} types for {rows} embeddings"
-            )
-            raise ModelError(what, where=str(path), hint="the header is damaged")
+        if not len(self.vocab) == len(self.types) == count <= rows:
+            what = f"{count} tokens ({len(self.vocab)} different) and {len(self.types)} types for {rows} embeddings"
+            raise ModelError(what, hint="the header is damaged")
         self.kind = values.get("tokenizer.ggml.model")
         self.pre = SAME.get(values.get("tokenizer.ggml.pre"), values.get("tokenizer.ggml.pre"))
         if self.kind not in ("gpt2", "llama"):
-            what = f"tokenizer.ggml.model {self.kind!r} is not supported; convert reads gpt2 and llama"
-            raise ModelError(what, where=str(path))
+            raise ModelError(f"tokenizer.ggml.model {self.kind!r} is not supported; convert reads gpt2 and llama")
         if self.kind == "gpt2" and self.pre not in SPLITS:
             known = [*SPLITS, *SAME]
             what = f"tokenizer.ggml.pre {self.pre!r} is not supported; convert reads {', '.join(known)}"
-            raise ModelError(what + nearest(str(self.pre), known), where=str(path))
+            raise ModelError(what + nearest(str(self.pre), known))
         default = (1, 2, 0) if self.kind == "llama" else (None, None, None)
         self.bos, self.eos, self.unknown = map(self._id, ("bos", "eos", "unknown"), default)
         self.pad = self._id("padding")
         self.ids = {"bos_token_id": self.bos, "eos_token_id": self.eos, "pad_token_id": self.pad}
         self.template = values.get("tokenizer.chat_template")
         if not isinstance(self.template, str | None):
-            raise ModelError("tokenizer.chat_template is no text", where=str(path))
+            raise ModelError("tokenizer.chat_template is no text")
         self.tokenizer = self._build()
 
     def summary(self) -> str:
@@ -83,14 +81,11 @@ class GgufTokenizer:
             "add_bos_token": self._adds("bos"),
             "add_eos_token": self._adds("eos"),
         } | {name: self.tokens[idx] for name, idx in named.items() if idx is not None}
-        ends = [idx for idx in (self.eos, self._id("eot"), self._id("eom")) if idx is not None]
-        ends = list(dict.fromkeys(ends))  # each once
-        generation = {"eos_token_id": ends if len(ends) > 1 else self.eos, "bos_token_id": self.bos}
-        generation = {
-            key: value for key, value in (generation | {"pad_token_id": self.pad}).items() if value is not None
-        }
-        for name, content in (("tokenizer_config.json", config), ("generation_config.json", generation)):
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        ends = [idx for idx in dict.fromkeys((self.eos, self._id("eot"), self._id("eom"))) if idx is not None]
+        generation = self.ids | ({"eos_token_id": ends} if len(ends) > 1 else {})
+        generation = {key: value for key, value in generation.items() if value is not None}
+        write_json(folder / "tokenizer_config.json", config)
+        write_json(folder / "generation_config.json", generation)
         if self.template:
             (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8", newline="")
 
@@ -107,23 +102,16 @@ class GgufTokenizer:
         else:
             merges = self._merges() if "tokenizer.ggml.merges" in self.values else self._merges_of_scores()
             unknown = None if self.unknown is None else self.tokens[self.unknown]
-            model = BPE(
-                vocab=self.vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in self.types
-            )
-            tokenizer = Tokenizer(model)
+            fallback = BYTE in self.types
+            tokenizer = Tokenizer(BPE(self.vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=fallback))
             prefix = self._flag("add_space_prefix", True)
             start = [normalizers.Prepend(SPACE)] if prefix else []
             tokenizer.normalizer = normalizers.Sequence([*start, normalizers.Replace(" ", SPACE)])
             strip = [decoders.Strip(" ", 1, 0)] if prefix else []
             decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
             tokenizer.decoder = decoders.Sequence(decode)
-        special = (CONTROL, UNKNOWN)
-        added = [
-            AddedToken(token, special=type_ in special, normalized=False)
-            for token, type_ in zip(self.tokens, self.types, strict=True)
-            if type_ in (*special, USER_DEFINED) and token
-        ]
-        tokenizer.add_tokens(added)
+        added = {token: kind for token, kind in zip(self.tokens, self.types, strict=True) if token and kind in ADDED}
+        tokenizer.add_tokens([AddedToken(t, special=kind != USER_DEFINED, normalized=False) for t, kind in added.items()])
         self._frame(tokenizer)
         return tokenizer
 
@@ -134,8 +122,7 @@ class GgufTokenizer:
         if not bos + eos:
             return
         if any(":" in token or "$" in token for token in bos + eos):
-            what = f"{' '.join(bos + eos)} cannot be added to a text by a tokenizer.json"
-            raise ModelError(what, where=str(self.path))
+            raise ModelError(f"{' '.join(bos + eos)} cannot be added to a text by a tokenizer.json")
         pair = [*bos, "$A", *eos, *(f"{token}:1" for token in bos), "$B:1", *(f"{token}:1" for token in eos)]
         ids = [(token, self.vocab[token]) for token in dict.fromkeys(bos + eos)]
         tokenizer.post_processor = TemplateProcessing(single=[*bos, "$A", *eos], pair=pair, special_tokens=ids)
@@ -146,23 +133,22 @@ class GgufTokenizer:
         for idx, merge in enumerate(merges):
             if len(merge) != 2 or not {*merge, "".join(merge)} <= self.vocab.keys():
                 what = f"merge {idx}, {' '.join(merge)!r}, does not join two tokens to a third"
-                raise ModelError(what, where=str(self.path), hint="the header is damaged")
+                raise ModelError(what, hint="the header is damaged")
         return merges
 
     def _merges_of_scores(self) -> list[tuple[str, str]]:
         """Returns the merges that the scores imply: those that make the token with the highest score come first."""
         scores = self._list("scores", float)
         if len(scores) != len(self.tokens):
-            what = f"{len(scores)} scores for {len(self.tokens)} tokens"
-            raise ModelError(what, where=str(self.path), hint="the header is damaged")
+            raise ModelError(f"{len(scores)} scores for {len(self.tokens)} tokens", hint="the header is damaged")
         pieces = {token: idx for token, idx in self.vocab.items() if self.types[idx] == NORMAL}
         return merges_of(sorted(pieces, key=lambda token: (-scores[pieces[token]], pieces[token])))
 
     def _list(self, key: str, kind: type) -> list[Any]:
         value = self.values.get(f"tokenizer.ggml.{key}")
         if not isinstance(value, list) or not value or not all(type(entry) is kind for entry in value):
-            what = f"tokenizer.ggml.{key} must be a list of {kind.__name__}"
-            raise ModelError(what, where=str(self.path), hint="the header is damaged, or has no tokenizer")
+            hint = "the header is damaged, or has no tokenizer"
+            raise ModelError(f"tokenizer.ggml.{key} must be a list of {kind.__name__}", hint=hint)
         return value
 
     def _id(self, name: str, default: int | None = None) -> int | None:
@@ -171,12 +157,12 @@ class GgufTokenizer:
         if value is None or (type(value) is int and 0 <= value < len(self.tokens)):
             return value
         what = f"tokenizer.ggml.{name}_token_id is {value}, but there are {len(self.tokens)} tokens"
-        raise ModelError(what, where=str(self.path), hint="the header is damaged")
+        raise ModelError(what, hint="the header is damaged")
 
     def _flag(self, name: str, default: bool) -> bool:
         value = self.values.get(f"tokenizer.ggml.{name}", default)
         if type(value) is not bool:
-            raise ModelError(f"tokenizer.ggml.{name} must be a flag, got {value}", where=str(self.path))
+            raise ModelError(f"tokenizer.ggml.{name} must be a flag, got {value}")
         return value
 
     def _adds(self, name: str) -> bool:

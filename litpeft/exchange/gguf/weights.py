@@ -4,7 +4,6 @@ llama.cpp stores the rows of q and k interleaved, since its RoPE rotates neighbo
     theirs  a0 b0 a1 b1 a2 b2 …        ours  a0 a1 a2 … b0 b1 b2 …        (a_i, b_i: the pair with frequency i)
 """
 
-import json
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
-from litpeft.core.errors import ModelError, counted, nearest
+from litpeft.core.errors import ModelError, counted, located, nearest
+from litpeft.core.json import write_json
 from litpeft.exchange.gguf.config import hf_config
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = ("llama",)
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+AGAIN = "download or copy it again"
 CHUNK = 1 << 20  # weights that are dequantised together
 MOST_ENTRIES = 1 << 21  # of an array in the header; vocabularies and merges have far fewer
 
@@ -82,15 +83,15 @@ class GgufFile:
                 self.reader = BoundedReader(path)
                 self.values = {name: field.contents() for name, field in self.reader.fields.items()}
         except (ValueError, LookupError, ArithmeticError, TypeError, RecursionError) as error:
-            what = f"not a whole GGUF file: {error}"
-            raise ModelError(what, where=str(path), hint="download or copy it again") from None
+            raise ModelError(f"not a whole GGUF file: {error}", where=path, hint=AGAIN) from None
         except OSError as error:
-            raise ModelError(f"cannot be read: {error.strerror}", where=str(path)) from None
+            raise ModelError(f"cannot be read: {error.strerror}", where=path) from None
         self.stored = {tensor.name: tensor for tensor in self.reader.tensors}
-        self._check_kind()
-        self._check_layout()
-        self.config = hf_config(self.values, self.stored, path)
-        self.tokenizer = GgufTokenizer(self.values, path, self.config["vocab_size"])
+        with located(path):
+            self._check_kind()
+            self._check_layout()
+            self.config = hf_config(self.values, self.stored)
+            self.tokenizer = GgufTokenizer(self.values, self.config["vocab_size"])
         self.config |= self.tokenizer.ids
 
     def summary(self) -> str:
@@ -110,8 +111,7 @@ class GgufFile:
 
         dtype = dtype or getattr(torch, self._own_dtype())
         name = str(dtype).removeprefix("torch.")
-        config = self.config | {"dtype": name, "torch_dtype": name}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", self.config | {"dtype": name, "torch_dtype": name})
         self.tokenizer.write(folder, self.config["max_position_embeddings"])
         write_safetensors(folder, self.tensors(NameMap(*read_config(folder)).shapes, dtype))
 
@@ -150,27 +150,25 @@ class GgufFile:
 
     def _check_kind(self) -> None:
         """Raises unless this is a complete, little-endian llama model in types that can be read."""
-        where = str(self.path)
         name = self.values.get("general.architecture")
         if name not in ARCHITECTURES:
             what = f"architecture {name!r} is not supported; convert reads {', '.join(ARCHITECTURES)}"
             hint = "take the Hugging Face edition of the model, which needs no conversion"
-            raise ModelError(what + nearest(str(name), list(ARCHITECTURES)), where=where, hint=hint)
+            raise ModelError(what + nearest(str(name), list(ARCHITECTURES)), hint=hint)
         kind = self.values.get("general.type", "model")
         if kind != "model":
-            raise ModelError(f"holds {kind!r}, not a model", where=where)
+            raise ModelError(f"holds {kind!r}, not a model")
         if self.values.get("split.count", 0) not in (0, 1):
             hint = "join them first with llama.cpp's `llama-gguf-split --merge`"
-            raise ModelError(f"one of {self.values['split.count']} parts", where=where, hint=hint)
+            raise ModelError(f"one of {self.values['split.count']} parts", hint=hint)
         if self.reader.endianess != gguf.GGUFEndian.LITTLE:
-            raise ModelError("written for a big-endian machine", where=where)
+            raise ModelError("written for a big-endian machine")
         for type_ in {tensor.tensor_type for tensor in self.reader.tensors}:
             try:
                 gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
             except NotImplementedError:
-                what = f"tensors of type {type_.name} cannot be read"
                 hint = "take another quantisation of the model, such as Q8_0 or Q4_K_M"
-                raise ModelError(what, where=where, hint=hint) from None
+                raise ModelError(f"tensors of type {type_.name} cannot be read", hint=hint) from None
 
     def _check_layout(self) -> None:
         """Raises unless the tensors follow each other up to the end of the file, as the format requires."""
@@ -178,12 +176,11 @@ class GgufFile:
         for tensor in self.reader.tensors:
             if tensor.data_offset != end:
                 what = f"{tensor.name} lies at byte {tensor.data_offset}, expected {end}"
-                raise ModelError(what, where=str(self.path), hint="download or copy it again")
+                raise ModelError(what, hint=AGAIN)
             last = end + tensor.n_bytes
             end = -(-last // alignment) * alignment
         if self.stored and not last <= len(self.reader.data) <= end:
-            what = f"has {len(self.reader.data)} bytes, but its tensors end at {last}"
-            raise ModelError(what, where=str(self.path), hint="download or copy it again")
+            raise ModelError(f"has {len(self.reader.data)} bytes, but its tensors end at {last}", hint=AGAIN)
 
 
 def rows_in_halves(values: "Tensor", head_dim: int) -> "Tensor":

@@ -9,10 +9,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from litpeft import __version__
+from litpeft.core.checksums import file_sha256, read_header
 from litpeft.core.errors import ModelError, UserError
 from litpeft.core.folders import atomic_folder
 from litpeft.core.json import read_json
-from litpeft.core.safetensors import file_sha256, read_header, save_tensors
+from litpeft.core.safetensors import save_tensors
 from litpeft.core.terminal import say
 
 FORMAT = 1
