@@ -7,6 +7,7 @@ bounds the CPU time of each text and the memory of the process.
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -23,11 +24,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
 from litpeft.data.pipes import packed, receive
-
-try:
-    import resource
-except ImportError:  # Windows: the parent's timeout is the only limit
-    resource = None
 
 REPLIES = 16  # texts that are sent back together
 LONGEST_ERROR = 500  # characters: a template can raise an error as long as the chat
@@ -96,10 +92,9 @@ def environment(now: datetime) -> ImmutableSandboxedEnvironment:
 def serve() -> None:
     """Compiles the template that stdin begins with and renders batch after batch, until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    if resource is not None:
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the time limit's signal ends the process
-        for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
-            resource.setrlimit(kind, (0, 0))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the time limit's signal ends the process
+    for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
+        resource.setrlimit(kind, (0, 0))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no output of the interpreter when it is killed
     gc.freeze()
     threading.Thread(target=_end_with_input, daemon=True).start()
@@ -127,11 +122,10 @@ def serve() -> None:
 
 def _end_with_input() -> None:
     """Ends this process as soon as the other end of stdin is closed, since its parent is then gone."""
-    if hasattr(select, "poll"):
-        waiting = select.poll()
-        waiting.register(sys.stdin.fileno(), 0)  # no events asked for: only the hang-up is reported
-        waiting.poll()
-        os._exit(0)
+    waiting = select.poll()
+    waiting.register(sys.stdin.fileno(), 0)  # no events asked for: only the hang-up is reported
+    waiting.poll()
+    os._exit(0)
 
 
 def _answer(calls: Sequence[Callable[[], str]], seconds: float, memory: int, characters: int) -> None:
@@ -169,13 +163,12 @@ def _one_line(text: str) -> str:
 
 def _limit_time(seconds: float) -> None:
     """Lets the kernel end this process (SIGPROF) after so many seconds of CPU time, even within one operation."""
-    if resource is not None:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit_memory(size: int | None) -> None:
     """Limits the address space of this process to `size` bytes. macOS has no such limit: there the parent polls."""
-    if resource is not None and sys.platform != "darwin":
+    if sys.platform != "darwin":
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         bounds = [bound for bound in (size, hard) if bound not in (None, resource.RLIM_INFINITY)]
         resource.setrlimit(resource.RLIMIT_AS, (min(bounds, default=resource.RLIM_INFINITY), hard))

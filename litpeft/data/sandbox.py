@@ -27,12 +27,13 @@ LARGE = 1 << 19  # bytes of a chat: if a larger one meets a limit, the chat is t
 LAST_RESORT = 60.0  # seconds beyond the limits, after which the process is taken to hang
 POLL = 0.05  # seconds between checks of the process's memory
 MACOS = sys.platform == "darwin"  # its kernel does not limit memory
-TOO_SLOW = -getattr(signal, "SIGPROF", 0)  # exit code at the limit of CPU time
+TOO_SLOW = -signal.SIGPROF  # exit code at the limit of CPU time
 START = "import sys; sys.path += sys.argv[1:]; from litpeft.data.renderer import serve; serve()"
 PACKAGES = ("litpeft", "jinja2", "markupsafe")  # what the process imports beside the standard library
 # the variables that Python may need to start; secrets such as HF_TOKEN are not passed on
 ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ")
 
+Process = subprocess.Popen[bytes]
 Text = tuple[dict[str, Any], Sequence[str]]  # variables, and the marks before and after each generation block
 T = TypeVar("T")
 Task = Generator[Text, str, T]  # yields what it wants rendered, is sent the text, and returns its result
@@ -73,18 +74,13 @@ class Template:
         self.has_generation = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
         self._setup = packed((source, now.isoformat(), constants or {}))
         self._compiling = Limits.of(8 * len(self._setup))  # compiling takes longer per character than rendering
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self._lock = threading.Lock()
-        [compiled] = self._ask([])
-        if isinstance(compiled, ValueError):
-            raise compiled
+        self._one([])
 
     def render(self, variables: dict[str, Any], marks: tuple[str, str] = ("", "")) -> str:
         """Returns the text; `marks` are written around each generation block."""
-        [text] = self._ask([(variables, marks)])
-        if isinstance(text, ValueError):
-            raise text
-        return text
+        return self._one([(variables, marks)])
 
     def run(self, tasks: Sequence[Task[T]]) -> list[T | ValueError]:
         """Returns the result of each task, or its error; the texts that tasks wait for are rendered together."""
@@ -109,6 +105,12 @@ class Template:
             texts = _numbered(self._ask, list(asked.values()), list(asked)) if asked else []
             answers = dict(zip(asked, texts, strict=True))
         return results
+
+    def _one(self, texts: Sequence[Text]) -> str:
+        [text] = self._ask(texts)
+        if isinstance(text, ValueError):
+            raise text
+        return text
 
     def _ask(self, texts: Sequence[Text]) -> list[str | ValueError]:
         """Returns each rendered text, or its error; without texts, the result of compiling the template."""
@@ -154,17 +156,16 @@ class Template:
         return self._end()
 
 
-def _start() -> "subprocess.Popen[bytes]":
+def _start() -> Process:
     """Starts the process, in a session of its own so that Ctrl-C does not reach it."""
     # the packages' own folders, not sys.path: an editable installation is on none of its entries
     files = [Path(find_spec(name).origin) for name in PACKAGES]
     command = [sys.executable, "-I", "-S", "-c", START, *dict.fromkeys(str(file.parent.parent) for file in files)]
-    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    pipe = subprocess.PIPE
+    environment, pipe = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}, subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> int:
+def _end(process: Process) -> int:
     """Ends the process if it still runs; returns its exit code."""
     process.kill()
     with suppress(OSError):  # it may flush to a closed pipe
@@ -173,7 +174,7 @@ def _end(process: "subprocess.Popen[bytes]") -> int:
     return process.wait()
 
 
-def _answers(process: "subprocess.Popen[bytes]", question: bytes, count: int, limits: Limits) -> list[Any]:
+def _answers(process: Process, question: bytes, count: int, limits: Limits) -> list[Any]:
     """Returns the answers of the process: fewer than `count` if it ends early."""
     done, answers = threading.Event(), []
     seconds = LAST_RESORT + 2 * count * limits.seconds
@@ -190,9 +191,7 @@ def _answers(process: "subprocess.Popen[bytes]", question: bytes, count: int, li
     return answers
 
 
-def _watch(
-    process: "subprocess.Popen[bytes]", done: threading.Event, seconds: float, memory: int, look: bool = MACOS
-) -> None:
+def _watch(process: Process, done: threading.Event, seconds: float, memory: int, look: bool = MACOS) -> None:
     """Kills the process if it is not done in time or, with `look`, once it holds more memory."""
     ends = time.monotonic() + seconds
     while not done.wait(POLL if look else seconds):
@@ -220,6 +219,6 @@ def _reason(code: int, limits: Limits) -> str:
     """Returns why the process ended with this exit code."""
     if code == TOO_SLOW:
         return f"it takes more than {limits.seconds:.1f} s of processor time"
-    if code == -getattr(signal, "SIGKILL", 0):
+    if code == -signal.SIGKILL:
         return f"its process was killed: it held more than {limits.memory >> 20:,} MiB, or stood still"
     return f"it ended its process ({signal.Signals(-code).name if code < 0 else f'code {code}'})"

@@ -7,25 +7,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from litpeft.core.errors import DataError, UserError, quoted, some
+from litpeft.core.errors import DataError, quoted, some
 from litpeft.data.formats import EXAMPLES
 
 SUFFIXES = (".json", ".jsonl")
-TABLES = {
-    ".csv": "CSV",
-    ".tsv": "TSV",
-    ".parquet": "Parquet",
-    ".arrow": "Arrow",
-    ".xlsx": "Excel",
-    ".txt": "plain text",
-}
+KINDS = {".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet", ".arrow": "Arrow", ".xlsx": "Excel", ".txt": "plain text"}
 PACKED = {".gz": "gzip", ".zst": "Zstandard", ".xz": "xz", ".bz2": "bzip2", ".zip": "zip"}
 TRAIN = ("train",)
 HELD_OUT = ("validation", "valid", "val", "dev")  # names of a file of held-out rows
 SURROGATE = re.compile("[\ud800-\udfff]")
-SPACE = " \t\r\n"
+SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PAR1": "parquet", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -110,11 +103,11 @@ def records(path: Path) -> Iterator[Record]:
             for magic, kind in MAGIC.items():
                 if head.startswith(magic):
                     hint = "unpack or convert it to UTF-8 text"
-                    raise DataError(f"the file is {kind}, not JSON in UTF-8", where=str(path), hint=hint)
+                    raise DataError(f"the file is {kind}, not JSON in UTF-8", where=path, hint=hint)
             handle.seek(0)
             yield from _lines(path, handle) if path.suffix.lower() == ".jsonl" else _elements(path, handle.read())
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
 
 
 def _lines(path: Path, handle: Iterator[bytes]) -> Iterator[Record]:
@@ -125,7 +118,7 @@ def _lines(path: Path, handle: Iterator[bytes]) -> Iterator[Record]:
         if number == 1:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         try:
-            text = raw.decode("utf-8").rstrip(SPACE)
+            text = raw.decode("utf-8").rstrip(" \t\r\n")
         except UnicodeDecodeError as error:
             yield Record(where, problem=f"not UTF-8 at byte {error.start + 1}")
             continue
@@ -152,59 +145,53 @@ def _elements(path: Path, raw: bytes) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"not UTF-8 at byte {error.start + 1}", where=f"{path}:{line}") from None
-    decode = StrictDecoder()
-    position = _skip(text, 0)
+    decode, position = StrictDecoder(), _skip(text, 0)
     if position == len(text):
         return
     if text[position] != "[":
         hint = "if every line is a row, the file's name should end in .jsonl"
-        raise DataError("a .json file must be a list of rows: [{...}, {...}]", where=str(path), hint=hint)
-    line, counted, separator = 1, 0, "["
-    while True:
-        position = _skip(text, position + 1)
+        raise DataError("a .json file must be a list of rows: [{...}, {...}]", where=path, hint=hint)
+
+    def fault(what: str, place: int) -> DataError:
+        return DataError(what, where=f"{path}:{text.count(chr(10), 0, place) + 1}")
+
+    line, counted = 1, 0
+    position = _skip(text, position + 1)
+    separator = "]" if text.startswith("]", position) else ","
+    while separator == ",":
         line += text.count("\n", counted, position)
         counted = position
-        if separator == "[" and text[position : position + 1] == "]":
-            break
-        where = f"{path}:{line}"
         try:
             value, end, flaw = decode(text, position)
         except json.JSONDecodeError as error:
-            at = f"{path}:{error.lineno}"
-            raise DataError(f"not JSON at column {error.colno}: {error.msg}", where=at) from None
+            raise fault(f"not JSON at column {error.colno}: {error.msg}", error.pos) from None
         except ValueError as error:
-            raise DataError(str(error), where=where) from None
-        yield Record(where, value, flaw)
+            raise fault(str(error), position) from None
+        yield Record(f"{path}:{line}", value, flaw)
         position = _skip(text, end)
         separator = text[position : position + 1]
-        if separator == "]":
-            break
-        if separator != ",":
-            at = f"{path}:{text.count(chr(10), 0, position) + 1}"
-            raise DataError(f"expected , or ] after a row, got {separator or 'the end'!r}", where=at)
+        if separator not in ("]", ","):
+            raise fault(f"expected , or ] after a row, got {separator or 'the end'!r}", position)
+        if separator == ",":
+            position = _skip(text, position + 1)
     rest = _skip(text, position + 1)
     if rest < len(text):
-        at = f"{path}:{text.count(chr(10), 0, rest) + 1}"
-        raise DataError("there is more after the end of the list", where=at)
+        raise fault("there is more after the end of the list", rest)
 
 
 def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in SPACE:
-        position += 1
-    return position
+    return SPACE.match(text, position).end()
 
 
 def find(path: str, validation_path: str | None) -> tuple[Path, Path | None]:
     """Returns the file of rows to train on and that of held-out rows, if there is one."""
     train, held_out = _existing(path), _existing(validation_path) if validation_path else None
     if held_out is not None and held_out.is_dir():
-        raise DataError("data.validation_path must be a file, this is a folder", where=str(held_out))
+        raise DataError("data.validation_path must be a file, this is a folder", where=held_out)
     if not train.is_dir():
         return train, held_out
-    folder, train = train, _one_of(train, TRAIN, "data.path")
-    if train is None:
-        raise _nothing_in(folder, TRAIN)
-    return train, held_out or _one_of(folder, HELD_OUT, "data.validation_path")
+    rows = _one_of(train, TRAIN, "data.path") or _refuse_folder(train, TRAIN)
+    return rows, held_out or _one_of(train, HELD_OUT, "data.validation_path")
 
 
 def find_measured(path: str) -> Path:
@@ -212,10 +199,7 @@ def find_measured(path: str) -> Path:
     folder = _existing(path)
     if not folder.is_dir():
         return folder
-    found = _one_of(folder, HELD_OUT, "") or _one_of(folder, TRAIN, "")
-    if found is None:
-        raise _nothing_in(folder, (*HELD_OUT, *TRAIN))
-    return found
+    return _one_of(folder, HELD_OUT) or _one_of(folder, TRAIN) or _refuse_folder(folder, (*HELD_OUT, *TRAIN))
 
 
 def _existing(path: str) -> Path:
@@ -224,35 +208,36 @@ def _existing(path: str) -> Path:
     return Path(path)
 
 
-def _one_of(folder: Path, names: tuple[str, ...], option: str) -> Path | None:
+def _one_of(folder: Path, names: tuple[str, ...], option: str = "") -> Path | None:
     """Returns the one file of rows with such a name; `option` is the setting that could choose one."""
     found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
     found = [path for path in found if path.is_file()]
     if len(found) > 1:
         what = f"several files could be meant: {', '.join(path.name for path in found)}"
         hint = "keep one of them, or name the file itself" + (f": {option}" if option else " instead of the folder")
-        raise DataError(what, where=str(folder), hint=hint)
-    if not found:  # a table with such a name must not be ignored
-        for path in sorted(folder.iterdir()):
-            if path.name.partition(".")[0] in names and _other(path)[0]:
-                raise _not_read(path)
-    return found[0] if found else None
+        raise DataError(what, where=folder, hint=hint)
+    if found:
+        return found[0]
+    for path in sorted(folder.iterdir()):  # a table with such a name must not be ignored
+        if path.name.partition(".")[0] in names and _other(path)[0]:
+            raise _not_read(path)
+    return None
 
 
-def _nothing_in(folder: Path, names: tuple[str, ...]) -> UserError:
+def _refuse_folder(folder: Path, names: tuple[str, ...]) -> NoReturn:
     present = sorted(folder.iterdir())
     what = f"no {names[0]}.json or {names[0]}.jsonl in it, but {some([p.name for p in present]) or 'nothing'}"
     if any(p.suffix.lower() in SUFFIXES for p in present):
         hint = f"name the file itself, or call it {names[0]}.jsonl"
     else:
         hint = next((_other(p)[1] for p in present if _other(p)[0]), f"put the rows into {names[0]}.jsonl")
-    return DataError(what, where=str(folder), hint=hint)
+    raise DataError(what, where=folder, hint=hint)
 
 
-def _not_read(path: Path) -> UserError:
+def _not_read(path: Path) -> DataError:
     kind, hint = _other(path)
     what = f"{kind} is not read" if kind else f"got {path.name!r}"
-    return DataError(f"a data file ends in .json or .jsonl, {what}", where=str(path), hint=hint)
+    return DataError(f"a data file ends in .json or .jsonl, {what}", where=path, hint=hint)
 
 
 def _other(path: Path) -> tuple[str, str]:
@@ -260,7 +245,7 @@ def _other(path: Path) -> tuple[str, str]:
     suffix = path.suffix.lower()
     if suffix in PACKED:
         return PACKED[suffix], f"unpack {path.name}"
-    return TABLES.get(suffix, ""), f"make {path.stem}.jsonl of it, each row a line: {EXAMPLES}"
+    return KINDS.get(suffix, ""), f"make {path.stem}.jsonl of it, each row a line: {EXAMPLES}"
 
 
 def split(rows: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:

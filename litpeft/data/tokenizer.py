@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import ModelError
+from litpeft.core.errors import ModelError, located
 from litpeft.core.json import read_optional
 from litpeft.data.tokenizer_backends import Backend, Encoded, Span, any_of, overlaps
 from litpeft.data.tokenizer_files import read_files
@@ -36,7 +36,8 @@ class Tokenizer:
     def load(cls, folder: Path) -> "Tokenizer":
         """Returns the tokenizer that a Hugging Face folder holds: tokenizer.json, else tokenizer.model."""
         generation, model = read_optional(folder / "generation_config.json"), read_optional(folder / "config.json")
-        files = read_files(folder, model)
+        with located(folder / "tokenizer_config.json"):
+            files = read_files(folder, model)
         backend, where = Backend(files.inner), str(files.path)
         names = files.names
         declared = {k: ids_of(generation.get(k)) or ids_of(model.get(k)) for k in ("bos_token_id", "eos_token_id")}
@@ -119,11 +120,10 @@ class Tokenizer:
         """Raises if the tokenizer can give an id for which the model has no embedding."""
         top = max(self.backend.names)
         if top >= embedding_rows:
-            raise ModelError(
-                f"token {self.backend.names[top]!r} has id {top}, but the model's embedding has {embedding_rows} rows",
-                where=self.where,
-                hint="the tokenizer files are not those of this model, or its embedding was not resized",
-            )
+            name = self.backend.names[top]
+            what = f"token {name!r} has id {top}, but the model's embedding has {embedding_rows} rows"
+            hint = "the tokenizer files are not those of this model, or its embedding was not resized"
+            raise ModelError(what, where=self.where, hint=hint)
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -132,7 +132,7 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"the chat template cannot be read: {error}", where=str(path)) from None
+            raise ModelError(f"the chat template cannot be read: {error}", where=path) from None
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

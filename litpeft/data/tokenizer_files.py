@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from litpeft.core.errors import ModelError, some
-from litpeft.core.json import read_json
+from litpeft.core.json import read_optional
 from litpeft.data.pieces import BPE_MODEL, BYTE, CONTROL, SPACE, UNKNOWN, USER_DEFINED, merges_of, read_pieces
 
 LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")  # a space becomes ▁, and a text starts with one
@@ -48,21 +48,18 @@ class TokenizerFiles:
 
 
 def read_files(folder: Path, model: dict[str, Any]) -> TokenizerFiles:
-    """Returns the tokenizer of a folder; `model` is its config.json."""
-    config, special_map, added = (
-        read_json(folder / name, name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    )
-    where = str(folder / "tokenizer_config.json")
+    """Returns the tokenizer of a folder; `model` is its config.json. Errors that name no file are of its config."""
+    files = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    config, special_map, added = (read_optional(folder / name) for name in files)
     path, inner = _read(folder)
     name = _class_name(config, model, inner)
     if inner is None:
-        inner = _from_pieces(path, name, config, where)
+        inner = _from_pieces(path, name, config)
     _refuse_keys(config, folder, name, inner)
     if name in LLAMA:
-        _set_llama(inner, config, name, where)
+        _set_llama(inner, config, name)
     elif name in BYTE_LEVEL:
-        _set_byte_level(inner, config, name, where)
+        _set_byte_level(inner, config, name)
     # older folders have in three files what newer ones have in one
     said = special_map | config if "added_tokens_decoder" in config else config | special_map
     usual = NAMES.get(name, {})
@@ -71,21 +68,23 @@ def read_files(folder: Path, model: dict[str, Any]) -> TokenizerFiles:
         extra = said.get("extra_special_tokens") or said.get("additional_special_tokens") or []
         if isinstance(extra, dict):
             named, extra = named | extra, []
-        named = {key: _token(named[key]) for key in sorted(named, key=(*ORDER, *named).index) if _is_named(named[key])}
+        # null names no token, and a flag such as add_bos_token is none
+        keys = [key for key, value in named.items() if value and not isinstance(value, bool)]
+        named = {key: _token(named[key]) for key in sorted(keys, key=(*ORDER, *keys).index)}
         special = [*named.values(), *map(_token, extra)]
         # tokens of added_tokens.json that stand in this one list alone are not special to transformers
         overlooked = extra is special_map.get("additional_special_tokens")
         tokens = _declared(inner, config, added, list(named.values()) if overlooked else special)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"a token of the tokenizer must be text, or an object with its content and flags: {error}"
-        raise ModelError(what, where=where) from None
+        raise ModelError(what) from None
     if name in NAMES and "added_tokens_decoder" in config:
-        _refuse_forgotten(inner, {token.content for token in (*tokens.values(), *special)}, name, where)
-    _add_declared(inner, tokens, where)
+        _refuse_forgotten(inner, {token.content for token in (*tokens.values(), *special)}, name)
+    _add_declared(inner, tokens)
     known = {key: token.content for key, token in named.items() if inner.token_to_id(token.content) is not None}
     for key in ("bos_token", "eos_token"):
         if key in named and key in said and key not in known:
-            raise ModelError(f"{key} {named[key].content!r} is not in the vocabulary", where=where)
+            raise ModelError(f"{key} {named[key].content!r} is not in the vocabulary")
     _add_special(inner, special, model.get("vocab_size"))
     adds_bos = False if name == "GPTNeoXTokenizer" else None
     if path.suffix == ".model":
@@ -100,12 +99,12 @@ def _read(folder: Path) -> tuple[Path, tokenizers.Tokenizer | None]:
         try:
             return path, tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{path.name} cannot be read: {error}", where=str(path)) from None
+            raise ModelError(f"{path.name} cannot be read: {error}", where=path) from None
     path = folder / "tokenizer.model"
     if path.is_file():
         return path, None
     hint = "a model folder holds tokenizer.json or tokenizer.model beside config.json"
-    raise ModelError("there is no tokenizer in the folder", where=str(folder), hint=hint)
+    raise ModelError("there is no tokenizer in the folder", where=folder, hint=hint)
 
 
 def _class_name(config: dict[str, Any], model: dict[str, Any], inner: tokenizers.Tokenizer | None) -> str:
@@ -127,20 +126,19 @@ def _steps(component: Any) -> list[dict[str, Any]]:
     return state.get("pretokenizers", state.get("normalizers", [state]))
 
 
-def _from_pieces(path: Path, name: str, config: dict[str, Any], where: str) -> tokenizers.Tokenizer:
+def _from_pieces(path: Path, name: str, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """Returns the tokenizer of a tokenizer.model; it puts a space before a text."""
     if name not in LLAMA:
         said = config.get("tokenizer_class")
         what = f"tokenizer_class is {said!r}, for which litpeft does not know how a tokenizer.model is read"
-        hint = f'if the model is of Llama\'s kind, write "tokenizer_class": "LlamaTokenizer" into {where}'
-        raise ModelError(what, where=where, hint=hint)
+        raise ModelError(what, hint='if the model is of Llama\'s kind, write "tokenizer_class": "LlamaTokenizer" there')
     try:
         model = read_pieces(path)
     except (OSError, LookupError, ValueError) as error:
-        raise ModelError(f"{path.name} cannot be read: {error}", where=str(path)) from None
+        raise ModelError(f"{path.name} cannot be read: {error}", where=path) from None
     if model.kind != BPE_MODEL:
         what = f"{path.name} is a sentencepiece model of kind {model.kind}; a {name} is of kind {BPE_MODEL}, BPE"
-        raise ModelError(what, where=str(path), hint="take the model's tokenizer.json")
+        raise ModelError(what, where=path, hint="take the model's tokenizer.json")
     vocabulary = {piece: number for number, (piece, _) in enumerate(model.pieces)}
     merges = merges_of([piece for piece, kind in model.pieces if kind not in (UNKNOWN, CONTROL, BYTE)])
     unknown = next((piece for piece, kind in model.pieces if kind == UNKNOWN), None)
@@ -167,16 +165,15 @@ def _refuse_keys(config: dict[str, Any], folder: Path, name: str, inner: tokeniz
         if config.get(key):
             what = f"{key} {json.dumps(config[key])} is not supported: {why}"
             hint = AS_IT_IS_HINT if key in FOREIGN else "set it to false, if that is right for the model"
-            raise ModelError(what, where=str(folder / "tokenizer_config.json"), hint=hint)
+            raise ModelError(what, hint=hint)
     files = config.get("fast_tokenizer_files")
     for file in files if isinstance(files, list) else []:
         if file != "tokenizer.json" and (folder / str(file)).is_file():
             what = f"fast_tokenizer_files names {file!r}, and only tokenizer.json is read"
-            hint = "rename the file to tokenizer.json, if it is the right one"
-            raise ModelError(what, where=str(folder / "tokenizer_config.json"), hint=hint)
+            raise ModelError(what, hint="rename the file to tokenizer.json, if it is the right one")
 
 
-def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, where: str) -> None:
+def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str) -> None:
     """Applies `legacy` and `add_prefix_space` to `inner`; by default only the text's start gets a space."""
     cuts, changes = _steps(inner.pre_tokenizer), _steps(inner.normalizer)
     plain = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
@@ -185,13 +182,13 @@ def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, w
     if odd or not isinstance(inner.model, BPE):
         odd = odd or [f"a {type(inner.model).__name__} model"]
         what = f"tokenizer_class {name} only turns spaces into {SPACE}, but tokenizer.json has {', '.join(odd)}"
-        raise ModelError(what, where=where, hint=AS_IT_IS_HINT)
+        raise ModelError(what, hint=AS_IT_IS_HINT)
     prefix = config.get("add_prefix_space")
     if prefix is None:
         prefix = plain[0] in changes or any(step["prepend_scheme"] != "never" for step in spaces)
         if not prefix:
             what = f"tokenizer.json puts no space before a text, but a {name} does unless add_prefix_space is false"
-            raise ModelError(what, where=where, hint='write "add_prefix_space": false, or true')
+            raise ModelError(what, hint='write "add_prefix_space": false, or true')
     everywhere = bool(config.get("legacy")) and name == "LlamaTokenizer"  # a space after each special token, too
     inner.normalizer = None
     scheme = "never" if not prefix else "always" if everywhere else "first"
@@ -202,7 +199,7 @@ def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, w
     inner.model.fuse_unk = inner.model.byte_fallback = True
 
 
-def _set_byte_level(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str, where: str) -> None:
+def _set_byte_level(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str) -> None:
     """Applies `add_prefix_space` to `inner`."""
     cuts, changes = _steps(inner.pre_tokenizer), [step["type"] for step in _steps(inner.normalizer)]
     if name == "Qwen2Tokenizer":
@@ -216,15 +213,10 @@ def _set_byte_level(inner: tokenizers.Tokenizer, config: dict[str, Any], name: s
         has = [*changes, *(kind for kind, _ in found), f"a {type(inner.model).__name__} model"]
         wants = [*normal, *(kind for kind, _ in expected), "a BPE model"]
         what = f"tokenizer_class {name} means {', '.join(wants)}; tokenizer.json has {', '.join(has)}"
-        raise ModelError(what, where=where, hint=AS_IT_IS_HINT)
+        raise ModelError(what, hint=AS_IT_IS_HINT)
     pre = inner.pre_tokenizer
     last = pre[len(_steps(pre)) - 1] if isinstance(pre, pre_tokenizers.Sequence) else pre
     last.add_prefix_space = bool(config.get("add_prefix_space"))
-
-
-def _is_named(value: Any) -> bool:
-    """Returns whether the value of a *_token key is a token: not null, and not a flag such as add_bos_token."""
-    return bool(value) and not isinstance(value, bool)
 
 
 def _token(value: Any) -> AddedToken:
@@ -245,23 +237,23 @@ def _declared(
     return {int(added[text]): AddedToken(text, special=mark, normalized=not mark) for text, mark in marks.items()}
 
 
-def _refuse_forgotten(inner: tokenizers.Tokenizer, listed: set[str], name: str, where: str) -> None:
+def _refuse_forgotten(inner: tokenizers.Tokenizer, listed: set[str], name: str) -> None:
     """Raises if tokenizer.json has added tokens that added_tokens_decoder lacks: transformers would drop them."""
     forgotten = [token.content for token in inner.get_added_tokens_decoder().values() if token.content not in listed]
     if forgotten:
         what = f"added_tokens_decoder lacks {some(forgotten)} of tokenizer.json: a {name} would read them as plain text"
-        raise ModelError(what, where=where, hint=f"add them, or {AS_IT_IS_HINT}")
+        raise ModelError(what, hint=f"add them, or {AS_IT_IS_HINT}")
 
 
-def _add_declared(inner: tokenizers.Tokenizer, tokens: dict[int, AddedToken], where: str) -> None:
+def _add_declared(inner: tokenizers.Tokenizer, tokens: dict[int, AddedToken]) -> None:
     """Adds tokens; raises if one cannot get its id."""
     for number, token in sorted(tokens.items()):
         new = inner.token_to_id(token.content) is None
         inner.add_tokens([token])
         if new and inner.token_to_id(token.content) != number:
-            what = f"added token {token.content!r} cannot get its id {number}: the next one is"
-            what += f" {inner.token_to_id(token.content)}"
-            raise ModelError(what, where=where, hint="the tokenizer's files are not of one model")
+            got = inner.token_to_id(token.content)
+            what = f"added token {token.content!r} cannot get its id {number}: the next one is {got}"
+            raise ModelError(what, hint="the tokenizer's files are not of one model")
 
 
 def _add_special(inner: tokenizers.Tokenizer, special: list[AddedToken], rows: Any) -> None:

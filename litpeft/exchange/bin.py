@@ -81,7 +81,7 @@ class BinFolder:
         if len(tied) == 2 and not torch.equal(tied["embed"], tied["head"]):
             embed, head = (names.file_name(f"{end}.weight") for end in ("embed", "head"))
             what = f"config.json says that {head} is {embed}, but they differ"
-            raise ModelError(what, where=str(self.folder), hint='set "tie_word_embeddings": false')
+            raise ModelError(what, where=self.folder, hint='set "tie_word_embeddings": false')
 
     def _shards(self) -> dict[str, set[str] | None]:
         """Returns file -> names of its tensors, or None if there is no index."""
@@ -109,12 +109,11 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"asks to run {wanted.group(1)}" if wanted else "is no pickle of plain tensors"
-        what = f"holds more than weights, and was not loaded: it {what}"
-        raise ModelError(what, where=str(path), hint=hint) from None
+        why = f"asks to run {wanted[1]}" if wanted else "is no pickle of plain tensors"
+        raise ModelError(f"holds more than weights, and was not loaded: it {why}", where=path, hint=hint) from None
     except (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
         what = f"is damaged: {str(error).strip().splitlines()[0][:200]}"
-        raise ModelError(what, where=str(path), hint="download or copy it again") from None
+        raise ModelError(what, where=path, hint="download or copy it again") from None
     if not isinstance(state, dict) or not state:
         raise ModelError(f"holds {type(state).__name__}, not named tensors", where=str(path), hint=hint)
     for name, tensor in state.items():
@@ -130,10 +129,9 @@ def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
     from litpeft.core.safetensors import DTYPES, is_finite
 
     if tensor.dtype not in DTYPES.values():
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
-        what = f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, expected {kinds}"
-        hint = "quantised weights are not read: take the model's plain weights"
-        raise ModelError(what, where=str(path), hint=hint)
+        expected = ", ".join(str(dtype) for dtype in DTYPES.values())
+        what = f"{name} holds {tensor.dtype}, expected {expected}".replace("torch.", "")
+        raise ModelError(what, where=path, hint="quantised weights are not read: take the model's plain weights")
     if tensor.numel() and not is_finite(tensor):
         hint = "the file is damaged, or was saved by a run that had failed"
         raise ModelError(f"{name} holds numbers that are not finite", where=str(path), hint=hint)
@@ -142,10 +140,8 @@ def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
 def check_archive(path: Path) -> None:
     """Raises unless `path` is a zip archive, as torch.save writes it."""
     if not is_zipfile(path):
-        what = "is cut short, or was written by torch before 1.6"
-        if not path.stat().st_size:
-            what = "is empty"
-        raise ModelError(what, where=str(path), hint="download it again, or save it with a newer torch")
+        what = "is cut short, or was written by torch before 1.6" if path.stat().st_size else "is empty"
+        raise ModelError(what, where=path, hint="download it again, or save it with a newer torch")
 
 
 def check_sums(path: Path) -> None:

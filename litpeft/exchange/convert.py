@@ -3,15 +3,11 @@
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from litpeft.core.errors import ConfigError, ModelError, UserError
+from litpeft.core.errors import ConfigError, ModelError, UserError, scaled
 from litpeft.core.recognise import refuse_other
 from litpeft.core.terminal import command_line, say
 from litpeft.exchange.settings import Convert
-
-if TYPE_CHECKING:
-    from litpeft.exchange.gguf.weights import GgufFile
 
 PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 
@@ -21,23 +17,24 @@ def convert(settings: Convert) -> None:
     from litpeft.core.folders import atomic_folder, check_place, locked
     from litpeft.core.safetensors import RESULT_DTYPES
     from litpeft.exchange.bin import BinFolder
+    from litpeft.exchange.gguf.weights import GgufFile
 
     source, out = Path(settings.source), Path(settings.out)
     dtype = RESULT_DTYPES[settings.dtype] if settings.dtype else None
     gguf_file = find_gguf(source)
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         what = "the source lies in it, and would be lost when it is replaced"
-        raise ConfigError(what, where=str(out), hint="name another folder for the result")
-    model = open_gguf(gguf_file) if gguf_file else BinFolder(source)
+        raise ConfigError(what, where=out, hint="name another folder for the result")
+    model = GgufFile(gguf_file) if gguf_file else BinFolder(source)
     say(f"read {gguf_file or source}: {model.summary()}")
     check_place(out)
     with locked(out), atomic_folder(out, settings.overwrite) as folder:
         model.write(folder, dtype)
         tell_stop_ids(folder)
         count, parameters, written = check(folder, settings.source)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        files = sorted(file.name for file in folder.iterdir())
-    say(f"wrote {out}: {parameters / 1e6:.1f} M parameters in {written}, {size / 1e6:.1f} MB: {', '.join(files)}")
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    size, files = scaled(sum(sizes.values()), "B"), ", ".join(sizes)
+    say(f"wrote {out}: {parameters / 1e6:.1f} M parameters in {written}, {size}: {files}")
     say(f"checked: {count} tensors, every one finite, names and shapes as config.json asks")
     say(f"next: {command_line('chat', out)}")
 
@@ -91,22 +88,8 @@ def find_gguf(source: Path) -> Path | None:
 def refuse_safetensors(folder: Path) -> None:
     """Raises: a folder of safetensors needs no conversion, unless it is an adapter or the like."""
     refuse_other(folder)
-    raise ConfigError(
-        "needs no conversion: use it where it lies",
-        where=str(folder),
-        hint=f"try `{command_line('chat', folder)}`",
-    )
-
-
-def open_gguf(path: Path) -> "GgufFile":
-    """Returns the GgufFile at `path`; only this needs the package gguf."""
-    try:
-        from litpeft.exchange.gguf.weights import GgufFile
-    except ModuleNotFoundError as error:
-        if error.name != "gguf":
-            raise
-        raise ConfigError("needs the package gguf", where=str(path), hint="pip install gguf") from None
-    return GgufFile(path)
+    hint = f"try `{command_line('chat', folder)}`"
+    raise ConfigError("needs no conversion: use it where it lies", where=folder, hint=hint)
 
 
 def check(folder: Path, source: str) -> tuple[int, int, str]:

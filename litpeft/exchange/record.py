@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
@@ -30,11 +30,8 @@ NOT_OURS = "litpeft has not written it so: take the run's folder again, or train
 class StorageRecord:
     """How the base's linear layers were quantised."""
 
-    name: str
+    name: Literal[tuple(STORAGES)]
     double_quantize: bool
-
-    def __post_init__(self) -> None:
-        one_of("name", self.name, STORAGES)
 
 
 @dataclass
@@ -67,12 +64,11 @@ class BaseRecord(BaseOf2):
 class TemplateRecord:
     """The chat template of the training."""
 
-    name: str
+    name: Literal["model", "alpaca"]
     sha256: str | None  # of the model's own template, null where it has none
     system: str | None
 
     def __post_init__(self) -> None:
-        one_of("name", self.name, ("model", "alpaca"))
         if self.sha256 is not None or self.name == "model":
             check_sha256("sha256", self.sha256)
 
@@ -89,7 +85,7 @@ class RecordOf2:
     files: dict[str, str]
     base: BaseOf2
     template: TemplateRecord
-    precision: str
+    precision: Literal[tuple(name for name in PRECISIONS if name != "16-true")]
     step: int  # optimizer steps that the weights have seen
     finished: bool
 
@@ -103,7 +99,6 @@ class RecordOf2:
             raise ValueError(f"files must name {DELTA} and nothing else, got {', '.join(self.files)[:60] or 'none'}")
         for name, sha256 in self.files.items():
             check_sha256(f"files.{name[:60]}", sha256)
-        one_of("precision", self.precision, [name for name in PRECISIONS if name != "16-true"])
         check_least(self, step=1)
 
 
@@ -124,29 +119,27 @@ class Record(RecordOf2):
 
 def read_record(path: Path) -> dict[str, Any]:
     """Returns the content of a delta.json of this format or an earlier one; an error names the key that is wrong."""
-    where = str(path)
     if path.stat().st_size > LARGEST:
-        what = f"{path.stat().st_size:,} bytes are too many for the delta.json of a run"
-        raise ModelError(what, where=where)
+        raise ModelError(f"{path.stat().st_size:,} bytes are too many for the delta.json of a run", where=path)
     facts = read_json(path, "delta.json of a run")
     if facts.pop("checksum", None) != checksum(facts):
-        raise ModelError("the file is not as the run wrote it (checksum mismatch)", where=where)
+        raise ModelError("the file is not as the run wrote it (checksum mismatch)", where=path)
     number, method = facts.get("format"), facts.get("method")
     kind = {2: RecordOf2, 3: Record, FORMAT: Record}.get(number) if type(number) is int else None
     if kind is None or not isinstance(method, str) or method not in METHODS:
         said = ", ".join(f"{key} {str(facts.get(key))[:40]!r}" for key in ("format", "method"))
-        raise ModelError(f"{said}: not of this version of litpeft", where=where)
+        raise ModelError(f"{said}: not of this version of litpeft", where=path)
     try:
         typed(kind, facts, "")
     except ValueError as error:
-        raise ModelError(str(error), where=where, hint=NOT_OURS) from None
+        raise ModelError(str(error), where=path, hint=NOT_OURS) from None
     return facts
 
 
 def check_reads(config: dict[str, Any], tokenizer: TokenizerIdentity) -> None:
     """Raises a ValueError unless these are values of exchange/identity.py."""
     config = with_defaults(config)
-    one_of("config.model_type", config.pop("model_type", None), FAMILIES)
+    typed(Literal[tuple(FAMILIES)], config.pop("model_type", None), "config.model_type")
     typed(ModelConfig, config, "config")
     for key in ("file", "vocabulary", "probe"):
         check_sha256(f"tokenizer.{key}", getattr(tokenizer, key))
@@ -155,8 +148,3 @@ def check_reads(config: dict[str, Any], tokenizer: TokenizerIdentity) -> None:
 def check_sha256(key: str, value: Any) -> None:
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
         raise ValueError(f"{key} must be a sha256 in hexadecimal, got {str(value)[:60]!r}")
-
-
-def one_of(key: str, value: Any, allowed: Any) -> None:
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{key} must be {' or '.join(allowed)}, got {str(value)[:60]!r}")

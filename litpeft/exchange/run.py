@@ -1,6 +1,5 @@
 """The result of a run, written and read again: delta.json with a delta, or with a whole model."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ from litpeft.core.checksums import file_sha256, read_header
 from litpeft.core.distributed import gather
 from litpeft.core.errors import ConfigError, ModelError, NumericError, some
 from litpeft.core.folders import atomic_folder, checkpoint_steps
-from litpeft.core.json import read_json
+from litpeft.core.json import read_json, write_json
 from litpeft.core.precision import PRECISIONS
 from litpeft.core.recognise import refuse_file, refuse_other
 from litpeft.core.safetensors import Weights, copy_companions, save_tensors, write_safetensors
@@ -84,13 +83,13 @@ class Run:
         if self.is_model and self.facts["files"].keys() != (held := Weights(self.folder).headers.keys()):
             odd = some(sorted(self.facts["files"].keys() ^ held))
             what = f"the weights are not in the files that the run wrote: delta.json and the folder differ in {odd}"
-            raise ModelError(what, where=str(self.folder))
+            raise ModelError(what, where=self.folder)
         for name, sha256 in self.facts["files"].items():
             path = self.folder / name
             read_header(path)
             if file_sha256(path) != sha256:
                 what = "the file is not the one that the run wrote (sha256 mismatch with delta.json)"
-                raise ModelError(what, where=str(path))
+                raise ModelError(what, where=path)
 
     def model_folder(self) -> Path:
         """Returns the folder of a run that is a model, after checking its weights and config."""
@@ -104,40 +103,34 @@ class Run:
         folder = Path(moved_to) if moved_to else Path(saved["path"])
         if not os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
             hint = "say where it is with --base FOLDER"
-            raise ModelError(f"the run's base model is not at {folder}", where=str(self.folder), hint=hint)
+            raise ModelError(f"the run's base model is not at {folder}", where=self.folder, hint=hint)
         refuse_other(folder)
         self.check_config(folder)
         fingerprint = Weights(folder).fingerprint()
         if fingerprint != saved["fingerprint"]:
-            what = (
-                f"the run was trained on other weights: {folder} has fingerprint {fingerprint[:12]}, "
-                f"the run's base {saved['fingerprint'][:12]}"
-            )
-            raise ModelError(what, where=str(self.folder), hint="say where the right base is with --base")
+            prints = f"{folder} has fingerprint {fingerprint[:12]}, the run's base {saved['fingerprint'][:12]}"
+            what = f"the run was trained on other weights: {prints}"
+            raise ModelError(what, where=self.folder, hint="say where the right base is with --base")
         return folder
 
     def check_config(self, folder: Path) -> None:
         """Raises unless the model's config is that of the training; format 2 does not record it."""
         then = self.facts["base"].get("config")
-        if then is None:
-            return
-        lines = config_changes(then, config_identity(folder))
-        if lines:
+        if then is not None and (lines := config_changes(then, config_identity(folder))):
             what = f"the model's config is not the one that the run was trained with: {some(lines, '; ')}"
-            raise ModelError(what, where=str(folder / "config.json"), hint=BACK)
+            raise ModelError(what, where=folder / "config.json", hint=BACK)
 
     def tokenizer_and_template(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
         """Returns tokenizer and template of the model's folder, after checking that they are those of the training."""
         tokenizer = Tokenizer.load(folder)
         if self.template == "model" and tokenizer.template_hash != self.facts["template"]["sha256"]:
             what = "the base's chat template is not the one that the run was trained with"
-            raise ModelError(what, where=str(folder), hint=BACK)
+            raise ModelError(what, where=folder, hint=BACK)
         template = ChatTemplate(tokenizer, self.template, is_setting=False)
         then = self.facts["base"].get("tokenizer")
-        lines = [] if then is None else tokenizer_changes(then, tokenizer_identity(template))
-        if lines:
+        if then is not None and (lines := tokenizer_changes(then, tokenizer_identity(template))):
             what = f"the tokenizer is not the one that the run was trained with: {'; '.join(lines)}"
-            raise ModelError(what, where=str(folder), hint=BACK)
+            raise ModelError(what, where=folder, hint=BACK)
         return tokenizer, template
 
     def progress(self) -> str | None:
@@ -170,7 +163,7 @@ def find_run(path: Path) -> Run | None:
         if steps and method:
             hint = f"it was stopped after its checkpoint of step {steps[-1]:,}; "
             hint += f"it goes on with: {resume_command(method, path)}"
-        raise ModelError("this run holds no result (no final/delta.json)", where=str(path), hint=hint)
+        raise ModelError("this run holds no result (no final/delta.json)", where=path, hint=hint)
     refuse_other(path)
     read_json(path / "config.json", "config.json of a model")
     return None
@@ -178,8 +171,7 @@ def find_run(path: Path) -> Run | None:
 
 def tell_progress(run: Run | None) -> None:
     """Tells the user if a result is not that of a complete run."""
-    progress = None if run is None else run.progress()
-    if progress:
+    if run is not None and (progress := run.progress()):
         tell(progress)
 
 
@@ -204,7 +196,8 @@ def save_result(
     """
     if settings.writes_model:
         dtype = settings.result_dtype(model.dtype)
-        tensors = _whole_model(model, base, dtype)
+        own = ((name, gather(tensor).to("cpu", dtype)) for name, tensor in model.state_dict().items())
+        tensors = NameMap(*read_config(base)).written(own, where=str(base))
     else:
         tensors = ((name, gather(tensor).cpu()) for name, tensor in delta_state(model).items())
     if not first:
@@ -228,20 +221,13 @@ def save_result(
             "files": {path.name: file_sha256(path) for path in sorted(temporary.glob("*.safetensors"))},
             **facts,
         }
-        record["checksum"] = checksum(record)
-        (temporary / "delta.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _whole_model(model: GPT, base: Path, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yields all weights under their Hugging Face names, in this dtype."""
-    own = ((name, gather(tensor).to("cpu", dtype)) for name, tensor in model.state_dict().items())
-    return NameMap(*read_config(base)).written(own, where=str(base))
+        write_json(temporary / "delta.json", record | {"checksum": checksum(record)})
 
 
 def _finite(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         if not torch.isfinite(tensor).all():
-            raise NumericError(f"{name} is not finite: nothing was saved", where=str(folder))
+            raise NumericError(f"{name} is not finite: nothing was saved", where=folder)
         yield name, tensor
 
 
@@ -252,7 +238,7 @@ def write_config(folder: Path, dtype: torch.dtype, method: Method | None = None)
     if method is not None:
         method.configure(config)
     name = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(config | {"dtype": name, "torch_dtype": name}, indent=2) + "\n", encoding="utf-8")
+    write_json(path, config | {"dtype": name, "torch_dtype": name})
 
 
 def base_facts(
@@ -260,8 +246,8 @@ def base_facts(
 ) -> dict[str, Any]:
     """Returns delta.json's entry for the base: its path, weights and storage, and what identity.py takes from it."""
     held = None if storage is None else {"name": storage.name, "double_quantize": storage.double_quantize}
-    known = {"path": str(base.resolve()), "fingerprint": fingerprint, "storage": held}
-    return known | {"config": config, "tokenizer": tokenizer}
+    weights = {"path": str(base.resolve()), "fingerprint": fingerprint, "storage": held}
+    return weights | {"config": config, "tokenizer": tokenizer}
 
 
 def build_run(
@@ -273,6 +259,6 @@ def build_run(
         model = build(base, dtype, run.method(), device, storage, delta=delta)
     except ConfigError as error:
         what = f"{error.where.replace('method', 'settings', 1)}: {error.what}"  # the settings come from delta.json
-        raise ModelError(what, where=str(run.folder / "delta.json"), hint=NOT_OURS) from None
+        raise ModelError(what, where=run.folder / "delta.json", hint=NOT_OURS) from None
     load_delta(model, delta, str(run.folder))
     return model

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +21,7 @@ from litpeft.core.typed import later, typed
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
 from litpeft.exchange.identity import TokenizerIdentity, changed, config_changes, tokenizer_changes
-from litpeft.exchange.record import check_reads, check_sha256, one_of
+from litpeft.exchange.record import check_reads, check_sha256
 from litpeft.exchange.run import find_run
 from litpeft.methods import METHODS, method_class
 from litpeft.train.checkpoints import MANIFEST, STATE, Checkpoint, Checkpoints
@@ -53,7 +53,7 @@ class SavedReads:
 class SavedFacts:
     """The facts on its run in a checkpoint's manifest."""
 
-    method: str
+    method: Literal[tuple(METHODS)]
     settings: dict[str, Any]
     base: str
     rows: str
@@ -63,7 +63,6 @@ class SavedFacts:
     counts: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, METHODS)
         for key in ("base", "rows"):
             check_sha256(key, getattr(self, key))
         default = Finetune(Base(""), Data("."), "")

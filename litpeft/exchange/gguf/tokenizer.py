@@ -111,7 +111,8 @@ class GgufTokenizer:
             decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
             tokenizer.decoder = decoders.Sequence(decode)
         added = {token: kind for token, kind in zip(self.tokens, self.types, strict=True) if token and kind in ADDED}
-        tokenizer.add_tokens([AddedToken(t, special=kind != USER_DEFINED, normalized=False) for t, kind in added.items()])
+        marks = {token: kind != USER_DEFINED for token, kind in added.items()}
+        tokenizer.add_tokens([AddedToken(token, special=mark, normalized=False) for token, mark in marks.items()])
         self._frame(tokenizer)
         return tokenizer
 
