@@ -16,16 +16,8 @@ from importlib import import_module
 from typing import Any
 
 from litpeft import __version__
-from litpeft.core.errors import (
-    INTERNAL_ERROR,
-    INTERRUPTED,
-    PEER_LOST,
-    ConfigError,
-    ResourceError,
-    UserError,
-    brief,
-    quoted,
-)
+from litpeft.core import errors
+from litpeft.core.errors import ConfigError, ResourceError, UserError, brief, quoted
 from litpeft.core.memory import memory_error, out_of_memory
 from litpeft.core.terminal import TolerantStream, say, tell
 from litpeft.methods import METHODS
@@ -113,10 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         raise
     except (Exception, KeyboardInterrupt) as error:
         # some libraries turn Ctrl-C during their import into another error
-        interrupted = isinstance(error, KeyboardInterrupt) or (pressed and not isinstance(error, UserError))
-        if interrupted:
+        if isinstance(error, KeyboardInterrupt) or (pressed and not isinstance(error, UserError)):
             tell("litpeft: interrupted")
-            leave(INTERRUPTED)
+            leave(errors.INTERRUPTED)
         if debug:
             tell("".join(traceback.format_exception(error)).rstrip())
         leave(_report(error, command))
@@ -133,7 +124,7 @@ def _report(error: Exception, command: str) -> int:
     text = " ".join(str(error).split())
     if peer_lost(error):
         tell(f"litpeft: another rank of the run is gone: {text[:200]}")
-        return PEER_LOST
+        return errors.PEER_LOST
     others = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0"
     if isinstance(error, UserError) and others and not isinstance(error, ResourceError):
         if started_by() == "litpeft":
@@ -142,13 +133,13 @@ def _report(error: Exception, command: str) -> int:
     if out_of_memory(error):
         error = error if isinstance(error, ResourceError) else memory_error(error, command)
     elif isinstance(error, OSError):
-        error = ResourceError(error.strerror or text, where=str(error.filename or ""))
+        error = ResourceError(error.strerror or text, where=error.filename or "")
     if isinstance(error, UserError):
         tell(f"litpeft: {error}")
         return error.exit_code
     tell(f"litpeft: internal error: {type(error).__name__}: {brief(text)}")
     tell("hint: this is a bug of litpeft; --debug shows where")
-    return INTERNAL_ERROR
+    return errors.INTERNAL_ERROR
 
 
 def dispatch(argv: list[str], debug: list[str]) -> None:
@@ -198,9 +189,9 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
 def usage(prefix: str) -> None:
     """Prints the commands that begin with `prefix`."""
     say(f"usage: litpeft {prefix + ' ' if prefix else ''}COMMAND [options]\n\ncommands:")
-    names = [name for name in COMMANDS if name.startswith(prefix)]
-    for name in names:
-        say(f"  {name:<{max(map(len, names))}}  {COMMANDS[name].help}")
+    helps = {name: command.help for name, command in COMMANDS.items() if name.startswith(prefix)}
+    for name, text in helps.items():
+        say(f"  {name:<{max(map(len, helps))}}  {text}")
     say("\n`litpeft COMMAND --help` lists a command's options.\n--debug shows where an error came from.")
 
 
@@ -215,9 +206,7 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     cls = _load(command.settings)
     example = f"litpeft {name} {command.example}"
     parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, epilog=example, exit_on_error=False)
-    parser.add_argument(
-        "--config", action="config", help="YAML file with any of the options below; options win over it."
-    )
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(cls, as_group=False, as_positional=command.method is None)
     if command.method is not None:
         from litpeft.methods import PRESETS, method_class

@@ -35,7 +35,7 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
     tensors = read_json(path, CHECKSUMS).get("tensors")
     if not isinstance(tensors, dict) or not all(isinstance(value, str) for value in tensors.values()):
         hint = "take the folder's files again, or delete this one: the weights are then not verified"
-        raise ModelError("tensors must map names to their sha256", where=str(path), hint=hint)
+        raise ModelError("tensors must map names to their sha256", where=path, hint=hint)
     return tensors
 
 
@@ -49,11 +49,11 @@ def verify_sums(folder: Path, sums: dict[str, str], file_of: dict[str, str]) -> 
     damaged = sorted(name for name, digest in sums.items() if known.get(name, digest) != digest)
     if damaged:
         what = f"{some(damaged)} changed since the file was downloaded or written (sha256 mismatch with {CHECKSUMS})"
-        raise ModelError(what, where=str(folder / file_of[damaged[0]]), hint=hint)
+        raise ModelError(what, where=folder / file_of[damaged[0]], hint=hint)
     other = sorted(known.keys() ^ sums.keys())
     if other:
         what = f"the files and {CHECKSUMS} do not hold the same tensors: {some(other)}"
-        raise ModelError(what, where=str(folder), hint=hint)
+        raise ModelError(what, where=folder, hint=hint)
 
 
 @cache

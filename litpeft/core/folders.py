@@ -42,7 +42,7 @@ def check_disk(folder: Path, needed: int, what: str, hint: str) -> None:
     if free < needed:
         need, left, short = (scaled(count, "B") for count in (needed, free, needed - free))
         what = f"{what} need {need}, the disk has {left} left: {short} too little"
-        raise ResourceError(what, where=str(folder), hint=hint)
+        raise ResourceError(what, where=folder, hint=hint)
 
 
 @contextmanager
@@ -51,7 +51,6 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     An existing `path` is an error or, with `overwrite`, replaced in one step.
     """
-    path = Path(path)
     refuse_existing(path, overwrite)
     with replace_folder(path) as temporary:
         yield temporary
@@ -115,7 +114,7 @@ def locked(path: Path) -> Iterator[None]:
             holder = handle.read().strip() or "another process"
             handle.close()
             hint = "wait for it to end, or name another folder"
-            raise ResourceError(f"{holder} is working on it", where=str(path), hint=hint) from None
+            raise ResourceError(f"{holder} is working on it", where=path, hint=hint) from None
         if lock.exists() and os.fstat(handle.fileno()).st_ino == lock.stat().st_ino:
             break
         handle.close()  # the former holder has removed this file, so it locks nothing: try again
@@ -142,7 +141,7 @@ def _commit(temporary: Path, path: Path) -> None:
     except OSError as error:
         if old.exists() and not path.exists():
             os.rename(old, path)
-        raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(path)) from error
+        raise ResourceError(f"cannot be written: {error.strerror or error}", where=path) from error
 
 
 def check_place(path: Path) -> None:
@@ -156,7 +155,7 @@ def check_place(path: Path) -> None:
     except OSError as error:
         why = error.strerror
     if why:
-        raise ConfigError(f"this can be no folder: {why}", where=str(path), hint="name another")
+        raise ConfigError(f"this can be no folder: {why}", where=path, hint="name another")
 
 
 def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
@@ -169,15 +168,14 @@ def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise ConfigError("the output exists", where=str(path), hint="name another, or say --overwrite")
+        raise ConfigError("the output exists", where=path, hint="name another, or say --overwrite")
     entries = [path] if not path.is_dir() else list(path.iterdir())
     half = [".tmp-*", ".lock-*", *(f"{name}.part" for name in RUN_FILES)]  # left by a killed process
-    foreign = sorted(
-        p.name for p in entries if p.name not in OURS and not any(p.match(name) for name in ("*.safetensors", *half))
-    )
+    ours = ("*.safetensors", *half)
+    foreign = sorted(p.name for p in entries if p.name not in OURS and not any(map(p.match, ours)))
     if foreign or path.is_symlink():
         what = f"the output holds {some(foreign)}, which litpeft did not write: it is not replaced"
-        raise ConfigError(what, where=str(path), hint="name another")
+        raise ConfigError(what, where=path, hint="name another")
 
 
 def has_result(path: Path) -> bool:
@@ -229,7 +227,7 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
@@ -244,7 +242,7 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ResourceError(f"cannot be written: {error.strerror or error}", where=str(path)) from None
+        raise ResourceError(f"cannot be written: {error.strerror or error}", where=path) from None
     finally:
         if temporary.exists():
             temporary.unlink()

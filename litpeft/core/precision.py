@@ -40,8 +40,7 @@ def pick_precision(name: str, device: torch.device, key: str = "precision") -> P
     if name not in PRECISIONS:
         raise ConfigError(f"{name!r} is not one of auto, {', '.join(PRECISIONS)}", where=key)
     if name == "16-mixed" and device.type == "cpu":
-        what = "16-mixed needs a GPU; this machine's CPU has bf16-true, bf16-mixed and 32-true"
-        raise ConfigError(what, where=key)
+        raise ConfigError("16-mixed needs a GPU; this machine's CPU has bf16-true, bf16-mixed and 32-true", where=key)
     return PRECISIONS[name]
 
 

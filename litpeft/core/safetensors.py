@@ -46,13 +46,13 @@ class Weights:
             shards = sorted(p.name for p in folder.glob("*.safetensors"))
             if shards and all(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in shards):
                 what = f"there are shards ({some(shards)}), but their index {index.name} is missing"
-                raise ModelError(what, where=str(folder), hint="download or copy it, too")
+                raise ModelError(what, where=folder, hint="download or copy it, too")
             if shards:
                 hint = "if that is the model, rename it to model.safetensors" if len(shards) == 1 else ""
                 raise ModelError(f"there is no model.safetensors, only {some(shards)}", where=folder, hint=hint)
             other = [*sorted(folder.glob("*.gguf"))[:1], *([folder] if any(folder.glob("pytorch_model*.bin")) else [])]
             hint = convert_hint(other[0]) if other else "see `litpeft download --help`"
-            raise ModelError("there is no model.safetensors", where=str(folder), hint=hint)
+            raise ModelError("there is no model.safetensors", where=folder, hint=hint)
         files = sorted(set(placed.values())) or ["model.safetensors"]
         self.headers = {file: read_header(folder / file) for file in files}
         self.file_of: dict[str, str] = {}

@@ -6,9 +6,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from litpeft.core.errors import UserError
+from litpeft.core.kinds import WORDS, in_words
 
 LATER = {"later": True}  # metadata of a field that older files do not have: they mean its default
-PLAIN = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "null"}
 
 
 def later(cls: type) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def typed(kind: Any, value: Any, key: str) -> Any:
         return _any_of(inner, value, key)
     if origin is Literal:
         if type(value) is not str or value not in inner:
-            raise _wrong(key, " or ".join(inner), value)
+            raise _wrong(key, in_words(kind), value)
         return value
     if is_dataclass(origin):
         return _dataclass(origin, value, key)
@@ -58,7 +58,7 @@ def _any_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
             return typed(kind, value, key)
         except ValueError:
             continue
-    raise _wrong(key, " or ".join(PLAIN.get(kind) or " or ".join(get_args(kind)) for kind in kinds), value)
+    raise _wrong(key, " or ".join(map(in_words, kinds)), value)
 
 
 def _dataclass(cls: type, value: Any, key: str) -> Any:
@@ -84,7 +84,7 @@ def _plain(kind: type, value: Any, key: str) -> Any:
     if kind is float and type(value) is int and abs(value) <= 2**53:
         return float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise _wrong(key, PLAIN[kind], value)
+        raise _wrong(key, "a finite number" if kind is float else WORDS[kind], value)
     if kind is int and abs(value) > 2**63:
         raise _wrong(key, "a whole number of at most 63 bits", value)
     if kind is str and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):

@@ -39,7 +39,7 @@ def read_prompts(path: Path, raw: bool) -> list[Prompt]:
         more = f" (and {counted(len(wrong) - 1, 'more bad row')})" if len(wrong) > 1 else ""
         raise DataError(wrong[0][1] + more, where=wrong[0][0])
     if not prompts:
-        raise DataError("the file holds no prompts", where=str(path))
+        raise DataError("the file holds no prompts", where=path)
     return prompts
 
 
@@ -48,7 +48,7 @@ def lines(path: Path) -> Iterator[Record]:
     try:
         raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
     for number, line in enumerate(raw.split(b"\n"), 1):
         where = f"{path}:{number}"
         try:
@@ -69,9 +69,9 @@ def content(row: Any, raw: bool) -> str | list[Turn]:
         got = some([quoted(key) for key in row]) or "no key"
         raise ValueError(f"a row has one of {', '.join(('prompt', *QUESTIONS))}; this one has {got}")
     if raw:
-        foreign = [key for key in (*QUESTIONS, *alpaca.ASKED) if key in row]
-        if foreign:
-            raise ValueError(f"raw continues the text in `prompt`; this row has {foreign[0]}")
+        for key in (*QUESTIONS, *alpaca.ASKED):
+            if key in row:
+                raise ValueError(f"raw continues the text in `prompt`; this row has {key}")
         keys.refuse(row)
         return text(row, "prompt", "prompt", empty=False)
     return alpaca.asked(row, "prompt") if kinds == ["prompt"] else QUESTIONS[kinds[0]].asked(row)

@@ -83,8 +83,7 @@ class ChatTemplate:
             self.end_of_turn = self._find_end_of_turn()
         except (LimitError, ValueError) as error:
             hint = "data.template alpaca does without the model's template" if is_setting else ""
-            what = f"the chat template cannot be used: {error}"
-            raise ModelError(what, where=self.where, hint=hint) from None
+            raise ModelError(f"the chat template cannot be used: {error}", where=self.where, hint=hint) from None
         if self.end_of_turn is None and tokenizer.eos is None:
             what = "neither the chat template nor the tokenizer has a token that ends an answer"
             raise ModelError(what, where=tokenizer.where, hint="set eos_token in tokenizer_config.json")
@@ -171,8 +170,7 @@ class ChatTemplate:
             return self._template.run(tasks)
         except LimitError as error:
             place = f", with {places[error.number]}" if places[error.number] else ""
-            what = f"the chat template costs more than it may{place}: {error}"
-            raise ModelError(what, where=self.where) from None
+            raise ModelError(f"the chat template costs more than it may{place}: {error}", where=self.where) from None
 
     def _one(self, task: Task[T], place: str = "") -> T:
         [result] = self._all([task], [place])

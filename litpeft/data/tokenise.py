@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from litpeft.core.errors import ConfigError, DataError, counted
+from litpeft.core.errors import ConfigError, DataError, counted, some
 from litpeft.data.formats import EXAMPLES, FORMATS, detect
 from litpeft.data.formats.keys import listed
 from litpeft.data.formats.turn import Turn
@@ -75,8 +75,7 @@ def load_dataset(
         left_out.sort(key=lambda row: (row.where.rpartition(":")[0], int(row.where.rpartition(":")[2])))
     if not train:
         what = f"no row is left to train on: {len(report.rejected)} rejected, {len(report.dropped)} longer than "
-        hint = "see data.max_length, data.bad_rows"
-        raise DataError(f"{what}{report.max_length} tokens", where=data.path, hint=hint)
+        raise DataError(f"{what}{report.max_length} tokens", where=data.path, hint="see data.max_length, data.bad_rows")
     # 4. figures
     known = {hash(tuple(row.ids)) for row in train}
     report.duplicates = sum(hash(tuple(row.ids)) in known for row in validation)
@@ -102,7 +101,7 @@ def _read(path: Path, data: Data, report: Report) -> list[Example]:
     if not examples:
         hint = f"a row is {EXAMPLES}" + (f"; the rows have the keys {listed(came)}" if came else "")
         what = f"none of its rows can be used; {counted(len(rejected), 'bad row')}:\n{_listed(rejected)}"
-        raise DataError(what if rejected else "there are no rows in it", where=str(path), hint=hint)
+        raise DataError(what if rejected else "there are no rows in it", where=path, hint=hint)
     report.rejected += rejected
     return examples
 
@@ -111,8 +110,7 @@ def _refuse(rejected: list[Rejected], data: Data, must_stay: bool) -> None:
     if rejected and data.bad_rows == "error":
         leave_out = "" if must_stay else ", or to leave out with data.bad_rows skip"
         hint = f"{counted(len(rejected), 'bad row')} to put right{leave_out}"
-        what = _listed(rejected).removeprefix(f"{rejected[0].where}: ")
-        raise DataError(what, where=rejected[0].where, hint=hint)
+        raise DataError(_listed(rejected).removeprefix(f"{rejected[0].where}: "), where=rejected[0].where, hint=hint)
 
 
 def _listed(rejected: list[Rejected]) -> str:
@@ -131,7 +129,7 @@ def _tokenise(
     rows: list[Row] = []
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
-        for example, rendered, encoded in _encoded(chunk, tokenizer, template, report.rejected, too_long, most):
+        for example, rendered, encoded in _encoded(chunk, template, report.rejected, too_long, most):
             trained, straddles = mask(encoded, rendered)
             if not any(trained):
                 report.rejected.append(Rejected(example.where, "nothing in it is trained: it has no answer to learn"))
@@ -148,12 +146,7 @@ def _tokenise(
 
 
 def _encoded(
-    examples: list[Example],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    rejected: list[Rejected],
-    too_long: list[Rejected],
-    most: float,
+    examples: list[Example], template: ChatTemplate, rejected: list[Rejected], too_long: list[Rejected], most: float
 ) -> Iterator[tuple[Example, Rendered, Encoded]]:
     """Yields each chat with its text and its tokens; the others go to `rejected` or `too_long`.
 
@@ -170,12 +163,13 @@ def _encoded(
         else:
             usable.append((example, rendered))
     texts, literal = [rendered.text for _, rendered in usable], [rendered.literal for _, rendered in usable]
+    encode = template.tokenizer.encode_batch
     try:
-        tokens: list[Encoded] = tokenizer.encode_batch(texts, literal)
+        tokens = encode(texts, literal)
     except ValueError:  # find the text that cannot be encoded
         for example, rendered in usable:
             try:
-                yield example, rendered, tokenizer.encode_batch([rendered.text], [rendered.literal])[0]
+                yield example, rendered, encode([rendered.text], [rendered.literal])[0]
             except ValueError as error:
                 rejected.append(Rejected(example.where, str(error)))
         return
@@ -201,13 +195,10 @@ def mask(encoded: Encoded, rendered: Rendered) -> tuple[list[bool], bool]:
 
 
 def _refuse_long(rows: list[Row], data: Data, limit: int, must_stay: bool) -> None:
-    if data.overlong != "error":
-        return
     long = [row for row in rows if len(row.ids) > limit]
-    if long:
-        named = ", ".join(f"{row.source} ({len(row.ids):,})" for row in long[:SHOWN])
-        more = f" and {len(long) - SHOWN} more" if len(long) > SHOWN else ""
-        what = f"{counted(len(long), 'row')} longer than {limit:,} tokens: {named}{more}"
+    if long and data.overlong == "error":
+        named = some([f"{row.source} ({len(row.ids):,})" for row in long])
+        what = f"{counted(len(long), 'row')} longer than {limit:,} tokens: {named}"
         hint = "raise data.max_length as far as the model reaches, or choose data.overlong drop or split"
         hint = "the model reaches no further; take out of the file what is longer" if must_stay else hint
         raise DataError(what, where=data.path, hint=hint)
@@ -220,8 +211,7 @@ def _fit(rows: list[Row], data: Data, report: Report) -> list[Row]:
         if len(row.ids) <= report.max_length:
             kept.append(row)
         elif data.overlong == "drop":
-            what = f"{len(row.ids):,} tokens, of at most {report.max_length:,}"
-            report.dropped.append(Rejected(row.source, what))
+            report.dropped.append(Rejected(row.source, f"{len(row.ids):,} tokens, of at most {report.max_length:,}"))
         else:
             pieces = cut(row, report.max_length)
             useful = [piece for piece in pieces if any(piece.trained)]

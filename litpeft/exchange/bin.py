@@ -34,7 +34,7 @@ class BinFolder:
         size, layers = sum((folder / file).stat().st_size for file in self.shards), self.config.n_layers
         if layers * self.config.d_model > size:  # an absurd config.json must not cost memory
             what = f"config.json{left_out(folder)} says {layers} layers of width {self.config.d_model}"
-            raise ModelError(f"{what}, the weights ({some(list(self.shards))}) have {size} bytes", where=str(folder))
+            raise ModelError(f"{what}, the weights ({some(list(self.shards))}) have {size} bytes", where=folder)
 
     def summary(self) -> str:
         files = f"{len(self.shards)} shards" if len(self.shards) > 1 else next(iter(self.shards))
@@ -65,7 +65,7 @@ class BinFolder:
             state = read_bin(self.folder / file)
             if listed is not None and listed != state.keys():
                 odd = ", ".join(sorted(listed ^ state.keys())[:5])
-                raise ModelError(f"the index and the file disagree on {odd}", where=str(self.folder / file))
+                raise ModelError(f"the index and the file disagree on {odd}", where=self.folder / file)
             seen: set[int] = set()
             for name, tensor in state.items():
                 end = ends.get(name) if self.config.tie_embeddings else None
@@ -89,13 +89,13 @@ class BinFolder:
         if not path.exists():
             if (self.folder / ONE).exists():
                 return {ONE: None}
-            raise ModelError(f"has shards, but their index {INDEX} is missing", where=str(self.folder))
+            raise ModelError(f"has shards, but their index {INDEX} is missing", where=self.folder)
         shards: dict[str, set[str] | None] = {}
         for name, file in read_shards(path, ".bin").items():
             shards.setdefault(file, set()).add(name)
         missing = sorted(file for file in shards if not os.path.isfile(self.folder / file))
         if missing:
-            raise ModelError(f"{', '.join(missing[:5])} not in the folder", where=str(path))
+            raise ModelError(f"{', '.join(missing[:5])} not in the folder", where=path)
         return shards
 
 
@@ -115,12 +115,12 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
         what = f"is damaged: {str(error).strip().splitlines()[0][:200]}"
         raise ModelError(what, where=path, hint="download or copy it again") from None
     if not isinstance(state, dict) or not state:
-        raise ModelError(f"holds {type(state).__name__}, not named tensors", where=str(path), hint=hint)
+        raise ModelError(f"holds {type(state).__name__}, not named tensors", where=path, hint=hint)
     for name, tensor in state.items():
         plain = isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
         # with strides of 0 a small storage can claim to be a huge tensor
         if not plain or tensor.is_quantized or tensor.is_meta or tensor.nbytes > tensor.untyped_storage().nbytes():
-            raise ModelError(f"{name!r} is not a plain tensor", where=str(path), hint=hint)
+            raise ModelError(f"{name!r} is not a plain tensor", where=path, hint=hint)
     return state
 
 
@@ -134,7 +134,7 @@ def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
         raise ModelError(what, where=path, hint="quantised weights are not read: take the model's plain weights")
     if tensor.numel() and not is_finite(tensor):
         hint = "the file is damaged, or was saved by a run that had failed"
-        raise ModelError(f"{name} holds numbers that are not finite", where=str(path), hint=hint)
+        raise ModelError(f"{name} holds numbers that are not finite", where=path, hint=hint)
 
 
 def check_archive(path: Path) -> None:
@@ -153,4 +153,4 @@ def check_sums(path: Path) -> None:
     except (BadZipFile, OSError, EOFError, ValueError, LookupError, RuntimeError, struct.error) as error:
         wrong = str(error)
     if wrong:
-        raise ModelError(f"is damaged at {wrong}", where=str(path), hint="download or copy it again")
+        raise ModelError(f"is damaged at {wrong}", where=path, hint="download or copy it again")

@@ -96,7 +96,5 @@ def check(want: Tensor, fold: Tensor, files: Tensor, dtype: torch.dtype, roundin
     for (name, logits), limit in zip(names.items(), (FOLD_TOLERANCE, ROUND_TOLERANCE[dtype]), strict=True):
         off = float((logits - want).abs().max()) / size
         if not off <= limit:
-            what = (
-                f"logits of the {name} are off by {off:.1e} of the largest, more than {limit:.0e}: nothing was written"
-            )
-            raise ModelError(what, where=where, hint="try --dtype float32")
+            what = f"logits of the {name} are off by {off:.1e} of the largest, more than {limit:.0e}"
+            raise ModelError(f"{what}: nothing was written", where=where, hint="try --dtype float32")

@@ -56,7 +56,7 @@ def tell_stop_ids(folder: Path) -> None:
 def find_gguf(source: Path) -> Path | None:
     """Returns the GGUF file that `source` is or holds, None for a folder of .bin weights; raises for anything else."""
     if not os.path.exists(source):  # Path.exists would raise for a name that is too long
-        raise ConfigError("there is no such file or folder", where=str(source))
+        raise ConfigError("there is no such file or folder", where=source)
     if source.is_file():
         if source.suffix == ".gguf":
             return source
@@ -66,13 +66,13 @@ def find_gguf(source: Path) -> Path | None:
         what = f"a single {source.suffix or 'plain'} file is not a model folder"
         if source.suffix in PICKLED:
             what += ": it does not say what its tensors are"
-        raise ConfigError(what, where=str(source), hint=hint)
+        raise ConfigError(what, where=source, hint=hint)
     if any(source.glob("*.safetensors")):
         refuse_safetensors(source)
     files = sorted(source.glob("*.gguf")) or sorted(source.glob("*/*.gguf"))
     if len(files) > 1:
         names = ", ".join(str(file.relative_to(source)) for file in files[:5])
-        raise ConfigError(f"{len(files)} GGUF files: {names}", where=str(source), hint="name one of them")
+        raise ConfigError(f"{len(files)} GGUF files: {names}", where=source, hint="name one of them")
     if files:
         return files[0]
     if any(source.glob("pytorch_model*.bin")):
@@ -81,8 +81,7 @@ def find_gguf(source: Path) -> Path | None:
     what = "there is no .gguf and no pytorch_model*.bin in it"
     if any(file.suffix in PICKLED for file in source.iterdir()):
         what += "; files of Meta's or litgpt's own layout (.pth, .ckpt) are not read"
-    hint = "take the Hugging Face edition of the model: `litpeft download --help`"
-    raise ConfigError(what, where=str(source), hint=hint)
+    raise ConfigError(what, where=source, hint="take the Hugging Face edition of the model: `litpeft download --help`")
 
 
 def refuse_safetensors(folder: Path) -> None:

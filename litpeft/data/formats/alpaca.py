@@ -57,8 +57,6 @@ def _history(history: Any) -> list[Turn]:
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(f"{place} must be [question, answer]")
         said = dict(enumerate(pair))
-        turns += [
-            Turn("user", text(said, 0, f"{place}[0]")),
-            Turn("assistant", text(said, 1, f"{place}[1]", empty=False)),
-        ]
+        turns.append(Turn("user", text(said, 0, f"{place}[0]")))
+        turns.append(Turn("assistant", text(said, 1, f"{place}[1]", empty=False)))
     return turns

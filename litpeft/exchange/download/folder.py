@@ -31,15 +31,14 @@ def check_folder(folder: Path) -> None:
     read_json(folder / "config.json", "config.json")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        hint = "run the same command again"
-        raise ModelError("the folder holds no *.safetensors file", where=folder, hint=hint)
+        raise ModelError("the folder holds no *.safetensors file", where=folder, hint="run the same command again")
     for path in weights:
         read_header(path)
     for path in sorted(folder.glob(f"*.safetensors{INDEX}")):
         for shard in sorted(set(read_shards(path, ".safetensors").values())):
             if not os.path.isfile(folder / shard):  # Path.is_file would raise for a name that is too long
                 hint = "run the same command again; if it stays, the source itself is incomplete"
-                raise ModelError(f"names {shard}, which is missing", where=str(path), hint=hint)
+                raise ModelError(f"names {shard}, which is missing", where=path, hint=hint)
 
 
 def keep_checksums(folder: Path, origin: str) -> None:
@@ -54,8 +53,8 @@ def disk_fault(error: BaseException, folder: Path) -> UserError | None:
     barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         hint = "free some space and run the same command again, or give another --out"
-        return ResourceError(f"the disk is full ({os.strerror(number)})", where=str(folder), hint=hint)
+        return ResourceError(f"the disk is full ({os.strerror(number)})", where=folder, hint=hint)
     if number in (*barred, errno.EIO):
         what = f"cannot write there ({os.strerror(number)})"
-        return ResourceError(what, where=str(folder), hint="give another --out")
+        return ResourceError(what, where=folder, hint="give another --out")
     return None

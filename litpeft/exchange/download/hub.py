@@ -5,7 +5,6 @@ import os
 import re
 import time
 from collections.abc import Collection
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -39,27 +38,23 @@ def fetch(settings: Download) -> Path:
         if refusal := _refusal(error, settings):
             raise refusal from None
         return _unreachable(error, settings, folder)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(folder))
-            pending = [name for name, file in expected.items() if _difference(folder / name, file)]
-            _refuse_other_model(repo, folder, expected, pending)
-        except OSError as error:
-            raise (disk_fault(error, folder) or error) from None
-        _complete(settings, commit, folder, expected, pending)
+    try:
+        with locked(folder):
+            _complete(settings, commit, folder, expected)
+    except OSError as error:
+        raise (disk_fault(error, folder) or error) from None
     return folder
 
 
-def _complete(
-    settings: Download, commit: str | None, folder: Path, expected: dict[str, "RepoFile"], pending: list[str]
-) -> None:
-    """Downloads the pending files, checks the folder, and writes the checksums."""
+def _complete(settings: Download, commit: str | None, folder: Path, expected: dict[str, "RepoFile"]) -> None:
+    """Downloads the files that are missing or differ, checks the folder, and writes the checksums."""
     repo = settings.source
+    pending = [name for name, file in expected.items() if _difference(folder / name, file)]
+    _refuse_other_model(repo, folder, expected, pending)
     if pending:
         size = sum(expected[name].size for name in pending)
         check_disk(folder, size, "the files", FREE_SPACE)
-        count = counted(len(pending), "file")
-        say(f"will download {count}, {scaled(size, 'B')} to {folder}")
+        say(f"will download {counted(len(pending), 'file')}, {scaled(size, 'B')} to {folder}")
         _transfer(settings, commit, folder, pending)
         for name in pending:
             _verify(folder / name, expected[name])
@@ -136,11 +131,10 @@ def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pend
     hint = "give another --out, or delete the folder"
     if others := sorted(set(model_files(here)).difference(expected)):
         what = f"already holds {', '.join(others[:3])}, which is not a part of {repo}"
-        raise ConfigError(what, where=str(folder), hint=hint)
+        raise ConfigError(what, where=folder, hint=hint)
     changed = sorted(here.intersection(pending))
     if changed and not (folder / ".cache" / "huggingface").is_dir():
-        what = f"already holds another {changed[0]} than {repo}"
-        raise ConfigError(what, where=str(folder), hint=hint)
+        raise ConfigError(f"already holds another {changed[0]} than {repo}", where=folder, hint=hint)
     for name in changed:
         say(f"{folder / name}: not as the hub has it, will be replaced")
 
@@ -169,7 +163,7 @@ def _transfer(settings: Download, commit: str | None, folder: Path, pending: lis
             tell(f"{told}: attempt {attempt + 1} of {ATTEMPTS} in {2**attempt} s")
             time.sleep(2**attempt)
     hint = "run the same command again: finished files are kept"
-    raise ResourceError(f"{told} after {ATTEMPTS} attempts", where=str(folder), hint=hint)
+    raise ResourceError(f"{told} after {ATTEMPTS} attempts", where=folder, hint=hint)
 
 
 def _verify(path: Path, file: "RepoFile") -> None:
@@ -177,16 +171,14 @@ def _verify(path: Path, file: "RepoFile") -> None:
     if difference := _difference(path, file):
         path.unlink(missing_ok=True)
         hint = "the file was deleted: run the same command again; if it stays, do not trust this source"
-        raise ModelError(f"not what the hub lists: {difference}", where=str(path), hint=hint)
+        raise ModelError(f"not what the hub lists: {difference}", where=path, hint=hint)
 
 
 def _told(error: BaseException) -> str:
     """Returns the error in one line without URLs, which may hold a password or a signature."""
     error = error.__cause__ or error
-    lines = str(error).strip().splitlines()
-    return (
-        re.sub(r"\w+://[^\s']+", "(address)", f"{type(error).__name__}: {lines[0]}") if lines else type(error).__name__
-    )
+    first = str(error).strip().partition("\n")[0]
+    return re.sub(r"\w+://[^\s']+", "(address)", ": ".join(filter(None, (type(error).__name__, first))))
 
 
 def _refusal(error: Exception, settings: Download) -> UserError | None:
@@ -204,8 +196,8 @@ def _refusal(error: Exception, settings: Download) -> UserError | None:
         hint = f"check the spelling; for a private repository {login}"
         return ModelError("the hub has no such repository, or it is private", where=where, hint=hint)
     if isinstance(error, RevisionNotFoundError):
-        what = f"the repository has no revision {settings.revision!r}"
-        return ModelError(what, where=where, hint="give a branch, a tag or a full commit")
+        hint = "give a branch, a tag or a full commit"
+        return ModelError(f"the repository has no revision {settings.revision!r}", where=where, hint=hint)
     if status in (401, 403):
         hint = f"the token in use is not valid or may not read this model: {login} anew, or unset HF_TOKEN"
         return ModelError(f"the hub refuses the request ({status})", where=where, hint=hint)

