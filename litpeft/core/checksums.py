@@ -27,25 +27,15 @@ def write_checksums(folder: Path, sums: dict[str, str], origin: str) -> None:
     write_json(folder / CHECKSUMS, {"of": origin, "tensors": dict(sorted(sums.items()))})
 
 
-def read_checksums(folder: Path) -> dict[str, str] | None:
-    """Returns the expected sha256 of each tensor; None if the folder has no checksums.json."""
-    path = folder / CHECKSUMS
-    if not path.is_file():
-        return None
-    tensors = read_json(path, CHECKSUMS).get("tensors")
-    if not isinstance(tensors, dict) or not all(isinstance(value, str) for value in tensors.values()):
-        hint = "take the folder's files again, or delete this one: the weights are then not verified"
-        raise ModelError("tensors must map names to their sha256", where=path, hint=hint)
-    return tensors
-
-
 def verify_sums(folder: Path, sums: dict[str, str], file_of: dict[str, str]) -> None:
     """Raises if a tensor does not have its sha256 of checksums.json; without that file says so once."""
-    known = read_checksums(folder)
-    if known is None:
-        tell_unverified(folder)
-        return
-    hint = f"take the model again; if you changed its weights yourself, delete {folder / CHECKSUMS}"
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return tell_unverified(folder)
+    known = read_json(path, CHECKSUMS).get("tensors")
+    hint = f"take the model again; if you changed its weights yourself, delete {path}"
+    if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
+        raise ModelError("tensors must map names to their sha256", where=path, hint=hint)
     damaged = sorted(name for name, digest in sums.items() if known.get(name, digest) != digest)
     if damaged:
         what = f"{some(damaged)} changed since the file was downloaded or written (sha256 mismatch with {CHECKSUMS})"
@@ -61,10 +51,9 @@ def tell_unverified(folder: Path) -> None:
     """Says once that damage of a folder's weights would not be noticed."""
     from litpeft.core.distributed import is_first  # it imports torch, which `download` does not need
 
-    if not is_first():
-        return
-    what = f"note: {folder} is unverified: it has no {CHECKSUMS}, as `litpeft download`, `convert` and `merge` write it"
-    tell(what)
+    if is_first():
+        told = f"it has no {CHECKSUMS}, as `litpeft download`, `convert` and `merge` write it"
+        tell(f"note: {folder} is unverified: {told}")
 
 
 def tensor_sums(path: Path, threads: int = 1) -> dict[str, str]:

@@ -18,20 +18,14 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Returns this rank's shard of a full tensor, laid out as `like`, without communication."""
-    if not is_sharded(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
 @torch.no_grad()
 def copy_shard(parameter: Tensor, tensor: Tensor) -> None:
-    """Copies a full tensor, or this rank's shard of it, into a parameter."""
+    """Copies a full tensor, or this rank's shard of it, into a parameter, without communication."""
     if is_sharded(parameter):
-        tensor = shard_like(tensor.to(parameter.device, parameter.dtype), parameter)
+        from torch.distributed.tensor import distribute_tensor
+
+        full = tensor.to(parameter.device, parameter.dtype)
+        tensor = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(tensor)
 
 

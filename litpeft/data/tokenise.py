@@ -124,8 +124,9 @@ def _tokenise(
 ) -> list[Row]:
     """Returns the chats as rows of any length; those that cannot be used go to the report."""
     end = tokenizer.token_id(template.end_of_turn or tokenizer.eos)
+    longest = max(map(len, tokenizer.backend.ids))  # characters of a token
     too_long = report.dropped if data.overlong == "drop" else report.rejected
-    most = math.inf if data.overlong == "split" else max(HUGE, report.max_length * tokenizer.longest_token)
+    most = math.inf if data.overlong == "split" else max(HUGE, report.max_length * longest)
     rows: list[Row] = []
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]

@@ -27,6 +27,8 @@ class Tokenizer:
     where: str  # the file, for errors
 
     def __post_init__(self) -> None:
+        self.bos, self.eos = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
+        self.bos_id = self.token_id(self.bos)
         self.special_pattern = any_of(list(self.backend.specials))
         unknown = self.token_id(self.special_tokens.get("unk_token"))
         # ids that literal text must never become; characters outside the vocabulary rightly become the unknown token
@@ -47,11 +49,10 @@ class Tokenizer:
                     names.setdefault(key, backend.names[number])
         backend.make_special([token for token in (*names.values(), *files.special) if token in backend.ids])
         stop = {*declared["eos_token_id"], *([backend.ids[names["eos_token"]]] if "eos_token" in names else [])}
-        adds_bos = files.adds_bos
+        adds_bos = "bos_token" in names and files.adds_bos
         if adds_bos is None:
-            adds_bos = backend.bos_first(backend.ids.get(names.get("bos_token", "")))
-        template = _chat_template(folder, files.config)
-        return cls(backend, names, tuple(sorted(stop)), adds_bos and "bos_token" in names, template, where)
+            adds_bos = backend.first == [backend.ids.get(names["bos_token"])]
+        return cls(backend, names, tuple(sorted(stop)), adds_bos, _chat_template(folder, files.config), where)
 
     @property
     def template_where(self) -> str:
@@ -60,26 +61,9 @@ class Tokenizer:
         return str(file if file.is_file() else file.with_name("tokenizer_config.json"))
 
     @property
-    def longest_token(self) -> int:
-        """Returns the most characters that a token can stand for."""
-        return max(map(len, self.backend.ids))
-
-    @property
     def template_hash(self) -> str | None:
         """Returns the sha256 of the model's chat template."""
         return hashlib.sha256(self.chat_template.encode()).hexdigest() if self.chat_template else None
-
-    @property
-    def bos(self) -> str | None:
-        return self.special_tokens.get("bos_token")
-
-    @property
-    def eos(self) -> str | None:
-        return self.special_tokens.get("eos_token")
-
-    @property
-    def bos_id(self) -> int | None:
-        return self.token_id(self.bos)
 
     def token_id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.ids.get(token)

@@ -39,15 +39,11 @@ class Backend:
         self.inner = inner
         self.inner.no_truncation()
         self.inner.no_padding()
-        self._first = self.inner.encode("", add_special_tokens=True).ids[:1]
+        self.first = self.inner.encode("", add_special_tokens=True).ids[:1]  # what the file puts before a text
         # A post-processor adds tokens, which templates do, and may trim spaces off the offsets.
         self.inner.post_processor = None
         self.ids = self.inner.get_vocab(with_added_tokens=True)  # token -> id
         self.names = {number: name for name, number in self.ids.items()}  # id -> token
-
-    def bos_first(self, bos: int | None) -> bool:
-        """Returns whether the tokenizer's file puts BOS before a text."""
-        return bos is not None and self._first == [bos]
 
     def make_special(self, tokens: list[str]) -> None:
         """Marks these tokens of the vocabulary as special, and sets `specials`, all that are."""
