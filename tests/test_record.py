@@ -143,7 +143,7 @@ def test_a_setting_with_named_values_takes_no_other(value: object, runs, tmp_pat
     run = shutil.copytree(runs["full"], tmp_path / "run")
     forge(run / "final" / "delta.json", "settings.save_dtype", value)
     code, said = refusal(capsys, "generate", run, "--prompt", "x")
-    assert (code, "settings.save_dtype must be float32 or bfloat16 or float16, got" in said) == (4, True)
+    assert (code, "settings.save_dtype must be float32, bfloat16 or float16, got" in said) == (4, True)
 
 
 @pytest.mark.parametrize("files", [{}, {"delta.safetensors": SUM}, {"model.safetensors": SUM, "more.safetensors": SUM}])

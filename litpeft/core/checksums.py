@@ -13,8 +13,6 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from litpeft.core.errors import ModelError, some
 from litpeft.core.json import read_json, write_json
 from litpeft.core.terminal import tell
@@ -86,6 +84,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
     The offsets are counted from the beginning of the file.
     """
+    from safetensors import SafetensorError, safe_open
+
     size = 0
     try:
         size = path.stat().st_size
