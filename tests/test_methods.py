@@ -277,6 +277,8 @@ LLAMA_7B = ModelConfig(
         ("vera", {"rank": 1024}, 1_589_248),
         ("ia3", {}, 614_400),
         ("bitfit", {"add_missing": True}, 1_359_872),
+        ("selective", {}, 266_240),
+        ("bottleneck", {"reduction_factor": 64}, 33_820_672),
         ("adapter", {}, 1_229_760),
         ("adapter_v2", {}, 4_215_744),
         ("adapter_v2", {"targets": ("*.attn.*", "*.mlp.*", "head")}, 4_279_744),

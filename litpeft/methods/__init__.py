@@ -16,6 +16,7 @@ METHODS = {
     "vera": ("litpeft.methods.vera:VeRA", "Vectors that scale random matrices, shared by all layers."),
     "ia3": ("litpeft.methods.ia3:IA3", "Factors on keys, values and what is in the MLP."),
     "bitfit": ("litpeft.methods.bitfit:BitFit", "The biases of linear layers and norms."),
+    "selective": ("litpeft.methods.selective:Selective", "Norms, the last blocks, or parameters by name."),
     "bottleneck": ("litpeft.methods.bottleneck:Bottleneck", "Small networks after attention and MLP (adapters)."),
     # methods that write virtual tokens come last, so that no other of a combination changes those
     "reft": ("litpeft.methods.reft:ReFT", "Edits between blocks, at the ends of the prompt (LoReFT)."),

@@ -79,6 +79,16 @@ def matching(names: Iterable[str], glob: str, kind: str, key: str) -> list[str]:
     return hits
 
 
+def train_base(model: GPT, names: Iterable[str], key: str) -> None:
+    """Makes parameters of the base train; an error that names the setting `key` if one of them is held in codes."""
+    for name in names:
+        parameter = model.get_parameter(name)
+        if not parameter.is_floating_point():
+            what = f"it names {name}, which base.quantize holds in codes: those cannot train"
+            raise ConfigError(what, where=key, hint="set base.quantize null, or name less")
+        parameter.requires_grad_(True)
+
+
 def attach(model: GPT, method: Method) -> None:
     """Fills the slots, freezes the base but for what `unfreeze` names, and records which tensors are the delta.
 
@@ -90,12 +100,7 @@ def attach(model: GPT, method: Method) -> None:
     method.attach(model)
     names = [name for name, _ in model.named_parameters() if name in base]
     for glob in method.unfreeze:
-        for name in matching(names, glob, "parameter", "method.unfreeze"):
-            parameter = model.get_parameter(name)
-            if not parameter.is_floating_point():
-                what = f'"{glob}" matches {name}, which base.quantize holds in codes: those cannot train'
-                raise ConfigError(what, where="method.unfreeze", hint="set base.quantize null, or narrow it")
-            parameter.requires_grad_(True)
+        train_base(model, matching(names, glob, "parameter", "method.unfreeze"), "method.unfreeze")
     if not trainable(model):
         raise ConfigError("this method would train 0 parameters", where="method", hint="give it targets")
     model.delta_keys = {k for k, v in model.state_dict(keep_vars=True).items() if k not in base or v.requires_grad}
