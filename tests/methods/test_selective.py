@@ -53,7 +53,7 @@ def test_a_run_saves_what_trained_under_its_own_name(tiny_folder, tmp_path) -> N
 
 def test_norms_train_on_a_quantised_base_and_blocks_in_codes_are_refused(tiny_folder) -> None:
     assert len(trainable(build(tiny_folder, torch.float32, Selective(), storage=Storage("nf4")))) == 5
-    with pytest.raises(ConfigError, match="blocks.1.attn.q.code, which base.quantize holds in codes") as error:
+    with pytest.raises(ConfigError, match="blocks.1.attn.q.weight, which base.quantize holds in codes") as error:
         build(tiny_folder, torch.float32, Selective(last_blocks=1), storage=Storage("nf4"))
     assert error.value.where == "method.last_blocks"
 
