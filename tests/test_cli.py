@@ -9,11 +9,17 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import yaml
-from conftest import kinds
+import torch
+from conftest import kinds, method_of, storage_of
+from model_switches import CONFIG
 
 from litpeft.cli import COMMANDS, main, parse
+from litpeft.cli.methods import merges
 from litpeft.core.kinds import alternatives, in_words
+from litpeft.methods import METHODS
+from litpeft.model.delta import attach, unfoldable
+from litpeft.model.gpt import GPT
+from litpeft.model.quantize.quantized import store
 from litpeft.train.settings import Finetune
 
 ROOT = Path(__file__).parent.parent
@@ -209,27 +215,30 @@ def test_an_internal_error_is_one_line_and_debug_shows_the_rest(tmp_path, monkey
     assert "Traceback" in capsys.readouterr().err
 
 
-def hub_configs() -> list[Path]:
-    return sorted((ROOT / "config_hub").rglob("*.yaml"))
+def test_the_methods_are_listed_with_what_their_files_say(capsys) -> None:
+    main(["methods"])
+    rows = dict(re.findall(r"^(\w+) +(\d\S* +(?:yes|no|if all) +\d{4}\.\d{5}) ", capsys.readouterr().out, re.M))
+    assert list(rows) == list(METHODS)
+    assert rows["dora"].split() == ["1e-3", "yes", "2402.09353"]
+    with pytest.raises(SystemExit) as stop:
+        main(["methods", "dora"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "n = m / ||W + s B A||" in said
+    assert "train.lr 0.001" in said
+    assert "--method.rank INTEGER" in said
+    assert fails(capsys, "methods", "dorra") == (
+        2,
+        "litpeft: error: there is no method 'dorra' (did you mean \"dora\"?)",
+    )
 
 
-@pytest.mark.parametrize("file", hub_configs(), ids=lambda f: f"{f.parent.name}/{f.name}")
-def test_every_config_of_the_hub_parses_and_holds_no_default(file: Path) -> None:
-    first, *_ = file.read_text().splitlines()
-    words = first.removeprefix("# litpeft ").split()
-    assert first.startswith("# litpeft finetune ")
-    assert words[2:] == ["--config", str(file.relative_to(ROOT))]
-    name = " ".join(words[:2])
-    settings, method, _ = parse(name, COMMANDS[name], ["--config", str(file)])
-    default, default_method, _ = parse(name, COMMANDS[name], ["--base.dir", "b", "--data.path", "d", "--out", "o"])
-
-    def check(node: dict, value: object, base: object, path: str) -> None:
-        for key, item in node.items():
-            if isinstance(item, dict) and not isinstance(getattr(base, key), dict):
-                check(item, getattr(value, key), getattr(base, key), f"{path}{key}.")
-            else:
-                assert getattr(value, key) != getattr(base, key), f"{path}{key} is the default"
-
-    tree = yaml.safe_load(file.read_text())
-    check(tree.pop("method", {}), method, default_method, "method.")
-    check(tree, settings, default, "")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_listed_as_merging_if_its_deltas_fold(name: str) -> None:
+    with torch.device("meta"):
+        model = GPT(CONFIG)
+    if storage_of(name):
+        store(model, storage_of(name).name, True, torch.float32)
+    attach(model, method_of(name))
+    parts = method_of(name).parts if name == "combo" else []
+    assert merges(name) == ("if all" if parts else "no" if unfoldable(model) else "yes")

@@ -12,7 +12,9 @@ from litpeft.cli import COMMANDS, parse
 from litpeft.methods import METHODS, PRESETS
 
 ROOT = Path(__file__).parent.parent
+COMPARISON = "config_hub/smollm2-135m/compare.yaml"
 FILES = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "config_hub").glob("*/*.yaml"))]
+FILES.remove(COMPARISON)
 BASES = {
     "smollm2-135m": "checkpoints/SmolLM2-135M-Instruct",
     "pythia-160m": "checkpoints/EleutherAI/pythia-160m",
@@ -65,3 +67,13 @@ def test_a_file_begins_with_its_command_and_names_the_models_folder_and_its_own(
     assert keys["base"] == {"dir": BASES[folder]}
     assert keys["out"] == f"out/{folder}/{method}"
     assert (ROOT / keys["data"]["path"] / "train.jsonl").is_file()
+
+
+def test_the_comparison_is_of_every_method_as_its_own_file_says_it() -> None:
+    settings, *_ = parse("compare", COMMANDS["compare"], ["--config", str(ROOT / COMPARISON)])
+    assert list(settings.runs) == list(METHODS)
+    own = {name: yaml.safe_load((ROOT / f"config_hub/{SMALLEST}/{name}.yaml").read_text()) for name in METHODS}
+    for name, keys in own.items():
+        assert {key: keys[key] for key in ("base", "data")} == {key: settings.common[key] for key in ("base", "data")}
+        assert keys["train"] == settings.common["train"]
+        assert keys.get("method", {}) == settings.runs[name].get("method", {})

@@ -11,7 +11,7 @@ from litpeft.cli import main
 from litpeft.core.errors import UserError
 from litpeft.generate.chat import chat
 from litpeft.generate.engine import generate
-from litpeft.generate.evaluate import evaluate
+from litpeft.generate.evaluate import evaluate, measure
 from litpeft.generate.settings import Chat, Evaluate, Generate
 
 
@@ -133,3 +133,40 @@ def test_a_name_that_no_file_can_have_is_a_mistake_of_the_user(tiny_folder, tmp_
     with pytest.raises(UserError, match="File name too long") as error:  # before an hour of answers
         generate(Generate(str(tiny_folder), "hi", output=name))
     assert error.value.exit_code == 2
+
+
+def test_shots_are_measured_as_the_same_turns_spelt_out_in_each_row(tiny_folder, tmp_path) -> None:
+    folder = write_rows(tmp_path)
+    train, held_out = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "validation")
+    )
+
+    def chat(row: dict[str, str], **more: bool) -> list[dict[str, object]]:
+        user = {"role": "user", "content": row["instruction"]}
+        return [user, {"role": "assistant", "content": row["output"], **more}]
+
+    held_out[0]["system"] = "Be brief."
+    (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held_out))
+    spelt = []
+    for row in held_out:
+        system = [{"role": "system", "content": row["system"]}] if "system" in row else []
+        shots = [turn for shot in train[:2] for turn in chat(shot, train=False)]
+        spelt.append({"messages": [*system, *shots, *chat(row)]})
+    (tmp_path / "spelt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spelt))
+    common = {"precision": "32-true", "max_new_tokens": 8}
+    rows, (score,) = measure(Evaluate(str(tiny_folder), str(folder), shots=2, **common))
+    wanted, (want,) = measure(Evaluate(str(tiny_folder), str(tmp_path / "spelt.jsonl"), **common))
+    assert [(row.ids, row.trained) for row in rows] == [(row.ids, row.trained) for row in wanted]
+    assert (score.loss, score.answers) == (want.loss, want.answers)
+    _, (none,) = measure(Evaluate(str(tiny_folder), str(folder), **common))
+    assert none.loss != score.loss
+
+
+def test_shots_come_from_a_file_that_is_named_or_beside_the_rows(tiny_folder, tmp_path) -> None:
+    file = str(write_rows(tmp_path) / "validation.jsonl")
+    with pytest.raises(UserError, match="the rows for shots are not named") as error:
+        evaluate(Evaluate(str(tiny_folder), file, shots=1))
+    assert (error.value.where, error.value.exit_code) == ("shots_from", 2)
+    with pytest.raises(ValueError, match="shots_from is used only with shots"):
+        Evaluate(str(tiny_folder), file, shots_from=file)

@@ -46,7 +46,7 @@ def fake_model(name: str) -> GPT:
     with torch.device("meta"):
         model = GPT(LLAMA if name in TRAINED else replace(LLAMA, n_layers=2))
     model.dtype = torch.bfloat16
-    if name in PRESETS:
+    if "base.quantize" in PRESETS[name]:
         store(model, "nf4", True, torch.bfloat16)
     attach(model, method_of(name))
     for module in model.modules():

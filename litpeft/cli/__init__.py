@@ -31,6 +31,8 @@ class Command:
     help: str
     example: str  # what follows the command's name
     method: str | None = None  # of litpeft.methods, for `finetune`
+    in_yaml: bool = False  # its settings are many: no value stands without its option
+    unnamed: str = ""  # an option that need not be given, whose value may stand alone
 
 
 COMMANDS = {
@@ -53,9 +55,24 @@ COMMANDS = {
             text,
             "--base.dir checkpoints/HuggingFaceTB/SmolLM2-360M-Instruct --data.path rows.jsonl --out out/mine",
             name,
+            in_yaml=True,
         )
         for name, (_, text) in METHODS.items()
     },
+    "methods": Command(
+        "litpeft.cli.methods:Methods",
+        "litpeft.cli.methods:methods",
+        "List the methods, or show one of them.",
+        "lora",
+        unnamed="name",
+    ),
+    "compare": Command(
+        "litpeft.cli.compare:Compare",
+        "litpeft.cli.compare:compare",
+        "Train several methods, and set them side by side.",
+        "--config config_hub/smollm2-135m/compare.yaml",
+        in_yaml=True,
+    ),
     "evaluate": Command(
         "litpeft.generate.settings:Evaluate",
         "litpeft.generate.evaluate:evaluate",
@@ -202,12 +219,14 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     from litpeft.cli.help import help_text, wanted
     from litpeft.cli.yaml_keys import check_options, check_yaml, in_plain_words
 
+    if command.unnamed and argv and not argv[0].startswith("-"):
+        argv = [f"--{command.unnamed}", *argv]
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     cls = _load(command.settings)
     example = f"litpeft {name} {command.example}"
     parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, epilog=example, exit_on_error=False)
     parser.add_argument("--config", action="config")
-    parser.add_class_arguments(cls, as_group=False, as_positional=command.method is None)
+    parser.add_class_arguments(cls, as_group=False, as_positional=not command.in_yaml)
     if command.method is not None:
         from litpeft.methods import PRESETS, method_class
 

@@ -100,7 +100,12 @@ def _plain(value: Any) -> str:
 
 def _row(left: str, text: str) -> list[str]:
     """Returns the lines of an option: its description beside it, or below if it is too long."""
-    lines = wrap(" ".join(text.split()), _width() - COLUMN, break_on_hyphens=False)
-    start = f"  {left:<{COLUMN - 2}}"
-    first = [start + lines[0]] if len(left) < COLUMN - 2 else [f"  {left}", " " * COLUMN + lines[0]]
-    return first + [" " * COLUMN + line for line in lines[1:]]
+    if len(left) >= COLUMN - 2:
+        return [f"  {left}", *beside("", text)]
+    return beside(f"  {left}", text)
+
+
+def beside(left: str, text: str, column: int = COLUMN) -> list[str]:
+    """Returns lines with a text from a column on, and `left` before its first line."""
+    first, *more = wrap(" ".join(text.split()), _width() - column, break_on_hyphens=False)
+    return [f"{left:<{column}}{first}", *(" " * column + line for line in more)]

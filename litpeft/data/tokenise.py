@@ -2,8 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, DataError, counted, some
@@ -47,11 +47,17 @@ class DataSet:
 
 
 def load_dataset(
-    data: Data, tokenizer: Tokenizer, template: ChatTemplate, max_positions: int, only_measured: bool = False
+    data: Data,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    max_positions: int,
+    only_measured: bool = False,
+    shots: Sequence[Row] = (),
 ) -> DataSet:
     """Returns the data set of the settings, ready to train on; prints nothing.
 
-    Where the rows are `only_measured`, none may be left out or cut, and errors do not suggest it.
+    Where the rows are `only_measured`, none may be left out or cut, and errors do not suggest it. Every row's chat
+    begins with those of `shots`, which are not trained.
     """
     # 1. files to chats
     path, held_out = find(data.path, data.validation_path)
@@ -63,6 +69,8 @@ def load_dataset(
     examples = _read(path, data, report)
     validation = _read(held_out, data, report) if held_out else []
     _refuse(report.rejected, data, only_measured)
+    if shots:
+        examples = [Example(after_shots(example.turns, shots), example.where) for example in examples]
     if held_out is None:
         examples, validation = split(examples, data.validation_split, data.seed)
     # 2. chats to rows
@@ -104,6 +112,13 @@ def _read(path: Path, data: Data, report: Report) -> list[Example]:
         raise DataError(what if rejected else "there are no rows in it", where=path, hint=hint)
     report.rejected += rejected
     return examples
+
+
+def after_shots(turns: list[Turn], shots: Sequence[Row]) -> list[Turn]:
+    """Returns a chat with those of the shots before its first turn but the system message; theirs are left out."""
+    before = [replace(turn, train=False) for shot in shots for turn in shot.turns if turn.role != "system"]
+    first = 1 if turns[0].role == "system" else 0
+    return [*turns[:first], *before, *turns[first:]]
 
 
 def _refuse(rejected: list[Rejected], data: Data, must_stay: bool) -> None:

@@ -5,17 +5,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from litpeft.core.errors import DataError, counted
+from litpeft.core.errors import ConfigError, DataError, counted
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import say, tell
 from litpeft.data.formats.turn import Turn
 from litpeft.data.prompts import new_file
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
-from litpeft.data.sources import find_measured
+from litpeft.data.sources import find, find_measured
 from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
-from litpeft.generate.engine import answer_all
+from litpeft.generate.engine import Answer, answer_all
 from litpeft.generate.load import Loaded, load_model
 from litpeft.generate.settings import Evaluate, Sampling
 from litpeft.model.delta import without_delta
@@ -26,12 +26,11 @@ SHOWN = 240  # characters of a text in the terminal
 
 def exactly(
     loaded: Loaded, prompts: list[list[int]], expected: list[str], max_new_tokens: int, batch_size: int
-) -> tuple[list[str], list[bool]]:
+) -> tuple[list[Answer], list[bool]]:
     """Returns the greedy answers, and whether each is the expected one; spaces around an answer do not count."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
     answers = answer_all(loaded, prompts, batch_size, sampling, loaded.template.stop_ids)
-    texts = [answer.text.strip() for answer in answers]
-    return texts, [text == want.strip() for text, want in zip(texts, expected, strict=True)]
+    return answers, [a.text.strip() == want.strip() for a, want in zip(answers, expected, strict=True)]
 
 
 @dataclass
@@ -43,6 +42,12 @@ class Score:
     answers: list[str]
     exact: list[bool]
     seconds: float
+    tokens_per_second: float  # of the answers
+
+    @property
+    def share(self) -> str:
+        """Returns how many answers are exact."""
+        return f"{sum(self.exact)}/{len(self.exact)}"
 
 
 @dataclass
@@ -75,32 +80,17 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
         except ValueError as error:
             raise DataError(f"the row cannot be asked: {error}", where=row.source) from None
     expected = [exchange.expected for exchange in exchanges]
+    asked = time.perf_counter()
     answers, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size)
-    return Score(name, loss, answers, exact, time.perf_counter() - began)
+    ended = time.perf_counter()
+    speed = sum(len(answer.ids) for answer in answers) / (ended - asked)
+    return Score(name, loss, [answer.text.strip() for answer in answers], exact, ended - began, speed)
 
 
 def evaluate(settings: Evaluate) -> None:
     """The command `litpeft evaluate`."""
     output = new_file(settings.output)
-    run = find_run(Path(settings.model))
-    apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
-    loaded = load_model(settings.model, None if apart else settings.base, settings.precision, settings.quantize)
-    template = loaded.run.template if loaded.run else "auto"
-    reach = loaded.model.reach
-    file = str(find_measured(settings.data))
-    data = Data(file, None, 0.0, settings.format, template, loaded.system, max_length=reach)
-    found = load_dataset(data, loaded.tokenizer, loaded.template, reach, only_measured=True)
-    for note in found.report.notes:
-        tell(note)
-    rows = found.train[: settings.max_rows]
-    scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings)]
-    if loaded.run and settings.compare_base:
-        if not loaded.has_delta:  # the run's result is a model of its own: load the base in its place
-            loaded.model = load_model(
-                str(loaded.run.base_folder(settings.base)), precision=settings.precision, quantize=settings.quantize
-            ).model
-        with without_delta(loaded.model):
-            scores.insert(0, score("base", loaded, rows, settings))
+    rows, scores = measure(settings)
     say(table(scores, rows, settings.samples))
     if output is not None:
         with atomic_file(output) as handle:
@@ -110,11 +100,47 @@ def evaluate(settings: Evaluate) -> None:
                 handle.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
+    """Returns the rows, and the results of the model on them; before those of a run stand its base's, if asked for."""
+    run = find_run(Path(settings.model))
+    apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
+    loaded = load_model(settings.model, None if apart else settings.base, settings.precision, settings.quantize)
+    template = loaded.run.template if loaded.run else "auto"
+    reach = loaded.model.reach
+
+    def read(file: Path, shots: list[Row]) -> list[Row]:
+        data = Data(str(file), None, 0.0, settings.format, template, loaded.system, max_length=reach)
+        found = load_dataset(data, loaded.tokenizer, loaded.template, reach, True, shots)
+        for note in found.report.notes:
+            tell(note)
+        return found.train
+
+    shots = read(shots_file(settings), [])[: settings.shots] if settings.shots else []
+    rows = read(find_measured(settings.data), shots)[: settings.max_rows]
+    scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings)]
+    if loaded.run and settings.compare_base:
+        if not loaded.has_delta:  # the run's result is a model of its own: load the base in its place
+            loaded.model = load_model(
+                str(loaded.run.base_folder(settings.base)), precision=settings.precision, quantize=settings.quantize
+            ).model
+        with without_delta(loaded.model):
+            scores.insert(0, score("base", loaded, rows, settings))
+    return rows, scores
+
+
+def shots_file(settings: Evaluate) -> Path:
+    """Returns the file whose first rows are the shots."""
+    if settings.shots_from is None and not Path(settings.data).is_dir():
+        what = "the rows for shots are not named, and data is a file"
+        raise ConfigError(what, where="shots_from", hint="name a file of rows, not those that are measured")
+    return find(settings.shots_from or settings.data, None)[0]
+
+
 def table(scores: list[Score], rows: list[Row], samples: int) -> str:
     """Returns the figures of the models side by side, and the answers to the first rows."""
     figures = {
         counted(len(rows), "row"): [s.name for s in scores],
-        "exact answers": [f"{sum(s.exact)}/{len(rows)} ({sum(s.exact) / len(rows):.1%})" for s in scores],
+        "exact answers": [f"{s.share} ({sum(s.exact) / len(rows):.1%})" for s in scores],
         "loss, nats per token": [f"{s.loss:.4f}" for s in scores],
         "seconds": [f"{s.seconds:.1f}" for s in scores],
     }

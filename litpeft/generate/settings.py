@@ -114,6 +114,10 @@ class Evaluate(Answering):
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     compare_base: bool = True
     """For a run: measure its base too, and show both side by side."""
+    shots: int = 0
+    """In-context learning: begin each row's chat with so many rows of shots_from, questions and answers."""
+    shots_from: str | None = None
+    """File of the rows for shots, from its first on; default: the train.* of the folder `data`."""
     max_rows: int | None = None
     """Measure on the first so many rows only."""
     max_new_tokens: int = 128
@@ -127,4 +131,6 @@ class Evaluate(Answering):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, max_rows=1, max_new_tokens=1, batch_size=1, samples=0)
+        check_least(self, shots=0, max_rows=1, max_new_tokens=1, batch_size=1, samples=0)
+        if self.shots_from is not None and not self.shots:
+            raise ValueError("shots_from is used only with shots, which is 0")

@@ -26,10 +26,29 @@ METHODS = {
     "full": ("litpeft.methods.full:Full", "The model's own weights, all or some."),
 }
 
+# defaults that differ from one method to another; the rates and epochs are those that learn the quickstart's task
 PRESETS: dict[str, dict[str, object]] = {
-    "qlora": {"base.quantize": "nf4"},
-    "loftq": {"base.quantize": "nf4"},
-}  # defaults that a name stands for
+    "lora": {"train.lr": 1e-3},
+    "qlora": {"train.lr": 2e-3, "base.quantize": "nf4"},
+    "lora_fa": {"train.lr": 4e-3},
+    "dora": {"train.lr": 1e-3},
+    "multi_lora": {"train.lr": 1e-3},
+    "tied_lora": {"train.lr": 2e-2},
+    "pissa": {"train.lr": 5e-4},
+    "loftq": {"train.lr": 1e-3, "base.quantize": "nf4"},
+    "adapter": {"train.lr": 1e-2, "train.epochs": 3},
+    "adapter_v2": {"train.lr": 5e-3},
+    "vera": {"train.lr": 3e-2},
+    "ia3": {"train.lr": 1e-2},
+    "bitfit": {"train.lr": 1e-2},
+    "selective": {"train.lr": 1e-2},
+    "bottleneck": {"train.lr": 2e-3},
+    "reft": {"train.lr": 5e-3, "train.epochs": 3},
+    "prefix": {"train.lr": 3e-2, "train.epochs": 3},
+    "prompt": {"train.lr": 3e-2, "train.epochs": 3},
+    "combo": {"train.lr": 2e-3},
+    "full": {"train.lr": 5e-5},
+}
 
 
 def method_class(name: str) -> type:

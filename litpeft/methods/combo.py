@@ -65,8 +65,9 @@ class Combo(Method):
 def part(name: str, keys: Any) -> Method:
     """Returns a method with these keys, which are checked as if they had been given to it alone."""
     cls, key = method_class(name), f"method.methods.{name}"
-    if cls is Combo or cls.writes_model or name in PRESETS:
-        hint = "; name lora, and set base.quantize" if name in PRESETS else ""
+    on_codes = "base.quantize" in PRESETS.get(name, {})
+    if cls is Combo or cls.writes_model or on_codes:
+        hint = "; name lora, and set base.quantize" if on_codes else ""
         raise ValueError(f"{key} cannot be combined with others{hint}")
     if not isinstance(keys, dict):
         raise ValueError(f"{key} must be keys and values, {{}} for its defaults")
