@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHATML, make_folder
+from conftest import CHATML, finetune, make_folder
 
 from litpeft.core.errors import UserError
 from litpeft.core.safetensors import Weights
@@ -24,7 +24,7 @@ from litpeft.exchange.identity import config_identity, tokenizer_identity
 from litpeft.exchange.run import base_facts, save_result
 from litpeft.generate.chat import chat
 from litpeft.generate.engine import answer
-from litpeft.generate.load import load_model
+from litpeft.generate.load import held, load_model
 from litpeft.generate.session import Session
 from litpeft.generate.settings import Chat, Sampling
 from litpeft.methods.lora import LoRA
@@ -58,7 +58,7 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def session(model: Path, sampling: Sampling = SHORT, system: str | None = None) -> Session:
-    return Session(load_model(str(model), precision="32-true"), system, sampling)
+    return Session({"model": load_model(str(model), precision="32-true")}, system, sampling)
 
 
 def ask(talk: Session, *texts: str) -> list[str]:
@@ -301,3 +301,51 @@ def test_ctrl_c_stops_an_answer_keeps_its_part_and_not_the_program(terminal, tmp
     assert whole.startswith(part["content"][:300])
     history = tmp_path / "state" / "litpeft" / "chat_history"
     assert history.read_text().splitlines()[0] == "hello"
+
+
+def test_several_runs_answer_in_one_conversation_each_as_it_does_alone(
+    base, run, tmp_path, monkeypatch, capsys
+) -> None:
+    other = finetune(base, tmp_path, "--train.lr", "1e-1", "--train.epochs", "3", out="other", method="dora")
+    capsys.readouterr()
+    turns = "hi\n/use other\nand now?\n/use lora\nand this?\n/base\nlast\n/use\n/use other\nwell?\n/use nobody\n"
+    said, told = pipe(monkeypatch, capsys, run, turns.removesuffix("/use nobody\n"), also=(str(other),))
+    answers = said.removesuffix("\n")
+    assert "* lora\n  other" in told
+    talk, expected = [], []
+    for name, text in (
+        ("lora", "hi"),
+        ("other", "and now?"),
+        ("lora", "and this?"),
+        ("base", "last"),
+        ("other", "well?"),
+    ):
+        alone = session({"lora": run, "other": other, "base": base}[name])
+        alone.turns = list(talk)
+        expected += ask(alone, text)
+        talk = alone.turns
+    assert answers == "\n".join(expected)
+    with pytest.raises(UserError, match="no model is called 'nobody'"):
+        pipe(monkeypatch, capsys, run, turns, also=(str(other),))
+    with pytest.raises(UserError, match="are both called lora"):
+        pipe(monkeypatch, capsys, run, turns, also=(str(run / "final"),))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_runs_on_one_base_hold_its_memory_once_and_answer_as_before(base, run, precision) -> None:
+    ids = torch.arange(3, 40)[None]
+    first = load_model(str(run), precision=precision)
+    with torch.no_grad():
+        logits = first.model(ids)
+        again, plain = (load_model(str(path), precision=precision, beside=[first]) for path in (run, base))
+        ours, theirs, bases = (held(one.model) for one in (first, again, plain))
+        for name, tensor in theirs.items():
+            assert tensor.is_mkldnn or tensor.data_ptr() == ours[name].data_ptr()
+        shared = {name for name, tensor in bases.items() if not tensor.is_mkldnn and name in ours}
+        assert {name for name in shared if bases[name].data_ptr() == ours[name].data_ptr()} >= {
+            "norm.weight",
+            "embed.weight",
+        }
+        assert torch.equal(again.model(ids), logits)
+        assert torch.equal(plain.model(ids), load_model(str(base), precision=precision).model(ids))
+        assert torch.equal(first.model(ids), logits)

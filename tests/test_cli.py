@@ -220,10 +220,8 @@ def test_the_methods_are_listed_with_what_their_files_say(capsys) -> None:
     rows = dict(re.findall(r"^(\w+) +(\d\S* +(?:yes|no|if all) +\d{4}\.\d{5}) ", capsys.readouterr().out, re.M))
     assert list(rows) == list(METHODS)
     assert rows["dora"].split() == ["1e-3", "yes", "2402.09353"]
-    with pytest.raises(SystemExit) as stop:
-        main(["methods", "dora"])
+    main(["methods", "dora"])
     said = capsys.readouterr().out
-    assert stop.value.code == 0
     assert "n = m / ||W + s B A||" in said
     assert "train.lr 0.001" in said
     assert "--method.rank INTEGER" in said

@@ -12,7 +12,7 @@ from litpeft.core.errors import UserError
 from litpeft.generate.chat import chat
 from litpeft.generate.engine import generate
 from litpeft.generate.evaluate import evaluate, measure
-from litpeft.generate.settings import Chat, Evaluate, Generate
+from litpeft.generate.settings import Chat, Evaluate, Generate, Sampling
 
 
 def test_a_run_that_learnt_its_rows_scores_all_and_its_base_none(tiny_folder, tmp_path, capsys) -> None:
@@ -170,3 +170,25 @@ def test_shots_come_from_a_file_that_is_named_or_beside_the_rows(tiny_folder, tm
     assert (error.value.where, error.value.exit_code) == ("shots_from", 2)
     with pytest.raises(ValueError, match="shots_from is used only with shots"):
         Evaluate(str(tiny_folder), file, shots_from=file)
+
+
+def test_several_runs_are_measured_and_asked_each_as_alone(tiny_folder, tmp_path, capsys) -> None:
+    learn = "--train.epochs", "20", "--train.lr", "1e-2"
+    runs = [finetune(tiny_folder, tmp_path, *learn, out=name, method=name) for name in ("lora", "adapter_v2")]
+    rows, out = str(tmp_path / "data" / "validation.jsonl"), tmp_path / "out.jsonl"
+    common = {"precision": "32-true", "max_new_tokens": 8}
+    evaluate(Evaluate(str(runs[0]), rows, also=(str(runs[1]),), output=str(out), **common))
+    said = capsys.readouterr().out
+    assert re.search(r"2 rows +base +lora +adapter_v2\n", said)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    for run in runs:
+        (score,) = measure(Evaluate(str(run), rows, compare_base=False, **common))[1]
+        assert [record[run.name]["answer"] for record in records] == score.answers
+        assert f"{score.loss:.4f}" in said
+    out.unlink()
+    asked = {"precision": "32-true", "sampling": Sampling(max_new_tokens=8)}
+    generate(Generate(str(runs[0]), input=rows, output=str(out), also=(str(runs[1]),), **asked))
+    answers = [json.loads(line)["answers"] for line in out.read_text().splitlines()]
+    assert answers == [{run.name: record[run.name]["answer"] for run in runs} for record in records]
+    generate(Generate(str(runs[0]), "Colour of blood?", also=(str(runs[1]),), **asked))
+    assert capsys.readouterr().out == "".join(f"{run.name}:\n{answers[0][run.name]}\n" for run in runs)

@@ -26,12 +26,8 @@ def said(capsys, *argv: str) -> str:
 
 def offered(text: str) -> list[str]:
     """Returns the keys of the rows of a help text, in their order."""
-    return [
-        key.lower()
-        for key in re.findall(
-            r"^  (?:--)?([A-Za-z][\w.]*)(?: |$)", re.split(r"\n(?:required|options)\n", text, maxsplit=1)[1], re.M
-        )
-    ]
+    options = re.split(r"\n(?:required|options)\n", text, maxsplit=1)[1]
+    return [key.lower() for key in re.findall(r"^  (?:--)?([A-Za-z][\w.]*)(?: |$)", options, re.M)]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

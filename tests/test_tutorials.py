@@ -122,7 +122,7 @@ def tiny(tmp_path_factory) -> Callable[[str], tuple[Path, Path]]:
     @cache
     def made(layers: int) -> tuple[Path, Path]:
         folder = tmp_path_factory.mktemp("stand-in")
-        shape = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 1024}
+        shape = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 2048}
         model = llama(digits(), num_hidden_layers=layers, **shape)
         gguf = write_gguf(folder / "tiny.Q8_0.gguf", model, digits(), Type.Q8_0, **{"tokenizer.chat_template": SMOLLM2})
         main(["convert", str(gguf), str(folder / "hf")])
@@ -139,7 +139,8 @@ class Here:
         self.place(Path("config_hub"), ROOT / "config_hub")
         commands = [parsed(rest)[0] for block in page for words in block.commands if (rest := litpeft(words))]
         made = {settings.out for settings in commands if type(settings).__name__ in ("Convert", "Download")}
-        bases = {yaml.safe_load(file.read_text())["base"]["dir"] for file in (ROOT / "config_hub").glob("*/*.yaml")}
+        files = [yaml.safe_load(file.read_text()) for file in (ROOT / "config_hub").glob("*/*.yaml")]
+        bases = {keys.get("common", keys)["base"]["dir"] for keys in files}
         for base in bases - made:
             self.place(Path(base), model)
         for name, source, count in (("my.jsonl", "train", 8), ("held-out.jsonl", "validation", 2)):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -55,4 +56,5 @@ def show(name: str) -> None:
     """Prints a method's equation, paper and size, the defaults that are its own, and its options."""
     defaults = ", ".join(f"{key} {value}" for key, value in PRESETS[name].items())
     say(f"{name}: {METHODS[name][1]}\n\n{described(name)}\n\ndefaults of its own: {defaults}\n\noptions of")
-    parse(f"finetune {name}", COMMANDS[f"finetune {name}"], ["--method.help"])
+    with suppress(SystemExit):
+        parse(f"finetune {name}", COMMANDS[f"finetune {name}"], ["--method.help"])

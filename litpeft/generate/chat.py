@@ -11,7 +11,7 @@ from pathlib import Path
 from litpeft.core.errors import ConfigError, DataError, UserError, nearest
 from litpeft.core.terminal import tell, write
 from litpeft.generate.engine import Answer
-from litpeft.generate.load import load_model
+from litpeft.generate.load import load_models
 from litpeft.generate.session import Session
 from litpeft.generate.settings import Chat
 
@@ -21,8 +21,7 @@ PASTED_WITHIN = 0.05  # seconds in which the next line of a paste is there, wher
 
 def chat(settings: Chat) -> None:
     """The command. Answers go to stdout, all else to stderr; without a terminal an error ends the program."""
-    loaded = load_model(settings.model, settings.base, settings.precision, settings.quantize)
-    session = Session(loaded, settings.system, settings.sampling)
+    session = Session(load_models(settings), settings.system, settings.sampling)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     with line_editing() if terminal else nullcontext():
         if terminal:
@@ -44,7 +43,7 @@ def chat(settings: Chat) -> None:
 
 def read_message(session: Session, terminal: bool) -> str:
     """Returns the next message: a line, those after it where it ends with a backslash, or those pasted with it."""
-    name = "base> " if session.on_base else "> "
+    name = "base> " if session.on_base else f"{session.name}> " if len(session.models) > 1 else "> "
     try:
         lines = [input(name if terminal else "")]
         while lines[-1].endswith("\\"):
@@ -121,6 +120,13 @@ def base(session: Session, argument: str) -> str:
     return f"now the {'base' if on_base else 'finetuned'} model answers; /base switches back"
 
 
+def use(session: Session, argument: str) -> str:
+    if not argument:
+        return "\n".join(f"{'*' if name == session.name else ' '} {name}" for name in session.models)
+    session.use(argument)
+    return f"now {argument} answers"
+
+
 def leave(session: Session, argument: str) -> str:
     raise EOFError
 
@@ -133,6 +139,7 @@ COMMANDS: dict[str, tuple[str, Command, str]] = {
     "/undo": ("", undo, "drop the last exchange"),
     "/save": (" [file]", save, "write the messages to a JSON file; /save --overwrite FILE replaces one"),
     "/base": ("", base, "switch between the finetuned model and its base, in the same conversation"),
+    "/use": (" [name]", use, "let another of the models answer in the same conversation, or list them"),
     "/exit": ("", leave, "leave, like Ctrl-D"),
 }
 

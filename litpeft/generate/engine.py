@@ -17,7 +17,7 @@ from litpeft.data.prompts import Prompt, new_file, read_prompts, typed_prompt, u
 from litpeft.data.templates import with_system
 from litpeft.data.tokenizer import StreamDecoder, Tokenizer
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.load import Loaded, load_model
+from litpeft.generate.load import Loaded, load_model, named
 from litpeft.generate.sampling import next_tokens
 from litpeft.generate.settings import Generate, Sampling
 from litpeft.generate.speculate import Lookup
@@ -165,14 +165,30 @@ def generate(settings: Generate) -> None:
         prompts = read_prompts(Path(settings.input), settings.raw)
         if more := unread(prompts):
             tell(f"not read, but copied to the answers: {listed(more)}")
-    loaded = load_model(settings.model, settings.base, settings.precision, settings.quantize)
+    names, alone = named(settings), settings.input is None and output is None
+    answers: dict[str, list[Answer]] = {}
+    for name, path in names.items():
+        loaded = load_model(path, settings.base, settings.precision, settings.quantize)
+        write(f"{name}:\n" if alone and len(names) > 1 else "")
+        answers[name] = respond(loaded, prompts, settings, alone)
+    if alone:
+        return
+    with nullcontext() if output is None else atomic_file(output) as handle:
+        for i, prompt in enumerate(prompts):
+            texts = {name: of_one[i].text for name, of_one in answers.items()}
+            row = prompt.row | ({"answers": texts} if len(names) > 1 else {"answer": texts.popitem()[1]})
+            (write if handle is None else handle.write)(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def respond(loaded: Loaded, prompts: Sequence[Prompt], settings: Generate, shown: bool) -> list[Answer]:
+    """Returns a model's answers to all prompts; with `shown`, the only one is written to stdout as it comes."""
     system = loaded.system if settings.system is None else settings.system
     ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]
     for tokens, prompt in zip(ids, prompts, strict=True):
         answer_budget(loaded.model, tokens, settings.sampling, prompt.where)
     stop_ids = loaded.tokenizer.stop_ids if settings.raw else loaded.template.stop_ids
     began = time.perf_counter()
-    if settings.input is None and output is None:
+    if shown:
         only, pieces = stream(TokenCache(loaded.model), ids[0], loaded.tokenizer, settings.sampling, stop_ids)
         for text in pieces:
             write(text)
@@ -180,11 +196,8 @@ def generate(settings: Generate) -> None:
         answers = [only]
     else:
         answers = answer_all(loaded, ids, settings.batch_size, settings.sampling, stop_ids)
-        rows = [prompt.row | {"answer": a.text} for prompt, a in zip(prompts, answers, strict=True)]
-        with nullcontext() if output is None else atomic_file(output) as handle:
-            for row in rows:
-                (write if handle is None else handle.write)(json.dumps(row, ensure_ascii=False) + "\n")
     tell(figures(answers, time.perf_counter() - began))
+    return answers
 
 
 def prompt_ids(loaded: Loaded, prompt: Prompt, system: str | None) -> list[int]:

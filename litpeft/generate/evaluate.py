@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, DataError, counted
@@ -16,7 +16,7 @@ from litpeft.data.sources import find, find_measured
 from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
 from litpeft.generate.engine import Answer, answer_all
-from litpeft.generate.load import Loaded, load_model
+from litpeft.generate.load import Loaded, load_model, named
 from litpeft.generate.settings import Evaluate, Sampling
 from litpeft.model.delta import without_delta
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
@@ -90,7 +90,13 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
 def evaluate(settings: Evaluate) -> None:
     """The command `litpeft evaluate`."""
     output = new_file(settings.output)
+    names = named(settings)
     rows, scores = measure(settings)
+    if len(names) > 1:
+        scores[-1].name = next(iter(names))
+    for name, path in list(names.items())[1:]:
+        (score,) = measure(replace(settings, model=path, compare_base=False))[1]
+        scores.append(replace(score, name=name))
     say(table(scores, rows, settings.samples))
     if output is not None:
         with atomic_file(output) as handle:

@@ -1,7 +1,11 @@
 """A model ready to answer, from a base folder, a merged folder or a run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.precision import pick_device, pick_precision
@@ -10,10 +14,12 @@ from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import Run, build_run, find_run, tell_progress
 from litpeft.generate.cpu.fused_block import fuse_blocks
 from litpeft.generate.cpu.pack import pack_weights
+from litpeft.generate.settings import Answering
 from litpeft.model.build import build
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage, storage_class
 from litpeft.model.quantize.cache import Cache
+from litpeft.model.slots import Linear
 
 
 @dataclass
@@ -31,10 +37,17 @@ class Loaded:
         return self.run is not None and not self.run.is_model
 
 
-def load_model(path: str, base: str | None = None, precision: str = "auto", quantize: str | None = None) -> Loaded:
+def load_model(
+    path: str,
+    base: str | None = None,
+    precision: str = "auto",
+    quantize: str | None = None,
+    beside: Sequence[Loaded] = (),
+) -> Loaded:
     """Returns the model of a base folder, a merged folder or a run, in eval mode on the first device there is.
 
-    `quantize` names the storage of its linear layers; a delta's base is held as it was in training.
+    `quantize` names the storage of its linear layers; a delta's base is held as it was in training. What is the same
+    in a model that is loaded already, `beside`, is held once.
     """
     device = pick_device()
     dtype = pick_precision(precision, device).weights
@@ -66,6 +79,57 @@ def load_model(path: str, base: str | None = None, precision: str = "auto", quan
     model.eval().requires_grad_(False)
     if device.type == "cpu":
         pack_weights(model)
+    for other in beside:
+        share(model, other.model)
+    if device.type == "cpu":
         fuse_blocks(model)
     tokenizer.check_vocabulary(model.config.vocab_size)
     return Loaded(model, tokenizer, template, run.system if run else None, run)
+
+
+def share(model: GPT, other: GPT) -> None:
+    """Lets a model hold the same memory as another where their numbers are equal, as those of one base are.
+
+    `fuse_blocks` comes after: what it makes holds pointers.
+    """
+    theirs = held(other)
+    for name, tensor in held(model).items():
+        if name in theirs and alike(tensor, theirs[name]):
+            tensor.data = theirs[name].data
+
+
+def held(model: GPT) -> dict[str, Tensor]:
+    """Returns all tensors of a model by name, those of packed layers too."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, module in model.named_modules():
+        packed = vars(module.packed_in) if isinstance(module, Linear) and module.packed_in else {}
+        tensors |= {f"{name}.packed_in.{key}": value for key, value in packed.items() if isinstance(value, Tensor)}
+    return {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two tensors hold the same numbers in the same way."""
+    if (a.shape, a.dtype, a.layout, a.device) != (b.shape, b.dtype, b.layout, b.device):
+        return False
+    return torch.equal(a.to_dense(), b.to_dense()) if a.is_mkldnn else torch.equal(a, b)
+
+
+def load_models(settings: Answering) -> dict[str, Loaded]:
+    """Returns the model that answers, and those that may answer in its place, by their folders' names."""
+    loaded: dict[str, Loaded] = {}
+    for name, path in named(settings).items():
+        loaded[name] = load_model(path, settings.base, settings.precision, settings.quantize, tuple(loaded.values()))
+    return loaded
+
+
+def named(settings: Answering) -> dict[str, str]:
+    """Returns the path of each model by its folder's name."""
+    found: dict[str, str] = {}
+    for path in (settings.model, *settings.also):
+        folder = Path(path).absolute()
+        name = folder.parent.name if folder.name == "final" else folder.name
+        if name in found:
+            hint = "name each once; of two folders with one name rename one"
+            raise ConfigError(f"{found[name]} and {path} are both called {name}", where="also", hint=hint)
+        found[name] = path
+    return found

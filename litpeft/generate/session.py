@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from litpeft.core.errors import ConfigError, DataError, UserError
+from litpeft.core.errors import ConfigError, DataError, UserError, quoted
 from litpeft.core.folders import atomic_file
 from litpeft.data.formats.turn import Turn
 from litpeft.data.templates import with_system
@@ -21,19 +21,29 @@ MARK = "\U000f0000"  # a character that no template writes
 
 
 class Session:
-    """The messages so far and the model that answers the next one: the finetuned one, or its base.
+    """The messages so far and the model that answers the next one: one of those loaded, or its base.
 
     What an answer depends on is all in here: the messages and, for the draws, how many exchanges there are. So a
     conversation that went back to an earlier state goes on from there as it did before.
     """
 
-    def __init__(self, loaded: Loaded, system: str | None, sampling: Sampling):
-        self.loaded, self.sampling = loaded, sampling
-        self.system = loaded.system if system is None else system
+    def __init__(self, models: dict[str, Loaded], system: str | None, sampling: Sampling):
+        self.models, self.name, self.sampling = models, next(iter(models)), sampling
+        self.given = system  # the system message; None: the one that the model was trained with
         self.turns: list[Turn] = []  # user and assistant by turns
         self.on_base = False
-        self.caches = {on_base: TokenCache(loaded.model) for on_base in (False, True)}  # keys differ between the two
+        self.caches: dict[tuple[str, bool], TokenCache] = {}  # keys differ from model to model
         self.written: Path | None = None  # the last file that was saved
+
+    @property
+    def loaded(self) -> Loaded:
+        """Returns the model that answers, if its base does not."""
+        return self.models[self.name]
+
+    @property
+    def system(self) -> str | None:
+        """Returns the system message."""
+        return self.loaded.system if self.given is None else self.given
 
     def ask(self, text: str, show: Callable[[str], None]) -> Answer:
         """Returns the answer to `text`, shown as it comes. Ctrl-C ends it and keeps its text so far."""
@@ -48,7 +58,8 @@ class Session:
             raise DataError(what, hint="/reset starts anew, /undo drops the last exchange")
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.turns) // 2)
         stop_ids = self.loaded.template.stop_ids
-        answer, pieces = stream(self.caches[self.on_base], prompt, self.loaded.tokenizer, sampling, stop_ids)
+        cache = self.caches.setdefault((self.name, self.on_base), TokenCache(self.loaded.model))
+        answer, pieces = stream(cache, prompt, self.loaded.tokenizer, sampling, stop_ids)
         try:
             with without_delta(self.loaded.model) if self.on_base else nullcontext():
                 for piece in pieces:
@@ -61,11 +72,11 @@ class Session:
 
     def instruct(self, system: str) -> None:
         """Takes another system message, an empty one for none; refuses one that the template refuses."""
-        before, self.system = self.system, system
+        before, self.given = self.given, system
         try:
             self.opening()
         except UserError:
-            self.system = before
+            self.given = before
             raise
 
     def opening(self) -> str:
@@ -82,6 +93,13 @@ class Session:
         question, _ = self.turns[-2:]
         del self.turns[-2:]
         return question.content
+
+    def use(self, name: str) -> None:
+        """Lets another of the models answer from now on, in the same conversation."""
+        if name not in self.models:
+            hint = f"there is {', '.join(self.models)}; --also loads more"
+            raise ConfigError(f"no model is called {quoted(name)}", where="/use", hint=hint)
+        self.name, self.on_base = name, False
 
     def switch(self) -> bool:
         """Lets the other of finetuned model and base answer; returns whether that is the base."""

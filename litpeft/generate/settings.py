@@ -16,7 +16,9 @@ class Answering:
 
     model: str
     """A base folder, a run, or a merged folder."""
-    base: str | None = field(default=None, kw_only=True)  # these three after a command's own keys
+    also: tuple[str, ...] = field(default=(), kw_only=True)  # these four after a command's own keys
+    """More models or runs, each called like its folder, that do the same; in a chat /use changes to one of them."""
+    base: str | None = field(default=None, kw_only=True)
     """Folder of the base model, if it has moved since the run."""
     precision: Literal["auto", "bf16-true", "16-true", "32-true", "64-true"] = field(default="auto", kw_only=True)
     """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""

@@ -6,6 +6,7 @@ With eight bits a strip holds the even input of all outputs and then the odd one
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,7 +41,14 @@ class NativeLinears(PackedLinears):
         bias = Affine(shift=super().bias(torch.float32))
         affine = bias if self.affine is None else self.affine.after(bias)
         self.kept = [self._tensors(one) for one in (bias, affine)]
-        self.base, self.tuned = (self._struct(tensors) for tensors in self.kept)
+
+    @cached_property  # not before: `share` may put another tensor in the weight's place
+    def base(self) -> PackedLinearsStruct:
+        return self._struct(self.kept[0])
+
+    @cached_property
+    def tuned(self) -> PackedLinearsStruct:
+        return self._struct(self.kept[1])
 
     @staticmethod
     def takes(layer: Linear) -> bool:
