@@ -5,10 +5,23 @@
 #   bash scripts/test.sh -m "not full"
 #   bash scripts/test.sh -m full
 #
+# With --parity, the comparisons with packages that want older libraries than litpeft, in an environment of their own:
+#
+#   bash scripts/test.sh --parity
+#
 # Two cores and more run a file each; `-n 0` runs one after the other, as a debugger needs.
 # Where there is a GPU, what only it can show is tested first; all else is of the processor.
 
 source "$(dirname "$0")/environment.sh"
+if [ "${1-}" = --parity ]; then
+    shift
+    [ -x .venv-parity/bin/python ] || "$PYTHON" -m venv .venv-parity
+    echo "== installing adapters, loralib, pyreft and pyvene into .venv-parity"
+    pip=(.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check)
+    "${pip[@]}" -r tests/parity/requirements.txt
+    "${pip[@]}" --no-deps adapters==1.3.0 loralib==0.1.2 pyreft==0.0.7 pyvene==0.1.8
+    OMP_NUM_THREADS=1 exec .venv-parity/bin/python -m pytest -rs tests/parity "$@"
+fi
 install_litpeft "[test]"
 if .venv/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     echo "== pytest, with the GPU"
