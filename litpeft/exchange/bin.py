@@ -7,16 +7,17 @@ import struct
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+
+import torch
+from torch import Tensor
 
 from litpeft.core.errors import ModelError, counted, some
 from litpeft.core.json import read_shards
+from litpeft.core.safetensors import DTYPES, copy_companions, is_finite, write_safetensors
+from litpeft.exchange.run import write_config
+from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import left_out, read_config
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 ONE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -29,8 +30,10 @@ class BinFolder:
         self.folder = folder
         self.family, self.config = read_config(folder)
         self.shards = self._shards()
-        for file in self.shards:
-            check_archive(folder / file)
+        for path in (folder / file for file in self.shards):
+            if not is_zipfile(path):
+                what = "is cut short, or was written by torch before 1.6" if path.stat().st_size else "is empty"
+                raise ModelError(what, where=path, hint="download it again, or save it with a newer torch")
         size, layers = sum((folder / file).stat().st_size for file in self.shards), self.config.n_layers
         if layers * self.config.d_model > size:  # an absurd config.json must not cost memory
             what = f"config.json{left_out(folder)} says {layers} layers of width {self.config.d_model}"
@@ -40,22 +43,15 @@ class BinFolder:
         files = f"{len(self.shards)} shards" if len(self.shards) > 1 else next(iter(self.shards))
         return f"{self.family}, {counted(self.config.n_layers, 'layer')}, {files}"
 
-    def write(self, folder: Path, dtype: "torch.dtype | None") -> None:
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the weights as safetensors and copies the model's other files."""
-        from litpeft.core.safetensors import copy_companions, write_safetensors
-        from litpeft.exchange.run import write_config
-
         copy_companions(self.folder, folder)
         if dtype is not None:
             write_config(folder, dtype)
         write_safetensors(folder, self.tensors(dtype))
 
-    def tensors(self, dtype: "torch.dtype | None") -> Iterator[tuple[str, "Tensor"]]:
+    def tensors(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """Yields every tensor once, shard by shard, without buffers and without a head that is the embedding."""
-        import torch
-
-        from litpeft.model.families.names import NameMap
-
         names = NameMap(self.family, self.config)
         ends = {names.file_name(f"{end}.weight"): end for end in ("embed", "head")}
         for usual, other in names.other_prefixes.items():
@@ -99,10 +95,8 @@ class BinFolder:
         return shards
 
 
-def read_bin(path: Path) -> dict[str, "Tensor"]:
+def read_bin(path: Path) -> dict[str, Tensor]:
     """Returns the named tensors of a file, memory-mapped; anything but plain tensors is refused."""
-    import torch
-
     hint = "only a dict of plain tensors is read; nothing else in such a file can be trusted"
     check_sums(path)
     try:
@@ -124,10 +118,8 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
     return state
 
 
-def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
+def check_numbers(name: str, tensor: Tensor, path: Path) -> None:
     """Raises unless a tensor has a floating-point dtype of safetensors files and finite values."""
-    from litpeft.core.safetensors import DTYPES, is_finite
-
     if tensor.dtype not in DTYPES.values():
         expected = ", ".join(str(dtype) for dtype in DTYPES.values())
         what = f"{name} holds {tensor.dtype}, expected {expected}".replace("torch.", "")
@@ -135,13 +127,6 @@ def check_numbers(name: str, tensor: "Tensor", path: Path) -> None:
     if tensor.numel() and not is_finite(tensor):
         hint = "the file is damaged, or was saved by a run that had failed"
         raise ModelError(f"{name} holds numbers that are not finite", where=path, hint=hint)
-
-
-def check_archive(path: Path) -> None:
-    """Raises unless `path` is a zip archive, as torch.save writes it."""
-    if not is_zipfile(path):
-        what = "is cut short, or was written by torch before 1.6" if path.stat().st_size else "is empty"
-        raise ModelError(what, where=path, hint="download it again, or save it with a newer torch")
 
 
 def check_sums(path: Path) -> None:

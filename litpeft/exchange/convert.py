@@ -5,20 +5,24 @@ import os
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, ModelError, UserError, scaled
+from litpeft.core.folders import atomic_folder, check_place, locked
 from litpeft.core.recognise import refuse_other
+from litpeft.core.safetensors import RESULT_DTYPES, Weights, is_finite
 from litpeft.core.terminal import command_line, say
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.bin import BinFolder
+from litpeft.exchange.generation_config import write_stop_ids
+from litpeft.exchange.gguf.weights import GgufFile
 from litpeft.exchange.settings import Convert
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
 
 PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 
 
 def convert(settings: Convert) -> None:
     """Writes the Hugging Face folder `settings.out` and checks it."""
-    from litpeft.core.folders import atomic_folder, check_place, locked
-    from litpeft.core.safetensors import RESULT_DTYPES
-    from litpeft.exchange.bin import BinFolder
-    from litpeft.exchange.gguf.weights import GgufFile
-
     source, out = Path(settings.source), Path(settings.out)
     dtype = RESULT_DTYPES[settings.dtype] if settings.dtype else None
     gguf_file = find_gguf(source)
@@ -41,10 +45,6 @@ def convert(settings: Convert) -> None:
 
 def tell_stop_ids(folder: Path) -> None:
     """Writes the ids that end an answer into generation_config.json, if the tokenizer and template can be read."""
-    from litpeft.data.templates import ChatTemplate
-    from litpeft.data.tokenizer import Tokenizer
-    from litpeft.exchange.generation_config import write_stop_ids
-
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return
     try:
@@ -93,10 +93,6 @@ def refuse_safetensors(folder: Path) -> None:
 
 def check(folder: Path, source: str) -> tuple[int, int, str]:
     """Reads a written folder again; returns the number of its tensors and of its parameters, and their dtypes."""
-    from litpeft.core.safetensors import Weights, is_finite
-    from litpeft.model.families.names import NameMap
-    from litpeft.model.families.read import read_config
-
     weights = Weights(folder)
     try:
         NameMap(*read_config(folder)).check(weights)

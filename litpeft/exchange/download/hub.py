@@ -7,8 +7,11 @@ import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+from huggingface_hub import HfApi, constants, errors, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
 
 from litpeft.core.checksums import CHECKSUMS
 from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, counted, scaled
@@ -17,25 +20,19 @@ from litpeft.core.terminal import say, tell
 from litpeft.exchange.download.folder import FREE_SPACE, check_folder, disk_fault, keep_checksums, model_files
 from litpeft.exchange.settings import Download
 
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile
-
 PICKLES = re.compile(r"(?!training_args).*\.(bin|pth|pt)")  # training_args.bin holds no weights
 ATTEMPTS = 5  # of the whole transfer; within each huggingface_hub retries a file a few times
 
 
 def fetch(settings: Download) -> Path:
     """Returns the folder with the model files of a hub repository, each verified by the hub's hash."""
-    from huggingface_hub.errors import HTTPError
-    from huggingface_hub.utils import logging
-
     logging.set_verbosity_error()  # its warnings print signed URLs, and what they report is told here
     repo = _repo_id(settings.source)
     folder = Path(settings.out or f"checkpoints/{repo}")
     check_place(folder)
     try:
         commit, expected = _listing(repo, settings.revision)
-    except (HTTPError, OSError, ValueError, KeyError) as error:  # the last two: the server is not a hub
+    except (errors.HTTPError, OSError, ValueError, KeyError) as error:  # the last two: the server is not a hub
         if refusal := _refusal(error, settings):
             raise refusal from None
         return _unreachable(error, settings, folder)
@@ -47,7 +44,7 @@ def fetch(settings: Download) -> Path:
     return folder
 
 
-def _complete(settings: Download, commit: str | None, folder: Path, expected: dict[str, "RepoFile"]) -> None:
+def _complete(settings: Download, commit: str | None, folder: Path, expected: dict[str, RepoFile]) -> None:
     """Downloads the files that are missing or differ, checks the folder, and writes the checksums."""
     repo = settings.source
     pending = [name for name, file in expected.items() if _difference(folder / name, file)]
@@ -57,8 +54,11 @@ def _complete(settings: Download, commit: str | None, folder: Path, expected: di
         check_disk(folder, size, "the files", FREE_SPACE)
         say(f"will download {counted(len(pending), 'file')}, {scaled(size, 'B')} to {folder}")
         _transfer(settings, commit, folder, pending)
-        for name in pending:
-            _verify(folder / name, expected[name])
+        for path, file in ((folder / name, expected[name]) for name in pending):
+            if difference := _difference(path, file):  # huggingface_hub compares sizes only
+                path.unlink(missing_ok=True)
+                hint = "the file was deleted: run the same command again; if it stays, do not trust this source"
+                raise ModelError(f"not what the hub lists: {difference}", where=path, hint=hint)
     check_folder(folder)
     if pending or not (folder / CHECKSUMS).is_file():
         keep_checksums(folder, f"{repo}@{commit}")
@@ -68,8 +68,6 @@ def _complete(settings: Download, commit: str | None, folder: Path, expected: di
 
 
 def _repo_id(source: str) -> str:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
     with suppress(HFValidationError):
         validate_repo_id(source)
         if source.count("/") == 1:
@@ -81,11 +79,8 @@ def _repo_id(source: str) -> str:
     raise ConfigError(f"{source!r} is not the id of a hub repository", where="source", hint=hint)
 
 
-def _listing(repo: str, revision: str | None) -> tuple[str | None, dict[str, "RepoFile"]]:
+def _listing(repo: str, revision: str | None) -> tuple[str | None, dict[str, RepoFile]]:
     """Returns the commit and the model files at the repository's top level; raises if they are not a model."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
     api = HfApi()
     commit = api.model_info(repo, revision=revision).sha
     tree = {file.path: file for file in api.list_repo_tree(repo, revision=commit) if isinstance(file, RepoFile)}
@@ -106,7 +101,7 @@ def _listing(repo: str, revision: str | None) -> tuple[str | None, dict[str, "Re
     return commit, {name: tree[name] for name in chosen}
 
 
-def _difference(path: Path, file: "RepoFile") -> str:
+def _difference(path: Path, file: RepoFile) -> str:
     """Returns how a file on disk differs from the hub's; "" if it is the same."""
     if not path.is_file():
         return "missing"
@@ -139,16 +134,13 @@ def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pend
 
 def _transfer(settings: Download, commit: str | None, folder: Path, pending: list[str]) -> None:
     """Downloads `pending`; retries a few times after a broken transfer, and keeps the files that are complete."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-
     for attempt in range(1, ATTEMPTS + 1):
         fault: Exception = ConnectionError("the hub stopped answering")
         try:
             for name in pending:
                 (folder / name).unlink(missing_ok=True)  # else huggingface_hub may keep the old file
             snapshot_download(settings.source, revision=commit, local_dir=folder, allow_patterns=pending)
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last two: huggingface_hub with hf_xet
+        except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:  # the last two: of hf_xet
             if refusal := disk_fault(error, folder) or _refusal(error, settings):
                 raise refusal from None
             fault = error
@@ -164,14 +156,6 @@ def _transfer(settings: Download, commit: str | None, folder: Path, pending: lis
     raise ResourceError(f"{told} after {ATTEMPTS} attempts", where=folder, hint=hint)
 
 
-def _verify(path: Path, file: "RepoFile") -> None:
-    """Deletes the file and raises unless it has the hub's hash; huggingface_hub compares sizes only."""
-    if difference := _difference(path, file):
-        path.unlink(missing_ok=True)
-        hint = "the file was deleted: run the same command again; if it stays, do not trust this source"
-        raise ModelError(f"not what the hub lists: {difference}", where=path, hint=hint)
-
-
 def _told(error: BaseException) -> str:
     """Returns the error in one line without URLs, which may hold a password or a signature."""
     error = error.__cause__ or error
@@ -181,19 +165,17 @@ def _told(error: BaseException) -> str:
 
 def _refusal(error: Exception, settings: Download) -> UserError | None:
     """Returns the UserError for a permanent refusal of the hub, None for an error that may be temporary."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if not isinstance(error, HfHubHTTPError):
+    if not isinstance(error, errors.HfHubHTTPError):
         return None
     status, where = error.response.status_code, settings.source
     login = "set HF_TOKEN or log in with `hf auth login`"
-    if isinstance(error, GatedRepoError):  # first: it is a RepositoryNotFoundError too
+    if isinstance(error, errors.GatedRepoError):  # first: it is a RepositoryNotFoundError too
         hint = f"accept its terms on the model's page, then {login} as the same user"
         return ModelError(f"the model is gated and the hub refuses you ({status})", where=where, hint=hint)
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         hint = f"check the spelling; for a private repository {login}"
         return ModelError("the hub has no such repository, or it is private", where=where, hint=hint)
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         hint = "give a branch, a tag or a full commit"
         return ModelError(f"the repository has no revision {settings.revision!r}", where=where, hint=hint)
     if status in (401, 403):
@@ -204,8 +186,6 @@ def _refusal(error: Exception, settings: Download) -> UserError | None:
 
 def _unreachable(error: Exception, settings: Download, folder: Path) -> Path:
     """Returns `folder` if an earlier download completed it; raises otherwise."""
-    from huggingface_hub import constants
-
     what = f"cannot reach the hub at {urlsplit(constants.ENDPOINT).hostname} ({_told(error)})"
     hint = "check the network, the proxy variables, HF_ENDPOINT and HF_HUB_OFFLINE, then run the same command again"
     failure = ResourceError(what, where=settings.source, hint=hint)

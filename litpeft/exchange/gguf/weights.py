@@ -8,19 +8,20 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
+import torch
+from torch import Tensor
 
 from litpeft.core.errors import ModelError, counted, located, nearest
 from litpeft.core.json import write_json
+from litpeft.core.safetensors import write_safetensors
 from litpeft.exchange.gguf.config import hf_config
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
 
 ARCHITECTURES = ("llama",)
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -101,24 +102,16 @@ class GgufFile:
         layers = counted(self.config["num_hidden_layers"], "layer")
         return f"llama, {layers}, {count / 1e6:.1f} M parameters; tensors {kinds}; {self.tokenizer.summary()}"
 
-    def write(self, folder: Path, dtype: "torch.dtype | None") -> None:
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the model as a Hugging Face folder."""
-        import torch
-
-        from litpeft.core.safetensors import write_safetensors
-        from litpeft.model.families.names import NameMap
-        from litpeft.model.families.read import read_config
-
         dtype = dtype or getattr(torch, self._own_dtype())
         name = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", self.config | {"dtype": name, "torch_dtype": name})
         self.tokenizer.write(folder, self.config["max_position_embeddings"])
         write_safetensors(folder, self.tensors(NameMap(*read_config(folder)).shapes, dtype))
 
-    def tensors(self, shapes: dict[str, tuple[int, ...]], dtype: "torch.dtype") -> Iterator[tuple[str, "Tensor"]]:
+    def tensors(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yields every tensor of `shapes` (Hugging Face names), rounded once, from float32."""
-        import torch
-
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config["num_hidden_layers"])
         theirs = {names.get_name(name, (".weight", ".bias")): name for name in shapes}
         odd = sorted(theirs.keys() ^ (self.stored.keys() - {"rope_freqs.weight"}))
@@ -182,7 +175,7 @@ class GgufFile:
             raise ModelError(f"has {len(self.reader.data)} bytes, but its tensors end at {last}", hint=AGAIN)
 
 
-def rows_in_halves(values: "Tensor", head_dim: int) -> "Tensor":
+def rows_in_halves(values: Tensor, head_dim: int) -> Tensor:
     """Returns q or k (heads * D, ...) with each head's rows a0 b0 a1 b1 … reordered to a0 a1 … b0 b1 …."""
     heads = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
     return heads.swapaxes(1, 2).reshape(values.shape)
