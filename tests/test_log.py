@@ -16,13 +16,14 @@ import pytest
 from conftest import read_metrics
 
 from litpeft.core.errors import ConfigError, ModelError
-from litpeft.train.log import COLUMNS, Log, StepRecord, duration, time_left
+from litpeft.train.log import COLUMNS, Log, duration, time_left
+
+OF_A_STEP = [column for column in COLUMNS if column not in ("val_loss", "val_exact")]
 
 
-def record(step: int, seconds: float | None = None, loss: float = 1.0) -> StepRecord:
-    return StepRecord(
-        step, step / 10, loss, 2e-4, 0.5, 100 * step, 40 * step, 50.0, 2.0 * step if seconds is None else seconds
-    )
+def record(step: int, loss: float = 1.0) -> dict[str, float]:
+    values = step, step / 10, loss, 2e-4, 0.5, 100 * step, 40 * step, 50.0, 2.0 * step
+    return dict(zip(OF_A_STEP, values, strict=True))
 
 
 def run_python(code: str, *args: object, **options: object) -> subprocess.Popen:
@@ -39,7 +40,7 @@ def test_numbers_read_back_exactly(tmp_path):
     values = [rng.uniform(-1, 1) * 10 ** rng.randint(-300, 300) for _ in range(200)] + [0.1, 5e-324]
     with Log(tmp_path, len(values)) as log:
         for step, value in enumerate(values, start=1):
-            log.step(StepRecord(step, value, value, value, value, step, step, value, value))
+            log.step(**dict.fromkeys(OF_A_STEP, value) | {"step": step, "tokens": step, "trained_tokens": step})
     with open(tmp_path / "metrics.csv", newline="") as file:
         independent = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in independent] == values
@@ -51,7 +52,7 @@ def test_numbers_read_back_exactly(tmp_path):
 def test_a_validation_has_a_row_of_its_own(tmp_path):
     with Log(tmp_path, 1) as log:
         log.validation(0, 2.5, 300)
-        log.step(record(1))
+        log.step(**record(1))
     empty = dict.fromkeys(COLUMNS)
     first, second = read_metrics(tmp_path)
     assert first == empty | {"step": 0.0, "val_loss": 2.5}
@@ -63,7 +64,7 @@ def test_rows_survive_a_kill(tmp_path):
     code = """
         with Log(Path(sys.argv[1]), 100) as log:
             for step in range(1, 8):
-                log.step(record(step))
+                log.step(**record(step))
             print("ready", flush=True)
             sys.stdin.read()
     """
@@ -77,13 +78,13 @@ def test_rows_survive_a_kill(tmp_path):
 def test_a_resumed_run_cuts_later_rows_and_a_torn_one(tmp_path):
     with Log(tmp_path, 10) as log:
         for step in range(1, 8):
-            log.step(record(step, loss=0.1 * step))
+            log.step(**record(step, loss=0.1 * step))
         log.validation(5, 2.0, 10)
     whole = (tmp_path / "metrics.csv").read_text()
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("8,0.8,0.7")  # a kill in the middle of a row
     with Log(tmp_path, 10, start_step=5) as log:
-        log.step(record(6, loss=0.6 + 1e-16))
+        log.step(**record(6, loss=0.6 + 1e-16))
     kept = [line for line in whole.splitlines() if not line.startswith(("6,", "7,"))]
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert lines[:-1] == kept
@@ -94,13 +95,13 @@ def test_a_new_run_begins_a_new_file(tmp_path):
     for _ in range(2):
         with Log(tmp_path, 3) as log:
             log.validation(0, 2.0, 10)
-            log.step(record(1))
+            log.step(**record(1))
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
 
 
 def test_a_disabled_log_does_nothing(tmp_path, capfd):
     with Log(tmp_path / "run", 3, tensorboard=True, enabled=False) as log:
-        log.step(record(1))
+        log.step(**record(1))
         log.validation(1, 2.0, 10)
         log.message("hello")
     assert not (tmp_path / "run").exists()
@@ -111,7 +112,7 @@ def test_a_disabled_log_does_nothing(tmp_path, capfd):
 def test_plain_lines_are_about_twenty_with_the_first_and_the_last(tmp_path, capfd, steps, most):
     with Log(tmp_path, steps) as log:
         for step in range(1, steps + 1):
-            log.step(record(step))
+            log.step(**record(step))
     out, err = capfd.readouterr()
     shown = [int(line.removeprefix("step ").split("/")[0]) for line in err.splitlines()]
     assert out == ""
@@ -123,7 +124,7 @@ def test_plain_lines_are_about_twenty_with_the_first_and_the_last(tmp_path, capf
 def test_a_run_that_time_ends_has_its_lines_too(tmp_path, capfd):
     with Log(tmp_path, 100_000, max_time=600.0) as log:
         for step in range(1, 298):  # 2 s each, then stopped by hand
-            log.step(record(step))
+            log.step(**record(step))
     lines = capfd.readouterr().err.splitlines()
     assert 20 <= len(lines) <= 22
     assert lines[-1].startswith("step 297/100000  loss 1.0000  lr 2.00e-04  50 tokens/s")
@@ -152,9 +153,9 @@ def test_a_duration_reads_as_a_person_says_it(seconds, text):
 def test_a_terminal_has_a_bar_with_the_figures_and_messages_above_it(tmp_path):
     code = """
         with Log(Path(sys.argv[1]), 40) as log:
-            log.step(record(1))
+            log.step(**record(1))
             log.message("[bold]42 rows[/bold] \\x1b]0;title\\x07")
-            log.step(record(2))
+            log.step(**record(2))
     """
     master, slave = pty.openpty()
     with run_python(code, tmp_path, stdout=subprocess.PIPE, stderr=slave) as child:
@@ -185,7 +186,7 @@ def test_tensorboard_holds_the_same_scalars(tmp_path):
 
     with Log(tmp_path, 2, tensorboard=True) as log:
         log.validation(0, 2.5, 10)
-        log.step(record(1, loss=1.25))
+        log.step(**record(1, loss=1.25))
     (file,) = (tmp_path / "tensorboard").iterdir()
     data, seen = file.read_bytes(), {}
     while data:  # TFRecord: length, its checksum, the event, its checksum
@@ -217,7 +218,7 @@ def test_a_file_that_is_not_metrics_is_refused_and_kept(tmp_path):
 @pytest.mark.parametrize("bad", ["3,x,,,,,,,,", "3,1", ",,1.0,,,,,,,", "3" + "," * 20])
 def test_a_damaged_row_is_named(tmp_path, bad):
     with Log(tmp_path, 2) as log:
-        log.step(record(1))
+        log.step(**record(1))
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write(bad + "\n")
     named = f'"{re.escape(bad)}" is not a row of 11 numbers'

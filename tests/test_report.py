@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from litpeft.core.errors import scaled
 from litpeft.core.folders import RUN_FILES
-from litpeft.train.log import Log, StepRecord
+from litpeft.train.log import Log
 from litpeft.train.loss_figure import loss_figure, smoothed
 from litpeft.train.report import RunFacts, Sample, markdown, summary_lines, write_report
 
@@ -49,14 +49,14 @@ FACTS = RunFacts(
 HOSTILE = "a ```` b\n```\n# no heading\n</p> | x | <script>alert(1)</script> $x$ [l](u)\x1b[31m\ud800\n~~~~\n\n---\t|"
 
 
-def log_run(folder, steps: int) -> list[dict[str, float]]:
+def log_run(folder, steps: int) -> list[tuple[float, float, float]]:
     """Returns step, loss and learning rate of each step of a run that was logged."""
     losses = [0.5 + 2 * math.exp(-step / 20) for step in range(1, steps + 1)]
     with Log(folder, steps) as log:
         for step, loss in enumerate(losses, start=1):
-            log.step(StepRecord(step, step / 30, loss, 2e-4 / step, 1.0, step, step, 50.0, float(step)))
+            log.step(step=step, loss=loss, lr=2e-4 / step, tokens_per_second=50.0, seconds=float(step))
         log.validation(steps, 0.75, 100)
-    return log.curve()
+    return log.curve
 
 
 def outline(text: str) -> list[tuple[str, str]]:
@@ -115,7 +115,7 @@ def test_a_run_without_a_step_has_no_picture(tmp_path):
     with Log(tmp_path, 10) as log:
         log.validation(0, 2.0, 10)
     facts = replace(FACTS, steps=0, first_loss=None, last_loss=None, validation=[(0, 2.0)], stopped="Ctrl-C at step 0")
-    assert "loss.png" not in write_report(tmp_path, facts, log.curve()).read_text()
+    assert "loss.png" not in write_report(tmp_path, facts, log.curve).read_text()
     assert not (tmp_path / "loss.png").exists()
 
 

@@ -18,7 +18,7 @@ from litpeft.model.delta import copy_into, delta_state, todays_names, trainable
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
 from litpeft.train.checkpoints import STATE, Checkpoint
 from litpeft.train.learned import check_learned, check_loss, check_moved, count_still, sums
-from litpeft.train.log import Log, StepRecord
+from litpeft.train.log import Log
 from litpeft.train.optim import lr_at
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
 from litpeft.train.preparation import Preparation
@@ -138,17 +138,15 @@ class Trainer:
         progress.elapsed = self.clock()
         self.apply_stop(found.votes)
         self.log.step(
-            StepRecord(
-                step=progress.step,
-                epoch=progress.epoch,
-                loss=found.loss,
-                lr=lr,
-                grad_norm=found.norm,
-                tokens=progress.tokens,
-                trained_tokens=progress.trained_tokens,
-                tokens_per_second=tokens / (now - began),
-                seconds=progress.elapsed,
-            )
+            step=progress.step,
+            epoch=progress.epoch,
+            loss=found.loss,
+            lr=lr,
+            grad_norm=found.norm,
+            tokens=progress.tokens,
+            trained_tokens=progress.trained_tokens,
+            tokens_per_second=tokens / (now - began),
+            seconds=progress.elapsed,
         )
         count_still(progress, found.loss, found.norm, self.gpt.config.vocab_size)
 

@@ -3,12 +3,11 @@
 import math
 import os
 import sys
-from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -18,36 +17,21 @@ from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.terminal import clean, tell
 
 COLUMNS = (
-    "step",
-    "epoch",
-    "loss",
-    "val_loss",
-    "val_exact",
+    "step",  # optimizer steps made so far, this one included
+    "epoch",  # passes over the data so far
+    "loss",  # mean over the step's trained tokens, in nats
+    "val_loss",  # the same over the held-out rows
+    "val_exact",  # share of these that are answered exactly
     "lr",
-    "grad_norm",
-    "tokens",
-    "trained_tokens",
+    "grad_norm",  # of the gradient before clipping
+    "tokens",  # read since the run began
+    "trained_tokens",  # those that count in the loss
     "tokens_per_second",
-    "seconds",
+    "seconds",  # since the run began; compared with max_time
 )
 SCALARS = ("loss", "val_loss", "val_exact", "lr", "grad_norm", "tokens_per_second")  # what TensorBoard draws
 LINES = 20  # printed for a run if there is no terminal
 WINDOW = 100  # steps whose mean duration predicts the remaining time
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """The figures of one optimizer step."""
-
-    step: int  # optimizer steps made so far, this one included
-    epoch: float  # passes over the data so far
-    loss: float  # mean over the step's trained tokens, in nats
-    lr: float
-    grad_norm: float  # norm of the gradient before clipping
-    tokens: int  # tokens read since the run began
-    trained_tokens: int  # those that count in the loss
-    tokens_per_second: float
-    seconds: float  # since the run began; compared with max_time
 
 
 class Log:
@@ -67,9 +51,9 @@ class Log:
         max_time: float | None = None,
     ):
         self.folder, self.steps, self.tensorboard, self.enabled = Path(folder), steps, tensorboard, enabled
-        self.start_step, self.max_time = start_step, max_time
+        self.path, self.start_step, self.max_time = self.folder / "metrics.csv", start_step, max_time
         self.steps_done = 0  # by this process
-        self._curve = array("d")  # step, loss and learning rate of each step of the whole run
+        self.curve: list[tuple[float, float, float]] = []  # step, loss and lr of each step, whatever befalls the file
         self._pace: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self._bar: Progress | None = None
         self._writer: Any = None
@@ -84,10 +68,8 @@ class Log:
             purge = self.start_step + 1 if self.start_step else None  # hides what was logged after that step
             place = str(self.folder / "tensorboard")
             self._writer = summary_writer_class()(place, purge_step=purge, flush_secs=10)
-        self._file, rows = open_metrics(self.folder / "metrics.csv", self.start_step)
-        for row in rows:
-            if row["loss"] is not None:
-                self._curve.extend((row["step"], row["loss"], row["lr"]))
+        self._file, rows = open_metrics(self.path, self.start_step)
+        self.curve = [(row["step"], row["loss"], row["lr"]) for row in rows if row["loss"] is not None]
         console = Console(stderr=True)
         if console.is_interactive and sys.stderr.isatty():  # is_interactive is true with FORCE_COLOR alone
             count = TextColumn("step {task.completed:.0f}/{task.total:.0f}")
@@ -98,9 +80,7 @@ class Log:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self.enabled:
             return
         if self._bar is not None:
@@ -111,25 +91,26 @@ class Log:
         if self._writer is not None:
             self._writer.close()
 
-    def step(self, record: StepRecord) -> None:
-        """Reports an optimizer step."""
+    def step(self, **row: float) -> None:
+        """Reports an optimizer step: its figures by COLUMNS, without those of a validation."""
         if not self.enabled:
             return
         self.steps_done += 1
-        self._record(asdict(record))
-        self._curve.extend((record.step, record.loss, record.lr))
-        self._pace.append((record.step, record.seconds))
+        self._record(row)
+        step, seconds = row["step"], row["seconds"]
+        self.curve.append((step, row["loss"], row["lr"]))
+        self._pace.append((step, seconds))
         left = time_left(self._pace, self.steps, self.max_time)
-        figures = f"loss {record.loss:.4f}  lr {record.lr:.2e}  {record.tokens_per_second:,.0f} tokens/s"
+        figures = f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s"
         figures += "" if left is None else f"  {duration(left)} left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=record.step, figures=figures)
+            self._bar.update(self._task, completed=step, figures=figures)
             return
-        self._unprinted = f"step {record.step}/{self.steps}  {figures}"
-        part = LINES * (record.step - self.start_step) // max(1, self.steps - self.start_step)
+        self._unprinted = f"step {step}/{self.steps}  {figures}"
+        part = LINES * (step - self.start_step) // max(1, self.steps - self.start_step)
         if self.max_time:
-            part = max(part, int(LINES * record.seconds / self.max_time))
-        if part > self._printed or record.step >= self.steps:
+            part = max(part, int(LINES * seconds / self.max_time))
+        if part > self._printed or step >= self.steps:
             self.message(self._unprinted)
             self._printed, self._unprinted = part, ""
 
@@ -144,11 +125,6 @@ class Log:
         score = "" if exact is None else f", {exact:.1%} answered exactly"
         self.message(f"step {step}/{self.steps}  validation loss {loss:.4f} over {tokens:,} tokens{score}")
 
-    def curve(self) -> list[dict[str, float]]:
-        """Returns step, loss and lr of each step of the run, even if metrics.csv is lost."""
-        values = self._curve
-        return [dict(zip(("step", "loss", "lr"), values[i : i + 3], strict=True)) for i in range(0, len(values), 3)]
-
     def message(self, text: str) -> None:
         """Prints a line on standard error, above the bar if there is one."""
         if not self.enabled:
@@ -159,7 +135,7 @@ class Log:
             tell(text)
 
     def _record(self, row: dict[str, float]) -> None:
-        path = self.folder / "metrics.csv"
+        path = self.path
         if not (path.exists() and os.path.samestat(path.stat(), os.fstat(self._file.fileno()))):
             self.message(f"{path} was removed: it is written again")
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -244,13 +220,8 @@ def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
 
 def summary_writer_class() -> Any:
     """Returns the class that writes TensorBoard files; raises if no package has one."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            what = "TensorBoard files need a package that is not installed"
-            hint = "pip install tensorboardX"
-            raise ConfigError(what, where="tensorboard", hint=hint) from None
-    return SummaryWriter
+    for module in ("tensorboardX", "torch.utils.tensorboard"):
+        with suppress(ImportError):
+            return import_module(module).SummaryWriter
+    what = "TensorBoard files need a package that is not installed"
+    raise ConfigError(what, where="tensorboard", hint="pip install tensorboardX")

@@ -10,10 +10,10 @@ RAW, SMOOTH, HELD_OUT, RATE = "#a9c4e4", "#1f5fa8", "#d1570f", "#6b7280"  # line
 
 
 def loss_figure(
-    steps: list[dict[str, float]], title: str, validation: list[tuple[int, float]], best: tuple[int, float] | None
+    steps: list[tuple[float, ...]], title: str, validation: list[tuple[int, float]], best: tuple[int, float] | None
 ) -> Figure:
     """Returns the picture; `steps` are step, loss and lr of each step, `validation` and `best` are (step, loss)."""
-    x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
+    x, losses, rates = zip(*steps, strict=True)
     figure = Figure(figsize=(8, 5.4), dpi=200, layout="constrained")  # twice the 800 px that it is shown at
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3.2, 1))
     few = len(x) < 20  # too few to smooth
@@ -34,8 +34,8 @@ def loss_figure(
     upper.legend(frameon=False, fontsize=10)
     ascii_title = title.encode("ascii", "replace").decode()  # the font may lack other letters
     upper.set_title(ascii_title, loc="left", fontsize=13, fontweight="bold", pad=10, parse_math=False)
-    lower.plot(x, [row["lr"] for row in steps], color=RATE, **thick)
-    peak = max(row["lr"] for row in steps)
+    lower.plot(x, rates, color=RATE, **thick)
+    peak = max(rates)
     lower.set(ylim=(0, 1.2 * peak or 1), xlabel="optimizer steps", ylabel="learning rate")
     lower.set_yticks([0, peak], ["0", f"{peak:.3g}"])
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))

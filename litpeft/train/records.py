@@ -92,6 +92,6 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
     )
     if not (out / "run.yaml").exists():  # the folder was removed while the run went on
         begin_run(out, settings, name, run.method, run.rows)
-    path = write_report(out, facts, log.curve())
+    path = write_report(out, facts, log.curve)
     say("\n".join(summary_lines(facts)))
     say(f"the whole story: {path}")

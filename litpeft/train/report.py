@@ -72,7 +72,7 @@ class RunFacts:
         return next((point for point in self.validation if self.best and point[0] == self.best[0]), None)
 
 
-def write_report(folder: Path, facts: RunFacts, steps: list[dict[str, float]]) -> Path:
+def write_report(folder: Path, facts: RunFacts, steps: list[tuple[float, float, float]]) -> Path:
     """Writes report.md, report.json and, if the run made a step, loss.png into a run's folder; returns report.md.
 
     `steps` are the step, loss and lr of each step.

@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 
 from litpeft.core.errors import INTERRUPTED, STOPPED
 from litpeft.train.launch import SIGNALS, to_catch
@@ -21,9 +21,7 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._ask) for number in to_catch()}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.asked and not self.training and not isinstance(error, SystemExit):
