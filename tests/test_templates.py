@@ -141,7 +141,7 @@ def test_special_tokens_spelled_out_in_contents_stay_plain_text(style):
         clean = tokenizer.encode(template.render(turns))
         spliced = [Turn(t.role, t.content[:3] + INJECTED[number % len(INJECTED)] + t.content[3:]) for t in turns]
         rendered = template.spans(spliced)
-        ids, offsets = tokenizer.encode_with_offsets(rendered.text, rendered.literal)
+        ids, offsets = tokenizer.encode_batch([rendered.text], [rendered.literal])[0]
         assert rendered.text == template.render(spliced)
         assert special_ids(tokenizer, ids) == special_ids(tokenizer, clean)
         assert tokenizer.decode(ids, skip_special=False) == rendered.text

@@ -58,7 +58,7 @@ def test_sentencepiece_ids_equal_transformers_and_sentencepiece(pieces):
 def test_offsets_cut_the_text_into_what_the_tokens_stand_for(chatml, pieces):
     for tokenizer in (chatml, pieces):
         for text in (*CORPUS[:40], "a<|im_end|> b</s>c", "日本 🙂"):
-            ids, offsets = tokenizer.encode_with_offsets(text)
+            ids, offsets = tokenizer.encode_batch([text], [[]])[0]
             assert len(ids) == len(offsets)
             assert offsets == sorted(offsets)
             covered = {i for a, b in offsets for i in range(a, b)}
@@ -69,21 +69,21 @@ def test_offsets_cut_the_text_into_what_the_tokens_stand_for(chatml, pieces):
 def test_special_tokens_within_plain_spans_are_text_and_those_outside_are_tokens(chatml, special):
     text = f"<|im_start|>user\n{special} q<|im_end|>\n"
     start = len("<|im_start|>user\n")
-    ids, offsets = chatml.encode_with_offsets(text, [(start, start + len(special))])
+    ids, offsets = chatml.encode_batch([text], [[(start, start + len(special))]])[0]
     marks = [(chatml.backend.names[i], text[a:b]) for i, (a, b) in zip(ids, offsets, strict=True) if i in (0, 1)]
     assert marks == [("<|im_start|>", "<|im_start|>"), ("<|im_end|>", "<|im_end|>")]
     assert chatml.decode(ids, skip_special=False) == text
     assert offsets == sorted(offsets)
-    without = chatml.encode_with_offsets("<|im_start|>user\nab q<|im_end|>\n", [(start, start + 2)])[0]
+    without = chatml.encode("<|im_start|>user\nab q<|im_end|>\n", [(start, start + 2)])
     assert without == chatml.encode("<|im_start|>user\nab q<|im_end|>\n")
 
 
 def test_sentencepiece_keeps_special_tokens_in_plain_spans_as_text(pieces):
-    ids, offsets = pieces.encode_with_offsets("<s>the</s> cat</s>", [(6, 10)])
+    ids, offsets = pieces.encode_batch(["<s>the</s> cat</s>"], [[(6, 10)]])[0]
     assert [i for i in ids if i in (1, 2)] == [1, 2]
     assert offsets[0] == (0, 3)
     assert offsets[-1] == (14, 18)
-    assert pieces.encode("</s>", special=False) != [2]
+    assert pieces.encode("</s>", [(0, 4)]) != [2]
 
 
 def test_spaces_belong_to_their_token_even_if_the_file_trims_offsets(tmp_path):
@@ -95,7 +95,7 @@ def test_spaces_belong_to_their_token_even_if_the_file_trims_offsets(tmp_path):
     inner.enable_truncation(4)
     inner.enable_padding(length=9)
     inner.save(str(folder / "tokenizer.json"))
-    ids, offsets = Tokenizer.load(folder).encode_with_offsets("the cat fox  dog the cat")
+    ids, offsets = Tokenizer.load(folder).encode_batch(["the cat fox  dog the cat"], [[]])[0]
     assert [a for a, _ in offsets[1:]] == [b for _, b in offsets[:-1]]
     assert offsets[-1][1] == 24
 
@@ -134,7 +134,7 @@ def test_the_named_end_token_is_special_even_if_the_file_forgot_to_say_so(tmp_pa
         (folder / "tokenizer.json").write_text(json.dumps(content | {"added_tokens": tokens}))
         tokenizer = Tokenizer.load(folder)
         assert tokenizer.encode("<|im_end|>") == [1]
-        assert 1 not in tokenizer.encode("<|im_end|>", special=False)
+        assert 1 not in tokenizer.encode("<|im_end|>", [(0, 10)])
 
 
 def test_a_named_list_of_chat_templates_gives_the_default_one(tmp_path):

@@ -1,6 +1,5 @@
 """A sentencepiece model file (tokenizer.model): its pieces, and the BPE merges that they imply."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # ModelProto.SentencePiece.Type
@@ -8,16 +7,11 @@ SPACE = "\u2581"  # what sentencepiece writes for a space
 BPE_MODEL = 2  # TrainerSpec.ModelType
 
 
-@dataclass(frozen=True)
-class PieceModel:
-    """The content of a tokenizer.model."""
+def read_pieces(path: Path) -> tuple[list[tuple[str, int]], int]:
+    """Returns the text and type (NORMAL, CONTROL, ...) of each piece in the order of their ids, and the model's kind.
 
-    pieces: list[tuple[str, int]]  # text and type (NORMAL, CONTROL, ...), in the order of their ids
-    kind: int  # BPE_MODEL, or another
-
-
-def read_pieces(path: Path) -> PieceModel:
-    """Returns the content of a tokenizer.model; raises ValueError if the file is not one."""
+    Raises ValueError if the file is not a tokenizer.model.
+    """
     from google.protobuf.message import DecodeError
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -29,7 +23,7 @@ def read_pieces(path: Path) -> PieceModel:
     pieces = [(piece.piece, piece.type) for piece in model.pieces]
     if not pieces or len(dict(pieces)) < len(pieces):
         raise ValueError("it holds no pieces, or one of them twice")
-    return PieceModel(pieces, model.trainer_spec.model_type)
+    return pieces, model.trainer_spec.model_type
 
 
 def merges_of(order: list[str]) -> list[tuple[str, str]]:

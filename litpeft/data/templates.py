@@ -109,7 +109,7 @@ class ChatTemplate:
     def prompt(self, turns: Sequence[Message], place: str = "") -> list[int]:
         """Returns the ids of the prompt for the next answer; raises ValueError if the template refuses the chat."""
         text, literal = self._one(self._prompt(turns), place)
-        return self.tokenizer.encode_with_offsets(text, literal)[0]
+        return self.tokenizer.encode(text, literal)
 
     def _spans(self, turns: Sequence[Turn]) -> Task[Rendered]:
         messages = self._messages(turns)

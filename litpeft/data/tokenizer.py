@@ -8,7 +8,7 @@ from typing import Any
 
 from litpeft.core.errors import ModelError, located
 from litpeft.core.json import read_optional
-from litpeft.data.tokenizer_backends import Backend, Encoded, Span, any_of, overlaps
+from litpeft.data.tokenizer_backends import Backend, Encoded, Span, overlaps
 from litpeft.data.tokenizer_files import read_files
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -29,7 +29,7 @@ class Tokenizer:
     def __post_init__(self) -> None:
         self.bos, self.eos = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
         self.bos_id = self.token_id(self.bos)
-        self.special_pattern = any_of(list(self.backend.specials))
+        self.special_pattern = self.backend.special_pattern
         unknown = self.token_id(self.special_tokens.get("unk_token"))
         # ids that literal text must never become; characters outside the vocabulary rightly become the unknown token
         self._guarded = frozenset(self.backend.specials.values()) - {unknown}
@@ -68,17 +68,12 @@ class Tokenizer:
     def token_id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.ids.get(token)
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Returns the ids of a text; without `special`, special tokens that it spells are plain text."""
-        return self.encode_with_offsets(text, [] if special else [(0, len(text))])[0]
-
-    def encode_with_offsets(self, text: str, literal: list[Span] | None = None) -> tuple[list[int], list[Span]]:
-        """Returns ids and their character offsets; special tokens within the spans `literal` are plain text."""
-        encoded = self.encode_batch([text], [literal or []])[0]
-        return encoded.ids, encoded.offsets
+    def encode(self, text: str, literal: list[Span] | None = None) -> list[int]:
+        """Returns the ids of a text; special tokens within the spans `literal` are plain text."""
+        return self.encode_batch([text], [literal or []])[0].ids
 
     def encode_batch(self, texts: list[str], literal: list[list[Span]]) -> list[Encoded]:
-        """Does the same for many texts at once; raises ValueError for text that is not valid Unicode."""
+        """Does the same for many texts, with offsets; raises ValueError for text that is not valid Unicode."""
         for text in texts:
             if SURROGATE.search(text):
                 raise ValueError("the text holds a lone surrogate, which is no character")
@@ -135,8 +130,8 @@ class StreamDecoder:
     The pieces joined are `Tokenizer.decode` of all the ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self.tokenizer, self.skip_special = tokenizer, skip_special
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
         self._ids: list[int] = []
         self._done = 0  # ids before it are printed
         self._context = 0  # decoding starts here, since the space before a token depends on the token before it
@@ -145,7 +140,7 @@ class StreamDecoder:
         """Returns the text that this id completes; empty while a character is incomplete."""
         self._ids.append(token)
         name = self.tokenizer.backend.names.get(token, "")
-        if BYTE.fullmatch(name) or (self.skip_special and name in self.tokenizer.backend.specials):
+        if BYTE.fullmatch(name) or name in self.tokenizer.backend.specials:
             return ""  # wait: a byte that does not fit makes the bytes before it U+FFFD, too
         text = self._pending()
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -160,5 +155,5 @@ class StreamDecoder:
         return text
 
     def _pending(self) -> str:
-        known = self.tokenizer.decode(self._ids[self._context : self._done], self.skip_special)
-        return self.tokenizer.decode(self._ids[self._context :], self.skip_special)[len(known) :]
+        known = self.tokenizer.decode(self._ids[self._context : self._done])
+        return self.tokenizer.decode(self._ids[self._context :])[len(known) :]

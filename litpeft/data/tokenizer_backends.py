@@ -3,8 +3,8 @@
 import re
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import tokenizers
 
@@ -12,8 +12,7 @@ WORD = re.compile(r"\w")
 Span = tuple[int, int]  # start and end in a text, in characters
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """The tokens of a text."""
 
     ids: list[int]
@@ -46,7 +45,7 @@ class Backend:
         self.names = {number: name for name, number in self.ids.items()}  # id -> token
 
     def make_special(self, tokens: list[str]) -> None:
-        """Marks these tokens of the vocabulary as special, and sets `specials`, all that are."""
+        """Marks these tokens of the vocabulary as special, and sets `specials`, all that are, and their pattern."""
         added = {token.content: token for token in self.inner.get_added_tokens_decoder().values()}
         for text in tokens:
             token = added.get(text, tokenizers.AddedToken(text, normalized=False))
@@ -54,6 +53,7 @@ class Backend:
             self.inner.add_tokens([token])
         self.added = {token.content: token for token in self.inner.get_added_tokens_decoder().values()}
         self.specials = {text: self.ids[text] for text, token in self.added.items() if token.special}
+        self.special_pattern = any_of(list(self.specials))
 
     def encode(self, texts: list[str]) -> list[Encoded]:
         return [Encoded(e.ids, e.offsets) for e in self.inner.encode_batch(texts, add_special_tokens=False)]
@@ -78,7 +78,7 @@ class Backend:
     def _marks(self, text: str) -> Iterator[Span]:
         """Yields where special tokens stand in a text, from left to right."""
         if not any(self.added[name].single_word or self.added[name].normalized for name in self.specials):
-            yield from (match.span() for match in self._pattern.finditer(text))
+            yield from (match.span() for match in self.special_pattern.finditer(text))
             return
         encoded = self.inner.encode(text, add_special_tokens=False)  # whether they match depends on their neighbours
         for number, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
@@ -89,10 +89,6 @@ class Backend:
             beside = text[max(0, start - 1) : start] + text[end : end + 1]
             if not (self.added[name].single_word and WORD.search(beside)):
                 yield start, end
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        return any_of(list(self.specials))
 
     @cached_property
     def _twin(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:

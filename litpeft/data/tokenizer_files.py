@@ -133,18 +133,18 @@ def _from_pieces(path: Path, name: str, config: dict[str, Any]) -> tokenizers.To
         what = f"tokenizer_class is {said!r}, for which litpeft does not know how a tokenizer.model is read"
         raise ModelError(what, hint='if the model is of Llama\'s kind, write "tokenizer_class": "LlamaTokenizer" there')
     try:
-        model = read_pieces(path)
+        pieces, model_kind = read_pieces(path)
     except (OSError, LookupError, ValueError) as error:
         raise ModelError(f"{path.name} cannot be read: {error}", where=path) from None
-    if model.kind != BPE_MODEL:
-        what = f"{path.name} is a sentencepiece model of kind {model.kind}; a {name} is of kind {BPE_MODEL}, BPE"
+    if model_kind != BPE_MODEL:
+        what = f"{path.name} is a sentencepiece model of kind {model_kind}; a {name} is of kind {BPE_MODEL}, BPE"
         raise ModelError(what, where=path, hint="take the model's tokenizer.json")
-    vocabulary = {piece: number for number, (piece, _) in enumerate(model.pieces)}
-    merges = merges_of([piece for piece, kind in model.pieces if kind not in (UNKNOWN, CONTROL, BYTE)])
-    unknown = next((piece for piece, kind in model.pieces if kind == UNKNOWN), None)
+    vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)}
+    merges = merges_of([piece for piece, kind in pieces if kind not in (UNKNOWN, CONTROL, BYTE)])
+    unknown = next((piece for piece, kind in pieces if kind == UNKNOWN), None)
     inner = tokenizers.Tokenizer(BPE(vocab=vocabulary, merges=merges, unk_token=unknown))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "first", split=False)
-    for piece, kind in model.pieces:
+    for piece, kind in pieces:
         if kind in (CONTROL, USER_DEFINED):
             inner.add_tokens([AddedToken(piece, special=kind == CONTROL, normalized=False)])
     return inner
