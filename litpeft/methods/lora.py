@@ -7,14 +7,12 @@ Trains rank * (in + out) parameters for each target. Folds: W <- W + s B A.
 """
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor
 
-from litpeft.core.errors import ConfigError
 from litpeft.core.typed import LATER
-from litpeft.model.delta import Method, linears
+from litpeft.model.delta import Method, linears, matching
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Delta, Linear, LowRankDelta, kaiming
 
@@ -61,7 +59,6 @@ class LoRA(Method):
     """Globs of the linear layers that get an update."""
     ranks: dict[str, int] = field(default_factory=dict)
     """Other ranks for some targets, by glob, e.g. {"*.mlp.*": 16}; the last glob that matches counts."""
-
     lr_ratio: float = field(default=1.0, metadata=LATER)
     """B learns at lr_ratio * train.lr; the LoRA+ paper takes 16 with half of LoRA's train.lr."""
 
@@ -84,14 +81,12 @@ class LoRA(Method):
 
     def shapes(self, model: GPT) -> dict[str, tuple[Linear, Shape]]:
         """Returns the targets by name, each with its sizes in and out, rank, scale and dropout."""
-        targets = linears(model, self.targets)
-        for glob in self.ranks:
-            if not any(fnmatchcase(name, glob) for name in targets):
-                raise ConfigError(f'"{glob}" matches no target', where="method.ranks")
-        shapes = {}
-        for name, linear in targets.items():
-            rank = ([self.rank] + [rank for glob, rank in self.ranks.items() if fnmatchcase(name, glob)])[-1]
-            alpha = 2 * rank if self.alpha is None else self.alpha
+        targets, shapes = linears(model, self.targets), {}
+        ranks = dict.fromkeys(targets, self.rank)
+        for glob, rank in self.ranks.items():
+            ranks |= dict.fromkeys(matching(targets, glob, "target", "method.ranks"), rank)
+        for name, rank in ranks.items():
+            linear, alpha = targets[name], 2 * rank if self.alpha is None else self.alpha
             scale = alpha / rank**0.5 if self.rslora else alpha / rank
             shapes[name] = linear, (linear.in_features, linear.out_features, rank, scale, self.dropout)
         return shapes
