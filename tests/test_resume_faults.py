@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from conftest import read_metrics
+from safetensors.torch import load_file
 from short_runs import (
     LONG,
     QUIET,
@@ -309,7 +310,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_folder, tmp_path, caps
         train(tiny_folder, tmp_path / "run", {"train.lr": 1e30, "train.max_norm": "null"})
     assert stop.value.code == 5
     for saved in (tmp_path / "run").rglob("*.safetensors"):
-        assert all(tensor.isfinite().all() for tensor in litpeft.core.safetensors.load_file(saved).values())
+        assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
 
 
 def against(folder: Path) -> Path:
