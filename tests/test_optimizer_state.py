@@ -12,7 +12,6 @@ from torch import Tensor
 
 from litpeft.core.errors import ModelError, UserError
 from litpeft.core.safetensors import save_tensors
-from litpeft.train.checkpoints import writable
 from litpeft.train.optim import make_optimizer
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
 from litpeft.train.settings import Train
@@ -67,7 +66,7 @@ def steps(parameters: dict[str, Tensor], optimizer: object, numbers: range) -> N
 
 
 def through_files(folder: Path, tensors: dict[str, Tensor], values: dict) -> tuple[dict[str, Tensor], dict]:
-    save_tensors(writable(tensors), folder / "optimizer.safetensors")
+    save_tensors(tensors, folder / "optimizer.safetensors")
     (folder / "state.json").write_text(json.dumps(values))
     return load_file(folder / "optimizer.safetensors"), json.loads((folder / "state.json").read_text())
 

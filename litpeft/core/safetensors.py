@@ -89,14 +89,11 @@ class Weights:
         lines = [f"{name} {self.dtype(name)} {list(self.shape(name))} {digests[name]}\n" for name in self.file_of]
         return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
-    def sums(self) -> dict[str, str]:
-        """Returns the sha256 of every tensor; the files are read, not mapped, to keep no pages in memory."""
-        found = [tensor_sums(self.folder / file, torch.get_num_threads()) for file in self.headers]
-        return {name: sums[name] for sums in found for name in sums}
-
     def verified_sums(self) -> dict[str, str]:
-        """Does the same, and raises if they are not those of the folder's checksums.json."""
-        sums = self.sums()
+        """Returns the sha256 of every tensor; raises if they are not those of the folder's checksums.json."""
+        # the files are read, not mapped, to keep no pages in memory
+        found = [tensor_sums(self.folder / file, torch.get_num_threads()) for file in self.headers]
+        sums = {name: digest for part in found for name, digest in part.items()}
         verify_sums(self.folder, sums, self.file_of)
         return sums
 
@@ -201,8 +198,15 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes one safetensors file with the umask's permissions; the library makes it private."""
+    ready: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():  # on the CPU, contiguous, and no two in the same memory
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(ready, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise ResourceError(f"cannot be written: {error}", where=path) from None
     mask = os.umask(0)

@@ -211,7 +211,7 @@ def save_result(
             write_config(temporary, dtype, settings)
             write_stop_ids(temporary, facts["base"]["tokenizer"]["stop_ids"])
         else:
-            save_tensors({k: v.contiguous() for k, v in _finite(tensors, folder)}, temporary / DELTA)
+            save_tensors(dict(_finite(tensors, folder)), temporary / DELTA)
         record = {
             "format": FORMAT,
             "litpeft": __version__,

@@ -131,7 +131,7 @@ class Checkpoints:
         path = self.folder / folder_name(step)
         with replace_folder(path) as folder:
             for stem, named in tensors.items():
-                save_tensors(writable(named), folder / f"{stem}.safetensors")
+                save_tensors(named, folder / f"{stem}.safetensors")
             (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
             files = {p.name: {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.iterdir())}
             record = {"format": FORMAT, "step": step, "files": files, "facts": json.loads(json.dumps(facts))}
@@ -230,18 +230,6 @@ def check_finite(values: dict[str, Any], name: str) -> None:
     bad = next(nonfinite(values), None)
     if bad:
         raise ValueError(f"{name}: {bad} is not finite")
-
-
-def writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors as safetensors needs them: on the CPU, contiguous, and no two in the same memory."""
-    ready: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        ready[name] = tensor.clone() if place in taken else tensor
-        taken.add(place)
-    return ready
 
 
 def nonfinite(value: object, name: str = "") -> Iterator[str]:

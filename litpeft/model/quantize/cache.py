@@ -48,8 +48,7 @@ class Cache:
         try:
             self._remove()
             with atomic_folder(self.folder) as temporary:
-                held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-                save_tensors(held, temporary / FILES[0])
+                save_tensors(tensors, temporary / FILES[0])
                 facts = {**self.facts, "sha256": file_sha256(temporary / FILES[0]), "litpeft": __version__}
                 (temporary / FILES[1]).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
