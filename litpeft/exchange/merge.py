@@ -114,7 +114,7 @@ def _merged(
 
     def rounded() -> Iterator[tuple[str, Tensor]]:
         left = {ours: shape for ours, shape in names.ours.items() if ours not in model.base_keys}
-        for ours, exact, before in folds(model, widened=Scratch()):
+        for ours, exact, before in folds(model, Scratch()):
             after = exact.to(dtype, copy=exact is not before)
             before = model.base_values.get(ours, torch.zeros_like(exact) if before is None else before)
             if before is not exact:

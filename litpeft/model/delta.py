@@ -200,13 +200,8 @@ def unfoldable(model: nn.Module) -> str | None:
     return None
 
 
-def widened(tensor: Tensor) -> Tensor:
-    """Returns a copy in float32 or better."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-
-
 def folds(
-    module: nn.Module, prefix: str = "", widened: Callable[[Tensor], Tensor] = widened
+    module: nn.Module, widened: Callable[[Tensor], Tensor], prefix: str = ""
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yields name, tensor and former tensor of the plain model that computes the same without deltas.
 
@@ -228,4 +223,4 @@ def folds(
     elif not isinstance(module, Slot | Bank):
         yield from ((prefix + name, p, p) for name, p in module.named_parameters(recurse=False))
         for name, child in module.named_children():
-            yield from folds(child, f"{prefix}{name}.", widened)
+            yield from folds(child, widened, f"{prefix}{name}.")
