@@ -144,7 +144,7 @@ def test_merging_onto_the_original_is_measured_and_warned_of(quantized_run: Path
 def test_onto_original_is_for_quantised_runs(tiny_folder, tmp_path, capsys) -> None:
     code, said = fails(capsys, "merge", str(finetune(tiny_folder, tmp_path)), "--onto", "original")
     assert code == 2
-    assert "saw the original weights" in said
+    assert "the run's base was not quantised" in said
 
 
 def test_the_report_says_how_the_base_was_held(quantized_run: Path) -> None:

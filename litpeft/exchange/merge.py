@@ -38,7 +38,7 @@ def merge(settings: Merge) -> None:
         what = f"there is nothing to merge: {run.folder} is an ordinary Hugging Face folder already"
         raise ModelError(what, where=settings.run)
     if settings.onto == "original" and run.storage is None:
-        what = "the run saw the original weights (base.quantize null), so there are no others to choose"
+        what = "the run's base was not quantised (base.quantize null), so there is nothing to choose"
         raise ConfigError(what, where="onto", hint="leave it out")
     out = Path(settings.out) if settings.out else Path(settings.run) / "merged"
     check_place(out)

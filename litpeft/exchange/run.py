@@ -258,6 +258,9 @@ def build_run(
     try:
         model = build(base, dtype, run.method(), device, storage, delta=delta)
     except ConfigError as error:
+        if storage is None and run.storage is not None:  # as `merge --onto original` wants it
+            what = f"what was learned belongs to weights in {run.storage.name}, not to others: {error.what}"
+            raise ConfigError(what, where="onto", hint="leave it out") from None
         what = f"{error.where.replace('method', 'settings', 1)}: {error.what}"  # the settings come from delta.json
         raise ModelError(what, where=run.folder / "delta.json", hint=NOT_OURS) from None
     load_delta(model, delta, str(run.folder))

@@ -50,7 +50,7 @@ class Merge:
     dtype: Dtype = None
     """Type of the weights; default: that of the base's file."""
     onto: Literal["trained", "original"] = "trained"
-    """trained: the weights that the run saw, dequantised where it held them quantised; original: those of the files."""
+    """Of a quantised base: trained takes its weights as the run held them, dequantised; original, as the files do."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
 

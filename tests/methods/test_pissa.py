@@ -5,6 +5,7 @@ import torch
 from conftest import TINY, finetune, folded, make_folder
 from safetensors.torch import load_file
 
+from litpeft.cli import main
 from litpeft.core.errors import ConfigError
 from litpeft.exchange.run import build_run, find_run
 from litpeft.generate.cpu.fused_block import fuse_blocks
@@ -106,6 +107,16 @@ def test_loftq_wants_a_quantised_base(tiny_folder) -> None:
     with pytest.raises(ConfigError, match="not held in codes") as error:
         build(tiny_folder, torch.float32, LoftQ())
     assert error.value.where == "base.quantize"
+
+
+def test_a_loftq_run_is_not_merged_onto_the_original(tiny_folder, tmp_path, capsys) -> None:
+    run = finetune(tiny_folder, tmp_path, method="loftq")
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", str(run), "--onto", "original"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: onto: what was learned belongs to weights in nf4, not to others: loftq chooses the codes" in said
+    assert said.endswith("hint: leave it out\n")
 
 
 @pytest.mark.parametrize("iterations", [0, 1001])
