@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litpeft.core.distributed import copy_shard
+from litpeft.core.distributed import copy_shard, is_first
 from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights, is_finite
 from litpeft.model.config import ModelConfig
@@ -19,7 +19,7 @@ from litpeft.model.families.read import left_out, read_config
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.model.quantize.cache import Cache
-from litpeft.model.quantize.quantized import store
+from litpeft.model.quantize.quantized import Quantized, store
 from litpeft.model.slots import Bank, Delta, Linear
 
 
@@ -42,26 +42,27 @@ def build(
     device: torch.device | str = "cpu",
     storage: Storage | None = None,
     shard: Callable[[GPT], None] | None = None,
-    first: bool = True,
     delta: dict[str, Tensor] | None = None,
 ) -> GPT:
     """Returns the model of a Hugging Face folder in `dtype`, with `method` at its start, or frozen without a method.
 
-    `storage` says how the linear layers are held. `shard` spreads the model over the ranks. Only the `first` rank
+    `storage` says how the linear layers are held. `shard` spreads the model over the ranks. Only the first rank
     verifies the files' checksums, and writes the quantised weights to disk if `storage` wants them cached.
     `delta` is what a run saved: the caller loads it afterwards, and the method restores here what it does not hold.
     """
     config, weights, names = checked_files(folder)
-    verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if first else None  # in parallel to what follows
+    verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if is_first() else None  # beside what follows
     with torch.device("meta"):  # 1. shapes
         model = GPT(config)
     model.dtype, model.files = dtype, weights
-    quantized = {} if storage is None else store(model, storage.name, storage.double_quantize, dtype)  # 2. storages
+    if storage is not None:  # 2. storages
+        store(model, storage.name, storage.double_quantize, dtype)
     if method is None:
         model.requires_grad_(False)  # so that no parameter is copied out of its file
     else:  # 3. slots filled; names of the base stay as they are
         attach(model, method)
-    wide = dtype if method is None else method.trained_dtype(dtype)
+    method = method or Method()  # whose hooks change nothing
+    wide = method.trained_dtype(dtype)
     for key, parameter in model.named_parameters():
         if parameter.is_floating_point() and key in names.ours:
             parameter.data = parameter.data.to(wide if parameter.requires_grad else dtype)
@@ -72,35 +73,45 @@ def build(
     if shard is not None:  # 5. each rank has memory for its share
         shard(model)
     cache = Cache(folder, storage.key, weights.fingerprint()) if storage is not None and storage.cache else None
+    _fill(model, names, method, device, cache, delta)  # 6. the base's weights
+    if verified is not None:
+        verified.result()
+    return model
+
+
+def _fill(
+    model: GPT, names: NameMap, method: Method, device: torch.device | str, cache: Cache | None, delta: dict | None
+) -> None:
+    """Gives `model` the weights of its files, tensor by tensor, or what `method` gives in their place.
+
+    Packed weights are read from the `cache`, if it has them; else the first rank writes them there.
+    """
     cached, packed = None if cache is None else cache.tensors(), {}
-    starts = method is not None and type(method).start is not Method.start
-    changed = False  # whether a method has given another weight than that of the base
-    for ours in names.ours:  # 6. the base's weights, tensor by tensor; a method may give its own in their place
+    writes, starts = cache is not None and cached is None and is_first(), type(method).start is not Method.start
+    changed = False  # whether the method has given another weight than that of the base
+    for ours in names.ours:
         module, _, leaf = ours.rpartition(".")
         layer = model.get_submodule(module)
-        stored = leaf == "weight" and module in quantized
+        stored = leaf == "weight" and isinstance(layer, Quantized)
         codes = None
         if stored and cached is not None:
             codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
-        tensor = _read(names, weights, ours).to(device) if codes is None or starts else None
+        tensor = _read(names, model.files, ours).to(device) if codes is None or starts else None
         values = {leaf: tensor}
         if leaf == "weight" and isinstance(layer, Linear):
             packing = Packing(layer, tensor, codes)
-            mine = method.start(module, layer, tensor, packing.held, delta) if starts else tensor
+            mine = method.start(module, layer, tensor, packing.held, delta)
             values, changed = packing.pack(mine), changed or mine is not tensor
-        elif layer is model.embed and method is not None:
+        elif layer is model.embed:
             method.start_embedding(model, tensor)
         values = {f"{module}.{key}": value for key, value in values.items()}
         for key, value in values.items():
             _place(model, key, value)
-        if stored and cache is not None and cached is None and first:
+        if stored and writes:
             packed |= values
-        weights.drop_pages(sum(value.nbytes for value in values.values()))  # of the files: each is read once
+        model.files.drop_pages(sum(value.nbytes for value in values.values()))  # each is read once
     if packed and not changed:
         cache.write(packed)
-    if verified is not None:
-        verified.result()
-    return model
 
 
 @dataclass

@@ -66,7 +66,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     base = Path(settings.base.dir)
     shard = sharder(settings, run.precision, fabric)
     saved = None if run.saved is None else run.saved.tensors("delta")
-    model = build(base, run.precision.weights, method, device, storage, shard, fabric.is_global_zero, saved)
+    model = build(base, run.precision.weights, method, device, storage, shard, saved)
     model.recompute = settings.train.activation_checkpointing
     if shard is None:
         use_fused_step(model, device)
