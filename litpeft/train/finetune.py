@@ -89,7 +89,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
         fabric.barrier()
         stack.enter_context(log)
         signals.tell = log.message
-        loaded = Loaded(model, run.tokenizer, run.template, settings.data.system, None)
+        loaded = Loaded(model, run.template.tokenizer, run.template, settings.data.system, None)
         trainer = Trainer(fabric, wrapped, optimizer, run, loaded, log, signals)
         if run.saved is not None:
             trainer.resume(run.saved)
@@ -141,7 +141,7 @@ def save(run: Preparation, model: GPT, progress: Progress, step: int, storage: S
         "base": base_facts(base, storage, run.facts["base"], reads["config"], reads["tokenizer"]),
         "template": {
             "name": run.template.name,
-            "sha256": run.tokenizer.template_hash,
+            "sha256": run.template.tokenizer.template_hash,
             "system": run.settings.data.system,
         },
         "precision": run.precision.name,

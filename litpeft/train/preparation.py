@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from litpeft.train.devices import check_devices
 from litpeft.train.launch import check_world
 from litpeft.train.log import summary_writer_class
 from litpeft.train.optim import check_optimizer, total_steps
-from litpeft.train.resume import began, check_same_run, circumstances, find_saved, finished_at, rows_sha256
+from litpeft.train.resume import check_same_run, circumstances, find_saved, finished_at, rows_sha256
 from litpeft.train.samples import Question, askable
 from litpeft.train.settings import Finetune, Validation
 
@@ -44,7 +45,6 @@ class Preparation:
     name: str
     method: Method
     rows: DataSet
-    tokenizer: Tokenizer
     template: ChatTemplate
     shapes: GPT  # of the model with the method attached, without memory
     questions: list[Question]  # that are asked of the model at each measurement
@@ -87,8 +87,8 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     tokenizer = Tokenizer.load(base)
     tokenizer.check_vocabulary(config.vocab_size)
     method.read(tokenizer)
-    start = began(saved)
-    template = ChatTemplate(tokenizer, settings.data.template, now=start)
+    began = datetime.now() if saved is None else datetime.fromisoformat(saved.facts["began"])
+    template = ChatTemplate(tokenizer, settings.data.template, now=began)  # when resumed, it prints the same date
     weights, shapes = check_run(settings, method, precision, device)
     rows = load_dataset(settings.data, tokenizer, template, shapes.reach)
     say(str(rows.report))
@@ -121,7 +121,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
             part: f"{counted(count.rows, 'row')}, {counted(count.tokens, 'token')}, {count.trained:,} trained"
             for part, count in (("rows to train on", rows.report.train), ("held-out rows", rows.report.validation))
         },
-        "began": start.isoformat(),
+        "began": began.isoformat(),
         "circumstances": circumstances(device, settings.devices * settings.num_nodes),
     }
     facts["settings"]["base"]["precision"] = precision.name  # auto may be another one on another machine
@@ -139,19 +139,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         dry_run(name, shapes, rows, tokenizer, steps)
         return None
     return Preparation(
-        settings,
-        name,
-        method,
-        rows,
-        tokenizer,
-        template,
-        shapes,
-        questions,
-        precision,
-        checkpoints,
-        saved,
-        facts,
-        steps,
+        settings, name, method, rows, template, shapes, questions, precision, checkpoints, saved, facts, steps
     )
 
 

@@ -62,11 +62,6 @@ class RunFacts:
     go_on: str = ""  # the command that resumes a stopped run
 
     @property
-    def share(self) -> float:
-        """Trained parameters over those of the base model."""
-        return self.trainable / self.parameters
-
-    @property
     def best_point(self) -> tuple[int, float] | None:
         """(step, loss) of the best measurement."""
         return next((point for point in self.validation if self.best and point[0] == self.best[0]), None)
@@ -132,8 +127,9 @@ def _figures(facts: RunFacts) -> dict[str, str]:
         found["training loss"] = f"{losses} (first and last 5 % of the steps)"
     if facts.validation:
         found["validation loss"] = _validation(facts)
-    trained = f"{scaled(facts.trainable)} of {scaled(facts.parameters)} parameters ({100 * facts.share:.3g} %)"
-    found["trained"] = f"{trained}, {scaled(facts.delta_bytes, 'B')} on disk"
+    share = f"{scaled(facts.trainable)} of {scaled(facts.parameters)} parameters"
+    share += f" ({100 * facts.trainable / facts.parameters:.3g} %)"
+    found["trained"] = f"{share}, {scaled(facts.delta_bytes, 'B')} on disk"
     memory = "" if facts.peak_memory is None else f", peak memory {scaled(facts.peak_memory, 'B')}"
     device = f"{facts.device} ({counted(facts.threads, 'thread')})"
     return found | {"used": f"{facts.tokens_per_second:,.0f} tokens/s{memory}, {device}"}

@@ -183,11 +183,6 @@ def finished_at(out: Path) -> int | None:
     return done.facts["step"] if done and done.facts["finished"] else None
 
 
-def began(saved: Checkpoint | None) -> datetime:
-    """Returns the time when the run began. A chat template may print it, and a resumed run must get the same tokens."""
-    return datetime.now() if saved is None else datetime.fromisoformat(saved.facts["began"])
-
-
 def difference(key: str, then: dict[str, Any], now: dict[str, Any]) -> str:
     """Returns a text on how the method, base or rows differ from those at the run's beginning."""
     if key == "method":
