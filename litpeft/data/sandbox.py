@@ -53,9 +53,11 @@ class Limits(NamedTuple):
 
 
 class LimitError(Exception):
-    """The template costs more than it may."""
+    """The template costs more than it may; `number` is the index of the task that met the limit."""
 
-    number = 0  # index of the text, or task, that met the limit
+    def __init__(self, what: str, number: int = 0):
+        super().__init__(what)
+        self.number = number
 
 
 class TooLong(ValueError):
@@ -76,22 +78,22 @@ class Template:
         self._compiling = Limits.of(8 * len(self._setup))  # compiling takes longer per character than rendering
         self._process: Process | None = None
         self._lock = threading.Lock()
-        self._one([])
+        self._one({})
 
-    def render(self, variables: dict[str, Any], marks: tuple[str, str] = ("", "")) -> str:
-        """Returns the text; `marks` are written around each generation block."""
-        return self._one([(variables, marks)])
+    def render(self, variables: dict[str, Any]) -> str:
+        """Returns the text of these variables, without marks around generation blocks."""
+        return self._one({0: (variables, ("", ""))})
 
     def run(self, tasks: Sequence[Task[T]]) -> list[T | ValueError]:
         """Returns the result of each task, or its error; the texts that tasks wait for are rendered together."""
-        results: list[Any] = []
+        results: dict[int, Any] = {}
         for start in range(0, len(tasks), BATCH):
-            results += _numbered(self._run, tasks[start : start + BATCH], range(start, len(tasks)))
-        return results
+            results |= self._run(dict(enumerate(tasks[start : start + BATCH], start)))
+        return [results[number] for number in range(len(tasks))]
 
-    def _run(self, tasks: Sequence[Task[T]]) -> list[T | ValueError]:
-        results: list[Any] = [None] * len(tasks)
-        answers: dict[int, Any] = dict.fromkeys(range(len(tasks)))
+    def _run(self, tasks: dict[int, Task[T]]) -> dict[int, T | ValueError]:
+        results: dict[int, Any] = {}
+        answers: dict[int, Any] = dict.fromkeys(tasks)
         while answers:
             asked: dict[int, Text] = {}
             for number, answer in answers.items():
@@ -102,39 +104,39 @@ class Template:
                     results[number] = stop.value
                 except ValueError as error:
                     results[number] = error
-            texts = _numbered(self._ask, list(asked.values()), list(asked)) if asked else []
-            answers = dict(zip(asked, texts, strict=True))
+            answers = self._ask(asked) if asked else {}
         return results
 
-    def _one(self, texts: Sequence[Text]) -> str:
-        [text] = self._ask(texts)
+    def _one(self, texts: dict[int, Text]) -> str:
+        [text] = self._ask(texts).values()
         if isinstance(text, ValueError):
             raise text
         return text
 
-    def _ask(self, texts: Sequence[Text]) -> list[str | ValueError]:
-        """Returns each rendered text, or its error; without texts, the result of compiling the template."""
-        question = packed(texts)
+    def _ask(self, texts: dict[int, Text]) -> dict[int, str | ValueError]:
+        """Returns each rendered text, or its error, by its task; without texts, what compiling the template gives."""
+        question, numbers = packed(list(texts.values())), list(texts) or [0]
         limits = Limits.of(len(question)) if texts else self._compiling
         if len(texts) > 1 and len(question) > BATCH_BYTES:
             return self._ask_each(texts)
-        answers, code = self._exchange(question, texts, limits)
+        answers, code = self._exchange(question, len(texts), limits)
         if code not in (None, TOO_SLOW) and len(texts) < 2:  # something else may have ended it: try again
-            answers, code = self._exchange(question, texts, limits)
+            answers, code = self._exchange(question, len(texts), limits)
         costly = [answer["limit"] for answer in answers if isinstance(answer, dict) and "limit" in answer]
         if code is None and not costly:
-            return [answer if isinstance(answer, str) else ValueError(answer["error"]) for answer in answers]
+            found = [answer if isinstance(answer, str) else ValueError(answer["error"]) for answer in answers]
+            return dict(zip(numbers, found, strict=True))
         if len(texts) > 1:  # find the one that met the limit
             return self._ask_each(texts)
         reason = costly[0] if costly else _reason(code, limits)
         if len(question) > LARGE:
-            return [TooLong(f"its {len(question):,} bytes are too many for the chat template: {reason}")]
-        raise LimitError(reason)
+            return {numbers[0]: TooLong(f"its {len(question):,} bytes are too many for the chat template: {reason}")}
+        raise LimitError(reason, numbers[0])
 
-    def _ask_each(self, texts: Sequence[Text]) -> list[str | ValueError]:
-        return [_numbered(self._ask, [text], [number])[0] for number, text in enumerate(texts)]
+    def _ask_each(self, texts: dict[int, Text]) -> dict[int, str | ValueError]:
+        return {number: self._ask({number: text})[number] for number, text in texts.items()}
 
-    def _exchange(self, question: bytes, texts: Sequence[Text], limits: Limits) -> tuple[list[Any], int | None]:
+    def _exchange(self, question: bytes, count: int, limits: Limits) -> tuple[list[Any], int | None]:
         """Returns the answers, and the process's exit code if it ended before it had given them all."""
         with self._lock:
             try:
@@ -144,9 +146,9 @@ class Template:
                     answers = _answers(self._process, self._setup, 1, self._compiling)
                     if not answers:
                         return answers, self._close()
-                if texts:
-                    answers = _answers(self._process, question, len(texts), limits)
-                return answers, None if len(answers) >= len(texts) else self._close()
+                if count:
+                    answers = _answers(self._process, question, count, limits)
+                return answers, None if len(answers) >= count else self._close()
             except BaseException:  # Ctrl-C: unread answers would be taken for those of the next question
                 self._close()
                 raise
@@ -204,15 +206,6 @@ def _resident(pid: int) -> int:
     """Returns the resident memory of a process in bytes."""
     size = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
     return int(size or 0) << 10
-
-
-def _numbered(ask: Any, items: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
-    """Returns ask(items); a LimitError of item i gets the number numbers[i]."""
-    try:
-        return ask(items)
-    except LimitError as error:
-        error.number = numbers[error.number]
-        raise
 
 
 def _reason(code: int, limits: Limits) -> str:
