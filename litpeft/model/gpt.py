@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights
 from litpeft.model.attention import attend
-from litpeft.model.config import ModelConfig
+from litpeft.model.config import ModelConfig, RopeScaling
 from litpeft.model.context import Context
 from litpeft.model.kernels.ops import recompute_output, rms_norm, rotate, swiglu, use_eager
 from litpeft.model.loss import summed_cross_entropy
@@ -26,11 +26,10 @@ from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
-def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Returns the rotary frequencies (R/2,) in radians a token; in float32, like those the models were trained with."""
-    exponent = torch.arange(0, config.rotary_size, 2, device=device).float() / config.rotary_size
-    frequency = 1.0 / config.rope_theta**exponent
-    scaling = config.rope_scaling
+def rope_frequencies(size: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Returns the rotary frequencies (size/2,) in radians a token; in float32, like those models were trained with."""
+    exponent = torch.arange(0, size, 2, device=device).float() / size
+    frequency = 1.0 / theta**exponent
     if scaling is None:
         return frequency
     if scaling.kind == "linear":
@@ -196,7 +195,8 @@ class GPT(nn.Module):
             x = x + self.positions(ctx.pos).to(x.dtype)
         if self.config.rotary_size:
             pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos
-            angle = pos[:, None, :, None].float() * rope_frequencies(self.config, ids.device)
+            rope = self.config.rotary_size, self.config.rope_theta, self.config.rope_scaling
+            angle = pos[:, None, :, None].float() * rope_frequencies(*rope, ids.device)
             cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
             ctx.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if ctx.cache is not None:

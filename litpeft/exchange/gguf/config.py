@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from litpeft.core.errors import ModelError
+from litpeft.model.config import RopeScaling
+from litpeft.model.gpt import rope_frequencies
 
 LARGEST_WIDTH = 1 << 20
 LARGEST_CONTEXT = 1 << 31
@@ -107,9 +110,11 @@ def rope_scaling(
         raise ModelError(f"rope_freqs.weight must be {head_dim // 2} finite float32")
     if kind == "none" and (factors == 1).all():
         return None
-    factor = single(factors.max())
+    factor, cpu = single(factors.max()), torch.device("cpu")
     for original in (1 << power for power in range(4, 21)):
-        if kind == "none" and factor > 1 and np.allclose(llama3(theta, head_dim, factor, original), factors, rtol=1e-3):
+        scaling = RopeScaling("llama3", factor, original_positions=original)
+        divisors = rope_frequencies(head_dim, theta, None, cpu) / rope_frequencies(head_dim, theta, scaling, cpu)
+        if kind == "none" and factor > 1 and np.allclose(divisors, factors, rtol=1e-3):
             return {
                 "rope_type": "llama3",
                 "type": "llama3",
@@ -120,11 +125,3 @@ def rope_scaling(
             }
     expected = "low_freq_factor 1, high_freq_factor 4, any power of 2 positions"
     raise ModelError(f"rope_freqs.weight is no llama3 scaling ({expected})")
-
-
-def llama3(theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:
-    """Returns llama3's divisors of the frequencies (D/2,): `factor` for low ones, 1 for high ones, mixed in between."""
-    frequency = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = original * frequency / (2 * math.pi)  # over the original context length
-    mix = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
-    return 1 / (mix + (1 - mix) / factor)
