@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.model.affine import Affine
-from litpeft.model.kernels.low_rank import add_updates
+from litpeft.model.kernels.low_rank import apply_affines
 from litpeft.model.kernels.ops import has_onednn, product
 from litpeft.model.quantize.codes import BLOCK, CODES, has_kernels
 from litpeft.model.quantize.four_bit import FP4, NF4, FourBit
@@ -54,10 +54,7 @@ class PackedLinears:
         y = self.product(x)
         if self.slot is None or self.slot.deltas is OFF:
             return y
-        gain, a, b, shift = self.affine.gain, self.affine.A, self.affine.B, self.affine.shift
-        wide = y if gain is None else y * gain
-        wide = wide if shift is None else wide + shift
-        return (wide if a is None else add_updates([wide], x, [(a, b)])[0]).to(y.dtype)
+        return apply_affines([y], x, [self.affine])[0]
 
     @property
     def covers_deltas(self) -> bool:
