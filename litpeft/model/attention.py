@@ -41,10 +41,6 @@ class Documents:
             self._starts = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device, non_blocking=True)
         return self._starts
 
-    def positions(self, device: torch.device) -> Tensor:
-        """Returns the position (T,) of each token in its own document."""
-        return torch.cat([torch.arange(n, device=device) for n in self.lengths])
-
     def bias(self, m: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Returns what is added to a document's scores (m, m): minus infinity where masked; cached for all layers."""
         if (m, window, dtype) not in self._biases:
@@ -52,13 +48,6 @@ class Documents:
             unseen = ~causal_mask(position, position, window)[0]
             self._biases[m, window, dtype] = torch.zeros(m, m, dtype=dtype).masked_fill_(unseen, float("-inf"))
         return self._biases[m, window, dtype]
-
-    def batches(self) -> list[list[int]]:
-        """Returns the indices of documents in batches of like length (within 64 tokens)."""
-        groups: dict[int, list[int]] = {}
-        for number, length in enumerate(self.lengths):
-            groups.setdefault((length + 63) // 64, []).append(number)
-        return list(groups.values())
 
 
 def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -148,7 +137,10 @@ def _by_length(q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: in
     """Documents of like length are padded at the end into one batch, so none is computed against another."""
     pieces: list[Tensor] = [q] * len(documents.lengths)
     parts = [x[0].transpose(0, 1).split(documents.lengths) for x in (q, k, v)]  # each document (m, heads, D)
-    for group in documents.batches():
+    alike: dict[int, list[int]] = {}  # documents whose lengths differ by less than 64 tokens
+    for number, length in enumerate(documents.lengths):
+        alike.setdefault((length + 63) // 64, []).append(number)
+    for group in alike.values():
         padded = [pad_sequence([part[i] for i in group], batch_first=True).transpose(1, 2) for part in parts]
         short_half = padded[0].size(2) <= SHORT and q.dtype in (torch.bfloat16, torch.float16)
         if short_half:

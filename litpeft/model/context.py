@@ -67,11 +67,11 @@ class Context:
         cls, lengths: tuple[int, ...], device: torch.device, prompt_lengths: tuple[int, ...] | None
     ) -> "Context":
         """Returns the context of one row (1, T) that holds documents of these lengths one after the other."""
-        documents, prompts = Documents(lengths), None
+        prompts, pos = None, torch.cat([torch.arange(n, device=device) for n in lengths])
         if prompt_lengths is not None:
             parts = [torch.full((n,), prompt) for n, prompt in zip(lengths, prompt_lengths, strict=True)]
             prompts = torch.cat(parts)[None].to(device, non_blocking=True)
-        return cls(documents.positions(device)[None], documents, prompts)
+        return cls(pos[None], Documents(lengths), prompts)
 
     def look_back(self, tokens: int, window: int | None, dtype: torch.dtype) -> None:
         """Sets `keys`, and the mask of what the new `tokens` of each row see of the cache.
