@@ -115,33 +115,27 @@ class Checkpoints:
         if bad:
             what = f"{bad} is not finite at step {step}: no checkpoint is written, the ones before are as they were"
             raise NumericError(what, where=str(self.folder))
+        new, path = not self.folder.is_dir(), self.folder / folder_name(step)
         try:
-            self._write(step, tensors, state, facts)
+            with replace_folder(path) as folder:
+                for stem, named in tensors.items():
+                    save_tensors(named, folder / f"{stem}.safetensors")
+                (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+                files = {p.name: {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.iterdir())}
+                record = {"format": FORMAT, "step": step, "files": files, "facts": json.loads(json.dumps(facts))}
+                record["checksum"] = checksum(record)
+                (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            if new:  # flush the folder's and the run's entries in their parents, too
+                sync(self.folder.parent)
+                with suppress(PermissionError):  # it may belong to someone else
+                    sync(self.folder.parent.parent)
+            self._seen[step] = stat_signature(path)
         except (OSError, UserError) as error:
             why = error.what if isinstance(error, UserError) else error.strerror or error
             what = f"the checkpoint of step {step} is not written, the ones before are as they were: {why}"
             hint = "make room or give the right to write there, then go on with --resume true"
             raise ResourceError(what, where=str(self.folder), hint=hint) from error
         self._prune(step, keep)
-
-    def _write(
-        self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], facts: dict[str, Any]
-    ) -> None:
-        new = not self.folder.is_dir()
-        path = self.folder / folder_name(step)
-        with replace_folder(path) as folder:
-            for stem, named in tensors.items():
-                save_tensors(named, folder / f"{stem}.safetensors")
-            (folder / STATE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-            files = {p.name: {"size": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.iterdir())}
-            record = {"format": FORMAT, "step": step, "files": files, "facts": json.loads(json.dumps(facts))}
-            record["checksum"] = checksum(record)
-            (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if new:  # flush the folder's and the run's entries in their parents, too
-            sync(self.folder.parent)
-            with suppress(PermissionError):  # it may belong to someone else
-                sync(self.folder.parent.parent)
-        self._seen[step] = stat_signature(path)
 
     def _read(self, step: int) -> Checkpoint:
         """Returns a checkpoint after verifying its files; raises a ValueError if one is damaged."""

@@ -65,11 +65,16 @@ def load_optimizer(
         what = f"the saved state is not of this optimizer over these parameters: {some(wrong, '; ')}"
         hint = "resume with the method, train.optimizer and train.optimizer_args that the run began with"
         raise ModelError(what, where=where, hint=hint)
-    for name, parameter in parameters:
-        if values[name] is not None:
-            optimizer.state[parameter] = filled(states[name], name, tensors, plain)
+    for path, value in expected.items():
+        name, _, key = path.partition("/")
+        if isinstance(value, Tensor):
+            copy_shard(value, tensors[path])
         else:
-            optimizer.state.pop(parameter, None)
+            states[name][key] = plain[path]
+    for name, parameter in parameters:
+        optimizer.state.pop(parameter, None)
+        if values[name] is not None:
+            optimizer.state[parameter] = states[name]
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
@@ -87,16 +92,6 @@ def named_parameters(optimizer: torch.optim.Optimizer, names: list[str]) -> list
 def by_path(state: dict, name: str) -> dict[str, Any]:
     """Returns the values of a parameter's state as NAME/KEY."""
     return {f"{name}/{key}": value for key, value in state.items()}
-
-
-def filled(state: dict, name: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict:
-    """Returns the state of a parameter with the saved values in place."""
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            copy_shard(value, tensors[f"{name}/{key}"])
-        else:
-            state[key] = plain[f"{name}/{key}"]
-    return state
 
 
 def fresh_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict:

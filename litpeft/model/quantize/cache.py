@@ -1,6 +1,5 @@
 """A base's packed weights on disk, beside its own files: written once, read by every later run."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from litpeft import __version__
 from litpeft.core.checksums import file_sha256, read_header
 from litpeft.core.errors import ModelError, UserError
 from litpeft.core.folders import atomic_folder
-from litpeft.core.json import read_json
+from litpeft.core.json import read_json, write_json
 from litpeft.core.safetensors import save_tensors
 from litpeft.core.terminal import say
 
@@ -50,7 +49,7 @@ class Cache:
             with atomic_folder(self.folder) as temporary:
                 save_tensors(tensors, temporary / FILES[0])
                 facts = {**self.facts, "sha256": file_sha256(temporary / FILES[0]), "litpeft": __version__}
-                (temporary / FILES[1]).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+                write_json(temporary / FILES[1], facts)
         except OSError as error:
             what = f"the packed weights cannot be written: {error.strerror or error}"
             hint = "make room there, or train without keeping them"
