@@ -85,7 +85,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
             stack.enter_context(locked(out))
             if not run.saved:
                 stack.enter_context(replaced(out, settings.overwrite or settings.resume, lambda: log.steps_done > 0))
-            begin_run(out, settings, run.name, method, run.rows)
+            begin_run(run)
         fabric.barrier()
         stack.enter_context(log)
         signals.tell = log.message

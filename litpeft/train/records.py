@@ -14,28 +14,27 @@ from litpeft import __version__
 from litpeft.core.json import jsonable
 from litpeft.core.terminal import command_line, say
 from litpeft.data.sources import find
-from litpeft.data.tokenise import DataSet
 from litpeft.exchange.run import resume_command
-from litpeft.model.delta import Method, trainable, unfoldable
+from litpeft.model.delta import trainable, unfoldable
 from litpeft.model.gpt import GPT
 from litpeft.train.log import Log
 from litpeft.train.preparation import Preparation, base_parameters
 from litpeft.train.progress import Progress
 from litpeft.train.report import RunFacts, summary_lines, write_report
-from litpeft.train.settings import Finetune
 
 
-def begin_run(out: Path, settings: Finetune, name: str, method: Method, rows: DataSet) -> None:
+def begin_run(run: Preparation) -> None:
     """Writes run.yaml, which can be used as --config, and the rows that were rejected."""
+    out = Path(run.settings.out)
     once = {"resume": False, "resume_changed": (), "overwrite": False}  # of one command, not of the run
-    record = asdict(settings) | once | {"method": asdict(method)}
+    record = asdict(run.settings) | once | {"method": asdict(run.method)}
     text = yaml.safe_dump(jsonable(record), sort_keys=False, allow_unicode=True)
-    command = command_line("finetune", name, "--config", out / "run.yaml", "--out", "ANOTHER")
+    command = command_line("finetune", run.name, "--config", out / "run.yaml", "--out", "ANOTHER")
     comment = "".join(f"# {line}\n" for line in command.split("\n"))
     (out / "report.md").unlink(missing_ok=True)  # the run is not over: see finished_at
     (out / "run.yaml").write_text(comment + text, encoding="utf-8")
-    if rows.rejected:
-        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows.rejected]
+    if run.rows.rejected:
+        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in run.rows.rejected]
         (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -91,7 +90,7 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         go_on=resume_command(name, out) if progress.exit_code or progress.out_of_time else "",
     )
     if not (out / "run.yaml").exists():  # the folder was removed while the run went on
-        begin_run(out, settings, name, run.method, run.rows)
+        begin_run(run)
     path = write_report(out, facts, log.curve)
     say("\n".join(summary_lines(facts)))
     say(f"the whole story: {path}")
