@@ -15,7 +15,7 @@ from typing import Any
 
 from litpeft.core.errors import ModelError, some
 from litpeft.core.json import read_json, write_json
-from litpeft.core.terminal import tell
+from litpeft.core.terminal import is_first, tell
 
 CHECKSUMS = "checksums.json"
 
@@ -47,8 +47,6 @@ def verify_sums(folder: Path, sums: dict[str, str], file_of: dict[str, str]) -> 
 @cache
 def tell_unverified(folder: Path) -> None:
     """Says once that damage of a folder's weights would not be noticed."""
-    from litpeft.core.distributed import is_first  # it imports torch, which `download` does not need
-
     if is_first():
         told = f"it has no {CHECKSUMS}, as `litpeft download`, `convert` and `merge` write it"
         tell(f"note: {folder} is unverified: {told}")

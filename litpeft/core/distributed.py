@@ -1,6 +1,5 @@
 """The same few functions for tensors that are sharded over processes (FSDP2's DTensors) and for ordinary ones."""
 
-import os
 import sys
 
 import torch
@@ -27,11 +26,3 @@ def copy_shard(parameter: Tensor, tensor: Tensor) -> None:
         full = tensor.to(parameter.device, parameter.dtype)
         tensor = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
     parameter.copy_(tensor)
-
-
-def is_first() -> bool:
-    """Returns whether this is the rank that prints and writes; works before the process group exists."""
-    names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
-    if "LOCAL_RANK" not in os.environ:
-        names = ("SLURM_PROCID",)
-    return all(os.environ.get(name, "0") == "0" for name in names)

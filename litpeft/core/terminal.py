@@ -21,9 +21,18 @@ def clean(text: str) -> str:
     return UNSAFE.sub("\ufffd", text.replace("\r\n", "\n").expandtabs(4))
 
 
+def is_first() -> bool:
+    """Returns whether this is the rank that prints and writes; works before the process group exists."""
+    names = ("RANK",) if "RANK" in os.environ else ("NODE_RANK", "LOCAL_RANK")
+    if "LOCAL_RANK" not in os.environ:
+        names = ("SLURM_PROCID",)
+    return all(os.environ.get(name, "0") == "0" for name in names)
+
+
 def say(text: object = "", *, end: str = "\n", colored: bool = False) -> None:
-    """Prints a message on stdout; `colored`: it is clean already, and has our own colours in it."""
-    print(text if colored else clean(str(text)), end=end, flush=True)
+    """Prints a message on stdout, on the first rank; `colored`: it is clean already, and has our own colours in it."""
+    if is_first():
+        print(text if colored else clean(str(text)), end=end, flush=True)
 
 
 def tell(text: object) -> None:

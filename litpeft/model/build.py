@@ -9,9 +9,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from litpeft.core.distributed import copy_shard, is_first
+from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights, is_finite
+from litpeft.core.terminal import is_first
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method, attach
 from litpeft.model.families.names import NameMap

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from litpeft.core.distributed import is_first
 from litpeft.core.errors import ResourceError, UserError
 from litpeft.core.folders import locked, replaced
 from litpeft.core.memory import out_of_memory
 from litpeft.core.precision import pick_device
-from litpeft.core.terminal import say, tell, tolerant_streams
+from litpeft.core.terminal import is_first, tell, tolerant_streams
 from litpeft.exchange.run import base_facts, save_result
 from litpeft.generate.load import Loaded
 from litpeft.model.build import build
@@ -36,10 +35,10 @@ from litpeft.train.signals import StopSignals
 
 def finetune(settings: Finetune, name: str, method: Method) -> None:
     """Trains `method` as the settings say; leaves run.yaml, metrics.csv, final/ and report.md in `settings.out`."""
-    began, first = time.perf_counter(), is_first()
-    said, told = (say, tell) if first else (lambda text: None,) * 2
+    began = time.perf_counter()
+    told = tell if is_first() else lambda text: None
     with tolerant_streams("stdout", "stderr"), StopSignals(told) as signals:
-        run = prepare(settings, name, method, said)
+        run = prepare(settings, name, method)
         if run is None:
             return
         try:

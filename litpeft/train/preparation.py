@@ -1,7 +1,6 @@
 """What a run needs before its model is built: its files, its rows, and whether it can begin or go on."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 
 import torch
 
-from litpeft.core.distributed import is_first
 from litpeft.core.errors import ConfigError, counted
 from litpeft.core.folders import check_disk, check_place, refuse_existing, remove_leftovers
 from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.safetensors import Weights
-from litpeft.core.terminal import say
+from litpeft.core.terminal import is_first, say
 from litpeft.data.rows import show
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
@@ -64,11 +62,11 @@ class Preparation:
         return same | {"the checkpoint that they resume from": self.saved and self.saved.step}
 
 
-def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], None]) -> Preparation | None:
-    """Returns a run that can begin or go on, or None if nothing is left to do. What would go wrong later does here."""
+def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None:
+    """Returns a run that can begin or go on, or None if nothing is left to do. What would fail later fails here."""
     out, base = Path(settings.out), Path(settings.base.dir)
     check_world(settings.devices, settings.num_nodes)
-    # 1. the output; each rank looks: it cannot wait for one that has left already
+    # 1. the output; every rank checks it by itself: it could not wait for a rank that has already ended
     clear = is_first() and not settings.dry_run
     check_place(out)
     if not settings.resume:
@@ -78,8 +76,8 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
     for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
         if Path(kept).resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"the run would replace {kept}", where="out", hint="name another folder")
-    checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, say, clear)
-    saved = find_saved(out, checkpoints, say) if settings.resume else None
+    checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, clear=clear)
+    saved = find_saved(out, checkpoints) if settings.resume else None
     # 2. model files and rows
     device = pick_device()
     precision = pick_precision(settings.base.precision, device, "base.precision")
@@ -129,7 +127,7 @@ def prepare(settings: Finetune, name: str, method: Method, say: Callable[[str], 
         if settings.train.micro_tokens == "auto":
             micro_tokens = saved.facts["settings"]["train"]["micro_tokens"]
             settings.train.micro_tokens = facts["settings"]["train"]["micro_tokens"] = micro_tokens
-        lines = check_same_run(saved, facts, settings.resume_changed, say)
+        lines = check_same_run(saved, facts, settings.resume_changed)
         if not lines and (done := finished_at(out)) is not None:
             say(f"{out} is finished: step {done}; nothing is left to do")
             return None

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -17,6 +17,7 @@ from litpeft import __version__
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.folders import has_result
 from litpeft.core.json import jsonable
+from litpeft.core.terminal import say
 from litpeft.core.typed import later, typed
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
@@ -51,7 +52,7 @@ class SavedReads:
 
 @dataclass
 class SavedFacts:
-    """The facts on its run in a checkpoint's manifest."""
+    """What a checkpoint's manifest says of its run."""
 
     method: Literal[tuple(METHODS)]
     settings: dict[str, Any]
@@ -162,7 +163,7 @@ def circumstances(device: torch.device, ranks: int) -> dict[str, Any]:
     }
 
 
-def find_saved(out: Path, checkpoints: Checkpoints, say: Callable[[str], None]) -> Checkpoint | None:
+def find_saved(out: Path, checkpoints: Checkpoints) -> Checkpoint | None:
     """Returns the newest complete checkpoint of the run in `out`, or None if there is no run yet."""
     saved = checkpoints.newest()
     if saved is not None:
@@ -209,9 +210,7 @@ def read_changes(then: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
     return found + (["another chat template"] if then["template"] != now["template"] else [])
 
 
-def check_same_run(
-    saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str, ...], say: Callable[[str], None]
-) -> list[str]:
+def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str, ...]) -> list[str]:
     """Returns the settings that changed and were allowed to; raises if anything else of the run has changed."""
     where = str(saved.folder)
     reasons = [difference(key, saved.facts, facts) for key in ("method", "base") if saved.facts[key] != facts[key]]
