@@ -53,7 +53,7 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
 
 
 def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
-    """Builds the model, trains it, and writes what is left of the run; `began` is when the command did."""
+    """Builds the model, trains it, and writes the run's files; `began` is the time at which the command began."""
     settings, method, out = run.settings, run.method, Path(run.settings.out)
     fabric = make_fabric(settings, run.precision, pick_device())
     check_agreement(fabric, run.agreed())
@@ -119,8 +119,7 @@ def open_log(run: Preparation, enabled: bool) -> Log:
 def choose(run: Preparation, model: GPT, progress: Progress) -> tuple[int, UserError | None]:
     """Returns the step whose weights the run ends with, and puts them into the model.
 
-    Where the best checkpoint is lost, those of the last step are all there is: they are to be saved first, and the
-    error that is returned raised then.
+    If the best checkpoint is lost, returns the last step with an error: the caller saves those weights, then raises it.
     """
     best = progress.best
     if run.settings.validation.final == "last" or best is None or best[0] == progress.step or progress.exit_code:

@@ -73,7 +73,7 @@ class Trainer:
             self.measure()
         elif owed and self.judge(self.measure()):
             self.save()
-        self.check_patience()  # it may have been stopped so, and killed before it had written its result
+        self.check_patience()  # a run that stopped for it may have been killed before it wrote its result
         self.signals.training = True
         for numbers in () if progress.stopped else self.planned_steps():
             self.take_step(numbers)

@@ -1,8 +1,8 @@
-"""A LLaMA block in training on a GPU, in as few passes over memory as its products leave: forward and backward.
+"""A LLaMA block in training on a GPU, forward and backward, with few passes over memory beside its matrix products.
 
-It is the arithmetic of `Block.forward` for blocks whose linear layers are frozen, with low-rank updates or none, and
-takes no other block (`groups_of`). For the backward pass it keeps the block's input, queries, keys, values, the output
-of attention, the sum after it, gate and up; norms and SwiGLU are computed again where they are read.
+It computes what `Block.forward` does, for blocks whose linear layers are frozen, with low-rank updates or none;
+`groups_of` refuses every other block. For the backward pass it keeps the block's input, queries, keys, values, the
+output of attention, the sum after it, gate and up; norms and SwiGLU are computed again where they are read.
 Letters: N tokens, d model width, F width of the MLP, r rank, R sum of the ranks of layers that read the same input.
 """
 

@@ -1,4 +1,4 @@
-"""Tells a run that learns nothing: its gradient stays at exactly 0, or its end is no better than its start."""
+"""Recognises a run that learns nothing: its gradient stays at exactly 0, or its end is no better than its start."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from litpeft.train.progress import Progress
 STILL = 5  # steps in a row without a gradient that end a run
 LEARNED = 1e-3  # nats per token; at a smaller loss there may be nothing left to learn
 PART = 1 << 18  # numbers that are summed in float64 at once: a copy of a whole tensor may be gigabytes
-WORSE = 2  # times the loss of the start, and of a guess: no run that means well ends there
+WORSE = 2  # times the first loss or that of a uniform guess, whichever is larger: a run that ends above has diverged
 TOO_LARGE = "the steps before were too large: begin again with a lower train.lr, and --overwrite for the same out"
 
 

@@ -1,4 +1,4 @@
-"""Our own kernels, where torch makes more passes over memory than necessary; elsewhere torch's and bitsandbytes' do.
+"""Our own kernels, where torch makes more passes over memory than necessary; else torch's and bitsandbytes' are used.
 
 For CPUs with AVX-512 BF16 they are the C++ files beside this one, compiled once on each machine that has g++. For GPUs
 they are in triton.py, and few: there torch is fast.

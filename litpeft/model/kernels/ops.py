@@ -76,7 +76,7 @@ class _Product(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Returns x / rms(x) * weight for x (..., d) and weight (d,), in the type of x; computed in float32 or better."""
-    if x.is_cuda or use_eager():  # the same bits
+    if x.is_cuda or use_eager():  # torch's own gives the same bits
         return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return _RMSNorm.apply(x, weight, eps)
 
