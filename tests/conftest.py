@@ -86,6 +86,26 @@ def method_of(name: str) -> Any:
     return method_class(name)(**NEEDED.get(name, {}))
 
 
+def calibrated(method: Any, folder: Path, rows: int = 6) -> Any:
+    """Returns the method after it has measured the base in a folder on random rows, as at the start of a run."""
+    from litpeft.data.batches import collate
+    from litpeft.model.build import build
+
+    if method.defines("calibrate"):
+        torch.manual_seed(0)
+        base = build(folder, torch.float64)
+        method.calibrate(base, (collate([row]) for row in random_rows(rows)))
+    return method
+
+
+def random_rows(number: int) -> list[Any]:
+    """Returns rows of 30 tokens, of which the last 20 are trained."""
+    from litpeft.data.rows import Row
+
+    ids = torch.randint(2, 250, (number, 30), generator=torch.Generator().manual_seed(5)).tolist()
+    return [Row(row, [False] * 10 + [True] * 20, 10, f"row {at}", []) for at, row in enumerate(ids)]
+
+
 def storage_of(name: str) -> Any:
     """Returns how the base of a method is held by default."""
     from litpeft.methods import PRESETS

@@ -6,7 +6,9 @@ Mao et al. https://arxiv.org/abs/2110.07577 train LoRA, prefix tuning and adapte
 Trains what its methods train. Folds if each of them does.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import tee
 from typing import Any
 
 from torch import Tensor
@@ -14,11 +16,21 @@ from torch import Tensor
 from litpeft.core.errors import ConfigError
 from litpeft.core.json import jsonable
 from litpeft.core.typed import typed
-from litpeft.data.tokenizer import Tokenizer
+from litpeft.data.batches import Batch
 from litpeft.methods import METHODS, PRESETS, method_class
 from litpeft.model.delta import Held, Method
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear
+
+
+def each(hook: str) -> Callable[..., None]:
+    """Returns a method of Combo that calls this hook of each of its methods."""
+
+    def call(self: "Combo", *args: Any) -> None:
+        for one in self.parts:
+            getattr(one, hook)(*args)
+
+    return call
 
 
 @dataclass
@@ -37,6 +49,9 @@ class Combo(Method):
             raise ValueError(f"method.methods: {what}; there are {', '.join(METHODS)}")
         self.unfreeze = tuple(dict.fromkeys((*self.unfreeze, *(glob for one in self.parts for glob in one.unfreeze))))
 
+    def defines(self, hook: str) -> bool:
+        return any(one.defines(hook) for one in self.parts)
+
     def attach(self, model: GPT) -> None:
         for one in self.parts:
             one.attach(model)
@@ -49,17 +64,24 @@ class Combo(Method):
             weight = one.start(name, linear, weight, held, saved)
         return weight
 
-    def configure(self, config: dict[str, Any]) -> None:
-        for one in self.parts:
-            one.configure(config)
+    configure, read, start_embedding = each("configure"), each("read"), each("start_embedding")
+    restore, before_step, after_step = each("restore"), each("before_step"), each("after_step")
 
-    def read(self, tokenizer: Tokenizer) -> None:
-        for one in self.parts:
-            one.read(tokenizer)
+    def calibrate(self, model: GPT, batches: Iterator[Batch]) -> None:
+        for one, rows in zip(self.parts, tee(batches, len(self.parts)), strict=True):
+            one.calibrate(model, rows)
 
-    def start_embedding(self, model: GPT, weight: Tensor) -> None:
-        for one in self.parts:
-            one.start_embedding(model, weight)
+    def penalty(self, model: GPT) -> Tensor | None:
+        found = [penalty for one in self.parts if (penalty := one.penalty(model)) is not None]
+        return sum(found) if found else None
+
+    @property
+    def searches(self) -> bool:
+        return any(one.searches for one in self.parts)
+
+    def finish(self, model: GPT, loss: Callable[[], float]) -> str | None:
+        said = [one.finish(model, loss) for one in self.parts if one.searches]
+        return "; ".join(filter(None, said)) or None
 
 
 def part(name: str, keys: Any) -> Method:

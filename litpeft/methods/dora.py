@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from litpeft.model.slots import Delta, Linear, kaiming
 class Decomposed(Delta):
     """n * (W x + s B A x) + b, with A (rank, in), B (out, rank) and m (out,)."""
 
-    claims = "the norm of each row"
+    claims = "the weight itself"
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float):
         super().__init__()
@@ -37,11 +36,7 @@ class Decomposed(Delta):
         self.tensor("A", (rank, in_features), kaiming)
         self.tensor("B", (out_features, rank), 0.0)
         self.tensor("m", (out_features,), 1.0)  # until `start` knows W
-        self.register_buffer("squares", torch.empty(out_features, dtype=torch.float32), persistent=False)  # ||W||^2
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.ones_(self.squares)
+        self.buffer("squares", (out_features,), 1.0, kept="nowhere")  # ||W||^2
 
     @torch.no_grad()
     def norm(self, linear: Linear) -> Tensor:

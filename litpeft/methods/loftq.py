@@ -19,6 +19,7 @@ from litpeft.core.kinds import check_least
 from litpeft.methods.pissa import PiSSA, largest
 from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
+from litpeft.model.kernels.low_rank import Factors
 from litpeft.model.quantize.quantized import Quantized
 
 MOST_ITERATIONS = 1000
@@ -44,7 +45,7 @@ class LoftQ(PiSSA):
                 raise ConfigError(what, where="base.quantize", hint="set it to nf4, or take pissa or lora")
         super().attach(model)
 
-    def parts(self, weight: Tensor, rank: int, held: Held) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def parts(self, name: str, weight: Tensor, rank: int, held: Held) -> tuple[Factors, Factors]:
         taken = update = weight.new_zeros(rank, weight.size(1)), weight.new_zeros(len(weight), rank)
         for _ in range(self.iterations):
             taken = update

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
 from litpeft.methods.lora import LoRA, LowRank
 from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
+from litpeft.model.kernels.low_rank import Factors
 from litpeft.model.slots import Linear, LowRankDelta
 
 
@@ -40,13 +40,8 @@ class Split(LowRank):
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float):
         super().__init__(in_features, out_features, rank, scale, dropout)
-        self.register_buffer("A0", torch.empty_like(self.A, requires_grad=False))
-        self.register_buffer("B0", torch.empty_like(self.B, requires_grad=False))
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()
-        nn.init.zeros_(self.A0)
-        nn.init.zeros_(self.B0)
+        self.buffer("A0", self.A.shape, 0.0, kept="result")
+        self.buffer("B0", self.B.shape, 0.0, kept="result")
 
     def off(self) -> Taken:
         return Taken(self)
@@ -73,11 +68,12 @@ class PiSSA(LoRA):
     """Low-rank updates that start as the largest singular parts of the weights."""
 
     name: ClassVar[str] = "pissa"
+    vectors: ClassVar[int] = 1  # singular vectors of the weight for each rank
 
     def attach(self, model: GPT) -> None:
         for linear, shape in self.shapes(model).values():
-            parts = min(shape[:3])  # a weight has no more singular parts than its smaller side
-            self.fill(linear, self.name, Split(*shape[:2], parts, *shape[3:]))
+            most = min(shape[:2]) // self.vectors  # a weight has no more singular parts than its smaller side
+            self.fill(linear, self.name, Split(*shape[:2], min(shape[2], most), *shape[3:]))
 
     def start(self, name: str, linear: Linear, weight: Tensor, held: Held, saved: dict[str, Tensor] | None) -> Tensor:
         delta = linear.slot.deltas.get(self.name)
@@ -89,12 +85,12 @@ class PiSSA(LoRA):
                 return weight  # load_delta says what is wrong
             return rest(weight, a, delta.scale * b)
         weight = weight.to(torch.promote_types(weight.dtype, delta.A.dtype))
-        (a0, b0), (a, b) = self.parts(weight, len(delta.A), held)
+        (a0, b0), (a, b) = self.parts(name, weight, len(delta.A), held)
         for key, tensor in {"A0": a0, "B0": b0, "A": a, "B": b}.items():
             copy_shard(getattr(delta, key), tensor / delta.scale**0.5)
         return rest(weight, delta.A0, delta.scale * delta.B0)
 
-    def parts(self, weight: Tensor, rank: int, held: Held) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def parts(self, name: str, weight: Tensor, rank: int, held: Held) -> tuple[Factors, Factors]:
         """Returns the factors that are taken out of the weight, and those that the update starts with."""
         pair = largest(weight, rank)
         return pair, pair

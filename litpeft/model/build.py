@@ -61,6 +61,8 @@ def build(
     if method is None:
         model.requires_grad_(False)  # so that no parameter is copied out of its file
     else:  # 3. slots filled; names of the base stay as they are
+        if delta is not None:
+            method.restore(delta)
         attach(model, method)
     method = method or Method()  # whose hooks change nothing
     wide = method.trained_dtype(dtype)
@@ -88,7 +90,7 @@ def _fill(
     Packed weights are read from the `cache`, if it has them; else the first rank writes them there.
     """
     cached, packed = None if cache is None else cache.tensors(), {}
-    writes, starts = cache is not None and cached is None and is_first(), type(method).start is not Method.start
+    writes, starts = cache is not None and cached is None and is_first(), method.defines("start")
     changed = False  # whether the method has given another weight than that of the base
     for ours in names.ours:
         module, _, leaf = ours.rpartition(".")

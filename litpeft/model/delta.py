@@ -12,9 +12,10 @@ from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import ConfigError, ModelError, nearest, some
+from litpeft.data.batches import Batch
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import OFF, Bank, Delta, Linear, Slot, TiedHead
+from litpeft.model.slots import OFF, Bank, Delta, Linear, Slot, Stated, TiedHead
 
 Held = Callable[[Tensor], Tensor]
 
@@ -45,6 +46,39 @@ class Method:
 
     def start_embedding(self, model: GPT, weight: Tensor) -> None:
         """Like `start`, for the embedding (V, d), which stays as it is."""
+
+    def calibrate(self, model: GPT, batches: Iterator[Batch]) -> None:
+        """Measures the base, frozen and not quantised, on rows to train on; called before a new run's model is built.
+
+        `batches` are of one row each, on the model's device. What `attach` and `start` need of it the method keeps.
+        """
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Takes from the delta of an earlier run what `attach` needs to know of it; called before it."""
+
+    def before_step(self, model: GPT, step: int, steps: int) -> None:
+        """Called before the passes of optimizer step `step`, from 1, of `steps`."""
+
+    def penalty(self, model: GPT) -> Tensor | None:
+        """Returns what is added to the loss of each step, differentiably; None for nothing."""
+
+    def after_step(self, model: GPT, step: int, steps: int) -> None:
+        """Called after optimizer step `step`, while the gradients are still there; not after one that was skipped."""
+
+    def finish(self, model: GPT, loss: Callable[[], float]) -> str | None:
+        """Called when all steps are done; `loss()` measures the model as it is then on the held-out rows.
+
+        Returns a line for the log. Called only if `searches`: then a run needs held-out rows.
+        """
+
+    @property
+    def searches(self) -> bool:
+        """Returns whether `finish` is to be called."""
+        return False
+
+    def defines(self, hook: str) -> bool:
+        """Returns whether the method has a hook of its own."""
+        return getattr(type(self), hook) is not getattr(Method, hook)
 
     def configure(self, config: dict[str, Any]) -> None:
         """Changes a config.json, in place, so that it describes the merged model."""
@@ -93,7 +127,7 @@ def attach(model: GPT, method: Method) -> None:
     """Fills the slots, freezes the base but for what `unfreeze` names, and records which tensors are the delta.
 
     `model.base_keys` are the names in the state dict before; `model.delta_keys` those of new and trained tensors, which
-    the base's files do not hold.
+    the base's files do not hold; `model.training_keys` those of new tensors that training alone needs.
     """
     base = model.base_keys = set(model.state_dict())
     model.requires_grad_(False)
@@ -103,7 +137,10 @@ def attach(model: GPT, method: Method) -> None:
         train_base(model, matching(names, glob, "parameter", "method.unfreeze"), "method.unfreeze")
     if not trainable(model):
         raise ConfigError("this method would train 0 parameters", where="method", hint="give it targets")
-    model.delta_keys = {k for k, v in model.state_dict(keep_vars=True).items() if k not in base or v.requires_grad}
+    stated = ((place, m) for place, m in model.named_modules() if isinstance(m, Stated))
+    model.training_keys = {f"{place}.{key}" for place, module in stated for key in module.for_training}
+    keys = {k for k, v in model.state_dict(keep_vars=True).items() if k not in base or v.requires_grad}
+    model.delta_keys = keys - model.training_keys
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -120,6 +157,11 @@ def lr_factors(model: nn.Module) -> dict[str, float]:
 def delta_state(model: GPT) -> dict[str, Tensor]:
     """Returns what a run saves: every tensor that the base's files do not hold."""
     return {name: tensor for name, tensor in model.state_dict().items() if name in model.delta_keys}
+
+
+def training_state(model: GPT) -> dict[str, Tensor]:
+    """Returns what a checkpoint holds beside `delta_state`: what deltas keep from one step to the next."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name in model.training_keys}
 
 
 def todays_names(model: GPT, saved: dict[str, Any]) -> dict[str, Any]:

@@ -152,8 +152,9 @@ class GPT(nn.Module):
         self.compiled: Callable[[Block, Tensor, Context], Tensor] | None = None  # `run_block`, by train/compiled.py
         self.fused: Callable[[Block, Tensor, Context], Tensor | None] | None = None  # by train/fused_block.py, on GPUs
         self.files: Weights | None = None  # that the weights were read from; set by build.py
-        self.base_keys: set[str] = set()  # these three are set by delta.py
+        self.base_keys: set[str] = set()  # these four are set by delta.py
         self.delta_keys: set[str] = set()
+        self.training_keys: set[str] = set()
         self.base_values: dict[str, Tensor] = {}  # of base parameters that a loaded delta replaced
         self.banks = nn.ModuleDict()  # what deltas share (slots.Bank), by the name of their method
         self.embed = Embedding(config.vocab_size, config.d_model)

@@ -29,6 +29,7 @@ class Stated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.starts: dict[str, float | Callable[[Tensor], object]] = {}
+        self.for_training: set[str] = set()  # buffers that checkpoints hold, and results do not
 
     def tensor(
         self, name: str, shape: tuple[int, ...], start: float | Callable[[Tensor], object], trains: bool = True
@@ -37,9 +38,15 @@ class Stated(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32), trains))
         self.starts[name] = start
 
+    def buffer(self, name: str, shape: tuple[int, ...], start: float | Callable[[Tensor], object], kept: str) -> None:
+        """Adds a tensor in float32 that is no parameter; it is `kept` in a "result", a "checkpoint", or "nowhere"."""
+        self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=kept != "nowhere")
+        self.starts[name] = start
+        self.for_training |= {name} if kept == "checkpoint" else set()
+
     def reset_parameters(self) -> None:
         """Fills the tensors, in their order. Fabric and FSDP call it: what reads other modules is `Method.start`'s."""
-        for name, tensor in self.named_parameters(recurse=False):
+        for name, tensor in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
             if name not in self.starts:
                 raise NotImplementedError(f"{type(self).__name__} must initialise {name}")
             start = self.starts[name]

@@ -12,6 +12,7 @@ from litpeft.core.folders import locked, replaced
 from litpeft.core.memory import out_of_memory
 from litpeft.core.precision import pick_device
 from litpeft.core.terminal import is_first, tell, tolerant_streams
+from litpeft.data.batches import collate, plan_epoch
 from litpeft.exchange.run import base_facts, save_result
 from litpeft.generate.load import Loaded
 from litpeft.model.build import build
@@ -58,6 +59,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     fabric = make_fabric(settings, run.precision, pick_device())
     check_agreement(fabric, run.agreed())
     # 1. the model, with the method at its start
+    calibrate(run, fabric.device)
     torch.manual_seed(settings.train.seed)
     held = settings.base
     storage = None if held.quantize is None else Storage(held.quantize, held.double_quantize, held.cache)
@@ -97,6 +99,8 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
         step, lost = choose(run, model, progress)
         if not progress.exit_code:
             trainer.check_result()
+            if method.searches and (said := method.finish(model, trainer.held_out_loss)):
+                log.message(said)
         save(run, model, progress, step, storage, fabric.is_global_zero)
         progress.elapsed = trainer.clock()
         if fabric.is_global_zero:
@@ -105,6 +109,17 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
             raise lost
     fabric.barrier()
     return progress
+
+
+def calibrate(run: Preparation, device: torch.device) -> None:
+    """Has the method of a new run measure the base on its rows, each alone, in a random order; on every rank alike."""
+    settings, rows = run.settings, run.rows.train
+    if run.saved is not None or not run.method.defines("calibrate"):
+        return
+    torch.manual_seed(settings.train.seed)
+    model = build(Path(settings.base.dir), run.precision.weights, device=device)
+    order = plan_epoch(len(rows), 1, 0, settings.data.seed)
+    run.method.calibrate(model, (collate([rows[number]]).to(device) for (number,) in order))
 
 
 def open_log(run: Preparation, enabled: bool) -> Log:

@@ -14,7 +14,7 @@ from litpeft.core.distributed import gather
 from litpeft.core.errors import NumericError
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
 from litpeft.generate.load import Loaded
-from litpeft.model.delta import copy_into, delta_state, todays_names, trainable
+from litpeft.model.delta import copy_into, delta_state, todays_names, trainable, training_state
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
 from litpeft.train.checkpoints import STATE, Checkpoint
 from litpeft.train.learned import check_learned, check_loss, check_moved, count_still, sums
@@ -56,8 +56,10 @@ class Trainer:
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
-        recorded = RecordedPasses.of(self.gpt) if unscaled else None
-        self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded)
+        method = self.run.method
+        recorded = RecordedPasses.of(self.gpt) if unscaled and not method.defines("penalty") else None
+        given = self.fabric, self.model, self.optimizer
+        self.stepper = Stepper(*given, train.max_norm, recorded, method, self.steps)
         self.before = sums(trainable(self.gpt).values())
         self.names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -177,15 +179,19 @@ class Trainer:
             self.progress.exit_code = exit_code(reason) if reason else 0
             self.progress.out_of_time = not reason
 
+    def held_out_loss(self) -> float:
+        """Returns the loss on the held-out rows, in nats per token."""
+        rows, tokens = self.run.rows.validation[: self.settings.validation.max_rows], self.settings.train.micro_tokens
+        tokens = MICRO_TOKENS if tokens == "auto" else tokens  # it is left open where rows are not packed
+        return mean_loss(self.model, rows, tokens, self.fabric.device, self.fabric)
+
     def measure(self) -> float | None:
         """Returns the metric on the held-out rows, and shows an answer; None where there are no such rows."""
         progress, validation = self.progress, self.settings.validation
         measured = self.run.rows.validation[: validation.max_rows]
         if not measured:
             return None
-        tokens = self.settings.train.micro_tokens
-        tokens = MICRO_TOKENS if tokens == "auto" else tokens  # it is left open where rows are not packed
-        loss = mean_loss(self.model, measured, tokens, self.fabric.device, self.fabric)
+        loss = self.held_out_loss()
         if not math.isfinite(loss):
             what = f"the validation loss is {loss} after step {progress.step}: nothing more is trained or saved"
             raise NumericError(what, hint="lower train.lr, or choose another base.precision")
@@ -224,7 +230,7 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint: all ranks give their shares, the first writes."""
         first, delta = self.fabric.is_global_zero, {}
-        for name, tensor in delta_state(self.gpt).items():
+        for name, tensor in (delta_state(self.gpt) | training_state(self.gpt)).items():
             tensor = gather(tensor)
             if first:  # nobody else holds more than its share, and one tensor
                 delta[name] = tensor.cpu()

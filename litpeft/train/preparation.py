@@ -20,7 +20,7 @@ from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_identity, tokenizer_identity
 from litpeft.model.build import checked_files
-from litpeft.model.delta import Method, attach, trainable
+from litpeft.model.delta import Method, attach, trainable, training_state
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize.quantized import store
@@ -96,11 +96,12 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
     questions = askable(template, shapes.reach, rows.validation[: settings.validation.max_rows])
     # 3. what the run will need
-    check_held_out(settings, len(rows.validation), len(questions))
+    check_held_out(settings, len(rows.validation), len(questions), method)
     if is_first():
         dtype = method.trained_dtype(precision.weights)
         trained = dtype.itemsize * sum(p.numel() for p in trainable(shapes).values())
-        needed = bytes_needed(settings, trained, bool(rows.validation), saved is not None)
+        state = sum(tensor.nbytes for tensor in training_state(shapes).values())
+        needed = bytes_needed(settings, trained, state, bool(rows.validation), saved is not None)
         hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
         check_disk(out, needed, "the checkpoints", hint)
     fingerprint = weights.fingerprint()  # which compares the files with their checksums
@@ -159,7 +160,7 @@ def check_run(settings: Finetune, method: Method, precision: Precision, device: 
     return weights, model
 
 
-def check_held_out(settings: Finetune, held_out: int, askable: int) -> None:
+def check_held_out(settings: Finetune, held_out: int, askable: int, method: Method) -> None:
     """Raises if settings need held-out rows and there are none, or none with a prompt to answer."""
     validation = settings.validation
     if held_out:
@@ -167,6 +168,9 @@ def check_held_out(settings: Finetune, held_out: int, askable: int) -> None:
             what = "no held-out row can be asked, so there are no answers to compare"
             raise ConfigError(what, where="validation.metric", hint="take validation.metric loss")
         return
+    if method.searches:
+        what = "this method compares what it has learned on held-out rows, and no row is held out"
+        raise ConfigError(what, where="data.validation_split", hint="raise it, or name rows with data.validation_path")
     for key in ("patience", "metric", "final", "interval", "max_rows"):
         value = getattr(validation, key)
         if value != getattr(Validation(), key):
@@ -175,17 +179,19 @@ def check_held_out(settings: Finetune, held_out: int, askable: int) -> None:
             raise ConfigError(what, where=f"validation.{key}", hint=hint)
 
 
-def bytes_needed(settings: Finetune, trained: int, held_out: bool, resumes: bool) -> int:
+def bytes_needed(settings: Finetune, trained: int, state: int, held_out: bool, resumes: bool) -> int:
     """Returns the room on disk for the checkpoints that are kept, the one being written, and the result.
 
-    `trained` are the bytes of what trains; a run that `resumes` has a part of its checkpoints already.
+    `trained` are the bytes of what trains, and `state` those of what the method keeps from step to step; a run that
+    `resumes` has a part of its checkpoints already.
     """
     best = settings.checkpoint.keep_best and held_out
+    each = 3 * trained + state  # two moments for each parameter
     if settings.checkpoint.interval == 0 and not best:
-        return 3 * trained + trained  # one more, where the run is stopped: those that are there stay beside it
+        return each + trained  # one more, where the run is stopped: those that are there stay beside it
     kept = settings.checkpoint.keep_last + best + 1
     there = (Path(settings.out) / "checkpoints").rglob("*") if resumes else ()
-    return 3 * trained * kept + trained - sum(p.stat().st_size for p in there)  # two moments for each parameter
+    return each * kept + trained - sum(p.stat().st_size for p in there)
 
 
 def dry_run(name: str, shapes: GPT, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:

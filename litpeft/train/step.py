@@ -12,7 +12,7 @@ from lightning.fabric.strategies import DDPStrategy
 from litpeft.core.distributed import gather
 from litpeft.core.errors import NumericError, some
 from litpeft.data.batches import Batch
-from litpeft.model.delta import trainable
+from litpeft.model.delta import Method, trainable
 from litpeft.model.objective import summed_loss
 from litpeft.train.recorded_pass import RecordedPasses
 
@@ -35,6 +35,8 @@ class Stepper:
     optimizer: torch.optim.Optimizer
     max_norm: float | None = None  # to which gradients are clipped
     recorded: RecordedPasses | None = None  # of short passes on a GPU
+    method: Method | None = None  # whose hooks are called
+    steps: int = 0  # of the run
 
     def step(
         self, batches: list[Batch], trained: int, lr: float, number: int, votes: Callable[[], list[float]] = list
@@ -42,8 +44,12 @@ class Stepper:
         """Takes optimizer step `number`; returns what `gradient` does."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
+        if self.method is not None:
+            self.method.before_step(self.model.module, number, self.steps)
         found = self.gradient(batches, trained, number, votes)
         self.optimizer.step()
+        if self.method is not None and math.isfinite(found.norm):  # else the scaler of 16-mixed has skipped the step
+            self.method.after_step(self.model.module, number, self.steps)
         self.optimizer.zero_grad()
         return found
 
@@ -53,7 +59,7 @@ class Stepper:
         """Leaves the gradient of the micro-batches in what trains; `trained` tokens train in those of all ranks.
 
         The loss is the sum over the trained tokens of all micro-batches of all ranks, divided by their number: how the
-        rows of a step are spread changes nothing.
+        rows of a step are spread changes nothing. What the method adds to it has a gradient, but is not told.
         """
         fabric, losses = self.fabric, []
         for micro, batch in enumerate(batches, 1):
@@ -65,7 +71,10 @@ class Stepper:
             wait = micro < len(batches) and isinstance(fabric.strategy, DDPStrategy)
             with fabric.no_backward_sync(self.model, enabled=wait):
                 loss = summed_loss(self.model, batch)
-                fabric.backward(loss * (fabric.world_size / trained))  # Fabric averages the gradients of the ranks
+                scaled = loss * (fabric.world_size / trained)  # Fabric averages the gradients of the ranks
+                last = micro == len(batches) and self.method is not None
+                penalty = self.method.penalty(self.model.module) if last else None
+                fabric.backward(scaled if penalty is None else scaled + penalty.to(scaled.device))
             losses.append(loss.detach())
         limit = self.max_norm or math.inf
         norm = gather(fabric.clip_gradients(self.model, self.optimizer, max_norm=limit, error_if_nonfinite=False))
