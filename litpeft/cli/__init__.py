@@ -85,6 +85,12 @@ COMMANDS = {
         "Fold a run into its base, as a Hugging Face folder.",
         "out/mine",
     ),
+    "combine": Command(
+        "litpeft.exchange.settings:Combine",
+        "litpeft.exchange.combine:combine",
+        "Turn runs, weighted and summed, into one of LoRA.",
+        "out/mine out/mine-as-lora --rank 16",
+    ),
     "generate": Command(
         "litpeft.generate.settings:Generate",
         "litpeft.generate.engine:generate",

@@ -1,9 +1,10 @@
-"""Settings of the commands download, convert and merge."""
+"""Settings of the commands download, convert, merge and combine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
 from typing import Literal
 
-from litpeft.core.kinds import check_choices
+from litpeft.core.kinds import check_choices, check_least
 
 Dtype = Literal["float32", "bfloat16", "float16"] | None
 
@@ -56,3 +57,29 @@ class Merge:
 
     def __post_init__(self) -> None:
         check_choices(self)
+
+
+@dataclass
+class Combine:
+    """Turn the changes of weights that runs have learned into one run of LoRA, weighted and summed."""
+
+    run: str
+    """Folder of a finished run."""
+    out: str
+    """Folder of the run to write."""
+    weight: float = 1.0
+    """What its changes are multiplied by."""
+    also: dict[str, float] = field(default_factory=dict)
+    """Folders of more runs on the same base, each with its weight, e.g. {"out/other": 0.5}."""
+    rank: int = 16
+    """Rank of the update of one linear layer."""
+    base: str | None = None
+    """Folder of the base model, if it has moved since the runs; its weights must be the same."""
+    overwrite: bool = False
+    """Replace `out`, as a whole, if it exists."""
+
+    def __post_init__(self) -> None:
+        check_least(self, rank=1)
+        for name, weight in {"weight": self.weight, **{f"also.{run}": one for run, one in self.also.items()}}.items():
+            if not isfinite(weight):
+                raise ValueError(f"{name} must be finite, got {weight}")
