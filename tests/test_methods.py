@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ON_CODES_ONLY, TINY, folded, make_folder, method_of, storage_of
+from conftest import ON_CODES_ONLY, TINY, calibrated, folded, make_folder, method_of, storage_of
 from safetensors.torch import load_file, save_file
 
 from litpeft.core.errors import UserError
@@ -22,7 +22,7 @@ LENGTHS = (9, 15, 8)  # tokens of three documents
 PROMPTS = (4, 5, 3)  # tokens of their prompts
 IDS = torch.randint(0, TINY["vocab_size"], (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
 LEARNED_TOKENS = {"prefix", "prompt", "combo"}  # methods that put vectors before the text
-TAKEN_OUT = {"pissa", "loftq"}  # methods that begin with a part of the weight
+TAKEN_OUT = {"pissa", "loftq", "lora_ga"}  # methods that begin with a part of the weight
 NOT_IDENTITY_AT_THE_START = {"reft", *LEARNED_TOKENS, *TAKEN_OUT}  # methods whose papers start elsewhere
 NOT_FOLDABLE = {"adapter", "adapter_v2", "bottleneck", "reft", *LEARNED_TOKENS}  # they act on activations
 
@@ -36,7 +36,7 @@ def base(folder, name: str, dtype: torch.dtype = torch.float64) -> GPT:
 
 def make(folder, name: str, dtype: torch.dtype = torch.float64) -> GPT:
     torch.manual_seed(1)
-    return build(folder, dtype, method_of(name), storage=storage_of(name))
+    return build(folder, dtype, calibrated(method_of(name), folder), storage=storage_of(name))
 
 
 def forward(model: GPT, ids: torch.Tensor = IDS) -> torch.Tensor:
@@ -254,6 +254,7 @@ def test_no_delta_holds_a_delta(tiny_folder, name: str) -> None:
     assert not any(isinstance(child, Delta) for delta in deltas for child in list(delta.modules())[1:])
 
 
+A_AND_B_LOW_RANK = {"A": ("low_rank",), "B": ("low_rank",), "C": ("none",), "D": ("none",), "E": ("none",)}
 LLAMA_7B = ModelConfig(
     vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, d_ff=11008, max_positions=2048
 )
@@ -267,7 +268,15 @@ LLAMA_7B = ModelConfig(
         ("lora", {"rank": 64}, 159_907_840),
         ("dora", {"rank": 32, "targets": ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")}, 56_975_360),
         ("dora", {"rank": 16, "targets": ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")}, 28_925_952),
+        ("lora", {"targets": ("*.attn.*",)}, 8_388_608),
+        ("lora_fa", {"targets": ("*.attn.q", "*.attn.v")}, 2_097_152),
+        ("pissa", {"targets": ("*.attn.q", "*.attn.v")}, 4_194_304),
+        ("ada_lora", {"targets": ("*.attn.q", "*.attn.v")}, 6_292_224),
+        ("eva", {"targets": ("*.attn.q", "*.attn.v")}, 4_194_304),
+        ("lora_ga", {"targets": ("*.attn.q", "*.attn.v")}, 4_194_304),
+        ("glora", {"targets": ("*.attn.q", "*.attn.v"), "forms": A_AND_B_LOW_RANK}, 8_388_608),
         ("multi_lora", {"rank": 8, "targets": ("*.attn.*",)}, 26_738_688),
+        ("lora", {"rank": 24, "targets": ("*.attn.*",)}, 25_165_824),
         ("tied_lora", {}, 524_544),
         ("tied_lora", {"train": "AB"}, 131_072),
         ("tied_lora", {"train": "uv"}, 393_472),
@@ -291,3 +300,60 @@ def test_parameter_counts_on_llama_7b_are_those_of_the_papers(name: str, setting
         attach(model, method_class(name)(**settings))
     assert sum(p.numel() for p in trainable(model).values()) == count
     assert sum(p.numel() for n, p in model.named_parameters() if n in model.base_keys) == 6_738_415_616
+
+
+QV = ("*.attn.q", "*.attn.v")
+NO_OUTPUTS = ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")  # of DoRA's scripts
+SIZES = {  # blocks, width, query heads, key heads, MLP, vocabulary, and parameters where the papers say them
+    "LLaMA-7B": (32, 4096, 32, 32, 11008, 32000, 6_738_415_616),
+    "LLaMA-13B": (40, 5120, 40, 40, 13824, 32000, 13_015_864_320),
+    "LLaMA-65B": (80, 8192, 64, 64, 22016, 32000, 65_285_660_672),
+    "LLaMA-3-8B": (32, 4096, 32, 8, 14336, 128256, 8_030_261_248),
+    "GPT-3": (96, 12288, 96, 96, 49152, 50257, None),
+    "RoBERTa base": (12, 768, 12, 12, 3072, 50265, None),
+    "RoBERTa large": (24, 1024, 16, 16, 4096, 50265, None),
+    "DeBERTa XXL": (48, 1536, 24, 24, 6144, 128100, None),
+    "GPT-2 medium": (24, 1024, 16, 16, 4096, 50257, None),
+    "GPT-2 large": (36, 1280, 20, 20, 5120, 50257, None),
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "settings", "count", "percent"),
+    [
+        ("LLaMA-7B", "lora", {"targets": QV}, 4_194_304, "0.0622"),
+        ("LLaMA-7B", "lora", {"targets": ("*.attn.*", "*.mlp.*", "head")}, 20_277_248, None),
+        ("LLaMA-7B", "lora", {"rank": 32, "targets": NO_OUTPUTS}, 56_098_816, "0.826"),
+        ("LLaMA-7B", "dora", {"rank": 32, "targets": NO_OUTPUTS}, 56_975_360, "0.8384"),
+        ("LLaMA-7B", "dora", {"rank": 16, "targets": NO_OUTPUTS}, 28_925_952, "0.427"),
+        ("LLaMA-13B", "lora", {"targets": QV}, 6_553_600, None),
+        ("LLaMA-13B", "dora", {"rank": 32, "targets": NO_OUTPUTS}, 89_190_400, "0.6806"),
+        ("LLaMA-3-8B", "lora", {"targets": QV}, 3_407_872, None),
+        ("LLaMA-3-8B", "dora", {"rank": 32, "targets": NO_OUTPUTS}, 57_409_536, "0.7098"),
+        ("LLaMA-65B", "full", {}, 65_285_660_672, None),
+        ("GPT-3", "lora", {"rank": 1, "targets": QV}, 4_718_592, None),
+        ("GPT-3", "lora", {"rank": 4, "targets": QV}, 18_874_368, None),
+        ("GPT-3", "lora", {"rank": 8, "targets": QV}, 37_748_736, None),
+        ("GPT-3", "lora", {"rank": 8, "targets": ("*.attn.q",)}, 18_874_368, None),
+        ("GPT-3", "lora", {"rank": 2, "targets": ("*.attn.*",)}, 18_874_368, None),
+        ("RoBERTa base", "lora", {"targets": QV}, 294_912, None),
+        ("RoBERTa large", "lora", {"targets": QV}, 786_432, None),
+        ("DeBERTa XXL", "lora", {"rank": 16, "targets": QV}, 4_718_592, None),
+        ("GPT-2 medium", "lora", {"rank": 4, "targets": QV}, 393_216, None),
+        ("GPT-2 large", "lora", {"rank": 4, "targets": QV}, 737_280, None),
+    ],
+)
+def test_parameter_counts_on_other_shapes(
+    size: str, name: str, settings: dict, count: int, percent: str | None
+) -> None:
+    """A percentage is of all parameters, those of the method among them, as the papers count."""
+    layers, d, heads, kv_heads, ff, vocabulary, base = SIZES[size]
+    with torch.device("meta"):
+        model = GPT(ModelConfig(vocabulary, d, layers, heads, kv_heads, d // heads, ff, 2048))
+        attach(model, method_class(name)(**settings))
+    assert sum(p.numel() for p in trainable(model).values()) == count
+    if base is not None:
+        assert sum(p.numel() for n, p in model.named_parameters() if n in model.base_keys) == base
+    if percent is not None:
+        digits = len(percent.partition(".")[2])
+        assert f"{100 * count / (base + count):.{digits}f}" == percent

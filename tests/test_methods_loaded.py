@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_CODES_ONLY, make_folder, method_of, storage_of
+from conftest import ON_CODES_ONLY, calibrated, make_folder, method_of, storage_of
 
 from litpeft.core.safetensors import Weights
 from litpeft.data.templates import ChatTemplate
@@ -52,7 +52,8 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """A run whose delta is far from its start: as the plain model, as `load` makes it, and how far they may differ."""
     name, kind = request.param
     precision, quantize, limit = HELD[kind]
-    storage, method, dtype = quantize and Storage(quantize, cache=False), method_of(name), TYPES[precision]
+    storage, dtype = quantize and Storage(quantize, cache=False), TYPES[precision]
+    method = calibrated(method_of(name), base)
     if name in ON_CODES_ONLY and not quantize:
         pytest.skip("wants codes")
     if quantize and trains_weights(base, name):

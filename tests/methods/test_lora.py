@@ -124,6 +124,24 @@ def test_a_starts_uniform_within_one_over_the_root_of_in(tiny_folder) -> None:
     assert not slot.B.any()
 
 
+@pytest.mark.parametrize(("out", "inputs", "rank", "count"), [(200, 200, 2, 800), (512, 64, 8, 4608)])
+def test_an_update_has_as_many_numbers_as_in_the_articles(out: int, inputs: int, rank: int, count: int) -> None:
+    assert sum(p.numel() for p in LowRank(inputs, out, rank, 2.0, 0.0).parameters()) == count
+
+
+def test_rslora_keeps_the_size_of_the_inner_activations_whatever_the_rank() -> None:
+    """E (s ||A x||)^2 = alpha^2 ||x||^2 / (3 in) with s = alpha / sqrt(rank), and 1 / rank of it with alpha / rank."""
+    torch.manual_seed(0)
+    x = torch.randn(4096)
+    theory = 16**2 * float(x.square().sum()) / (3 * 4096)
+    for rank, plain in ((8, 8), (64, 64), (512, 512)):
+        delta = LowRank(4096, 8, rank, 16 / rank**0.5, 0.0)
+        delta.reset_parameters()
+        inner = float((delta.A.detach() @ x).square().sum())
+        assert delta.scale**2 * inner == pytest.approx(theory, rel=3 / rank**0.5)
+        assert (16 / rank) ** 2 * inner == pytest.approx(theory / plain, rel=3 / rank**0.5)
+
+
 def test_ranks_and_scales_follow_the_last_glob_that_matches(tiny_folder) -> None:
     model = build(tiny_folder, torch.float32, LoRA(rank=4, ranks={"*.mlp.*": 16, "blocks.1.mlp.up": 2}))
     assert [model.blocks[i].attn.q.slot.lora.A.size(0) for i in (0, 1)] == [4, 4]

@@ -42,8 +42,10 @@ def kept(layer: Linear, x: torch.Tensor) -> int:
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize(("frozen", "dropout", "floats"), [(True, 0.0, 64 * 8), (False, 0.0, 64 * (8 + 256))])
-def test_a_layer_keeps_the_inner_activations_alone(frozen: bool, dropout: float, floats: int) -> None:
+@pytest.mark.parametrize(
+    ("frozen", "dropout", "floats"), [(True, 0.0, 64 * 8), (False, 0.0, 64 * (8 + 256)), (True, 0.1, 64 * (8 + 256))]
+)
+def test_a_layer_keeps_the_inner_activations_alone_unless_it_drops(frozen: bool, dropout: float, floats: int) -> None:
     layer = Linear(256, 192).requires_grad_(False)
     delta = LowRank(256, 192, 8, 2.0, dropout)
     delta.reset_parameters()

@@ -1,0 +1,129 @@
+"""EVA: LoRA whose first matrix starts along what varies most in a layer's inputs, with the ranks where that is most.
+
+    y = W x + b + s B A dropout(x)        A = the principal components of x, over the trained tokens of some rows
+
+    B = 0 at the start, so nothing changes at first
+
+Of the components of all targets the `rank` times number of targets that explain the largest shares of the variance of
+their inputs are taken: a target gets between none and rho * rank of them, and s is as if it had its own rank.
+
+EVA https://arxiv.org/abs/2410.07170; components of rows that come one after the other as by Ross et al. (2008).
+Trains rank * (in + out) parameters for each target, of the rank that it gets. Folds: W <- W + s B A.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from litpeft.core.distributed import copy_shard
+from litpeft.core.kinds import check_least
+from litpeft.data.batches import Batch
+from litpeft.methods.lora import LoRA, LowRank, Shape
+from litpeft.model.context import Context
+from litpeft.model.delta import Held
+from litpeft.model.gpt import GPT
+from litpeft.model.objective import summed_loss
+from litpeft.model.slots import Delta, Linear
+
+TOKENS = 256  # of a row at most, evenly spread
+
+
+class Watch(Delta):
+    """Leaves y as it is, and keeps x."""
+
+    def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
+        self.x = x
+        return y
+
+
+class Components:
+    """The largest principal components of vectors that come in parts."""
+
+    def __init__(self, size: int, most: int):
+        self.most, self.count, self.total = most, 0, 0.0  # total: the sum of the squared distances from the mean
+        self.mean = torch.zeros(size, dtype=torch.float64)
+        self.parts = torch.zeros(0, size, dtype=torch.float64)  # (k, size) components times their singular values
+
+    def add(self, x: Tensor) -> None:
+        """Takes vectors (n, size) into account."""
+        x, both = x.to("cpu", torch.float64), self.count + len(x)
+        mean = x.mean(0)
+        moved = (self.count * len(x) / both) ** 0.5 * (self.mean - mean)
+        new = torch.cat((x - mean, moved[None]))
+        self.total += float(new.square().sum())
+        self.mean += len(x) / both * (mean - self.mean)
+        self.count = both
+        rows = torch.cat((self.parts, new))
+        _, u = torch.linalg.eigh(rows @ rows.T)  # rows = U S V^T, and U^T rows = S V^T
+        self.parts = u[:, -self.most :].flip(1).T @ rows
+
+    def shares(self) -> Tensor:
+        """Returns the share of the variance that each component explains (k,)."""
+        return self.parts.square().sum(1) / max(self.total, 1e-30)
+
+
+@dataclass
+class EVA(LoRA):
+    """Low-rank updates that start along the inputs' principal components."""
+
+    calibration_rows: int = 32
+    """Rows whose activations are measured before the training."""
+    rho: float = 2.0
+    """A target gets at most so many times its rank; 1 leaves all ranks as they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, "method.", calibration_rows=1)
+        if not 1 <= self.rho <= 1000:
+            raise ValueError(f"method.rho must be at least 1 and at most 1000, got {self.rho}")
+        self.found: dict[str, Tensor] = {}  # components (rank, in), by target
+        self.given: dict[str, int] | None = None  # ranks by target; None: as the settings say
+
+    def shapes(self, model: GPT) -> dict[str, tuple[Linear, Shape]]:
+        shapes = super().shapes(model)
+        given = {name: shape[2] for name, (_, shape) in shapes.items()} if self.given is None else self.given
+        ranked = {name: (layer, shape) for name, (layer, shape) in shapes.items() if given.get(name)}
+        return {name: (layer, (*shape[:2], given[name], *shape[3:])) for name, (layer, shape) in ranked.items()}
+
+    def attach(self, model: GPT) -> None:
+        for linear, shape in self.shapes(model).values():
+            self.fill(linear, "eva", LowRank(*shape))
+
+    @torch.no_grad()
+    def calibrate(self, model: GPT, batches: Iterator[Batch]) -> None:
+        shapes, found = self.shapes(model), {}
+        for linear, _ in shapes.values():
+            linear.slot.add("eva", Watch())
+        for batch in islice(batches, self.calibration_rows):
+            summed_loss(model, batch)
+            seen: dict[int, str] = {}  # the first of the layers that read the same x, by which x that is
+            at = (batch.at + 1)[:: -(-len(batch.at) // TOKENS)]  # the trained tokens themselves
+            for name, (linear, shape) in shapes.items():
+                x = linear.slot.eva.x
+                first = seen.setdefault(id(x), name)
+                most = min(round(self.rho * max(shape[2] for _, shape in shapes.values())), *shape[:2])
+                found[name] = found.get(first) or Components(shape[0], most)
+                if first == name:
+                    found[name].add(x[0, at])
+        for linear, _ in shapes.values():
+            linear.slot.deltas.pop("eva")
+        self.given = dict.fromkeys(shapes, 0)
+        shares = [(-float(share), name) for name, (_, shape) in shapes.items() for share in
+                  found[name].shares()[: round(self.rho * shape[2])]]  # fmt: skip
+        for _, name in sorted(shares, key=lambda pair: pair[0])[: sum(shape[2] for _, shape in shapes.values())]:
+            self.given[name] += 1
+        for name, components in found.items():
+            parts = components.parts[: self.given[name]]
+            self.found[name] = parts / parts.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        parts = {key.partition(".slot.eva."): tensor for key, tensor in saved.items()}
+        self.given = {name: len(tensor) for (name, _, leaf), tensor in parts.items() if leaf == "A"}
+
+    def start(self, name: str, linear: Linear, weight: Tensor, held: Held, saved: dict[str, Tensor] | None) -> Tensor:
+        if saved is None and self.given is not None and self.given.get(name):
+            copy_shard(linear.slot.eva.A, self.found[name])
+        return weight

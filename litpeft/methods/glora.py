@@ -1,0 +1,184 @@
+"""GLoRA: the weight and the bias of a layer learn a factor and a summand each, in forms that a search chooses.
+
+    y = (W + W * A + B) x + b + b * D + E + W C        * number by number
+
+    A, B: of low rank, (out, r) (r, in); or a number for each output; or one number; or none
+
+    C: of low rank, (in, r) (r, 1); or a number for each input; or none
+
+    D, E: a number for each output; or one number; or none. Without a bias b there is no D
+
+    all start at zero, so nothing changes at first
+
+The forms of a term share its numbers: those of the outputs are the first column of the low-rank form, and the one
+number is the first of them. Each step trains a path drawn anew, one of 432 in each layer; then an evolutionary search
+compares paths by their loss on the held-out rows, and the best one stays.
+
+GLoRA https://arxiv.org/abs/2306.07967.
+Trains 2 rank * (in + out) + rank * (in + 1) + 2 out parameters for each target. Folds: W <- W + W * A + B,
+b <- b + b * D + E + W C, so the merged layer has a bias.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litpeft.core.errors import ConfigError
+from litpeft.core.kinds import check_least
+from litpeft.methods.evolution import evolve
+from litpeft.methods.lora import LARGEST_RANK
+from litpeft.model.affine import Affine
+from litpeft.model.delta import Method, linears
+from litpeft.model.gpt import GPT
+from litpeft.model.slots import Delta, Linear, kaiming
+
+FORMS = ("low_rank", "vector", "scalar", "none")
+TERMS = {"A": FORMS, "B": FORMS, "C": ("low_rank", "vector", "none"), "D": FORMS[1:], "E": FORMS[1:]}
+Path = tuple[str, ...]  # the form of each term
+
+
+class Generalized(Delta):
+    """(W * A + B) x + b * D + E + W C, each term in the form that `path` says."""
+
+    claims = "the weight itself"
+
+    def __init__(self, linear: Linear, rank: int, forms: dict[str, Path]):
+        super().__init__()
+        out, inputs, self.rank = linear.out_features, linear.in_features, rank
+        self.forms = forms if linear.bias is not None else forms | {"D": ("none",)}
+        self.shapes = {"A": (out, inputs), "B": (out, inputs), "C": (inputs, 1), "D": (out,), "E": (out,)}
+        for name, allowed in self.forms.items():
+            rows, *columns = self.shapes[name]
+            if allowed != ("none",):
+                self.tensor(f"{name}d", (rows, rank if "low_rank" in allowed else 1) if columns else (rows,), 0.0)
+            if "low_rank" in allowed:
+                self.tensor(f"{name}u", (rank, *columns), kaiming)
+        self.largest = tuple(allowed[0] for allowed in self.forms.values())
+        self.buffer("path", (len(TERMS), len(FORMS)), lambda path: self.take(self.largest, path), kept="result")
+
+    @torch.no_grad()
+    def take(self, path: Path, where: Tensor | None = None) -> None:
+        """Takes this path from now on; `path`, the buffer, has a 1 for the form of each term."""
+        rows = [[float(form == one) for form in FORMS] for one in path]
+        (self.path if where is None else where).copy_(torch.tensor(rows))
+
+    def term(self, name: str) -> Tensor | None:
+        """Returns A, B or C as what can be broadcast to its shape, D or E (out,); None where no form is allowed."""
+        if self.forms[name] == ("none",):
+            return None
+        gate, d = self.path[list(TERMS).index(name)], self.get_parameter(f"{name}d")
+        value = gate[1] * (d if d.ndim == 1 else d[:, :1]) + gate[2] * d.flatten()[0]
+        return value + gate[0] * (d @ self.get_parameter(f"{name}u")) if "low_rank" in self.forms[name] else value
+
+    def affine(self, linear: Linear) -> Affine:
+        terms = {name: self.term(name) for name in TERMS}
+        weight, a, b = linear.dense().to(self.path.dtype), None, None
+        change = [] if terms["A"] is None else [weight * terms["A"]]
+        change += [] if terms["B"] is None else [terms["B"].expand_as(weight)]
+        shift = [] if terms["D"] is None else [linear.bias * terms["D"]]
+        shift += [] if terms["E"] is None else [terms["E"]]
+        shift += [] if terms["C"] is None else [(weight @ terms["C"])[:, 0]]
+        if change:  # a whole matrix, as a product with the identity
+            one = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device)
+            a, b = (sum(change), one) if len(weight) < weight.size(1) else (one, sum(change))
+        return Affine(A=a, B=b, shift=sum(shift) if shift else None)
+
+    def count(self, path: Path) -> int:
+        """Returns how many parameters the terms of a path have."""
+        shapes = zip(self.shapes.values(), path, strict=True)
+        return sum({"low_rank": self.rank * sum(n), "vector": n[0], "scalar": 1, "none": 0}[form] for n, form in shapes)
+
+
+@dataclass
+class GLoRA(Method):
+    """Factors and summands of weights and biases, in forms that are searched for on held-out rows."""
+
+    rank: int = 8
+    """Rank of the low-rank forms."""
+    forms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The forms that a term may take, e.g. {"A": ["vector", "none"], "C": ["none"]}; other terms may take all."""
+    limit: int | None = None
+    """Most parameters that the path found may have."""
+    population: int = 16
+    """Paths that the search compares in each generation."""
+    generations: int = 4
+    """Generations of the search."""
+    seed: int = 0
+    """What the paths that are drawn follow from."""
+    targets: tuple[str, ...] = ("*.attn.*", "*.mlp.*")
+    """Globs of the linear layers."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "method.", rank=1, most=LARGEST_RANK)
+        check_least(self, "method.", population=2, generations=1, most=100_000)
+        check_least(self, "method.", limit=0, seed=0)
+        for name, allowed in self.forms.items():
+            if name not in TERMS or not allowed or not set(allowed) <= set(TERMS[name]):
+                known = "; ".join(f"{term}: {', '.join(forms)}" for term, forms in TERMS.items())
+                raise ValueError(f"method.forms.{name[:40]} must name forms of these terms ({known}), got {allowed}")
+        named = {term: self.forms.get(term, forms) for term, forms in TERMS.items()}
+        self.allowed = {term: tuple(form for form in FORMS if form in forms) for term, forms in named.items()}
+
+    @property
+    def searches(self) -> bool:
+        return any(len(forms) > 1 for forms in self.allowed.values())
+
+    def attach(self, model: GPT) -> None:
+        layers, least = linears(model, self.targets).values(), 0
+        for linear in layers:
+            delta = Generalized(linear, self.rank, self.allowed)
+            least += delta.count(tuple(allowed[-1] for allowed in delta.forms.values()))
+            linear.slot.add("glora", delta)
+        if self.limit is not None and self.limit < least:
+            raise ConfigError(f"{self.limit:,} are fewer than the {least:,} of the smallest path", where="method.limit")
+
+    def configure(self, config: dict[str, Any]) -> None:
+        if any(self.allowed[term] != ("none",) for term in "CE"):
+            config |= {"attention_bias": True, "mlp_bias": True}
+
+    def before_step(self, model: GPT, step: int, steps: int) -> None:
+        draw = random.Random(f"{self.seed} {step}")
+        for delta in generalized(model):
+            delta.take(tuple(draw.choice(allowed) for allowed in delta.forms.values()))
+
+    def after_step(self, model: GPT, step: int, steps: int) -> None:
+        for delta in generalized(model):
+            delta.take(delta.largest)
+
+    def finish(self, model: GPT, loss: Callable[[], float]) -> str:
+        deltas = generalized(model)
+
+        def parameters(genes: Path) -> int:
+            return sum(delta.count(path) for delta, path in zip(deltas, paths(genes), strict=True))
+
+        def measured(genes: Path) -> float:
+            take(deltas, genes)
+            return loss()
+
+        choices = [allowed for delta in deltas for allowed in delta.forms.values()]
+        fits = lambda genes: self.limit is None or parameters(genes) <= self.limit  # noqa: E731
+        losses = evolve(choices, measured, fits, self.population, self.generations, self.seed)
+        best = min(losses, key=losses.__getitem__)
+        take(deltas, best)
+        least = f"{losses[best]:.4f} is the least loss on the held-out rows of {len(losses)} paths"
+        return f"{least}; that path has {parameters(best):,} parameters"
+
+
+def generalized(model: GPT) -> list[Generalized]:
+    """Returns the deltas in the order of the layers."""
+    return [module for module in model.modules() if isinstance(module, Generalized)]
+
+
+def paths(genes: Path) -> list[Path]:
+    """Returns the path of each layer."""
+    return [genes[at : at + len(TERMS)] for at in range(0, len(genes), len(TERMS))]
+
+
+def take(deltas: list[Generalized], genes: Path) -> None:
+    """Has each layer take its path."""
+    for delta, path in zip(deltas, paths(genes), strict=True):
+        delta.take(path)
