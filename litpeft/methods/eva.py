@@ -107,7 +107,7 @@ class EVA(LoRA):
                 most = min(round(self.rho * max(shape[2] for _, shape in shapes.values())), *shape[:2])
                 found[name] = found.get(first) or Components(shape[0], most)
                 if first == name:
-                    found[name].add(x[0, at])
+                    found[name].add(x[0, at] if x.ndim == 3 else x)  # the head reads some tokens only
         for linear, _ in shapes.values():
             linear.slot.deltas.pop("eva")
         self.given = dict.fromkeys(shapes, 0)

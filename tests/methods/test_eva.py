@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from litpeft.exchange.run import build_run, find_run
 from litpeft.methods.eva import EVA, Components
 from litpeft.methods.lora import LowRank
+from litpeft.methods.lora_ga import LoRAGA
 from litpeft.model.build import build
 from litpeft.model.delta import trainable
 from litpeft.model.families.names import NameMap
@@ -82,6 +83,15 @@ def test_ranks_go_where_a_component_explains_most(tiny_folder) -> None:
     assert len(set(ranks.values())) > 1
     assert max(ranks.values()) <= 8
     assert {delta.scale for delta in found.values()} == {6 / 4}  # of the rank that was asked for
+
+
+@pytest.mark.parametrize("method", [EVA, LoRAGA])
+def test_the_head_can_be_a_target(tiny_folder, method: type) -> None:
+    model = build(tiny_folder, torch.float64, calibrated(method(rank=4, targets=("*.attn.q", "head")), tiny_folder))
+    (delta,) = model.head.slot.deltas.values()
+    assert torch.allclose(
+        delta.A / delta.A.norm(dim=1)[:, None] @ delta.A.T, torch.diag(delta.A.norm(dim=1)), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
