@@ -7,8 +7,10 @@ Trains what its methods train. Folds if each of them does.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import tee
+from random import Random
 from typing import Any
 
 from torch import Tensor
@@ -65,7 +67,14 @@ class Combo(Method):
         return weight
 
     configure, read, start_embedding = each("configure"), each("read"), each("start_embedding")
-    restore, before_step, after_step = each("restore"), each("before_step"), each("after_step")
+    restore, after_step = each("restore"), each("after_step")
+
+    @contextmanager
+    def training_step(self, model: GPT, draws: Random) -> Iterator[None]:
+        with ExitStack() as stack:
+            for one in self.parts:
+                stack.enter_context(one.training_step(model, draws))
+            yield
 
     def calibrate(self, model: GPT, batches: Iterator[Batch]) -> None:
         for one, rows in zip(self.parts, tee(batches, len(self.parts)), strict=True):

@@ -19,9 +19,10 @@ Trains 2 rank * (in + out) + rank * (in + 1) + 2 out parameters for each target.
 b <- b + b * D + E + W C, so the merged layer has a bias.
 """
 
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class GLoRA(Method):
     generations: int = 4
     """Generations of the search."""
     seed: int = 0
-    """What the paths that are drawn follow from."""
+    """What the search draws follows from."""
     targets: tuple[str, ...] = ("*.attn.*", "*.mlp.*")
     """Globs of the linear layers."""
 
@@ -140,13 +141,13 @@ class GLoRA(Method):
         if any(self.allowed[term] != ("none",) for term in "CE"):
             config |= {"attention_bias": True, "mlp_bias": True}
 
-    def before_step(self, model: GPT, step: int, steps: int) -> None:
-        draw = random.Random(f"{self.seed} {step}")
-        for delta in generalized(model):
-            delta.take(tuple(draw.choice(allowed) for allowed in delta.forms.values()))
-
-    def after_step(self, model: GPT, step: int, steps: int) -> None:
-        for delta in generalized(model):
+    @contextmanager
+    def training_step(self, model: GPT, draws: Random) -> Iterator[None]:
+        deltas = generalized(model)
+        for delta in deltas:
+            delta.take(tuple(draws.choice(allowed) for allowed in delta.forms.values()))
+        yield
+        for delta in deltas:
             delta.take(delta.largest)
 
     def finish(self, model: GPT, loss: Callable[[], float]) -> str:

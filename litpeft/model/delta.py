@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from random import Random
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +48,11 @@ class Method:
     def start_embedding(self, model: GPT, weight: Tensor) -> None:
         """Like `start`, for the embedding (V, d), which stays as it is."""
 
+    @contextmanager
+    def training_step(self, model: GPT, draws: Random) -> Iterator[None]:
+        """Surrounds an optimizer step. `draws` follow from the step's number, and are the same on every rank."""
+        yield
+
     def calibrate(self, model: GPT, batches: Iterator[Batch]) -> None:
         """Measures the base, frozen and not quantised, on rows to train on; called before a new run's model is built.
 
@@ -56,14 +62,11 @@ class Method:
     def restore(self, saved: dict[str, Tensor]) -> None:
         """Takes from the delta of an earlier run what `attach` needs to know of it; called before it."""
 
-    def before_step(self, model: GPT, step: int, steps: int) -> None:
-        """Called before the passes of optimizer step `step`, from 1, of `steps`."""
-
     def penalty(self, model: GPT) -> Tensor | None:
         """Returns what is added to the loss of each step, differentiably; None for nothing."""
 
     def after_step(self, model: GPT, step: int, steps: int) -> None:
-        """Called after optimizer step `step`, while the gradients are still there; not after one that was skipped."""
+        """Called after optimizer step `step`, from 1, of `steps`, with its gradients; not if the step was skipped."""
 
     def finish(self, model: GPT, loss: Callable[[], float]) -> str | None:
         """Called when all steps are done; `loss()` measures the model as it is then on the held-out rows.

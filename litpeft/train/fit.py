@@ -129,7 +129,8 @@ class Trainer:
         began = time.perf_counter()
         batches, trained = self.micro_batches(progress.step, numbers)
         lr = lr_at(progress.step, self.steps, train)
-        found = self.stepper.step(batches, trained, lr, progress.step + 1, self.stop_votes)
+        with self.run.method.training_step(self.gpt, random.Random(f"{train.seed} {progress.step}")):
+            found = self.stepper.step(batches, trained, lr, progress.step + 1, self.stop_votes)
         now = time.perf_counter()
         tokens = sum(len(self.rows[i].ids) for i in numbers)
         progress.step += 1

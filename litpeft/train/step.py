@@ -44,8 +44,6 @@ class Stepper:
         """Takes optimizer step `number`; returns what `gradient` does."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        if self.method is not None:
-            self.method.before_step(self.model.module, number, self.steps)
         found = self.gradient(batches, trained, number, votes)
         self.optimizer.step()
         if self.method is not None and math.isfinite(found.norm):  # else the scaler of 16-mixed has skipped the step

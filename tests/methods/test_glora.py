@@ -1,6 +1,7 @@
 """GLoRA against its formula and against peft: every path, merged and not; and the search."""
 
 import itertools
+from random import Random
 
 import pytest
 import torch
@@ -141,10 +142,9 @@ def test_each_step_trains_a_path_of_its_own_and_between_steps_the_largest_acts(t
     model = build(tiny_folder, torch.float32, method)
     deltas, seen = generalized(model), []
     for step in (1, 2, 1):
-        method.before_step(model, step, 9)
-        seen.append(torch.stack([delta.path for delta in deltas]))
+        with method.training_step(model, Random(step)):
+            seen.append(torch.stack([delta.path for delta in deltas]))
         assert (seen[-1].sum(2) == 1).all()
-        method.after_step(model, step, 9)
         assert all(delta.path[:3, 0].all() for delta in deltas)
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])
