@@ -1,13 +1,16 @@
 """Several methods in one run: counts add up, and each alone is the combination with the others off."""
 
+import json
+
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import TINY, finetune, folded
+from safetensors.torch import load_file
 
 from litpeft.core.errors import UserError
-from litpeft.exchange.run import find_run
+from litpeft.exchange.run import build_run, find_run
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.load import load_model
 from litpeft.methods.combo import Combo
@@ -113,6 +116,27 @@ def test_a_run_is_loaded_with_all_of_its_methods(tiny_folder, tmp_path) -> None:
                 logits.append(model(TEXT))
     assert not torch.equal(logits[0], logits[1])
     assert not torch.equal(logits[0], logits[2])
+
+
+def test_what_its_methods_do_around_steps_and_before_and_after_a_run_is_done(tiny_folder, tmp_path, capsys) -> None:
+    methods = {
+        "ada_lora": {"rank": 4, "final_rank": 2, "targets": ["*.attn.*"]},
+        "eva": {"rank": 3, "targets": ["*.mlp.*"]},
+        "glora": {"rank": 2, "population": 2, "generations": 1, "targets": ["*.attn.o"]},
+    }
+    words = "--method.methods", json.dumps(methods), "--train.epochs", "6", "--train.lr", "1e-2"
+    run = finetune(tiny_folder, tmp_path, *words, method="combo")
+    saved = load_file(run / "final" / "delta.safetensors")
+    triples = {name: tensor for name, tensor in saved.items() if name.endswith("ada_lora.E")}
+    assert len(triples) == 8
+    assert sum(int((tensor != 0).sum()) for tensor in triples.values()) == 2 * 8
+    ranks = [len(tensor) for name, tensor in saved.items() if name.endswith("eva.A")]
+    assert sum(ranks) == 3 * 6
+    assert "is the least loss on the held-out rows of 2 paths" in capsys.readouterr().err
+    with torch.no_grad():
+        model = load_model(str(run), precision="32-true").model
+        want = build_run(find_run(run), tiny_folder, torch.float32)(TEXT)
+        assert torch.allclose(model(TEXT), want, atol=1e-4)
 
 
 def test_parameter_counts_add_up() -> None:
