@@ -10,7 +10,7 @@ ReFT https://arxiv.org/abs/2404.03592.
 Trains 2 r d + r parameters for each block, twice as many untied. Does not fold: it depends on the position.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_choices, check_least
+from litpeft.core.typed import LATER
 from litpeft.methods.lora import LARGEST_RANK
 from litpeft.model.context import Context
 from litpeft.model.delta import Method
@@ -35,12 +36,19 @@ class Edit(Delta):
     no constraint that a shard or a checkpoint could break, and R follows from M bit for bit.
     """
 
-    def __init__(self, width: int, rank: int, kind: str, first: int, last: int):
+    at_prompt = True
+
+    def __init__(self, width: int, rank: int, kind: str, first: int, last: int, init: str, dropout: float):
         super().__init__()
-        self.kind, self.first, self.last = kind, first, last
+        self.kind, self.first, self.last, self.init, self.dropout = kind, first, last, init, dropout
         self.tensor("M", (rank, width), nn.init.orthogonal_)
         self.tensor("W", (rank, width), kaiming)
         self.tensor("b", (rank,), 0.0)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.init == "identity":
+            self.W.data = torch.zeros_like(self.W) if self.kind == "direft" else self.rows().detach()
 
     def rows(self) -> Tensor:
         """Returns R (r, d)."""
@@ -62,7 +70,8 @@ class Edit(Delta):
         R = self.rows()
         W = self.W if self.kind == "direft" else self.W - R
         R, W, b = (tensor.to(h.dtype) for tensor in (R, W, self.b))
-        return torch.where(self.edited(ctx)[..., None], h + F.linear(h, W, b) @ R, h)
+        change = F.dropout(F.linear(h, W, b) @ R, self.dropout, self.training)
+        return torch.where(self.edited(ctx)[..., None], h + change, h)
 
 
 @dataclass
@@ -81,11 +90,17 @@ class ReFT(Method):
     """One edit for both ends of the prompt; false: one for each."""
     layers: tuple[int, ...] | None = None
     """Numbers of the blocks, from 0, after which is edited; default: all."""
+    init: Literal["paper", "identity"] = field(default="paper", metadata=LATER)
+    """How W and b start: at random as in the paper, or so that nothing changes at first."""
+    dropout: float = field(default=0.0, metadata=LATER)
+    """Share of an edit's change that is dropped in training."""
 
     def __post_init__(self) -> None:
         check_choices(self, "method.")
         check_least(self, "method.", rank=1, most=LARGEST_RANK)
         check_least(self, "method.", first=0, last=0)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
         if self.first + self.last == 0 or (not self.tied and not (self.first and self.last)):
             raise ValueError("method.first and method.last must not be 0: no token would be edited")
 
@@ -103,4 +118,5 @@ class ReFT(Method):
                 what = f"there is no block {layer}; the model has 0 to {len(blocks) - 1}"
                 raise ConfigError(what, where="method.layers")
             for name, first, last in ends:
-                blocks[layer].after_block.add(name, Edit(width, self.rank, self.kind, first, last))
+                edit = Edit(width, self.rank, self.kind, first, last, self.init, self.dropout)
+                blocks[layer].after_block.add(name, edit)
