@@ -75,19 +75,23 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     if method.writes_model:
         plain = build(folder / "final", dtype)
     else:
-        delta = find_run(folder).delta()
-        plain = build(base, dtype, method, storage=storage, delta=delta)
+        found = find_run(folder)
+        delta = found.delta()
+        plain = build(base, dtype, found.method(), storage=storage, delta=delta)
         load_delta(plain, delta, "test")
     return plain.eval().requires_grad_(False), load_model(str(folder), precision=precision), limit
 
 
 def logits_of(model: GPT, ids: torch.Tensor, prompt: int) -> torch.Tensor:
     """Returns the logits of rows (B, T) whose first tokens are a prompt, in one pass over all of them."""
-    virtual = model.virtual_tokens
-    ids = torch.nn.functional.pad(ids, (virtual, 0))
+    before, after = model.frame
+    fill = torch.zeros(len(ids), max(before, after), dtype=ids.dtype)
+    ids = torch.cat((fill[:, :before], ids[:, :prompt], fill[:, :after], ids[:, prompt:]), 1)
     ctx = Context.rows(ids)
-    ctx.prompt_lengths = torch.full((len(ids), 1), virtual + prompt)
-    return model(ids, ctx)[:, virtual:]
+    ctx.prompt_lengths = torch.full((len(ids), 1), before + prompt + after)
+    logits = model(ids, ctx)[:, before:]
+    # what follows the prompt is said after the positions that stand behind it
+    return torch.cat((logits[:, : prompt - 1], logits[:, prompt - 1 + after :]), 1)
 
 
 def assert_near(got: torch.Tensor, want: torch.Tensor, limit: float) -> None:

@@ -32,24 +32,29 @@ class Batch:
         return replace(self, ids=self.ids.to(device), at=self.at.to(device), targets=self.targets.to(device))
 
 
-def idle(row: Row, virtual_tokens: int = 0) -> Batch:
+def framed(tokens: Sequence[int], prompt: int, before: int, after: int, filler: int = PLACEHOLDER) -> list[int]:
+    """Returns a document's tokens with so many placeholders before it and after its prompt."""
+    return [*[filler] * before, *tokens[:prompt], *[filler] * after, *tokens[prompt:]]
+
+
+def idle(row: Row, before: int = 0, after: int = 0) -> Batch:
     """Returns a micro-batch that trains nothing: a rank without rows of its own must still step with the others."""
-    batch = collate([row], virtual_tokens)
+    batch = collate([row], before, after)
     return replace(batch, at=batch.at[:0], targets=batch.targets[:0])
 
 
-def collate(rows: Sequence[Row], virtual_tokens: int = 0) -> Batch:
-    """Returns the rows as one micro-batch, each with so many placeholders before it, which are part of its prompt."""
-    before = [PLACEHOLDER] * virtual_tokens
-    ids = torch.tensor([i for row in rows for i in (*before, *row.ids)])
+def collate(rows: Sequence[Row], before: int = 0, after: int = 0) -> Batch:
+    """Returns the rows as one micro-batch, each with placeholders before it and after its prompt, as a part of it."""
+    ids = torch.tensor([i for row in rows for i in framed(row.ids, row.prompt_length, before, after)])
     # a document's first token is never trained, so the token before a trained one belongs to the same document
-    trained = torch.tensor([t for row in rows for t in (*(False for _ in before), *row.trained)]).nonzero().flatten()
+    marks = [t for row in rows for t in framed(row.trained, row.prompt_length, before, after, False)]
+    trained = torch.tensor(marks).nonzero().flatten()
     return Batch(
         ids[None],
-        tuple(virtual_tokens + len(row.ids) for row in rows),
+        tuple(before + len(row.ids) + after for row in rows),
         trained - 1,
         ids[trained],
-        tuple(virtual_tokens + row.prompt_length for row in rows),
+        tuple(before + row.prompt_length + after for row in rows),
         tuple(row.source for row in rows),
     )
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from litpeft.core.checksums import file_sha256, read_header
 from litpeft.core.distributed import gather
 from litpeft.core.errors import ConfigError, ModelError, NumericError, some
 from litpeft.core.folders import atomic_folder, checkpoint_steps
-from litpeft.core.json import read_json, write_json
+from litpeft.core.json import jsonable, read_json, write_json
 from litpeft.core.precision import PRECISIONS
 from litpeft.core.recognise import refuse_file, refuse_other
 from litpeft.core.safetensors import Weights, copy_companions, save_tensors, write_safetensors
@@ -69,9 +69,20 @@ class Run:
     def system(self) -> str | None:
         return self.facts["template"]["system"]
 
-    def method(self) -> Method:
-        """Returns the method with the settings that the run was trained with."""
-        return typed(method_class(self.facts["method"]), self.facts["settings"], "settings")
+    def method(self, changes: Mapping[str, Any] | None = None) -> Method:
+        """Returns the method with the settings of the run, but for `changes`, as --method gives them."""
+        cls, changes = method_class(self.facts["method"]), dict(changes or {})
+        for key in changes.keys() - set(cls.at_answers):
+            allowed = ", ".join(cls.at_answers) or "none"
+            what = f"{key[:40]} stays as it was in training; keys of {self.facts['method']} that may change: {allowed}"
+            raise ConfigError(what, where="method")
+        method = typed(cls, self.facts["settings"], "settings")
+        if not changes:
+            return method
+        try:
+            return typed(cls, jsonable(asdict(method)) | changes, "method")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     def delta(self) -> dict[str, Tensor]:
         """Returns the saved tensors, after checking their file."""
@@ -200,6 +211,10 @@ def save_result(
         tensors = NameMap(*read_config(base)).written(own, where=str(base))
     else:
         tensors = ((name, gather(tensor).cpu()) for name, tensor in delta_state(model).items())
+        if first:
+            with torch.no_grad():
+                settings, held = settings.result(model, dict(tensors))
+            tensors = held.items()
     if not first:
         for _ in tensors:
             pass
@@ -251,17 +266,25 @@ def base_facts(
 
 
 def build_run(
-    run: Run, base: Path, dtype: torch.dtype, device: torch.device | str = "cpu", storage: Storage | None = None
+    run: Run,
+    base: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    storage: Storage | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> GPT:
-    """Returns the base model with the run's delta."""
-    delta = run.delta()
+    """Returns the base model with the run's delta; with `changes` of its method, what then has no place is left out."""
+    delta, method = run.delta(), run.method(changes)
     try:
-        model = build(base, dtype, run.method(), device, storage, delta=delta)
+        model = build(base, dtype, method, device, storage, delta=delta)
     except ConfigError as error:
+        if changes:
+            raise
         if storage is None and run.storage is not None:  # as `merge --onto original` wants it
             what = f"what was learned belongs to weights in {run.storage.name}, not to others: {error.what}"
             raise ConfigError(what, where="onto", hint="leave it out") from None
         what = f"{error.where.replace('method', 'settings', 1)}: {error.what}"  # the settings come from delta.json
         raise ModelError(what, where=run.folder / "delta.json", hint=NOT_OURS) from None
+    delta = {name: delta[name] for name in delta.keys() & model.delta_keys} if changes else delta
     load_delta(model, delta, str(run.folder))
     return model

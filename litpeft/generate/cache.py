@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from litpeft.data.batches import PLACEHOLDER
+from litpeft.data.batches import framed
 from litpeft.generate.cpu.fused_block import NATIVE_TOKENS
 from litpeft.generate.cuda_graph import WIDTHS, RecordedStep
 from litpeft.model.context import Context, KVCache
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import is_empty
+from litpeft.model.slots import Slot
 
 FIRST_LENGTH = 256  # tokens of a new cache
 
@@ -38,14 +38,17 @@ class TokenCache:
         """Returns the logits (B * last, V) after the last tokens of each row; computes only tokens not in the cache.
 
         Shorter rows are padded at the end; keys of padding are overwritten before any token sees their positions.
-        Placeholders for virtual tokens come before each row. `prompts` are the lengths of the rows' prompts.
+        Placeholders for virtual tokens come before each row and after its prompt. `prompts` are the lengths of the
+        rows' prompts; without them nothing stands after one.
         """
-        virtual = self.model.virtual_tokens
-        rows = [[PLACEHOLDER] * virtual + list(row) for row in rows]
-        prompts = [virtual + n for n in prompts] if prompts else [0] * len(rows)
+        before, after = self.model.frame
+        ends, after = (prompts, after) if prompts else ([0] * len(rows), 0)
+        rows = [framed(row, end, before, after) for row, end in zip(rows, ends, strict=True)]
+        prompts = [before + n + after for n in prompts] if prompts else [0] * len(rows)
         held = self.rows if self.layers else [[] for _ in rows]
         if prompts != self.prompts:
-            self.edits = any(not is_empty(block.after_block) for block in self.model.blocks)
+            slots = [module for module in self.model.modules() if isinstance(module, Slot)]
+            self.edits = any(delta.at_prompt for slot in slots for delta in slot.deltas.values())
             held = [[] for _ in rows] if self.edits else held
             self.prompts = prompts
         starts = [min(common_prefix(old, new), len(new) - last) for old, new in zip(held, rows, strict=True)]

@@ -17,7 +17,7 @@ from litpeft.data.prompts import Prompt, new_file, read_prompts, typed_prompt, u
 from litpeft.data.templates import with_system
 from litpeft.data.tokenizer import StreamDecoder, Tokenizer
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.load import Loaded, load_model, named
+from litpeft.generate.load import Loaded, load_one, named
 from litpeft.generate.sampling import next_tokens
 from litpeft.generate.settings import Generate, Sampling
 from litpeft.generate.speculate import Lookup
@@ -168,7 +168,7 @@ def generate(settings: Generate) -> None:
     names, alone = named(settings), settings.input is None and output is None
     answers: dict[str, list[Answer]] = {}
     for name, path in names.items():
-        loaded = load_model(path, settings.base, settings.precision, settings.quantize)
+        loaded = load_one(settings, path)
         write(f"{name}:\n" if alone and len(names) > 1 else "")
         answers[name] = respond(loaded, prompts, settings, alone)
     if alone:

@@ -16,7 +16,7 @@ from litpeft.data.sources import find, find_measured
 from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
 from litpeft.generate.engine import Answer, answer_all
-from litpeft.generate.load import Loaded, load_model, named
+from litpeft.generate.load import Loaded, load_model, load_one, named
 from litpeft.generate.settings import Evaluate, Sampling
 from litpeft.model.delta import without_delta
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
@@ -95,7 +95,7 @@ def evaluate(settings: Evaluate) -> None:
     if len(names) > 1:
         scores[-1].name = next(iter(names))
     for name, path in list(names.items())[1:]:
-        (score,) = measure(replace(settings, model=path, compare_base=False))[1]
+        (score,) = measure(replace(settings, model=path, compare_base=False, method={}))[1]
         scores.append(replace(score, name=name))
     say(table(scores, rows, settings.samples))
     if output is not None:
@@ -110,7 +110,7 @@ def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
     """Returns the rows, and the results of the model on them; before those of a run stand its base's, if asked for."""
     run = find_run(Path(settings.model))
     apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
-    loaded = load_model(settings.model, None if apart else settings.base, settings.precision, settings.quantize)
+    loaded = load_one(replace(settings, base=None) if apart else settings, settings.model)
     template = loaded.run.template if loaded.run else "auto"
     reach = loaded.model.reach
 

@@ -1,8 +1,9 @@
 """A model ready to answer, from a base folder, a merged folder or a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,12 +43,14 @@ def load_model(
     base: str | None = None,
     precision: str = "auto",
     quantize: str | None = None,
+    method: Mapping[str, Any] | None = None,
     beside: Sequence[Loaded] = (),
 ) -> Loaded:
     """Returns the model of a base folder, a merged folder or a run, in eval mode on the first device there is.
 
-    `quantize` names the storage of its linear layers; a delta's base is held as it was in training. What is the same
-    in a model that is loaded already, `beside`, is held once.
+    `quantize` names the storage of its linear layers; a delta's base is held as it was in training. `method` are keys
+    of a run's method that are to have other values. What is the same in a model that is loaded already, `beside`, is
+    held once.
     """
     device = pick_device()
     dtype = pick_precision(precision, device).weights
@@ -56,6 +59,8 @@ def load_model(
     has_delta = run is not None and not run.is_model
     if base is not None and not has_delta:
         raise ConfigError("base is for a run with a delta, and this is a model by itself", where="base")
+    if method and not has_delta:
+        raise ConfigError("it is for a run with a delta, and this is a model by itself", where="method")
     if quantize is not None:
         storage_class(quantize, "quantize")
     if quantize is not None and has_delta:
@@ -73,7 +78,7 @@ def load_model(
         storage = run.storage
         if storage is not None:  # an existing cache is read, none is written
             storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
-        model = build_run(run, folder, dtype, device, storage)
+        model = build_run(run, folder, dtype, device, storage, method)
     else:
         model = build(folder, dtype, device=device, storage=None if quantize is None else Storage(quantize))
     model.eval().requires_grad_(False)
@@ -118,8 +123,14 @@ def load_models(settings: Answering) -> dict[str, Loaded]:
     """Returns the model that answers, and those that may answer in its place, by their folders' names."""
     loaded: dict[str, Loaded] = {}
     for name, path in named(settings).items():
-        loaded[name] = load_model(path, settings.base, settings.precision, settings.quantize, tuple(loaded.values()))
+        loaded[name] = load_one(settings, path, tuple(loaded.values()))
     return loaded
+
+
+def load_one(settings: Answering, path: str, beside: Sequence[Loaded] = ()) -> Loaded:
+    """Returns one of the models that the settings name; their `method` is that of the first."""
+    method = settings.method if path == settings.model else None
+    return load_model(path, settings.base, settings.precision, settings.quantize, method, beside)
 
 
 def named(settings: Answering) -> dict[str, str]:

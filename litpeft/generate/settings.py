@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from litpeft.core.errors import quoted
 from litpeft.core.kinds import check_choices, check_least
@@ -16,7 +16,7 @@ class Answering:
 
     model: str
     """A base folder, a run, or a merged folder."""
-    also: tuple[str, ...] = field(default=(), kw_only=True)  # these four after a command's own keys
+    also: tuple[str, ...] = field(default=(), kw_only=True)  # these after a command's own keys
     """More models or runs, each called like its folder, that do the same; in a chat /use changes to one of them."""
     base: str | None = field(default=None, kw_only=True)
     """Folder of the base model, if it has moved since the run."""
@@ -24,6 +24,8 @@ class Answering:
     """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
     quantize: Literal[tuple(STORAGES)] | None = field(default=None, kw_only=True)
     """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
+    method: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    """Other values for keys of the run's method, those that may change after training, e.g. {"skip_layers": 5}."""
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -8,7 +8,7 @@ Trains what its methods train. Folds if each of them does.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import tee
 from random import Random
 from typing import Any
@@ -49,6 +49,7 @@ class Combo(Method):
             wrong = next((name for name in self.methods if name not in METHODS), None)
             what = "must name two methods or more" if wrong is None else f'"{wrong[:40]}" is no method'
             raise ValueError(f"method.methods: {what}; there are {', '.join(METHODS)}")
+        self.idle_parts = any(one.idle_parts for one in self.parts)
         self.unfreeze = tuple(dict.fromkeys((*self.unfreeze, *(glob for one in self.parts for glob in one.unfreeze))))
 
     def defines(self, hook: str) -> bool:
@@ -68,6 +69,13 @@ class Combo(Method):
 
     configure, read, start_embedding = each("configure"), each("read"), each("start_embedding")
     restore, after_step = each("restore"), each("after_step")
+
+    def result(self, model: GPT, tensors: dict[str, Tensor]) -> tuple[Method, dict[str, Tensor]]:
+        kept = dict(self.methods)
+        for name, one in zip((name for name in METHODS if name in self.methods), self.parts, strict=True):
+            method, tensors = one.result(model, tensors)
+            kept |= {} if method is one else {name: jsonable(asdict(method))}
+        return replace(self, methods=kept), tensors
 
     @contextmanager
     def training_step(self, model: GPT, draws: Random) -> Iterator[None]:

@@ -26,6 +26,8 @@ class Method:
     """One way to finetune. The fields are its YAML keys and its `--method.*` options."""
 
     writes_model: ClassVar[bool] = False  # its result is a model folder of its own, not a delta beside the base
+    idle_parts: ClassVar[bool] = False  # whether an optimizer step may leave some of what trains without a gradient
+    at_answers: ClassVar[tuple[str, ...]] = ()  # keys that may have other values when a run answers
 
     unfreeze: tuple[str, ...] = field(default=(), kw_only=True)  # after the method's own keys
     """Globs of the base model's own parameters that train too, e.g. `*norm*`."""
@@ -82,6 +84,13 @@ class Method:
     def defines(self, hook: str) -> bool:
         """Returns whether the method has a hook of its own."""
         return getattr(type(self), hook) is not getattr(Method, hook)
+
+    def result(self, model: GPT, tensors: dict[str, Tensor]) -> tuple["Method", dict[str, Tensor]]:
+        """Returns the method and the delta of a run's result: those of its training without what only training needs.
+
+        `tensors` are whole, and may be changed.
+        """
+        return self, tensors
 
     def configure(self, config: dict[str, Any]) -> None:
         """Changes a config.json, in place, so that it describes the merged model."""

@@ -175,9 +175,14 @@ class GPT(nn.Module):
         return max(self.after_embed.virtual_tokens, self.learned_keys)
 
     @property
+    def frame(self) -> tuple[int, int]:
+        """Returns how many positions of learned vectors stand before each document, and after its prompt."""
+        return self.virtual_tokens, self.after_embed.infix_tokens
+
+    @property
     def reach(self) -> int:
         """Returns how many tokens of one document can be read."""
-        return self.config.max_positions - self.virtual_tokens
+        return self.config.max_positions - sum(self.frame)
 
     def forward(
         self, ids: Tensor, ctx: Context | None = None, at: Tensor | None = None, targets: Tensor | None = None

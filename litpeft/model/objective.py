@@ -26,11 +26,11 @@ def mean_loss(
     ranks, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
     training = model.training
     model.eval()
-    virtual = model.virtual_tokens
-    layout = lay_out(range(len(rows)), [virtual + len(row.ids) for row in rows], ranks, micro_tokens, None)[rank]
+    frame = model.frame
+    layout = lay_out(range(len(rows)), [sum(frame) + len(row.ids) for row in rows], ranks, micro_tokens, None)[rank]
     total = torch.zeros((), dtype=torch.float64, device=device)
     for numbers in layout:
-        batch = collate([rows[i] for i in numbers], virtual) if numbers else idle(rows[0], virtual)
+        batch = collate([rows[i] for i in numbers], *frame) if numbers else idle(rows[0], *frame)
         total += summed_loss(model, batch.to(device)).double()
     if ranks > 1:
         total = fabric.all_reduce(total, reduce_op="sum")

@@ -60,6 +60,8 @@ class Delta(Stated):
     lr_factors: Mapping[str, float] = {}  # what the learning rate of its tensors is multiplied by, if not by 1
     dropout: float = 0.0  # share of x that is dropped in training
     virtual_tokens: int = 0  # first positions of each document whose contents it writes
+    infix_tokens: int = 0  # and positions between its prompt and its answer
+    at_prompt: bool = False  # whether where it acts depends on the length of the prompt
 
     def factors(self) -> Factors | None:
         """Returns A (rank, in) and B (out, rank), differentiably, if it does nothing but add B A dropout(x)."""
@@ -126,6 +128,11 @@ class Slot(nn.Module):
     def virtual_tokens(self) -> int:
         """Returns how many first positions of each document its deltas write."""
         return max([0, *(delta.virtual_tokens for delta in self.deltas.values())])
+
+    @property
+    def infix_tokens(self) -> int:
+        """Returns how many positions between the prompt and the answer of each document its deltas write."""
+        return max([0, *(delta.infix_tokens for delta in self.deltas.values())])
 
     def factors(self) -> Factors | None:
         """Returns A and B if the deltas do nothing but add B A x, without dropout."""

@@ -28,8 +28,11 @@ def check_devices(settings: Finetune, precision: Precision, device: torch.device
         raise ConfigError(what, where="base.precision", hint=hint)
 
 
-def make_fabric(settings: Finetune, precision: Precision, device: torch.device) -> Fabric:
-    """Returns Fabric on the devices of the settings, with the run's processes connected."""
+def make_fabric(settings: Finetune, precision: Precision, device: torch.device, idle_parts: bool = False) -> Fabric:
+    """Returns Fabric on the devices of the settings, with the run's processes connected.
+
+    With `idle_parts` a step may leave some of what trains without a gradient, on all ranks.
+    """
     world, timeout = settings.devices * settings.num_nodes, timedelta(seconds=settings.timeout)
     strategy: Strategy | str = "auto"
     if settings.strategy == "fsdp":  # model/build.py shards the model, Fabric does not
@@ -37,7 +40,11 @@ def make_fabric(settings: Finetune, precision: Precision, device: torch.device) 
     elif world > 1:  # the ranks build the same model from the same files and seed: no initial broadcast,
         # and none of buffers, which do not change
         strategy = DDPStrategy(
-            timeout=timeout, init_sync=False, gradient_as_bucket_view=True, forward_sync_buffers=False
+            timeout=timeout,
+            init_sync=False,
+            gradient_as_bucket_view=True,
+            forward_sync_buffers=False,
+            find_unused_parameters=idle_parts,
         )
     for name in ("lightning.fabric", "lightning.pytorch"):  # which one logs depends on what was imported
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -56,7 +56,7 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
 def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     """Builds the model, trains it, and writes the run's files; `began` is the time at which the command began."""
     settings, method, out = run.settings, run.method, Path(run.settings.out)
-    fabric = make_fabric(settings, run.precision, pick_device())
+    fabric = make_fabric(settings, run.precision, pick_device(), method.idle_parts)
     check_agreement(fabric, run.agreed())
     # 1. the model, with the method at its start
     calibrate(run, fabric.device)

@@ -52,7 +52,7 @@ class Trainer:
         tenth = max(1, self.steps // 10)
         self.measure_every = validation.interval or tenth
         self.save_every = tenth if checkpoint.interval is None else checkpoint.interval
-        self.lengths = [self.gpt.virtual_tokens + len(row.ids) for row in self.rows]
+        self.lengths = [sum(self.gpt.frame) + len(row.ids) for row in self.rows]
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
@@ -158,12 +158,12 @@ class Trainer:
 
         What is random in a step follows from its number, so that a resumed run draws the same.
         """
-        fabric, train, virtual = self.fabric, self.settings.train, self.gpt.virtual_tokens
+        fabric, train, frame = self.fabric, self.settings.train, self.gpt.frame
         torch.manual_seed(random.Random(f"{train.seed} {step} {fabric.global_rank}").getrandbits(62))
         size = None if self.settings.data.packing else train.micro_batch_size
         layout = lay_out(numbers, self.lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
         batches = [
-            collate([self.rows[i] for i in micro], virtual) if micro else idle(self.rows[numbers[0]], virtual)
+            collate([self.rows[i] for i in micro], *frame) if micro else idle(self.rows[numbers[0]], *frame)
             for micro in layout
         ]
         return [batch.to(fabric.device) for batch in batches], sum(sum(self.rows[i].trained) for i in numbers)
