@@ -21,10 +21,12 @@ from litpeft.model.slots import Delta, Linear
 LENGTHS = (9, 15, 8)  # tokens of three documents
 PROMPTS = (4, 5, 3)  # tokens of their prompts
 IDS = torch.randint(0, TINY["vocab_size"], (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
-LEARNED_TOKENS = {"prefix", "prompt", "combo"}  # methods that put vectors before the text
+PROMPTS_OF_VECTORS = {"prefix", "ptuning_v2", "prompt", "ptuning", "pre_embed", "pre_layer"}
+LEARNED_TOKENS = {*PROMPTS_OF_VECTORS, "combo"}  # methods that put vectors before the text
 TAKEN_OUT = {"pissa", "loftq", "lora_ga"}  # methods that begin with a part of the weight
 NOT_IDENTITY_AT_THE_START = {"reft", *LEARNED_TOKENS, *TAKEN_OUT}  # methods whose papers start elsewhere
-NOT_FOLDABLE = {"adapter", "adapter_v2", "bottleneck", "reft", *LEARNED_TOKENS}  # they act on activations
+ADAPTERS = {"adapter", "adapter_v2", "bottleneck", "adapter_drop"}
+NOT_FOLDABLE = {*ADAPTERS, "reft", *LEARNED_TOKENS}  # they act on activations
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -288,6 +290,21 @@ LLAMA_7B = ModelConfig(
         ("bitfit", {"add_missing": True}, 1_359_872),
         ("selective", {}, 266_240),
         ("bottleneck", {"reduction_factor": 64}, 33_820_672),
+        ("bottleneck", {"kind": "pfeiffer", "inner": 64}, 16_910_336),
+        ("bottleneck", {"kind": "lin", "inner": 64}, 17_172_480),
+        ("bottleneck", {"kind": "pfeiffer", "inner": 64, "skip_layers": 5}, 14_268_096),
+        ("adapter_drop", {"inner": 64}, 16_910_336),
+        ("prefix", {}, 2_621_440),
+        ("prefix", {"prompt_length": 30}, 7_864_320),
+        ("prefix", {"prompt_length": 30, "hidden": 512}, 136_700_416),
+        ("prefix", {"prompt_length": 30, "hidden": 4096}, 1_090_908_160),
+        ("ptuning_v2", {"prompt_length": 30}, 7_864_320),
+        ("prompt", {}, 81_920),
+        ("ptuning", {"encoder": "mlp"}, 1_151_232),
+        ("ptuning", {}, 5_923_072),
+        ("reft", {"rank": 8}, 2_097_408),  # 0.031 % in the paper
+        ("reft", {"layers": (3, 9, 18, 24), "tied": False}, 262_176),  # 0.0039 %
+        ("reft", {"layers": (15,)}, 32_772),  # pyreft prints 0.000486 %
         ("adapter", {}, 1_229_760),
         ("adapter_v2", {}, 4_215_744),
         ("adapter_v2", {"targets": ("*.attn.*", "*.mlp.*", "head")}, 4_279_744),
@@ -304,22 +321,31 @@ def test_parameter_counts_on_llama_7b_are_those_of_the_papers(name: str, setting
 
 QV = ("*.attn.q", "*.attn.v")
 NO_OUTPUTS = ("*.attn.q", "*.attn.k", "*.attn.v", "*.mlp.up", "*.mlp.down")  # of DoRA's scripts
-SIZES = {  # blocks, width, query heads, key heads, MLP, vocabulary, and parameters where the papers say them
-    "LLaMA-7B": (32, 4096, 32, 32, 11008, 32000, 6_738_415_616),
-    "LLaMA-13B": (40, 5120, 40, 40, 13824, 32000, 13_015_864_320),
-    "LLaMA-65B": (80, 8192, 64, 64, 22016, 32000, 65_285_660_672),
-    "LLaMA-3-8B": (32, 4096, 32, 8, 14336, 128256, 8_030_261_248),
-    "GPT-3": (96, 12288, 96, 96, 49152, 50257, None),
-    "RoBERTa base": (12, 768, 12, 12, 3072, 50265, None),
-    "RoBERTa large": (24, 1024, 16, 16, 4096, 50265, None),
-    "DeBERTa XXL": (48, 1536, 24, 24, 6144, 128100, None),
-    "GPT-2 medium": (24, 1024, 16, 16, 4096, 50257, None),
-    "GPT-2 large": (36, 1280, 20, 20, 5120, 50257, None),
+SHAPES = {  # vocabulary, width, layers, heads, key and value heads, their size, width of the MLP
+    "LLaMA-7B": (32000, 4096, 32, 32, 32, 128, 11008),
+    "LLaMA-13B": (32000, 5120, 40, 40, 40, 128, 13824),
+    "LLaMA-65B": (32000, 8192, 80, 64, 64, 128, 22016),
+    "LLaMA-3-8B": (128256, 4096, 32, 32, 8, 128, 14336),
+    "GPT-3": (50257, 12288, 96, 96, 96, 128, 49152),
+    "T5-XXL": (32128, 4096, 24, 64, 64, 64, 10240),
+    "GPT-2": (50257, 768, 12, 12, 12, 64, 3072),
+    "GPT-2 medium": (50257, 1024, 24, 16, 16, 64, 4096),
+    "GPT-2 large": (50257, 1280, 36, 20, 20, 64, 5120),
+    "BERT": (30522, 768, 12, 12, 12, 64, 3072),  # as many norms as GPT-2: two a block, and one for the embeddings
+    "RoBERTa base": (50265, 768, 12, 12, 12, 64, 3072),
+    "RoBERTa large": (50265, 1024, 24, 16, 16, 64, 4096),
+    "DeBERTa XXL": (128100, 1536, 48, 24, 24, 64, 6144),
+}
+PARAMETERS = {
+    "LLaMA-7B": 6_738_415_616,
+    "LLaMA-13B": 13_015_864_320,
+    "LLaMA-65B": 65_285_660_672,
+    "LLaMA-3-8B": 8_030_261_248,
 }
 
 
 @pytest.mark.parametrize(
-    ("size", "name", "settings", "count", "percent"),
+    ("shape", "name", "settings", "count", "percent"),
     [
         ("LLaMA-7B", "lora", {"targets": QV}, 4_194_304, "0.0622"),
         ("LLaMA-7B", "lora", {"targets": ("*.attn.*", "*.mlp.*", "head")}, 20_277_248, None),
@@ -341,19 +367,45 @@ SIZES = {  # blocks, width, query heads, key heads, MLP, vocabulary, and paramet
         ("DeBERTa XXL", "lora", {"rank": 16, "targets": QV}, 4_718_592, None),
         ("GPT-2 medium", "lora", {"rank": 4, "targets": QV}, 393_216, None),
         ("GPT-2 large", "lora", {"rank": 4, "targets": QV}, 737_280, None),
+        ("BERT", "bottleneck", {"inner": 64}, 2_379_264, None),
+        ("BERT", "bottleneck", {"inner": 8}, 313_536, None),
+        ("BERT", "bottleneck", {"inner": 256}, 9_461_760, None),
+        ("BERT", "bottleneck", {"inner": 64, "unfreeze": ("*norm*",)}, 2_417_664, None),
+        ("GPT-3", "bottleneck", {"inner": 1}, 7_078_080, None),  # 7.1M and 40.1M in the LoRA paper
+        ("GPT-3", "bottleneck", {"inner": 8}, 40_109_568, None),
+        (
+            "GPT-2 medium",
+            "bottleneck",
+            {"kind": "lin", "inner": 6},
+            368_784,
+            None,
+        ),  # 0.37M, 11.09M, 0.88M in the LoRA paper
+        ("GPT-2 medium", "bottleneck", {"kind": "lin", "inner": 224}, 11_089_152, None),
+        ("GPT-2 large", "bottleneck", {"kind": "lin", "inner": 8}, 875_808, None),
+        ("GPT-2", "bottleneck", {"kind": "lin", "inner": 10}, 212_088, None),
+        ("GPT-2", "bottleneck", {"kind": "lin", "inner": 100}, 1_872_048, None),
+        ("GPT-2", "bottleneck", {"kind": "lin", "inner": 300}, 5_560_848, None),
+        ("LLaMA-3-8B", "prefix", {"prompt_length": 30}, 1_966_080, None),
+        ("GPT-2 medium", "prefix", {}, 491_520, None),
+        ("T5-XXL", "prompt", {"prompt_length": 100}, 409_600, None),
+        ("GPT-2", "bitfit", {}, 102_144, None),
+        ("LLaMA-13B", "reft", {"rank": 8}, 3_277_120, None),
+        ("LLaMA-3-8B", "reft", {"rank": 8}, 2_097_408, None),  # 0.026 % of 8,030,261,248 in the paper
+        ("GPT-3", "pre_embed", {"prefix_length": 256, "infix_length": 8}, 3_244_032, None),  # 3.2M in the LoRA paper
+        ("GPT-3", "pre_layer", {"prefix_length": 8, "infix_length": 8}, 18_874_368, None),
     ],
 )
-def test_parameter_counts_on_other_shapes(
-    size: str, name: str, settings: dict, count: int, percent: str | None
+def test_parameter_counts_on_other_models_are_those_of_the_papers(
+    shape: str, name: str, settings: dict, count: int, percent: str | None
 ) -> None:
     """A percentage is of all parameters, those of the method among them, as the papers count."""
-    layers, d, heads, kv_heads, ff, vocabulary, base = SIZES[size]
+    plain = {"norm": "layer", "gated_mlp": False, "qkv_bias": True, "output_bias": True, "mlp_bias": True}
     with torch.device("meta"):
-        model = GPT(ModelConfig(vocabulary, d, layers, heads, kv_heads, d // heads, ff, 2048))
+        model = GPT(ModelConfig(*SHAPES[shape], 2048, **({} if shape in PARAMETERS else plain)))
         attach(model, method_class(name)(**settings))
     assert sum(p.numel() for p in trainable(model).values()) == count
-    if base is not None:
-        assert sum(p.numel() for n, p in model.named_parameters() if n in model.base_keys) == base
+    if shape in PARAMETERS:
+        assert sum(p.numel() for n, p in model.named_parameters() if n in model.base_keys) == PARAMETERS[shape]
     if percent is not None:
         digits = len(percent.partition(".")[2])
-        assert f"{100 * count / (base + count):.{digits}f}" == percent
+        assert f"{100 * count / (PARAMETERS[shape] + count):.{digits}f}" == percent

@@ -1,6 +1,6 @@
 """Bottleneck adapters: small two-layer networks inside each block, whose last layer starts at zero.
 
-    y <- y + scale * (up act(down u + b_down) + b_up)        down (m, d), up (d, m) = 0, m = d / reduction_factor
+    y <- y + scale * (up act(down u + b_down) + b_up)        down (m, d), up (d, m) = 0, m = inner
 
 The kinds differ in y, the output that is changed, and in u, the input of the network:
 
@@ -12,19 +12,21 @@ The kinds differ in y, the output that is changed, and in u, the input of the ne
 The outputs of attention and MLP are changed before they are added to the residual stream.
 
 Houlsby https://arxiv.org/abs/1902.00751, Pfeiffer https://arxiv.org/abs/2005.00247, Lin
-https://arxiv.org/abs/2004.03829, parallel https://arxiv.org/abs/2110.04366. All start at the base: up is zero, where
-Houlsby draws it near zero and Lin as it comes. Houlsby and Lin train norms of the base or embeddings, too: `unfreeze`.
+https://arxiv.org/abs/2004.03829, parallel https://arxiv.org/abs/2110.04366, without the lower blocks (specialised
+AdapterDrop) https://arxiv.org/abs/2010.11918. All start at the base: up is zero, where Houlsby draws it near zero and
+Lin as it comes. Houlsby and Lin train norms of the base or embeddings, too: `unfreeze`.
 Trains 2 d m + m + d parameters for each adapter, and 2 d for the norm of lin. Does not fold: act is not linear.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_choices, check_least
+from litpeft.core.typed import LATER
 from litpeft.model.delta import Method
 from litpeft.model.gpt import ACTIVATIONS, GPT
 from litpeft.model.slots import Delta, kaiming
@@ -66,6 +68,8 @@ class BottleneckAdapter(Delta):
 class Bottleneck(Method):
     """Small networks with a residual of their own, inside each block."""
 
+    at_answers: ClassVar[tuple[str, ...]] = ("skip_layers",)
+
     kind: Literal["houlsby", "pfeiffer", "lin", "parallel"] = "houlsby"
     """Where they sit: after attention and MLP, after the MLP, after the block with a norm, or beside the MLP."""
     reduction_factor: int = 16
@@ -74,19 +78,27 @@ class Bottleneck(Method):
     """What is between the two layers. Pfeiffer and Lin take relu."""
     scale: float = 1.0
     """What an adapter adds is multiplied by it; 4 in the paper of parallel adapters."""
+    inner: int | None = field(default=None, metadata=LATER)
+    """Inner width of an adapter; default: the model's width / reduction_factor."""
+    skip_layers: int = field(default=0, metadata=LATER)
+    """The first so many blocks get no adapter; more of them may be left out when a run answers."""
 
     def __post_init__(self) -> None:
         check_choices(self, "method.")
-        check_least(self, "method.", reduction_factor=1)
+        check_least(self, "method.", reduction_factor=1, inner=1, skip_layers=0)
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"method.scale must be above 0 and finite, got {self.scale}")
 
     def attach(self, model: GPT) -> None:
-        width, inner = model.config.d_model, model.config.d_model // self.reduction_factor
+        width = model.config.d_model
+        inner = self.inner or width // self.reduction_factor
+        if self.skip_layers >= len(model.blocks):
+            what = f"{self.skip_layers} leaves none of the {len(model.blocks)} blocks of this model"
+            raise ConfigError(what, where="method.skip_layers")
         if not inner:
             what = f"{self.reduction_factor} is more than {width}, the width of this model"
             raise ConfigError(what, where="method.reduction_factor")
-        for block in model.blocks:
+        for block in model.blocks[self.skip_layers :]:
             for place in KINDS[self.kind]:
                 adapter = BottleneckAdapter(width, inner, self.kind, self.activation, self.scale)
                 getattr(block, place).add("bottleneck", adapter)

@@ -6,6 +6,7 @@ Prompt tuning https://arxiv.org/abs/2104.08691.
 Trains prompt_length * d parameters. Does not fold: the vectors are part of what the model reads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,26 +23,51 @@ from litpeft.model.delta import Method
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Delta
 
+Start = Callable[[Tensor], object]
 COMMON = 5000  # tokens, the first of a vocabulary: the most frequent ones, as byte pairs are merged in that order
 
 
-class VirtualTokens(Delta):
-    """Learned vectors (n, width) at the first n positions of each document; elsewhere y stays as it is."""
+class Placed(Delta):
+    """Vectors (n + m, width): n at each document's first positions, m after its prompt; elsewhere y stays as it is."""
 
     claims = "the virtual tokens"
 
-    def __init__(self, count: int, width: int, spread: float):
+    def __init__(self, before: int, after: int = 0, dropout: float = 0.0):
         super().__init__()
-        self.virtual_tokens = count
-        self.tensor("vectors", (count, width), lambda vectors: nn.init.uniform_(vectors, -spread, spread))
+        self.virtual_tokens, self.infix_tokens, self.at_prompt = before, after, after > 0
+        self.dropout = dropout
+
+    def table(self) -> Tensor:
+        """Returns the vectors (n + m, width), differentiably."""
+        raise NotImplementedError
 
     def forward(self, y: Tensor, *context: object) -> Tensor:
-        ctx, n = context[-1], self.virtual_tokens
+        ctx, n, m = context[-1], self.virtual_tokens, self.infix_tokens
         if ctx is None:  # in the head
             return y
-        table = F.pad(self.vectors.to(y.dtype), (0, 0, 0, 1))  # row n is for the text, and gets no gradient
-        vectors = F.embedding(ctx.pos.clamp(max=n), table, padding_idx=n)  # (B, T, width)
-        return torch.where((ctx.pos < n)[..., None], vectors, y)
+        row = torch.where(ctx.pos < n, ctx.pos, n + m)  # (B, T); row n + m is for the text, and gets no gradient
+        if m and ctx.prompt_lengths is not None:
+            after = ctx.pos - ctx.prompt_lengths + m
+            row = torch.where((after >= 0) & (after < m), n + after, row)
+        table = F.pad(self.table().to(y.dtype), (0, 0, 0, 1))
+        vectors = F.dropout(F.embedding(row, table, padding_idx=n + m), self.dropout, self.training)  # (B, T, width)
+        return torch.where((row < n + m)[..., None], vectors, y)
+
+
+class VirtualTokens(Placed):
+    """The vectors themselves are learned."""
+
+    def __init__(self, width: int, start: Start, before: int, after: int = 0, dropout: float = 0.0):
+        super().__init__(before, after, dropout)
+        self.tensor("vectors", (before + after, width), start)
+
+    def table(self) -> Tensor:
+        return self.vectors
+
+
+def uniform(spread: float) -> Start:
+    """Returns a start of numbers drawn between -spread and spread."""
+    return lambda tensor: nn.init.uniform_(tensor, -spread, spread)
 
 
 @dataclass
@@ -66,11 +92,15 @@ class Prompt(Method):
         self.tokens = tokenizer.encode(self.text or "")
 
     def attach(self, model: GPT) -> None:
-        model.after_embed.add("prompt", VirtualTokens(self.prompt_length, model.config.d_model, spread=0.5))
+        model.after_embed.add("prompt", VirtualTokens(model.config.d_model, uniform(0.5), self.prompt_length))
 
     def start_embedding(self, model: GPT, weight: Tensor) -> None:
-        if self.init == "random":
-            return
-        chosen = torch.tensor(self.tokens) if self.tokens else torch.randperm(min(COMMON, len(weight)))
-        chosen = chosen.repeat(-(-self.prompt_length // len(chosen)))[: self.prompt_length]
-        copy_shard(model.after_embed.deltas["prompt"].vectors, weight[chosen.to(weight.device)])
+        if self.init != "random":
+            copy_tokens(model.after_embed.deltas["prompt"].vectors, weight, self.tokens)
+
+
+def copy_tokens(vectors: Tensor, weight: Tensor, tokens: list[int]) -> None:
+    """Sets vectors (n, d) to rows of weight (V, d): those of tokens, repeated or cut, or without any of common ones."""
+    chosen = torch.tensor(tokens) if tokens else torch.randperm(min(COMMON, len(weight)))
+    chosen = chosen.repeat(-(-len(vectors) // len(chosen)))[: len(vectors)]
+    copy_shard(vectors, weight[chosen.to(weight.device)])

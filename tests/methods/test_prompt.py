@@ -18,8 +18,7 @@ from litpeft.generate.engine import answer_budget
 from litpeft.generate.settings import Sampling
 from litpeft.methods.prompt import Prompt
 from litpeft.model.build import build
-from litpeft.model.config import ModelConfig
-from litpeft.model.delta import attach, trainable, without_delta
+from litpeft.model.delta import without_delta
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import mean_loss, summed_loss
 
@@ -153,14 +152,6 @@ def test_it_starts_from_a_text_that_is_repeated(tiny_folder, tmp_path) -> None:
     ids = Tokenizer.load(tiny_folder).encode("blue sky")
     want = build(tiny_folder, torch.float32).embed.weight[[*ids, *ids][:11]]
     assert torch.allclose(load_file(run / "final" / "delta.safetensors")["after_embed.prompt.vectors"], want, atol=1e-4)
-
-
-@pytest.mark.parametrize(("count", "parameters"), [(20, 81_920), (100, 409_600)])
-def test_parameter_counts(count: int, parameters: int) -> None:
-    with torch.device("meta"):
-        model = GPT(ModelConfig(32000, 4096, 2, 32, 32, 128, 11008, 2048))
-        attach(model, Prompt(prompt_length=count))
-    assert sum(p.numel() for p in trainable(model).values()) == parameters
 
 
 @pytest.mark.parametrize("settings", [{"prompt_length": 0}, {"init": "x"}, {"text": "a"}, {"init": "text"}])
