@@ -154,6 +154,22 @@ def test_it_starts_from_a_text_that_is_repeated(tiny_folder, tmp_path) -> None:
     assert torch.allclose(load_file(run / "final" / "delta.safetensors")["after_embed.prompt.vectors"], want, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [11, 5])  # the text has eight tokens
+def test_it_starts_from_a_text_as_peft_does(tiny_folder, length: int) -> None:
+    method = Prompt(prompt_length=length, init="text", text="blue sky")
+    method.read(Tokenizer.load(tiny_folder))
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=length,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="blue sky",
+        tokenizer_name_or_path=str(tiny_folder),
+    )
+    want = get_peft_model(theirs, config).prompt_encoder["default"].embedding.weight
+    assert torch.equal(vectors(build(tiny_folder, torch.float32, method)), want)
+
+
 @pytest.mark.parametrize("settings", [{"prompt_length": 0}, {"init": "x"}, {"text": "a"}, {"init": "text"}])
 def test_impossible_values_are_refused_by_key(settings: dict) -> None:
     key = "text" if "text" in (*settings, *settings.values()) else next(iter(settings))
