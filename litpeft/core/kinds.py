@@ -52,3 +52,9 @@ def check_least(settings: Any, group: str = "", most: int | None = None, **least
         if isinstance(value, int | float) and (value < bound or (most is not None and value > most)):
             limits = f"at least {bound}" + ("" if most is None else f" and at most {most}")
             raise ValueError(f"{group}{name} must be {limits}, got {value}")
+
+
+def check_share(settings: Any, group: str, name: str) -> None:
+    """Raises a ValueError for a share among the settings that is below 0, or not below 1."""
+    if not 0 <= getattr(settings, name) < 1:
+        raise ValueError(f"{group}{name} must be at least 0 and below 1, got {getattr(settings, name)}")

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from litpeft.core.kinds import check_least
+from litpeft.core.kinds import check_least, check_share
 from litpeft.core.typed import LATER
 from litpeft.methods.adapter import LONGEST_PROMPT
 from litpeft.methods.prompt import Placed, Start, VirtualTokens, uniform
@@ -73,8 +73,7 @@ class Prefix(Method):
 
     def __post_init__(self) -> None:
         check_least(self, "method.", prompt_length=1, hidden=1, most=LONGEST_PROMPT)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
+        check_share(self, "method.", "dropout")
 
     def vectors_start(self) -> Start:
         """Returns how keys and values start that are learned as they are."""

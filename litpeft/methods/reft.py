@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError
-from litpeft.core.kinds import check_choices, check_least
+from litpeft.core.kinds import check_choices, check_least, check_share
 from litpeft.core.typed import LATER
 from litpeft.methods.lora import LARGEST_RANK
 from litpeft.model.context import Context
@@ -48,7 +48,7 @@ class Edit(Delta):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.init == "identity":
-            self.W.data = torch.zeros_like(self.W) if self.kind == "direft" else self.rows().detach()
+            self.W.data = torch.zeros_like(self.W) if self.kind == "direft" else self.rows().detach().clone()
 
     def rows(self) -> Tensor:
         """Returns R (r, d)."""
@@ -99,8 +99,7 @@ class ReFT(Method):
         check_choices(self, "method.")
         check_least(self, "method.", rank=1, most=LARGEST_RANK)
         check_least(self, "method.", first=0, last=0)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
+        check_share(self, "method.", "dropout")
         if self.first + self.last == 0 or (not self.tied and not (self.first and self.last)):
             raise ValueError("method.first and method.last must not be 0: no token would be edited")
 

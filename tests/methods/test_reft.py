@@ -170,7 +170,10 @@ def test_it_can_start_where_nothing_changes_and_learns_from_there(tiny_folder, k
     for edit in (edit for found in edits(model) for edit in found):
         assert edit.W.grad.any()
         assert edit.b.grad.any()
-        assert not edit.M.grad.any() or kind != "direft"  # R acts on W h + b, which is zero
+        assert edit.M.grad.any() == (kind != "direft")  # there R acts on W h + b alone, which is zero
+        before = edit.M.clone()
+        torch.nn.init.zeros_(edit.W)
+        assert torch.equal(edit.M, before)
 
 
 def test_dropout_acts_in_training_on_what_an_edit_adds_and_not_on_the_stream(tiny_folder) -> None:
