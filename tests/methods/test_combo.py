@@ -1,6 +1,7 @@
 """Several methods in one run: counts add up, and each alone is the combination with the others off."""
 
 import json
+from random import Random
 
 import pytest
 import torch
@@ -137,6 +138,27 @@ def test_what_its_methods_do_around_steps_and_before_and_after_a_run_is_done(tin
         model = load_model(str(run), precision="32-true").model
         want = build_run(find_run(run), tiny_folder, torch.float32)(TEXT)
         assert torch.allclose(model(TEXT), want, atol=1e-4)
+
+
+def test_a_result_leaves_out_what_only_training_needs_of_each_method(tiny_folder, tmp_path) -> None:
+    argv = "--method.methods", '{"lora": {}, "ptuning": {"hidden": 8, "before": [4]}}', "--train.lr", "1e-2"
+    run = find_run(finetune(tiny_folder, tmp_path, *argv, method="combo"))
+    assert sorted({key.split(".")[-2] for key in run.delta()}) == ["lora", "ptuning"]
+    assert run.delta()["after_embed.ptuning.vectors"].shape == (4, 64)
+    assert run.method().methods["lora"] == {}
+    assert run.method().methods["ptuning"]["encoder"] is None
+    assert load_model(str(run.folder), precision="32-true").model.frame == (4, 0)
+
+
+def test_a_step_leaves_out_adapters_alone(tiny_folder) -> None:
+    combo = Combo({"lora": {}, "adapter_drop": {}})
+    model, drawn = build(tiny_folder, torch.float32, combo), set()
+    assert combo.idle_parts
+    for step in range(20):
+        with combo.training_step(model, Random(step)):
+            drawn.add(tuple(len(block.after_mlp.deltas) for block in model.blocks))
+            assert all(layer.slot.deltas for layer in (model.blocks[0].attn.q, model.blocks[1].mlp.down))
+    assert drawn == {(1, 1), (0, 1)}
 
 
 def test_parameter_counts_add_up() -> None:
