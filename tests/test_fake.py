@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import method_of
+from conftest import method_of, storage_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
@@ -47,7 +47,7 @@ def fake_model(name: str) -> GPT:
         model = GPT(LLAMA if name in TRAINED else replace(LLAMA, n_layers=2))
     model.dtype = torch.bfloat16
     if "base.quantize" in PRESETS[name]:
-        store(model, "nf4", True, torch.bfloat16)
+        store(model, storage_of(name).name, True, torch.bfloat16)
     attach(model, method_of(name))
     for module in model.modules():
         for key, own in list(module._parameters.items()):

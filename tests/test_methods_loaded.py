@@ -54,6 +54,7 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     precision, quantize, limit = HELD[kind]
     storage, dtype = quantize and Storage(quantize, cache=False), TYPES[precision]
     method = calibrated(method_of(name), base)
+    storage = storage_of(name) if storage and name in ON_CODES_ONLY else storage
     if name in ON_CODES_ONLY and not quantize:
         pytest.skip("wants codes")
     if quantize and trains_weights(base, name):

@@ -18,7 +18,7 @@ from litpeft.generate.load import load_model
 from litpeft.methods import METHODS
 from litpeft.model.build import build
 from litpeft.model.delta import load_delta, unfoldable, without_delta
-from litpeft.model.quantize import Storage
+from litpeft.model.quantize import STORAGES, Storage
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(5))
 LEARN = "--train.epochs", "3", "--train.lr", "1e-2"
@@ -173,7 +173,7 @@ def test_the_cache_gives_the_same_run(tmp_path, storage: str, capsys) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--base.quantize", "nf5"), "base.quantize must be nf4, fp4, int8 or null, got 'nf5'"),
+        (("--base.quantize", "nf5"), f"base.quantize must be {', '.join(STORAGES)} or null, got 'nf5'"),
         (("--base.cache", "true"), "base.cache is used only with base.quantize"),
         (("--train.optimizer", "bitsandbytes.PagedAdamW8bit"), "pages its state between a GPU and"),
         (("--base.precision", "16-mixed"), "16-mixed needs a GPU"),
@@ -217,6 +217,6 @@ def test_a_model_can_be_asked_in_four_bits_and_a_run_only_as_it_was_trained(tiny
     assert code == 2
     assert "trained on a base that was not quantised" in said
     assert (
-        "quantize must be nf4, fp4, int8 or null, got 'nf5'"
+        f"quantize must be {', '.join(STORAGES)} or null, got 'nf5'"
         in fails(capsys, "chat", str(tiny_folder), "--quantize", "nf5")[1]
     )

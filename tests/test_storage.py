@@ -6,9 +6,11 @@ import pytest
 import torch
 from packed_layers import KEYS, make
 
-from litpeft.core.errors import ConfigError
-from litpeft.model.quantize import DOUBLE, STORAGES, int8, storage_class
+from litpeft.core.errors import ConfigError, ModelError
+from litpeft.model.affine import Affine
+from litpeft.model.quantize import DOUBLE, STORAGES, grouped, int8, storage_class
 from litpeft.model.quantize import codes as kernels
+from litpeft.model.quantize.bits import pack_bits, unpack_bits
 from litpeft.model.slots import Linear
 
 try:
@@ -55,6 +57,7 @@ def test_packing_piece_by_piece_gives_the_same_bytes(name: str, double: bool, mo
     want = make(name, double, weight).packed()
     monkeypatch.setattr(kernels, "CHUNK", 256)
     monkeypatch.setattr(int8, "CHUNK", 256)
+    monkeypatch.setattr(grouped, "CHUNK", 256)
     got = make(name, double, weight).packed()
     assert all(torch.equal(got[key], want[key]) for key in want)
 
@@ -119,16 +122,22 @@ def test_the_codes_of_the_constants_are_the_dynamic_map_of_bitsandbytes() -> Non
     assert torch.equal(kernels.dynamic_codes(torch.device("cpu")), bnb.functional.create_dynamic_map())
 
 
-def test_the_codes_of_nf4_are_the_quantiles_of_a_normal_distribution() -> None:
+@pytest.mark.parametrize(("name", "half"), [("nf4", 8), ("nf3", 4), ("nf2", 2)])
+def test_the_codes_of_normal_floats_are_the_quantiles_of_a_normal_distribution(name: str, half: int) -> None:
     inverse, edge = statistics.NormalDist().inv_cdf, 0.9677083  # 1 - (1 / 30 + 1 / 32) / 2, as they rounded it
-    above = [inverse(0.5 + (edge - 0.5) * i / 8) for i in range(1, 9)]
-    below = [inverse(1 - edge + (edge - 0.5) * i / 7) for i in range(7)]
+    above = [inverse(0.5 + (edge - 0.5) * i / half) for i in range(1, half + 1)]
+    below = [inverse(1 - edge + (edge - 0.5) * i / (half - 1)) for i in range(half - 1)]
     want = torch.tensor([*below, 0.0, *above], dtype=torch.float64) / above[-1]
-    assert (torch.tensor(kernels.NF4, dtype=torch.float64) - want).abs().max() < 1.1e-7
+    assert (torch.tensor(kernels.CODES[name], dtype=torch.float64) - want).abs().max() < 1.1e-7
 
 
 @pytest.mark.parametrize(
-    ("name", "double", "error"), [("nf4", False, 0.0920), ("nf4", True, 0.0920), ("fp4", False, 0.1219)]
+    ("name", "double", "error"),
+    [
+        *(("nf4", False, 0.0920), ("nf4", True, 0.0920), ("fp4", False, 0.1219)),
+        *(("nf3", False, 0.2015), ("nf2", False, 0.5627), ("nf2", True, 0.5627)),
+        *(("int4", False, 0.0783), ("int3", False, 0.1677), ("int2", False, 0.3931)),
+    ],
 )
 def test_the_error_on_normal_weights_is_the_known_one(name: str, double: bool, error: float) -> None:
     torch.manual_seed(0)
@@ -163,4 +172,54 @@ def test_the_constants_cost_as_much_as_the_paper_says(double: bool, bits: float)
 
 def test_an_unknown_storage_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match='is not one of .*did you mean "nf4"'):
-        storage_class("nf3")
+        storage_class("nf44")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(8,), (5, 64), (2, 3, 72)])
+def test_codes_of_few_bits_come_back_from_their_bytes(bits: int, shape: tuple[int, ...]) -> None:
+    codes = torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
+    packed = pack_bits(codes, bits)
+    assert packed.shape == (*shape[:-1], shape[-1] * bits // 8)
+    assert torch.equal(unpack_bits(packed, bits), codes)
+    assert pack_bits(torch.full(shape, (1 << bits) - 1, dtype=torch.uint8), bits).eq(255).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(6, 64), (5, 100)])
+def test_groups_of_integers_are_those_of_the_formula(bits: int, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight, top = torch.randn(shape), 2**bits - 1
+    layer, dense = make(f"int{bits}", False, weight), torch.empty(shape)
+    for row in range(shape[0]):
+        for start in range(0, shape[1], 32):
+            part = weight[row, start : start + 32]
+            shift = part.min().half().float()
+            scale = ((part.max() - shift) / top).half().float()
+            dense[row, start : start + 32] = ((part - shift) / scale).round().clamp(0, top) * scale + shift
+    assert torch.equal(layer.dense(), dense)
+    half_step = 0.5 * layer.scale.float().max() + 2**-10 * weight.abs().max()
+    assert (layer.dense() - weight).abs().max() <= half_step
+    size = sum(tensor.nbytes for tensor in layer.packed().values())
+    assert size == shape[0] * -(-shape[1] // 32) * (32 * bits // 8 + 4)  # float16 scale and shift for each group
+
+
+def test_groups_without_a_spread_and_numbers_beyond_float16() -> None:
+    flat = torch.full((3, 64), 0.3)
+    assert torch.allclose(make("int2", False, flat).dense(), flat, rtol=2**-11)
+    assert not make("int4", False, torch.zeros(3, 64)).dense().any()
+    with pytest.raises(ModelError, match="beyond 65504"):
+        make("int4", False, torch.full((3, 64), 1e5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_a_factor_of_outputs_folds_into_groups_and_leaves_their_codes(bits: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, gain = make(f"int{bits}", False, torch.randn(40, 100), dtype), torch.rand(40, dtype=dtype) + 0.5
+    packed = layer.folded(Affine(gain=gain))
+    want = gain[:, None] * layer.dense()
+    assert (layer.unpacked(packed) - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+    assert packed["weight"] is layer.weight
+    assert layer.folded(Affine(A=torch.randn(2, 100), B=torch.randn(40, 2))) is None
+    assert make("nf4", False, torch.randn(4, 64)).folded(Affine(gain=torch.ones(4))) is None

@@ -6,6 +6,8 @@ Layer by layer in float32; the base's weights stay memory-mapped in their own dt
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,11 @@ from litpeft.core.folders import atomic_folder, check_place, locked, refuse_exis
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
+from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.compare import PROMPTS, Scratch, check, in_float32, logits_of, three_ways
 from litpeft.exchange.generation_config import write_stop_ids
+from litpeft.exchange.gguf.weights import GgufFile
+from litpeft.exchange.gguf.write import Q4_1, TYPES, check_gguf, dequantised, held_in_groups, q4_1, write_gguf
 from litpeft.exchange.rounding import Rounding
 from litpeft.exchange.run import Run, build_run, find_run, tell_progress, write_config
 from litpeft.exchange.settings import Merge
@@ -26,6 +31,9 @@ from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import config_of
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
+from litpeft.model.slots import Linear
+
+GGUF = "model.gguf"
 
 
 def merge(settings: Merge) -> None:
@@ -53,23 +61,31 @@ def merge(settings: Merge) -> None:
     storage = run.storage if settings.onto == "trained" else None
     sizes = _types(base)
     dtype = RESULT_DTYPES.get(settings.dtype) or max(sizes, key=sizes.__getitem__, default=torch.float32)
-    model, names = _trained(run, base, storage), _names(run, base)
+    names = _names(run, base)
+    if settings.to == "gguf":
+        check_gguf(names)
+    model = _trained(run, base, storage)
     prompts, rounding = [tokenizer.encode(text) for text in PROMPTS], Rounding()
     with locked(out), atomic_folder(out, settings.overwrite) as folder:
         try:
-            write_safetensors(folder, _merged(model, names, dtype, rounding, settings.run))
+            if settings.to == "gguf":
+                write_gguf(folder / GGUF, names, _coded(model, dtype, rounding), tokenizer, template.stop_ids)
+            else:
+                write_safetensors(folder, _merged(model, names, dtype, rounding, settings.run))
         except TypeError as error:
             hint = "generate and chat take the run as it is"
             raise ModelError(f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
-        copy_companions(base, folder)
-        write_config(folder, dtype, run.method())
-        write_stop_ids(folder, template.stop_ids)
+        if settings.to == "safetensors":
+            copy_companions(base, folder)
+            write_config(folder, dtype, run.method())
+            write_stop_ids(folder, template.stop_ids)
         with ThreadPoolExecutor(1) as pool:
             written = pool.submit(sync_files, folder)  # flush to disk while the models are compared
             want, before, fold = three_ways(model, prompts)
             del model  # two models may not fit in memory
-            files = logits_of(in_float32(build(folder, dtype)), prompts)
             written.result()
+            read = _logits_of_gguf if settings.to == "gguf" else _logits_of_folder
+            files = read(folder, dtype, prompts)
         say(
             f"logits at {len(want)} positions of {len(PROMPTS)} prompts, "
             f"compared with base + delta (largest {float(want.abs().max()):.1f}):"
@@ -77,8 +93,12 @@ def merge(settings: Merge) -> None:
         say(f"  {'the base without the delta':<32} differs by {float((before - want).abs().max()):.2e}")
         if storage != run.storage:
             _tell_of_original(run, base, prompts, want)
-        check(want, fold, files, dtype, rounding, settings.run)
-    say(f"merged model in {out}; next: {command_line('chat', out)}")
+        halves = settings.to == "gguf" and dtype == torch.float32  # the constants of groups are float16
+        check(want, fold, files, torch.float16 if halves else dtype, rounding, settings.run)
+    if settings.to == "gguf":
+        say(f"merged model in {out / GGUF}; next: llama.cpp, or {command_line('convert', out / GGUF)} OUT")
+    else:
+        say(f"merged model in {out}; next: {command_line('chat', out)}")
 
 
 def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:
@@ -126,6 +146,38 @@ def _merged(
 
     with torch.no_grad():
         yield from names.written(rounded(), where=where)
+
+
+def _coded(model: GPT, dtype: torch.dtype, rounding: Rounding) -> Iterator[tuple[str, Tensor, Any]]:
+    """Yields the folded weights for a GGUF file, by our names: as groups of integers where the run held them so."""
+    kept = layers = 0
+    with torch.no_grad():
+        for ours, exact, before in folds(model, widened=Scratch()):
+            module, _, leaf = ours.rpartition(".")
+            layer = model.get_submodule(module)
+            codes = held_in_groups(layer) if leaf == "weight" and isinstance(layer, Linear) else None
+            wanted = torch.float32 if exact.ndim == 1 else dtype
+            after = exact.to(wanted, copy=True) if codes is None else dequantised(*codes)
+            before = model.base_values.get(ours, torch.zeros_like(exact) if before is None else before)
+            if before is not exact:
+                rounding.add(exact, after, before)
+            layers, kept = layers + (before is not exact), kept + (codes is not None)
+            yield ours, *((after, TYPES[wanted]) if codes is None else (q4_1(*codes), Q4_1))
+    say(f"{kept or 'no'} linear layers keep their codes and scales (Q4_1)")
+
+
+def _logits_of_folder(folder: Path, dtype: torch.dtype, prompts: list[list[int]]) -> Tensor:
+    return logits_of(in_float32(build(folder, dtype)), prompts)
+
+
+def _logits_of_gguf(folder: Path, dtype: torch.dtype, prompts: list[list[int]]) -> Tensor:
+    """Returns the logits of a GGUF file as `convert` reads it; raises if its tokenizer is another one."""
+    with TemporaryDirectory(dir=folder) as read:
+        GgufFile(folder / GGUF).write(Path(read), torch.float32)
+        if [Tokenizer.load(Path(read)).encode(text) for text in PROMPTS] != prompts:
+            what = "the tokenizer of the GGUF file gives other ids: nothing was written"
+            raise ModelError(what, where=folder, hint="write safetensors, and convert them with llama.cpp")
+        return _logits_of_folder(Path(read), torch.float32, prompts)
 
 
 def _tell_of_original(run: Run, base: Path, prompts: list[list[int]], want: Tensor) -> None:

@@ -52,6 +52,9 @@ class Merge:
     """Type of the weights; default: that of the base's file."""
     onto: Literal["trained", "original"] = "trained"
     """Of a quantised base: trained takes its weights as the run held them, dequantised; original, as the files do."""
+    to: Literal["safetensors", "gguf"] = "safetensors"
+    """safetensors: a Hugging Face folder; gguf: one file for llama.cpp, in which layers that the run held in int4, int3
+    or int2 stay so, if what it learned folds into their groups."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
 

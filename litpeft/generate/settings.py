@@ -23,7 +23,7 @@ class Answering:
     precision: Literal["auto", "bf16-true", "16-true", "32-true", "64-true"] = field(default="auto", kw_only=True)
     """Type of weights and activations; auto: bf16-true where the device has it, else 32-true."""
     quantize: Literal[tuple(STORAGES)] | None = field(default=None, kw_only=True)
-    """Hold a model's linear layers in 4 or 8 bits a weight; a run's base is held as the run held it."""
+    """Hold a model's linear layers in 2, 3, 4 or 8 bits a weight; a run's base is held as the run held it."""
     method: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """Other values for keys of the run's method, those that may change after training, e.g. {"skip_layers": 5}."""
 

@@ -19,9 +19,9 @@ class Base:
     """Type of weights and arithmetic; auto: bf16-true where the device has it, else 32-true. 16-mixed scales the
     loss, since small gradients vanish in float16."""
     quantize: Literal[tuple(STORAGES)] | None = None
-    """Hold the linear layers of the blocks in 4 or 8 bits a weight; null: as base.precision says."""
+    """Hold the linear layers of the blocks in 2, 3, 4 or 8 bits a weight; null: as base.precision says."""
     double_quantize: bool = True
-    """With nf4 and fp4: quantise the constants too, 0.127 bits a weight for them instead of 0.5."""
+    """With nf4, nf3, nf2 and fp4: quantise the constants too, 0.127 bits a weight for them instead of 0.5."""
     cache: bool = False
     """Keep the quantised weights in a folder of base.dir, and read them from there the next time."""
 

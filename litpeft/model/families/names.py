@@ -33,7 +33,7 @@ class NameMap:
     def __init__(self, name: str, config: ModelConfig):
         """`name` is the `model_type` of a family."""
         module = family(name)
-        self.config = config
+        self.family, self.config = name, config
         self.buffers: tuple[str, ...] = getattr(module, "BUFFERS", ())
         self.other_prefixes: dict[str, str] = getattr(module, "OTHER_PREFIXES", {})
         self._places = {ours: at if isinstance(at, Place) else Place(at) for ours, at in module.NAMES.items()}

@@ -8,7 +8,12 @@ from litpeft.core.errors import ConfigError, nearest
 STORAGES = {  # module:class, and whether double quantisation packs its constants, too
     "nf4": ("litpeft.model.quantize.four_bit:NF4", True),
     "fp4": ("litpeft.model.quantize.four_bit:FP4", True),
+    "nf3": ("litpeft.model.quantize.few_bits:NF3", True),
+    "nf2": ("litpeft.model.quantize.few_bits:NF2", True),
     "int8": ("litpeft.model.quantize.int8:Int8", False),
+    "int4": ("litpeft.model.quantize.grouped:Int4", False),
+    "int3": ("litpeft.model.quantize.grouped:Int3", False),
+    "int2": ("litpeft.model.quantize.grouped:Int2", False),
 }
 DOUBLE = [name for name, (_, double) in STORAGES.items() if double]
 

@@ -1,4 +1,4 @@
-"""Four-bit weights in torch and in bitsandbytes' kernels: the same bytes, and the same numbers back.
+"""Weights in four bits or fewer, in torch and in bitsandbytes' kernels: the same bytes, and the same numbers back.
 
 A weight is flattened row by row and cut into blocks of 64, which may cross rows; n values make b = ceil(n / 64) blocks.
 A block keeps its largest magnitude (`absmax`) and, for each value, the nearest of 16 codes times it. Two codes make a
@@ -30,7 +30,13 @@ FP4 = (
     *(-0.0, -0.0052083334885537624, -0.6666666865348816, -1.0),
     *(-0.3333333432674408, -0.5, -0.1666666716337204, -0.25),
 )  # the high bit is the sign
-CODES = {"nf4": NF4, "fp4": FP4}
+NF3 = (
+    *(-1.0, -0.4786291600, -0.2171418178, 0.0),
+    *(0.16093020141124725, 0.33791524171829224, 0.5626170039176941, 1.0),
+)  # as NF4: 2^(bits - 1) + 1 quantiles above 0 with it, 2^(bits - 1) below, over the largest
+NF2 = (-1.0, 0.0, 0.33791524171829224, 1.0)
+CODES = {"nf4": NF4, "fp4": FP4, "nf3": NF3, "nf2": NF2}
+KERNELS = ("nf4", "fp4")  # kinds that bitsandbytes knows
 KNOWN = (torch.float32, torch.bfloat16, torch.float16)  # types that bitsandbytes' kernels take
 
 
@@ -157,14 +163,15 @@ def absmax_in_torch(absmax: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 @cache
 def _codes(kind: str, device: torch.device) -> Tensor:
-    """Returns the number that each code stands for (16,), in float32."""
-    return torch.tensor(CODES[kind], device=device)
+    """Returns the number that each code stands for (16,), in float32; a kind with fewer codes has zeros at its end."""
+    code = torch.tensor(CODES[kind], device=device)
+    return F.pad(code, (0, 16 - len(code)))
 
 
 @cache
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """Returns for each byte the two numbers that it stands for, as one int64 that holds both float32 (256,)."""
-    code, byte = torch.tensor(CODES[kind], device=device), torch.arange(256, device=device)
+    code, byte = _codes(kind, device), torch.arange(256, device=device)
     return torch.stack((code[byte >> 4], code[byte & 15]), -1).view(torch.int64).flatten()
 
 
@@ -200,7 +207,7 @@ def dequantize_4bit(
             absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, scale, table, GROUP, torch.float32) + offset
         else:
             absmax = absmax_in_torch(absmax, scale, offset)
-    if not kernels:
+    if not kernels or kind not in KERNELS:
         return dequantize_in_torch(codes, absmax, shape, kind, dtype)
     n = shape[0] * shape[1]
     # all of the kernels take rows of even length only; blocks run over the flattened weight anyway

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.model.affine import Affine
 from litpeft.model.gpt import GPT
 from litpeft.model.kernels.ops import product
 from litpeft.model.quantize import storage_class
@@ -56,6 +57,13 @@ class Quantized(Linear):
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns the packed tensors of a weight (out, in) by name, on its device; does not store them."""
         raise NotImplementedError(f"{type(self).__name__} must say how a weight is packed")
+
+    def folded(self, affine: Affine) -> dict[str, Tensor] | None:
+        """Returns the packed tensors of the weight with an affine map folded into it, its codes as they are.
+
+        Constants are in float32 or better. None: the codes would have to change. The map's shift is the bias's matter.
+        """
+        return None
 
     def convert(self, dtype: torch.dtype, double_quantize: bool) -> None:
         """Turns a Linear on the meta device into this storage, without a weight yet."""
