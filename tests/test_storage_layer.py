@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from litpeft.core.errors import ConfigError
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
+from litpeft.model.config import ModelConfig
 from litpeft.model.delta import attach, trainable
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
@@ -165,6 +166,33 @@ def test_a_finetuned_model_has_the_bits_of_one_with_the_unpacked_weights(tiny_fo
     mine, theirs = ({k: p.grad for k, p in trainable(model).items()} for model in models)
     assert set(mine) == set(theirs)
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def llama(width: int, inner: int, layers: int, heads: int) -> ModelConfig:
+    return ModelConfig(32000, width, layers, heads, heads, width // heads, inner, 2048)
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "held", "updates"),
+    [  # figures of QLoRA's memory: linear layers in NF4 with double quantisation, the rest in bfloat16
+        (llama(4096, 11008, 32, 32), 6_738_415_616, 3686.5 * 2**20, 159_907_840),
+        (llama(8192, 22016, 80, 64), 65_285_660_672, 32.09 * 2**30, 799_539_200),
+    ],
+)
+def test_large_models_take_the_memory_that_the_paper_says(
+    config: ModelConfig, parameters: int, held: float, updates: int
+) -> None:
+    with torch.device("meta"):
+        model = GPT(config).to(torch.bfloat16)
+        assert sum(p.numel() for p in model.parameters()) == parameters
+        store(model, "nf4", True, torch.bfloat16)
+        base = sum(p.nbytes for p in model.parameters())
+        attach(model, LoRA(rank=64))
+    assert base == pytest.approx(held, rel=2e-4)
+    assert sum(p.numel() for p in trainable(model).values()) == updates
+    if config.n_layers == 80:
+        assert 12 * parameters == pytest.approx(783.4e9, rel=1e-4)  # weights, gradients and moments of full finetuning
+        assert (base + 12 * updates) / 2**30 == pytest.approx(41.0, abs=0.05)  # fits 48 GB
 
 
 def test_a_quantised_weight_cannot_train(tiny_folder) -> None:
