@@ -8,11 +8,13 @@ from conftest import ON_CODES_ONLY, TINY, calibrated, folded, make_folder, metho
 from safetensors.torch import load_file, save_file
 
 from litpeft.core.errors import UserError
+from litpeft.core.json import read_json
 from litpeft.methods import METHODS, method_class
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context, KVCache
 from litpeft.model.delta import attach, delta_state, load_delta, trainable, without_delta
+from litpeft.model.families.read import config_of
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.model.quantize.quantized import store
@@ -24,7 +26,7 @@ IDS = torch.randint(0, TINY["vocab_size"], (1, sum(LENGTHS)), generator=torch.Ge
 PROMPTS_OF_VECTORS = {"prefix", "ptuning_v2", "prompt", "ptuning", "pre_embed", "pre_layer"}
 LEARNED_TOKENS = {*PROMPTS_OF_VECTORS, "combo"}  # methods that put vectors before the text
 TAKEN_OUT = {"pissa", "loftq", "lora_ga"}  # methods that begin with a part of the weight
-NOT_IDENTITY_AT_THE_START = {"reft", *LEARNED_TOKENS, *TAKEN_OUT}  # methods whose papers start elsewhere
+NOT_IDENTITY_AT_THE_START = {"reft", "long_lora", *LEARNED_TOKENS, *TAKEN_OUT}  # methods whose papers start elsewhere
 ADAPTERS = {"adapter", "adapter_v2", "bottleneck", "adapter_drop"}
 NOT_FOLDABLE = {*ADAPTERS, "reft", *LEARNED_TOKENS}  # they act on activations
 
@@ -188,7 +190,10 @@ def test_fold_equals_forward_or_refuses_by_name(either_folder, name: str) -> Non
             return
         plain, state = build(either_folder, torch.float64), folded(model)
         assert set(plain.state_dict()) <= set(state)
-        for key, tensor in state.items():  # a method may add biases
+        hf = read_json(either_folder / "config.json", "config.json")
+        method_of(name).configure(hf)  # a method may change positions
+        plain.config = config_of(hf, "test")[1]
+        for key, tensor in state.items():  # and add biases
             module, _, leaf = key.rpartition(".")
             setattr(plain.get_submodule(module), leaf, torch.nn.Parameter(tensor))
         assert (forward(plain) - forward(model)).abs().max() <= 1e-10
@@ -279,6 +284,7 @@ LLAMA_7B = ModelConfig(
         ("glora", {"targets": ("*.attn.q", "*.attn.v"), "forms": A_AND_B_LOW_RANK}, 8_388_608),
         ("multi_lora", {"rank": 8, "targets": ("*.attn.*",)}, 26_738_688),
         ("lora", {"rank": 24, "targets": ("*.attn.*",)}, 25_165_824),
+        ("long_lora", {"targets": ("*.attn.*",)}, 8_388_608 + 266_240 + 131_072_000),
         ("tied_lora", {}, 524_544),
         ("tied_lora", {"train": "AB"}, 131_072),
         ("tied_lora", {"train": "uv"}, 393_472),

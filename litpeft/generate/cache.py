@@ -91,7 +91,7 @@ class TokenCache:
 
     def width(self, tokens: int, start: int) -> int:
         """Returns how many tokens of each row a step computes: rounded up to a width that can be recorded, if any."""
-        fitting = [n for n in WIDTHS if tokens <= n and start + n <= self.model.config.max_positions]
+        fitting = [n for n in WIDTHS if tokens <= n and start + n <= self.model.max_positions]
         return fitting[0] if self.records and fitting else tokens
 
     def step(self, rows: int, width: int) -> RecordedStep | None:
@@ -111,11 +111,11 @@ class TokenCache:
     def reserve(self, rows: int, length: int) -> None:
         """Grows the cache to `length` tokens or more; by doubling, so that not every token copies all earlier ones."""
         weight, config = self.model.embed.weight, self.model.config
-        old = self.layers or [None] * config.n_layers
+        most, old = self.model.max_positions, self.layers or [None] * config.n_layers
         have = min((layer.k.size(2) for layer in self.layers), default=0)
         if length <= have:
             return
-        capacity = max(length, min(2 * have, config.max_positions), min(FIRST_LENGTH, config.max_positions))
+        capacity = max(length, min(2 * have, most), min(FIRST_LENGTH, most))
         grown = []
         for layer in old:
             new = KVCache(rows, capacity, config, self.model.dtype or weight.dtype, weight.device)

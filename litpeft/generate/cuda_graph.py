@@ -25,7 +25,7 @@ class RecordedStep:
         device = model.embed.weight.device
         self.ids, self.pos = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
         self.prompts = torch.zeros(shape[0], 1, dtype=torch.int64, device=device)
-        end = min(layers[0].k.size(2), model.config.max_positions)
+        end = min(layers[0].k.size(2), model.max_positions)
         self.logits: Tensor | None = None
 
         def step() -> None:

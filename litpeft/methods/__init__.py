@@ -15,6 +15,7 @@ METHODS = {
     "eva": ("litpeft.methods.eva:EVA", "LoRA that starts along the inputs' principal components."),
     "lora_ga": ("litpeft.methods.lora_ga:LoRAGA", "LoRA that starts along the weights' gradients."),
     "qa_lora": ("litpeft.methods.qa_lora:QALoRA", "LoRA that folds into a base of 4, 3 or 2 bits."),
+    "long_lora": ("litpeft.methods.long_lora:LongLoRA", "LoRA for longer texts than the base can read."),
     "adapter": ("litpeft.methods.adapter:Adapter", "Gated prompts in the attention (LLaMA-Adapter)."),
     "adapter_v2": ("litpeft.methods.adapter_v2:AdapterV2", "Gated prompts, factors, biases and norms (V2)."),
     "vera": ("litpeft.methods.vera:VeRA", "Vectors that scale random matrices of all layers."),

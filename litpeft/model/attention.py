@@ -41,6 +41,14 @@ class Documents:
             self._starts = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(device, non_blocking=True)
         return self._starts
 
+    def cut(self, first: int, size: int) -> "Documents":
+        """Returns the documents in pieces: of each the first `first` tokens, then `size` at a time, then the rest."""
+        pieces: list[int] = []
+        for length in self.lengths:
+            ends = [*range(first, length, size), length]
+            pieces += [end - start for start, end in pairwise([0, *ends])]
+        return Documents(tuple(pieces))
+
     def bias(self, m: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Returns what is added to a document's scores (m, m): minus infinity where masked; cached for all layers."""
         if (m, window, dtype) not in self._biases:

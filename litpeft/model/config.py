@@ -166,3 +166,15 @@ def rope_settings(
     if ORIGINAL in hf:  # it wins over the one inside
         given[ORIGINAL] = (ORIGINAL, hf[ORIGINAL])
     return base, part, RopeScaling("llama3", factor, low, high, take(ORIGINAL, int, max_positions))
+
+
+def interpolated(hf: dict[str, Any], factor: float) -> None:
+    """Changes a config.json, in place: the model reads `factor` times as many tokens, at positions that much closer."""
+    if factor == 1:
+        return
+    found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    before = found.get("factor", 1.0) if found.get("rope_type", found.get("type")) == "linear" else 1.0
+    scaled = {**found, "rope_type": "linear", "factor": before * factor}
+    scaled.pop("type", None)
+    hf["rope_scaling"], hf["rope_parameters"] = scaled, scaled  # for readers before transformers 5, and since
+    hf["max_position_embeddings"] = int(hf["max_position_embeddings"] * factor)

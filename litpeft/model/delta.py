@@ -249,7 +249,7 @@ def unfoldable(model: nn.Module) -> str | None:
     inside = {layer.slot for layer in model.modules() if isinstance(layer, Linear)}
     for slot in model.modules():
         for delta in slot.deltas.values() if isinstance(slot, Slot) else ():
-            if slot not in inside or type(delta).affine is Delta.affine:
+            if not delta.vanishes and (slot not in inside or type(delta).affine is Delta.affine):
                 return type(delta).__name__
     return None
 

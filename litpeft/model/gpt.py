@@ -160,6 +160,7 @@ class GPT(nn.Module):
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.positions = Embedding(config.max_positions, config.d_model) if config.learned_positions else None
         self.after_embed = Slot()
+        self.rope = Slot()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
         self.head = TiedHead(self.embed) if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
@@ -180,9 +181,14 @@ class GPT(nn.Module):
         return self.virtual_tokens, self.after_embed.infix_tokens
 
     @property
+    def max_positions(self) -> int:
+        """Returns how many positions a document can have."""
+        return int(self.config.max_positions * self.rope.stretch)
+
+    @property
     def reach(self) -> int:
         """Returns how many tokens of one document can be read."""
-        return self.config.max_positions - sum(self.frame)
+        return self.max_positions - sum(self.frame)
 
     def forward(
         self, ids: Tensor, ctx: Context | None = None, at: Tensor | None = None, targets: Tensor | None = None
@@ -202,7 +208,7 @@ class GPT(nn.Module):
         if self.config.rotary_size:
             pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos
             rope = self.config.rotary_size, self.config.rope_theta, self.config.rope_scaling
-            angle = pos[:, None, :, None].float() * rope_frequencies(*rope, ids.device)
+            angle = pos[:, None, :, None].float() * self.rope(rope_frequencies(*rope, ids.device))
             cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
             ctx.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         if ctx.cache is not None:

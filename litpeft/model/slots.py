@@ -1,5 +1,6 @@
 """The places where a finetuning method can act. Each is the identity until a method fills it."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -62,6 +63,8 @@ class Delta(Stated):
     virtual_tokens: int = 0  # first positions of each document whose contents it writes
     infix_tokens: int = 0  # and positions between its prompt and its answer
     at_prompt: bool = False  # whether where it acts depends on the length of the prompt
+    stretch: float = 1.0  # in GPT.rope: how many times as many tokens the model can read
+    vanishes: ClassVar[bool] = False  # outside of training it does nothing but what `Method.configure` writes down
 
     def factors(self) -> Factors | None:
         """Returns A (rank, in) and B (out, rank), differentiably, if it does nothing but add B A dropout(x)."""
@@ -133,6 +136,11 @@ class Slot(nn.Module):
     def infix_tokens(self) -> int:
         """Returns how many positions between the prompt and the answer of each document its deltas write."""
         return max([0, *(delta.infix_tokens for delta in self.deltas.values())])
+
+    @property
+    def stretch(self) -> float:
+        """Returns how many times as many tokens its deltas let the model read."""
+        return math.prod(delta.stretch for delta in self.deltas.values())
 
     def factors(self) -> Factors | None:
         """Returns A and B if the deltas do nothing but add B A x, without dropout."""
