@@ -76,7 +76,7 @@ def in_float64(model: torch.nn.Module) -> torch.nn.Module:
 NEEDED = {"bitfit": {"add_missing": True}}  # what a method has to be told for a model like the tiny one
 
 
-ON_CODES_ONLY = {"loftq", "qa_lora"}  # methods that want a quantised base
+ON_CODES_ONLY = {"loftq", "lq_lora", "qa_lora"}  # methods that want a quantised base
 
 
 def method_of(name: str) -> Any:

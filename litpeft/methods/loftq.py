@@ -41,7 +41,7 @@ class LoftQ(PiSSA):
     def attach(self, model: GPT) -> None:
         for linear, _ in self.shapes(model).values():
             if not isinstance(linear, Quantized):
-                what = "loftq chooses the codes of a quantised base, and this base is not held in codes"
+                what = f"{self.name} chooses the codes of a quantised base, and this base is not held in codes"
                 raise ConfigError(what, where="base.quantize", hint="set it to nf4, or take pissa or lora")
         super().attach(model)
 

@@ -1,6 +1,6 @@
 """Builds a model from a folder. Training, generation and merging all use this one order of steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,12 @@ def build(
     with torch.device("meta"):  # 1. shapes
         model = GPT(config)
     model.dtype, model.files = dtype, weights
-    if storage is not None:  # 2. storages
-        store(model, storage.name, storage.double_quantize, dtype)
+    others: dict[str, str] = {}  # 2. storages; of some layers others than the rest's
+    if storage is not None:
+        if method is not None:
+            read = lambda name: _read(names, weights, f"{name}.weight").to(device)
+            others = method.choose(model, storage, read, delta)
+        store(model, storage.name, storage.double_quantize, dtype, others)
     if method is None:
         model.requires_grad_(False)  # so that no parameter is copied out of its file
     else:  # 3. slots filled; names of the base stay as they are
@@ -76,18 +80,25 @@ def build(
     if shard is not None:  # 5. each rank has memory for its share
         shard(model)
     cache = Cache(folder, storage.key, weights.fingerprint()) if storage is not None and storage.cache else None
-    _fill(model, names, method, device, cache, delta)  # 6. the base's weights
+    _fill(model, names, method, device, cache, delta, others)  # 6. the base's weights
     if verified is not None:
         verified.result()
     return model
 
 
 def _fill(
-    model: GPT, names: NameMap, method: Method, device: torch.device | str, cache: Cache | None, delta: dict | None
+    model: GPT,
+    names: NameMap,
+    method: Method,
+    device: torch.device | str,
+    cache: Cache | None,
+    delta: dict[str, Tensor] | None,
+    others: Container[str],
 ) -> None:
     """Gives `model` the weights of its files, tensor by tensor, or what `method` gives in their place.
 
-    Packed weights are read from the `cache`, if it has them; else the first rank writes them there.
+    Packed weights are read from the `cache`, if it has them; else the first rank writes them there. The layers named
+    `others` are not in it.
     """
     cached, packed = None if cache is None else cache.tensors(), {}
     writes, starts = cache is not None and cached is None and is_first(), method.defines("start")
@@ -97,7 +108,7 @@ def _fill(
         layer = model.get_submodule(module)
         stored = leaf == "weight" and isinstance(layer, Quantized)
         codes = None
-        if stored and cached is not None:
+        if stored and cached is not None and module not in others:
             codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
         tensor = _read(names, model.files, ours).to(device) if codes is None or starts else None
         values = {leaf: tensor}
@@ -113,7 +124,7 @@ def _fill(
         if stored and writes:
             packed |= values
         model.files.drop_pages(sum(value.nbytes for value in values.values()))  # each is read once
-    if packed and not changed:
+    if packed and not changed and not others:
         cache.write(packed)
 
 

@@ -16,6 +16,7 @@ from litpeft.core.errors import ConfigError, ModelError, nearest, some
 from litpeft.data.batches import Batch
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.model.gpt import GPT
+from litpeft.model.quantize import Storage
 from litpeft.model.slots import OFF, Bank, Delta, Linear, Slot, Stated, TiedHead
 
 Held = Callable[[Tensor], Tensor]
@@ -34,6 +35,16 @@ class Method:
 
     def attach(self, model: GPT) -> None:
         """Fills slots of `model`. Knows shapes only, so that it works on the meta device."""
+
+    def choose(
+        self, model: GPT, storage: Storage, read: Callable[[str], Tensor], saved: dict[str, Tensor] | None
+    ) -> dict[str, str]:
+        """Returns by a linear layer's name the storage that is to hold it, where that is not the run's `storage`.
+
+        Called before `attach`, if the base is quantised: `model` has shapes only, `read(name)` is a layer's weight.
+        `saved` is as in `start`.
+        """
+        return {}
 
     def start(self, name: str, linear: Linear, weight: Tensor, held: Held, saved: dict[str, Tensor] | None) -> Tensor:
         """Returns the weight (out, in) that a linear layer is to hold, given the base's, which every rank has in full.

@@ -1,6 +1,6 @@
 """A linear layer with a quantised frozen weight, and how a model gets such layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn as nn
@@ -106,16 +106,26 @@ class Quantized(Linear):
         return super()._apply(keep_type, recurse)
 
 
-def store(model: GPT, name: str, double_quantize: bool, dtype: torch.dtype) -> dict[str, Quantized]:
+def empty_layer(layer: Linear, name: str, double_quantize: bool, dtype: torch.dtype) -> Quantized:
+    """Returns a layer of the size of another in this storage, without a weight, on the meta device."""
+    with torch.device("meta"):
+        empty = storage_class(name)(layer.in_features, layer.out_features)
+    empty.convert(dtype, double_quantize)
+    return empty
+
+
+def store(
+    model: GPT, name: str, double_quantize: bool, dtype: torch.dtype, others: Mapping[str, str] | None = None
+) -> dict[str, Quantized]:
     """Turns every linear layer of the blocks into this storage, in place, and returns them by name.
 
     The model must be on the meta device, without a method yet: weights are packed one by one as they are read. Head,
     embedding and norms stay as they are. `double_quantize` quantises a storage's absmax, too, if it has one per block.
+    `others` names the storage of layers that have another.
     """
-    storage = storage_class(name)
     layers = {f"blocks.{key}": layer for key, layer in model.blocks.named_modules() if type(layer) is Linear}
     for key, layer in layers.items():
         assert layer.weight.is_meta, f"{key} has its weight already"
-        layer.__class__ = storage
+        layer.__class__ = storage_class((others or {}).get(key, name))
         layer.convert(dtype, double_quantize)
     return layers
