@@ -121,6 +121,9 @@ class LQLoRA(LoftQ):
             best, pair = error, (a, b)
         return pair, pair
 
+    def defines(self, hook: str) -> bool:
+        return super().defines(hook) and (hook != "calibrate" or self.fisher_rows > 0)
+
     def calibrate(self, model: GPT, batches: Iterator[Batch]) -> None:
         """Sets `weights`: the roots of the mean squared gradients of rows and columns, each gradient of one example."""
         sums = {}

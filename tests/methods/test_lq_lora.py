@@ -172,6 +172,18 @@ def test_fisher_weights_are_the_roots_of_mean_squared_gradients_of_single_rows(t
     assert float((w1 * w2).square().mean() / fisher.mean()) == pytest.approx(3**0.5 / 3**0.5, rel=0.2)
 
 
+def test_a_run_weights_its_errors_by_rows_that_it_trains_on(tiny_folder, tmp_path) -> None:
+    plain, weighted = (
+        find_run(finetune(tiny_folder, tmp_path, *argv, "--method.bits", "2.8", out=out, method="lq_lora"))
+        for out, argv in (("plain", ()), ("weighted", ("--method.fisher_rows", "4")))
+    )
+    name = "blocks.1.mlp.down.slot.lq_lora.A0"
+    assert not torch.allclose(plain.delta()[name], weighted.delta()[name], rtol=0.01)
+    models = [build_run(weighted, tiny_folder, torch.float32, storage=weighted.storage) for _ in range(2)]
+    assert torch.equal(models[0](IDS), models[1](IDS))
+    assert held_bits(models[0])[1] <= 2.8
+
+
 def test_weights_move_the_error_to_where_it_counts_less() -> None:
     torch.manual_seed(0)
     weight = torch.randn(96, 128)
