@@ -26,9 +26,9 @@ from litpeft.data.batches import Batch
 from litpeft.methods.loftq import LoftQ
 from litpeft.methods.pissa import largest
 from litpeft.model.delta import Held, linears
+from litpeft.model.fisher import mean_squares
 from litpeft.model.gpt import GPT
 from litpeft.model.kernels.low_rank import Factors
-from litpeft.model.objective import summed_loss
 from litpeft.model.quantize import STORAGES, Storage
 from litpeft.model.quantize.allocation import least_costly
 from litpeft.model.quantize.quantized import empty_layer
@@ -55,7 +55,9 @@ class LQLoRA(LoftQ):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, "method.", fisher_rows=0)
-        if wrong := [name for name in self.storages if name not in STORAGES]:
+        if not 1 <= self.bits <= 64:
+            raise ValueError(f"method.bits must be at least 1 and at most 64, got {self.bits}")
+        if wrong := [name for name in self.storages or ("none",) if name not in STORAGES]:
             raise ValueError(f"method.storages must be of {', '.join(STORAGES)}, got {wrong[0][:40]!r}")
         self.chosen: list[int] = []  # of `storages`, for each target
         self.weights: dict[str, tuple[Tensor, Tensor]] = {}  # of the rows (out, 1) and columns (1, in) of a target
@@ -90,11 +92,11 @@ class LQLoRA(LoftQ):
             for linear, _ in targets.values()
         ]
         sizes = [[sum(t.nbytes for t in layer.layout().values()) for layer in choices] for choices in layers]
-        weights = sum(linear.in_features * linear.out_features for linear, _ in targets.values())
-        least = 8 * sum(map(min, sizes)) / weights
-        if self.bits < least:
-            what = f"must be at least {least:.4f}, what the smallest of method.storages takes, got {self.bits}"
-            raise ConfigError(what, where="method.bits")
+        weights, least = sum(shape[0] * shape[1] for _, shape in targets.values()), sum(map(min, sizes))
+        budget = int(self.bits * weights / 8)
+        if budget < least:
+            what = f"must be at least {8 * least / weights + 1e-4:.4f}, what the smallest of method.storages takes"
+            raise ConfigError(f"{what}, got {self.bits}", where="method.bits")
         costs = []
         for (name, (_, shape)), choices in zip(targets.items(), layers, strict=True):
             weight = read(name).to(torch.promote_types(model.dtype, torch.float32))
@@ -103,7 +105,7 @@ class LQLoRA(LoftQ):
             rest = weight - (b / w1) @ (a / w2)
             errors = (w1 * (rest - layer.unpacked(layer.pack(rest))) * w2 for layer in choices)
             costs.append([float(error.square().sum()) for error in errors])
-        return least_costly(costs, sizes, int(self.bits * weights / 8))
+        return least_costly(costs, sizes, budget)
 
     def weights_of(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         one = weight.new_ones(1, 1)
@@ -125,20 +127,7 @@ class LQLoRA(LoftQ):
         return super().defines(hook) and (hook != "calibrate" or self.fisher_rows > 0)
 
     def calibrate(self, model: GPT, batches: Iterator[Batch]) -> None:
-        """Sets `weights`: the roots of the mean squared gradients of rows and columns, each gradient of one example."""
-        sums = {}
-        targets = linears(model, self.targets)
-        for name, linear in targets.items():
-            sums[name] = linear.weight.new_zeros(linear.out_features, 1), linear.weight.new_zeros(1, linear.in_features)
-
-            def add(weight: Tensor, name: str = name) -> None:
-                squares = weight.grad.double().square()
-                sums[name] = tuple(s + squares.mean(dim, True) for dim, s in zip((1, 0), sums[name], strict=True))
-                weight.grad = None  # so that there is one at a time
-
-            linear.weight.requires_grad_(True).register_post_accumulate_grad_hook(add)
-        for batch in islice(batches, self.fisher_rows):
-            (summed_loss(model, batch) / len(batch.at)).backward()
-        for name, pair in sums.items():
+        found = mean_squares(model, linears(model, self.targets), islice(batches, self.fisher_rows))
+        for name, pair in found.items():
             roots = [(squares / squares.mean().sqrt()).sqrt() for squares in pair]  # w1 w2 is near the gradients' size
             self.weights[name] = tuple(root.clamp(min=FLOOR * root.mean()).nan_to_num(1.0) for root in roots)
