@@ -67,26 +67,36 @@ class Generalized(Delta):
         rows = [[float(form == one) for form in FORMS] for one in path]
         (self.path if where is None else where).copy_(torch.tensor(rows))
 
-    def term(self, name: str) -> Tensor | None:
-        """Returns A, B or C as what can be broadcast to its shape, D or E (out,); None where no form is allowed."""
+    def factors_of(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Returns two matrices whose product is A, B or C; None where no form is allowed."""
         if self.forms[name] == ("none",):
             return None
         gate, d = self.path[list(TERMS).index(name)], self.get_parameter(f"{name}d")
-        value = gate[1] * (d if d.ndim == 1 else d[:, :1]) + gate[2] * d.flatten()[0]
-        return value + gate[0] * (d @ self.get_parameter(f"{name}u")) if "low_rank" in self.forms[name] else value
+        left, right = gate[1] * d[:, :1] + gate[2] * d[0, 0], d.new_ones(1, self.shapes[name][1])
+        if "low_rank" not in self.forms[name]:
+            return left, right
+        return torch.cat((gate[0] * d, left), 1), torch.cat((self.get_parameter(f"{name}u"), right))
+
+    def vector(self, name: str) -> Tensor | None:
+        """Returns D or E (out,); None where no form is allowed."""
+        if self.forms[name] == ("none",):
+            return None
+        gate, d = self.path[list(TERMS).index(name)], self.get_parameter(f"{name}d")
+        return gate[1] * d + gate[2] * d[0]
 
     def affine(self, linear: Linear) -> Affine:
-        terms = {name: self.term(name) for name in TERMS}
-        weight, a, b = linear.dense().to(self.path.dtype), None, None
-        change = [] if terms["A"] is None else [weight * terms["A"]]
-        change += [] if terms["B"] is None else [terms["B"].expand_as(weight)]
-        shift = [] if terms["D"] is None else [linear.bias * terms["D"]]
-        shift += [] if terms["E"] is None else [terms["E"]]
-        shift += [] if terms["C"] is None else [(weight @ terms["C"])[:, 0]]
-        if change:  # a whole matrix, as a product with the identity
-            one = torch.eye(min(weight.shape), dtype=weight.dtype, device=weight.device)
-            a, b = (sum(change), one) if len(weight) < weight.size(1) else (one, sum(change))
-        return Affine(A=a, B=b, shift=sum(shift) if shift else None)
+        weight, (a, b, c) = linear.dense().to(self.path.dtype), (self.factors_of(name) for name in "ABC")
+        d, e = self.vector("D"), self.vector("E")
+        shift = [] if d is None else [linear.bias * d]
+        shift += [] if e is None else [e]
+        shift += [] if c is None else [(weight @ c[0] @ c[1])[:, 0]]
+        left, right = (None, None) if b is None else b
+        if a is not None:  # a matrix of full rank, as a product with the identity
+            change = weight * (a[0] @ a[1])
+            change = change if b is None else torch.addmm(change, *b)
+            one = torch.eye(min(weight.shape), dtype=change.dtype, device=change.device)
+            left, right = (one, change) if len(weight) < weight.size(1) else (change, one)
+        return Affine(A=right, B=left, shift=sum(shift) if shift else None)
 
     def count(self, path: Path) -> int:
         """Returns how many parameters the terms of a path have."""

@@ -75,10 +75,10 @@ def test_a_bias_from_the_weight_of_after_is_another_one() -> None:
     linear = layer()
     for parameter in linear.slot.glora.parameters():
         torch.nn.init.normal_(parameter)
-    c = linear.slot.glora.term("C")
+    left, right = linear.slot.glora.factors_of("C")
     weight, bias = linear.slot.frozen(linear).fold(linear.weight.clone(), linear.bias)
-    d, e = linear.slot.glora.term("D"), linear.slot.glora.term("E")
-    wrong = linear.bias + linear.bias * d + e + (weight @ c)[:, 0]
+    d, e = linear.slot.glora.vector("D"), linear.slot.glora.vector("E")
+    wrong = linear.bias + linear.bias * d + e + (weight @ left @ right)[:, 0]
     assert (wrong - bias).abs().max() > 0.1
 
 
