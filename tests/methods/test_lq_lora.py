@@ -22,10 +22,10 @@ from litpeft.model.quantize.quantized import Quantized
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
 
 
-def errors(weight: torch.Tensor, storage: str, most: int, **settings) -> list[float]:
-    """Returns |W - Q - B A| / |W| after 1, 2, ... iterations, at rank 16."""
+def errors(weight: torch.Tensor, storage: str) -> list[float]:
+    """Returns |W - Q - B A| / |W| after 1, 3 and 6 iterations, at rank 16."""
     layer, found = make(storage, False, weight), []
-    for iterations in range(1, most + 1):
+    for iterations in (1, 3, 6):
         method = LQLoRA(rank=16, iterations=iterations)
         (a, b), _ = method.parts("", weight, 16, lambda w: layer.unpacked(layer.pack(w)))
         found.append(float((weight - layer.unpacked(layer.pack(weight - b @ a)) - b @ a).norm() / weight.norm()))
@@ -45,7 +45,7 @@ def test_errors_fall_as_in_the_formula(storage: str, decays: bool, first: float,
     if decays:  # singular values that fall as k ** -0.5
         u, _, v = torch.linalg.svd(weight)
         weight = u * torch.arange(1, 513) ** -0.5 @ v
-    found = errors(weight, storage, 6)
+    found = errors(weight, storage)
     assert (found[0], found[-1]) == pytest.approx((first, last), rel=0.02)
     assert found == sorted(found, reverse=True)
 
@@ -100,7 +100,7 @@ def held_bits(model) -> tuple[dict[str, str], float]:
     return {name: type(layer).__name__ for name, layer in layers.items()}, size / weights
 
 
-@pytest.mark.parametrize("bits", [2.5, 3.0, 3.75])
+@pytest.mark.parametrize("bits", [2.5, 3.75])
 def test_a_model_keeps_to_its_budget_and_spends_it(tmp_path, bits: float) -> None:
     folder = make_folder(tmp_path / "base", hidden_size=128, intermediate_size=256, num_attention_heads=4)
     model = build(folder, torch.float32, LQLoRA(bits=bits), storage=Storage("nf4"))

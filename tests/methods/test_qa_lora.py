@@ -76,7 +76,7 @@ def test_the_merge_leaves_codes_and_scales_and_gives_the_same_outputs(
     assert relative(x @ layer.unpacked(packed).T, want) <= limit
     update = delta.scale * delta.B @ delta.A  # (out, groups): what the zero points move by, times the scale
     assert relative(packed["shift"], shift.to(dtype) + update) <= limit
-    for wrong in (update / 32 if not mean else update * 32, 2 * update):  # other divisors, and a scale twice
+    for wrong in (update * 32 if mean else update / 32, update / 2, 2 * update):  # other divisors; s twice
         shifted = layer.unpacked(packed | {"shift": shift.to(dtype) + wrong})
         assert relative(x @ shifted.T, want) > 0.3
     rounded = packed["scale"].to(dtype) * (packed["shift"] / packed["scale"].to(dtype)).round()
