@@ -57,7 +57,8 @@ class Trainer:
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
         method = self.run.method
-        recorded = RecordedPasses.of(self.gpt) if unscaled and not method.defines("penalty") else None
+        same = not (method.defines("penalty") or method.defines("training_step"))  # a pass is as the one recorded
+        recorded = RecordedPasses.of(self.gpt) if unscaled and same else None
         given = self.fabric, self.model, self.optimizer
         self.stepper = Stepper(*given, train.max_norm, recorded, method, self.steps)
         self.before = sums(trainable(self.gpt).values())
