@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "pissa": {"train.lr": 5e-4},
     "loftq": {"train.lr": 1e-3, "base.quantize": "nf4"},
     "eva": {"train.lr": 1e-3},
-    "lora_ga": {"train.lr": 5e-4},
+    "lora_ga": {"train.lr": 2e-4},
     "qa_lora": {"train.lr": 1e-3, "base.quantize": "int4"},
     "lq_lora": {"train.lr": 1e-3, "base.quantize": "nf4"},
     "long_lora": {"train.lr": 5e-4},
