@@ -308,8 +308,8 @@ LLAMA_7B = ModelConfig(
         ("prefix", {"prompt_length": 30, "hidden": 4096}, 1_090_908_160),
         ("ptuning_v2", {"prompt_length": 30}, 7_864_320),
         ("prompt", {}, 81_920),
-        ("ptuning", {"encoder": "mlp"}, 1_151_232),
-        ("ptuning", {}, 5_923_072),
+        ("ptuning", {"after": (), "hidden": 128}, 1_151_232),
+        ("ptuning", {"after": (), "hidden": 128, "encoder": "lstm"}, 5_923_072),
         ("reft", {"rank": 8}, 2_097_408),  # 0.031 % in the paper
         ("reft", {"layers": (3, 9, 18, 24), "tied": False}, 262_176),  # 0.0039 %
         ("reft", {"layers": (15,)}, 32_772),  # pyreft prints 0.000486 %

@@ -1,8 +1,8 @@
 """P-tuning: vectors that a small network computes stand before the text, or after its prompt, between fixed words.
 
     x = [T; embed(prompt); U; embed(answer)]        T, U: vectors of P and embeddings of words, as a template says
-    P = W_2 relu(W_1 LSTM(E))                       E (n, d); LSTM: two layers in both directions, `hidden` wide
-    P = W_3 relu(W_2 relu(W_1 E))                   with encoder mlp; each W with a bias
+    P = W_3 relu(W_2 relu(W_1 E))                   E (n, d); each W with a bias
+    P = W_2 relu(W_1 LSTM(E))                       with encoder lstm: two layers in both directions, `hidden` wide
 
 P-tuning https://arxiv.org/abs/2103.10385. Of the network a run's result keeps what it computes, T and U.
 Trains n d + h^2 + 2 h + (2 d + 1) h + d parameters with mlp (h = hidden), and with lstm n d + the LSTM's
@@ -76,12 +76,12 @@ class PTuning(Method):
 
     before: tuple[int | str, ...] = (20,)
     """What stands before the text: numbers of vectors, and words, e.g. [3, "Order to JSON:", 3]."""
-    after: tuple[int | str, ...] = ()
+    after: tuple[int | str, ...] = (8,)
     """What stands between the prompt and its answer."""
-    encoder: Literal["lstm", "mlp"] | None = "lstm"
+    encoder: Literal["lstm", "mlp"] | None = "mlp"
     """The network that computes the vectors in training; null: they are learned as they are."""
-    hidden: int = 128
-    """Inner width of the network."""
+    hidden: int | None = None
+    """Inner width of the network; default: half of the model's width."""
 
     def __post_init__(self) -> None:
         check_choices(self, "method.")
@@ -100,7 +100,8 @@ class PTuning(Method):
 
     def attach(self, model: GPT) -> None:
         before, after = self.pieces(self.before), self.pieces(self.after)
-        delta = Encoded(model.config.d_model, before, after, self.encoder, self.hidden)
+        width = model.config.d_model
+        delta = Encoded(width, before, after, self.encoder, self.hidden or width // 2)
         model.after_embed.add("ptuning", delta)
 
     def start_embedding(self, model: GPT, weight: Tensor) -> None:

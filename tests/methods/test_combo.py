@@ -141,7 +141,12 @@ def test_what_its_methods_do_around_steps_and_before_and_after_a_run_is_done(tin
 
 
 def test_a_result_leaves_out_what_only_training_needs_of_each_method(tiny_folder, tmp_path) -> None:
-    argv = "--method.methods", '{"lora": {}, "ptuning": {"hidden": 8, "before": [4]}}', "--train.lr", "1e-2"
+    argv = (
+        "--method.methods",
+        '{"lora": {}, "ptuning": {"hidden": 8, "before": [4], "after": []}}',
+        "--train.lr",
+        "1e-2",
+    )
     run = find_run(finetune(tiny_folder, tmp_path, *argv, method="combo"))
     assert sorted({key.split(".")[-2] for key in run.delta()}) == ["lora", "ptuning"]
     assert run.delta()["after_embed.ptuning.vectors"].shape == (4, 64)

@@ -40,7 +40,7 @@ def asked(model: GPT, ids: torch.Tensor, prompt: int) -> torch.Tensor:
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_vectors_logits_and_gradients_equal_peft(tiny_folder, encoder: str) -> None:
     torch.manual_seed(0)
-    method = PTuning(before=(N,), encoder=encoder, hidden=HIDDEN)
+    method = PTuning(before=(N,), after=(), encoder=encoder, hidden=HIDDEN)
     ours = build(tiny_folder, torch.float64, method).eval()
     theirs = in_float64(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float64))
     config = PromptEncoderConfig(
@@ -87,7 +87,7 @@ def test_a_template_of_vectors_and_words_is_the_text_that_they_stand_for(tiny_fo
 
 @torch.no_grad()
 def test_a_template_of_vectors_alone_is_prompt_tuning_with_what_the_network_computes(tiny_folder) -> None:
-    ours = build(tiny_folder, torch.float32, PTuning(before=(2, 3), hidden=HIDDEN)).eval()
+    ours = build(tiny_folder, torch.float32, PTuning(before=(2, 3), after=(), encoder="lstm", hidden=HIDDEN)).eval()
     other = build(tiny_folder, torch.float32, Prompt(prompt_length=5)).eval()
     other.after_embed.deltas["prompt"].vectors.copy_(encoded(ours).table())
     assert torch.equal(asked(ours, TEXT, 6), asked(other, TEXT, 6))
@@ -128,7 +128,7 @@ def test_words_stay_as_they_are_and_do_not_train(tiny_folder, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "settings",
-    [{"before": ()}, {"before": ("a",)}, {"before": (0,)}, {"after": (-1,)}, {"hidden": 0}, {"encoder": "x"}],
+    [{"before": (), "after": ()}, {"before": ("a",), "after": ()}, {"before": (0,)}, {"hidden": 0}, {"encoder": "x"}],
 )
 def test_impossible_values_are_refused_by_key(settings: dict) -> None:
     with pytest.raises(ValueError, match=f"method.{next(iter(settings))}"):
