@@ -124,10 +124,7 @@ def folded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Returns the weights of the plain model that computes the same without deltas, by name."""
     from litpeft.model.delta import folds
 
-    def widened(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-
-    return {name: tensor for name, tensor, _ in folds(model, widened)}
+    return {name: tensor for name, tensor, _ in folds(model)}
 
 
 def document_mask(lengths: tuple[int, ...], window: int | None, device: torch.device | str = "cpu") -> torch.Tensor:

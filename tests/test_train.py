@@ -256,7 +256,7 @@ def test_a_dry_run_refuses_an_output_that_exists_and_damaged_headers(tiny_folder
     for folder, argv, code, message in (
         (tiny_folder, (), 2, "the output exists"),
         (base, ("--overwrite",), 4, "the weights do not fit config.json"),
-        (tiny_folder, ("--resume", "--train.lr", "1e-3"), 2, "the run began with other settings: train.lr"),
+        (tiny_folder, ("--resume", "--train.lr", "2e-3"), 2, "the run began with other settings: train.lr"),
     ):
         with pytest.raises(SystemExit) as stop:
             finetune(folder, tmp_path, "--dry_run", *argv)

@@ -12,7 +12,7 @@ METHODS = {
     "tied_lora": ("litpeft.methods.tied_lora:TiedLoRA", "One low-rank pair for all blocks, scaled in each."),
     "pissa": ("litpeft.methods.pissa:PiSSA", "LoRA that starts as the weights' largest parts (SVD)."),
     "loftq": ("litpeft.methods.loftq:LoftQ", "LoRA on a 4-bit base whose codes fit its start."),
-    "eva": ("litpeft.methods.eva:EVA", "LoRA that starts along the inputs' principal components."),
+    "eva": ("litpeft.methods.eva:EVA", "LoRA that starts along its inputs' main directions."),
     "lora_ga": ("litpeft.methods.lora_ga:LoRAGA", "LoRA that starts along the weights' gradients."),
     "qa_lora": ("litpeft.methods.qa_lora:QALoRA", "LoRA that folds into a base of 4, 3 or 2 bits."),
     "lq_lora": ("litpeft.methods.lq_lora:LQLoRA", "LoRA on a base of as many bits as a budget allows."),

@@ -265,8 +265,13 @@ def unfoldable(model: nn.Module) -> str | None:
     return None
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Returns a copy in float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+
+
 def folds(
-    module: nn.Module, widened: Callable[[Tensor], Tensor], prefix: str = ""
+    module: nn.Module, widened: Callable[[Tensor], Tensor] = widened, prefix: str = ""
 ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yields name, tensor and former tensor of the plain model that computes the same without deltas.
 
