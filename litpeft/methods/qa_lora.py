@@ -14,6 +14,7 @@ Trains rank * (in / 32 + out) parameters for each target. Folds: shift <- shift 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -35,8 +36,9 @@ class Pooled(LowRankDelta):
         self.tensor("B", (out_features, rank), 0.0)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        each = self.A[..., None].expand(-1, -1, GROUP).flatten(1)  # a product with it pools
-        return each[:, : self.inputs], self.scale * self.B
+        last = self.inputs - (self.A.size(1) - 1) * GROUP  # inputs of the last group, which may be a part of one
+        each = self.A[:, :-1, None].expand(-1, -1, GROUP).flatten(1), self.A[:, -1:].expand(-1, last)
+        return torch.cat(each, 1), self.scale * self.B  # a product with it pools
 
 
 @dataclass
