@@ -3,7 +3,10 @@
 import json
 import math
 import struct
+import subprocess
+import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,3 +216,15 @@ def test_the_facts_are_written_as_json_too_and_replaced_with_the_run(tmp_path):
     assert record["validation"] == [[0, 2.5], [30, 0.7], [60, 0.75]]
     assert record["samples"][0]["after"] == '{"item": "pizza"}'
     assert "report.json" in RUN_FILES
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells it apart")
+def test_the_peak_memory_is_that_of_the_run_and_not_of_the_program_that_started_it() -> None:
+    child = "from litpeft.train.records import peak_memory; print(peak_memory())"
+    parent = (
+        f"import subprocess, sys; held = bytearray(2_000_000_000); subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", parent], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert 50e6 < int(said.stdout) < 1.8e9, said

@@ -1,6 +1,7 @@
 """The files of a run beside its weights: run.yaml when it begins, the report when it ends."""
 
 import json
+import re
 import resource
 import sys
 from dataclasses import asdict
@@ -42,10 +43,7 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
     """Writes the report and prints its summary."""
     settings, name, out = run.settings, run.name, Path(run.settings.out)
     base, device = Path(settings.base.dir), fabric.device
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
     where = str(device)
     if fabric.world_size > 1:
         where = f"{fabric.world_size} of {device.type}, {'fsdp' if settings.strategy == 'fsdp' else 'ddp'}"
@@ -94,3 +92,15 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
     path = write_report(out, facts, log.curve)
     say("\n".join(summary_lines(facts)))
     say(f"the whole story: {path}")
+
+
+def peak_memory() -> int:
+    """Returns the most memory that this process has held, in bytes.
+
+    On Linux the kernel says it in /proc. What getrusage says is at least what the program held that started this one.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.M) if status.exists() else None
+    if found is not None:
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
