@@ -53,8 +53,8 @@ class Merge:
     onto: Literal["trained", "original"] = "trained"
     """Of a quantised base: trained takes its weights as the run held them, dequantised; original, as the files do."""
     to: Literal["safetensors", "gguf"] = "safetensors"
-    """safetensors: a Hugging Face folder; gguf: one file for llama.cpp, in which layers that the run held in int4, int3
-    or int2 stay so, if what it learned folds into their groups."""
+    """safetensors: a Hugging Face folder; gguf: one file for llama.cpp. In it, layers in int4, int3 or int2 keep their
+    codes if the run's update is constant in each group, as that of qa_lora is."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
 

@@ -106,7 +106,8 @@ def part(name: str, keys: Any) -> Method:
     cls, key = method_class(name), f"method.methods.{name}"
     on_codes = "base.quantize" in PRESETS.get(name, {})
     if cls is Combo or cls.writes_model or on_codes:
-        hint = "; name lora, and set base.quantize" if on_codes else ""
+        same = next((other for other, (path, _) in METHODS.items() if path == METHODS[name][0] and other != name), None)
+        hint = f"; name {same}, and set base.quantize" if on_codes and same else ""
         raise ValueError(f"{key} cannot be combined with others{hint}")
     if not isinstance(keys, dict):
         raise ValueError(f"{key} must be keys and values, {{}} for its defaults")

@@ -1,11 +1,11 @@
-"""EVA: LoRA whose first matrix starts along what varies most in a layer's inputs, with the ranks where that is most.
+"""EVA: LoRA whose first matrix starts at the principal components of a layer's inputs.
 
     y = W x + b + s B A dropout(x)        A = the principal components of x, over the trained tokens of some rows
 
     B = 0 at the start, so nothing changes at first
 
-Of the components of all targets the `rank` times number of targets that explain the largest shares of the variance of
-their inputs are taken: a target gets between none and rho * rank of them, and s is as if it had its own rank.
+The components of all targets are sorted by the share of the variance of their inputs that they explain. The first
+rank * targets of them are taken, so that a target gets between 0 and rho * rank. Its own number is its rank in s.
 
 EVA https://arxiv.org/abs/2410.07170; components of rows that come one after the other as by Ross et al. (2008).
 Trains rank * (in + out) parameters for each target, of the rank that it gets. Folds: W <- W + s B A.
@@ -99,7 +99,7 @@ class EVA(LoRA):
             linear.slot.add("eva", Watch())
         for batch in islice(batches, self.calibration_rows):
             summed_loss(model, batch)
-            seen: dict[int, str] = {}  # the first of the layers that read the same x, by which x that is
+            seen: dict[int, str] = {}  # by id(x): the first layer that reads this x
             at = (batch.at + 1)[:: -(-len(batch.at) // TOKENS)]  # the trained tokens themselves
             for name, (linear, shape) in shapes.items():
                 x = linear.slot.eva.x

@@ -2,8 +2,8 @@
 
     y = W x + b + s B A dropout(x)        rotary angles of position t as of t / factor (position interpolation)
 
-In training a document is cut into groups of tokens that attend only to each other (S2 attention), for the second half
-of the heads half a group later, so that what a token knows flows from group to group. No token sees a later one:
+In training a document is cut into groups, and a token attends only to those of its own group (S2 attention). For the
+second half of the heads the cuts are half a group later, so that groups learn of each other. No token sees a later one:
 
     heads of the first half    |-- group --|-- group --|-- group --|-- rest --|
     heads of the second half   |half|-- group --|-- group --|-- group --|rest-|

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from litpeft.core.kinds import check_share
 from litpeft.core.typed import LATER
 from litpeft.model.delta import Method, linears, matching
 from litpeft.model.gpt import GPT
@@ -39,8 +40,7 @@ def check_update(method: Any) -> None:
     """Raises a ValueError if `alpha` or `dropout` of a method with low-rank updates is out of bounds."""
     if method.alpha is not None and not 0 < method.alpha < LARGEST_ALPHA:
         raise ValueError(f"method.alpha must be above 0 and below {LARGEST_ALPHA:.0e}, got {method.alpha}")
-    if not 0 <= method.dropout < 1:
-        raise ValueError(f"method.dropout must be at least 0 and below 1, got {method.dropout}")
+    check_share(method, "method.", "dropout")
 
 
 @dataclass

@@ -39,7 +39,7 @@ class Placed(Delta):
 
     def table(self) -> Tensor:
         """Returns the vectors (n + m, width), differentiably."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what its vectors are")
 
     def forward(self, y: Tensor, *context: object) -> Tensor:
         ctx, n, m = context[-1], self.virtual_tokens, self.infix_tokens

@@ -2,9 +2,9 @@
 
     y = W x + b + s B A pool(dropout(x))        W[o, k] = scale[o, G] q[o, k] + shift[o, G],  G = k // 32
 
-pool(x) is the sum, or the mean, of each group of inputs. B A has one column for each group: added to the shifts, that
-is to the zero points -shift / scale, it leaves codes q and scales as they are, and the merged model is as small as the
-base was in training.
+pool(x) is the sum, or the mean, of each group of inputs. B A has one column for each group, so that merging adds it to
+the shifts. Codes q and scales stay as they are, and the merged model is as small as the base was in training. (The
+paper's zero points are -shift / scale.)
 
 QA-LoRA https://arxiv.org/abs/2309.14717. Sum and mean are the same functions of x; an update that is learned with the
 mean moves 32 times slower at the same learning rate.

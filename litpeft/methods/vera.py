@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litpeft.core.kinds import check_least
+from litpeft.core.kinds import check_least, check_share
 from litpeft.methods.lora import LARGEST_RANK
 from litpeft.model.delta import Method, linears
 from litpeft.model.gpt import GPT
@@ -73,8 +73,7 @@ class VeRA(Method):
         check_least(self, "method.", seed=0)
         if not 0 < abs(self.d_initial) < 1e6:
             raise ValueError(f"method.d_initial must not be 0 and be smaller than 1e6, got {self.d_initial}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"method.dropout must be at least 0 and below 1, got {self.dropout}")
+        check_share(self, "method.", "dropout")
 
     def attach(self, model: GPT) -> None:
         layers = linears(model, self.targets).values()

@@ -39,7 +39,7 @@ class Method:
     def choose(
         self, model: GPT, storage: Storage, read: Callable[[str], Tensor], saved: dict[str, Tensor] | None
     ) -> dict[str, str]:
-        """Returns by a linear layer's name the storage that is to hold it, where that is not the run's `storage`.
+        """Returns the storages of the linear layers that are not to be held in the run's `storage`, by layer name.
 
         Called before `attach`, if the base is quantised: `model` has shapes only, `read(name)` is a layer's weight.
         `saved` is as in `start`.
