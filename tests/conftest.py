@@ -4,11 +4,13 @@ import csv
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # ranks that are forked cannot use their parent's pool of compilers
@@ -62,15 +64,33 @@ def make_folder(folder: Path, seed: int = 0, **changes: object) -> Path:
     return folder
 
 
+class NoFloat32(TorchFunctionMode):
+    """Keeps float64 where transformers casts to float32: in norms, in the softmax of eager attention, in rotations."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in (*args, *kwargs.values())):
+                return args[0]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = kwargs | {"dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
-    """transformers computes its norms in float32 whatever the type of the model: torch's own norm keeps float64."""
-    for parent in model.modules():
-        for name, child in list(parent.named_children()):
-            if "RMSNorm" in type(child).__name__:
-                norm = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon)
-                norm.weight = child.weight
-                setattr(parent, name, norm)
+    """Makes transformers compute norms and attention in float64, which its code does in float32 for any type."""
+    for module in model.modules():
+        if "Norm" in type(module).__name__ or "Attention" in type(module).__name__:
+            module.forward = in_mode(module.forward)
     return model
+
+
+def in_mode(forward: Callable) -> Callable:
+    def wide(*args, **kwargs):
+        with NoFloat32():
+            return forward(*args, **kwargs)
+
+    return wide
 
 
 NEEDED = {"bitfit": {"add_missing": True}}  # what a method has to be told for a model like the tiny one

@@ -1,5 +1,7 @@
 """The model against transformers, with float64 as the judge, and against itself: cached, packed, batched."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TINY, document_mask, in_float64, make_folder
@@ -18,6 +20,94 @@ def rotary(share: float, **rope: object) -> dict:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": share, **rope}}
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def longrope(original: int, numbers: int = 8, **rope: object) -> dict:
+    """Returns rotary positions that change beyond a length."""
+    short, long = [1.0 + 0.1 * i for i in range(numbers)], [2.0 + 0.7 * i for i in range(numbers)]
+    factors = {"short_factor": short, "long_factor": long, "factor": 8.0}
+    return {"rope_type": "longrope", "original_max_position_embeddings": original} | factors | rope
+
+
+GEMMA = {"pad_token_id": 0, "head_dim": 32}
+FAMILY_CASES = {  # the first of each family is also tested in training and answers, see tiny_families.py
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen2, tied, no window": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "gemma3_text": {"model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 2} | GEMMA,
+    "gemma3_text, scaled, of no round size": {
+        "model_type": "gemma3_text",
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 8,
+        "num_hidden_layers": 6,
+        "pad_token_id": 0,
+        "head_dim": 20,
+    },
+    "gemma2": {"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 20} | GEMMA,
+    "gemma2, caps that are reached": {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 0.3,
+        "final_logit_softcapping": 0.4,
+    }
+    | GEMMA,
+    "gemma": {"model_type": "gemma"} | GEMMA,
+    "phi3": {"model_type": "phi3", "pad_token_id": 0, "sliding_window": 9} | rotary(0.5),
+    "phi3, longrope": {
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "original_max_position_embeddings": 32,
+        "rope_parameters": longrope(32),
+    },
+    "phi": {"model_type": "phi"},
+    "phi, norms of queries and keys": {"model_type": "phi", "qk_layernorm": True},
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2, "pad_token_id": 0},
+    "smollm3, windows": {
+        "model_type": "smollm3",
+        "no_rope_layers": [0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "pad_token_id": 0,
+    },
+    "olmo3": {"model_type": "olmo3", "sliding_window": 8, "num_hidden_layers": 4, "rope_scaling": YARN},
+    "olmo2": {"model_type": "olmo2"},
+    "olmo": {"model_type": "olmo", "clip_qkv": 0.2},
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+    },
+    "ministral3": {"model_type": "ministral3", "head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+    "ministral3, its own positions": {"model_type": "ministral3", "sliding_window": 8},
+    "ministral": {
+        "model_type": "ministral",
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "glm4": {"model_type": "glm4", "pad_token_id": 0, "head_dim": 16},
+    "glm": {"model_type": "glm", "pad_token_id": 0, "head_dim": 16, "attention_bias": False},
+    "falcon": {"model_type": "falcon"},
+    "falcon, new, two norms": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, new, one norm": {
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "num_ln_in_parallel_attn": 1,
+        "bias": True,
+    },
+    "falcon, serial": {"model_type": "falcon", "multi_query": False, "parallel_attn": False, "bias": True},
+    "stablelm": {"model_type": "stablelm", "use_qkv_bias": True},
+    "stablelm, parallel": {"model_type": "stablelm", "use_parallel_residual": True},
+    "starcoder2": {"model_type": "starcoder2", "sliding_window": 8},
+    "cohere2": {"model_type": "cohere2", "sliding_window": 8, "sliding_window_pattern": 2, "pad_token_id": 0},
+    "cohere": {"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0},
+    "cohere, no norms of queries and keys": {"model_type": "cohere", "attention_bias": True, "pad_token_id": 0},
+    "nemotron": {"model_type": "nemotron", "attention_bias": True},
+}
 CASES = {
     "grouped queries": {},
     "as many key heads as query heads": {"num_key_value_heads": 4},
@@ -36,6 +126,12 @@ CASES = {
         "hidden_act": "gelu_fast",
     },
     "gpt_neox, rope linear": {"model_type": "gpt_neox"} | rotary(0.5, rope_type="linear", factor=4.0),
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 32},
+    "yarn": {"rope_parameters": YARN},
+    "yarn, kept size": {"rope_parameters": YARN | {"attention_factor": 0.9, "truncate": False, "beta_fast": 8.0}},
+    "longrope within": {"rope_parameters": longrope(64)},
+    "longrope beyond": {"rope_parameters": longrope(32)},
+    **FAMILY_CASES,
     "gpt2": {"model_type": "gpt2"},
     "gpt2, untied": {"model_type": "gpt2", "tie_word_embeddings": False, "activation_function": "relu"},
 }
@@ -45,7 +141,6 @@ def reference(changes: dict, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = {**GPT2, "bos_token_id": 1, "eos_token_id": 1} if changes.get("model_type") == "gpt2" else TINY
     config = AutoConfig.for_model(**{"model_type": "llama", **sizes, "initializer_range": 0.1} | changes)
-    config._attn_implementation = "sdpa"  # eager attention falls to float32 in its softmax
     return randomise(AutoModelForCausalLM.from_config(config)).to(dtype).eval()
 
 
@@ -86,10 +181,9 @@ def test_gradients_equal_transformers(tmp_path) -> None:
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_cached_decoding_equals_the_full_forward(tiny_folder, window: int | None) -> None:
-    model = build(tiny_folder, torch.float64)
-    for block in model.blocks:
-        block.attn.window = window
-    model.config = model.config.__class__(**{**vars(model.config), "window": window})
+    base = build(tiny_folder, torch.float64)
+    model = GPT(replace(base.config, window=window)).double()
+    model.load_state_dict(base.state_dict())
     ids = torch.randint(0, TINY["vocab_size"], (2, 20))
     with torch.no_grad():
         want = model(ids)

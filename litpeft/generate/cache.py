@@ -30,7 +30,9 @@ class TokenCache:
         self.rows: list[list[int]] = []
         self.prompts: list[int] = []  # length of each row's prompt, in tokens
         self.edits = False  # whether a method acts at positions that depend on `prompts`
-        self.records = model.embed.weight.is_cuda and type(model) is GPT  # FSDP's class gathers weights at every step
+        self.turn = model.config.turning_length  # beyond it the keys of all earlier tokens are others
+        # FSDP's class gathers weights at every step, and a recorded step does not know the length of its text
+        self.records = model.embed.weight.is_cuda and type(model) is GPT and self.turn is None
         self.recorded: dict[tuple[int, int], RecordedStep | None] = {}  # steps over the `layers` of now
 
     @torch.inference_mode()
@@ -51,6 +53,8 @@ class TokenCache:
             self.edits = any(delta.at_prompt for slot in slots for delta in slot.deltas.values())
             held = [[] for _ in rows] if self.edits else held
             self.prompts = prompts
+        if self.turn is not None and max(map(len, held)) <= self.turn < max(map(len, rows)):
+            held = [[] for _ in rows]
         starts = [min(common_prefix(old, new), len(new) - last) for old, new in zip(held, rows, strict=True)]
         new = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
         self.reserve(len(rows), max(starts) + self.width(max(map(len, new)), max(starts)))

@@ -13,7 +13,8 @@ from typing import Any
 from litpeft.core.errors import ConfigError
 from litpeft.model.affine import Affine
 from litpeft.model.delta import Method, linears
-from litpeft.model.gpt import GPT, LayerNorm
+from litpeft.model.gpt import GPT
+from litpeft.model.norms import LayerNorm
 from litpeft.model.slots import Delta, Linear
 
 
@@ -41,7 +42,11 @@ class BitFit(Method):
 
     def attach(self, model: GPT) -> None:
         layers = linears(model, self.targets).values()
-        norms = [module for module in model.modules() if isinstance(module, LayerNorm) and self.norms]
+        norms = [
+            module
+            for module in model.modules()
+            if isinstance(module, LayerNorm) and self.norms and module.bias is not None
+        ]
         biased = [layer for layer in layers if layer.bias is not None or self.add_missing]
         if not biased and not norms:
             hint = "--method.add_missing true gives each target one that starts at zero"

@@ -25,9 +25,9 @@ from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_least
 from litpeft.methods.lora import LoRA
 from litpeft.model.attention import Documents, attend
-from litpeft.model.config import interpolated
 from litpeft.model.context import Context
 from litpeft.model.gpt import GPT, Attention
+from litpeft.model.rope import interpolated
 from litpeft.model.slots import Delta
 
 LARGEST_FACTOR = 1024
@@ -47,12 +47,12 @@ class Shifted(Delta):
         half = self.group // 2
         trains = self.training and torch.is_grad_enabled() and ctx.mask is None
         if not trains or max(documents.lengths) <= half:  # then no group has an end within a document
-            return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window)
+            return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window, cap=attn.cap)
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
         rows = [x.transpose(0, 1).flatten(1, 2)[None].tensor_split(2, 1) for x in (q, k, v)]  # (1, H / 2, B * T, D)
         cuts = documents.cut(self.group, self.group), documents.cut(half, self.group)
         ys = [
-            attend(*heads, mask=None, documents=cut, window=attn.window)
+            attend(*heads, mask=None, documents=cut, window=attn.window, cap=attn.cap)
             for cut, *heads in zip(cuts, *rows, strict=True)
         ]
         return torch.cat(ys, 1)[0].unflatten(1, (len(q), -1)).transpose(0, 1)
@@ -89,7 +89,7 @@ class LongLoRA(LoRA):
 
     def attach(self, model: GPT) -> None:
         scaling = model.config.rope_scaling
-        if not model.config.rotary_size or (scaling is not None and scaling.kind != "linear"):
+        if model.config.layers or not model.config.rotary_size or (scaling is not None and scaling.kind != "linear"):
             what = "long_lora interpolates rotary positions that are plain or scaled evenly, and this model has no such"
             raise ConfigError(what, where="base.dir", hint="take another base, or lora")
         super().attach(model)

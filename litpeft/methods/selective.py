@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from litpeft.core.errors import ConfigError
 from litpeft.model.delta import Method, train_base
-from litpeft.model.gpt import GPT, LayerNorm, RMSNorm
+from litpeft.model.gpt import GPT
+from litpeft.model.norms import LayerNorm, RMSNorm
 
 
 @dataclass

@@ -66,13 +66,23 @@ def causal_mask(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, documents: Documents | None, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    documents: Documents | None,
+    window: int | None,
+    cap: float | None = None,
 ) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) v as (B, H, T, D); q is (B, H, T, D), k and v are (B, G, S, D).
 
     `mask` (B, 1, T, S) is added to the scores, or True where a query sees a key. Without it a query sees itself and the
     earlier tokens of its document (of its row if `documents` is None), at most `window` of them.
+    With a `cap` scores s become cap * tanh(s / cap).
     """
+    if cap is not None:
+        return _capped(q, k, v, mask, documents, window, cap)
     if mask is not None and q.size(2) <= GROUPED_TOKENS:
         return _grouped(q, k, v, mask)
     if mask is not None:
@@ -88,6 +98,30 @@ def attend(
     if half_on_gpu:
         return _varlen(q, k, v, documents, window)
     return _by_length(q, k, v, documents, window)
+
+
+def _capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    documents: Documents | None,
+    window: int | None,
+    cap: float,
+) -> Tensor:
+    """Holds all scores of a document: no fused kernel of torch caps them."""
+    if mask is None and documents is not None and len(documents.lengths) > 1:
+        parts = zip(*(x.split(documents.lengths, 2) for x in (q, k, v)), strict=True)
+        return torch.cat([_capped(*part, None, None, window, cap) for part in parts], 2)
+    if mask is None:
+        position = torch.arange(q.size(2), device=q.device)[None]
+        mask = causal_mask(position, position, window)[:, None]
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+    scores = q.unflatten(1, (k.size(1), -1)) @ k[:, :, None].transpose(-1, -2) * q.size(-1) ** -0.5
+    scores = cap * torch.tanh(scores / cap) + mask[:, None]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (scores.softmax(-1, dtype=wide).to(q.dtype) @ v[:, :, None]).flatten(1, 2)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -2,15 +2,16 @@
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from types import NoneType
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 ACTIVATIONS = {  # name in config.json -> name in gpt.py
     "silu": "silu",
     "swish": "silu",
     "relu": "relu",
+    "relu2": "relu2",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
@@ -23,11 +24,46 @@ LARGEST = (1 << 31) - 1  # whole number that a key may hold
 class RopeScaling:
     """How the rotary frequencies are stretched to reach beyond the length that the model was trained on."""
 
-    kind: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
+    kind: Literal["linear", "llama3", "dynamic", "yarn", "longrope"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
     original_positions: int = 8192
+    attention_factor: float = 1.0  # what cos and sin are multiplied by: yarn, longrope
+    beta_fast: float = 32.0  # yarn: turns over the original length from which a frequency is kept
+    beta_slow: float = 1.0  # and up to which it is divided by the factor
+    truncate: bool = True  # yarn: those bounds are whole dimensions
+    short_factors: tuple[float, ...] = ()  # longrope: divisors of each frequency, for texts within the original length
+    long_factors: tuple[float, ...] = ()  # and beyond
+
+    @property
+    def by_length(self) -> bool:
+        """Returns whether the frequencies depend on the length of the text."""
+        return self.kind in ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions."""
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Queries are multiplied by 1 + rate * ln(1 + position // length)."""
+
+    rate: float
+    length: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer may have of its own."""
+
+    window: int | None = None
+    rope: Rope | None = None  # None = it has no positions
 
 
 @dataclass(frozen=True)
@@ -42,7 +78,8 @@ class ModelConfig:
     head_dim: int
     d_ff: int
     max_positions: int
-    norm: Literal["rms", "layer"] = "rms"  # layer has a bias
+    norm: Literal["rms", "rms_1p", "layer", "layer_1p", "layer_no_bias", "layer_plain"] = "rms"
+    # 1p: the files hold weight - 1; layer has a bias, unless it says no_bias; plain: neither weight nor bias
     norm_eps: float = 1e-5
     rotary_dim: int | None = None  # so many first dimensions of a head rotate; None = all, 0 = none
     rope_theta: float = 10000.0
@@ -55,9 +92,25 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
     window: int | None = None  # a token sees this many tokens back, itself included; None = all
+    layers: tuple[Layer, ...] = ()  # each one's window and rotary positions, in place of the fields; () = all are alike
+    norms: Literal["before", "after", "around"] = "before"  # where the norms of a sub-layer stand; around = both
+    shared_norm: bool = False  # one norm, whose output both attention and the MLP read
+    qk_norm: Literal["head", "each", "all"] | None = None  # of queries and keys: see QKNorm in gpt.py
+    rope_pairs: bool = False  # dimensions 2 i and 2 i + 1 rotate together, not i and i + R / 2
+    clip_qkv: float | None = None  # queries, keys and values are clamped to this size
+    score_scale: float | None = None  # what scores are multiplied by; None = head_dim ** -0.5
+    query_growth: QueryGrowth | None = None
+    score_cap: float | None = None  # scores s become cap * tanh(s / cap)
+    embed_scale: float = 1.0  # what embeddings are multiplied by
+    residual_scale: float = 1.0  # and what a sub-layer adds to its input
+    logit_scale: float = 1.0  # and the logits
+    logit_cap: float | None = None  # logits l become cap * tanh(l / cap), after logit_scale
 
     def __post_init__(self) -> None:
+        if self.layers and len(self.layers) != self.n_layers:
+            raise ValueError(f"{len(self.layers)} layers are described, num_hidden_layers says {self.n_layers}")
         if self.n_heads % self.n_kv_heads:
             what = f"num_attention_heads {self.n_heads} is no multiple of num_key_value_heads {self.n_kv_heads}"
             raise ValueError(what)
@@ -66,10 +119,36 @@ class ModelConfig:
             origin = f"head_dim is hidden_size {self.d_model} / num_attention_heads {self.n_heads} unless it is given"
             raise ValueError(f"{what} must be even and no larger than the head, got {self.rotary_size}; {origin}")
 
+        ropes = [layer.rope for layer in self.layers] or [Rope(self.rope_theta, self.rope_scaling)]
+        for scaling in {rope.scaling for rope in ropes if rope is not None and rope.scaling is not None}:
+            sizes = [len(scaling.short_factors), len(scaling.long_factors)]
+            if scaling.kind == "longrope" and sizes != [self.rotary_size // 2] * 2:
+                what = f"short_factor and long_factor must have {self.rotary_size // 2} numbers each"
+                raise ValueError(f"{what}, half of what rotates of a head; they have {sizes[0]} and {sizes[1]}")
+
     @property
     def rotary_size(self) -> int:
         """Returns how many dimensions of a head rotate."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def layer(self, number: int) -> Layer:
+        """Returns what a layer has of its own, or what all have."""
+        return self.layers[number] if self.layers else Layer(self.window, Rope(self.rope_theta, self.rope_scaling))
+
+    @property
+    def turning_length(self) -> int | None:
+        """Returns the length of a text beyond which the rotary frequencies change, if they do."""
+        ropes = [layer.rope for layer in {self.layer(number) for number in range(self.n_layers)}]
+        scalings = [rope.scaling for rope in ropes if rope is not None and rope.scaling is not None]
+        return min((scaling.original_positions for scaling in scalings if scaling.by_length), default=None)
+
+    def with_layers(self, layers: Iterable[Layer]) -> "ModelConfig":
+        """Returns the config with these layers; if they are all alike, in the fields for all of them."""
+        layers = tuple(layers)
+        first = layers[0]
+        if len(set(layers)) > 1 or first.rope is None:
+            return replace(self, layers=layers)
+        return replace(self, window=first.window, rope_theta=first.rope.theta, rope_scaling=first.rope.scaling)
 
 
 K = TypeVar("K", bound="ConfigKeys")
@@ -102,7 +181,7 @@ class ConfigKeys:
 
 def checked(name: str, value: Any, kind: Any) -> Any:
     """Returns the value of the key `name` if it is of its kind: `float`, `int | None`, `Literal[True]`, ..."""
-    kinds = get_args(kind) or (kind,)
+    kinds = (kind,) if get_origin(kind) is list else get_args(kind) or (kind,)
     if any(_fits(value, one) for one in kinds):
         return float(value) if kind is float else value
     allowed = " or ".join(KINDS.get(one) or json.dumps(one) for one in kinds)
@@ -114,6 +193,8 @@ KINDS = {
     float: "a number above 0",
     bool: "true or false",
     dict: "an object",
+    list[str]: "a list of names",
+    list[int]: "a list of whole numbers",
     NoneType: "null",
 }
 
@@ -124,57 +205,6 @@ def _fits(value: Any, kind: Any) -> bool:
         return type(value) is int and 1 <= value <= LARGEST
     if kind is float:
         return type(value) in (int, float) and 0 < value <= sys.float_info.max
+    if get_origin(kind) is list:
+        return type(value) is list and value != [] and all(type(item) is get_args(kind)[0] for item in value)
     return type(value) is kind if isinstance(kind, type) else type(value) is type(kind) and value == kind
-
-
-PARTIAL, ORIGINAL = "partial_rotary_factor", "original_max_position_embeddings"
-
-
-def rope_settings(
-    hf: Mapping[str, Any],
-    max_positions: int,
-    theta: str = "rope_theta",
-    share: str = "partial_rotary_factor",
-    default_share: float = 1.0,
-) -> tuple[float, float, RopeScaling | None]:
-    """Returns theta, the share of a head that rotates, and the scaling.
-
-    Of several keys for one value the one that transformers reads counts: the first of `rope_scaling` and
-    `rope_parameters` that is not empty, and its keys before `theta` and `share`, older files' keys at the top level.
-    """
-    where = next((key for key in ("rope_scaling", "rope_parameters") if checked(key, hf.get(key), dict | None)), "")
-    given = {field: (name, hf[name]) for field, name in (("rope_theta", theta), (PARTIAL, share)) if name in hf}
-    given |= {key: (f"{where}.{key}", value) for key, value in (hf[where] if where else {}).items()}
-    if nested := [name for name, value in given.values() if isinstance(value, dict)]:
-        raise ValueError(f"{', '.join(nested)}: rotary positions that differ from layer to layer are not supported")
-
-    def take(key: str, kind: Any, default: Any = None) -> Any:
-        if key not in given and default is None:
-            raise KeyError(f"{where}.{key}")
-        return checked(*given.get(key, (key, default)), kind)
-
-    base, part = take("rope_theta", float, 10000.0), take(PARTIAL, float, default_share)
-    kind = take("rope_type" if "rope_type" in given else "type", Literal["default", "linear", "llama3"], "default")
-    if kind == "default":
-        return base, part, None
-    factor = take("factor", float)
-    if kind == "linear":
-        return base, part, RopeScaling("linear", factor)
-    low, high = take("low_freq_factor", float), take("high_freq_factor", float)
-    if low >= high:
-        raise ValueError(f"{where}.low_freq_factor {low} must be below high_freq_factor {high}")
-    if ORIGINAL in hf:  # it wins over the one inside
-        given[ORIGINAL] = (ORIGINAL, hf[ORIGINAL])
-    return base, part, RopeScaling("llama3", factor, low, high, take(ORIGINAL, int, max_positions))
-
-
-def interpolated(hf: dict[str, Any], factor: float) -> None:
-    """Changes a config.json, in place: the model reads `factor` times as many tokens, at positions that much closer."""
-    if factor == 1:
-        return
-    found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    before = found.get("factor", 1.0) if found.get("rope_type", found.get("type")) == "linear" else 1.0
-    scaled = {**found, "rope_type": "linear", "factor": before * factor}
-    scaled.pop("type", None)
-    hf["rope_scaling"], hf["rope_parameters"] = scaled, scaled  # for readers before transformers 5, and since
-    hf["max_position_embeddings"] = int(hf["max_position_embeddings"] * factor)

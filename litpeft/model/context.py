@@ -43,7 +43,10 @@ class KVCache:
 
 @dataclass
 class Context:
-    """What the blocks need to know of one call; made by the caller, completed by GPT.forward."""
+    """What the blocks need to know of one call; made by the caller, completed by GPT.forward.
+
+    Layers of different kinds are given copies, with the `mask` and `rope` of their kind.
+    """
 
     pos: Tensor  # (B, T) position of each token in its document
     documents: Documents | None = None  # of the one packed row; None = every row is one document
@@ -56,6 +59,7 @@ class Context:
     recompute: bool = False  # activation checkpointing: blocks run again in the backward pass
     virtual_tokens: int = 0  # first positions of each document that hold no tokens of the text
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin of ops.rotate, (B, 1, T, R); None = nothing rotates
+    query_growth: Tensor | None = None  # (B, 1, T, 1) what queries are multiplied by
 
     @classmethod
     def rows(cls, ids: Tensor) -> "Context":

@@ -4,8 +4,8 @@ Letters: B rows, T new tokens, S keys, D head size, R of them that rotate, d mod
 G key/value heads, V vocabulary. Families differ in the switches of ModelConfig.
 """
 
-import math
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 
 import torch
@@ -17,28 +17,21 @@ from torch.utils.checkpoint import checkpoint
 from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights
 from litpeft.model.attention import attend
-from litpeft.model.config import ModelConfig, RopeScaling
+from litpeft.model.config import Layer, ModelConfig
 from litpeft.model.context import Context
-from litpeft.model.kernels.ops import recompute_output, rms_norm, rotate, swiglu, use_eager
-from litpeft.model.loss import summed_cross_entropy
+from litpeft.model.frequencies import token_frequencies
+from litpeft.model.kernels.ops import recompute_output, rotate, swiglu, use_eager
+from litpeft.model.loss import finished, summed_cross_entropy
+from litpeft.model.norms import make_norm, make_qk_norm
 from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-
-
-def rope_frequencies(size: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    """Returns the rotary frequencies (size/2,) in radians a token; in float32, like those models were trained with."""
-    exponent = torch.arange(0, size, 2, device=device).float() / size
-    frequency = 1.0 / theta**exponent
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    # llama3: long wavelengths are stretched, short ones kept, those between interpolated
-    turns = scaling.original_positions * frequency / (2 * math.pi)  # over the length that the model was trained on
-    mix = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    mix = mix.clamp(0, 1)
-    return mix * frequency + (1 - mix) * frequency / scaling.factor
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class Sdpa(Slot):
@@ -49,50 +42,63 @@ class Sdpa(Slot):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: "Attention") -> Tensor:
         for delta in self.deltas.values():
             return delta(q, k, v, ctx, attn)
-        return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window)
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight; a weight that trains is float32 whatever x is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """(x - mean(x)) / deviation(x) * weight + bias; parameters that train are float32 whatever x is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
-    """Returns a norm over the model's width."""
-    return (LayerNorm if config.norm == "layer" else RMSNorm)(config.d_model, config.norm_eps)
+        return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window, cap=attn.cap)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.layer(layer).window
         d, kv = config.d_model, config.n_kv_heads * config.head_dim
         self.q = Linear(d, config.n_heads * config.head_dim, config.qkv_bias)
         self.k = Linear(d, kv, config.qkv_bias)
         self.v = Linear(d, kv, config.qkv_bias)
         self.o = Linear(config.n_heads * config.head_dim, d, config.output_bias)
         self.core = Sdpa()
+        self.q_norm, self.k_norm = (make_qk_norm(config, heads) for heads in (config.n_heads, config.n_kv_heads))
+        self.norms_all = config.qk_norm == "all"
+        self.clip, self.cap = config.clip_qkv, config.score_cap
+        self.paired = (
+            config.rotary_size if config.rope_pairs else 0
+        )  # first dimensions that rotate in pairs (2 i, 2 i + 1)
+        # `attend` multiplies scores by head_dim ** -0.5, queries make up for the rest
+        self.query_scale = None if config.score_scale is None else config.score_scale * config.head_dim**0.5
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D)"""
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
+    def normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Returns queries or keys (B, T, heads * D) as their norm makes them."""
+        return norm(x) if self.norms_all else norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = (self.heads(y) for y in project(x, ctx, self.q, self.k, self.v))
+        q, k, v = project(x, ctx, self.q, self.k, self.v)
+        if self.clip is not None:
+            q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
+        if self.q_norm is not None:
+            q, k = self.normed(q, self.q_norm), self.normed(k, self.k_norm)
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)
         if ctx.rope is not None:
+            if self.paired:
+                q, k = halves(q, self.paired), halves(k, self.paired)
             q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
+        if self.query_scale is not None:
+            q = q * self.query_scale
+        if ctx.query_growth is not None:
+            q = q * ctx.query_growth
         if ctx.cache is not None:
             k, v = ctx.cache[self.layer].update(k, v, ctx)
         return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2), ctx)
+
+
+def halves(x: Tensor, size: int) -> Tensor:
+    """Returns x (B, heads, T, D) with its first `size` dimensions in the order 0, 2, 4, ... 1, 3, 5, ...
+
+    Then `rotate` turns what were pairs (2 i, 2 i + 1). The products of queries and keys do not change.
+    """
+    turning = x[..., :size].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return turning if size == x.size(-1) else torch.cat((turning, x[..., size:]), -1)
 
 
 class MLP(nn.Module):
@@ -119,21 +125,31 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.parallel = config.parallel_residual
-        self.norm1 = make_norm(config)
+        before = (lambda: make_norm(config)) if config.norms != "after" else nn.Identity
+        after = (lambda: make_norm(config)) if config.norms != "before" else lambda: None
+        self.parallel, self.scale = config.parallel_residual, config.residual_scale
+        self.norm1 = before()
         self.attn = Attention(config, layer)
+        self.post_norm1 = after()
         self.after_attn = Slot()
-        self.norm2 = make_norm(config)
+        self.norm2 = None if config.shared_norm else before()
         self.mlp = MLP(config)
+        self.post_norm2 = after()
         self.after_mlp = Slot()
         self.after_block = Slot()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         h = self.norm1(x)
-        y = x + self.after_attn(self.attn(h, ctx), h, ctx)
-        h = self.norm2(x if self.parallel else y)
-        y = y + self.after_mlp(self.mlp(h, ctx), h, ctx)
+        y = self.added(x, self.attn(h, ctx), self.post_norm1, self.after_attn, h, ctx)
+        if self.norm2 is not None:
+            h = self.norm2(x if self.parallel else y)
+        y = self.added(y, self.mlp(h, ctx), self.post_norm2, self.after_mlp, h, ctx)
         return self.after_block(y, ctx)
+
+    def added(self, x: Tensor, y: Tensor, norm: nn.Module | None, slot: Slot, h: Tensor, ctx: Context) -> Tensor:
+        """Returns x plus what comes of the output y of a sub-layer whose input is h."""
+        y = slot(y if norm is None else norm(y), h, ctx)
+        return x + y if self.scale == 1 else x + y * self.scale
 
 
 def run_block(block: Block, x: Tensor, ctx: Context) -> Tensor:
@@ -163,7 +179,14 @@ class GPT(nn.Module):
         self.rope = Slot()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = make_norm(config)
-        self.head = TiedHead(self.embed) if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+        self.head = (
+            TiedHead(self.embed)
+            if config.tie_embeddings
+            else Linear(config.d_model, config.vocab_size, config.head_bias)
+        )
+        layers = [config.layer(number) for number in range(config.n_layers)]
+        self.kinds = tuple(dict.fromkeys(layers))  # of layers
+        self.kind_of = [self.kinds.index(layer) for layer in layers]
 
     @property
     def learned_keys(self) -> int:
@@ -199,22 +222,21 @@ class GPT(nn.Module):
         """
         ctx = ctx or Context.rows(ids)
         ctx.virtual_tokens = self.virtual_tokens
-        x = self.after_embed(self.embed(ids).to(self.dtype), ctx)
+        x = self.embed(ids).to(self.dtype)
+        if self.config.embed_scale != 1:  # rounded to the type of x, as it was in the model's training
+            x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
+        x = self.after_embed(x, ctx)
         if self.positions is not None:
             if ctx.reach() > self.config.max_positions:
                 what = f"{ctx.reach()} tokens are more than the {self.config.max_positions} positions of this model"
                 raise ModelError(what, hint="give it shorter texts")
             x = x + self.positions(ctx.pos).to(x.dtype)
-        if self.config.rotary_size:
-            pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos
-            rope = self.config.rotary_size, self.config.rope_theta, self.config.rope_scaling
-            angle = pos[:, None, :, None].float() * self.rope(rope_frequencies(*rope, ids.device))
-            cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-            ctx.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        if ctx.cache is not None:
-            ctx.look_back(ids.size(1), self.config.window, x.dtype)
         ctx.recompute = self.recompute and torch.is_grad_enabled()
-        for block in self.blocks:
+        contexts = [ctx, *(copy(ctx) for _ in self.kinds[1:])]
+        for one, kind in zip(contexts, self.kinds, strict=True):
+            self.complete(one, kind, x)
+        for block, number in zip(self.blocks, self.kind_of, strict=True):
+            ctx = contexts[number]
             fused = self.fused(block, x, ctx) if self.fused is not None and torch.is_grad_enabled() else None
             if fused is not None:
                 x = fused
@@ -223,4 +245,24 @@ class GPT(nn.Module):
             step = self.compiled if self.compiled is not None and x.requires_grad else run_block
             x = checkpoint(step, block, x, ctx, use_reentrant=False) if ctx.recompute else step(block, x, ctx)
         x = self.norm(x if at is None else x.flatten(0, 1)[at])
-        return self.head(x) if targets is None else summed_cross_entropy(self.head, x, targets)
+        scale, cap = self.config.logit_scale, self.config.logit_cap
+        if targets is None:
+            return finished(self.head(x), scale, cap)
+        return summed_cross_entropy(self.head, x, targets, scale, cap)
+
+    def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
+        """Sets what a context has for layers of one kind: rotary positions, and the mask of a step with a cache."""
+        if self.config.rotary_size and kind.rope is not None:
+            pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos
+            frequencies = self.rope(token_frequencies(self.config.rotary_size, kind.rope, ctx, x.device))
+            angle = pos[:, None, :, None].float() * frequencies
+            cos, sin = angle.cos(), angle.sin()
+            if kind.rope.scaling is not None and kind.rope.scaling.attention_factor != 1:
+                cos, sin = cos * kind.rope.scaling.attention_factor, sin * kind.rope.scaling.attention_factor
+            cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+            ctx.rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        if (growth := self.config.query_growth) is not None:
+            pos = ctx.pos[:, None, :, None]
+            ctx.query_growth = (1 + growth.rate * torch.log(1 + torch.floor(pos / growth.length))).to(x.dtype)
+        if ctx.cache is not None:
+            ctx.look_back(ctx.pos.size(1), kind.window, x.dtype)

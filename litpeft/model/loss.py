@@ -13,25 +13,36 @@ CHUNK = 256  # positions whose logits exist at one time
 SOFTMAX_CHUNK = 1 << 21  # logits whose softmax a CPU computes at once: their float32 copy fits its cache
 
 
-def summed_cross_entropy(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
-    """Returns the sum over N positions of -log p(target), in float32 or better; x is (N, d), targets (N,)."""
+def finished(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Returns logits as the model gives them: multiplied by `scale`, then l becomes cap * tanh(l / cap)."""
+    logits = logits if scale == 1 else logits * scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def summed_cross_entropy(
+    head: Linear, x: Tensor, targets: Tensor, scale: float = 1.0, cap: float | None = None
+) -> Tensor:
+    """Returns the sum over N positions of -log p(target), in float32 or better; x is (N, d), targets (N,).
+
+    `scale` and `cap` are those of `finished`.
+    """
     dtype = product_dtype(x)
     # in float16 small probabilities, which are the gradient, would underflow; autograd computes them from a scaled loss
-    if len(targets) and is_empty(head.slot) and head.bias is None and dtype != torch.float16:
-        return _Summed.apply(x, head.dense(), targets, dtype)
+    if len(targets) and is_empty(head.slot) and head.bias is None and cap is None and dtype != torch.float16:
+        return _Summed.apply(x if scale == 1 else x * scale, head.dense(), targets, dtype)
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for start in range(0, max(1, len(targets)), CHUNK):  # without targets one pass: a zero whose gradient is zeros
         part = x[start : start + CHUNK], targets[start : start + CHUNK]
         if torch.is_grad_enabled():
-            total = total + checkpoint(_summed, head, *part, use_reentrant=False)
+            total = total + checkpoint(_summed, head, *part, scale, cap, use_reentrant=False)
         else:
-            total = total + _summed(head, *part)
+            total = total + _summed(head, *part, scale, cap)
     return total
 
 
-def _summed(head: Linear, x: Tensor, targets: Tensor) -> Tensor:
+def _summed(head: Linear, x: Tensor, targets: Tensor, scale: float, cap: float | None) -> Tensor:
     """Computes what `_Summed` does, for any head."""
-    logits = head(x)
+    logits = finished(head(x), scale, cap)
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 

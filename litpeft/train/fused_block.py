@@ -19,9 +19,10 @@ from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import checkpoint
 
 from litpeft.model.context import Context
-from litpeft.model.gpt import GPT, Block, RMSNorm
+from litpeft.model.gpt import GPT, Block
 from litpeft.model.kernels import gpu_kernels
 from litpeft.model.known_block import READ, at_defaults, is_llama
+from litpeft.model.norms import RMSNorm
 from litpeft.model.slots import Linear, is_empty
 
 THICK = 64  # rank above which an update is better two products of its own

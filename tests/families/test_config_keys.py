@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY, in_float64
 from safetensors.torch import save_file
-from test_model import GPT2, LLAMA3, randomise, rotary
+from test_model import FAMILY_CASES, GPT2, LLAMA3, YARN, longrope, randomise, rotary
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
@@ -22,12 +22,26 @@ from litpeft.model.families import FAMILIES, family
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import ACTIVATIONS as FUNCTIONS
 
+BY_TYPE = {"rope_parameters": {"full_attention": {"rope_theta": 5000.0}, "sliding_attention": {"rope_theta": 500.0}}}
 SIZES = {
     "llama": TINY | rotary(1.0),
     "mistral": TINY | rotary(1.0) | {"sliding_window": 8},
     "gpt_neox": {key: value for key, value in TINY.items() if key != "num_key_value_heads"} | rotary(0.5),
     "gpt2": GPT2,
-}
+} | {name: TINY | rotary(1.0) | FAMILY_CASES[name] for name in FAMILY_CASES if name in FAMILIES}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
+for _name, _changes in {  # so that each key has an effect
+    "qwen2": WINDOWS | {"max_window_layers": 1},
+    "qwen3": WINDOWS | {"max_window_layers": 1},
+    "smollm3": WINDOWS | {"no_rope_layer_interval": 2},
+    "gemma3_text": BY_TYPE,
+    "olmo3": BY_TYPE | {"num_hidden_layers": 2},
+    "phi3": {"hidden_size": 128, "original_max_position_embeddings": 32, "rope_parameters": longrope(32, 16)},
+    "ministral3": {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+    "olmo": {"clip_qkv": 0.2},
+    **{name: rotary(0.5) for name in ("phi", "glm", "glm4", "stablelm", "nemotron")},
+}.items():
+    SIZES[_name] = SIZES[_name] | _changes
 CLASSES = {name: CONFIG_MAPPING[name] for name in FAMILIES}
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 # What is not a field of any of these classes: older spellings, and keys that transformers looks for in every config.
@@ -41,7 +55,11 @@ BESIDE = {
     "torch_dtype": "bfloat16",
     "is_causal": False,
     "per_layer_config": {"0": {"hidden_act": "relu"}},
-    "layer_types": ["full_attention", "sliding_attention"],
+    "layer_types": ["full_attention", "full_attention"],
+    "no_rope_layers": [0, 0],
+    "sliding_window_pattern": 2,
+    "rope_local_base_freq": 500.0,
+    "n_embed": 32,
     "use_sliding_window": True,
     "max_window_layers": 1,
     "attention_chunk_size": 8,
@@ -66,6 +84,7 @@ AWAY = {
     "hidden_act": "relu",
     "activation_function": "relu",
 }
+LISTS = ("layer_types", "no_rope_layers")  # transformers writes them even where other keys say what is in them
 IDS = torch.randint(0, TINY["vocab_size"], (1, 48), generator=torch.Generator().manual_seed(1))
 
 
@@ -95,7 +114,8 @@ def base(folder: Path, name: str) -> dict[str, Any]:
     """Returns the config.json that transformers writes for a tiny model, with all keys of its class."""
     sizes = {"model_type": name, "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 1} | SIZES[name]
     AutoConfig.for_model(**sizes).save_pretrained(folder)
-    return json.loads((folder / "config.json").read_text())
+    written = json.loads((folder / "config.json").read_text())
+    return {key: value for key, value in written.items() if key not in LISTS or key in sizes}
 
 
 def transformers_logits(folder: Path, hf: dict[str, Any]) -> torch.Tensor | None:

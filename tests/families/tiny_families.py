@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 
 import torch
-from test_model import CASES, reference
+from test_model import CASES, FAMILY_CASES, reference
+
+from litpeft.model.families import FAMILIES
 
 MODELS = {
     "llama": CASES["grouped queries"],
     "mistral": CASES["mistral with a window"],
     "neox": CASES["gpt_neox, parallel, a quarter rotates"],
     "neox serial": CASES["gpt_neox, serial, all rotates"],
+    **{name: changes for name, changes in FAMILY_CASES.items() if name in FAMILIES},
+    "falcon, new": CASES["falcon, new, two norms"],
+    "phi3 longrope": CASES["phi3, longrope"],
     "gpt2": CASES["gpt2"],
     "gpt2 untied": CASES["gpt2, untied"],
 }

@@ -16,9 +16,9 @@ from litpeft.generate.load import load_model
 from litpeft.methods.long_lora import LongLoRA, Shifted
 from litpeft.model.attention import Documents
 from litpeft.model.build import build
-from litpeft.model.config import interpolated
 from litpeft.model.context import Context, KVCache
 from litpeft.model.delta import trainable, without_delta
+from litpeft.model.rope import interpolated
 
 GROUP = 8
 LENGTHS = (32, 5, 21)
@@ -34,7 +34,7 @@ def shifted_mask(length: int, heads: int, group: int) -> torch.Tensor:
 class Layer:
     """What the attention of a layer says of itself."""
 
-    window = None
+    window, cap = None, None
 
 
 def attention(q, k, v, lengths: tuple[int, ...] | None, group: int = GROUP) -> torch.Tensor:

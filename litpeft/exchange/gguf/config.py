@@ -9,7 +9,7 @@ import torch
 
 from litpeft.core.errors import ModelError
 from litpeft.model.config import RopeScaling
-from litpeft.model.gpt import rope_frequencies
+from litpeft.model.frequencies import rope_frequencies
 
 LARGEST_WIDTH = 1 << 20
 LARGEST_CONTEXT = 1 << 31

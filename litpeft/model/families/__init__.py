@@ -1,5 +1,5 @@
 """Model families, one file each: Keys, which transformers' class reads of a config.json; `config(hf)`, which returns a
-ModelConfig; and NAMES, the two-way name map.
+ModelConfig; and NAMES, the two-way name map, or `names(config)`, which returns it.
 
 NAMES maps our modules to those of the files, with `{}` for the layer's number; weight and bias follow. A value is the
 name of a module whose tensors are as ours, or a `Place`. A family may also have BUFFERS, globs of tensors in its files
@@ -14,6 +14,28 @@ from types import ModuleType
 FAMILIES = {
     "llama": "litpeft.model.families.llama",
     "mistral": "litpeft.model.families.mistral",
+    "qwen2": "litpeft.model.families.qwen2",
+    "qwen3": "litpeft.model.families.qwen3",
+    "gemma3_text": "litpeft.model.families.gemma3_text",
+    "gemma2": "litpeft.model.families.gemma2",
+    "gemma": "litpeft.model.families.gemma",
+    "phi3": "litpeft.model.families.phi3",
+    "phi": "litpeft.model.families.phi",
+    "smollm3": "litpeft.model.families.smollm3",
+    "olmo3": "litpeft.model.families.olmo3",
+    "olmo2": "litpeft.model.families.olmo2",
+    "olmo": "litpeft.model.families.olmo",
+    "granite": "litpeft.model.families.granite",
+    "ministral3": "litpeft.model.families.ministral3",
+    "ministral": "litpeft.model.families.ministral",
+    "glm4": "litpeft.model.families.glm4",
+    "glm": "litpeft.model.families.glm",
+    "falcon": "litpeft.model.families.falcon",
+    "stablelm": "litpeft.model.families.stablelm",
+    "starcoder2": "litpeft.model.families.starcoder2",
+    "cohere2": "litpeft.model.families.cohere2",
+    "cohere": "litpeft.model.families.cohere",
+    "nemotron": "litpeft.model.families.nemotron",
     "gpt_neox": "litpeft.model.families.gpt_neox",
     "gpt2": "litpeft.model.families.gpt2",
 }

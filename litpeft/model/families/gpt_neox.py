@@ -6,8 +6,9 @@ The dropout that its config.json may name (hidden_dropout, attention_dropout) is
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, rope_settings
+from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
 from litpeft.model.families import Place
+from litpeft.model.rope import rope_settings
 
 QKV = Place("gpt_neox.layers.{}.attention.query_key_value", per="n_heads")
 NAMES = {

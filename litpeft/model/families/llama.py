@@ -3,10 +3,12 @@
 The dropout that its config.json may name (attention_dropout) is not applied.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from litpeft.model.config import ConfigKeys, ModelConfig, rope_settings
+from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, checked
+from litpeft.model.rope import rope_settings
 
 NAMES = {
     "embed": "model.embed_tokens",
@@ -46,27 +48,42 @@ class Keys(ConfigKeys):
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of LlamaForCausalLM describes."""
-    keys = Keys.read(hf)
+    return usual(Keys.read(hf), hf)
+
+
+def usual(
+    keys: ConfigKeys, hf: Mapping[str, Any], theta: float = 10000.0, share: float | None = None, **switches: Any
+) -> ModelConfig:
+    """Returns the ModelConfig of keys that are named as Llama's; `switches` are set beside them or in their place.
+
+    `theta` and `share` are the defaults of the rotary positions; without a share heads rotate whole.
+    """
     width, heads = keys.hidden_size, keys.num_attention_heads
-    if keys.head_dim is None and width % heads:
+    head_dim = checked("head_dim", hf.get("head_dim", getattr(keys, "head_dim", None)), int | None)
+    if head_dim is None and width % heads:
         raise ValueError(f"hidden_size {width} is no multiple of num_attention_heads {heads}, and there is no head_dim")
-    theta, share, scaling = rope_settings(hf, keys.max_position_embeddings)
-    if scaling is not None and share != 1:  # without a scaling the class ignores it
-        raise ValueError(f"partial_rotary_factor {share} with rope_type {scaling.kind} is not supported; only 1 is")
-    return ModelConfig(
-        vocab_size=keys.vocab_size,
-        d_model=width,
-        n_layers=keys.num_hidden_layers,
-        n_heads=heads,
-        n_kv_heads=keys.num_key_value_heads or heads,
-        head_dim=keys.head_dim or width // heads,
-        d_ff=keys.intermediate_size,
-        max_positions=keys.max_position_embeddings,
-        norm_eps=keys.rms_norm_eps,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        tie_embeddings=keys.tie_word_embeddings,
-        qkv_bias=keys.attention_bias,
-        output_bias=keys.attention_bias,
-        mlp_bias=keys.mlp_bias,
-    )
+    head_dim = head_dim or width // heads
+    base, part, scaling = rope_settings(hf, keys.max_position_embeddings, default_share=share or 1, default_theta=theta)
+    if share is None and scaling is not None and part != 1:  # without a scaling those classes ignore it
+        raise ValueError(f"partial_rotary_factor {part} with rope_type {scaling.kind} is not supported; only 1 is")
+    biased = getattr(keys, "attention_bias", False)
+    values = {
+        "vocab_size": keys.vocab_size,
+        "d_model": width,
+        "n_layers": keys.num_hidden_layers,
+        "n_heads": heads,
+        "n_kv_heads": keys.num_key_value_heads or heads,
+        "head_dim": head_dim,
+        "d_ff": keys.intermediate_size,
+        "max_positions": keys.max_position_embeddings,
+        "norm_eps": getattr(keys, "rms_norm_eps", 1e-5),
+        "rotary_dim": None if share is None else int(head_dim * part),
+        "rope_theta": base,
+        "rope_scaling": scaling,
+        "tie_embeddings": keys.tie_word_embeddings,
+        "activation": ACTIVATIONS[getattr(keys, "hidden_act", "silu")],
+        "qkv_bias": biased,
+        "output_bias": biased,
+        "mlp_bias": getattr(keys, "mlp_bias", False),
+    }
+    return ModelConfig(**(values | switches))

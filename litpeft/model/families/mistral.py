@@ -1,6 +1,6 @@
 """Mistral: LLaMA without biases and with a sliding window."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ConfigKeys, ModelConfig
@@ -32,5 +32,4 @@ class Keys(ConfigKeys):
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of MistralForCausalLM describes."""
     keys = Keys.read(hf)
-    biases = {"attention_bias": False, "mlp_bias": False}  # the class ignores what config.json says of them
-    return replace(llama.config(hf | asdict(keys) | biases), window=keys.sliding_window)
+    return llama.usual(keys, hf, window=keys.sliding_window)

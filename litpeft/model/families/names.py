@@ -36,7 +36,8 @@ class NameMap:
         self.family, self.config = name, config
         self.buffers: tuple[str, ...] = getattr(module, "BUFFERS", ())
         self.other_prefixes: dict[str, str] = getattr(module, "OTHER_PREFIXES", {})
-        self._places = {ours: at if isinstance(at, Place) else Place(at) for ours, at in module.NAMES.items()}
+        table = module.names(config) if hasattr(module, "names") else module.NAMES
+        self._places = {ours: at if isinstance(at, Place) else Place(at) for ours, at in table.items()}
         self.ours = _shapes(config)
         order = list(self._places)
         self.parts: dict[str, list[str]] = {}
