@@ -124,7 +124,8 @@ class ModelConfig:
             sizes = [len(scaling.short_factors), len(scaling.long_factors)]
             if scaling.kind == "longrope" and sizes != [self.rotary_size // 2] * 2:
                 what = f"short_factor and long_factor must have {self.rotary_size // 2} numbers each"
-                raise ValueError(f"{what}, half of what rotates of a head; they have {sizes[0]} and {sizes[1]}")
+                origin = "half of what rotates of a head (partial_rotary_factor of hidden_size / num_attention_heads)"
+                raise ValueError(f"{what}, {origin}; they have {sizes[0]} and {sizes[1]}")
 
     @property
     def rotary_size(self) -> int:
