@@ -80,7 +80,12 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "residual_multiplier": 0.22,
         "attention_multiplier": 0.3,
     },
-    "ministral3": {"model_type": "ministral3", "head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
+    "ministral3": {
+        "model_type": "ministral3",
+        "pad_token_id": 0,
+        "head_dim": 16,
+        "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1},
+    },
     "ministral3, its own positions": {"model_type": "ministral3", "sliding_window": 8},
     "ministral": {
         "model_type": "ministral",
