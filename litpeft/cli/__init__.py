@@ -91,6 +91,18 @@ COMMANDS = {
         "Turn runs, weighted and summed, into one of LoRA.",
         "out/mine out/mine-as-lora --rank 16",
     ),
+    "inspect": Command(
+        "litpeft.exchange.settings:Inspect",
+        "litpeft.exchange.inspect:inspect",
+        "Show what a model, a run or a GGUF file holds.",
+        "out/mine",
+    ),
+    "diff": Command(
+        "litpeft.exchange.settings:Diff",
+        "litpeft.exchange.diff:diff",
+        "Compare two models or runs, tensor by tensor.",
+        "out/mine out/other",
+    ),
     "generate": Command(
         "litpeft.generate.settings:Generate",
         "litpeft.generate.engine:generate",

