@@ -122,6 +122,8 @@ CASES = {
     "rope llama3": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 500000.0}},
     "rope linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
     "mistral with a window": {"model_type": "mistral", "sliding_window": 8},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
+    "mixtral with a window": {"model_type": "mixtral", "num_local_experts": 3, "sliding_window": 9},
     "gpt_neox, parallel, a quarter rotates": {"model_type": "gpt_neox"},
     "gpt_neox, serial, all rotates": {"model_type": "gpt_neox", "use_parallel_residual": False} | rotary(1.0),
     "gpt_neox, tied, no attention bias": {
@@ -146,6 +148,7 @@ def reference(changes: dict, dtype: torch.dtype) -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = {**GPT2, "bos_token_id": 1, "eos_token_id": 1} if changes.get("model_type") == "gpt2" else TINY
     config = AutoConfig.for_model(**{"model_type": "llama", **sizes, "initializer_range": 0.1} | changes)
+    config._experts_implementation = "eager"  # their fast ones take no float64
     return randomise(AutoModelForCausalLM.from_config(config)).to(dtype).eval()
 
 

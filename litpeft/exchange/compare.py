@@ -54,20 +54,37 @@ class _ThreeWays(Delta):
 
     def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
         (with_deltas, without, _), (first, _, third) = y.chunk(3, 1), x.chunk(3, 1)
+        return torch.cat((self.slot(with_deltas, first, linear, ctx), without, self.folded(third, linear)), 1)
+
+    def folded(self, x: Tensor, linear: Linear) -> Tensor:
+        """Returns the output for x of a layer into which the deltas are folded."""
         bias = None if linear.bias is None else linear.bias.to(x.dtype, copy=True)
-        fold = product(third, *self.slot.frozen(linear).fold(self.widened(linear.dense()), bias))
-        return torch.cat((self.slot(with_deltas, first, linear, ctx), without, fold), 1)
+        return product(x, *self.slot.frozen(linear).fold(self.widened(linear.dense()), bias))
+
+
+class _Folded(_ThreeWays):
+    """Computes a layer with its deltas folded."""
+
+    def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
+        return self.folded(x, linear)
 
 
 def three_ways(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the logits of base + delta, of the base, and of the folded weights. The model cannot be used afterwards.
 
-    The three are computed in one forward pass, so that every weight is read once.
+    The three are computed in one forward pass, so that every weight is read once; but in three by a mixture of experts,
+    each of which sees some of the tokens.
     """
-    tokens, widened = sum(map(len, prompts)), Scratch()
+    tokens, widened, apart = sum(map(len, prompts)), Scratch(), model.config.experts is not None
+    if apart:
+        want = logits_of(model, prompts)
+        with without_delta(model):
+            before = logits_of(model, prompts)
     for layer in model.modules():
         if isinstance(layer, Linear) and layer.slot.deltas:
-            layer.slot.deltas = {"three ways": _ThreeWays(layer.slot, widened)}
+            layer.slot.deltas = {"three ways": (_Folded if apart else _ThreeWays)(layer.slot, widened)}
+    if apart:
+        return want, before, logits_of(model, prompts)
     want, before, fold = logits_of(model, 3 * prompts).split(tokens)
     if model.base_values:
         with without_delta(model):

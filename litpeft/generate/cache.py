@@ -31,8 +31,10 @@ class TokenCache:
         self.prompts: list[int] = []  # length of each row's prompt, in tokens
         self.edits = False  # whether a method acts at positions that depend on `prompts`
         self.turn = model.config.turning_length  # beyond it the keys of all earlier tokens are others
-        # FSDP's class gathers weights at every step, and a recorded step does not know the length of its text
-        self.records = model.embed.weight.is_cuda and type(model) is GPT and self.turn is None
+        # FSDP's class gathers weights at every step; a recorded step knows neither the length of its text nor how many
+        # tokens an expert has
+        alone = type(model) is GPT and model.config.experts is None
+        self.records = model.embed.weight.is_cuda and alone and self.turn is None
         self.recorded: dict[tuple[int, int], RecordedStep | None] = {}  # steps over the `layers` of now
 
     @torch.inference_mode()

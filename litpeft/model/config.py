@@ -67,6 +67,23 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of MLPs in place of a layer's MLP: a router chooses some of them for each token."""
+
+    number: int
+    active: int  # of them, that a token goes through
+    d_ff: int  # of each expert
+    normed: bool = False  # the shares of the active ones sum to 1, else those of all do
+    router_bias: bool = False
+    dense_layers: tuple[int, ...] = ()  # which have a plain MLP
+
+    def __post_init__(self) -> None:
+        if self.active > self.number:
+            what = f"num_experts_per_tok {self.active} is more than the {self.number} experts"
+            raise ValueError(f"{what} (num_local_experts, num_experts)")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shapes and switches of a decoder-only model; every field changes what gpt.py builds."""
 
@@ -93,6 +110,7 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
+    experts: Experts | None = None
     window: int | None = None  # a token sees this many tokens back, itself included; None = all
     layers: tuple[Layer, ...] = ()  # each one's window and rotary positions, in place of the fields; () = all are alike
     norms: Literal["before", "after", "around"] = "before"  # where the norms of a sub-layer stand; around = both
@@ -150,6 +168,15 @@ class ModelConfig:
         if len(set(layers)) > 1 or first.rope is None:
             return replace(self, layers=layers)
         return replace(self, window=first.window, rope_theta=first.rope.theta, rope_scaling=first.rope.scaling)
+
+    def has_experts(self, layer: int) -> bool:
+        """Returns whether a layer has a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def active_d_ff(self) -> int:
+        """Returns the inner size of what a token goes through in a layer's MLP or experts, at most."""
+        return self.d_ff if self.experts is None else self.experts.active * self.experts.d_ff
 
 
 K = TypeVar("K", bound="ConfigKeys")

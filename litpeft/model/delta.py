@@ -130,10 +130,16 @@ def matching(names: Iterable[str], glob: str, kind: str, key: str) -> list[str]:
     """Returns the names that match a glob; an error if there are none."""
     hits = [name for name in names if fnmatchcase(name, glob)]
     if not hits:
-        patterns = list(dict.fromkeys(f"*.{'.'.join(name.split('.')[-2:])}" if "." in name else name for name in names))
+        patterns = list(dict.fromkeys(map(pattern, names)))
         what = f'"{glob}" matches no {kind}; the model has {", ".join(patterns)}{nearest(glob, patterns)}'
         raise ConfigError(what, where=key)
     return hits
+
+
+def pattern(name: str) -> str:
+    """Returns a glob for a module's name: `*.attn.q` for `blocks.3.attn.q`, `*.experts.*.up` for an expert's layer."""
+    parts = ["*" if part.isdigit() else part for part in name.split(".")]
+    return name if len(parts) < 2 else ".".join(["*", *parts[-3 if parts[-2] == "*" else -2 :]])
 
 
 def train_base(model: GPT, names: Iterable[str], key: str) -> None:

@@ -22,6 +22,7 @@ from litpeft.model.context import Context
 from litpeft.model.frequencies import token_frequencies
 from litpeft.model.kernels.ops import recompute_output, rotate, swiglu, use_eager
 from litpeft.model.loss import finished, summed_cross_entropy
+from litpeft.model.mixture import Mixture
 from litpeft.model.norms import make_norm, make_qk_norm
 from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
 
@@ -72,6 +73,10 @@ class Attention(nn.Module):
         """Returns queries or keys (B, T, heads * D) as their norm makes them."""
         return norm(x) if self.norms_all else norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
+    def inputs(self) -> list[list[Linear]]:
+        """Returns the linear layers, grouped by the input that they read."""
+        return [[self.q, self.k, self.v], [self.o]]
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v = project(x, ctx, self.q, self.k, self.v)
         if self.clip is not None:
@@ -102,21 +107,28 @@ def halves(x: Tensor, size: int) -> Tensor:
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.act = ACTIVATIONS[config.activation]
-        self.gate = Linear(config.d_model, config.d_ff, config.mlp_bias) if config.gated_mlp else None
-        self.up = Linear(config.d_model, config.d_ff, config.mlp_bias)
-        self.down = Linear(config.d_ff, config.d_model, config.mlp_bias)
+    """A layer's MLP, or an expert; `ctx` is None in an expert, whose x are only some of the call's tokens."""
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def __init__(self, config: ModelConfig, d_ff: int | None = None):
+        super().__init__()
+        d, d_ff = config.d_model, d_ff or config.d_ff
+        self.act = ACTIVATIONS[config.activation]
+        self.gate = Linear(d, d_ff, config.mlp_bias) if config.gated_mlp else None
+        self.up = Linear(d, d_ff, config.mlp_bias)
+        self.down = Linear(d_ff, d, config.mlp_bias)
+
+    def inputs(self) -> list[list[Linear]]:
+        """Returns the linear layers, grouped by the input that they read."""
+        return [[self.up] if self.gate is None else [self.gate, self.up], [self.down]]
+
+    def forward(self, x: Tensor, ctx: Context | None) -> Tensor:
         if self.gate is None:
             return self.down(self.act(self.up(x, ctx)), ctx)
         gate, up = project(x, ctx, self.gate, self.up)
         if self.act is not F.silu:
             return self.down(self.act(gate) * up, ctx)
         y = swiglu(gate, up)
-        if use_eager() or ctx.recompute:  # no backward pass, or checkpointed
+        if use_eager() or ctx is None or ctx.recompute:  # no backward pass, or checkpointed
             return self.down(y, ctx)
         with recompute_output(y, partial(swiglu, gate.detach(), up.detach())):  # saves a fifth of activation memory
             return self.down(y, ctx)
@@ -133,7 +145,7 @@ class Block(nn.Module):
         self.post_norm1 = after()
         self.after_attn = Slot()
         self.norm2 = None if config.shared_norm else before()
-        self.mlp = MLP(config)
+        self.mlp = Mixture(config, MLP) if config.has_experts(layer) else MLP(config)
         self.post_norm2 = after()
         self.after_mlp = Slot()
         self.after_block = Slot()

@@ -81,7 +81,7 @@ class Shortage:
         config = self.shapes.config
         recompute = self.settings.train.activation_checkpointing if recompute is None else recompute
         heads = 2 * config.n_heads * config.head_dim + 2 * config.n_kv_heads * config.head_dim  # q and answers, k and v
-        layer = 4 * config.d_model + heads + config.d_ff * (3 if config.gated_mlp else 2)
+        layer = 4 * config.d_model + heads + config.active_d_ff * (3 if config.gated_mlp else 2)
         kept = config.n_layers * config.d_model + layer if recompute else config.n_layers * layer
         size = 2 if self.precision.name.startswith(("bf16", "16")) else self.precision.weights.itemsize
         return tokens * kept * size + 2 * min(tokens, CHUNK) * config.vocab_size * 4

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from test_model import FAMILY_CASES, GPT2, LLAMA3, YARN, longrope, rotary
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 
 from litpeft.core.errors import UserError
@@ -27,6 +28,7 @@ BY_TYPE = {"rope_parameters": {"full_attention": {"rope_theta": 5000.0}, "slidin
 SIZES = {
     "llama": TINY | rotary(1.0),
     "mistral": TINY | rotary(1.0) | {"sliding_window": 8},
+    "mixtral": TINY | rotary(1.0) | {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_neox": {key: value for key, value in TINY.items() if key != "num_key_value_heads"} | rotary(0.5),
     "gpt2": GPT2,
 } | {name: TINY | rotary(1.0) | FAMILY_CASES[name] for name in FAMILY_CASES if name in FAMILIES}
@@ -148,8 +150,10 @@ def transformers_model(folder: Path, hf: dict[str, Any]) -> tuple[torch.nn.Modul
     (folder / "config.json").write_text(json.dumps(hf))
     torch.manual_seed(0)
     try:
+        config = AutoConfig.from_pretrained(folder)
+        config._experts_implementation = "eager"  # their fast ones take no float64
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float64)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
         model.tie_weights()
         for name, parameter in model.named_parameters():
             plain = parameter.dim() > 1 or name.endswith("bias")
@@ -162,7 +166,8 @@ def transformers_model(folder: Path, hf: dict[str, Any]) -> tuple[torch.nn.Modul
 
 def our_logits(folder: Path, theirs: torch.nn.Module) -> torch.Tensor:
     """Returns the logits of a folder's model with transformers' weights."""
-    save_file({key: value.clone() for key, value in theirs.state_dict().items()}, folder / "model.safetensors")
+    tensors = revert_weight_conversion(theirs, theirs.state_dict())  # experts one by one, as save_pretrained does
+    save_file({key: value.clone() for key, value in tensors.items()}, folder / "model.safetensors")
     with torch.no_grad():
         return build(folder, torch.float64)(IDS)
 

@@ -11,6 +11,7 @@ from litpeft.model.families import FAMILIES
 MODELS = {
     "llama": CASES["grouped queries"],
     "mistral": CASES["mistral with a window"],
+    "mixtral": CASES["mixtral"],
     "neox": CASES["gpt_neox, parallel, a quarter rotates"],
     "neox serial": CASES["gpt_neox, serial, all rotates"],
     **{name: changes for name, changes in FAMILY_CASES.items() if name in FAMILIES},

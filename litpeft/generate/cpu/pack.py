@@ -75,11 +75,7 @@ def owners(model: GPT, *leaves: str) -> set[nn.Module]:
 
 def groups(block: Block) -> list[list[Linear]]:
     """Returns the linear layers of a block, grouped by the input that they read."""
-    attn, mlp, known = block.attn, block.mlp, []
-    if type(attn) is Attention:
-        known += [[attn.q, attn.k, attn.v], [attn.o]]
-    if type(mlp) is MLP:
-        known += [[mlp.up] if mlp.gate is None else [mlp.gate, mlp.up], [mlp.down]]
+    known = [group for part in block.modules() if type(part) in (Attention, MLP) for group in part.inputs()]
     named = {layer for group in known for layer in group}
     return known + [[layer] for layer in block.modules() if isinstance(layer, Linear) and layer not in named]
 

@@ -1,7 +1,8 @@
 """Model families, one file each: Keys, which transformers' class reads of a config.json; `config(hf)`, which returns a
 ModelConfig; and NAMES, the two-way name map, or `names(config)`, which returns it.
 
-NAMES maps our modules to those of the files, with `{}` for the layer's number; weight and bias follow. A value is the
+NAMES maps our modules to those of the files, with `{}` for the number of the layer and of the expert; weight and bias
+follow. A value is the
 name of a module whose tensors are as ours, or a `Place`. A family may also have BUFFERS, globs of tensors in its files
 that are no weights, and OTHER_PREFIXES, prefix of a name in NAMES -> prefix that files may have instead.
 """
@@ -36,6 +37,7 @@ FAMILIES = {
     "cohere2": "litpeft.model.families.cohere2",
     "cohere": "litpeft.model.families.cohere",
     "nemotron": "litpeft.model.families.nemotron",
+    "mixtral": "litpeft.model.families.mixtral",
     "gpt_neox": "litpeft.model.families.gpt_neox",
     "gpt2": "litpeft.model.families.gpt2",
 }
@@ -60,10 +62,8 @@ def family(name: str) -> ModuleType:
     return import_module(FAMILIES[name])
 
 
-def split_name(name: str) -> tuple[str, str, str]:
-    """Returns the module with `{}` for the layer, the layer and the leaf: `blocks.{}.attn.q`, `3` and `weight`."""
+def split_name(name: str) -> tuple[str, tuple[str, ...], str]:
+    """Returns the module with `{}` for its numbers, the numbers and the leaf: `blocks.{}.attn.q`, `3` and `weight`."""
     module, _, leaf = name.rpartition(".")
-    layer = re.search(r"(?<=\.)\d+(?=\.)", module)
-    if layer is None:
-        return module, "", leaf
-    return f"{module[: layer.start()]}{{}}{module[layer.end() :]}", layer.group(), leaf
+    number = r"(?<=\.)\d+(?=\.)"
+    return re.sub(number, "{}", module), tuple(re.findall(number, module)), leaf

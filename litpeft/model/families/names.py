@@ -47,8 +47,8 @@ class NameMap:
 
     def file_name(self, ours: str) -> str:
         """Returns the name of the file's tensor that is or contains a parameter, as we write it."""
-        module, layer, leaf = split_name(ours)
-        return f"{self._places[module].module.format(layer)}.{leaf}"
+        module, numbers, leaf = split_name(ours)
+        return f"{self._places[module].module.format(*numbers)}.{leaf}"
 
     def read(self, weights: Weights, ours: str) -> Tensor:
         """Returns one parameter of the plain model."""

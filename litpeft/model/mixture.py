@@ -1,0 +1,56 @@
+"""A mixture of experts: a router chooses a few MLPs for each token, and their outputs are summed by its shares.
+
+    y = sum over the chosen j of s_j expert_j(x)        s = softmax(R x), with R (experts, d)
+
+Letters: N tokens, d model width, E experts, k of them for each token.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.model.config import ModelConfig
+from litpeft.model.context import Context
+
+
+class Router(nn.Linear):
+    """The shares of a token's experts. No `slots.Linear`: methods leave it alone, and it is never quantised."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.d_model, config.experts.number, config.experts.router_bias)
+        self.active, self.normed = config.experts.active, config.experts.normed
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns shares and numbers of the chosen experts, both (N, k), for x (N, d)."""
+        logits = nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shares, chosen = logits.softmax(-1, dtype=wide).topk(self.active)
+        return (shares / shares.sum(-1, keepdim=True) if self.normed else shares).to(x.dtype), chosen
+
+
+class Mixture(nn.Module):
+    """Experts in place of an MLP, one after the other, each on the tokens that chose it."""
+
+    def __init__(self, config: ModelConfig, make_expert: Callable[[ModelConfig, int], nn.Module]):
+        super().__init__()
+        self.router = Router(config)
+        self.experts = nn.ModuleList(make_expert(config, config.experts.d_ff) for _ in range(config.experts.number))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """Returns y (..., d). In training experts without a token run on zeros, so that all have a gradient."""
+        rows, zeros = x.flatten(0, -2), x.new_zeros(1, x.size(-1))
+        shares, chosen = self.router(rows)
+        order = chosen.flatten().argsort(stable=True)  # the N k pairs of token and expert, by expert
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        inputs = rows[:, None].expand(-1, chosen.size(1), -1).flatten(0, 1)[order].split(counts)
+        trains, pairs = torch.is_grad_enabled(), zip(self.experts, inputs, strict=True)
+        pairs = [(expert, part) for expert, part in pairs if len(part) or trains]
+        outputs = torch.cat([expert(part if len(part) else zeros, None)[: len(part)] for expert, part in pairs])
+        y = torch.empty_like(outputs).index_copy(0, order, outputs).view(*chosen.shape, -1)
+        return (shares[..., None] * y).sum(1).view(x.shape)
