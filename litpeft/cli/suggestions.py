@@ -16,6 +16,7 @@ MEANINGS = {
     "method.rslora": "use_rslora",
     "method.ranks": "rank_pattern",
     "method.targets": "target_modules lora_target lora_target_modules lora_modules lora_attn_modules",
+    "method.add_tokens": "new_special_tokens add_new_special_tokens special_tokens trainable_token_indices tokens",
     "method.unfreeze": "modules_to_save unfrozen_parameters additional_target",
     "method.prompt_length": "num_virtual_tokens adapter_len adapter_prompt_length pre_seq_len",
     "method.hidden": "encoder_hidden_size prefix_hidden_size",

@@ -1,13 +1,15 @@
 """The tokenizer of a model folder: text to token ids with their character offsets, and back."""
 
 import hashlib
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import ModelError, located
-from litpeft.core.json import read_optional
+from litpeft.core.errors import ConfigError, ModelError, located, quoted
+from litpeft.core.json import read_json, read_optional
 from litpeft.data.tokenizer_backends import Backend, Encoded, Span, overlaps
 from litpeft.data.tokenizer_files import read_files
 
@@ -28,6 +30,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         self.bos, self.eos = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
+        self.added: tuple[str, ...] = ()  # by `add`
         self.bos_id = self.token_id(self.bos)
         self.special_pattern = self.backend.special_pattern
         unknown = self.token_id(self.special_tokens.get("unk_token"))
@@ -92,6 +95,19 @@ class Tokenizer:
         if sum(map(self._guarded.__contains__, ids)) > meant:
             raise ValueError("the tokenizer turns plain text of it into a special token")
 
+    def add(self, tokens: Sequence[str], key: str = "add_tokens") -> None:
+        """Adds tokens that the vocabulary lacks: whatever text spells one of them becomes its id. May be repeated."""
+        if tuple(tokens) == self.added:
+            return
+        if not self.where.endswith(".json"):
+            raise ConfigError("tokens can be added to a tokenizer.json only", where=key, hint=f"this is {self.where}")
+        if odd := [token for token in tokens if not token.strip() or tokens.count(token) > 1]:
+            raise ConfigError(f"{quoted(odd[0])} must be some text, and stand there once", where=key)
+        if known := [token for token in tokens if token in self.backend.ids]:
+            raise ConfigError(f"{quoted(known[0])} is a token of the base already", where=key, hint="leave it out")
+        self.backend.add(tokens)
+        self.added = tuple(tokens)
+
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         return self.backend.decode(ids, skip_special)
 
@@ -103,6 +119,18 @@ class Tokenizer:
             what = f"token {name!r} has id {top}, but the model's embedding has {embedding_rows} rows"
             hint = "the tokenizer files are not those of this model, or its embedding was not resized"
             raise ModelError(what, where=self.where, hint=hint)
+
+
+def write_added_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    """Writes the tokens that were added to a tokenizer into the tokenizer.json of a folder, a copy of its base's."""
+    if not tokenizer.added:
+        return
+    path = folder / "tokenizer.json"
+    content = read_json(path, path.name)
+    for token in tokenizer.added:
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+        content["added_tokens"].append({"id": tokenizer.backend.ids[token], "content": token} | flags)
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -41,8 +41,17 @@ class Backend:
         self.first = self.inner.encode("", add_special_tokens=True).ids[:1]  # what the file puts before a text
         # A post-processor adds tokens, which templates do, and may trim spaces off the offsets.
         self.inner.post_processor = None
+        self._read_ids()
+
+    def _read_ids(self) -> None:
         self.ids = self.inner.get_vocab(with_added_tokens=True)  # token -> id
         self.names = {number: name for name, number in self.ids.items()}  # id -> token
+
+    def add(self, tokens: Sequence[str]) -> None:
+        """Adds tokens that are not special, with the ids after the last one."""
+        self.inner.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
+        self._read_ids()
+        self.make_special([])
 
     def make_special(self, tokens: list[str]) -> None:
         """Marks these tokens of the vocabulary as special, and sets `specials`, all that are, and their pattern."""

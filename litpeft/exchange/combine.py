@@ -77,6 +77,8 @@ def usable(place: Path) -> Run:
     if run is None or run.is_model:
         what = "this is a model, not a run with a delta beside its base" if run else "this is no run but a model folder"
         raise ModelError(what, where=place, hint="name runs of methods that `litpeft merge` folds")
+    if run.facts["settings"].get("add_tokens"):
+        raise ModelError("it adds tokens to its base's vocabulary, which LoRA does not", where=place)
     tell_progress(run)
     return run
 

@@ -17,7 +17,7 @@ from litpeft.core.folders import atomic_folder, check_place, locked, refuse_exis
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
-from litpeft.data.tokenizer import Tokenizer
+from litpeft.data.tokenizer import Tokenizer, write_added_tokens
 from litpeft.exchange.compare import PROMPTS, Scratch, check, in_float32, logits_of, three_ways
 from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.gguf.weights import GgufFile
@@ -25,8 +25,9 @@ from litpeft.exchange.gguf.write import Q4_1, TYPES, check_gguf, dequantised, he
 from litpeft.exchange.rounding import Rounding
 from litpeft.exchange.run import Run, build_run, find_run, tell_progress, write_config
 from litpeft.exchange.settings import Merge
+from litpeft.model.added_tokens import describe, note_tokens
 from litpeft.model.build import build
-from litpeft.model.delta import folds
+from litpeft.model.delta import Method, folds
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import config_of
 from litpeft.model.gpt import GPT
@@ -61,7 +62,9 @@ def merge(settings: Merge) -> None:
     storage = run.storage if settings.onto == "trained" else None
     sizes = _types(base)
     dtype = RESULT_DTYPES.get(settings.dtype) or max(sizes, key=sizes.__getitem__, default=torch.float32)
-    names = _names(run, base)
+    method = run.method()
+    note_tokens(method, tokenizer)
+    names = _names(method, base)
     if settings.to == "gguf":
         check_gguf(names)
     model = _trained(run, base, storage)
@@ -77,7 +80,8 @@ def merge(settings: Merge) -> None:
             raise ModelError(f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
         if settings.to == "safetensors":
             copy_companions(base, folder)
-            write_config(folder, dtype, run.method())
+            write_config(folder, dtype, method)
+            write_added_tokens(folder, tokenizer)
             write_stop_ids(folder, template.stop_ids)
         with ThreadPoolExecutor(1) as pool:
             written = pool.submit(sync_files, folder)  # flush to disk while the models are compared
@@ -120,10 +124,10 @@ def _types(base: Path) -> dict[torch.dtype, int]:
     return sizes
 
 
-def _names(run: Run, base: Path) -> NameMap:
+def _names(method: Method, base: Path) -> NameMap:
     """Returns the names of the merged model's tensors: the base's, and those that the method adds."""
     config = read_json(base / "config.json", "config.json of the base")
-    run.method().configure(config)
+    describe(config, method)
     return NameMap(*config_of(config, str(base)))
 
 

@@ -28,6 +28,7 @@ from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.identity import checksum, config_changes, config_identity, tokenizer_changes, tokenizer_identity
 from litpeft.exchange.record import DELTA, FORMAT, NOT_OURS, read_record
 from litpeft.methods import METHODS, method_class
+from litpeft.model.added_tokens import describe, note_tokens
 from litpeft.model.build import build
 from litpeft.model.delta import Method, delta_state, load_delta
 from litpeft.model.families.names import NameMap
@@ -134,6 +135,7 @@ class Run:
     def tokenizer_and_template(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
         """Returns tokenizer and template of the model's folder, after checking that they are those of the training."""
         tokenizer = Tokenizer.load(folder)
+        tokenizer.add(self.facts["settings"].get("add_tokens", ()))
         if self.template == "model" and tokenizer.template_hash != self.facts["template"]["sha256"]:
             what = "the base's chat template is not the one that the run was trained with"
             raise ModelError(what, where=folder, hint=BACK)
@@ -251,7 +253,7 @@ def write_config(folder: Path, dtype: torch.dtype, method: Method | None = None)
     path = folder / "config.json"
     config = read_json(path, "config.json of the base")
     if method is not None:
-        method.configure(config)
+        describe(config, method)
     name = str(dtype).removeprefix("torch.")
     write_json(path, config | {"dtype": name, "torch_dtype": name})
 
@@ -275,6 +277,8 @@ def build_run(
 ) -> GPT:
     """Returns the base model with the run's delta; with `changes` of its method, what then has no place is left out."""
     delta, method = run.delta(), run.method(changes)
+    if method.add_tokens:
+        note_tokens(method, Tokenizer.load(base))
     try:
         model = build(base, dtype, method, device, storage, delta=delta)
     except ConfigError as error:

@@ -19,7 +19,7 @@ from litpeft.exchange.run import Run
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import Linear
+from litpeft.model.slots import Embedding, Linear, TiedHead
 
 
 def low_rank_values(a: Tensor, b: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def measured(values: Tensor, weight: Tensor | None) -> dict[str, float]:
 def learned(model: GPT) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the name of each weight that a run's delta changes, and how; the delta must fold."""
     for name, layer in model.named_modules():
-        if isinstance(layer, Linear) and layer.slot.deltas:
+        if isinstance(layer, Linear | Embedding) and layer.slot.deltas and not isinstance(layer, TiedHead):
             affine, dense = layer.slot.frozen(layer), layer.dense()
             if affine.gain is None and affine.A is not None:
                 values = low_rank_values(affine.A, affine.B)

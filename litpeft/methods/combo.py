@@ -50,6 +50,7 @@ class Combo(Method):
             what = "must name two methods or more" if wrong is None else f'"{wrong[:40]}" is no method'
             raise ValueError(f"method.methods: {what}; there are {', '.join(METHODS)}")
         self.idle_parts = any(one.idle_parts for one in self.parts)
+        self.add_tokens = tuple(dict.fromkeys((*self.add_tokens, *(t for one in self.parts for t in one.add_tokens))))
         self.unfreeze = tuple(dict.fromkeys((*self.unfreeze, *(glob for one in self.parts for glob in one.unfreeze))))
 
     def defines(self, hook: str) -> bool:

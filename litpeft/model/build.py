@@ -13,6 +13,7 @@ from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights, is_finite
 from litpeft.core.terminal import is_first
+from litpeft.model.added_tokens import TABLES, grown, with_rows
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method, attach
 from litpeft.model.families.names import NameMap
@@ -54,7 +55,7 @@ def build(
     config, weights, names = checked_files(folder)
     verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if is_first() else None  # beside what follows
     with torch.device("meta"):  # 1. shapes
-        model = GPT(config)
+        model = GPT(grown(config, method))
     model.dtype, model.files = dtype, weights
     others: dict[str, str] = {}  # 2. storages; of some layers others than the rest's
     if storage is not None:
@@ -111,6 +112,8 @@ def _fill(
         if stored and cached is not None and module not in others:
             codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
         tensor = _read(names, model.files, ours).to(device) if codes is None or starts else None
+        if ours in TABLES:
+            tensor = with_rows(tensor, model.config.vocab_size)
         values = {leaf: tensor}
         if leaf == "weight" and isinstance(layer, Linear):
             packing = Packing(layer, tensor, codes)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import ConfigError, ModelError, nearest, some
+from litpeft.core.typed import LATER
 from litpeft.data.batches import Batch
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.model.added_tokens import add_rows
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
-from litpeft.model.slots import OFF, Bank, Delta, Linear, Slot, Stated, TiedHead
+from litpeft.model.slots import OFF, Bank, Delta, Embedding, Linear, Slot, Stated, TiedHead
 
 Held = Callable[[Tensor], Tensor]
 
@@ -30,7 +32,11 @@ class Method:
     idle_parts: ClassVar[bool] = False  # whether an optimizer step may leave some of what trains without a gradient
     at_answers: ClassVar[tuple[str, ...]] = ()  # keys that may have other values when a run answers
 
-    unfreeze: tuple[str, ...] = field(default=(), kw_only=True)  # after the method's own keys
+    token_ids: ClassVar[tuple[int, ...]] = ()  # of `add_tokens`; set by added_tokens.py where the tokenizer is known
+
+    add_tokens: tuple[str, ...] = field(default=(), kw_only=True, metadata=LATER)  # after the method's own keys
+    """New tokens: their rows of the embedding and of the head train, e.g. ["<call>", "</call>"]."""
+    unfreeze: tuple[str, ...] = field(default=(), kw_only=True)
     """Globs of the base model's own parameters that train too, e.g. `*norm*`."""
 
     def attach(self, model: GPT) -> None:
@@ -161,6 +167,8 @@ def attach(model: GPT, method: Method) -> None:
     base = model.base_keys = set(model.state_dict())
     model.requires_grad_(False)
     method.attach(model)
+    if method.token_ids:
+        add_rows(model, method.token_ids)
     names = [name for name, _ in model.named_parameters() if name in base]
     for glob in method.unfreeze:
         train_base(model, matching(names, glob, "parameter", "method.unfreeze"), "method.unfreeze")
@@ -263,7 +271,7 @@ def unfoldable(model: nn.Module) -> str | None:
 
     Reads no tensor: one rank may call it alone.
     """
-    inside = {layer.slot for layer in model.modules() if isinstance(layer, Linear)}
+    inside = {layer.slot for layer in model.modules() if isinstance(layer, Linear | Embedding)}
     for slot in model.modules():
         for delta in slot.deltas.values() if isinstance(slot, Slot) else ():
             if not delta.vanishes and (slot not in inside or type(delta).affine is Delta.affine):
@@ -287,9 +295,9 @@ def folds(
     """
     if not prefix and unfoldable(module):
         raise TypeError(f"{unfoldable(module)} acts on activations: nothing can be merged")
-    if isinstance(module, Linear):
+    if isinstance(module, Linear | Embedding):
         weight, bias = before = module.dense(), module.bias
-        if module.slot.deltas:
+        if module.slot.deltas and not isinstance(module, TiedHead):
             wide = widened(weight)
             weight, bias = module.slot.frozen(module).fold(wide, None if bias is None else bias.to(wide.dtype))
         if not isinstance(module, TiedHead):

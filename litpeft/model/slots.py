@@ -244,7 +244,19 @@ def project(x: Tensor, ctx: Context | None, *layers: Linear) -> list[Tensor]:
 
 
 class Embedding(nn.Embedding):
-    """Looks up a row of the weight for each token."""
+    """Looks up a row of the weight for each token. A Delta of its slot folds as into a linear layer's weight (V, d)."""
+
+    bias = None
+
+    def __init__(self, number: int, width: int):
+        super().__init__(number, width)
+        self.slot = Slot()
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.slot(super().forward(ids), ids, self)
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:

@@ -19,6 +19,7 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_identity, tokenizer_identity
+from litpeft.model.added_tokens import grown, note_tokens
 from litpeft.model.build import checked_files
 from litpeft.model.delta import Method, attach, trainable, training_state
 from litpeft.model.families.read import read_config
@@ -84,6 +85,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     _, config = read_config(base)
     tokenizer = Tokenizer.load(base)
     tokenizer.check_vocabulary(config.vocab_size)
+    note_tokens(method, tokenizer)
     method.read(tokenizer)
     began = datetime.now() if saved is None else datetime.fromisoformat(saved.facts["began"])
     template = ChatTemplate(tokenizer, settings.data.template, now=began)  # when resumed, it prints the same date
@@ -151,7 +153,7 @@ def check_run(settings: Finetune, method: Method, precision: Precision, device: 
         summary_writer_class()
     config, weights, _ = checked_files(Path(settings.base.dir))
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(grown(config, method))
         if settings.base.quantize is not None:
             store(model, settings.base.quantize, settings.base.double_quantize, precision.weights)
         attach(model, method)
