@@ -35,6 +35,23 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen2, tied, no window": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "head_dim": 32,
+    },
+    "qwen3_moe, a layer without, shares of 1": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
+    "olmoe, clipped": {"model_type": "olmoe", "num_experts": 3, "num_experts_per_tok": 3, "clip_qkv": 0.2},
     "gemma3_text": {"model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 2} | GEMMA,
     "gemma3_text, scaled, of no round size": {
         "model_type": "gemma3_text",

@@ -79,10 +79,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v = project(x, ctx, self.q, self.k, self.v)
-        if self.clip is not None:
-            q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
         if self.q_norm is not None:
             q, k = self.normed(q, self.q_norm), self.normed(k, self.k_norm)
+        if self.clip is not None:
+            q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
         if ctx.rope is not None:
             if self.paired:

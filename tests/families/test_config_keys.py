@@ -36,6 +36,7 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 for _name, _changes in {  # so that each key has an effect
     "qwen2": WINDOWS | {"max_window_layers": 1},
     "qwen3": WINDOWS | {"max_window_layers": 1},
+    "qwen3_moe": WINDOWS | {"mlp_only_layers": [1]},
     "smollm3": WINDOWS | {"no_rope_layer_interval": 2},
     "gemma3_text": BY_TYPE,
     "olmo3": BY_TYPE | {"num_hidden_layers": 2},
@@ -98,7 +99,8 @@ IDS = torch.randint(0, TINY["vocab_size"], (1, 48), generator=torch.Generator().
 def class_keys(name: str) -> dict[str, Any]:
     """Returns the keys that transformers' class has, under all their names, with their defaults."""
     found = {field.name: field.default for field in fields(CLASSES[name]) if field.default is not MISSING}
-    return found | {alias: found[key] for alias, key in CLASSES[name].attribute_map.items()}
+    aliases = CLASSES[name].attribute_map.items()
+    return found | {alias: found[key] for alias, key in aliases if key in found}  # Qwen3-MoE's field is the alias
 
 
 EVERY = ("llama", "mistral", "gpt_neox", "gpt2")  # families of which the keys of all others' classes are tried, too

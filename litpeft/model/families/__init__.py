@@ -38,6 +38,8 @@ FAMILIES = {
     "cohere": "litpeft.model.families.cohere",
     "nemotron": "litpeft.model.families.nemotron",
     "mixtral": "litpeft.model.families.mixtral",
+    "qwen3_moe": "litpeft.model.families.qwen3_moe",
+    "olmoe": "litpeft.model.families.olmoe",
     "gpt_neox": "litpeft.model.families.gpt_neox",
     "gpt2": "litpeft.model.families.gpt2",
 }

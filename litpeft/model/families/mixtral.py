@@ -4,10 +4,10 @@ The noise and the extra loss of the router that its config.json may name (router
 and its dropout are not applied.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from litpeft.model.config import ConfigKeys, Experts, ModelConfig
+from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig
 from litpeft.model.families import llama
 
 NAMES = {ours: theirs for ours, theirs in llama.NAMES.items() if ".mlp." not in ours} | {
@@ -30,7 +30,7 @@ class Keys(ConfigKeys):
     num_attention_heads: int = 32
     num_key_value_heads: int = 8
     head_dim: int | None = None
-    hidden_act: Literal["silu", "swish"] = "silu"
+    hidden_act: Literal[tuple(ACTIVATIONS)] = "silu"
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
@@ -44,7 +44,5 @@ class Keys(ConfigKeys):
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of MixtralForCausalLM describes."""
     keys = Keys.read(hf)
-    biases = {"attention_bias": False, "mlp_bias": False}  # the class ignores what config.json says of them
     experts = Experts(keys.num_local_experts, keys.num_experts_per_tok, keys.intermediate_size, normed=True)
-    hf = {"rope_theta": 1e6} | hf  # the class's default
-    return replace(llama.config(hf | asdict(keys) | biases), window=keys.sliding_window, experts=experts)
+    return llama.usual(keys, hf, theta=1e6, window=keys.sliding_window, experts=experts)

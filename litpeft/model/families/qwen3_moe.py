@@ -1,0 +1,60 @@
+"""Qwen3's mixtures of experts: Qwen3 with experts in most layers.
+
+The router's extra loss and the dropout that its config.json may name (router_aux_loss_coef, attention_dropout) are not
+applied.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig, checked
+from litpeft.model.families import llama, qwen3
+
+EXPERTS = {
+    "blocks.{}.mlp.router": "model.layers.{}.mlp.gate",
+    "blocks.{}.mlp.experts.{}.gate": "model.layers.{}.mlp.experts.{}.gate_proj",
+    "blocks.{}.mlp.experts.{}.up": "model.layers.{}.mlp.experts.{}.up_proj",
+    "blocks.{}.mlp.experts.{}.down": "model.layers.{}.mlp.experts.{}.down_proj",
+}
+NAMES = qwen3.NAMES | EXPERTS
+
+
+@dataclass(frozen=True)
+class Keys(ConfigKeys):
+    """What decides the logits of transformers' Qwen3MoeConfig, beside the rotary positions."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 4
+    hidden_act: Literal[tuple(ACTIVATIONS)] = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    decoder_sparse_step: int = 1
+    moe_intermediate_size: int = 768
+    num_experts_per_tok: int = 8
+    num_experts: int = 128
+    norm_topk_prob: bool = False
+    mlp_only_layers: list[int] | None = None
+
+    ALIASES = {"num_experts": "num_local_experts"}
+
+
+def config(hf: dict[str, Any]) -> ModelConfig:
+    """Returns the ModelConfig that a config.json of Qwen3MoeForCausalLM describes."""
+    if "num_local_experts" in hf:  # what transformers 5 writes
+        hf = hf | {"num_experts": checked("num_local_experts", hf["num_local_experts"], int)}
+    keys = Keys.read({key: value for key, value in hf.items() if (key, value) != ("mlp_only_layers", [])})
+    config = llama.usual(keys, hf, qk_norm="head")
+    dense = keys.mlp_only_layers or []
+    rest = [layer for layer in range(config.n_layers) if layer in dense or (layer + 1) % keys.decoder_sparse_step]
+    number, active = keys.num_experts, keys.num_experts_per_tok
+    experts = Experts(number, active, keys.moe_intermediate_size, keys.norm_topk_prob, dense_layers=tuple(rest))
+    window = keys.sliding_window if keys.use_sliding_window else None
+    return replace(config, window=window, experts=experts)
