@@ -7,6 +7,7 @@ from peft.optimizers import create_lorafa_optimizer
 from safetensors.torch import load_file
 from test_lora import IDS, pair
 
+from litpeft.methods.combo import Combo
 from litpeft.methods.lora import LowRank
 from litpeft.methods.lora_fa import LoRAFA
 from litpeft.model.build import build
@@ -62,3 +63,19 @@ def test_a_run_saves_the_first_matrix_as_it_was_drawn(tiny_folder, tmp_path) -> 
     )  # fmt: skip
     assert len(short) == 2 * 14
     assert all(torch.equal(short[name], long[name]) == name.endswith(".A") for name in short)
+
+
+def test_beside_dora_each_first_matrix_that_it_froze_stays_frozen_and_all_else_learns(tiny_folder) -> None:
+    """peft's LoRA-FA pairs parameters by their place in a list, and fails beside the magnitudes of DoRA."""
+    parts = {"lora_fa": {"targets": ["*.attn.q"]}, "dora": {"targets": ["*.attn.v"]}}
+    model = build(tiny_folder, torch.float64, Combo(methods=parts))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    model(IDS).square().sum().backward()
+    learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    layers = range(model.config.n_layers)
+    assert learned == {
+        *(f"blocks.{n}.attn.q.slot.lora_fa.B" for n in layers),
+        *(f"blocks.{n}.attn.v.slot.dora.{part}" for n in layers for part in "ABm"),
+    }
