@@ -51,6 +51,7 @@ COMMANDS = {
         "exchange.convert",
         "Turn GGUF or .bin weights into a Hugging Face folder.",
         "model.gguf checkpoints/model",
+        unnamed="out",
     ),
     **{
         f"finetune {name}": Command("train.settings", "train.finetune", text, NEW_RUN, name, in_yaml=True)
@@ -216,8 +217,6 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     from litpeft.cli.help import help_text, wanted
     from litpeft.cli.yaml_keys import check_options, check_yaml, in_plain_words
 
-    if command.unnamed and argv and not argv[0].startswith("-"):
-        argv = [f"--{command.unnamed}", *argv]
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     cls = load(command.settings, name.split()[0].capitalize())
     example = f"litpeft {name} {command.example}"
@@ -233,7 +232,7 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     if group is not None:
         say(help_text(parser, group), end="")
         raise SystemExit(0)
-    argv = check_options(parser, argv)
+    argv = check_options(parser, argv, command.unnamed)
     lines = check_yaml(parser, argv)
     printed = io.StringIO()  # by --print_config
     try:

@@ -36,13 +36,16 @@ def _unknown(name: str, options: dict[str, Any]) -> str:
     return suggest(name, [option for option in options if option not in groups])
 
 
-def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
-    """Checks `argv`; returns it with --config first, so that options override it, and `true` after a bare switch."""
+def check_options(parser: ArgumentParser, argv: list[str], unnamed: str = "") -> list[str]:
+    """Checks `argv`; returns it with --config first, so that options override it, and `true` after a bare switch.
+
+    A word after all that must be given is the value of the option `unnamed`, if there is one.
+    """
     options = _options(parser)
     positional = [action.dest for action in parser._actions if not action.option_strings]
     first: list[str] = []
     rest: list[str] = []
-    words = list(argv)
+    words, alone = list(argv), 0
     while words:
         word = words.pop(0)
         name, has_value, _ = word.removeprefix("--").partition("=")
@@ -52,7 +55,11 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
                 raise ConfigError(what, hint="`--help` lists the options")
             if positional:
                 check_word(word, positional[0], str, " or ".join(positional))
-            rest.append(word)
+            alone += word != "--"
+            if unnamed and alone == len(positional) + 1:
+                first += [f"--{unnamed}", word]
+            else:
+                rest.append(word)
             continue
         if name not in ("config", "help") and any(option.startswith(f"{name}.") for option in options):
             keys = ", ".join(f"--{option}" for option in options if option.startswith(f"{name}."))
@@ -74,7 +81,10 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> list[str]:
                 words, value, said = value + words, [], ""
             if value and said not in ("true", "false") and not positional:
                 raise ConfigError(f"{name} must be true or false, got {quoted(value[0])}")
-            value = [said] if said in ("true", "false") else ["true", *value]
+            if said not in ("true", "false"):
+                words, value = value + words, ["true"]
+            else:
+                value = [said]
         if "tuple[str" in str(options.get(name)) and value and not value[0].startswith("["):
             value = [json.dumps(value)]  # one string stands for a list of it
         (first if name == "config" else rest).extend([word, *value])

@@ -12,10 +12,11 @@ from typing import TextIO
 
 from litpeft.core.checksums import CHECKSUMS
 from litpeft.core.errors import ConfigError, ResourceError, scaled, some
+from litpeft.core.exports import EXPORTS
 
 # the files of a model beside its weights, copied from folder to folder
 COMPANIONS = (
-    "config.json",
+    "config.json",  # what follows the first two is of the tokenizer and its template
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -28,11 +29,13 @@ COMPANIONS = (
     "chat_template.json",
 )
 
-RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard")
+RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard", *EXPORTS)
 RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "report.json", "loss.png", *RUN_FOLDERS)
 LONGEST_NAME = 255  # bytes, of the file systems in use
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them marks a complete folder
-OURS = (*COMPANIONS, *RUN_FILES, "delta.json", "model.safetensors.index.json", CHECKSUMS)  # what --overwrite may remove
+EXPORTED = [file for export in EXPORTS.values() for file in export.files]
+# what --overwrite may remove
+OURS = (*COMPANIONS, *RUN_FILES, *EXPORTED, "delta.json", "model.safetensors.index.json", CHECKSUMS)
 
 
 def check_disk(folder: Path, needed: int, what: str, hint: str) -> None:

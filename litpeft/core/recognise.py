@@ -7,7 +7,7 @@ from litpeft.core.errors import ModelError, some
 from litpeft.core.json import read_optional
 from litpeft.core.terminal import command_line
 
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERS = (ADAPTER, "adapter*.safetensors", "adapter*.bin", "adapter*.pt")  # of peft, MLX, torchtune
 FOLD = "fold it into its base with what made it (peft: PeftModel.from_pretrained, merge_and_unload, save_pretrained)"
 
@@ -29,15 +29,24 @@ def refuse_file(path: Path) -> None:
 def refuse_other(folder: Path) -> None:
     """Raises if `folder` is known to be something else than a model: a run, an adapter, quantised weights, ..."""
     refuse_file(folder)
-    adapter = sorted(path.name for pattern in ADAPTERS for path in folder.glob(pattern))
+    adapter = sorted({path.name for pattern in ADAPTERS for path in folder.glob(pattern)})
+    if (folder / "delta.json").exists():
+        adapter = []  # a run's result, which is an adapter of peft, too
     weights = any(any(folder.glob(name)) for name in ("model*.safetensors", "pytorch_model*.bin"))
     if adapter and weights:
         what = f"the folder holds an adapter ({', '.join(adapter)}) beside full weights: which is meant is not clear"
         raise ModelError(what, where=folder, hint=f"take the adapter out of the folder, or {FOLD}")
     if adapter:
         base = read_optional(folder / ADAPTER).get("base_model_name_or_path")
-        what = f"this is an adapter{f' of {base}' if base else ''} ({', '.join(adapter)}), which litpeft does not read"
-        raise ModelError(what, where=folder, hint=FOLD)
+        what, hint = f"this is an adapter{f' of {base}' if base else ''} ({', '.join(adapter)})", FOLD
+        if is_peft(folder):
+            what, hint = (
+                f"{what}, and a model folder is asked for",
+                f"`{command_line('merge', folder)}` makes one of it",
+            )
+        else:
+            what += ", which litpeft does not read"
+        raise ModelError(what, where=folder, hint=hint)
     if not (folder / "config.json").exists():
         _refuse_without_config(folder)
     quantised = read_optional(folder / "config.json").get("quantization_config")
@@ -48,6 +57,11 @@ def refuse_other(folder: Path) -> None:
         what = f"the weights are already quantised ({kind or 'quantization_config in config.json'})"
         hint = "take the model's plain weights; `--base.quantize` of finetune holds them in 4 or 8 bits"
         raise ModelError(what, where=folder, hint=hint)
+
+
+def is_peft(folder: Path) -> bool:
+    """Returns whether a folder is an adapter of peft."""
+    return "peft_type" in read_optional(folder / ADAPTER)
 
 
 def _refuse_without_config(folder: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -214,8 +214,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def copy_companions(source: Path, target: Path) -> None:
+def copy_companions(source: Path, target: Path, names: Sequence[str] = COMPANIONS) -> None:
     """Copies a model's config, tokenizer and template files from one folder to another."""
-    for name in COMPANIONS:
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

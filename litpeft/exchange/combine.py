@@ -13,6 +13,7 @@ from torch import Tensor
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.folders import atomic_folder, check_place, locked, refuse_existing
 from litpeft.core.terminal import command_line, say
+from litpeft.exchange.imports.peft import PeftRun
 from litpeft.exchange.run import Run, build_run, find_run, save_result, tell_progress
 from litpeft.exchange.settings import Combine
 from litpeft.methods.lora import LoRA
@@ -77,6 +78,9 @@ def usable(place: Path) -> Run:
     if run is None or run.is_model:
         what = "this is a model, not a run with a delta beside its base" if run else "this is no run but a model folder"
         raise ModelError(what, where=place, hint="name runs of methods that `litpeft merge` folds")
+    if isinstance(run, PeftRun):
+        hint = f"`{command_line('merge', place)}` makes a model of it"
+        raise ModelError("this is an adapter of peft, which does not record its base's weights", where=place, hint=hint)
     if run.facts["settings"].get("add_tokens"):
         raise ModelError("it adds tokens to its base's vocabulary, which LoRA does not", where=place)
     tell_progress(run)

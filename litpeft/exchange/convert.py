@@ -12,6 +12,7 @@ from litpeft.core.terminal import command_line, say
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.bin import BinFolder
+from litpeft.exchange.export import export
 from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.gguf.weights import GgufFile
 from litpeft.exchange.settings import Convert
@@ -22,7 +23,9 @@ PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 
 
 def convert(settings: Convert) -> None:
-    """Writes the Hugging Face folder `settings.out` and checks it."""
+    """Writes the folder `settings.out` and checks it."""
+    if settings.to is not None:
+        return export(settings)
     source, out = Path(settings.source), Path(settings.out)
     dtype = RESULT_DTYPES[settings.dtype] if settings.dtype else None
     gguf_file = find_gguf(source)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError, ModelError
-from litpeft.core.folders import atomic_folder, check_place, locked, refuse_existing, sync_files
+from litpeft.core.folders import COMPANIONS, atomic_folder, check_place, locked, refuse_existing, sync_files
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
@@ -80,6 +80,7 @@ def merge(settings: Merge) -> None:
             raise ModelError(f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
         if settings.to == "safetensors":
             copy_companions(base, folder)
+            copy_companions(run.texts(base), folder, COMPANIONS[2:])
             write_config(folder, dtype, method)
             write_added_tokens(folder, tokenizer)
             write_stop_ids(folder, template.stop_ids)

@@ -13,6 +13,7 @@ from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
 from litpeft.core.kinds import check_least
 from litpeft.core.precision import PRECISIONS
+from litpeft.core.recognise import ADAPTER_TENSORS
 from litpeft.core.typed import typed
 from litpeft.exchange.identity import TokenizerIdentity, checksum, with_defaults
 from litpeft.methods import METHODS, method_class
@@ -95,8 +96,9 @@ class RecordOf2:
         holds = "model" if method.writes_model else "delta"
         if self.holds != holds:
             raise ValueError(f"holds must be {holds} for {self.method}, got {self.holds!r}")
-        if holds == "delta" and [*self.files] != [DELTA]:
-            raise ValueError(f"files must name {DELTA} and nothing else, got {', '.join(self.files)[:60] or 'none'}")
+        if holds == "delta" and {*self.files} - {ADAPTER_TENSORS} != {DELTA}:
+            what = f"files must name {DELTA} and, at most, {ADAPTER_TENSORS} beside it"
+            raise ValueError(f"{what}, got {', '.join(self.files)[:60] or 'none'}")
         for name, sha256 in self.files.items():
             check_sha256(f"files.{name[:60]}", sha256)
         check_least(self, step=1)

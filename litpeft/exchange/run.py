@@ -1,33 +1,32 @@
 """The result of a run, written and read again: delta.json with a delta, or with a whole model."""
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from litpeft import __version__
-from litpeft.core.checksums import file_sha256, read_header
+from litpeft.core.checksums import file_sha256
 from litpeft.core.distributed import gather
-from litpeft.core.errors import ConfigError, ModelError, NumericError, some
+from litpeft.core.errors import ConfigError, ModelError, NumericError
 from litpeft.core.folders import atomic_folder, checkpoint_steps
-from litpeft.core.json import jsonable, read_json, write_json
-from litpeft.core.precision import PRECISIONS
-from litpeft.core.recognise import refuse_file, refuse_other
-from litpeft.core.safetensors import Weights, copy_companions, save_tensors, write_safetensors
-from litpeft.core.terminal import command_line, tell
-from litpeft.core.typed import typed
-from litpeft.data.templates import ChatTemplate
+from litpeft.core.json import read_json, write_json
+from litpeft.core.recognise import is_peft, refuse_file, refuse_other
+from litpeft.core.safetensors import copy_companions, save_tensors, write_safetensors
+from litpeft.core.terminal import tell
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.exports.peft import NotInPeft, write_adapter
 from litpeft.exchange.generation_config import write_stop_ids
-from litpeft.exchange.identity import checksum, config_changes, config_identity, tokenizer_changes, tokenizer_identity
+from litpeft.exchange.identity import checksum
+from litpeft.exchange.imports.peft import PeftRun
 from litpeft.exchange.record import DELTA, FORMAT, NOT_OURS, read_record
-from litpeft.methods import METHODS, method_class
+from litpeft.exchange.result import Run, resume_command
+from litpeft.methods import METHODS
 from litpeft.model.added_tokens import describe, note_tokens
 from litpeft.model.build import build
 from litpeft.model.delta import Method, delta_state, load_delta
@@ -36,136 +35,9 @@ from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 
-BACK = "put the folder's files back as they were then, or name the right folder with --base"
-
-
-@dataclass
-class Run:
-    """The result of a run on disk: the folder with delta.json and delta.safetensors, or with a model's files."""
-
-    folder: Path
-    facts: dict[str, Any]  # delta.json
-
-    @property
-    def is_model(self) -> bool:
-        """Whether the folder is an ordinary model, since the method trained the base's own weights."""
-        return self.facts["holds"] == "model"
-
-    @property
-    def storage(self) -> Storage | None:
-        """How the base was quantised while the delta was trained; None: not at all."""
-        saved = self.facts["base"]["storage"]
-        return None if saved is None else Storage(**saved)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the base's weights while the delta was trained, dequantised if they were quantised."""
-        return PRECISIONS[self.facts["precision"]].weights
-
-    @property
-    def template(self) -> str:
-        return self.facts["template"]["name"]
-
-    @property
-    def system(self) -> str | None:
-        return self.facts["template"]["system"]
-
-    def method(self, changes: Mapping[str, Any] | None = None) -> Method:
-        """Returns the method with the settings of the run, but for `changes`, as --method gives them."""
-        cls, changes = method_class(self.facts["method"]), dict(changes or {})
-        for key in changes.keys() - set(cls.at_answers):
-            allowed = ", ".join(cls.at_answers) or "none"
-            what = f"{key[:40]} stays as it was in training; keys of {self.facts['method']} that may change: {allowed}"
-            raise ConfigError(what, where="method")
-        method = typed(cls, self.facts["settings"], "settings")
-        if not changes:
-            return method
-        try:
-            return typed(cls, jsonable(asdict(method)) | changes, "method")
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-
-    def delta(self) -> dict[str, Tensor]:
-        """Returns the saved tensors, after checking their file."""
-        self.check_files()
-        return load_file(self.folder / DELTA)
-
-    def check_files(self) -> None:
-        """Raises unless the files of tensors are those that the run wrote."""
-        if self.is_model and self.facts["files"].keys() != (held := Weights(self.folder).headers.keys()):
-            odd = some(sorted(self.facts["files"].keys() ^ held))
-            what = f"the weights are not in the files that the run wrote: delta.json and the folder differ in {odd}"
-            raise ModelError(what, where=self.folder)
-        for name, sha256 in self.facts["files"].items():
-            path = self.folder / name
-            read_header(path)
-            if file_sha256(path) != sha256:
-                what = "the file is not the one that the run wrote (sha256 mismatch with delta.json)"
-                raise ModelError(what, where=path)
-
-    def model_folder(self) -> Path:
-        """Returns the folder of a run that is a model, after checking its weights and config."""
-        self.check_config(self.folder)
-        self.check_files()
-        return self.folder
-
-    def base_folder(self, moved_to: str | None = None) -> Path:
-        """Returns the base model's folder, after checking that its weights and config are those of the training."""
-        saved = self.facts["base"]
-        folder = Path(moved_to) if moved_to else Path(saved["path"])
-        if not os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
-            hint = "say where it is with --base FOLDER"
-            raise ModelError(f"the run's base model is not at {folder}", where=self.folder, hint=hint)
-        refuse_other(folder)
-        self.check_config(folder)
-        fingerprint = Weights(folder).fingerprint()
-        if fingerprint != saved["fingerprint"]:
-            prints = f"{folder} has fingerprint {fingerprint[:12]}, the run's base {saved['fingerprint'][:12]}"
-            what = f"the run was trained on other weights: {prints}"
-            raise ModelError(what, where=self.folder, hint="say where the right base is with --base")
-        return folder
-
-    def check_config(self, folder: Path) -> None:
-        """Raises unless the model's config is that of the training; format 2 does not record it."""
-        then = self.facts["base"].get("config")
-        if then is not None and (lines := config_changes(then, config_identity(folder))):
-            what = f"the model's config is not the one that the run was trained with: {some(lines, '; ')}"
-            raise ModelError(what, where=folder / "config.json", hint=BACK)
-
-    def tokenizer_and_template(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
-        """Returns tokenizer and template of the model's folder, after checking that they are those of the training."""
-        tokenizer = Tokenizer.load(folder)
-        tokenizer.add(self.facts["settings"].get("add_tokens", ()))
-        if self.template == "model" and tokenizer.template_hash != self.facts["template"]["sha256"]:
-            what = "the base's chat template is not the one that the run was trained with"
-            raise ModelError(what, where=folder, hint=BACK)
-        template = ChatTemplate(tokenizer, self.template, is_setting=False)
-        then = self.facts["base"].get("tokenizer")
-        if then is not None and (lines := tokenizer_changes(then, tokenizer_identity(template))):
-            what = f"the tokenizer is not the one that the run was trained with: {'; '.join(lines)}"
-            raise ModelError(what, where=folder, hint=BACK)
-        return tokenizer, template
-
-    def progress(self) -> str | None:
-        """Returns a line with the step of the result and how to resume the run; None if the run is complete."""
-        facts, run = self.facts, self.folder.parent if self.folder.name == "final" else self.folder
-        step, planned, finished = facts["step"], facts.get("steps_planned"), facts["finished"]
-        newest = max(checkpoint_steps(run / "checkpoints"), default=0)
-        if planned is None and finished and (run / "report.md").exists():
-            newest = 0  # format 2 does not record how far a run got beyond its best step
-        newer = newest > facts.get("steps_done", step)
-        if finished and not newer and planned in (None, step):
-            return None
-        said = [f"{self.folder} holds step {step:,}" + (f" of {planned:,}" if planned else "")]
-        said += [] if finished else ["the run was stopped"]
-        said += [f"there is a newer checkpoint, of step {newest:,}"] if newer else []
-        if (newer or not finished) and (run / "run.yaml").exists():  # final/ may have been copied alone
-            said.append(f"it goes on with: {resume_command(facts['method'], run)}")
-        return "; ".join(said)
-
 
 def find_run(path: Path) -> Run | None:
-    """Returns the run at `path` (a run's folder or its final/), or None if `path` is a model folder."""
+    """Returns the run at `path` (a run's folder, its final/, or an adapter of peft), or None for a model folder."""
     refuse_file(path)
     for folder in (path / "final", path):
         if (folder / "delta.json").exists():
@@ -177,6 +49,8 @@ def find_run(path: Path) -> Run | None:
             hint = f"it was stopped after its checkpoint of step {steps[-1]:,}; "
             hint += f"it goes on with: {resume_command(method, path)}"
         raise ModelError("this run holds no result (no final/delta.json)", where=path, hint=hint)
+    if is_peft(path) and not any(path.glob("model*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        return PeftRun.read(path)
     refuse_other(path)
     read_json(path / "config.json", "config.json of a model")
     return None
@@ -186,11 +60,6 @@ def tell_progress(run: Run | None) -> None:
     """Tells the user if a result is not that of a complete run."""
     if run is not None and (progress := run.progress()):
         tell(progress)
-
-
-def resume_command(method: str, run: Path) -> str:
-    """Returns the command that resumes a run."""
-    return command_line("finetune", method, "--config", run / "run.yaml", "--out", run, "--resume")
 
 
 def method_of(run: Path) -> str | None:
@@ -228,7 +97,10 @@ def save_result(
             write_config(temporary, dtype, settings)
             write_stop_ids(temporary, facts["base"]["tokenizer"]["stop_ids"])
         else:
-            save_tensors(dict(_finite(tensors, folder)), temporary / DELTA)
+            delta, held = dict(_finite(tensors, folder)), facts["base"]["storage"]
+            save_tensors(delta, temporary / DELTA)
+            with suppress(NotInPeft):
+                write_adapter(temporary, settings, None if held is None else Storage(**held), delta, base)
         record = {
             "format": FORMAT,
             "litpeft": __version__,

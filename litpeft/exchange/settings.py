@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal
 
+from litpeft.core.exports import EXPORTS
 from litpeft.core.kinds import check_choices, check_least
 
 Dtype = Literal["float32", "bfloat16", "float16"] | None
@@ -25,12 +26,16 @@ class Download:
 
 @dataclass
 class Convert:
-    """Turn a GGUF file or a folder of .bin weights into a Hugging Face folder of safetensors."""
+    """Turn GGUF or .bin weights into a Hugging Face folder of safetensors, or a run into another program's files."""
 
     source: str
-    """A .gguf file, a folder that holds exactly one, or a folder with pytorch_model*.bin."""
-    out: str
-    """The Hugging Face folder to write."""
+    """A .gguf file, a folder that holds exactly one, or one with pytorch_model*.bin; with `to`, a run."""
+    out: str | None = None
+    """The folder to write, which may stand alone after the source; with `to`, default RUN/TO."""
+    to: Literal[tuple(EXPORTS)] | None = None
+    """What to write of a run; peft: adapter_config.json and adapter_model.safetensors."""
+    base: str | None = None
+    """With `to`: folder of the base model, if it has moved since the run; its weights must be the same."""
     dtype: Dtype = None
     """Type of the weights; default: what the source holds, bfloat16 where it is quantised."""
     overwrite: bool = False
@@ -38,6 +43,12 @@ class Convert:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.to is None and self.out is None:
+            raise ValueError("out must be given: the folder to write")
+        if self.to is None and self.base is not None:
+            raise ValueError("base is for --to, which makes something of a run")
+        if self.to is not None and self.dtype is not None:
+            raise ValueError(f"dtype and to exclude each other; {self.to} holds the numbers of the run")
 
 
 @dataclass

@@ -51,6 +51,9 @@ class Decomposed(Delta):
         shift = None if linear.bias is None else (1 - n) * linear.bias
         return Affine(n, self.A, n[:, None] * (self.scale * self.B), shift)
 
+    def peft(self) -> dict[str, Tensor]:
+        return {"lora_A": self.A, "lora_B": self.B, "lora_magnitude_vector": self.m}
+
     def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
         if not (self.dropout and self.training):
             return super().forward(y, x, linear, ctx)

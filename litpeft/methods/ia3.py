@@ -12,6 +12,8 @@ IA3 https://arxiv.org/abs/2205.05638. Trains out parameters for each target. Fol
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from litpeft.core.errors import ConfigError
 from litpeft.model.affine import Affine
 from litpeft.model.delta import Method, linears
@@ -28,6 +30,9 @@ class Scale(Delta):
 
     def affine(self, linear: Linear) -> Affine:
         return Affine(gain=self.g)
+
+    def peft(self) -> dict[str, Tensor]:
+        return {"ia3_l": self.g}
 
 
 @dataclass

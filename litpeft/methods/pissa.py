@@ -46,6 +46,9 @@ class Split(LowRank):
     def off(self) -> Taken:
         return Taken(self)
 
+    def peft(self) -> dict[str, Tensor]:  # beside the whole weight: twice the rank
+        return {"lora_A": torch.cat((self.A, self.A0)), "lora_B": torch.cat((self.B, -self.B0), 1)}
+
 
 def largest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Returns A (rank, in) and B (out, rank) whose product is the nearest of that rank to a weight (out, in).

@@ -41,6 +41,9 @@ class Placed(Delta):
         """Returns the vectors (n + m, width), differentiably."""
         raise NotImplementedError(f"{type(self).__name__} must say what its vectors are")
 
+    def peft(self) -> dict[str, Tensor] | None:
+        return None if self.infix_tokens else {"prompt_embeddings": self.table()}
+
     def forward(self, y: Tensor, *context: object) -> Tensor:
         ctx, n, m = context[-1], self.virtual_tokens, self.infix_tokens
         if ctx is None:  # in the head

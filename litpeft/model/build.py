@@ -15,7 +15,7 @@ from litpeft.core.safetensors import Weights, is_finite
 from litpeft.core.terminal import is_first
 from litpeft.model.added_tokens import TABLES, grown, with_rows
 from litpeft.model.config import ModelConfig
-from litpeft.model.delta import Method, attach
+from litpeft.model.delta import Method, attach, load_delta
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import left_out, read_config
 from litpeft.model.gpt import GPT
@@ -84,6 +84,22 @@ def build(
     _fill(model, names, method, device, cache, delta, others)  # 6. the base's weights
     if verified is not None:
         verified.result()
+    return model
+
+
+def deltas_alone(config: ModelConfig, method: Method, storage: Storage | None, delta: dict[str, Tensor]) -> GPT:
+    """Returns a model whose deltas hold what a run saved, and whose base has shapes only: none of its files is read."""
+    with torch.device("meta"):
+        model = GPT(config)
+    if storage is not None:
+        store(model, storage.name, storage.double_quantize, torch.float32)
+    method.restore(delta)
+    attach(model, method)
+    with torch.random.fork_rng(devices=[]):
+        for module in model.modules():
+            if isinstance(module, Delta | Bank):
+                module.to_empty(device="cpu").reset_parameters()
+    load_delta(model, delta, "delta")
     return model
 
 

@@ -64,6 +64,7 @@ class Delta(Stated):
     infix_tokens: int = 0  # and positions between its prompt and its answer
     at_prompt: bool = False  # whether where it acts depends on the length of the prompt
     stretch: float = 1.0  # in GPT.rope: how many times as many tokens the model can read
+    scale: float = 1.0  # that `factors` has in B; peft calls it lora_alpha / r
     vanishes: ClassVar[bool] = False  # outside of training it does nothing but what `Method.configure` writes down
 
     def factors(self) -> Factors | None:
@@ -73,6 +74,12 @@ class Delta(Stated):
         """Returns what this Delta in `linear.slot` does to W x + b, differentiably, in float32 or better.
 
         Answering and merging use it, too. None: it acts on activations, defines `forward`, and cannot be merged.
+        """
+
+    def peft(self) -> dict[str, Tensor] | None:
+        """Returns its tensors under peft's names, without reading the base; None: peft computes nothing like it.
+
+        The scale of lora_B is left out, since peft has it in its config.
         """
 
     def off(self) -> "Delta | None":
@@ -101,6 +108,10 @@ class LowRankDelta(Delta):
     def affine(self, linear: "Linear") -> Affine:
         a, b = self.factors()
         return Affine(A=a, B=b)
+
+    def peft(self) -> dict[str, Tensor]:
+        a, b = self.factors()
+        return {"lora_A": a, "lora_B": b / self.scale}
 
 
 class Bank(Stated):

@@ -24,6 +24,7 @@ NAMES = {
     "norm": "gpt_neox.final_layer_norm",
     "head": "embed_out",
 }
+MODULES = {"embed_out": "lm_head"}
 BUFFERS = ("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias")
 OTHER_PREFIXES = {"embed_out.": "lm_head."}  # what transformers 5 calls the head of a model in memory
 

@@ -35,6 +35,7 @@ class NameMap:
         module = family(name)
         self.family, self.config = name, config
         self.buffers: tuple[str, ...] = getattr(module, "BUFFERS", ())
+        self.modules: dict[str, str] = getattr(module, "MODULES", {})
         self.other_prefixes: dict[str, str] = getattr(module, "OTHER_PREFIXES", {})
         table = module.names(config) if hasattr(module, "names") else module.NAMES
         self._places = {ours: at if isinstance(at, Place) else Place(at) for ours, at in table.items()}
@@ -50,18 +51,36 @@ class NameMap:
         module, numbers, leaf = split_name(ours)
         return f"{self._places[module].module.format(*numbers)}.{leaf}"
 
+    def module(self, ours: str) -> str:
+        """Returns the module of transformers' class that is or contains one of ours."""
+        theirs = self.file_name(f"{ours}.weight").removesuffix(".weight")
+        return self.modules.get(theirs, theirs)
+
     def read(self, weights: Weights, ours: str) -> Tensor:
         """Returns one parameter of the plain model."""
         theirs = self.file_name(ours)
         place, parts = self._place(ours), self.parts[theirs]
         tensor = weights.read(self._spelt(weights, theirs))
-        if place.transposed:
-            tensor = tensor.t()
-        if len(parts) > 1:
-            groups = self._groups(place)
-            sizes = [self.ours[part][0] // groups for part in parts]
-            tensor = tensor.unflatten(0, (groups, -1)).split(sizes, 1)[parts.index(ours)].flatten(0, 1)
-        return tensor.contiguous()
+        tensor = tensor.t() if place.transposed else tensor
+        return (self.rows(theirs, tensor)[ours] if len(parts) > 1 else tensor).contiguous()
+
+    def rows(self, theirs: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Returns the rows of each parameter of a tensor with a row for each output of a file's tensor."""
+        parts = self.parts[theirs]
+        groups = self._groups(self._place(parts[0]))
+        sizes = [self.ours[part][0] // groups for part in parts]
+        split = tensor.unflatten(0, (groups, -1)).split(sizes, 1)
+        return {part: rows.flatten(0, 1) for part, rows in zip(parts, split, strict=True)}
+
+    def joined_rows(self, theirs: str, given: dict[str, Tensor]) -> Tensor:
+        """Returns the tensor whose `rows` are those given."""
+        parts = self.parts[theirs]
+        groups = self._groups(self._place(parts[0]))
+        return torch.cat([given[part].unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+    def transposed(self, theirs: str) -> bool:
+        """Returns whether a file's tensor has a column for each output."""
+        return self._place(self.parts[theirs][0]).transposed
 
     def found(self, weights: Weights, ours: str) -> tuple[Path, str]:
         """Returns the file that holds a parameter, and the name of its tensor there."""
@@ -83,7 +102,7 @@ class NameMap:
             given = waiting.setdefault(theirs, {})
             given[ours] = tensor
             if len(given) == len(self.parts[theirs]):
-                yield theirs, self._joined(theirs, waiting.pop(theirs))
+                yield theirs, self.joined(theirs, waiting.pop(theirs))
                 left.pop(theirs, None)
         missing = [ours for theirs in left for ours in self.parts[theirs] if ours not in waiting.get(theirs, {})]
         if missing:
@@ -136,11 +155,7 @@ class NameMap:
         shape = (sum(self.ours[part][0] for part in parts), *self.ours[parts[0]][1:])
         return shape[::-1] if self._place(parts[0]).transposed else shape
 
-    def _joined(self, theirs: str, given: dict[str, Tensor]) -> Tensor:
+    def joined(self, theirs: str, given: dict[str, Tensor]) -> Tensor:
         """Returns the file's tensor that consists of these parameters."""
-        parts = self.parts[theirs]
-        place, tensor = self._place(parts[0]), given[parts[0]]
-        if len(parts) > 1:
-            groups = self._groups(place)
-            tensor = torch.cat([given[part].unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
-        return (tensor.t() if place.transposed else tensor).contiguous()
+        tensor = self.joined_rows(theirs, given) if len(given) > 1 else next(iter(given.values()))
+        return (tensor.t() if self.transposed(theirs) else tensor).contiguous()

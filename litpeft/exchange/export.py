@@ -1,0 +1,76 @@
+"""`litpeft convert RUN --to FORMAT`: writes what a run learned for another program, and reads it back."""
+
+from importlib import import_module
+from pathlib import Path
+
+from litpeft.core.errors import ConfigError, ModelError
+from litpeft.core.exports import EXPORTS
+from litpeft.core.folders import atomic_folder, check_place, locked, refuse_existing
+from litpeft.core.terminal import command_line, say
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.compare import PROMPTS, in_float32, logits_of
+from litpeft.exchange.exports.peft import NotInPeft
+from litpeft.exchange.result import Run
+from litpeft.exchange.run import build_run, find_run, tell_progress
+from litpeft.exchange.settings import Convert
+from litpeft.model.delta import unfoldable
+from litpeft.model.gpt import GPT
+from litpeft.model.slots import Linear
+
+TOLERANCE = 1e-5  # of a logit, relative to the largest one
+
+
+def export(settings: Convert) -> None:
+    """Writes the folder, if what is read back from it computes the same as the run."""
+    source = Path(settings.source)
+    run = find_run(source)
+    if run is None or run.is_model:
+        what = f"this is a model folder, and {settings.to} is for what a run learned beside its base"
+        raise ConfigError(what, where=source, hint="name the run: the `--out` of `litpeft finetune`")
+    out = Path(settings.out) if settings.out else run.place / settings.to
+    check_place(out)
+    refuse_existing(out, settings.overwrite)
+    tell_progress(run)
+    base = run.base_folder(settings.base)
+    for kept in (base, run.folder):
+        if kept.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"it would replace {kept}, from which it is made", where="out", hint="name another folder"
+            )
+    module, _, function = EXPORTS[settings.to].write.partition(":")
+    with locked(out), atomic_folder(out, settings.overwrite) as folder:
+        try:
+            said = getattr(import_module(module), function)(folder, run, base)
+        except NotInPeft as error:
+            hint = another_way(run, base)
+            raise ModelError(f"this run is nothing that {settings.to} has: {error}", where=source, hint=hint) from None
+        prompts = [Tokenizer.load(base).encode(text) for text in PROMPTS]
+        want = logits_of(model_of(run, base, run), prompts)
+        back = find_run(folder)
+        back.base_folder(str(base))
+        off = float((logits_of(model_of(back, base, run), prompts) - want).abs().max() / want.abs().max())
+        if not off <= TOLERANCE:
+            what = f"logits of the files, read back, are off by {off:.1e} of the largest: nothing was written"
+            raise ModelError(what, where=source)
+    say(f"wrote {out}: {said}")
+    say(f"read back: logits at {len(want)} positions differ by {off:.1e} of the largest")
+
+
+def model_of(run: Run, base: Path, original: Run) -> GPT:
+    """Returns a run's model on the base as the original run held it, computing in float32."""
+    return in_float32(build_run(run, base, original.dtype, storage=original.storage))
+
+
+def another_way(run: Run, base: Path) -> str:
+    """Returns the command that makes something of a run which peft has no kind for."""
+    model, place = model_of(run, base, run), run.place
+    if unfoldable(model):
+        return f"generate and chat take the run as it is: {command_line('chat', place)}"
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    other = model.base_values.keys() - {f"{name}.weight" for name in layers}
+    shifts = (layer.slot.frozen(layer).shift for layer in layers.values() if layer.slot.deltas)
+    if other or any(shift is not None for shift in shifts):
+        return f"`{command_line('merge', place)}` makes a model of it"
+    lora = place.with_name(f"{place.name}-as-lora")
+    made = f"`{command_line('combine', place, lora, '--rank', 16)}` makes a LoRA of it and says how much it keeps"
+    return f"{made}; then `{command_line('convert', lora, '--to', 'peft')}`"

@@ -1,0 +1,275 @@
+"""What a run learned as an adapter of peft: adapter_config.json and adapter_model.safetensors.
+
+What each Delta is for peft it says itself (`Delta.peft`); here these are put under the names of the base's files, as
+one of peft's kinds. The base's weights are not read.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litpeft.core.checksums import CHECKSUMS
+from litpeft.core.errors import some
+from litpeft.core.json import read_json, read_optional, write_json
+from litpeft.core.recognise import ADAPTER, ADAPTER_TENSORS
+from litpeft.core.safetensors import save_tensors
+from litpeft.exchange.result import Run
+from litpeft.model.build import deltas_alone
+from litpeft.model.delta import Method
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import config_of
+from litpeft.model.gpt import GPT
+from litpeft.model.quantize import Storage
+from litpeft.model.slots import Delta, Linear, Slot
+
+WRAPPED = "base_model.model."  # what peft puts before the name of a module
+LORA, DORA, IA3 = ({"lora_A", "lora_B"}, {"lora_A", "lora_B", "lora_magnitude_vector"}, {"ia3_l"})
+Said = dict[str, Tensor]  # tensors by peft's names
+
+
+class NotInPeft(Exception):
+    """Peft has nothing that computes what a run learned; the text says why."""
+
+
+@dataclass
+class Adapter:
+    """The content of the two files of an adapter."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def write(folder: Path, run: Run, base: Path) -> str:
+    """Writes the adapter of a run; returns a line that says what it is."""
+    return write_adapter(folder, run.method(), run.storage, run.delta(), base)
+
+
+def write_adapter(
+    folder: Path, method: Method, storage: Storage | None, delta: Mapping[str, Tensor], base: Path
+) -> str:
+    """Writes what a method learned as an adapter; raises NotInPeft if peft cannot say it."""
+    adapter = adapter_of(method, storage, delta, base)
+    config = {"peft_type": None, "task_type": "CAUSAL_LM", **base_name(base), "inference_mode": True} | adapter.config
+    write_json(folder / ADAPTER, config)
+    save_tensors(adapter.tensors, folder / ADAPTER_TENSORS)
+    return f"{config['peft_type']}, {len(adapter.tensors)} tensors"
+
+
+def base_name(base: Path) -> dict[str, Any]:
+    """Returns the base's name and revision on the hub if `litpeft download` fetched it from there, or else its path."""
+    origin = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", str(read_optional(base / CHECKSUMS).get("of", "")))
+    if origin:
+        return {"base_model_name_or_path": origin[1], "revision": origin[2]}
+    return {"base_model_name_or_path": str(base.resolve()), "revision": None}
+
+
+def adapter_of(method: Method, storage: Storage | None, delta: Mapping[str, Tensor], base: Path) -> Adapter:
+    if method.add_tokens:
+        raise NotInPeft("it adds tokens to the vocabulary of its base")
+    hf = read_json(base / "config.json", "config.json of the base")
+    method.configure(changed := deepcopy(hf))
+    if changed != hf:
+        keys = sorted(key for key in changed if changed[key] != hf.get(key))
+        raise NotInPeft(f"it changes {some(keys)} in config.json, which an adapter does not have")
+    names = NameMap(*config_of(hf, str(base)))
+    model = deltas_alone(names.config, method, storage, dict(delta))
+    slots = {place: slot for place, slot in model.named_modules() if isinstance(slot, Slot) and slot.deltas}
+    said = {place: spoken(place, slot, storage) for place, slot in slots.items()}
+    said = {place: parts for place, parts in said.items() if parts}
+    trained = {name: delta[name].float() for name in model.base_values}
+    if any("prompt_embeddings" in parts for parts, _ in said.values()):
+        return prompt(model, {place: parts for place, (parts, _) in said.items()}, trained)
+    return beside_layers(model, {place.removesuffix(".slot"): parts for place, parts in said.items()}, trained, names)
+
+
+@torch.no_grad()
+def spoken(place: str, slot: Slot, storage: Storage | None) -> tuple[Said, float] | None:
+    """Returns the tensors of a slot under peft's names, and the scale of its update; None for an empty one."""
+    deltas = [delta for delta in slot.deltas.values() if not delta.vanishes]
+    for delta in deltas:
+        if storage is not None and type(delta).off is not Delta.off:
+            raise NotInPeft(f"its base is held in {storage.name} with codes that were chosen for what it learned")
+    found = [delta.peft() for delta in deltas]
+    if None in found:
+        raise NotInPeft(f"peft has nothing like {type(deltas[found.index(None)]).__name__} at {place}")
+    if len(found) > 1:
+        if any(parts.keys() != LORA for parts in found):
+            raise NotInPeft(f"{' and '.join(slot.deltas)} act on the same layer, {place}")
+        a = torch.cat([parts["lora_A"] for parts in found])
+        b = torch.cat([delta.scale * parts["lora_B"] for delta, parts in zip(deltas, found, strict=True)], 1)
+        return {"lora_A": a, "lora_B": b}, 1.0
+    return (found[0], deltas[0].scale) if found else None
+
+
+def prompt(model: GPT, said: Mapping[str, Said], base: Mapping[str, Tensor]) -> Adapter:
+    """Returns an adapter of vectors before the text, or of keys and values before it in every block."""
+    if base or any(parts.keys() != {"prompt_embeddings"} for parts in said.values()):
+        raise NotInPeft("it learned more than what stands before the text, and peft has one kind in a folder")
+    vectors, config = [parts["prompt_embeddings"] for parts in said.values()], model.config
+    keys = [f"blocks.{layer}.attn.{leaf}.slot" for layer in range(config.n_layers) for leaf in "kv"]
+    kind, width, heads = "PROMPT_TUNING", config.d_model, config.n_heads
+    if "after_embed" not in said:
+        if [*said] != keys:
+            raise NotInPeft("keys and values stand before the text in some blocks only")
+        kind, width, heads = "PREFIX_TUNING", config.n_kv_heads * config.head_dim, config.n_kv_heads
+    facts = {
+        "peft_type": kind,
+        "num_virtual_tokens": len(vectors[0]),
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": heads,
+        "num_layers": config.n_layers,
+    }
+    facts |= {"prefix_projection": False, "encoder_hidden_size": width} if kind == "PREFIX_TUNING" else {}
+    return Adapter(facts, {"prompt_embeddings": torch.cat(vectors, 1)})
+
+
+def beside_layers(
+    model: GPT, said: Mapping[str, tuple[Said, float]], base: Mapping[str, Tensor], names: NameMap
+) -> Adapter:
+    """Returns an adapter of updates of linear layers, and of parameters of the base that trained."""
+    kinds = {frozenset(parts) for parts, _ in said.values()}
+    if len(kinds) > 1 or not all(isinstance(model.get_submodule(place), Linear) for place in said):
+        raise NotInPeft("it learned in more ways than one, and peft has one kind in a folder")
+    modules: dict[str, tuple[Said, float]] = {}
+    for theirs, parts in names.parts.items():
+        given = {part: said[part.removesuffix(".weight")] for part in parts if part.removesuffix(".weight") in said}
+        if given:
+            modules[names.module(parts[0].removesuffix(".weight"))] = fused(theirs, given, names)
+    tensors = {
+        f"{WRAPPED}{module}.{name}{'' if name in ('lora_magnitude_vector', 'ia3_l') else '.weight'}": tensor
+        for module, (parts, _) in modules.items()
+        for name, tensor in parts.items()
+    }
+    if not modules:
+        return plain_modules(base, names)
+    linear = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    config = {
+        "target_modules": targets(list(modules), names, linear),
+        "fan_in_fan_out": any(names.transposed(names.file_name(f"{place}.weight")) for place in said),
+        "modules_to_save": None,
+    }
+    if kinds == {frozenset(IA3)}:
+        config |= {"peft_type": "IA3", "feedforward_modules": []}
+    else:
+        config |= {"peft_type": "LORA", "use_dora": kinds == {frozenset(DORA)}, "bias": "none", **ranks(modules)}
+    add_base(config, tensors, base, names)
+    return Adapter(config, tensors)
+
+
+def fused(theirs: str, given: Mapping[str, tuple[Said, float]], names: NameMap) -> tuple[Said, float]:
+    """Returns the update of one tensor of the base's files from those of the parameters that it holds."""
+    parts = names.parts[theirs]
+    if len(parts) == 1:
+        [(said, scale)] = given.values()
+        return {name: t[:, None] if name == "ia3_l" else t for name, t in said.items()}, scale
+    rows = {part: names.ours[part][0] for part in parts}
+    kind = next(iter(given.values()))[0].keys()
+    if kind == IA3:
+        gains = {part: given[part][0]["ia3_l"] if part in given else torch.ones(rows[part]) for part in parts}
+        return {"ia3_l": names.joined_rows(theirs, gains)[:, None]}, 1.0
+    if kind == DORA and given.keys() != rows.keys():
+        raise NotInPeft(f"the base's files hold {', '.join(parts)} in one, and it trained magnitudes of some of them")
+    scales = {scale for _, scale in given.values()}
+    scale = scales.pop() if len(scales) == 1 else 1.0  # of the whole; the rest is put into B
+    a = torch.cat([said["lora_A"] for said, _ in given.values()])
+    b, at = {part: torch.zeros(count, len(a), dtype=a.dtype) for part, count in rows.items()}, 0
+    for part, (said, own) in given.items():  # each reads its own rows of A
+        rank = len(said["lora_A"])
+        b[part][:, at : at + rank] = own / scale * said["lora_B"]
+        at += rank
+    joined = {"lora_A": a, "lora_B": names.joined_rows(theirs, b)}
+    if kind == DORA:
+        norms = {part: said["lora_magnitude_vector"] for part, (said, _) in given.items()}
+        joined["lora_magnitude_vector"] = names.joined_rows(theirs, norms)
+    return joined, scale
+
+
+def targets(modules: list[str], names: NameMap, linear: set[str]) -> list[str]:
+    """Returns what target_modules must say: last parts of names if they fit no other linear layer, or whole names."""
+    leaves = {module.rpartition(".")[2] for module in modules}
+    same = {module for ours in linear if (module := names.module(ours)).rpartition(".")[2] in leaves}
+    return sorted(leaves if same == {*modules} else modules)
+
+
+def ranks(modules: Mapping[str, tuple[Said, float]]) -> dict[str, Any]:
+    """Returns r and lora_alpha with their patterns: the scale of an update is lora_alpha / r."""
+    found = {module: (len(parts["lora_A"]), scale) for module, (parts, scale) in modules.items()}
+    (rank, scale), _ = Counter(found.values()).most_common(1)[0]
+    return {
+        "r": rank,
+        "lora_alpha": plain(scale * rank),
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "rank_pattern": {module: own for module, (own, _) in found.items() if own != rank},
+        "alpha_pattern": {module: plain(s * own) for module, (own, s) in found.items() if s * own != scale * rank},
+    }
+
+
+def plain(number: float) -> float:
+    """Returns a whole number as int, as peft and its readers write it."""
+    return int(number) if float(number).is_integer() else float(number)
+
+
+def by_module(base: Mapping[str, Tensor], names: NameMap) -> dict[str, dict[str, Tensor]]:
+    """Returns the trained parameters of the base as its files hold them: tensors by module and leaf."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for theirs, parts in names.parts.items():
+        given = {part: base[part] for part in parts if part in base}
+        if not given:
+            continue
+        if len(given) < len(parts):
+            missing = [part for part in parts if part not in base]
+            raise NotInPeft(f"the base's files hold {theirs} in one, of which {some(missing)} did not train")
+        ours, _, leaf = parts[0].rpartition(".")
+        found.setdefault(names.module(ours), {})[leaf] = names.joined(theirs, given)
+    return found
+
+
+def whole(module: str, found: Mapping[str, Tensor], names: NameMap) -> bool:
+    """Returns whether these are all tensors of a module of the files."""
+    files = next((theirs for theirs, name in names.modules.items() if name == module), module)
+    return all(f"{files}.{leaf}" not in names.parts or leaf in found for leaf in ("weight", "bias"))
+
+
+def plain_modules(base: Mapping[str, Tensor], names: NameMap) -> Adapter:
+    """Returns an adapter of modules that trained whole, such as norms."""
+    modules = by_module(base, names)
+    for module, found in modules.items():
+        if not whole(module, found, names):
+            raise NotInPeft(f"of {module} it trained {', '.join(found)} alone, and peft has no such kind")
+        if module == names.module("embed") and names.config.tie_embeddings:
+            raise NotInPeft(f"it trained {module}, which is the head too")
+    tensors = {
+        f"{WRAPPED}{module}.ln_tuning_layers.{leaf}": tensor
+        for module, found in modules.items()
+        for leaf, tensor in found.items()
+    }
+    return Adapter({"peft_type": "LN_TUNING", "target_modules": sorted(modules), "modules_to_save": None}, tensors)
+
+
+def add_base(config: dict[str, Any], tensors: dict[str, Tensor], base: Mapping[str, Tensor], names: NameMap) -> None:
+    """Adds trained parameters of the base: whole modules as modules_to_save, and biases as `bias`."""
+    targeted = {name.removeprefix(WRAPPED).rpartition(".lora_A")[0] for name in tensors}
+    saved = []
+    for module, found in by_module(base, names).items():
+        if module not in targeted and whole(module, found, names):
+            saved.append(module)
+        elif [*found] != ["bias"] or "bias" not in config:
+            raise NotInPeft(f"it trained {' and '.join(found)} of {module}, which peft does not train beside the rest")
+        else:
+            config["bias"] = "all"
+        place = f"{module}.base_layer" if module in targeted else module
+        tensors |= {f"{WRAPPED}{place}.{leaf}": tensor for leaf, tensor in found.items()}
+    if saved:
+        config["modules_to_save"] = saved
+    if names.module("embed") in saved and names.config.tie_embeddings:
+        config["ensure_weight_tying"] = True
+        tensors[f"{WRAPPED}{names.module('head')}.weight"] = base["embed.weight"]

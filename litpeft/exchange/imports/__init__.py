@@ -1,0 +1,1 @@
+"""What other programs have learned, read as runs: a file for each."""
