@@ -13,7 +13,7 @@ from litpeft.core.errors import nearest, quoted
 from litpeft.core.terminal import say
 from litpeft.methods import METHODS, PRESETS
 
-COLUMNS = "{:<13}{:<6}{:<8}{:<12}"  # name, learning rate, whether it merges, paper
+COLUMNS = "{:<13}{:<6}{:<8}{:<15}{:<12}"  # name, learning rate, whether it merges, its kind in peft, paper
 
 
 @dataclass
@@ -39,16 +39,22 @@ def merges(name: str) -> str:
     return "no" if "not fold" in described(name) else "if all" if "Folds if" in described(name) else "yes"
 
 
+def in_peft(name: str) -> str:
+    """Returns the kind of adapter that a run of the method is for peft, with the method's defaults."""
+    found = re.search(r"In peft: (\w+)", described(name))
+    return found[1] if found else "no"
+
+
 def methods(settings: Methods) -> None:
     """The command."""
     if settings.name != "all":
         return show(settings.name)
-    width = len(COLUMNS.format("", "", "", ""))
-    lines = [COLUMNS.format("method", "lr", "merges", "arXiv") + "what trains"]
+    width = len(COLUMNS.format("", "", "", "", ""))
+    lines = [COLUMNS.format("method", "lr", "merges", "in peft", "arXiv") + "what trains"]
     for name, (_, text) in METHODS.items():
         paper = re.search(r"arxiv\.org/abs/([\d.]+\d)", described(name))[1]
         rate = f"{PRESETS[name]['train.lr']:.0e}".replace("e-0", "e-")
-        lines += beside(COLUMNS.format(name, rate, merges(name), paper), text, width)
+        lines += beside(COLUMNS.format(name, rate, merges(name), in_peft(name), paper), text, width)
     say("\n".join([*lines, "", "lr is the default of train.lr. `litpeft methods NAME` shows one with its options."]))
 
 

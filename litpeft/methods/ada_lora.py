@@ -12,7 +12,7 @@ E = 0 at the start, so nothing changes at first. Of the `rank` triples of a laye
 `final_rank` on average; then the choice stands. A triple that was set to zero may grow again before that.
 
 AdaLoRA https://arxiv.org/abs/2303.10512.
-Trains rank * (in + out + 1) parameters for each target. Folds: W <- W + s B diag(E) A.
+Trains rank * (in + out + 1) parameters for each target. Folds: W <- W + s B diag(E) A. In peft: LORA.
 """
 
 from dataclasses import dataclass

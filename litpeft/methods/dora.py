@@ -5,7 +5,7 @@
     m (out,) = ||W|| and B = 0, so nothing changes at first
 
 DoRA https://arxiv.org/abs/2402.09353; that no gradient goes through the norm is its section 4.3.
-Trains rank * (in + out) + out parameters for each target. Folds: W <- n * (W + s B A).
+Trains rank * (in + out) + out parameters for each target. Folds: W <- n * (W + s B A). In peft: LORA.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ The components of all targets are sorted by the share of the variance of their i
 rank * targets of them are taken, so that a target gets between 0 and rho * rank. Its own number is its rank in s.
 
 EVA https://arxiv.org/abs/2410.07170; components of rows that come one after the other as by Ross et al. (2008).
-Trains rank * (in + out) parameters for each target, of the rank that it gets. Folds: W <- W + s B A.
+Trains rank * (in + out) parameters for each target, of the rank that it gets. Folds: W <- W + s B A. In peft: LORA.
 """
 
 from collections.abc import Iterator

@@ -8,6 +8,7 @@ The factors inside the MLP multiply the output of `up`: with a gate this equals 
 `down`, and scales rows of a weight, as for keys and values.
 
 IA3 https://arxiv.org/abs/2205.05638. Trains out parameters for each target. Folds: W <- diag(g) W, b <- g * b.
+In peft: IA3.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
     y = W x + b + s B A dropout(x)        s = alpha / rank, or alpha / sqrt(rank) with rslora
 
 LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+ https://arxiv.org/abs/2402.12354.
-Trains rank * (in + out) parameters for each target. Folds: W <- W + s B A.
+Trains rank * (in + out) parameters for each target. Folds: W <- W + s B A. In peft: LORA.
 """
 
 from dataclasses import dataclass, field

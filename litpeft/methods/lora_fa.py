@@ -3,7 +3,7 @@
     y = W x + b + s B A x        s = alpha / rank, or alpha / sqrt(rank) with rslora; A frozen
 
 LoRA-FA https://arxiv.org/abs/2308.03303. With dropout the input is kept after all. A run saves A, too.
-Trains rank * out parameters for each target. Folds: W <- W + s B A.
+Trains rank * out parameters for each target. Folds: W <- W + s B A. In peft: LORA.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@
     A = A0 and B = B0 at the start, so nothing changes at first but for rounding
 
 LoRA-GA https://arxiv.org/abs/2407.05000. A0 and B0 are saved too, as with PiSSA.
-Trains rank * (in + out) parameters for each target. Folds: W <- W - s B0 A0 + s B A.
+Trains rank * (in + out) parameters for each target. Folds: W <- W - s B0 A0 + s B A. In peft: LORA.
 """
 
 from collections.abc import Iterator

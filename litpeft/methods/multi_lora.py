@@ -6,6 +6,7 @@
 
 MultiLoRA https://arxiv.org/abs/2311.11501. Since c_j is zero and not B_j, the updates do not all begin alike.
 Trains n * (rank * (in + out) + out) parameters for each target. Folds: W <- W + s sum_j diag(c_j) B_j A_j.
+In peft: LORA.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@
 
 PiSSA https://arxiv.org/abs/2404.02948. On a quantised base W - s B0 A0 is quantised, whose error is smaller than W's.
 A0 and B0 are saved too: with them a run makes the frozen weight again from the base's files; `/base` adds them to it.
-Trains rank * (in + out) parameters for each target. Folds: W <- W - s B0 A0 + s B A.
+Trains rank * (in + out) parameters for each target. Folds: W <- W - s B0 A0 + s B A. In peft: LORA.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ Prefix tuning https://arxiv.org/abs/2101.00190. P_k are not rotated: they are ke
 numbers as in other tools. The text begins at position n. Of a network a run's result keeps what it computes, P.
 Trains layers * 2 * prompt_length * key/value heads * D parameters; with `hidden` those of the network,
 prompt_length * d + hidden (d + 1) + layers * 2 * key/value heads * D (hidden + 1). Does not fold: attention reads the
-keys and values.
+keys and values. In peft: PREFIX_TUNING.
 """
 
 from dataclasses import dataclass, field, replace

@@ -4,6 +4,7 @@
 
 Prompt tuning https://arxiv.org/abs/2104.08691.
 Trains prompt_length * d parameters. Does not fold: the vectors are part of what the model reads.
+In peft: PROMPT_TUNING.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@
 P-tuning v2 https://arxiv.org/abs/2110.07602. It is prefix tuning (prefix.py) whose keys and values are learned as they
 are, start large and are more; a network that computes them is an option.
 Trains layers * 2 * prompt_length * key/value heads * D parameters. Does not fold: attention reads the keys and values.
+In peft: PREFIX_TUNING.
 """
 
 from dataclasses import dataclass

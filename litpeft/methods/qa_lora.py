@@ -9,6 +9,7 @@ paper's zero points are -shift / scale.)
 QA-LoRA https://arxiv.org/abs/2309.14717. Sum and mean are the same functions of x; an update that is learned with the
 mean moves 32 times slower at the same learning rate.
 Trains rank * (in / 32 + out) parameters for each target. Folds: shift <- shift + s B A, / 32 with the mean.
+In peft: LORA.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@
 
 Training the norms alone is LN-tuning, https://arxiv.org/abs/2312.11420. Unlike `full`, a run saves what trained and not
 the model, and the rest may be quantised.
-Trains the parameters that are named. Folds: W is what it learned.
+Trains the parameters that are named. Folds: W is what it learned. In peft: LN_TUNING.
 """
 
 from dataclasses import dataclass

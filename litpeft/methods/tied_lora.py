@@ -6,7 +6,7 @@
 
 Tied-LoRA https://arxiv.org/abs/2311.09578. u is one at the start, and v is zero if it trains; if not, v is one and B
 zero: nothing changes at first. Layers of one input (q, k, v; gate, up) share A and u, like the paper's fused layer.
-Trains rank * (in + out) in all, and rank + out in each block. Folds: W <- W + s diag(v) B diag(u) A.
+Trains rank * (in + out) in all, and rank + out in each block. Folds: W <- W + s diag(v) B diag(u) A. In peft: LORA.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,7 @@
 
 VeRA https://arxiv.org/abs/2310.11454. A and B have the largest in and out of all targets; a layer takes their first
 columns and rows. A run saves the seed, not the matrices.
-Trains rank + out parameters for each target. Folds: W <- W + diag(b') B diag(d) A.
+Trains rank + out parameters for each target. Folds: W <- W + diag(b') B diag(d) A. In peft: LORA.
 """
 
 from dataclasses import dataclass

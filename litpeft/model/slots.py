@@ -64,7 +64,6 @@ class Delta(Stated):
     infix_tokens: int = 0  # and positions between its prompt and its answer
     at_prompt: bool = False  # whether where it acts depends on the length of the prompt
     stretch: float = 1.0  # in GPT.rope: how many times as many tokens the model can read
-    scale: float = 1.0  # that `factors` has in B; peft calls it lora_alpha / r
     vanishes: ClassVar[bool] = False  # outside of training it does nothing but what `Method.configure` writes down
 
     def factors(self) -> Factors | None:
@@ -79,7 +78,7 @@ class Delta(Stated):
     def peft(self) -> dict[str, Tensor] | None:
         """Returns its tensors under peft's names, without reading the base; None: peft computes nothing like it.
 
-        The scale of lora_B is left out, since peft has it in its config.
+        Of lora_B `self.scale` is left out: peft has it in its config, as lora_alpha / r.
         """
 
     def off(self) -> "Delta | None":
@@ -91,6 +90,8 @@ class Delta(Stated):
 
 class LowRankDelta(Delta):
     """y + B A dropout(x): a method states A and B, and everything else follows from them."""
+
+    scale: float = 1.0  # that B has, of what is learned
 
     def __init_subclass__(cls) -> None:
         if cls.forward is not LowRankDelta.forward:

@@ -105,7 +105,9 @@ def spoken(place: str, slot: Slot, storage: Storage | None) -> tuple[Said, float
         a = torch.cat([parts["lora_A"] for parts in found])
         b = torch.cat([delta.scale * parts["lora_B"] for delta, parts in zip(deltas, found, strict=True)], 1)
         return {"lora_A": a, "lora_B": b}, 1.0
-    return (found[0], deltas[0].scale) if found else None
+    if not found:
+        return None
+    return found[0], deltas[0].scale if "lora_B" in found[0] else 1.0
 
 
 def prompt(model: GPT, said: Mapping[str, Said], base: Mapping[str, Tensor]) -> Adapter:
