@@ -74,14 +74,14 @@ COMMANDS = {
         "out/mine out/mine-as-lora --rank 16",
     ),
     "inspect": Command(
-        "litpeft.exchange.settings:Inspect",
-        "litpeft.exchange.inspect:inspect",
+        "exchange.settings",
+        "exchange.inspect",
         "Show what a model, a run or a GGUF file holds.",
         "out/mine",
     ),
     "diff": Command(
-        "litpeft.exchange.settings:Diff",
-        "litpeft.exchange.diff:diff",
+        "exchange.settings",
+        "exchange.diff",
         "Compare two models or runs, tensor by tensor.",
         "out/mine out/other",
     ),

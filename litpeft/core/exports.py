@@ -1,4 +1,4 @@
-"""What a run can be written as for another program: a row for each, with the function that writes it and its files."""
+"""What a model or run can be written as for another program: a row for each, with the function that writes it."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,18 @@ from litpeft.core.recognise import ADAPTER
 
 @dataclass(frozen=True)
 class Export:
-    write: str  # module:function, which takes a folder, a run and its base's folder, and returns a line to print
+    write: str  # module:function; of an adapter it takes a folder, a run and its base's folder, and returns what to say
     files: tuple[str, ...]  # beside *.safetensors: what a folder of it holds
+    keys: tuple[str, ...] = ("base",)  # of the settings of `convert` that are not for every kind
+    of_models: bool = False  # takes models too; then `write` takes the settings of `convert`
 
 
 EXPORTS = {
     "peft": Export("litpeft.exchange.exports.peft:write", (ADAPTER,)),
+    "gguf": Export(
+        "litpeft.exchange.exports.gguf:export",
+        ("model.gguf", "Modelfile"),
+        ("base", "dtype", "type", "no_verify"),
+        of_models=True,
+    ),
 }

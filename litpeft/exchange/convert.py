@@ -1,4 +1,7 @@
-"""The command `convert`: turns a GGUF file, or a folder of pickled .bin weights, into a Hugging Face folder."""
+"""The command `convert`: turns a GGUF file, or a folder of pickled .bin weights, into a Hugging Face folder.
+
+With `to` it writes a model or run as the files of another program: see export.py.
+"""
 
 import math
 import os

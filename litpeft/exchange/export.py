@@ -22,6 +22,10 @@ TOLERANCE = 1e-5  # of a logit, relative to the largest one
 
 def export(settings: Convert) -> None:
     """Writes the folder, if what is read back from it computes the same as the run."""
+    module, _, function = EXPORTS[settings.to].write.partition(":")
+    write = getattr(import_module(module), function)
+    if EXPORTS[settings.to].of_models:
+        return write(settings)
     source = Path(settings.source)
     run = find_run(source)
     if run is None or run.is_model:
@@ -37,10 +41,9 @@ def export(settings: Convert) -> None:
             raise ConfigError(
                 f"it would replace {kept}, from which it is made", where="out", hint="name another folder"
             )
-    module, _, function = EXPORTS[settings.to].write.partition(":")
     with locked(out), atomic_folder(out, settings.overwrite) as folder:
         try:
-            said = getattr(import_module(module), function)(folder, run, base)
+            said = write(folder, run, base)
         except NotInPeft as error:
             hint = another_way(run, base)
             raise ModelError(f"this run is nothing that {settings.to} has: {error}", where=source, hint=hint) from None

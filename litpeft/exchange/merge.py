@@ -3,10 +3,10 @@
 Layer by layer in float32; the base's weights stay memory-mapped in their own dtype.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,10 +18,20 @@ from litpeft.core.json import read_json
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
 from litpeft.data.tokenizer import Tokenizer, write_added_tokens
-from litpeft.exchange.compare import PROMPTS, Scratch, check, in_float32, logits_of, three_ways
+from litpeft.exchange.compare import (
+    FOLD_TOLERANCE,
+    PROMPTS,
+    ROUND_TOLERANCE,
+    Scratch,
+    check,
+    in_float32,
+    logits_of,
+    three_ways,
+)
 from litpeft.exchange.generation_config import write_stop_ids
-from litpeft.exchange.gguf.weights import GgufFile
-from litpeft.exchange.gguf.write import Q4_1, TYPES, check_gguf, dequantised, held_in_groups, q4_1, write_gguf
+from litpeft.exchange.gguf.files import MODEL, OF_DTYPE, GgufFolder
+from litpeft.exchange.gguf.layout import Layout
+from litpeft.exchange.gguf.write import held_in_groups, q4_1
 from litpeft.exchange.rounding import Rounding
 from litpeft.exchange.run import Run, build_run, find_run, tell_progress, write_config
 from litpeft.exchange.settings import Merge
@@ -34,7 +44,17 @@ from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.model.slots import Linear
 
-GGUF = "model.gguf"
+NEXT = "llama.cpp, LM Studio, or ollama create NAME -f Modelfile in that folder"
+NOT_CHECKED = "not checked, as --no_verify wants it:"
+
+
+@dataclass
+class Result:
+    """The files that were written: how they are called, how far their logits may be off, and what they compute."""
+
+    name: str
+    limit: float
+    logits: Callable[[list[list[int]]], Tensor]
 
 
 def merge(settings: Merge) -> None:
@@ -49,6 +69,8 @@ def merge(settings: Merge) -> None:
     if settings.onto == "original" and run.storage is None:
         what = "the run's base was not quantised (base.quantize null), so there is nothing to choose"
         raise ConfigError(what, where="onto", hint="leave it out")
+    if settings.type is not None and settings.to != "gguf":
+        raise ConfigError(f"{settings.type} is a type of GGUF files", where="type", hint="say --to gguf, or --dtype")
     out = Path(settings.out) if settings.out else Path(settings.run) / "merged"
     check_place(out)
     refuse_existing(out, settings.overwrite)
@@ -60,50 +82,72 @@ def merge(settings: Merge) -> None:
             what = f"the merged model would replace {kept}, from which it is made"
             raise ConfigError(what, where="out", hint="name another folder")
     storage = run.storage if settings.onto == "trained" else None
-    sizes = _types(base)
-    dtype = RESULT_DTYPES.get(settings.dtype) or max(sizes, key=sizes.__getitem__, default=torch.float32)
+    dtype = RESULT_DTYPES.get(settings.dtype) or main_dtype(base)
     method = run.method()
     note_tokens(method, tokenizer)
     names = _names(method, base)
-    if settings.to == "gguf":
-        check_gguf(names)
-    model = _trained(run, base, storage)
-    prompts, rounding = [tokenizer.encode(text) for text in PROMPTS], Rounding()
+    layout = Layout(names) if settings.to == "gguf" else None  # which refuses some before the model is built
+    model, rounding = _trained(run, base, storage), Rounding()
     with locked(out), atomic_folder(out, settings.overwrite) as folder:
         try:
-            if settings.to == "gguf":
-                write_gguf(folder / GGUF, names, _coded(model, dtype, rounding), tokenizer, template.stop_ids)
+            if layout is None:
+                tensors = _merged(model, names, dtype, rounding, settings.run)
+                write_safetensors(folder, tensors, int(settings.shard_size * 1e9))
+                read = lambda prompts: logits_of(in_float32(build(folder, dtype)), prompts)
+                result = Result(str(dtype).removeprefix("torch."), ROUND_TOLERANCE[dtype], read)
             else:
-                write_safetensors(folder, _merged(model, names, dtype, rounding, settings.run))
+                files = GgufFolder(
+                    folder, layout, settings.type or OF_DTYPE[dtype], tokenizer, template, run.system, settings.run,
+                    in_groups=_in_groups(model),
+                )  # fmt: skip
+                files.write(_coded(model, files, rounding))
+                result = Result(files.type, files.tolerance, files.logits)
         except TypeError as error:
             hint = "generate and chat take the run as it is"
             raise ModelError(f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
-        if settings.to == "safetensors":
+        if layout is None:
             copy_companions(base, folder)
             copy_companions(run.texts(base), folder, COMPANIONS[2:])
             write_config(folder, dtype, method)
             write_added_tokens(folder, tokenizer)
             write_stop_ids(folder, template.stop_ids)
-        with ThreadPoolExecutor(1) as pool:
-            written = pool.submit(sync_files, folder)  # flush to disk while the models are compared
-            want, before, fold = three_ways(model, prompts)
-            del model  # two models may not fit in memory
-            written.result()
-            read = _logits_of_gguf if settings.to == "gguf" else _logits_of_folder
-            files = read(folder, dtype, prompts)
-        say(
-            f"logits at {len(want)} positions of {len(PROMPTS)} prompts, "
-            f"compared with base + delta (largest {float(want.abs().max()):.1f}):"
-        )
-        say(f"  {'the base without the delta':<32} differs by {float((before - want).abs().max()):.2e}")
-        if storage != run.storage:
-            _tell_of_original(run, base, prompts, want)
-        halves = settings.to == "gguf" and dtype == torch.float32  # the constants of groups are float16
-        check(want, fold, files, torch.float16 if halves else dtype, rounding, settings.run)
-    if settings.to == "gguf":
-        say(f"merged model in {out / GGUF}; next: llama.cpp, or {command_line('convert', out / GGUF)} OUT")
-    else:
+        if rounding.changed == 0:
+            hint = "train longer, or write float32 with --dtype float32"
+            raise ModelError("no weight changed: the merged model would be the base", where=settings.run, hint=hint)
+        if settings.no_verify:
+            say(f"{NOT_CHECKED} the logits of the files, and of the folded weights, against those of base + delta")
+        else:
+            prompts = [tokenizer.encode(text) for text in PROMPTS]
+            other = [run, base] if storage != run.storage else None
+            _compare(model, result, prompts, folder, settings.run, other)
+        say(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
+        say("\n".join(rounding.lines(result.name)))
+    if layout is None:
         say(f"merged model in {out}; next: {command_line('chat', out)}")
+    else:
+        say(f"merged model in {out / MODEL}; next: {NEXT}")
+
+
+def _compare(
+    model: GPT, result: Result, prompts: list[list[int]], folder: Path, where: str, other: list[Any] | None
+) -> None:
+    """Prints how far the folded weights and the files are from base + delta; raises if that is too far."""
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(sync_files, folder)  # flush to disk while the models are compared
+        want, before, fold = three_ways(model, prompts)
+        del model  # two models may not fit in memory
+        written.result()
+        files = result.logits(prompts)
+    say(
+        f"logits at {len(want)} positions of {len(PROMPTS)} prompts, "
+        f"compared with base + delta (largest {float(want.abs().max()):.1f}):"
+    )
+    say(f"  {'the base without the delta':<32} differs by {float((before - want).abs().max()):.2e}")
+    if other is not None:
+        _tell_of_original(*other, prompts, want)
+    hint = "try --dtype float32"
+    check(want, fold, FOLD_TOLERANCE, "folded in float32", where, hint)
+    check(want, files, result.limit, f"files read back, {result.name}", where, hint)
 
 
 def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:
@@ -111,6 +155,12 @@ def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:
     types = set(_types(base))
     held = types.pop() if len(types) == 1 else torch.float32
     return in_float32(build_run(run, base, held if storage is None else run.dtype, storage=storage))
+
+
+def main_dtype(base: Path) -> torch.dtype:
+    """Returns the dtype of most bytes of a folder's weights."""
+    sizes = _types(base)
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
 
 
 def _types(base: Path) -> dict[torch.dtype, int]:
@@ -132,57 +182,58 @@ def _names(method: Method, base: Path) -> NameMap:
     return NameMap(*config_of(config, str(base)))
 
 
+def _folded(
+    model: GPT, names: NameMap, rounded: Callable[[str, Tensor, bool], tuple[Tensor, Tensor]], rounding: Rounding
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the folded parameters by our names, as `rounded` writes them.
+
+    It is given a name, the exact tensor, and whether that is the base's own; it returns what to write, and the numbers
+    that this stands for.
+    """
+    left = {ours: shape for ours, shape in names.ours.items() if ours not in model.base_keys}
+    with torch.no_grad():
+        for ours, exact, before in folds(model, Scratch()):
+            written, after = rounded(ours, exact, exact is before)
+            before = model.base_values.get(ours, torch.zeros_like(exact) if before is None else before)
+            if before is not exact:
+                rounding.add(exact, after, before)
+            yield ours, written
+            left.pop(ours, None)
+            model.files.drop_pages(written.nbytes)
+        for ours, shape in left.items():  # biases of other layers
+            yield ours, rounded(ours, torch.zeros(shape), True)[0]
+
+
 def _merged(
     model: GPT, names: NameMap, dtype: torch.dtype, rounding: Rounding, where: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the folded weights under their Hugging Face names, rounded once to the files' dtype."""
 
-    def rounded() -> Iterator[tuple[str, Tensor]]:
-        left = {ours: shape for ours, shape in names.ours.items() if ours not in model.base_keys}
-        for ours, exact, before in folds(model, Scratch()):
-            after = exact.to(dtype, copy=exact is not before)
-            before = model.base_values.get(ours, torch.zeros_like(exact) if before is None else before)
-            if before is not exact:
-                rounding.add(exact, after, before)
-            yield ours, after
-            left.pop(ours, None)
-            model.files.drop_pages(after.nbytes)
-        yield from ((ours, torch.zeros(shape, dtype=dtype)) for ours, shape in left.items())  # biases of other layers
+    def rounded(ours: str, exact: Tensor, is_base: bool) -> tuple[Tensor, Tensor]:
+        after = exact.to(dtype, copy=not is_base)
+        return after, after
 
-    with torch.no_grad():
-        yield from names.written(rounded(), where=where)
+    yield from names.written(_folded(model, names, rounded, rounding), where=where)
 
 
-def _coded(model: GPT, dtype: torch.dtype, rounding: Rounding) -> Iterator[tuple[str, Tensor, Any]]:
-    """Yields the folded weights for a GGUF file, by our names: as groups of integers where the run held them so."""
-    kept = layers = 0
-    with torch.no_grad():
-        for ours, exact, before in folds(model, widened=Scratch()):
-            module, _, leaf = ours.rpartition(".")
-            layer = model.get_submodule(module)
-            codes = held_in_groups(layer) if leaf == "weight" and isinstance(layer, Linear) else None
-            wanted = torch.float32 if exact.ndim == 1 else dtype
-            after = exact.to(wanted, copy=True) if codes is None else dequantised(*codes)
-            before = model.base_values.get(ours, torch.zeros_like(exact) if before is None else before)
-            if before is not exact:
-                rounding.add(exact, after, before)
-            layers, kept = layers + (before is not exact), kept + (codes is not None)
-            yield ours, *((after, TYPES[wanted]) if codes is None else (q4_1(*codes), Q4_1))
-    say(f"{kept or 'no'} linear layers keep their codes and scales (Q4_1)")
+def _coded(model: GPT, files: GgufFolder, rounding: Rounding) -> Iterator[tuple[str, Tensor]]:
+    """Yields the bytes of the folded weights for a GGUF file: as groups of integers where the run held them so."""
+
+    def rounded(ours: str, exact: Tensor, is_base: bool) -> tuple[Tensor, Tensor]:
+        if ours in files.in_groups:
+            rows = q4_1(*held_in_groups(model.get_submodule(ours.removesuffix(".weight"))))
+        else:
+            rows = files.encoder(ours, exact)
+        return rows, exact if is_base else files.encoder.read(ours, rows)
+
+    yield from _folded(model, files.layout.names, rounded, rounding)
+    say(f"{len(files.in_groups) or 'no'} linear layers keep their codes and scales (Q4_1)")
 
 
-def _logits_of_folder(folder: Path, dtype: torch.dtype, prompts: list[list[int]]) -> Tensor:
-    return logits_of(in_float32(build(folder, dtype)), prompts)
-
-
-def _logits_of_gguf(folder: Path, dtype: torch.dtype, prompts: list[list[int]]) -> Tensor:
-    """Returns the logits of a GGUF file as `convert` reads it; raises if its tokenizer is another one."""
-    with TemporaryDirectory(dir=folder) as read:
-        GgufFile(folder / GGUF).write(Path(read), torch.float32)
-        if [Tokenizer.load(Path(read)).encode(text) for text in PROMPTS] != prompts:
-            what = "the tokenizer of the GGUF file gives other ids: nothing was written"
-            raise ModelError(what, where=folder, hint="write safetensors, and convert them with llama.cpp")
-        return _logits_of_folder(Path(read), torch.float32, prompts)
+def _in_groups(model: GPT) -> set[str]:
+    """Returns the names of the weights that keep their codes."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear))
+    return {f"{name}.weight" for name, layer in layers if held_in_groups(layer) is not None}
 
 
 def _tell_of_original(run: Run, base: Path, prompts: list[list[int]], want: Tensor) -> None:

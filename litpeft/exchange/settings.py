@@ -8,6 +8,7 @@ from litpeft.core.exports import EXPORTS
 from litpeft.core.kinds import check_choices, check_least
 
 Dtype = Literal["float32", "bfloat16", "float16"] | None
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None
 
 
 @dataclass
@@ -26,18 +27,22 @@ class Download:
 
 @dataclass
 class Convert:
-    """Turn GGUF or .bin weights into a Hugging Face folder of safetensors, or a run into another program's files."""
+    """Turn a model or run into files of other programs; or a GGUF file or .bin weights into a Hugging Face folder."""
 
     source: str
-    """A .gguf file, a folder that holds exactly one, or one with pytorch_model*.bin; with `to`, a run."""
+    """A .gguf file, a folder that holds exactly one, or one with pytorch_model*.bin; with `to`, a model or run."""
     out: str | None = None
-    """The folder to write, which may stand alone after the source; with `to`, default RUN/TO."""
-    to: Literal[tuple(EXPORTS)] | None = None
-    """What to write of a run; peft: adapter_config.json and adapter_model.safetensors."""
-    base: str | None = None
-    """With `to`: folder of the base model, if it has moved since the run; its weights must be the same."""
+    """The folder to write, which may stand alone after the source; with `to`, default SOURCE/TO."""
     dtype: Dtype = None
-    """Type of the weights; default: what the source holds, bfloat16 where it is quantised."""
+    """Type of a Hugging Face folder's weights; default: what the source holds, bfloat16 where it is quantised."""
+    to: Literal[tuple(EXPORTS)] | None = None
+    """gguf: one file for llama.cpp, Ollama and LM Studio; peft: an adapter of a run. Default: a Hugging Face folder."""
+    type: GgufType = None
+    """Type of a GGUF file's weights; default: that of the source's files."""
+    base: str | None = None
+    """Folder of a run's base model, if it has moved since the run; its weights must be the same."""
+    no_verify: bool = False
+    """Do not read the written files again to compare their logits with those of the source."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
 
@@ -45,10 +50,10 @@ class Convert:
         check_choices(self)
         if self.to is None and self.out is None:
             raise ValueError("out must be given: the folder to write")
-        if self.to is None and self.base is not None:
-            raise ValueError("base is for --to, which makes something of a run")
-        if self.to is not None and self.dtype is not None:
-            raise ValueError(f"dtype and to exclude each other; {self.to} holds the numbers of the run")
+        takes = EXPORTS[self.to].keys if self.to else ("dtype",)
+        for key in ("base", "dtype", "type", "no_verify"):
+            if getattr(self, key) and key not in takes:
+                raise ValueError(f"{key} is not for {f'--to {self.to}' if self.to else 'a Hugging Face folder'}")
 
 
 @dataclass
@@ -68,11 +73,19 @@ class Merge:
     to: Literal["safetensors", "gguf"] = "safetensors"
     """safetensors: a Hugging Face folder; gguf: one file for llama.cpp. In it, layers in int4, int3 or int2 keep their
     codes if the run's update is constant in each group, as that of qa_lora is."""
+    type: GgufType = None
+    """Type of a GGUF file's weights; default: `dtype`."""
+    shard_size: float = 5.0
+    """Gigabytes of a file of safetensors; a larger model is written in several."""
+    no_verify: bool = False
+    """Do not compare the logits of the written files with those of the run."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not self.shard_size > 0:
+            raise ValueError(f"shard_size must be above 0, got {self.shard_size}")
 
 
 @dataclass

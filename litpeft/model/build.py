@@ -60,7 +60,7 @@ def build(
     others: dict[str, str] = {}  # 2. storages; of some layers others than the rest's
     if storage is not None:
         if method is not None:
-            read = lambda name: _read(names, weights, f"{name}.weight").to(device)
+            read = lambda name: read_finite(names, weights, f"{name}.weight").to(device)
             others = method.choose(model, storage, read, delta)
         store(model, storage.name, storage.double_quantize, dtype, others)
     if method is None:
@@ -127,7 +127,7 @@ def _fill(
         codes = None
         if stored and cached is not None and module not in others:
             codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
-        tensor = _read(names, model.files, ours).to(device) if codes is None or starts else None
+        tensor = read_finite(names, model.files, ours).to(device) if codes is None or starts else None
         if ours in TABLES:
             tensor = with_rows(tensor, model.config.vocab_size)
         values = {leaf: tensor}
@@ -166,7 +166,7 @@ class Packing:
         return self.layer.unpacked(self.pack(weight))
 
 
-def _read(names: NameMap, weights: Weights, ours: str) -> Tensor:
+def read_finite(names: NameMap, weights: Weights, ours: str) -> Tensor:
     """Returns a tensor of the base's files, whose numbers are finite."""
     tensor = names.read(weights, ours)
     if not is_finite(tensor):

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 from litpeft.cli import main
 from litpeft.core.errors import ConfigError
 from litpeft.exchange.convert import convert
-from litpeft.exchange.gguf.weights import rows_in_halves
-from litpeft.exchange.gguf.write import rows_dealt_out
+from litpeft.exchange.gguf.layout import rows_dealt_out, rows_in_halves
 from litpeft.exchange.run import build_run, find_run
 from litpeft.exchange.settings import Convert
 from litpeft.generate.load import load_model

@@ -1,1 +1,1 @@
-"""Runs in the files of other programs: a file for each."""
+"""Models and runs in the files of other programs: a file for each."""

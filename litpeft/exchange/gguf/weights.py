@@ -1,8 +1,4 @@
-"""Reads a GGUF file: the header becomes config.json, the tensors are dequantised and get Hugging Face names.
-
-llama.cpp stores the rows of q and k interleaved, since its RoPE rotates neighbouring rows:
-    theirs  a0 b0 a1 b1 a2 b2 …        ours  a0 a1 a2 … b0 b1 b2 …        (a_i, b_i: the pair with frequency i)
-"""
+"""Reads a GGUF file: the header becomes config.json, the tensors are dequantised and get Hugging Face names."""
 
 import struct
 from collections import Counter
@@ -19,6 +15,7 @@ from litpeft.core.errors import ModelError, counted, located, nearest
 from litpeft.core.json import write_json
 from litpeft.core.safetensors import write_safetensors
 from litpeft.exchange.gguf.config import hf_config
+from litpeft.exchange.gguf.layout import rows_in_halves
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
@@ -173,9 +170,3 @@ class GgufFile:
             end = -(-last // alignment) * alignment
         if self.stored and not last <= len(self.reader.data) <= end:
             raise ModelError(f"has {len(self.reader.data)} bytes, but its tensors end at {last}", hint=AGAIN)
-
-
-def rows_in_halves(values: Tensor, head_dim: int) -> Tensor:
-    """Returns q or k (heads * D, ...) with each head's rows a0 b0 a1 b1 … reordered to a0 a1 … b0 b1 …."""
-    heads = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
-    return heads.swapaxes(1, 2).reshape(values.shape)

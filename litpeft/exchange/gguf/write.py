@@ -1,105 +1,142 @@
-"""Writes a Llama as a GGUF file. Layers that hold groups of integers keep them, as Q4_1; the rest is in one type.
+"""Writes a model as a GGUF file, tensor by tensor: only one is in memory at a time."""
 
-    Q4_1: W = d * q + m for 32 inputs of an output, with d and m in float16 and q from 0 to 15
-
-which is what quantize/grouped.py holds; of three and two bits the file's four are not all used.
-"""
-
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from litpeft.core.errors import ConfigError, ModelError
-from litpeft.data.pieces import CONTROL, NORMAL, USER_DEFINED
-from litpeft.data.tokenizer import Tokenizer
-from litpeft.exchange.gguf.tokenizer import GPT2, IGNORE_MERGES, SPLITS
+from litpeft.core.errors import ModelError, ResourceError
+from litpeft.core.safetensors import is_finite
+from litpeft.exchange.gguf.layout import Layout, decode, encode, row_bytes
 from litpeft.model.affine import Affine
-from litpeft.model.config import ModelConfig
-from litpeft.model.families.names import NameMap
 from litpeft.model.quantize.bits import unpack_bits
 from litpeft.model.quantize.grouped import GROUP, Grouped
 from litpeft.model.slots import Linear
 
-Q4_1 = Type.Q4_1
-UNUSED = 5  # type of a token: an embedding that no text becomes
-TYPES = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
+FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q8_0: 7, Type.BF16: 32}  # general.file_type
+KINDS = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
 
 
-def check_gguf(names: NameMap) -> None:
-    """Raises unless a model is a Llama that the header describes in full."""
-    scaling = names.config.rope_scaling
-    if names.family != "llama" or (scaling is not None and scaling.kind != "linear"):
-        what = "a GGUF file is written of Llamas only, and without scaled positions or with linear ones"
-        raise ConfigError(what, where="to", hint="write safetensors, and convert them with llama.cpp")
-
-
-def header(config: ModelConfig) -> dict[str, Any]:
-    """Returns the sizes and switches of a Llama as GGUF names them."""
+def header(layout: Layout) -> dict[str, Any]:
+    """Returns the sizes and switches of a model as GGUF names them."""
+    config, known = layout.config, layout.gguf
+    norm = "layer_norm_rms_epsilon" if config.norm == "rms" else "layer_norm_epsilon"
     values = {
         "context_length": config.max_positions, "embedding_length": config.d_model, "block_count": config.n_layers,
-        "feed_forward_length": config.d_ff, "vocab_size": config.vocab_size, "rope.dimension_count": config.head_dim,
+        "feed_forward_length": config.d_ff, "vocab_size": config.vocab_size, f"attention.{norm}": config.norm_eps,
         "attention.head_count": config.n_heads, "attention.head_count_kv": config.n_kv_heads,
         "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps, "rope.freq_base": config.rope_theta,
     }  # fmt: skip
-    if config.rope_scaling is not None:
+    if config.rotary_size:
+        values |= {"rope.dimension_count": config.rotary_size, "rope.freq_base": config.rope_theta}
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_scaling.factor}
-    return {f"llama.{key}": value for key, value in values.items()}
+    if config.window is not None and "window" not in known.keys.values():  # llama.cpp attends to all tokens
+        values["context_length"] = min(config.max_positions, config.window)
+    values |= {key: getattr(config, field) for key, field in known.keys.items() if getattr(config, field) is not None}
+    return {f"{known.arch}.{key}": value for key, value in values.items()}
 
 
-def splits_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
-    """Returns the patterns that a tokenizer.json splits a text by, an empty one for what is not such a pattern."""
-    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    found: list[str] = []
-    for part in parts:
-        match part:
-            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
-                found.append(pattern)
-            case {"type": "Digits", "individual_digits": True}:
-                found.append(r"\p{N}")
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": regex}:
-                found += [GPT2] if regex else []
-            case _:
-                found.append("")
-    return tuple(found)
+def write_gguf(
+    path: Path,
+    layout: Layout,
+    types: dict[str, Type],
+    wanted: Type,
+    vocabulary: dict[str, Any],
+    rows: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Writes a file whose tensors have these types; `rows` are the bytes (rows, ...) of each of our parameters."""
+    writer = gguf.GGUFWriter(path, layout.gguf.arch)
+    general = {"type": "model", "file_type": FILE_TYPES[wanted], "quantization_version": gguf.GGML_QUANT_VERSION}
+    values = {f"general.{key}": value for key, value in general.items()} | header(layout) | vocabulary
+    places: dict[str, list[str]] = {}
+    for name, parts in layout.parts.items():
+        for part in parts:
+            places.setdefault(part, []).append(name)
+    shapes = {name: (layout.shape(name), type_) for name, type_ in types.items()}
+    divisors = layout.rope_divisors()
+    if divisors is not None:
+        shapes["rope_freqs.weight"] = tuple(divisors.shape), Type.F32
+    with _Slots(writer, values, shapes) as slots:
+        if divisors is not None:
+            slots.fill("rope_freqs.weight", divisors.view(torch.uint8))
+        for ours, own in rows:
+            for name in places[ours]:
+                before = layout.parts[name][: layout.parts[name].index(ours)]
+                at = sum(layout.names.ours[part][0] for part in before)
+                slots.fill(name, layout.stored(ours, own), at * own[0].numel())
 
 
-def vocabulary(tokenizer: Tokenizer, rows: int, stop_ids: Sequence[int]) -> dict[str, Any]:
-    """Returns a byte-level tokenizer as GGUF describes it; `rows` are the embeddings."""
-    inner, backend = json.loads(tokenizer.backend.inner.to_str()), tokenizer.backend
-    model, splits = inner["model"], splits_of(inner["pre_tokenizer"])
-    ignores = bool(model.get("ignore_merges"))
-    pre = next((name for name, known in SPLITS.items() if known == splits and (name in IGNORE_MERGES) == ignores), None)
-    if model["type"] != "BPE" or not model["merges"] or inner["normalizer"] is not None or pre is None:
-        what = f"this tokenizer is none that is written to GGUF; those split text as {', '.join(SPLITS)}"
-        raise ModelError(what, where=tokenizer.where, hint="write safetensors, and convert them with llama.cpp")
-    tokens = [backend.names.get(number, f"[PAD{number}]") for number in range(rows)]
+class _Slots:
+    """A file whose header is written, with places for the tensors, which come in any order."""
 
-    def kind(number: int, token: str) -> int:
-        added = backend.added.get(token)
-        return UNUSED if number not in backend.names else NORMAL if added is None else _added(added.special)
+    def __init__(
+        self, writer: gguf.GGUFWriter, values: dict[str, Any], shapes: dict[str, tuple[tuple[int, ...], Type]]
+    ):
+        for key, value in values.items():
+            writer.add_key_value(key, value, gguf.GGUFValueType[KINDS[type(value)]])
+        self.starts, self.left, end = {}, {}, 0
+        for name, (shape, type_) in shapes.items():
+            size = shape[0] * row_bytes(shape, type_)
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=type_)  # raw_dtype is what counts
+            self.starts[name], self.left[name] = end, size
+            end += -(-size // writer.data_alignment) * writer.data_alignment
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            [self.file] = writer.fout
+            start = -(-self.file.tell() // writer.data_alignment) * writer.data_alignment
+            self.file.truncate(start + end)
+        except OSError as error:
+            raise ResourceError(f"cannot be written: {error.strerror or error}", where=writer.path.parent) from None
+        self.start, self.writer = start, writer
 
-    values = {
-        "model": "gpt2", "pre": pre, "tokens": tokens, "token_type": [kind(*pair) for pair in enumerate(tokens)],
-        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
-        "add_bos_token": tokenizer.adds_bos,
-    }  # fmt: skip
-    eos = tokenizer.token_id(tokenizer.eos)
-    named = {"bos": tokenizer.bos_id, "eos": eos, "eot": next((n for n in stop_ids if n != eos), None)}
-    named["padding"] = tokenizer.token_id(tokenizer.special_tokens.get("pad_token"))
-    values |= {f"{name}_token_id": number for name, number in named.items() if number is not None}
-    found = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    return found if tokenizer.chat_template is None else found | {"tokenizer.chat_template": tokenizer.chat_template}
+    def __enter__(self) -> "_Slots":
+        return self
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self.writer.close()
+        missing = [name for name, left in self.left.items() if left]
+        if missing and kind is None:
+            raise ModelError(f"the file would not be a whole model: {missing[0]} is missing", where=self.writer.path)
+
+    def fill(self, name: str, rows: Tensor, at: int = 0) -> None:
+        """Writes bytes of a tensor from its byte `at` on."""
+        data = rows.contiguous().view(-1).numpy()
+        try:
+            self.file.seek(self.start + self.starts[name] + at)
+            data.tofile(self.file)
+        except OSError as error:
+            what = f"cannot be written: {error.strerror or error}"
+            raise ResourceError(what, where=self.writer.path.parent) from None
+        self.left[name] -= data.nbytes
 
 
-def _added(special: bool) -> int:
-    return CONTROL if special else USER_DEFINED
+class Encoder:
+    """Turns our parameters into bytes of the types that they have in the file."""
+
+    def __init__(self, layout: Layout, types: dict[str, Type], where: str):
+        self.layout, self.where = layout, where
+        self.types = {part: type_ for name, type_ in types.items() for part in layout.parts[name]}
+        self.added = {part: layout.added(name) for name in types for part in layout.parts[name]}
+
+    def __call__(self, ours: str, values: Tensor) -> Tensor:
+        """Returns the bytes (rows, ...) of a parameter; raises if a number does not fit its type."""
+        rows = encode(values + self.added[ours] if self.added[ours] else values, self.types[ours])
+        if self.types[ours] == Type.F16 and not is_finite(rows.view(torch.float16)):
+            what = f"{ours} holds numbers that are too large for float16"
+            raise ModelError(what, where=self.where, hint="write bf16 or f32")
+        return rows
+
+    def read(self, ours: str, rows: Tensor) -> Tensor:
+        """Returns the numbers of such bytes, in float32."""
+        return decode(rows, self.types[ours], self.layout.names.ours[ours]) - self.added[ours]
 
 
 def held_in_groups(layer: Linear) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -116,50 +153,12 @@ def held_in_groups(layer: Linear) -> tuple[Tensor, Tensor, Tensor] | None:
     return codes, packed["scale"].half(), packed["shift"].half()
 
 
-def dequantised(codes: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Returns the weights (out, in) in float32."""
-    return (codes * scale.float()[..., None] + shift.float()[..., None]).flatten(1)
-
-
 def q4_1(codes: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Returns the bytes (out, 20 * groups) of Q4_1."""
+    """Returns the bytes (out, 20 * groups) of Q4_1, which holds the same numbers as quantize/grouped.py.
+
+    W = d * q + m for 32 inputs of an output, with d and m in float16 and q from 0 to 15; of three and two bits the
+    file's four are not all used.
+    """
     halves = torch.stack((scale, shift), -1).view(torch.uint8)  # (out, groups, 4)
     nibbles = codes[..., :16] | codes[..., 16:] << 4
     return torch.cat((halves, nibbles), -1).flatten(1)
-
-
-def write_gguf(
-    path: Path,
-    names: NameMap,
-    tensors: Iterator[tuple[str, Tensor, Type]],
-    tokenizer: Tokenizer,
-    stop_ids: Sequence[int],
-) -> None:
-    """Writes tensors, by our names, as bytes (rows, ...) or numbers of their types, with header and tokenizer."""
-    config = names.config
-    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
-    for key, value in (header(config) | vocabulary(tokenizer, config.vocab_size, stop_ids)).items():
-        writer.add_key_value(key, value, _kind(value))
-    theirs = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
-    for ours, tensor, type_ in tensors:
-        if ours.split(".")[-2] in ("q", "k"):
-            tensor = rows_dealt_out(tensor, config.head_dim)
-        name = theirs.get_name(names.file_name(ours), (".weight", ".bias"))
-        array = tensor.contiguous().view(torch.uint8).numpy() if type_ != Type.F32 else tensor.contiguous().numpy()
-        writer.add_tensor(name, array, raw_dtype=type_)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
-
-
-def _kind(value: Any) -> gguf.GGUFValueType:
-    kinds = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
-    return gguf.GGUFValueType[kinds[type(value)]]
-
-
-def rows_dealt_out(rows: Tensor, head_dim: int) -> Tensor:
-    """Returns q or k (heads * D, ...) with each head's rows a0 a1 … b0 b1 … reordered to a0 b0 a1 b1 …."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)

@@ -4,14 +4,17 @@ ModelConfig; and NAMES, the two-way name map, or `names(config)`, which returns 
 NAMES maps our modules to those of the files, with `{}` for the number of the layer and of the expert; weight and bias
 follow. A value is the
 name of a module whose tensors are as ours, or a `Place`. A family may also have BUFFERS, globs of tensors in its files
-that are no weights; OTHER_PREFIXES, prefix of a name in NAMES -> prefix that files may have instead; and MODULES,
-module of the files -> what transformers' class calls it since version 5, where that is another name.
+that are no weights; OTHER_PREFIXES, prefix of a name in NAMES -> prefix that files may have instead; MODULES,
+module of the files -> what transformers' class calls it since version 5, where that is another name; and GGUF, how
+llama.cpp has the family.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 FAMILIES = {
     "llama": "litpeft.model.families.llama",
@@ -58,6 +61,21 @@ class Place:
     module: str
     per: str | None = None
     transposed: bool = False  # the files hold a weight as (in, out)
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp has a family. Names of tensors follow from NAMES by the tables of the `gguf` package.
+
+    A field of ModelConfig that neither the header says nor `graph` lists must have its default.
+    """
+
+    arch: str  # the family's name there
+    pairs: bool = False  # RoPE rotates neighbouring rows of q and k, which the file holds in that order
+    own_head: bool = False  # the file needs a head even if that is the embedding
+    norms: float = 0.0  # what the file's norms have added to ours
+    keys: Mapping[str, str] = field(default_factory=dict)  # of the header, without `arch.` -> field of ModelConfig
+    graph: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # field -> values that llama.cpp computes with
 
 
 def family(name: str) -> ModuleType:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import Place
+from litpeft.model.families import Gguf, Place
 
 QKV = Place("transformer.h.{}.attn.c_attn", transposed=True)
 NAMES = {
@@ -25,6 +25,17 @@ NAMES = {
     "head": "lm_head",
 }
 BUFFERS = ("*.attn.bias", "*.attn.masked_bias")
+GGUF = Gguf(
+    "gpt2",
+    graph={
+        "norm": ("layer",),
+        "rotary_dim": (0,),
+        "learned_positions": (True,),
+        "activation": ("gelu", "gelu_tanh"),  # llama.cpp computes both as gelu_tanh
+        "gated_mlp": (False,),
+        **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), (True,)),
+    },
+)
 OTHER_PREFIXES = {"transformer.": ""}  # the first files of GPT-2 on the hub
 
 

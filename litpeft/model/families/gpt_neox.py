@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import Place
+from litpeft.model.families import Gguf, Place
 from litpeft.model.rope import rope_settings
 
 QKV = Place("gpt_neox.layers.{}.attention.query_key_value", per="n_heads")
@@ -26,6 +26,17 @@ NAMES = {
 }
 MODULES = {"embed_out": "lm_head"}
 BUFFERS = ("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias")
+GGUF = Gguf(
+    "gptneox",
+    own_head=True,
+    keys={"rope.dimension_count": "rotary_dim", "use_parallel_residual": "parallel_residual"},
+    graph={
+        "norm": ("layer",),
+        "activation": ("gelu", "gelu_tanh"),  # llama.cpp computes both as gelu_tanh
+        "gated_mlp": (False,),
+        **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), (True,)),
+    },
+)
 OTHER_PREFIXES = {"embed_out.": "lm_head."}  # what transformers 5 calls the head of a model in memory
 
 

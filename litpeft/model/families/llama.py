@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, checked
+from litpeft.model.families import Gguf
 from litpeft.model.rope import rope_settings
 
 NAMES = {
@@ -25,6 +26,8 @@ NAMES = {
     "head": "lm_head",
 }
 BUFFERS = ("*.rotary_emb.inv_freq",)
+EITHER = (False, True)
+GGUF = Gguf("llama", pairs=True, graph={"qkv_bias": EITHER, "output_bias": EITHER, "mlp_bias": EITHER})
 
 
 @dataclass(frozen=True)

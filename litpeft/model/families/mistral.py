@@ -8,6 +8,7 @@ from litpeft.model.families import llama
 
 NAMES = llama.NAMES
 BUFFERS = llama.BUFFERS
+GGUF = llama.GGUF
 
 
 @dataclass(frozen=True)

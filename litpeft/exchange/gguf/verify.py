@@ -1,0 +1,74 @@
+"""Reads a GGUF file that was written again: its tokenizer gives the same ids, and its tensors the same logits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from gguf import GGMLQuantizationType as Type
+from torch import Tensor
+
+from litpeft.core.errors import ModelError
+from litpeft.core.terminal import say
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.compare import PROMPTS, logits_of
+from litpeft.exchange.gguf.config import hf_config
+from litpeft.exchange.gguf.layout import Layout, decode
+from litpeft.exchange.gguf.tokenizer import GgufTokenizer
+from litpeft.exchange.gguf.weights import BoundedReader
+from litpeft.model.config import ModelConfig
+from litpeft.model.families.read import config_of
+from litpeft.model.gpt import GPT
+
+# The largest difference of a logit that is allowed, relative to the largest logit.
+TOLERANCE = {Type.F32: 5e-5, Type.F16: 1e-2, Type.BF16: 5e-2, Type.Q8_0: 5e-2, Type.Q4_0: 5e-1}
+TEXTS = (*PROMPTS, "x = 1234567.89 % 3  # naïve 日本語\n\n\tend", "I'm  sure\r\nYOU'LL  see…")
+
+
+class Written:
+    """A file that was written; `layout` says what it must hold."""
+
+    def __init__(self, path: Path, layout: Layout):
+        self.path, self.layout = path, layout
+        self.reader = BoundedReader(path)
+        self.values = {name: field.contents() for name, field in self.reader.fields.items()}
+        self.stored = {tensor.name: tensor for tensor in self.reader.tensors}
+
+    def check_header(self, tokenizer: Tokenizer, chat: str) -> None:
+        """Raises if sizes are not the model's, or a text's ids not the tokenizer's; says so if only the chat's are."""
+        if self.layout.gguf.arch == "llama":  # the one that litpeft reads
+            _, read = config_of(hf_config(self.values, self.stored), str(self.path))
+            shorter = {"max_positions": read.max_positions, "window": None}
+            if read != ModelConfig(**{**vars(self.layout.config), **shorter}):
+                raise ModelError(f"the header says {read}, the model is {self.layout.config}", where=self.path)
+        inner = GgufTokenizer(self.values, self.layout.config.vocab_size).tokenizer
+        for text in TEXTS:
+            if inner.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):
+                hint = "write safetensors, and convert them with llama.cpp's own script"
+                raise ModelError(f"the file's tokenizer gives other ids for {text!r}", where=self.path, hint=hint)
+        if inner.encode(chat, add_special_tokens=False).ids != tokenizer.encode(chat):
+            say("warning: in a chat llama.cpp puts a space after each special token, as this tokenizer does not")
+
+    def logits(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Returns the logits in float32; the weights of one block are in memory at a time."""
+        with torch.device("meta"):
+            model = GPT(self.layout.config)
+        model.requires_grad_(False).dtype = torch.float32
+        parts = {name: child for name, child in model.named_children() if name != "blocks"}
+        parts |= {f"blocks.{number}": block for number, block in enumerate(model.blocks)}
+        for place, part in parts.items():
+            part.register_forward_pre_hook(lambda _, __, place=place: self._fill(model, f"{place}."))
+            if place != "embed":  # it may be the head, too
+                part.register_forward_hook(lambda part, *_: part.to("meta") and None)
+        return logits_of(model.eval(), list(prompts))
+
+    def _fill(self, model: GPT, prefix: str) -> None:
+        for name, parts in self.layout.parts.items():
+            if parts[0].startswith(prefix):
+                tensor, shape = self.stored[name], self.layout.shape(name)
+                rows = torch.from_numpy(np.array(tensor.data)).view(torch.uint8).view(shape[0], -1)
+                values = decode(rows, tensor.tensor_type, shape) - self.layout.added(name)
+                for ours, own in self.layout.ours(name, values).items():
+                    module, _, leaf = ours.rpartition(".")
+                    setattr(model.get_submodule(module), leaf, nn.Parameter(own, requires_grad=False))

@@ -1,0 +1,321 @@
+"""GGUF files that are written: llama.cpp and transformers compute with them what litpeft computes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import tokenizers
+import torch
+from chat_samples import STYLES, sentencepiece_model, write_folder
+from conftest import finetune, make_folder
+from families.tiny_families import MODELS, make_family
+from llama_cpp import ask, complete, greedy, next_token, of_model, server, write_bpe
+from test_model import CASES
+from tiny_gguf import strings
+from tokenizers import processors
+from transformers import AutoModelForCausalLM
+
+from litpeft.cli import main
+from litpeft.core.errors import ConfigError, ModelError
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.convert import convert
+from litpeft.exchange.merge import merge
+from litpeft.exchange.settings import Convert, Merge
+from litpeft.generate.load import load_model
+from litpeft.model.build import build
+from litpeft.model.families import FAMILIES, family
+
+ROWS = 320
+PROMPTS = [torch.randint(3, 250, (size,), generator=torch.Generator().manual_seed(size)).tolist() for size in (5, 60)]
+LEARN = "--train.epochs", "3", "--train.lr", "1e-2"
+GELU = 2e-3  # llama.cpp looks its GELU up in a table of float16
+WINDOW = {"model_type": "mistral", "sliding_window": 100}
+WRITTEN = {
+    "llama": (CASES["grouped queries"], 1e-5),
+    "llama, wide heads": (CASES["one key head, wide heads"], 1e-5),
+    "llama, tied": (CASES["tied embeddings"], 1e-5),
+    "llama, biases": (CASES["biases"], 1e-5),
+    "llama3": (CASES["rope llama3"], 1e-5),
+    "llama, linear": (CASES["rope linear"], 1e-5),
+    "mistral": (WINDOW, 1e-5),
+    "gpt_neox": (CASES["gpt_neox, parallel, a quarter rotates"], GELU),
+    "gpt_neox, serial": (CASES["gpt_neox, serial, all rotates"], GELU),
+    "gpt_neox, tied": ({"model_type": "gpt_neox", "tie_word_embeddings": True}, GELU),
+    "gpt2": ({"model_type": "gpt2", "n_inner": 256, "n_positions": 1024}, GELU),  # as transformers' reader has it
+}
+
+
+def written(folder: Path, out: Path, **settings: object) -> Path:
+    """Returns the GGUF file that convert makes of a folder."""
+    convert(Convert(str(folder), str(out), to="gguf", **settings))
+    return out / "model.gguf"
+
+
+def make(folder: Path, monkeypatch, changes: dict) -> Path:
+    monkeypatch.setitem(MODELS, "this", changes)
+    make_family(folder, "this")
+    return write_bpe(folder)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_llama_cpp_computes_what_litpeft_computes(tmp_path, monkeypatch, name: str) -> None:
+    changes, limit = WRITTEN[name]
+    base = make(tmp_path / "base", monkeypatch, changes)
+    file, model = written(base, tmp_path / "out", type="f32"), build(base, torch.float32)
+    with server(file) as client:
+        for prompt in PROMPTS:
+            want = of_model(model, prompt)
+            assert (next_token(client, prompt, ROWS) - want).abs().max() <= limit
+            assert complete(client, prompt, 32)["tokens"] == greedy(model, prompt, 32, (0, 2))
+
+
+def test_the_families_that_are_tried_are_all_that_are_written() -> None:
+    have = {name for name in FAMILIES if hasattr(family(name), "GGUF")}
+    assert have == {changes.get("model_type", "llama") for changes, _ in WRITTEN.values()}
+
+
+@pytest.mark.parametrize("type_", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_a_type_is_what_the_package_makes_of_the_weights(tmp_path, type_: str) -> None:
+    base = write_bpe(make_folder(tmp_path / "base"))
+    file, model = written(base, tmp_path / "out", type=type_), AutoModelForCausalLM.from_pretrained(base)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    theirs, wanted = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2), gguf.GGMLQuantizationType[type_.upper()]
+    for name, weight in model.state_dict().items():
+        stored = tensors[theirs.get_name(name, (".weight",))]
+        kind = gguf.GGMLQuantizationType.F32 if weight.dim() == 1 else wanted
+        if type_ == "q4_0" and stored.name in ("token_embd.weight", "output.weight"):
+            kind = gguf.GGMLQuantizationType.Q8_0
+        if type_.startswith("q") and "down_proj" in name:
+            kind = gguf.GGMLQuantizationType.F16  # 112 inputs are no multiple of 32
+        assert stored.tensor_type == kind
+        rows = weight.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            heads = rows.reshape(-1, 2, 8, 64)
+            rows = heads.swapaxes(1, 2).reshape(rows.shape)
+        assert (gguf.quants.quantize(rows, kind).view("u1").reshape(-1) == stored.data.view("u1").reshape(-1)).all()
+
+
+@pytest.mark.parametrize("type_", ["f16", "q8_0", "q4_0"])
+def test_llama_cpp_reads_every_type_as_transformers_does(tmp_path, type_: str) -> None:
+    base = write_bpe(make_folder(tmp_path / "base", intermediate_size=128))
+    file = written(base, tmp_path / "out", type=type_)
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with server(file) as client, torch.no_grad():
+        want = theirs(torch.tensor([PROMPTS[1]])).logits[0, -1].log_softmax(-1)
+        # llama.cpp rounds activations to eight bits where the weights are quantised
+        assert (next_token(client, PROMPTS[1], ROWS) - want).abs().max() <= (2e-2 if type_ == "f16" else 0.15)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+def test_transformers_reads_the_file(tmp_path, monkeypatch, name: str) -> None:
+    base = make(tmp_path / "base", monkeypatch, WRITTEN[name][0])
+    file = written(base, tmp_path / "out", type="f32")
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            want = build(base, torch.float32)(torch.tensor([prompt]))
+            assert (theirs(torch.tensor([prompt])).logits - want).abs().max() <= 5e-6 * want.abs().max()
+
+
+def test_a_run_is_merged_on_the_way(tmp_path, capsys) -> None:
+    run = finetune(write_bpe(make_folder(tmp_path / "base")), tmp_path, *LEARN)
+    loaded = load_model(str(run), precision="32-true")
+    main(["convert", str(run), str(tmp_path / "out"), "--to", "gguf", "--type", "f32"])
+    main(["merge", str(run), "--to", "gguf", "--type", "f32", "--out", str(tmp_path / "merged")])
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == (tmp_path / "merged" / "model.gguf").read_bytes()
+    assert "rounded to f32: 0.0%" in capsys.readouterr().out
+    base = build(tmp_path / "base", torch.float32)
+    with server(tmp_path / "out" / "model.gguf") as client:
+        for prompt in PROMPTS:
+            want = of_model(loaded.model, prompt)
+            assert (next_token(client, prompt, ROWS) - want).abs().max() <= 1e-5
+            assert (of_model(base, prompt) - want).abs().max() > 1e-2
+
+
+def test_biases_that_a_method_adds_are_in_the_file(tmp_path) -> None:
+    run = finetune(write_bpe(make_folder(tmp_path / "base")), tmp_path, *LEARN, method="bitfit")
+    loaded = load_model(str(run), precision="32-true")
+    convert(Convert(str(run), str(tmp_path / "out"), to="gguf", type="f32"))
+    with server(tmp_path / "out" / "model.gguf") as client:
+        assert (next_token(client, PROMPTS[0], ROWS) - of_model(loaded.model, PROMPTS[0])).abs().max() <= 1e-5
+
+
+def test_a_chat_is_the_same_prompt_and_ends_where_it_ends(tmp_path) -> None:
+    base = write_bpe(make_folder(tmp_path / "base"))
+    (base / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [0, 2]}))
+    file, tokenizer = written(base, tmp_path / "out", type="f32"), Tokenizer.load(base)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "12"}, {"role": "user", "content": "x"}]
+    with server(file) as client:
+        ids = ChatTemplate(tokenizer).prompt(chat)
+        asked = ask(client, "/apply-template", messages=chat)["prompt"]
+        assert ask(client, "/tokenize", content=asked, add_special=False)["tokens"] == ids
+        for end in (0, 2):  # the tokenizer's end of text, and the template's end of a turn
+            banned = [[number, False] for number in range(ROWS) if number not in (end, 33)]
+            said = complete(client, ids, 4, logit_bias=[*banned, [end, 100.0]])
+            assert (said["tokens"], said["stop_type"]) == ([end], "eos")
+
+
+def test_a_run_on_the_alpaca_template_has_that_template(tmp_path) -> None:
+    base = write_bpe(make_folder(tmp_path / "base", eos_token_id=0))
+    run = finetune(base, tmp_path, *LEARN, "--data.template", "alpaca")
+    loaded = load_model(str(run))
+    convert(Convert(str(run), str(tmp_path / "out"), to="gguf"))
+    for chat in (
+        [{"role": "user", "content": "Hi"}],
+        [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}],
+    ):
+        with server(tmp_path / "out" / "model.gguf") as client:
+            asked = ask(client, "/apply-template", messages=chat)["prompt"]
+            assert ask(client, "/tokenize", content=asked, add_special=False)["tokens"] == loaded.template.prompt(chat)
+    said = (tmp_path / "out" / "Modelfile").read_text()
+    assert "### Instruction:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}<|endoftext|>" in said
+    assert 'SYSTEM """Below is an instruction that describes a task. Write' in said
+
+
+def test_a_base_without_a_template_gets_none(tmp_path) -> None:
+    base = write_bpe(make_folder(tmp_path / "base"))
+    (base / "chat_template.jinja").unlink()
+    file = written(base, tmp_path / "out")
+    assert "tokenizer.chat_template" not in gguf.GGUFReader(file).fields
+    assert "TEMPLATE" not in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_llama_cpp_cuts_text_into_the_tokens_of_a_tokenizer_json_and_a_tokenizer_model(tmp_path) -> None:
+    plain = write_bpe(make_folder(tmp_path / "base"))
+    pieces = make_folder(tmp_path / "pieces", vocab_size=352, bos_token_id=1, eos_token_id=2)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (pieces / name).unlink()
+    (pieces / "tokenizer.model").write_bytes(sentencepiece_model())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
+    (pieces / "tokenizer_config.json").write_text(json.dumps(names))
+    for number, folder in enumerate((plain, pieces)):
+        tokenizer = Tokenizer.load(folder)
+        with server(written(folder, tmp_path / f"out{number}", type="f16")) as client:
+            for text in (text for text in strings(40) if text[:1].strip()):  # transformers drops a first space
+                got = ask(client, "/tokenize", content=text, add_special=False)["tokens"]
+                assert got == tokenizer.encode(text), text
+            first = ask(client, "/tokenize", content="x", add_special=True)["tokens"][0]
+            assert (first == tokenizer.bos_id) == tokenizer.adds_bos == (folder is pieces)
+
+
+CHATML_IN_GO = """{{ if .System }}<|im_start|>system
+{{ .System }}<|im_end|>
+{{ end }}<|im_start|>user
+{{ .Prompt }}<|im_end|>
+<|im_start|>assistant
+{{ .Response }}<|im_end|>
+"""
+IN_GO = {
+    "llama3": "{{ if .System }}<|start_header_id|>system<|end_header_id|>\n\n{{ .System }}<|eot_id|>{{ end }}"
+    "<|start_header_id|>user<|end_header_id|>\n\n{{ .Prompt }}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{{ .Response }}<|eot_id|>",
+    "llama2": "[INST] {{ if .System }}<<SYS>>\n{{ .System }}\n<</SYS>>\n\n{{ end }}{{ .Prompt }} [/INST]"
+    "{{ .Response }} </s><s>",
+    "gemma": "{{ if .System }}<start_of_turn>system\n{{ .System }}<end_of_turn>\n{{ end }}<start_of_turn>user\n"
+    "{{ .Prompt }}<end_of_turn>\n<start_of_turn>model\n{{ .Response }}<end_of_turn>\n",
+    "zephyr": "{{ if .System }}<|system|>\n{{ .System }}</s>\n{{ end }}<|user|>\n{{ .Prompt }}</s>\n<|assistant|>\n"
+    "{{ .Response }}</s>\n",
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_modelfile_says_the_template_in_go(tmp_path, capsys, style: str) -> None:
+    base = make_folder(tmp_path / "base", vocab_size=512)
+    write_folder(base, style)
+    (base / "generation_config.json").unlink()
+    tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+    if STYLES[style][2]:
+        starts = [(STYLES[style][2], tokenizer.token_to_id(STYLES[style][2]))]
+        framed = processors.TemplateProcessing(single=f"{STYLES[style][2]} $A", special_tokens=starts)
+        tokenizer.post_processor = framed if style in IN_GO else tokenizer.post_processor
+        tokenizer.save(str(base / "tokenizer.json"))
+    written(base, tmp_path / "out", type="f16")
+    said = (tmp_path / "out" / "Modelfile").read_text()
+    assert said.startswith("FROM ./model.gguf\n")
+    assert ("add_bos_token is false" in capsys.readouterr().out) == (style == "zephyr")  # its template writes no BOS
+    assert f'TEMPLATE """{IN_GO.get(style, CHATML_IN_GO)}"""' in said
+    template = ChatTemplate(Tokenizer.load(base))
+    stops = [line for line in said.splitlines() if line.startswith("PARAMETER stop ")]
+    assert [json.loads(line.split(" ", 2)[2]) for line in stops] == [
+        template.tokenizer.backend.names[number] for number in template.stop_ids
+    ]
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "hello"}]
+    with server(tmp_path / "out" / "model.gguf") as client:  # one BOS, not two
+        used = client.handle_chat_completions({"messages": chat, "max_tokens": 1})["usage"]["prompt_tokens"]
+        assert used == len(template.prompt(chat))
+
+
+def test_the_modelfile_of_a_run_has_its_system_message(tmp_path) -> None:
+    base = write_bpe(make_folder(tmp_path / "base", eos_token_id=0))
+    run = finetune(base, tmp_path, *LEARN, "--data.system", "Say a colour.")
+    convert(Convert(str(run), str(tmp_path / "out"), to="gguf"))
+    said = (tmp_path / "out" / "Modelfile").read_text()
+    assert said == f'FROM ./model.gguf\nTEMPLATE """{CHATML_IN_GO}"""\nSYSTEM """Say a colour."""\n' + (
+        'PARAMETER stop "<|endoftext|>"\nPARAMETER stop "<|im_end|>"\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (CASES["gpt2, untied"], "gpt2 computes with activation gelu or gelu_tanh, and this model has relu"),
+        (CASES["gpt_neox, tied, no attention bias"], "gptneox computes with qkv_bias True, and this model has False"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, monkeypatch, changes: dict, said: str) -> None:
+    base = make(tmp_path / "base", monkeypatch, changes)
+    with pytest.raises(ConfigError, match=said):
+        written(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_beyond_float16_is_refused(tmp_path) -> None:
+    base = write_bpe(make_folder(tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 7e4
+    model.save_pretrained(base)
+    with pytest.raises(ModelError, match=r"blocks\.1\.mlp\.up\.weight holds numbers that are too large for float16"):
+        written(base, tmp_path / "out", type="f16")
+
+
+def test_a_file_that_is_not_the_model_is_refused_and_not_left(tmp_path, monkeypatch) -> None:
+    base = write_bpe(make_folder(tmp_path / "base"))
+    monkeypatch.setattr("litpeft.exchange.gguf.layout.rows_dealt_out", lambda rows, _: rows)  # as others have done
+    with pytest.raises(ModelError, match="logits of the file read back, f32 are off by .* nothing was written"):
+        written(base, tmp_path / "out", type="f32")
+    assert not (tmp_path / "out").exists()
+    written(base, tmp_path / "out", type="f32", no_verify=True)
+
+
+def test_no_verify_says_what_was_not_checked(tmp_path, capsys) -> None:
+    base = write_bpe(make_folder(tmp_path / "base"))
+    run = finetune(base, tmp_path, *LEARN)
+    capsys.readouterr()
+    main(["convert", str(base), str(tmp_path / "a"), "--to", "gguf", "--no_verify"])
+    main(["merge", str(run), "--no_verify"])
+    said = capsys.readouterr().out
+    assert "not checked, as --no_verify wants it: the file's header, tokenizer and logits" in said
+    assert "not checked, as --no_verify wants it: the logits of the files, and of the folded weights" in said
+    assert "differs by" not in said
+    main(["merge", str(run), "--overwrite"])
+    assert "files read back, float32" in capsys.readouterr().out
+
+
+def test_an_export_is_replaced_with_overwrite(tmp_path) -> None:
+    base = write_bpe(make_folder(tmp_path / "base"))
+    first = written(base, tmp_path / "out", type="f16").stat().st_size
+    with pytest.raises(ConfigError, match="the output exists"):
+        written(base, tmp_path / "out", type="f32")
+    assert written(base, tmp_path / "out", type="f32", overwrite=True).stat().st_size > 1.7 * first
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_settings_that_do_not_go_together_are_refused(tiny_folder, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="type: it is not for a Hugging Face folder"):
+        convert(Convert(str(tiny_folder), str(tmp_path / "out"), type="q8_0"))
+    run = finetune(tiny_folder, tmp_path, "--train.max_steps", "1")
+    with pytest.raises(ConfigError, match="type: q8_0 is a type of GGUF files"):
+        merge(Merge(str(run), type="q8_0"))
