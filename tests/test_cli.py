@@ -217,9 +217,9 @@ def test_an_internal_error_is_one_line_and_debug_shows_the_rest(tmp_path, monkey
 
 def test_the_methods_are_listed_with_what_their_files_say(capsys) -> None:
     main(["methods"])
-    rows = dict(re.findall(r"^(\w+) +(\d\S* +(?:yes|no|if all) +\d{4}\.\d{5}) ", capsys.readouterr().out, re.M))
+    rows = dict(re.findall(r"^(\w+) +(\d\S* +(?:yes|no|if all) +\w+ +\d{4}\.\d{5}) ", capsys.readouterr().out, re.M))
     assert list(rows) == list(METHODS)
-    assert rows["dora"].split() == ["1e-3", "yes", "2402.09353"]
+    assert rows["dora"].split() == ["1e-3", "yes", "LORA", "2402.09353"]
     main(["methods", "dora"])
     said = capsys.readouterr().out
     assert "n = m / ||W + s B A||" in said

@@ -314,8 +314,8 @@ def test_an_export_is_replaced_with_overwrite(tmp_path) -> None:
 
 
 def test_settings_that_do_not_go_together_are_refused(tiny_folder, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="type: it is not for a Hugging Face folder"):
-        convert(Convert(str(tiny_folder), str(tmp_path / "out"), type="q8_0"))
+    with pytest.raises(ValueError, match="type is not for a Hugging Face folder"):
+        Convert(str(tiny_folder), str(tmp_path / "out"), type="q8_0")
     run = finetune(tiny_folder, tmp_path, "--train.max_steps", "1")
     with pytest.raises(ConfigError, match="type: q8_0 is a type of GGUF files"):
         merge(Merge(str(run), type="q8_0"))

@@ -203,10 +203,10 @@ def test_what_peft_cannot_say_comes_with_a_command_that_works_as_typed(tmp_path,
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"to": "peft", "dtype": "float16"}, "dtype and to exclude each other"),
-        ({"to": "onnx"}, "to must be peft or null, got 'onnx'"),
+        ({"to": "peft", "dtype": "float16"}, "dtype is not for --to peft"),
+        ({"to": "onnx"}, "to must be peft, gguf or null, got 'onnx'"),
         ({}, "out must be given"),
-        ({"out": "x", "base": "y"}, "base is for --to"),
+        ({"out": "x", "base": "y"}, "base is not for a Hugging Face folder"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings: dict, told: str) -> None:

@@ -135,7 +135,8 @@ def test_a_delta_is_checked_whatever_the_record_lists(runs, tmp_path, capsys) ->
     assert "sha256 mismatch" in refusal(capsys, "generate", run, "--prompt", "x")[1]
     forge(run / "final" / "delta.json", "files", {})
     code, said = refusal(capsys, "generate", run, "--prompt", "x")
-    assert (code, "files must name delta.safetensors and, at most, adapter_model.safetensors beside it, got none" in said) == (4, True)
+    what = "files must name delta.safetensors and, at most, adapter_model.safetensors beside it, got none"
+    assert (code, what in said) == (4, True)
 
 
 @pytest.mark.parametrize("value", ["half", 1, ["float32"], True])

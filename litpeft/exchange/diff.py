@@ -54,7 +54,7 @@ def opened(path: Path) -> Side:
         base = run.facts["base"]
         tokenizer = base.get("tokenizer")
         settings["base"] = {key: value for key, value in base.items() if key != "tokenizer"}
-        return Side("a run", settings, tokenizer, [run.folder / name for name in run.facts["files"]])
+        return Side("a run", settings, tokenizer, run.tensors)
     if is_adapter(path):
         return Side("a PEFT adapter", read_json(path / ADAPTER, ADAPTER), None, [path / "adapter_model.safetensors"])
     folder = path / "final" if (path / "final" / "config.json").exists() else path

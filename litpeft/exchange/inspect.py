@@ -18,8 +18,9 @@ from litpeft.core.json import read_json
 from litpeft.core.recognise import ADAPTER, refuse_file
 from litpeft.core.safetensors import Weights
 from litpeft.core.terminal import command_line, say
+from litpeft.exchange.exports.peft import NotInPeft, adapter_of
+from litpeft.exchange.gguf.layout import known_family
 from litpeft.exchange.gguf.weights import BoundedReader, GgufFile
-from litpeft.exchange.gguf.write import check_gguf
 from litpeft.exchange.run import Run, build_run, find_run
 from litpeft.exchange.settings import Inspect
 from litpeft.exchange.updates import learned, low_rank_values, measured, trained
@@ -94,7 +95,7 @@ def run_facts(run: Run, base: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": "run", "path": place, "method": record["method"], "settings": record["settings"]}
     found |= {key: record[key] for key in ("precision", "step", "finished")}
     found |= {"base": {key: record["base"][key] for key in ("path", "fingerprint", "storage")}}
-    found |= held(run.folder / name for name in record["files"])
+    found |= held(run.tensors)
     try:
         folder = run.base_folder(base)
     except ModelError as error:
@@ -107,19 +108,30 @@ def run_facts(run: Run, base: str | None) -> dict[str, Any]:
         model = build_run(run, folder, run.dtype, storage=run.storage)
     if kind := unfoldable(model):
         found["updates_unknown"] = f"{kind} acts on activations: it is no update of weights"
-        return found | {"exports": {"safetensors": f"no: {kind} acts on activations", "gguf": "no, for that reason"}}
-    return found | {"updates": dict(learned(model)), "exports": run_exports(run, names)}
+        ways = {"safetensors": f"no: {kind} acts on activations", "gguf": "no, for that reason"}
+        return found | {"exports": ways | as_adapter(run, folder)}
+    ways = as_weights(run, names) | as_adapter(run, folder)
+    return found | {"updates": dict(learned(model)), "exports": ways}
 
 
-def run_exports(run: Run, names: NameMap) -> dict[str, str]:
-    """Returns for each format the command that writes a run which folds, or why there is none."""
-    place = run.folder.parent if run.folder.name == "final" else run.folder
+def as_weights(run: Run, names: NameMap) -> dict[str, str]:
+    """Returns for each format of weights the command that writes a run which folds, or why there is none."""
+    place = run.place
     ways = {"safetensors": command_line("merge", place), "lora": command_line("combine", place, f"{place}-as-lora")}
     try:
-        check_gguf(names)
+        known_family(names)
     except UserError as error:
         return ways | {"gguf": f"no: {error.what}"}
-    return ways | {"gguf": command_line("merge", place, "--to", "gguf")}
+    return ways | {"gguf": command_line("convert", place, "--to", "gguf")}
+
+
+def as_adapter(run: Run, base: Path) -> dict[str, str]:
+    """Returns the command that writes a run as an adapter of PEFT, or why there is none."""
+    try:
+        adapter_of(run.method(), run.storage, run.delta(), base)
+    except NotInPeft as error:
+        return {"peft": f"no: {error}"}
+    return {"peft": command_line("convert", run.place, "--to", "peft")}
 
 
 def adapter_facts(folder: Path) -> dict[str, Any]:

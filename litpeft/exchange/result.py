@@ -43,6 +43,11 @@ class Run:
         return self.folder.parent if self.folder.name == "final" else self.folder
 
     @property
+    def tensors(self) -> list[Path]:
+        """The files of the result's tensors, without what says the same for another program."""
+        return [self.folder / name for name in (self.facts["files"] if self.is_model else (DELTA,))]
+
+    @property
     def is_model(self) -> bool:
         """Whether the folder is an ordinary model, since the method trained the base's own weights."""
         return self.facts["holds"] == "model"
