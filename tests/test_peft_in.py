@@ -16,6 +16,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    VeraConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -98,6 +99,8 @@ def test_lora_computes_what_peft_computes(case: str, tmp_path) -> None:
 KINDS = {
     "ia3": ("llama", IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False)),
     "fused ia3": ("gpt2", IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[])),
+    "vera": ("llama", VeraConfig(task_type="CAUSAL_LM", r=16, target_modules=["q_proj", "down_proj"])),
+    "fused vera": ("gpt2", VeraConfig(task_type="CAUSAL_LM", r=16, target_modules=["c_attn"], fan_in_fan_out=True)),
     "norms": ("llama", LNTuningConfig(task_type="CAUSAL_LM")),
     "prefix": ("llama", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)),
     "prompt": ("gpt2", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)),
@@ -132,10 +135,10 @@ def changed(lora: tuple, tmp_path: Path, **keys: object) -> Path:
 
 
 REFUSED = {
-    "peft_type": ("VERA", "peft_type 'VERA' is not read; LORA, IA3, LN_TUNING"),
+    "peft_type": ("LOHA", "peft_type 'LOHA' is not read; LORA, VERA, IA3, LN_TUNING"),
     "task_type": ("SEQ_CLS", "task_type must be CAUSAL_LM, got 'SEQ_CLS'"),
     "r": ("4", "r must be a whole number, got '4'"),
-    "rank_pattern": ({"q_proj": 0}, 'rank_pattern["q_proj"] must be a rank of at least 1'),
+    "rank_pattern": ({"q_proj": 0}, 'rank_pattern["q_proj"] must be at least 1'),
     "alpha_pattern": ({"(": 2.0}, "alpha_pattern '(' is no regular expression"),
     "lora_alpha": (None, "lora_alpha must be a finite number, got None"),
     "target_modules": (["q_proj"], "down_proj.lora_A.weight is of no module that target_modules"),

@@ -85,6 +85,7 @@ CASES = {
     "tied_lora": ("llama", "tied_lora", {"rank": 3}),
     "ada_lora": ("llama", "ada_lora", {"rank": 6, "final_rank": 4}),
     "vera": ("llama", "vera", {"rank": 16}),
+    "fused vera, as lora": ("gpt2", "vera", {"rank": 16}),
     "ia3": ("llama", "ia3", {}),
     "prefix": ("llama", "prefix", {}),
     "prefix that a network computed": ("gpt2", "prefix", {"hidden": 8}),

@@ -97,10 +97,12 @@ def save_result(
             write_config(temporary, dtype, settings)
             write_stop_ids(temporary, facts["base"]["tokenizer"]["stop_ids"])
         else:
-            delta, held = dict(_finite(tensors, folder)), facts["base"]["storage"]
+            delta = dict(_finite(tensors, folder))
             save_tensors(delta, temporary / DELTA)
-            with suppress(NotInPeft):
-                write_adapter(temporary, settings, None if held is None else Storage(**held), delta, base)
+            held, size = facts["base"]["storage"], sum(path.stat().st_size for path in base.glob("*.safetensors"))
+            most = max(4 * (temporary / DELTA).stat().st_size, size / 20)
+            with suppress(NotInPeft):  # then `convert --to peft` says why
+                write_adapter(temporary, settings, None if held is None else Storage(**held), delta, base, most)
         record = {
             "format": FORMAT,
             "litpeft": __version__,

@@ -6,7 +6,7 @@
 
 VeRA https://arxiv.org/abs/2310.11454. A and B have the largest in and out of all targets; a layer takes their first
 columns and rows. A run saves the seed, not the matrices.
-Trains rank + out parameters for each target. Folds: W <- W + diag(b') B diag(d) A. In peft: LORA.
+Trains rank + out parameters for each target. Folds: W <- W + diag(b') B diag(d) A. In peft: VERA.
 """
 
 from dataclasses import dataclass
@@ -51,6 +51,10 @@ class Scaled(LowRankDelta):
     def factors(self) -> tuple[Tensor, Tensor]:
         (bank,), (inputs, outputs) = self.bank, self.sizes
         return self.d[:, None] * bank.A[:, :inputs], self.b[:, None] * bank.B[:outputs]
+
+    def peft(self) -> dict[str, Tensor]:
+        (bank,) = self.bank
+        return {"vera_lambda_d": self.d, "vera_lambda_b": self.b, "vera_A": bank.A, "vera_B": bank.B}
 
 
 @dataclass

@@ -13,6 +13,7 @@ from lightning.fabric import Fabric
 
 from litpeft import __version__
 from litpeft.core.json import jsonable
+from litpeft.core.recognise import ADAPTER_TENSORS
 from litpeft.core.terminal import command_line, say
 from litpeft.data.sources import find
 from litpeft.exchange.run import resume_command
@@ -61,7 +62,9 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         precision=run.precision.name + (f", linear layers in {held}" if (held := settings.base.quantize) else ""),
         data=str(run.rows.report),
         trainable=sum(p.numel() for p in trainable(model).values()),
-        delta_bytes=sum(path.stat().st_size for path in (out / "final").glob("*.safetensors")),
+        delta_bytes=sum(
+            path.stat().st_size for path in (out / "final").glob("*.safetensors") if path.name != ADAPTER_TENSORS
+        ),
         steps=progress.step,
         epochs=whole_epochs + more * settings.train.batch_size / len(run.rows.train),
         tokens=progress.tokens,

@@ -4,9 +4,10 @@ What each Delta is for peft it says itself (`Delta.peft`); here these are put un
 one of peft's kinds. The base's weights are not read.
 """
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ from litpeft.model.quantize import Storage
 from litpeft.model.slots import Delta, Linear, Slot
 
 WRAPPED = "base_model.model."  # what peft puts before the name of a module
-LORA, DORA, IA3 = ({"lora_A", "lora_B"}, {"lora_A", "lora_B", "lora_magnitude_vector"}, {"ia3_l"})
+SHARED = {"vera_A", "vera_B"}  # by all layers
+LORA, IA3 = {"lora_A", "lora_B"}, {"ia3_l"}
+DORA, VERA = LORA | {"lora_magnitude_vector"}, SHARED | {"vera_lambda_d", "vera_lambda_b"}
 Said = dict[str, Tensor]  # tensors by peft's names
 
 
@@ -52,10 +55,15 @@ def write(folder: Path, run: Run, base: Path) -> str:
 
 
 def write_adapter(
-    folder: Path, method: Method, storage: Storage | None, delta: Mapping[str, Tensor], base: Path
+    folder: Path,
+    method: Method,
+    storage: Storage | None,
+    delta: Mapping[str, Tensor],
+    base: Path,
+    most: float = math.inf,
 ) -> str:
-    """Writes what a method learned as an adapter; raises NotInPeft if peft cannot say it."""
-    adapter = adapter_of(method, storage, delta, base)
+    """Writes what a method learned as an adapter; raises NotInPeft if peft cannot say it in `most` bytes."""
+    adapter = adapter_of(method, storage, delta, base, most)
     config = {"peft_type": None, "task_type": "CAUSAL_LM", **base_name(base), "inference_mode": True} | adapter.config
     write_json(folder / ADAPTER, config)
     save_tensors(adapter.tensors, folder / ADAPTER_TENSORS)
@@ -70,7 +78,9 @@ def base_name(base: Path) -> dict[str, Any]:
     return {"base_model_name_or_path": str(base.resolve()), "revision": None}
 
 
-def adapter_of(method: Method, storage: Storage | None, delta: Mapping[str, Tensor], base: Path) -> Adapter:
+def adapter_of(
+    method: Method, storage: Storage | None, delta: Mapping[str, Tensor], base: Path, most: float = math.inf
+) -> Adapter:
     if method.add_tokens:
         raise NotInPeft("it adds tokens to the vocabulary of its base")
     hf = read_json(base / "config.json", "config.json of the base")
@@ -81,8 +91,13 @@ def adapter_of(method: Method, storage: Storage | None, delta: Mapping[str, Tens
     names = NameMap(*config_of(hf, str(base)))
     model = deltas_alone(names.config, method, storage, dict(delta))
     slots = {place: slot for place, slot in model.named_modules() if isinstance(slot, Slot) and slot.deltas}
-    said = {place: spoken(place, slot, storage) for place, slot in slots.items()}
-    said = {place: parts for place, parts in said.items() if parts}
+    said: dict[str, tuple[Said, float]] = {}
+    for place, slot in slots.items():
+        if (parts := spoken(place, slot, storage)) is not None:
+            said[place] = parts
+            most -= sum(tensor.nbytes for name, tensor in parts[0].items() if name not in SHARED)
+        if most < 0:
+            raise NotInPeft("as an adapter of peft it would be far larger than it is here")
     trained = {name: delta[name].float() for name in model.base_values}
     if any("prompt_embeddings" in parts for parts, _ in said.values()):
         return prompt(model, {place: parts for place, (parts, _) in said.items()}, trained)
@@ -137,6 +152,9 @@ def beside_layers(
     model: GPT, said: Mapping[str, tuple[Said, float]], base: Mapping[str, Tensor], names: NameMap
 ) -> Adapter:
     """Returns an adapter of updates of linear layers, and of parameters of the base that trained."""
+    if any(parts.keys() == VERA for parts, _ in said.values()) and not alone(said, names):
+        sizes = {place: model.get_submodule(place).weight.shape for place in said}
+        said = {place: (as_lora(parts, *sizes[place]), scale) for place, (parts, scale) in said.items()}
     kinds = {frozenset(parts) for parts, _ in said.values()}
     if len(kinds) > 1 or not all(isinstance(model.get_submodule(place), Linear) for place in said):
         raise NotInPeft("it learned in more ways than one, and peft has one kind in a folder")
@@ -145,13 +163,15 @@ def beside_layers(
         given = {part: said[part.removesuffix(".weight")] for part in parts if part.removesuffix(".weight") in said}
         if given:
             modules[names.module(parts[0].removesuffix(".weight"))] = fused(theirs, given, names)
+    if not modules:
+        return plain_modules(base, names)
     tensors = {
-        f"{WRAPPED}{module}.{name}{'' if name in ('lora_magnitude_vector', 'ia3_l') else '.weight'}": tensor
+        f"base_model.{name}"
+        if name in SHARED
+        else f"{WRAPPED}{module}.{name}{'.weight' if name in LORA else ''}": tensor
         for module, (parts, _) in modules.items()
         for name, tensor in parts.items()
     }
-    if not modules:
-        return plain_modules(base, names)
     linear = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     config = {
         "target_modules": targets(list(modules), names, linear),
@@ -160,10 +180,26 @@ def beside_layers(
     }
     if kinds == {frozenset(IA3)}:
         config |= {"peft_type": "IA3", "feedforward_modules": []}
+    elif kinds == {frozenset(VERA)}:
+        config |= {"peft_type": "VERA", "r": len(tensors["base_model.vera_A"]), "save_projection": True}
     else:
         config |= {"peft_type": "LORA", "use_dora": kinds == {frozenset(DORA)}, "bias": "none", **ranks(modules)}
-    add_base(config, tensors, base, names)
+    add_base(config, tensors, base, modules, names)
     return Adapter(config, tensors)
+
+
+def alone(said: Mapping[str, tuple[Said, float]], names: NameMap) -> bool:
+    """Returns whether all deltas are of one kind, in layers that the base's files do not fuse."""
+    parts = [names.parts[names.file_name(f"{place}.weight")] for place in said]
+    return len({frozenset(tensors) for tensors, _ in said.values()}) == 1 and max(map(len, parts)) == 1
+
+
+def as_lora(said: Said, outputs: int, inputs: int) -> Said:
+    """Returns what scales shared matrices as matrices of its own."""
+    if said.keys() != VERA:
+        return said
+    a, b = said["vera_A"][:, :inputs], said["vera_B"][:outputs]
+    return {"lora_A": said["vera_lambda_d"][:, None] * a, "lora_B": said["vera_lambda_b"][:, None] * b}
 
 
 def fused(theirs: str, given: Mapping[str, tuple[Said, float]], names: NameMap) -> tuple[Said, float]:
@@ -257,9 +293,14 @@ def plain_modules(base: Mapping[str, Tensor], names: NameMap) -> Adapter:
     return Adapter({"peft_type": "LN_TUNING", "target_modules": sorted(modules), "modules_to_save": None}, tensors)
 
 
-def add_base(config: dict[str, Any], tensors: dict[str, Tensor], base: Mapping[str, Tensor], names: NameMap) -> None:
+def add_base(
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    base: Mapping[str, Tensor],
+    targeted: Container[str],
+    names: NameMap,
+) -> None:
     """Adds trained parameters of the base: whole modules as modules_to_save, and biases as `bias`."""
-    targeted = {name.removeprefix(WRAPPED).rpartition(".lora_A")[0] for name in tensors}
     saved = []
     for module, found in by_module(base, names).items():
         if module not in targeted and whole(module, found, names):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from litpeft.core.errors import some
 from litpeft.core.safetensors import Weights
-from litpeft.exchange.exports.peft import WRAPPED
-from litpeft.exchange.imports.peft_keys import Ia3Keys, Keys, LayerKeys, LoraKeys, PromptKeys, fits
+from litpeft.exchange.exports.peft import SHARED, WRAPPED, as_lora
+from litpeft.exchange.imports.peft_keys import Ia3Keys, Keys, LayerKeys, LoraKeys, NormKeys, PromptKeys, VeraKeys, fits
 from litpeft.methods.dora import DoRA
 from litpeft.methods.ia3 import IA3
 from litpeft.methods.lora import LoRA
@@ -30,7 +30,8 @@ def learned(keys: Keys, tensors: Mapping[str, Tensor], names: NameMap, weights: 
     """Returns an adapter as a method with its delta; a ValueError says what does not fit."""
     if isinstance(keys, PromptKeys):
         return before_text(keys, tensors, names)
-    odd = sorted(name for name in tensors if not name.startswith(WRAPPED))
+    shared = {f"base_model.{name}" for name in SHARED} if isinstance(keys, VeraKeys) else set()
+    odd = sorted(name for name in tensors if not name.startswith(WRAPPED) and name not in shared)
     if odd:
         raise ValueError(f"the names of tensors must begin with {WRAPPED}, got {some(odd)}")
     return Reader(keys, tensors, names, weights).learned()
@@ -67,6 +68,10 @@ class Reader:
             base = self.base_parameters()
             cls = DoRA if keys.use_dora else LoRA
             method = cls(rank=keys.r, alpha=float(keys.r), targets=(*own,), ranks=ranks, unfreeze=(*base,))
+        elif isinstance(keys, VeraKeys):
+            own = self.scaled(modules)
+            base = self.base_parameters()
+            method = LoRA(rank=keys.r, alpha=float(keys.r), targets=(*own,), unfreeze=(*base,))
         elif isinstance(keys, Ia3Keys):
             own = self.factors(modules)
             base = self.base_parameters()
@@ -89,7 +94,7 @@ class Reader:
             if module not in self.of:
                 what = f"target_modules names {module}, which is the embedding of this base (tie_word_embeddings)"
                 raise ValueError(f"{what}: an update of the head alone would untie them")
-            if module not in self.linear and isinstance(self.keys, LoraKeys | Ia3Keys):
+            if module not in self.linear and not isinstance(self.keys, NormKeys):
                 raise ValueError(f"target_modules names {module}, which is no linear layer: that is not supported")
         return found
 
@@ -107,6 +112,23 @@ class Reader:
                 rows = dict.fromkeys(self.of[module], tensor) if ours == "A" else self.rows(module, tensor)
                 for part, piece in rows.items():
                     own.setdefault(part, {})[ours] = piece
+        return own
+
+    def scaled(self, modules: list[str]) -> dict[str, dict[str, Tensor]]:
+        """Returns A and B of each of our layers, from matrices that all share."""
+        keys, own = self.keys, {}
+        self.expect(["base_model.vera_A", "base_model.vera_B"])
+        self.expect(f"{module}.vera_lambda_{leaf}" for module in modules for leaf in "bd")
+        sizes = {module: self.shape(module) for module in modules}
+        outputs, inputs = (max(size[at] for size in sizes.values()) for at in (0, 1))
+        shared = {"vera_A": (keys.r, inputs), "vera_B": (outputs, keys.r)}
+        shared = {name: self.take(f"base_model.{name}", shape) for name, shape in shared.items()}
+        for module, size in sizes.items():
+            leaves = {"vera_lambda_b": size[:1], "vera_lambda_d": (keys.r,)}
+            said = shared | {leaf: self.take(f"{module}.{leaf}", shape) for leaf, shape in leaves.items()}
+            pair = as_lora(said, *size)
+            for part, b in self.rows(module, pair["lora_B"]).items():
+                own[part] = {"A": pair["lora_A"], "B": b}
         return own
 
     def factors(self, modules: list[str]) -> dict[str, dict[str, Tensor]]:
@@ -151,7 +173,7 @@ class Reader:
             tensor = self.take(name, names.shapes[theirs])
             found |= names.rows(theirs, tensor.t() if names.transposed(theirs) and tensor.ndim == 2 else tensor)
         same = (ours for ours, t in found.items() if torch.equal(t, names.read(self.weights, ours).to(t.dtype)))
-        for ours in list(same) if isinstance(keys, LoraKeys | Ia3Keys) else ():  # peft saves embeddings without need
+        for ours in () if isinstance(keys, NormKeys) else list(same):  # peft saves embeddings without need
             found.pop(ours)
         return {ours: tensor.contiguous() for ours, tensor in found.items()}
 

@@ -20,7 +20,8 @@ IDLE = {  # how it was trained, and what peft puts right itself
     *("lora_dropout", "lora_ga_config", "loftq_config", "megatron_core", "peft_version", "qalora_group_size"),
     *("revision", "encoder_hidden_size", "encoder_dropout", "encoder_num_layers", "prefix_projection"),
     *("encoder_reparameterization_type", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs"),
-    *("tokenizer_name_or_path", "num_attention_heads", "num_layers", "token_dim"),
+    *("tokenizer_name_or_path", "num_attention_heads", "num_layers", "token_dim", "d_initial"),
+    *("vera_dropout", "projection_prng_key", "init_weights"),
 }
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # of A and B, which leave the base's weights alone
 Names = tuple[str, ...] | str | None  # ends of modules' names, or a regular expression of whole names
@@ -91,44 +92,20 @@ class Ia3Keys(LayerKeys):
 
 
 @dataclass
-class LoraKeys(LayerKeys):
+class RankKeys(LayerKeys):
     """Of low-rank updates."""
 
     r: int = later(8)
-    lora_alpha: float = later(8.0)
-    rank_pattern: dict[str, int] | None = later(None)
-    alpha_pattern: dict[str, float] | None = later(None)
-    use_rslora: bool = later(False)
-    use_dora: bool = later(False)
-    bias: Literal["none", "all", "lora_only"] = later("none")
-    init_lora_weights: bool | str | None = later(True)
     layers_to_transform: tuple[int, ...] | int | None = later(None)
     layers_pattern: tuple[str, ...] | str | None = later(None)
-    ensure_weight_tying: bool = later(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ranks = {f'rank_pattern["{name[:60]}"]': rank for name, rank in (self.rank_pattern or {}).items()}
-        for name, rank in {"r": self.r, **ranks}.items():
-            if not 1 <= rank <= LARGEST_RANK:
-                raise ValueError(f"{name} must be a rank of at least 1 and at most {LARGEST_RANK}, got {rank}")
-        for key in ("rank_pattern", "alpha_pattern", "layers_pattern"):
-            check_patterns(key, getattr(self, key) or ())
-        if self.init_lora_weights not in PLAIN_STARTS:
-            what = (
-                f"init_lora_weights {self.init_lora_weights!r} changes the base's weights when peft loads the adapter"
-            )
-            raise ValueError(f"{what}; save it in peft with path_initial_model_for_weight_conversion")
+        check_patterns("layers_pattern", self.layers_pattern or ())
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform is for a list of target_modules, which is a regular expression")
-
-    def rank(self, module: str) -> int:
-        return by_pattern(self.rank_pattern, module, self.r)
-
-    def scale(self, module: str) -> float:
-        """Returns what B A x of a module is multiplied by."""
-        rank = self.rank(module)
-        return by_pattern(self.alpha_pattern, module, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
+        if not 1 <= self.r <= LARGEST_RANK:
+            raise ValueError(f"r must be at least 1 and at most {LARGEST_RANK}, got {self.r}")
 
     def is_target(self, module: str, inner_linear: bool) -> bool:
         wanted = self.layers_to_transform
@@ -141,8 +118,61 @@ class LoraKeys(LayerKeys):
         return next((int(match[1]) for match in found if match), None) in wanted
 
 
+@dataclass
+class VeraKeys(RankKeys):
+    """Of matrices that all layers share."""
+
+    bias: Literal["none", "all", "vera_only"] = later("none")
+    save_projection: bool = later(True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.save_projection:
+            what = (
+                "save_projection must be true: the matrices that peft draws without it differ from machine to machine"
+            )
+            raise ValueError(what)
+
+
+@dataclass
+class LoraKeys(RankKeys):
+    """Of matrices of each layer's own."""
+
+    lora_alpha: float = later(8.0)
+    rank_pattern: dict[str, int] | None = later(None)
+    alpha_pattern: dict[str, float] | None = later(None)
+    use_rslora: bool = later(False)
+    use_dora: bool = later(False)
+    bias: Literal["none", "all", "lora_only"] = later("none")
+    init_lora_weights: bool | str | None = later(True)
+    ensure_weight_tying: bool = later(False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, rank in (self.rank_pattern or {}).items():
+            if not 1 <= rank <= LARGEST_RANK:
+                what = f'rank_pattern["{name[:60]}"] must be at least 1 and at most {LARGEST_RANK}, got {rank}'
+                raise ValueError(what)
+        for key in ("rank_pattern", "alpha_pattern"):
+            check_patterns(key, getattr(self, key) or ())
+        if self.init_lora_weights not in PLAIN_STARTS:
+            what = (
+                f"init_lora_weights {self.init_lora_weights!r} changes the base's weights when peft loads the adapter"
+            )
+            raise ValueError(f"{what}; save it in peft with path_initial_model_for_weight_conversion")
+
+    def rank(self, module: str) -> int:
+        return by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """Returns what B A x of a module is multiplied by."""
+        rank = self.rank(module)
+        return by_pattern(self.alpha_pattern, module, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
+
+
 KINDS = {
     "LORA": LoraKeys,
+    "VERA": VeraKeys,
     "IA3": Ia3Keys,
     "LN_TUNING": NormKeys,
     "PREFIX_TUNING": PromptKeys,
