@@ -50,8 +50,7 @@ def tokenizer_identity(template: ChatTemplate) -> dict[str, Any]:
     tokenizer = template.tokenizer
     backend, path = tokenizer.backend, Path(tokenizer.where)
     if path.suffix == ".json":
-        content = {key: value for key, value in read_json(path, path.name).items() if key not in UNUSED}
-        file = checksum(content)
+        file = checksum({key: value for key, value in read_json(path, path.name).items() if key not in UNUSED})
     else:
         file = hashlib.sha256(path.read_bytes()).hexdigest()
     text = "".join(f"{PROBE}{token}" for token in ["", *sorted(backend.added)])
@@ -60,20 +59,14 @@ def tokenizer_identity(template: ChatTemplate) -> dict[str, Any]:
         for name, token in tokenizer.special_tokens.items()
         if name in template.source or (name == "bos_token" and tokenizer.adds_bos)
     }
-    identity = TokenizerIdentity(
-        file=file,
-        vocabulary=checksum([sorted(backend.names.items()), sorted(backend.specials)]),
-        probe=checksum(backend.encode([text])[0].ids),
-        special_tokens=used,
-        adds_bos=tokenizer.adds_bos,
-        stop_ids=template.stop_ids,
-    )
-    return asdict(identity)
+    vocabulary = checksum([sorted(backend.names.items()), sorted(backend.specials)])
+    probe = checksum(backend.encode([text])[0].ids)
+    return asdict(TokenizerIdentity(file, vocabulary, probe, used, tokenizer.adds_bos, template.stop_ids))
 
 
 def config_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns a line for each field in which the recorded config differs from the present one."""
-    return changed(with_defaults(then), now, ())
+    return changed(with_defaults(then), now)
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -83,8 +76,7 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 def tokenizer_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns a line for each difference between the recorded tokenizer identity and the present one."""
-    lines = changed(then, now, ())
-    return [MEANINGS.get(line.split(":")[0], line) for line in lines]
+    return [MEANINGS.get(line.split(":")[0], line) for line in changed(then, now)]
 
 
 def checksum(value: Any) -> str:
@@ -103,7 +95,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def changed(then: dict[str, Any], now: dict[str, Any], allowed: Collection[str]) -> list[str]:
+def changed(then: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()) -> list[str]:
     """Returns a line like `train.lr: 0.001 -> 0.002` for each setting that differs and matches no `allowed` glob."""
 
     def shown(settings: dict[str, Any], key: str) -> str:

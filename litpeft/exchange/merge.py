@@ -17,7 +17,7 @@ from litpeft.core.folders import COMPANIONS, atomic_folder, check_place, locked,
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
-from litpeft.data.tokenizer import Tokenizer, write_added_tokens
+from litpeft.data.tokenizer import write_added_tokens
 from litpeft.exchange.compare import (
     FOLD_TOLERANCE,
     PROMPTS,

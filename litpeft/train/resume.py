@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -184,41 +184,35 @@ def finished_at(out: Path) -> int | None:
     return done.facts["step"] if done and done.facts["finished"] else None
 
 
-def difference(key: str, then: dict[str, Any], now: dict[str, Any]) -> str:
-    """Returns a text on how the method, base or rows differ from those at the run's beginning."""
-    if key == "method":
-        return f"another method: {then['method']} then, {now['method']} now"
-    if key == "base":
+def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Yields a text for each of method, base and rows that is not what it was when the run began."""
+    if then["method"] != now["method"]:
+        yield f"another method: {then['method']} then, {now['method']} now"
+    if then["base"] != now["base"]:
         old, new = (facts["settings"]["base"]["dir"] for facts in (then, now))
         moved = f"those of {old} then, of {new} now" if old != new else f"the files in {new} have changed since"
-        return f"other base weights: {moved}"
-    differ = [line for line in changed(then["settings"], now["settings"], ()) if line.startswith("data.")]
-    counts = then.get("counts", {})  # early versions lack them
-    pairs = [(part, was, now["counts"].get(part)) for part, was in counts.items()]
-    differ += [f"{part}: {was} -> {there}" for part, was, there in pairs if was != there]
-    return f"other rows: {'; '.join(differ) or 'as many rows and tokens, but other text or another order'}"
-
-
-def read_changes(then: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
-    """Returns a text for each of config, tokenizer and template that has changed; early versions recorded None."""
-    if then is None:
-        return []
-    config = config_changes(then["config"], now["config"])
-    tokenizer = tokenizer_changes(then["tokenizer"], now["tokenizer"])
-    found = [f"another config of the base (config.json): {'; '.join(config)}"] if config else []
-    found += [f"another tokenizer: {'; '.join(tokenizer)}"] if tokenizer else []
-    return found + (["another chat template"] if then["template"] != now["template"] else [])
+        yield f"other base weights: {moved}"
+    if reads := then.get("reads"):  # early versions lack them, and counts
+        if lines := config_changes(reads["config"], now["reads"]["config"]):
+            yield f"another config of the base (config.json): {'; '.join(lines)}"
+        if lines := tokenizer_changes(reads["tokenizer"], now["reads"]["tokenizer"]):
+            yield f"another tokenizer: {'; '.join(lines)}"
+        if reads["template"] != now["reads"]["template"]:
+            yield "another chat template"
+    if then["rows"] != now["rows"]:
+        lines = [line for line in changed(then["settings"], now["settings"]) if line.startswith("data.")]
+        pairs = [(part, was, now["counts"].get(part)) for part, was in then.get("counts", {}).items()]
+        lines += [f"{part}: {was} -> {there}" for part, was, there in pairs if was != there]
+        yield f"other rows: {'; '.join(lines) or 'as many rows and tokens, but other text or another order'}"
 
 
 def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str, ...]) -> list[str]:
     """Returns the settings that changed and were allowed to; raises if anything else of the run has changed."""
     where = str(saved.folder)
-    reasons = [difference(key, saved.facts, facts) for key in ("method", "base") if saved.facts[key] != facts[key]]
-    reasons += read_changes(saved.facts.get("reads"), facts["reads"])
-    reasons += [difference("rows", saved.facts, facts)] if saved.facts["rows"] != facts["rows"] else []
-    if reasons:
+    difference = next(differences(saved.facts, facts), None)
+    if difference is not None:
         hint = "a resumed run continues on what it began with; take another out for a new run"
-        raise ConfigError(f"the run began with {reasons[0]}", where=where, hint=hint)
+        raise ConfigError(f"the run began with {difference}", where=where, hint=hint)
     then = saved.facts["settings"]
     then = then | {"method": later(method_class(facts["method"])) | then["method"]}
     lines = changed(then, facts["settings"], FREE)
