@@ -31,7 +31,8 @@ def help_text(parser: ArgumentParser, group: str = "") -> str:
     required = [action for action in actions if action.required or not action.option_strings]
     usage = f"usage: {' '.join([parser.prog, *map(_left, required)])} [options]"
     lines = [*wrap(usage, _width(), subsequent_indent=" " * 7), "", *wrap(parser.description, _width())]
-    lines += ["", "example:", *_command(parser.epilog), *_section("required", required)]
+    example = parser.epilog if len(parser.epilog) + 2 <= _width() else parser.epilog.replace(" --", " \\\n    --")
+    lines += ["", "example:", *f"  {example}".split("\n"), *_section("required", required)]
     if "method" in titles:
         lines += _section(f"method: {titles.pop('method')}", sections["method"])
     lines += _section("options", [action for action in actions if not _group(action) and action not in required])
@@ -60,12 +61,6 @@ def _width() -> int:
 def _section(title: str, actions: list[Action]) -> list[str]:
     rows = [line for action in actions for line in _row(_left(action), _text(action))]
     return ["", *wrap(title, _width()), *rows] if rows else []
-
-
-def _command(line: str) -> list[str]:
-    """Returns a command to copy; if it is too long for one line, each option has its own."""
-    broken = line.replace(" --", " \\\n    --") if len(line) + 2 > _width() else line
-    return f"  {broken}".split("\n")
 
 
 def _left(action: Action) -> str:

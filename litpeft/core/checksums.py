@@ -78,10 +78,7 @@ def file_sha256(path: Path, first: int = 0, last: int | None = None) -> str:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Returns the header of a safetensors file, name -> {dtype, shape, data_offsets}; raises if the file is damaged.
-
-    The offsets are counted from the beginning of the file.
-    """
+    """Returns a safetensors file's name -> {dtype, shape, data_offsets in the file}; raises if the file is damaged."""
     from safetensors import SafetensorError, safe_open
 
     size = 0

@@ -81,7 +81,10 @@ class Weights:
         """Returns a tensor. It must not be written to: `drop_pages` would undo that."""
         dtype, shape, file = DTYPES[self.dtype(name)], self.shape(name), self.file_of[name]
         first, _ = self.headers[file][name]["data_offsets"]
-        return torch.frombuffer(self._map(file), dtype=dtype, count=math.prod(shape), offset=first).view(shape)
+        if file not in self._maps:
+            with open(self.folder / file, "rb") as handle:
+                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(self._maps[file], dtype=dtype, count=math.prod(shape), offset=first).view(shape)
 
     def fingerprint(self) -> str:
         """Returns the sha256 over every tensor's name, dtype, shape and bytes; it does not depend on sharding."""
@@ -96,12 +99,6 @@ class Weights:
         sums = {name: digest for part in found for name, digest in part.items()}
         verify_sums(self.folder, sums, self.file_of)
         return sums
-
-    def _map(self, file: str) -> mmap.mmap:
-        if file not in self._maps:
-            with open(self.folder / file, "rb") as handle:
-                self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        return self._maps[file]
 
     def drop_pages(self, read_bytes: int = MAPPED_BYTES) -> None:
         """Drops the files' pages from this process's memory; they are read again when they are used.

@@ -27,19 +27,14 @@ def find_answers(
     """
     spans = None
     if has_generation:
-        spans = yield from _by_blocks(full, messages, len(numbers))
+        marks = tuple(unused(messages, 2))  # the template says it: {% generation %} blocks, one for each answer
+        spans = between((yield ask(messages, marks=marks)), full, marks, len(numbers))
     if spans is None:
         spans = yield from _by_prompts(full, messages, numbers)
         if spans is not None:
             return spans, True
         spans = yield from _by_marks(full, messages, numbers)
     return spans, False
-
-
-def _by_blocks(full: str, messages: Messages, count: int) -> Task[list[Span] | None]:
-    """The template says it: {% generation %} blocks, one for each answer."""
-    marks = tuple(unused(messages, 2))
-    return between((yield ask(messages, marks=marks)), full, marks, count)
 
 
 def _by_prompts(full: str, messages: Messages, numbers: list[int]) -> Task[list[Span] | None]:

@@ -1,6 +1,7 @@
 """Private-use characters that stand in a chat while its template runs, to find places in the text that comes out."""
 
 import re
+from itertools import accumulate
 
 from litpeft.data.tokenizer_backends import Span
 
@@ -65,7 +66,5 @@ def between(text: str, full: str, marks: tuple[str, ...], count: int) -> list[Sp
     parts = re.split(f"([{''.join(marks)}])", text)
     if parts[1::2] != list(marks) * count or "".join(parts[::2]) != full:
         return None
-    ends = [0]
-    for part in parts[::2]:
-        ends.append(ends[-1] + len(part))
+    ends = list(accumulate(map(len, parts[::2]), initial=0))
     return [(ends[2 * i + 1], ends[2 * i + 2]) for i in range(count)]

@@ -133,7 +133,7 @@ def _answer(calls: Sequence[Callable[[], str]], seconds: float, memory: int, cha
     for start in range(0, len(calls), REPLIES):
         _limit_memory(memory)
         replies = [_reply(call, seconds, memory, characters) for call in calls[start : start + REPLIES]]
-        _limit_time(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         _limit_memory(None)
         sys.stdout.buffer.write(packed(replies))
         sys.stdout.buffer.flush()
@@ -141,7 +141,7 @@ def _answer(calls: Sequence[Callable[[], str]], seconds: float, memory: int, cha
 
 def _reply(call: Callable[[], str], seconds: float, memory: int, characters: int) -> str | dict[str, str]:
     """Returns the text, or {"limit": ...} or {"error": ...} with what went wrong."""
-    _limit_time(seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # of CPU time, after which SIGPROF ends even a single operation
     try:
         text = call()
     except MemoryError:
@@ -159,11 +159,6 @@ def _one_line(text: str) -> str:
     """Returns an error's text, shortened and without line breaks, which could fake other lines of output."""
     text = " ".join(text[: 2 * LONGEST_ERROR].split())
     return text if len(text) <= LONGEST_ERROR else f"{text[:LONGEST_ERROR]} ..."
-
-
-def _limit_time(seconds: float) -> None:
-    """Lets the kernel end this process (SIGPROF) after so many seconds of CPU time, even within one operation."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _limit_memory(size: int | None) -> None:

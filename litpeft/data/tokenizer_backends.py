@@ -19,12 +19,6 @@ class Encoded(NamedTuple):
     offsets: list[Span]  # the characters that each token stands for
 
 
-def any_of(words: list[str]) -> re.Pattern[str]:
-    """Returns a pattern that matches any of the words, the longest first; without words it matches nothing."""
-    longest_first = sorted(words, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-
 def overlaps(spans: list[Span], start: int, end: int) -> bool:
     """Returns whether any of the spans, which are sorted and disjoint, shares a character with start..end."""
     begun = bisect_left(spans, (end,))  # a row of a few MiB may have a million spans
@@ -62,7 +56,8 @@ class Backend:
             self.inner.add_tokens([token])
         self.added = {token.content: token for token in self.inner.get_added_tokens_decoder().values()}
         self.specials = {text: self.ids[text] for text, token in self.added.items() if token.special}
-        self.special_pattern = any_of(list(self.specials))
+        longest_first = map(re.escape, sorted(self.specials, key=len, reverse=True))
+        self.special_pattern = re.compile("|".join(longest_first) or "(?!)")  # which matches nothing
 
     def encode(self, texts: list[str]) -> list[Encoded]:
         return [Encoded(e.ids, e.offsets) for e in self.inner.encode_batch(texts, add_special_tokens=False)]

@@ -52,7 +52,7 @@ def read_message(session: Session, terminal: bool) -> str:
                 lines.append(input("... " if terminal else ""))
             except EOFError:  # the message ends with the input
                 break
-        while terminal and more_is_there():
+        while terminal and select.select([sys.stdin], [], [], PASTED_WITHIN)[0]:  # nobody types so fast: it was pasted
             lines.append(input())
     except UnicodeDecodeError as error:
         raise DataError(f"this is not UTF-8: {error}", where="standard input") from None
@@ -144,23 +144,15 @@ COMMANDS: dict[str, tuple[str, Command, str]] = {
 }
 
 
-def more_is_there() -> bool:
-    """Returns whether another line is there already: it was pasted, for nobody types so fast."""
-    return os.name == "posix" and bool(select.select([sys.stdin], [], [], PASTED_WITHIN)[0])
-
-
 @contextmanager
 def line_editing() -> Iterator[None]:
-    """Line editing and a persistent history, if Python comes with readline.
-
-    GNU readline asks the terminal to mark pasted text, so that it can be edited before it is sent; not all do.
-    """
+    """Line editing and a persistent history, if Python comes with readline."""
     try:
         import readline
-    except ImportError:  # on Windows the terminal edits lines itself
+    except ImportError:
         yield
         return
-    if "libedit" not in (readline.__doc__ or ""):
+    if "libedit" not in (readline.__doc__ or ""):  # GNU's has pasted text marked, so that it is sent as one
         asks = os.environ.get("TERM", "dumb") != "dumb"  # a dumb terminal would show the request itself
         readline.parse_and_bind(r'"\e[200~": bracketed-paste-begin')
         readline.parse_and_bind(f"set enable-bracketed-paste {'on' if asks else 'off'}")

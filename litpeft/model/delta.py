@@ -121,9 +121,9 @@ class Method:
         return self.trained_dtype(dtype)
 
 
-def linears(model: GPT, targets: tuple[str, ...], key: str = "method.targets") -> dict[str, Linear]:
+def linears(model: GPT, targets: tuple[str, ...]) -> dict[str, Linear]:
     """Returns the linear layers whose names match one of the globs; an error if a glob matches none."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
+    key, layers = "method.targets", {name: m for name, m in model.named_modules() if isinstance(m, Linear)}
     chosen = {name: layers[name] for glob in targets for name in matching(layers, glob, "linear layer", key)}
     if any(isinstance(m, TiedHead) for m in chosen.values()):
         hint = "leave the head out of the targets"

@@ -59,8 +59,7 @@ class Trainer:
         method = self.run.method
         same = not (method.defines("penalty") or method.defines("training_step"))  # a pass is as the one recorded
         recorded = RecordedPasses.of(self.gpt) if unscaled and same else None
-        given = self.fabric, self.model, self.optimizer
-        self.stepper = Stepper(*given, train.max_norm, recorded, method, self.steps)
+        self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded, method, self.steps)
         self.before = sums(trainable(self.gpt).values())
         self.names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -222,10 +221,8 @@ class Trainer:
         """Stops the run if as many measurements in a row were no better as it has patience for."""
         progress, validation = self.progress, self.settings.validation
         if validation.patience is not None and progress.waited >= validation.patience:
-            step, best = progress.best
-            better = (
-                f"better loss than {best:.4f}" if validation.metric == "loss" else f"more exact answers than {best:.1%}"
-            )
+            (step, best), by_loss = progress.best, validation.metric == "loss"
+            better = f"better loss than {best:.4f}" if by_loss else f"more exact answers than {best:.1%}"
             counted = f"in {progress.waited} measurements, at step {progress.step} of {self.steps}"
             progress.stopped = f"no {better} of step {step} {counted}"
 

@@ -93,7 +93,9 @@ def watch(ranks: list[subprocess.Popen[bytes]], first: int, asked: list[int], gr
             if code and number not in bad and not forced:
                 bad[number] = code
                 if code < 0 and -code not in passed_on:
-                    tell_killed(number, -code)
+                    hint = "the kernel does this when memory runs out; `dmesg` tells" if code == -signal.SIGKILL else ""
+                    error = ResourceError(f"rank {number} was killed by {signal.Signals(-code).name}", hint=hint)
+                    tell(f"litpeft: {error}")
                 # after a requested stop the others may still be saving: do not hurry them
                 if code not in (STOPPED, INTERRUPTED):
                     due = min(due, time.monotonic() + grace)
@@ -127,13 +129,6 @@ def exit_code(bad: list[int], passed_on: set[int]) -> int:
         return cause
     # killed by a signal that was passed on before the rank could handle it: the shell's exit code for that
     return 128 - cause if -cause in passed_on else PEER_LOST
-
-
-def tell_killed(number: int, by: int) -> None:
-    """Prints that a rank was killed by a signal that this process did not send."""
-    hint = "the kernel does this when memory runs out; `dmesg` tells" if by == signal.SIGKILL else ""
-    error = ResourceError(f"rank {number} was killed by {signal.Signals(by).name}", hint=hint)
-    tell(f"litpeft: {error}")
 
 
 def leave(code: int) -> NoReturn:

@@ -31,9 +31,8 @@ def count_still(progress: Progress, loss: float, norm: float, vocabulary: int) -
 def no_gradient(progress: Progress, loss: float, vocabulary: int) -> UserError:
     """Returns the error of a run without a gradient after its last steps, at this loss."""
     last = progress.step - progress.still  # the last step that had one
-    guess = (
-        f" (as if each of the {vocabulary:,} tokens were as likely)" if abs(loss - math.log(vocabulary)) < 0.01 else ""
-    )
+    uniform = abs(loss - math.log(vocabulary)) < 0.01
+    guess = f" (as if each of the {vocabulary:,} tokens were as likely)" if uniform else ""
     since = f"after step {last}" if last else "from step 1 on"
     what = f"the gradient is exactly 0 {since} at a loss of {loss:.3f}{guess}: nothing is learned"
     hint = TOO_LARGE

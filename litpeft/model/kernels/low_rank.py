@@ -46,10 +46,9 @@ def add_updates(ys: Sequence[Tensor], x: Tensor, factors: Sequence[Factors]) -> 
 
 
 class Updates(torch.autograd.Function):
-    """y + B A x for each layer, written over its y.
+    """y + B A x for each layer, written over its y; the A of all layers are one matrix.
 
-    The A of all layers are one matrix. A product and a sum would take three passes over y; this takes one, and rounds
-    once.
+    A product and a sum would take three passes over y; this takes one, and rounds once.
     """
 
     @staticmethod

@@ -30,10 +30,7 @@ class Cache:
         self.facts = {"format": FORMAT, "key": key, "fingerprint": fingerprint}
 
     def tensors(self) -> Any | None:
-        """Returns the open safetensors file, whose `get_tensor(name)` reads one tensor, or None without a valid cache.
-
-        Says in one line why an existing cache is not valid.
-        """
+        """Returns the open safetensors file (`get_tensor(name)` reads one); None, and says why, if it is not valid."""
         if not self.folder.exists():
             return None
         reason = self._reason()
