@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "lemon": "yellow"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _savefig() -> Iterator[Callable[..., None]]:
+    """Runs leave an empty loss.png: drawing it takes as long as all else of a short run. Yields what draws."""
+    from matplotlib.figure import Figure
+
+    draw = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, file: Path(file).touch())
+        yield draw
+
+
+@pytest.fixture
+def drawn(_savefig: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has pictures drawn, for tests that look at them."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", _savefig)
 
 
 def write_rows(folder: Path) -> Path:

@@ -35,6 +35,7 @@ def change(file: Path, **keys: object) -> None:
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | keys))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_comparison_has_the_figures_of_each_run_alone_and_trains_none_twice(file, tiny_folder, capfd) -> None:
     main(["compare", "--config", str(file)])
     said, folder = capfd.readouterr().out, file.parent

@@ -19,6 +19,8 @@ from litpeft.train.log import Log
 from litpeft.train.loss_figure import loss_figure, smoothed
 from litpeft.train.report import RunFacts, Sample, markdown, summary_lines, write_report
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 FACTS = RunFacts(
     title="lora on SmolLM2-135M-Instruct",
     command="litpeft finetune lora --base.dir smollm2 --out out/orders",

@@ -199,6 +199,7 @@ def spoil_metrics(run: Path) -> None:
     ],
     ids=["metrics removed", "metrics replaced", "folder renamed", "folder removed", "metrics overwritten"],
 )
+@pytest.mark.usefixtures("drawn")
 def test_what_is_removed_while_a_run_goes_on_is_there_at_its_end(
     action, whole_metrics: bool, tiny_folder, tmp_path, monkeypatch
 ) -> None:

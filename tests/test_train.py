@@ -153,6 +153,7 @@ def test_an_optimiser_that_cannot_be_is_refused(settings: dict, message: str) ->
         make_optimizer(Train(**settings), {"weight": torch.nn.Parameter(torch.ones(1))})
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_learns_its_rows_and_leaves_what_it_promises(tiny_folder, tmp_path, capsys) -> None:
     trains = "--method.unfreeze", '["head.weight", "embed.weight"]'
     out = finetune(tiny_folder, tmp_path, "--train.epochs", "40", "--train.lr", "1e-2", "--tensorboard", *trains)
