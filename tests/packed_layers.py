@@ -8,7 +8,9 @@ from litpeft.model.quantize.quantized import Quantized
 from litpeft.model.slots import Linear
 
 KEYS = [(name, double) for name in STORAGES for double in (False, True)[: 1 + (name in DOUBLE)]]
-FAST = [(name, double) for name, double in KEYS if storage_class(name) in KINDS]  # that answers multiply with
+FAST = [
+    (name, double) for name, double in KEYS if KINDS.get(storage_class(name))
+]  # that torch or bitsandbytes multiply
 
 
 def make(name: str, double: bool, weight: torch.Tensor, dtype=torch.float32, bias: bool = False) -> Quantized:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_folder
-from packed_layers import FAST, make
+from packed_layers import make
 
 import litpeft.generate.cpu.fused_block
 from litpeft.generate.cache import TokenCache
@@ -13,14 +13,19 @@ from litpeft.generate.cpu.fused_block import fuse_blocks
 from litpeft.generate.cpu.native_weights import NativeLinears
 from litpeft.generate.cpu.pack import pack_weights
 from litpeft.generate.load import load_model
+from litpeft.methods.ia3 import IA3
 from litpeft.methods.lora import LoRA, LowRank
+from litpeft.methods.qa_lora import QALoRA
+from litpeft.methods.vera import VeRA
 from litpeft.model import kernels as native
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
-from litpeft.model.delta import without_delta
+from litpeft.model.delta import Method, trainable, without_delta
 from litpeft.model.gpt import GPT
+from litpeft.model.quantize import STORAGES, Storage
 from litpeft.model.quantize.codes import BLOCK, CODES
 from litpeft.model.quantize.four_bit import FourBit
+from litpeft.model.quantize.grouped import Grouped
 from litpeft.model.quantize.int8 import Int8
 from litpeft.model.slots import Linear
 
@@ -36,12 +41,13 @@ def linear(name: str | None, outputs: int, inputs: int, bias: bool) -> Linear:
 @needs_library
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sizes", [(16,), (208, 48, 48)])
-@pytest.mark.parametrize("name", [None, *sorted({name for name, _ in FAST})])
+@pytest.mark.parametrize("name", [None, *STORAGES])
 def test_rows_multiply_as_their_weights_whatever_comes_with_a_row(name: str | None, sizes: tuple, bias: bool) -> None:
     torch.manual_seed(0)
     layers = [linear(name, size, 320, bias) for size in sizes]
     rows, held = NativeLinears(layers), torch.cat([layer.dense() for layer in layers])
-    assert (rows.dense() - held).abs().max() <= (0 if name in (None, "int8") else 2**-7 * held.abs().max())
+    rounded = name is not None and name[:2] in ("nf", "fp")  # codes, to bfloat16
+    assert (rows.dense() - held).abs().max() <= (2**-7 * held.abs().max() if rounded else 0)
     weight = torch.cat([exact(layer) for layer in layers])
     x = torch.randn(41, 320).bfloat16()
     want = x.double() @ weight.t() + (torch.cat([layer.bias for layer in layers]) if bias else 0)
@@ -53,13 +59,58 @@ def test_rows_multiply_as_their_weights_whatever_comes_with_a_row(name: str | No
     assert torch.equal(rows.product(x.view(1, 41, 320))[0], whole)
 
 
+@needs_library
+@pytest.mark.parametrize("names", [("nf2", "nf4", "nf3"), ("int4", "int2", "int3")])
+def test_layers_whose_codes_differ_are_one_matrix(names: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    layers = [linear(name, size, 192, False) for name, size in zip(names, (48, 16, 32), strict=True)]
+    assert NativeLinears.joins(layers)
+    assert not NativeLinears.joins([*layers[:2], linear("int8", 16, 192, False)])
+    x, weight = torch.randn(9, 192).bfloat16(), torch.cat([exact(layer) for layer in layers])
+    want = x.double() @ weight.t()
+    assert (NativeLinears(layers).product(x) - want).abs().max() <= 2**-8 * want.abs().max()
+
+
+@needs_library
+@pytest.mark.parametrize(("quantize", "method"), [("int3", QALoRA(rank=3)), ("int4", IA3()), (None, VeRA(rank=64))])
+@pytest.mark.parametrize("native", [True, False])
+def test_deltas_that_are_in_the_weights_can_be_left_out(
+    quantize: str | None, method: Method, native: bool, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "attention_bias": True}
+    folder = make_folder(tmp_path / "model", seed=7, initializer_range=0.1, **sizes)
+    storage = None if quantize is None else Storage(quantize)
+    types = torch.bfloat16, torch.bfloat16, torch.float64
+    model, plain, truth = (build(folder, dtype, method, storage=storage).eval() for dtype in types)
+    torch.manual_seed(0)
+    for name, tensor in trainable(model).items():
+        tensor.data += 0.1 * torch.randn(tensor.shape)
+        for other in (plain, truth):
+            other.get_parameter(name).data.copy_(tensor)
+    pack_weights(model.requires_grad_(False), native)
+    fuse_blocks(model)
+    packed = [layer.packed_in for layer in model.modules() if isinstance(layer, Linear) and layer.slot.deltas]
+    assert all(one is not None and one.merged is not None for one in packed) or (quantize and not native)
+    ids = torch.randint(200, (2, 12)).tolist()
+    with without_delta(model), without_delta(plain), without_delta(truth):
+        base = [TokenCache(one).logits(ids).double() for one in (model, plain, truth)]
+    tuned = [TokenCache(one).logits(ids).double() for one in (model, plain, truth)]
+    assert (tuned[2] - base[2]).norm() > 0.1 * base[2].norm()
+    for got, by_modules, want in (base, tuned):
+        assert (got - want).norm() <= 1.5 * (by_modules - want).norm()  # merging rounds the weights once more
+
+
 def exact(layer: Linear) -> torch.Tensor:
     """Returns the weight (out, in) in float64: the scales are not rounded, and the values of four bits are."""
     if isinstance(layer, Int8):
         return layer.weight.double() * (layer.absmax / 127).double()[:, None]
+    if isinstance(layer, Grouped):
+        return layer.unpack(
+            (layer.weight, layer.scale, layer.shift), (layer.out_features, layer.in_features), torch.float64
+        )
     if not isinstance(layer, FourBit):
         return layer.weight.double()
-    code = torch.stack((layer.weight >> 4, layer.weight & 15), -1).view(-1, BLOCK).int()
+    code = layer.codes().view(-1, BLOCK).int()
     weight = torch.tensor(CODES[layer.kind]).bfloat16()[code].double() * layer.blocks().double()[:, None]
     return weight.view(layer.out_features, -1)
 

@@ -2,7 +2,7 @@
 
 16 outputs make a strip, which is read from one end to the other: inputs 0 and 1 of each output, then 2 and 3 of each.
 With eight bits a strip holds the even input of all outputs and then the odd one; with four bits a byte holds inputs k
-(low half) and k + 2.
+(low half) and k + 2. Codes of fewer bits are held as if they had four.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,11 @@ from litpeft.generate.cpu.packed_weights import PackedLinears
 from litpeft.model.affine import Affine
 from litpeft.model.kernels import library
 from litpeft.model.kernels.library import PackedLinearsStruct
-from litpeft.model.quantize.codes import BLOCK, CODES
+from litpeft.model.quantize.codes import BLOCK, code_table
 from litpeft.model.quantize.four_bit import FourBit
+from litpeft.model.quantize.grouped import GROUP, Grouped
 from litpeft.model.quantize.int8 import Int8
+from litpeft.model.quantize.quantized import Quantized
 from litpeft.model.slots import OFF, Linear
 
 STRIP = 16  # outputs
@@ -25,19 +27,29 @@ KINDS = {torch.bfloat16: 0, torch.int8: 1, torch.uint8: 2}  # of products.h
 
 
 class NativeLinears(PackedLinears):
-    """In bfloat16, or as codes of eight or four bits with scales in float32."""
+    """In bfloat16, or as codes of eight or four bits with scales, and shifts, in float32."""
 
     def __init__(self, layers: Sequence[Linear]):
         super().__init__(layers)
         first = layers[0]
-        self.inputs, self.scale, self.codes = first.in_features, None, None
+        self.inputs, self.span = first.in_features, first.in_features
+        self.scale = self.shift = self.codes = None
         if isinstance(first, Int8):
             self.scale = torch.cat([layer.absmax.detach() for layer in layers])[None] / 127
         elif isinstance(first, FourBit):
             absmax = torch.cat([layer.blocks().detach() for layer in layers])
             self.scale = absmax.view(-1, self.inputs // BLOCK).t().contiguous()
-            self.codes = torch.tensor(CODES[first.kind]).bfloat16().repeat(2)
+            tables = [code_table(layer.kind, torch.device("cpu")) for layer in layers]
+            self.codes, self.span = self._tables(tables), BLOCK
+        elif isinstance(first, Grouped):
+            self.scale, self.shift = (
+                torch.cat([getattr(layer, name).detach().float() for layer in layers]).t().contiguous()
+                for name in ("scale", "shift")
+            )
+            self.codes, self.span = self._tables([torch.arange(16)] * len(layers)), GROUP
         self.weight = _joined([_strips(layer) for layer in layers])
+        if self.merged is not None and torch.equal(self.weight, self.merged.weight):
+            self.merged.weight = self.weight
         bias = Affine(shift=super().bias(torch.float32))
         affine = bias if self.affine is None else self.affine.after(bias)
         self.kept = [self._tensors(one) for one in (bias, affine)]
@@ -48,14 +60,24 @@ class NativeLinears(PackedLinears):
 
     @cached_property
     def tuned(self) -> PackedLinearsStruct:
-        return self._struct(self.kept[1])
+        return self._struct(self.kept[1]) if self.merged is None else self.merged.base
 
     @staticmethod
     def takes(layer: Linear) -> bool:
-        coded = isinstance(layer, Int8 | FourBit)
-        multiple = BLOCK if isinstance(layer, FourBit) else 2 * STRIP
+        coded = isinstance(layer, Quantized)
+        multiple = BLOCK if isinstance(layer, FourBit) else GROUP
         fits = layer.in_features % multiple == 0 and layer.out_features % STRIP == 0
         return (layer.dtype if coded else layer.dense().dtype) == torch.bfloat16 and fits and library() is not None
+
+    @classmethod
+    def joins(cls, layers: Sequence[Linear]) -> bool:
+        kinds = (all(isinstance(layer, kind) for layer in layers) for kind in (FourBit, Grouped))
+        return super().joins(layers) or any(kinds)
+
+    def _tables(self, values: list[Tensor]) -> Tensor:
+        """Returns what the codes of each strip stand for (strips, 32), given the 16 values of each layer's."""
+        rows = [table.bfloat16().repeat(size // STRIP, 2) for table, size in zip(values, self.sizes, strict=True)]
+        return torch.cat(rows)
 
     @staticmethod
     def _tensors(affine: Affine) -> list[Tensor | None]:
@@ -64,9 +86,10 @@ class NativeLinears(PackedLinears):
         return [None if tensor is None else tensor.float().contiguous() for tensor in tensors]
 
     def _struct(self, tensors: list[Tensor | None]) -> PackedLinearsStruct:
-        pointers = [None if t is None else t.data_ptr() for t in (self.weight, self.scale, self.codes, *tensors)]
-        span, rank = self.inputs if self.codes is None else BLOCK, 0 if tensors[2] is None else len(tensors[2])
-        return PackedLinearsStruct(*pointers, KINDS[self.weight.dtype], self.inputs, sum(self.sizes), span, rank)
+        held = self.weight, self.scale, self.shift, self.codes, *tensors
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in held]
+        numbers = self.inputs, sum(self.sizes), self.span, 0 if tensors[2] is None else len(tensors[2])
+        return PackedLinearsStruct(*pointers, KINDS[self.weight.dtype], *numbers)
 
     def product(self, x: Tensor) -> Tensor:
         return library().product(self.base, x) if x.dtype == torch.bfloat16 else self.unpacked_product(x)
@@ -84,8 +107,10 @@ class NativeLinears(PackedLinears):
             codes = weight.view(-1, self.inputs // 2, 2, STRIP).permute(0, 3, 1, 2).reshape(outputs, -1)
             return (codes * self.scale.t()).bfloat16()
         pairs = weight.view(-1, self.inputs // 4, STRIP, 2).transpose(1, 2)
-        codes = torch.stack((pairs & 15, pairs >> 4), 3).reshape(outputs, -1, BLOCK)
-        return (self.codes.float()[codes.int()] * self.scale.t()[..., None]).bfloat16().view(outputs, -1)
+        codes = torch.stack((pairs & 15, pairs >> 4), 3).reshape(outputs, -1)
+        values = self.codes.float().repeat_interleave(STRIP, 0).gather(1, codes.long())
+        dense = values.view(outputs, -1, self.span) * self.scale.t()[..., None]
+        return (dense if self.shift is None else dense + self.shift.t()[..., None]).bfloat16().view(outputs, -1)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
@@ -102,7 +127,7 @@ def _strips(layer: Linear) -> Tensor:
     inputs, strips = layer.in_features, layer.out_features // STRIP
     if isinstance(layer, Int8):
         return layer.weight.detach().view(strips, STRIP, inputs // 2, 2).permute(0, 2, 3, 1)
-    if isinstance(layer, FourBit):  # two inputs in a byte, the first in its high half
-        first, second = layer.weight.detach().view(strips, STRIP, inputs // 4, 2).unbind(3)
-        return torch.stack((first >> 4 | second & 240, first & 15 | second << 4), 3).transpose(1, 2)
+    if isinstance(layer, Quantized):
+        codes = layer.codes().view(strips, STRIP, inputs // 4, 4)
+        return (codes[..., :2] | codes[..., 2:] << 4).transpose(1, 2)
     return layer.dense().detach().view(strips, STRIP, inputs // 2, 2).transpose(1, 2)

@@ -10,7 +10,9 @@ from litpeft.generate.cpu.native_weights import NativeLinears
 from litpeft.generate.cpu.packed_weights import FourBitLinears, Int8Linears, OneDNNLinears, PackedLinears
 from litpeft.model.context import Context
 from litpeft.model.gpt import GPT, MLP, Attention, Block
+from litpeft.model.quantize.few_bits import NF2, NF3
 from litpeft.model.quantize.four_bit import FP4, NF4
+from litpeft.model.quantize.grouped import Int2, Int3, Int4
 from litpeft.model.quantize.int8 import Int8
 from litpeft.model.slots import Linear, TiedHead
 
@@ -36,7 +38,10 @@ class PackedTiedHead(TiedHead):
         return self.packed_in.product(x)
 
 
-KINDS = {Linear: OneDNNLinears, TiedHead: OneDNNLinears, Int8: Int8Linears, NF4: FourBitLinears, FP4: FourBitLinears}
+KINDS = {
+    **{Linear: OneDNNLinears, TiedHead: OneDNNLinears, Int8: Int8Linears, NF4: FourBitLinears, FP4: FourBitLinears},
+    **dict.fromkeys((NF3, NF2, Int4, Int3, Int2), None),  # only in the C++ kernels' layout
+}
 
 
 def pack_weights(model: GPT, native: bool = True) -> None:
@@ -50,11 +55,12 @@ def pack_weights(model: GPT, native: bool = True) -> None:
         owner = layer.embed[0] if type(layer) is TiedHead else layer
         if type(layer) not in KINDS or owner in replaced["weight"]:
             return None
-        kinds = [NativeLinears] if native and owner not in replaced["bias"] else []
-        return next((kind for kind in (*kinds, KINDS[type(layer)]) if kind.takes(layer)), None)
+        kinds = NativeLinears if native and owner not in replaced["bias"] else None, KINDS[type(layer)]
+        return next((kind for kind in kinds if kind is not None and kind.takes(layer)), None)
 
     for group in [*(group for block in model.blocks for group in groups(block)), [model.head]]:
-        alike = len({(kind(layer), type(layer)) for layer in group}) == 1
+        kinds = {kind(layer) for layer in group}
+        alike = len(kinds) == 1 and None not in kinds and kinds.pop().joins(group)
         for layers in [group] if alike else [[layer] for layer in group]:
             packed_class = kind(layers[0])
             if packed_class is not None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.generate.cpu.merged import merged
 from litpeft.model.affine import Affine
 from litpeft.model.kernels.low_rank import apply_affines
 from litpeft.model.kernels.ops import has_onednn, product
@@ -38,12 +39,20 @@ class PackedLinears:
         self.slot = next((layer.slot for layer in layers if layer.slot.deltas), None)  # the first that is filled
         self.deltas = None if self.slot is None else self.slot.deltas
         parts = [layer.slot.frozen(layer) for layer in layers] if self.slot else []
-        self.affine = None if not parts or None in parts else Affine.concatenate(parts, self.sizes)
+        are_affine = bool(parts) and None not in parts
+        plain = merged(layers, parts) if are_affine else None
+        self.merged = type(self)(plain) if plain else None  # what answers with deltas, if there is one
+        self.affine = Affine.concatenate(parts, self.sizes) if are_affine and not plain else None
 
     @staticmethod
     def takes(layer: Linear) -> bool:
         """Returns whether a layer can be packed so."""
         raise NotImplementedError("a subclass must say what it takes")
+
+    @classmethod
+    def joins(cls, layers: Sequence[Linear]) -> bool:
+        """Returns whether layers, each of which it takes, can be one matrix."""
+        return len({type(layer) for layer in layers}) == 1
 
     def product(self, x: Tensor) -> Tensor:
         """Returns W x + b of all layers, one after the other: (..., in) -> (..., sum of sizes)."""
@@ -51,17 +60,16 @@ class PackedLinears:
 
     def answer(self, x: Tensor) -> Tensor:
         """Returns the outputs of all layers, with their deltas; valid if `covers_deltas`."""
-        y = self.product(x)
         if self.slot is None or self.slot.deltas is OFF:
-            return y
-        return apply_affines([y], x, [self.affine])[0]
+            return self.product(x)
+        return apply_affines([self.product(x)], x, [self.affine])[0] if self.merged is None else self.merged.product(x)
 
     @property
     def covers_deltas(self) -> bool:
         """Returns whether `answer` is what the layers compute now: all deltas are off, or all on and affine maps."""
         if self.slot is None or self.slot.deltas is OFF:
             return True
-        return self.affine is not None and self.slot.deltas is self.deltas
+        return (self.affine or self.merged) is not None and self.slot.deltas is self.deltas
 
     def dense(self) -> Tensor:
         """Returns the weights (sum of sizes, in), in the type that they were packed from."""

@@ -27,7 +27,7 @@ class PackedLinearsStruct(Structure):
     """`PackedLinears` of products.h."""
 
     _fields_ = [
-        *_pointers("weight", "scale", "codes", "gain", "bias", "a", "b"),
+        *_pointers("weight", "scale", "shift", "codes", "gain", "bias", "a", "b"),
         *_numbers("kind", "inputs", "outputs", "span", "rank"),
     ]
 

@@ -11,7 +11,8 @@
 struct PackedLinears {
     const uint8_t* weight;
     const float* scale;   // (K / span, N), or null: factors of the sums over `span` inputs
-    const bf16* codes;    // (32,): the 16 values of four-bit codes, twice; null for other kinds
+    const float* shift;   // (K / span, N), or null: what is added to the weights of `span` inputs, a multiple of 32
+    const bf16* codes;    // (N / 16, 32): the 16 values of a strip's four-bit codes, twice; null for other kinds
     const float* gain;    // (N,), or null: factors of W x
     const float* bias;    // (N,), or null
     const float* a;       // (rank, K) and
@@ -23,7 +24,7 @@ struct PackedLinears {
 
 struct Bfloat16 {
     static constexpr Long BYTES = 64;
-    static inline void load(const uint8_t* p, __m512i, __m512bh& x, __m512bh& y) {
+    static inline void load(const uint8_t* p, const bf16*, __m512bh& x, __m512bh& y) {
         x = (__m512bh)_mm512_loadu_si512(p);
         y = (__m512bh)_mm512_loadu_si512(p + BYTES);
     }
@@ -38,7 +39,7 @@ struct Int8 {
     static inline __m512bh pair(const uint8_t* p) {  // the upper halves of floats hold integers below 256 exactly
         return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(floats(p), 16), floats(p + 16));
     }
-    static inline void load(const uint8_t* p, __m512i, __m512bh& x, __m512bh& y) {
+    static inline void load(const uint8_t* p, const bf16*, __m512bh& x, __m512bh& y) {
         x = pair(p);
         y = pair(p + BYTES);
     }
@@ -46,7 +47,8 @@ struct Int8 {
 
 struct FourBit {
     static constexpr Long BYTES = 16;  // two inputs in the low halves of 32 bytes, the next two in the high ones
-    static inline void load(const uint8_t* p, __m512i codes, __m512bh& x, __m512bh& y) {
+    static inline void load(const uint8_t* p, const bf16* table, __m512bh& x, __m512bh& y) {
+        __m512i codes = _mm512_loadu_si512(table);
         __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         x = (__m512bh)_mm512_permutexvar_epi16(bytes, codes);  // an index has five bits, so every code is there twice
         y = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), codes);
@@ -60,7 +62,6 @@ template <class Weight, int M, int S>
 static void tile(const PackedLinears& linears, const bf16* x, Long strip, float* y) {
     const Long K = linears.inputs, bytes = K / 2 * Weight::BYTES;
     const uint8_t* weight = linears.weight + strip * bytes;
-    const __m512i codes = linears.codes ? _mm512_loadu_si512(linears.codes) : _mm512_setzero_si512();
     __m512 total[M][S] = {};
     for (Long from = 0; from < K; from += linears.span) {
         __m512 sum[M][S] = {};
@@ -69,7 +70,7 @@ static void tile(const PackedLinears& linears, const bf16* x, Long strip, float*
 #pragma GCC unroll 4
             for (int s = 0; s < S; s++) {
                 const uint8_t* p = weight + s * bytes + k / 2 * Weight::BYTES;
-                Weight::load(p, codes, first[s], second[s]);
+                Weight::load(p, linears.codes + 32 * (strip + s), first[s], second[s]);
                 for (Long line = 0; line < 2 * Weight::BYTES; line += 64) _mm_prefetch(p + AHEAD + line, _MM_HINT_T0);
             }
 #pragma GCC unroll 8
@@ -86,6 +87,14 @@ static void tile(const PackedLinears& linears, const bf16* x, Long strip, float*
             const Long at = from / linears.span * linears.outputs + 16 * (strip + s);
             const __m512 factor = linears.scale ? _mm512_loadu_ps(linears.scale + at) : _mm512_set1_ps(1);
             for (int m = 0; m < M; m++) total[m][s] = _mm512_fmadd_ps(sum[m][s], factor, total[m][s]);
+        }
+        for (int m = 0; linears.shift && m < M; m++) {
+            __m512 part = _mm512_setzero_ps();
+            for (Long k = from; k < from + linears.span; k += 16) part = _mm512_add_ps(part, widen(x + m * K + k));
+            const __m512 inputs = _mm512_set1_ps(_mm512_reduce_add_ps(part));
+            const float* shift = linears.shift + from / linears.span * linears.outputs + 16 * strip;
+            for (int s = 0; s < S; s++)
+                total[m][s] = _mm512_fmadd_ps(inputs, _mm512_loadu_ps(shift + 16 * s), total[m][s]);
         }
     }
     for (int m = 0; m < M; m++)

@@ -162,7 +162,7 @@ def absmax_in_torch(absmax: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 @cache
-def _codes(kind: str, device: torch.device) -> Tensor:
+def code_table(kind: str, device: torch.device) -> Tensor:
     """Returns the number that each code stands for (16,), in float32; a kind with fewer codes has zeros at its end."""
     code = torch.tensor(CODES[kind], device=device)
     return F.pad(code, (0, 16 - len(code)))
@@ -171,7 +171,7 @@ def _codes(kind: str, device: torch.device) -> Tensor:
 @cache
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """Returns for each byte the two numbers that it stands for, as one int64 that holds both float32 (256,)."""
-    code, byte = _codes(kind, device), torch.arange(256, device=device)
+    code, byte = code_table(kind, device), torch.arange(256, device=device)
     return torch.stack((code[byte >> 4], code[byte & 15]), -1).view(torch.int64).flatten()
 
 
@@ -198,7 +198,7 @@ def dequantize_4bit(
     """Returns the weight (out, in); with `scale` and `offset` the absmax are 8-bit codes themselves."""
     ours = gpu_kernels() if codes.is_cuda else None
     if ours is not None and dtype in KNOWN:
-        table, weight = _codes(kind, codes.device), torch.empty(shape, dtype=dtype, device=codes.device)
+        table, weight = code_table(kind, codes.device), torch.empty(shape, dtype=dtype, device=codes.device)
         return ours.dequantize_4bit(codes, absmax, scale, offset, table, dynamic_codes(codes.device), weight)
     kernels = has_kernels(codes.device.type)
     if scale is not None:

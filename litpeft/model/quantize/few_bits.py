@@ -19,6 +19,10 @@ class FewBits(FourBit):
 
     bits: int
 
+    def codes(self) -> Tensor:
+        n = self.in_features * self.out_features
+        return unpack_bits(self.weight, self.bits)[:n].view(self.out_features, self.in_features)
+
     @classmethod
     def unpack(cls, packed: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         code = unpack_bits(packed[0], cls.bits)[: (shape[0] * shape[1] + 1) // 2 * 2]

@@ -45,6 +45,11 @@ class FourBit(Quantized):
             return self.absmax
         return absmax_in_torch(self.absmax, self.absmax_scale, self.absmax_offset)
 
+    def codes(self) -> Tensor:
+        """Returns the code of each weight (out, in), from 0 to 15."""
+        pairs = torch.stack((self.weight >> 4, self.weight & 15), 1).flatten()
+        return pairs[: self.in_features * self.out_features].view(self.out_features, self.in_features)
+
     def layout(self) -> dict[str, Tensor]:
         n = self.in_features * self.out_features
         blocks = -(-n // BLOCK)

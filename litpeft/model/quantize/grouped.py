@@ -38,6 +38,10 @@ class Grouped(Quantized):
         weight = q.mul_(scale.to(wide)[..., None]).add_(shift.to(wide)[..., None])
         return weight.flatten(1)[:, : shape[1]].to(dtype).contiguous()
 
+    def codes(self) -> Tensor:
+        """Returns the code of each weight (out, in), from 0 to 2^bits - 1."""
+        return unpack_bits(self.weight, self.bits)[:, : self.in_features]
+
     def layout(self) -> dict[str, Tensor]:
         groups = -(-self.in_features // GROUP)
         codes = torch.empty(self.out_features, groups * GROUP * self.bits // 8, dtype=torch.uint8, device="meta")
