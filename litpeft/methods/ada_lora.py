@@ -25,6 +25,7 @@ from torch import Tensor
 from litpeft.core.distributed import copy_shard, gather
 from litpeft.core.kinds import check_least
 from litpeft.methods.lora import LoRA
+from litpeft.model.delta import deltas_of
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import LowRankDelta
 
@@ -109,12 +110,12 @@ class AdaLoRA(LoRA):
             self.fill(linear, "ada_lora", Triples(*shape))
 
     def penalty(self, model: GPT) -> Tensor:
-        found = triples(model)
+        found = deltas_of(model, Triples)
         return self.orthogonality / (2 * len(found)) * torch.stack([delta.distance() for delta in found]).sum()
 
     @torch.no_grad()
     def after_step(self, model: GPT, step: int, steps: int) -> None:
-        found, begin, end = triples(model), round(self.begin * steps), round(self.end * steps)
+        found, begin, end = deltas_of(model, Triples), round(self.begin * steps), round(self.end * steps)
         settled = step >= steps - end  # from here on the importance stands still, and so the choice
         for delta in () if settled else found:
             delta.observe()
@@ -126,8 +127,3 @@ class AdaLoRA(LoRA):
         kept[importance.argsort(descending=True, stable=True)[:budget]] = 1
         for delta, keeps in zip(found, kept.split([len(delta.E) for delta in found]), strict=True):
             copy_shard(delta.E, gather(delta.E) * keeps)
-
-
-def triples(model: GPT) -> list[Triples]:
-    """Returns the updates in the order of the layers."""
-    return [module for module in model.modules() if isinstance(module, Triples)]

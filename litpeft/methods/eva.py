@@ -7,7 +7,7 @@
 The components of all targets are sorted by the share of the variance of their inputs that they explain. The first
 rank * targets of them are taken, so that a target gets between 0 and rho * rank. Its own number is its rank in s.
 
-EVA https://arxiv.org/abs/2410.07170; components of rows that come one after the other as by Ross et al. (2008).
+EVA https://arxiv.org/abs/2410.07170.
 Trains rank * (in + out) parameters for each target, of the rank that it gets. Folds: W <- W + s B A. In peft: LORA.
 """
 
@@ -26,6 +26,7 @@ from litpeft.model.context import Context
 from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import summed_loss
+from litpeft.model.singular import Components
 from litpeft.model.slots import Delta, Linear
 
 TOKENS = 256  # of a row at most, evenly spread
@@ -37,32 +38,6 @@ class Watch(Delta):
     def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
         self.x = x
         return y
-
-
-class Components:
-    """The largest principal components of vectors that come in parts."""
-
-    def __init__(self, size: int, most: int):
-        self.most, self.count, self.total = most, 0, 0.0  # total: the sum of the squared distances from the mean
-        self.mean = torch.zeros(size, dtype=torch.float64)
-        self.parts = torch.zeros(0, size, dtype=torch.float64)  # (k, size) components times their singular values
-
-    def add(self, x: Tensor) -> None:
-        """Takes vectors (n, size) into account."""
-        x, both = x.to("cpu", torch.float64), self.count + len(x)
-        mean = x.mean(0)
-        moved = (self.count * len(x) / both) ** 0.5 * (self.mean - mean)
-        new = torch.cat((x - mean, moved[None]))
-        self.total += float(new.square().sum())
-        self.mean += len(x) / both * (mean - self.mean)
-        self.count = both
-        rows = torch.cat((self.parts, new))
-        _, u = torch.linalg.eigh(rows @ rows.T)  # rows = U S V^T, and U^T rows = S V^T
-        self.parts = u[:, -self.most :].flip(1).T @ rows
-
-    def shares(self) -> Tensor:
-        """Returns the share of the variance that each component explains (k,)."""
-        return self.parts.square().sum(1) / max(self.total, 1e-30)
 
 
 @dataclass
@@ -111,13 +86,12 @@ class EVA(LoRA):
         for linear, _ in shapes.values():
             linear.slot.deltas.pop("eva")
         self.given = dict.fromkeys(shapes, 0)
-        shares = [(-float(share), name) for name, (_, shape) in shapes.items() for share in
-                  found[name].shares()[: round(self.rho * shape[2])]]  # fmt: skip
+        shares = []
+        for name, (_, shape) in shapes.items():
+            shares += [(-float(share), name) for share in found[name].shares()[: round(self.rho * shape[2])]]
         for _, name in sorted(shares, key=lambda pair: pair[0])[: sum(shape[2] for _, shape in shapes.values())]:
             self.given[name] += 1
-        for name, components in found.items():
-            parts = components.parts[: self.given[name]]
-            self.found[name] = parts / parts.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        self.found = {name: components.directions(self.given[name]) for name, components in found.items()}
 
     def restore(self, saved: dict[str, Tensor]) -> None:
         parts = {key.partition(".slot.eva."): tensor for key, tensor in saved.items()}

@@ -30,16 +30,15 @@ from torch import Tensor
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_least
-from litpeft.methods.evolution import evolve
+from litpeft.methods.evolution import Path, search
 from litpeft.methods.lora import LARGEST_RANK
 from litpeft.model.affine import Affine
-from litpeft.model.delta import Method, linears
+from litpeft.model.delta import Method, deltas_of, linears
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Delta, Linear, kaiming
 
 FORMS = ("low_rank", "vector", "scalar", "none")
 TERMS = {"A": FORMS, "B": FORMS, "C": ("low_rank", "vector", "none"), "D": FORMS[1:], "E": FORMS[1:]}
-Path = tuple[str, ...]  # the form of each term
 
 
 class Generalized(Delta):
@@ -153,7 +152,7 @@ class GLoRA(Method):
 
     @contextmanager
     def training_step(self, model: GPT, draws: Random) -> Iterator[None]:
-        deltas = generalized(model)
+        deltas = deltas_of(model, Generalized)
         for delta in deltas:
             delta.take(tuple(draws.choice(allowed) for allowed in delta.forms.values()))
         yield
@@ -161,35 +160,4 @@ class GLoRA(Method):
             delta.take(delta.largest)
 
     def finish(self, model: GPT, loss: Callable[[], float]) -> str:
-        deltas = generalized(model)
-
-        def parameters(genes: Path) -> int:
-            return sum(delta.count(path) for delta, path in zip(deltas, paths(genes), strict=True))
-
-        def measured(genes: Path) -> float:
-            take(deltas, genes)
-            return loss()
-
-        choices = [allowed for delta in deltas for allowed in delta.forms.values()]
-        fits = lambda genes: self.limit is None or parameters(genes) <= self.limit  # noqa: E731
-        losses = evolve(choices, measured, fits, self.population, self.generations, self.seed)
-        best = min(losses, key=losses.__getitem__)
-        take(deltas, best)
-        least = f"{losses[best]:.4f} is the least loss on the held-out rows of {len(losses)} paths"
-        return f"{least}; that path has {parameters(best):,} parameters"
-
-
-def generalized(model: GPT) -> list[Generalized]:
-    """Returns the deltas in the order of the layers."""
-    return [module for module in model.modules() if isinstance(module, Generalized)]
-
-
-def paths(genes: Path) -> list[Path]:
-    """Returns the path of each layer."""
-    return [genes[at : at + len(TERMS)] for at in range(0, len(genes), len(TERMS))]
-
-
-def take(deltas: list[Generalized], genes: Path) -> None:
-    """Has each layer take its path."""
-    for delta, path in zip(deltas, paths(genes), strict=True):
-        delta.take(path)
+        return search(deltas_of(model, Generalized), loss, self.limit, self.population, self.generations, self.seed)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_least
-from litpeft.methods.pissa import PiSSA, largest
+from litpeft.methods.pissa import PiSSA
 from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
 from litpeft.model.kernels.low_rank import Factors
 from litpeft.model.quantize.quantized import Quantized
+from litpeft.model.singular import largest
 
 MOST_ITERATIONS = 1000
 

@@ -24,7 +24,6 @@ from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.kinds import check_least
 from litpeft.data.batches import Batch
 from litpeft.methods.loftq import LoftQ
-from litpeft.methods.pissa import largest
 from litpeft.model.delta import Held, linears
 from litpeft.model.fisher import mean_squares
 from litpeft.model.gpt import GPT
@@ -32,6 +31,7 @@ from litpeft.model.kernels.low_rank import Factors
 from litpeft.model.quantize import STORAGES, Storage
 from litpeft.model.quantize.allocation import least_costly
 from litpeft.model.quantize.quantized import empty_layer
+from litpeft.model.singular import largest
 from litpeft.model.slots import Bank, Linear
 
 FLOOR = 0.01  # of the mean: smallest weight of a row or a column, by which is divided

@@ -20,6 +20,7 @@ from litpeft.methods.lora import LoRA, LowRank
 from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
 from litpeft.model.kernels.low_rank import Factors
+from litpeft.model.singular import largest
 from litpeft.model.slots import Linear, LowRankDelta
 
 
@@ -48,16 +49,6 @@ class Split(LowRank):
 
     def peft(self) -> dict[str, Tensor]:  # beside the whole weight: twice the rank
         return {"lora_A": torch.cat((self.A, self.A0)), "lora_B": torch.cat((self.B, -self.B0), 1)}
-
-
-def largest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns A (rank, in) and B (out, rank) whose product is the nearest of that rank to a weight (out, in).
-
-    By subspace iteration: its cost grows with the rank, that of all singular parts with the width.
-    """
-    u, s, v = torch.svd_lowrank(weight, min(*weight.shape, 2 * rank + 32), niter=16)
-    root = s[:rank].sqrt()
-    return root[:, None] * v[:, :rank].T, u[:, :rank] * root
 
 
 def rest(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from random import Random
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,7 @@ from litpeft.model.quantize import Storage
 from litpeft.model.slots import OFF, Bank, Delta, Embedding, Linear, Slot, Stated, TiedHead
 
 Held = Callable[[Tensor], Tensor]
+D = TypeVar("D", bound=Delta)
 
 
 @dataclass
@@ -178,6 +179,11 @@ def attach(model: GPT, method: Method) -> None:
     model.training_keys = {f"{place}.{key}" for place, module in stated for key in module.for_training}
     keys = {k for k, v in model.state_dict(keep_vars=True).items() if k not in base or v.requires_grad}
     model.delta_keys = keys - model.training_keys
+
+
+def deltas_of(model: nn.Module, kind: type[D]) -> list[D]:
+    """Returns the deltas of a class in the order of the layers."""
+    return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

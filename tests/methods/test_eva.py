@@ -8,13 +8,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from litpeft.exchange.run import build_run, find_run
-from litpeft.methods.eva import EVA, Components
+from litpeft.methods.eva import EVA
 from litpeft.methods.lora import LowRank
 from litpeft.methods.lora_ga import LoRAGA
 from litpeft.model.build import build
 from litpeft.model.delta import trainable
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
+from litpeft.model.singular import Components
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(3))
 

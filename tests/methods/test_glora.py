@@ -15,9 +15,9 @@ from litpeft.core.errors import UserError
 from litpeft.exchange.run import find_run
 from litpeft.methods.combo import Combo
 from litpeft.methods.evolution import evolve
-from litpeft.methods.glora import TERMS, Generalized, GLoRA, generalized
+from litpeft.methods.glora import TERMS, Generalized, GLoRA
 from litpeft.model.build import build
-from litpeft.model.delta import trainable
+from litpeft.model.delta import deltas_of, trainable
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
 from litpeft.model.slots import Linear
@@ -140,7 +140,7 @@ def test_a_search_finds_the_least_loss_within_its_limit_and_again_the_same() -> 
 def test_each_step_trains_a_path_of_its_own_and_between_steps_the_largest_acts(tiny_folder) -> None:
     method = GLoRA(rank=2)
     model = build(tiny_folder, torch.float32, method)
-    deltas, seen = generalized(model), []
+    deltas, seen = deltas_of(model, Generalized), []
     for step in (1, 2, 1):
         with method.training_step(model, Random(step)):
             seen.append(torch.stack([delta.path for delta in deltas]))

@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.model.affine import Affine
+from litpeft.model.delta import widened
 from litpeft.model.quantize.quantized import Quantized
 from litpeft.model.slots import Linear
 
@@ -34,7 +35,7 @@ def _is_wide(pairs: Sequence[tuple[Linear, Affine]]) -> bool:
 
 def _dense(layer: Linear, affine: Affine) -> Linear:
     weight = layer.dense().detach()
-    wide, bias = affine.fold(weight.float(), _float(layer.bias))
+    wide, bias = affine.fold(widened(weight), _float(layer.bias))
     with torch.device("meta"):
         plain = Linear(layer.in_features, layer.out_features)
     return _filled(plain, {"weight": wide.to(weight.dtype), "bias": bias})

@@ -1,0 +1,45 @@
+"""The largest singular parts of a matrix, and of vectors that come a few at a time."""
+
+import torch
+from torch import Tensor
+
+
+def largest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns A (rank, in) and B (out, rank) whose product is the nearest of that rank to a weight (out, in).
+
+    By subspace iteration: its cost grows with the rank, that of all singular parts with the width.
+    """
+    u, s, v = torch.svd_lowrank(weight, min(*weight.shape, 2 * rank + 32), niter=16)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:, :rank].T, u[:, :rank] * root
+
+
+class Components:
+    """The largest principal components of vectors that come in parts, as by Ross et al. (2008)."""
+
+    def __init__(self, size: int, most: int):
+        self.most, self.count, self.total = most, 0, 0.0  # total: the sum of the squared distances from the mean
+        self.mean = torch.zeros(size, dtype=torch.float64)
+        self.parts = torch.zeros(0, size, dtype=torch.float64)  # (k, size) components times their singular values
+
+    def add(self, x: Tensor) -> None:
+        """Takes vectors (n, size) into account."""
+        x, both = x.to("cpu", torch.float64), self.count + len(x)
+        mean = x.mean(0)
+        moved = (self.count * len(x) / both) ** 0.5 * (self.mean - mean)
+        new = torch.cat((x - mean, moved[None]))
+        self.total += float(new.square().sum())
+        self.mean += len(x) / both * (mean - self.mean)
+        self.count = both
+        rows = torch.cat((self.parts, new))
+        _, u = torch.linalg.eigh(rows @ rows.T)  # rows = U S V^T, and U^T rows = S V^T
+        self.parts = u[:, -self.most :].flip(1).T @ rows
+
+    def shares(self) -> Tensor:
+        """Returns the share of the variance that each component explains (k,)."""
+        return self.parts.square().sum(1) / max(self.total, 1e-30)
+
+    def directions(self, count: int) -> Tensor:
+        """Returns the first of the components, each of length 1 (count, size)."""
+        parts = self.parts[:count]
+        return parts / parts.norm(dim=1, keepdim=True).clamp_min(1e-30)
