@@ -1,8 +1,13 @@
 """An evolutionary search: of tuples of choices the one with the least loss, as far as a few generations find it."""
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from litpeft.model.slots import Delta
 
 Genes = tuple[str, ...]
 Path = tuple[str, ...]  # the genes of one layer
@@ -54,20 +59,42 @@ def evolve(
     return losses
 
 
-class Layer(Protocol):
-    """What has several terms, each in one of the forms that it allows."""
+class Searched(Delta):
+    """A Delta of several terms, of which each takes one of the forms that it allows, the largest first."""
 
-    forms: dict[str, Path]
+    def __init__(self, forms: dict[str, Path], known: Path):
+        super().__init__()
+        self.forms, self.known = forms, known
+        self.largest = tuple(allowed[0] for allowed in forms.values())
+        self.buffer("path", (len(forms), len(known)), lambda path: self.take(self.largest, path), kept="result")
 
-    def take(self, path: Path) -> None:
-        """Takes a form for each term."""
+    @torch.no_grad()
+    def take(self, path: Path, where: Tensor | None = None) -> None:
+        """Takes this path from now on; `path`, the buffer, has a 1 for the form of each term."""
+        rows = [[float(form == one) for form in self.known] for one in path]
+        (self.path if where is None else where).copy_(torch.tensor(rows))
+
+    def gates(self, name: str) -> Tensor:
+        """Returns a 1 at the form that a term takes, and zeros (forms,)."""
+        return self.path[list(self.forms).index(name)]
 
     def count(self, path: Path) -> int:
-        """Returns how many parameters the terms have in these forms."""
+        """Returns how many parameters the terms of a path have."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many parameters a path has")
+
+
+@contextmanager
+def random_paths(layers: Sequence[Searched], draws: random.Random) -> Iterator[None]:
+    """Has each layer take a path at random, and its largest one afterwards."""
+    for layer in layers:
+        layer.take(tuple(draws.choice(allowed) for allowed in layer.forms.values()))
+    yield
+    for layer in layers:
+        layer.take(layer.largest)
 
 
 def search(
-    layers: Sequence[Layer],
+    layers: Sequence[Searched],
     loss: Callable[[], float],
     limit: int | None,
     population: int,
@@ -76,7 +103,7 @@ def search(
 ) -> str:
     """Has each layer take a path, together those with the least loss in `limit`; returns a line about them."""
 
-    def paths(genes: Genes) -> list[tuple[Layer, Path]]:
+    def paths(genes: Genes) -> list[tuple[Searched, Path]]:
         rest = iter(genes)
         return [(layer, tuple(next(rest) for _ in layer.forms)) for layer in layers]
 

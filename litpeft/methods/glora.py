@@ -19,8 +19,8 @@ Trains 2 rank * (in + out) + rank * (in + 1) + 2 out parameters for each target.
 b <- b + b * D + E + W C, so the merged layer has a bias.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -30,26 +30,25 @@ from torch import Tensor
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_least
-from litpeft.methods.evolution import Path, search
+from litpeft.methods.evolution import Path, Searched, random_paths, search
 from litpeft.methods.lora import LARGEST_RANK
 from litpeft.model.affine import Affine
 from litpeft.model.delta import Method, deltas_of, linears
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import Delta, Linear, kaiming
+from litpeft.model.slots import Linear, kaiming
 
 FORMS = ("low_rank", "vector", "scalar", "none")
 TERMS = {"A": FORMS, "B": FORMS, "C": ("low_rank", "vector", "none"), "D": FORMS[1:], "E": FORMS[1:]}
 
 
-class Generalized(Delta):
+class Generalized(Searched):
     """(W * A + B) x + b * D + E + W C, each term in the form that `path` says."""
 
     claims = "the weight itself"
 
     def __init__(self, linear: Linear, rank: int, forms: dict[str, Path]):
-        super().__init__()
+        super().__init__(forms if linear.bias is not None else forms | {"D": ("none",)}, FORMS)
         out, inputs, self.rank = linear.out_features, linear.in_features, rank
-        self.forms = forms if linear.bias is not None else forms | {"D": ("none",)}
         self.shapes = {"A": (out, inputs), "B": (out, inputs), "C": (inputs, 1), "D": (out,), "E": (out,)}
         for name, allowed in self.forms.items():
             rows, *columns = self.shapes[name]
@@ -57,20 +56,12 @@ class Generalized(Delta):
                 self.tensor(f"{name}d", (rows, rank if "low_rank" in allowed else 1) if columns else (rows,), 0.0)
             if "low_rank" in allowed:
                 self.tensor(f"{name}u", (rank, *columns), kaiming)
-        self.largest = tuple(allowed[0] for allowed in self.forms.values())
-        self.buffer("path", (len(TERMS), len(FORMS)), lambda path: self.take(self.largest, path), kept="result")
-
-    @torch.no_grad()
-    def take(self, path: Path, where: Tensor | None = None) -> None:
-        """Takes this path from now on; `path`, the buffer, has a 1 for the form of each term."""
-        rows = [[float(form == one) for form in FORMS] for one in path]
-        (self.path if where is None else where).copy_(torch.tensor(rows))
 
     def factors_of(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Returns two matrices whose product is A, B or C; None where no form is allowed."""
         if self.forms[name] == ("none",):
             return None
-        gate, d = self.path[list(TERMS).index(name)], self.get_parameter(f"{name}d")
+        gate, d = self.gates(name), self.get_parameter(f"{name}d")
         left, right = gate[1] * d[:, :1] + gate[2] * d[0, 0], d.new_ones(1, self.shapes[name][1])
         if "low_rank" not in self.forms[name]:
             return left, right
@@ -80,7 +71,7 @@ class Generalized(Delta):
         """Returns D or E (out,); None where no form is allowed."""
         if self.forms[name] == ("none",):
             return None
-        gate, d = self.path[list(TERMS).index(name)], self.get_parameter(f"{name}d")
+        gate, d = self.gates(name), self.get_parameter(f"{name}d")
         return gate[1] * d + gate[2] * d[0]
 
     def affine(self, linear: Linear) -> Affine:
@@ -98,7 +89,6 @@ class Generalized(Delta):
         return Affine(A=right, B=left, shift=sum(shift) if shift else None)
 
     def count(self, path: Path) -> int:
-        """Returns how many parameters the terms of a path have."""
         shapes = zip(self.shapes.values(), path, strict=True)
         return sum({"low_rank": self.rank * sum(n), "vector": n[0], "scalar": 1, "none": 0}[form] for n, form in shapes)
 
@@ -150,14 +140,8 @@ class GLoRA(Method):
         if any(self.allowed[term] != ("none",) for term in "CE"):
             config |= {"attention_bias": True, "mlp_bias": True}
 
-    @contextmanager
-    def training_step(self, model: GPT, draws: Random) -> Iterator[None]:
-        deltas = deltas_of(model, Generalized)
-        for delta in deltas:
-            delta.take(tuple(draws.choice(allowed) for allowed in delta.forms.values()))
-        yield
-        for delta in deltas:
-            delta.take(delta.largest)
+    def training_step(self, model: GPT, draws: Random) -> AbstractContextManager[None]:
+        return random_paths(deltas_of(model, Generalized), draws)
 
     def finish(self, model: GPT, loss: Callable[[], float]) -> str:
         return search(deltas_of(model, Generalized), loss, self.limit, self.population, self.generations, self.seed)
