@@ -61,7 +61,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "adapter_v2": {"train.lr": 5e-3},
     "vera": {"train.lr": 3e-2},
     "ia3": {"train.lr": 1e-2},
-    "glora": {"train.lr": 2e-3},
+    "glora": {"train.lr": 2e-3, "train.epochs": 2},
     "bitfit": {"train.lr": 1e-2},
     "selective": {"train.lr": 1e-2},
     "bottleneck": {"train.lr": 2e-3},

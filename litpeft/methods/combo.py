@@ -97,8 +97,11 @@ class Combo(Method):
     def searches(self) -> bool:
         return any(one.searches for one in self.parts)
 
-    def finish(self, model: GPT, loss: Callable[[], float]) -> str | None:
-        said = [one.finish(model, loss) for one in self.parts if one.searches]
+    def search_step(self, steps: int) -> int:
+        return max((one.search_step(steps) for one in self.parts if one.searches), default=steps)
+
+    def search(self, model: GPT, loss: Callable[[], float]) -> str | None:
+        said = [one.search(model, loss) for one in self.parts if one.searches]
         return "; ".join(filter(None, said)) or None
 
 

@@ -67,6 +67,7 @@ class Searched(Delta):
         self.forms, self.known = forms, known
         self.largest = tuple(allowed[0] for allowed in forms.values())
         self.buffer("path", (len(forms), len(known)), lambda path: self.take(self.largest, path), kept="result")
+        self.buffer("chosen", (1,), 0.0, kept="checkpoint")  # 1 once a search has chosen the path
 
     @torch.no_grad()
     def take(self, path: Path, where: Tensor | None = None) -> None:
@@ -85,7 +86,8 @@ class Searched(Delta):
 
 @contextmanager
 def random_paths(layers: Sequence[Searched], draws: random.Random) -> Iterator[None]:
-    """Has each layer take a path at random, and its largest one afterwards."""
+    """Has each layer take a path at random, and its largest one afterwards; no-op once a search has chosen."""
+    layers = [layer for layer in layers if not layer.chosen]
     for layer in layers:
         layer.take(tuple(draws.choice(allowed) for allowed in layer.forms.values()))
     yield
@@ -121,5 +123,6 @@ def search(
     best = min(losses, key=losses.__getitem__)
     for layer, path in paths(best):
         layer.take(path)
+        layer.chosen.fill_(1)
     least = f"{losses[best]:.4f} is the least loss on the held-out rows of {len(losses)} paths"
     return f"{least}; that path has {parameters(best):,} parameters"

@@ -11,8 +11,9 @@
     all start at zero, so nothing changes at first
 
 The forms of a term share its numbers: those of the outputs are the first column of the low-rank form, and the one
-number is the first of them. Each step trains a path drawn anew, one of 432 in each layer; then an evolutionary search
-compares paths by their loss on the held-out rows, and the best one stays.
+number is the first of them. Each step trains a path drawn anew, one of 432 in each layer. Then an evolutionary search
+compares paths by their loss on the held-out rows, and the steps that are left train the best one. (In the paper none
+are left: it draws paths for 500 epochs.)
 
 GLoRA https://arxiv.org/abs/2306.07967.
 Trains 2 rank * (in + out) + rank * (in + 1) + 2 out parameters for each target. Folds: W <- W + W * A + B,
@@ -107,6 +108,8 @@ class GLoRA(Method):
     """Paths that the search compares in each generation."""
     generations: int = 4
     """Generations of the search."""
+    search_after: float = 0.3
+    """Share of the steps after which the search is; the others train the path that it found. 1 is the paper's way."""
     seed: int = 0
     """What the search draws follows from."""
     targets: tuple[str, ...] = ("*.attn.*", "*.mlp.*")
@@ -116,6 +119,8 @@ class GLoRA(Method):
         check_least(self, "method.", rank=1, most=LARGEST_RANK)
         check_least(self, "method.", population=2, generations=1, most=100_000)
         check_least(self, "method.", limit=0, seed=0)
+        if not 0 < self.search_after <= 1:
+            raise ValueError(f"method.search_after must be above 0 and at most 1, got {self.search_after}")
         for name, allowed in self.forms.items():
             if name not in TERMS or not allowed or not set(allowed) <= set(TERMS[name]):
                 known = "; ".join(f"{term}: {', '.join(forms)}" for term, forms in TERMS.items())
@@ -143,5 +148,8 @@ class GLoRA(Method):
     def training_step(self, model: GPT, draws: Random) -> AbstractContextManager[None]:
         return random_paths(deltas_of(model, Generalized), draws)
 
-    def finish(self, model: GPT, loss: Callable[[], float]) -> str:
+    def search_step(self, steps: int) -> int:
+        return max(1, round(self.search_after * steps))
+
+    def search(self, model: GPT, loss: Callable[[], float]) -> str:
         return search(deltas_of(model, Generalized), loss, self.limit, self.population, self.generations, self.seed)

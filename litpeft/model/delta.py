@@ -88,16 +88,20 @@ class Method:
     def after_step(self, model: GPT, step: int, steps: int) -> None:
         """Called after optimizer step `step`, from 1, of `steps`, with its gradients; not if the step was skipped."""
 
-    def finish(self, model: GPT, loss: Callable[[], float]) -> str | None:
-        """Called when all steps are done; `loss()` measures the model as it is then on the held-out rows.
+    def search(self, model: GPT, loss: Callable[[], float]) -> str | None:
+        """Called when `search_step` steps are done; `loss()` measures the model as it is then on the held-out rows.
 
         Returns a line for the log. Called only if `searches`: then a run needs held-out rows.
         """
 
     @property
     def searches(self) -> bool:
-        """Returns whether `finish` is to be called."""
+        """Returns whether `search` is to be called."""
         return False
+
+    def search_step(self, steps: int) -> int:
+        """Returns the step of all `steps` after which `search` is called."""
+        return steps
 
     def defines(self, hook: str) -> bool:
         """Returns whether the method has a hook of its own."""

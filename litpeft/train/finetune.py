@@ -99,8 +99,8 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
         step, lost = choose(run, model, progress)
         if not progress.exit_code:
             trainer.check_result()
-            if method.searches and (said := method.finish(model, trainer.held_out_loss)):
-                log.message(said)
+            if step <= trainer.search_step:
+                trainer.search()
         save(run, model, progress, step, storage, fabric.is_global_zero)
         progress.elapsed = trainer.clock()
         if fabric.is_global_zero:

@@ -57,6 +57,7 @@ class Trainer:
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
         method = self.run.method
+        self.search_step = method.search_step(self.steps)
         same = not (method.defines("penalty") or method.defines("training_step"))  # a pass is as the one recorded
         recorded = RecordedPasses.of(self.gpt) if unscaled and same else None
         self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded, method, self.steps)
@@ -78,6 +79,8 @@ class Trainer:
         self.check_patience()  # a run that stopped for it may have been killed before it wrote its result
         self.signals.training = True
         for numbers in () if progress.stopped else self.planned_steps():
+            if progress.step == self.search_step:
+                self.search()
             self.take_step(numbers)
             if progress.exit_code:
                 self.save()
@@ -179,6 +182,12 @@ class Trainer:
             self.progress.stopped = f"{reason or 'max_time reached'} at step {self.progress.step} of {self.steps}"
             self.progress.exit_code = exit_code(reason) if reason else 0
             self.progress.out_of_time = not reason
+
+    def search(self) -> None:
+        """Has the method choose among what it has learned, if it does; also in a run that is resumed at that step."""
+        method = self.run.method
+        if method.searches and (said := method.search(self.gpt, self.held_out_loss)):
+            self.log.message(said)
 
     def held_out_loss(self) -> float:
         """Returns the loss on the held-out rows, in nats per token."""

@@ -167,6 +167,21 @@ def test_a_run_saves_the_path_that_its_search_found(tiny_folder, tmp_path, capsy
     assert 0 < count <= 9000
 
 
+def test_steps_after_the_search_train_the_path_that_it_found_alone(tiny_folder, tmp_path) -> None:
+    words = "--method.rank", "2", "--method.population", "4", "--train.lr", "1e-2"
+    saves = "--checkpoint.interval", "1", "--checkpoint.keep_last", "9"
+    run = finetune(tiny_folder, tmp_path, *words, *saves, "--method.search_after", "0.5", method="glora")
+    states = [load_file(file) for file in sorted(run.glob("checkpoints/*/delta.safetensors"))]
+    assert len(states) == 4
+    for name in [name for name in states[0] if name.endswith(".path")]:
+        assert [float(state[name.replace(".path", ".chosen")]) for state in states] == [0, 0, 1, 1]
+        assert all(torch.equal(state[name], states[0][name]) for state in states[:2])
+        assert all(torch.equal(state[name], states[3][name]) for state in states[2:])
+    final = load_file(run / "final" / "delta.safetensors")
+    assert not [name for name in final if name.endswith(".chosen")]
+    assert all(torch.equal(final[name], states[3][name]) for name in final)
+
+
 def test_a_search_wants_held_out_rows_and_a_single_path_none(tiny_folder, tmp_path) -> None:
     words = "--data.path", str(tmp_path / "rows.jsonl"), "--data.validation_split", "0"
     (tmp_path / "rows.jsonl").write_text('{"instruction": "Colour of coal?", "output": "black"}\n' * 6)
@@ -198,7 +213,8 @@ def test_dora_and_glora_on_one_weight_are_refused(tiny_folder) -> None:
 @pytest.mark.parametrize(
     "settings",
     [{"rank": 0}, {"forms": {"F": ("low_rank",)}}, {"forms": {"D": ("low_rank",)}}, {"forms": {"A": ()}},
-     {"population": 1}, {"generations": 0}, {"limit": -1}, {"seed": -1}],
+     {"population": 1}, {"generations": 0}, {"limit": -1}, {"seed": -1},
+     {"search_after": 0.0}, {"search_after": 1.1}],
 )  # fmt: skip
 def test_impossible_values_are_refused_by_key(settings: dict) -> None:
     with pytest.raises(ValueError, match=f"method.{next(iter(settings))}"):
