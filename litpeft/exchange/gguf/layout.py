@@ -19,7 +19,7 @@ from litpeft.core.errors import ConfigError, ModelError
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES, Gguf, family
 from litpeft.model.families.names import NameMap
-from litpeft.model.gpt import rope_frequencies
+from litpeft.model.frequencies import rope_frequencies
 
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
 TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
