@@ -57,12 +57,17 @@ def test_an_adapter_beside_full_weights_is_refused_by_every_command(tiny_folder,
     assert what in refused(convert, Convert(str(folder), str(tmp_path / "out")))
 
 
-def test_an_adapter_alone_is_told_with_its_base_and_what_to_do(adapter, tiny_folder):
-    message = refused(load_model, str(adapter))
+def test_an_adapter_alone_is_told_with_its_base_and_what_to_do(adapter, tiny_folder, tmp_path):
+    message = refused(read_config, adapter)
     files = "adapter_config.json, adapter_model.safetensors"
-    assert f"this is an adapter of {tiny_folder} ({files}), which litpeft does not read" in message
-    assert "merge_and_unload" in message
-    assert "this is an adapter of" in refused(merge, Merge(str(adapter)))
+    assert f"this is an adapter of {tiny_folder} ({files}), and a model folder is asked for" in message
+    assert f"`litpeft merge {adapter}` makes one of it" in message
+    other = shutil.copytree(adapter, tmp_path / "mlx")
+    (other / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')  # as MLX writes it
+    for call, arg in ((read_config, other), (load_model, str(other)), (merge, Merge(str(other)))):
+        message = refused(call, arg)
+        assert f"this is an adapter ({files}), which litpeft does not read" in message
+        assert "merge_and_unload" in message
 
 
 @pytest.mark.parametrize("kind", ["gptq", "awq", "bitsandbytes"])

@@ -273,8 +273,8 @@ def by_module(base: Mapping[str, Tensor], names: NameMap) -> dict[str, dict[str,
 
 def whole(module: str, found: Mapping[str, Tensor], names: NameMap) -> bool:
     """Returns whether these are all tensors of a module of the files."""
-    files = next((theirs for theirs, name in names.modules.items() if name == module), module)
-    return all(f"{files}.{leaf}" not in names.parts or leaf in found for leaf in ("weight", "bias"))
+    theirs = names.in_files(module)
+    return all(f"{theirs}.{leaf}" not in names.parts or leaf in found for leaf in ("weight", "bias"))
 
 
 def plain_modules(base: Mapping[str, Tensor], names: NameMap) -> Adapter:

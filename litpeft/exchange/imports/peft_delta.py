@@ -42,7 +42,6 @@ class Reader:
 
     def __init__(self, keys: LayerKeys, tensors: Mapping[str, Tensor], names: NameMap, weights: Weights):
         self.keys, self.names, self.weights = keys, names, weights
-        self.file_of = {module: file for file, module in names.modules.items()}
         self.left: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             plain = name.removeprefix(WRAPPED).replace(".base_layer.", ".").replace(".ln_tuning_layers.", ".")
@@ -86,7 +85,7 @@ class Reader:
         """Returns the modules that the adapter acts on."""
         everywhere = {**self.of, self.head: []}  # a tied head is in no file
         inner = self.linear - {self.head}
-        spelt = {module: {module, self.file_of.get(module, module)} for module in everywhere}
+        spelt = {module: {module, self.names.in_files(module)} for module in everywhere}
         found = [m for m in everywhere if any(self.keys.is_target(name, m in inner) for name in spelt[m])]
         if not found:
             raise ValueError(f"target_modules {self.keys.target_modules!r} names no module of the base")
@@ -167,7 +166,7 @@ class Reader:
         found = {}
         for name in list(self.left):
             module, _, leaf = name.rpartition(".")
-            theirs = f"{self.file_of.get(module, module)}.{leaf}"
+            theirs = f"{names.in_files(module)}.{leaf}"
             if theirs not in names.parts:
                 raise ValueError(f"{name} is of no module that target_modules, modules_to_save or bias names")
             tensor = self.take(name, names.shapes[theirs])

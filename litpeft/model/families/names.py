@@ -56,6 +56,10 @@ class NameMap:
         theirs = self.file_name(f"{ours}.weight").removesuffix(".weight")
         return self.modules.get(theirs, theirs)
 
+    def in_files(self, module: str) -> str:
+        """Returns what the files call a module of transformers' class."""
+        return next((theirs for theirs, name in self.modules.items() if name == module), module)
+
     def read(self, weights: Weights, ours: str) -> Tensor:
         """Returns one parameter of the plain model."""
         theirs = self.file_name(ours)
