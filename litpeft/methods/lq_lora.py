@@ -45,7 +45,7 @@ class LQLoRA(LoftQ):
 
     iterations: int = 10
     """Most times that update and codes are made in turn."""
-    bits: float = 3.0
+    bits: float = 3.5
     """Bits for each weight of the targets on average, constants included."""
     storages: tuple[str, ...] = ("nf2", "nf3", "nf4")
     """What a matrix may be held in."""
