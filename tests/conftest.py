@@ -78,7 +78,7 @@ class NoFloat32(TorchFunctionMode):
 
 
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
-    """Makes transformers compute norms, attention and routers in float64, not in float32."""
+    """Makes transformers compute norms, attention and routers in float64, which it does in float32 for any type."""
     for module in model.modules():
         if any(kind in type(module).__name__ for kind in ("Norm", "Attention", "Router")):
             module.forward = in_mode(module.forward)

@@ -53,8 +53,13 @@ def refuse_other(folder: Path) -> None:
     kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if quantised is None and (folder / "quantize_config.json").exists():  # of older files
         quantised = kind = "gptq"
-    if quantised is not None:
+    four_bits = isinstance(quantised, dict) and kind == "bitsandbytes" and quantised.get("load_in_4bit")
+    if quantised is not None and kind != "mxfp4" and not four_bits:
         what = f"the weights are already quantised ({kind or 'quantization_config in config.json'})"
+        if (folder / "config.json").exists() and kind:
+            what += (
+                ", says quantization_config of config.json; of such weights those of bitsandbytes in 4 bits are read"
+            )
         hint = "take the model's plain weights; `--base.quantize` of finetune holds them in 4 or 8 bits"
         raise ModelError(what, where=folder, hint=hint)
 

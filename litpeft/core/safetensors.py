@@ -25,6 +25,7 @@ from litpeft.core.json import read_shards, write_json
 from litpeft.core.recognise import convert_hint, refuse_other
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODES = {"U8": torch.uint8}  # of weights in four bits
 RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as settings say them
 SHARD_BYTES = 5_000_000_000
 HEADER_BYTES = (1 << 17) - 8  # reserved for the header of a file that is written, so that tensors begin at a page
@@ -79,7 +80,7 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """Returns a tensor. It must not be written to: `drop_pages` would undo that."""
-        dtype, shape, file = DTYPES[self.dtype(name)], self.shape(name), self.file_of[name]
+        dtype, shape, file = (DTYPES | CODES)[self.dtype(name)], self.shape(name), self.file_of[name]
         first, _ = self.headers[file][name]["data_offsets"]
         if file not in self._maps:
             with open(self.folder / file, "rb") as handle:

@@ -6,14 +6,15 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from litpeft.core.errors import UserError
+from litpeft.core.json import jsonable
 from litpeft.core.kinds import WORDS, in_words
 
 LATER = {"later": True}  # metadata of a field that older files do not have: they mean its default
 
 
 def later(cls: type) -> dict[str, Any]:
-    """Returns the defaults of a dataclass's fields that are marked LATER, by name."""
-    return {field.name: field.default for field in fields(cls) if field.metadata == LATER}
+    """Returns the defaults of a dataclass's fields that are marked LATER, by name, as JSON has them."""
+    return {field.name: jsonable(field.default) for field in fields(cls) if field.metadata == LATER}
 
 
 def typed(kind: Any, value: Any, key: str) -> Any:

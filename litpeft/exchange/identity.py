@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.json import read_json
+from litpeft.core.json import jsonable, read_json
 from litpeft.data.templates import ChatTemplate
 from litpeft.model.config import ModelConfig
 from litpeft.model.families.read import read_config
@@ -91,7 +91,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+            found[f"{prefix}{key}"] = jsonable(value)
     return found
 
 

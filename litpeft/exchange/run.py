@@ -128,6 +128,8 @@ def write_config(folder: Path, dtype: torch.dtype, method: Method | None = None)
     config = read_json(path, "config.json of the base")
     if method is not None:
         describe(config, method)
+    if config.get("quantization_config") is not None:  # what is written is plain
+        del config["quantization_config"]
     name = str(dtype).removeprefix("torch.")
     write_json(path, config | {"dtype": name, "torch_dtype": name})
 

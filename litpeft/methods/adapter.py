@@ -40,7 +40,7 @@ class PromptAttention(Delta):
         self.tensor("gate", (heads,), 0.0)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: Attention) -> Tensor:
-        y = attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window, cap=attn.cap)  # (B, H, T, D)
+        y = attend(q, k, v, mask=ctx.mask, documents=ctx.documents, **attn.kind())  # (B, H, T, D)
         prompt = self.prompt.to(q.dtype)[None]
         kp, vp = attn.heads(attn.k(prompt)), attn.heads(attn.v(prompt))  # (1, G, n, D)
         kp, vp = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (kp, vp))  # (1, H, n, D)

@@ -47,14 +47,14 @@ class Shifted(Delta):
         half = self.group // 2
         trains = self.training and torch.is_grad_enabled() and ctx.mask is None
         if not trains or max(documents.lengths) <= half:  # then no group has an end within a document
-            return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window, cap=attn.cap)
+            return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, **attn.kind())
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
         rows = [x.transpose(0, 1).flatten(1, 2)[None].tensor_split(2, 1) for x in (q, k, v)]  # (1, H / 2, B * T, D)
         cuts = documents.cut(self.group, self.group), documents.cut(half, self.group)
-        ys = [
-            attend(*heads, mask=None, documents=cut, window=attn.window, cap=attn.cap)
-            for cut, *heads in zip(cuts, *rows, strict=True)
-        ]
+        sinks = (None, None) if attn.sinks is None else attn.sinks.tensor_split(2)
+        kinds = (attn.kind() | {"sinks": half} for half in sinks)
+        parts = zip(cuts, kinds, *rows, strict=True)
+        ys = [attend(*heads, mask=None, documents=cut, **kind) for cut, kind, *heads in parts]
         return torch.cat(ys, 1)[0].unflatten(1, (len(q), -1)).transpose(0, 1)
 
 

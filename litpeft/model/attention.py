@@ -74,15 +74,16 @@ def attend(
     documents: Documents | None,
     window: int | None,
     cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) v as (B, H, T, D); q is (B, H, T, D), k and v are (B, G, S, D).
 
     `mask` (B, 1, T, S) is added to the scores, or True where a query sees a key. Without it a query sees itself and the
     earlier tokens of its document (of its row if `documents` is None), at most `window` of them.
-    With a `cap` scores s become cap * tanh(s / cap).
+    With a `cap` scores s become cap * tanh(s / cap). `sinks` (H,) are one more score in the softmax, of no token.
     """
-    if cap is not None:
-        return _capped(q, k, v, mask, documents, window, cap)
+    if cap is not None or sinks is not None:
+        return _plain(q, k, v, mask, documents, window, cap, sinks)
     if mask is not None and q.size(2) <= GROUPED_TOKENS:
         return _grouped(q, k, v, mask)
     if mask is not None:
@@ -100,28 +101,33 @@ def attend(
     return _by_length(q, k, v, documents, window)
 
 
-def _capped(
+def _plain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
     documents: Documents | None,
     window: int | None,
-    cap: float,
+    cap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Holds all scores of a document: no fused kernel of torch caps them."""
+    """Holds all scores of a document: no fused kernel of torch caps them, or takes one of no token."""
     if mask is None and documents is not None and len(documents.lengths) > 1:
         parts = zip(*(x.split(documents.lengths, 2) for x in (q, k, v)), strict=True)
-        return torch.cat([_capped(*part, None, None, window, cap) for part in parts], 2)
+        return torch.cat([_plain(*part, None, None, window, cap, sinks) for part in parts], 2)
     if mask is None:
         position = torch.arange(q.size(2), device=q.device)[None]
         mask = causal_mask(position, position, window)[:, None]
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
     scores = q.unflatten(1, (k.size(1), -1)) @ k[:, :, None].transpose(-1, -2) * q.size(-1) ** -0.5
-    scores = cap * torch.tanh(scores / cap) + mask[:, None]
+    scores = (scores if cap is None else cap * torch.tanh(scores / cap)) + mask[:, None]
+    if sinks is not None:
+        own = sinks.to(scores.dtype).view(1, k.size(1), -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, own), -1)
     wide = torch.promote_types(q.dtype, torch.float32)
-    return (scores.softmax(-1, dtype=wide).to(q.dtype) @ v[:, :, None]).flatten(1, 2)
+    shares = scores.softmax(-1, dtype=wide).to(q.dtype)[..., : k.size(2)]
+    return (shares @ v[:, :, None]).flatten(1, 2)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

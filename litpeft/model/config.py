@@ -67,6 +67,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class ClampedGate:
+    """In an MLP: (u + 1) * g * sigmoid(slope * g), with the gate g at most and the up projection u within +-limit."""
+
+    slope: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Experts:
     """A mixture of MLPs in place of a layer's MLP: a router chooses some of them for each token."""
 
@@ -111,6 +119,8 @@ class ModelConfig:
     mlp_bias: bool = False
     head_bias: bool = False
     experts: Experts | None = None
+    clamped_gate: ClampedGate | None = None  # in place of act(g) * u
+    sinks: bool = False  # each query head has a score of its own for no token at all
     window: int | None = None  # a token sees this many tokens back, itself included; None = all
     layers: tuple[Layer, ...] = ()  # each one's window and rotary positions, in place of the fields; () = all are alike
     norms: Literal["before", "after", "around"] = "before"  # where the norms of a sub-layer stand; around = both

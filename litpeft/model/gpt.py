@@ -7,6 +7,7 @@ G key/value heads, V vocabulary. Families differ in the switches of ModelConfig.
 from collections.abc import Callable
 from copy import copy
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -43,7 +44,7 @@ class Sdpa(Slot):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: "Attention") -> Tensor:
         for delta in self.deltas.values():
             return delta(q, k, v, ctx, attn)
-        return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, window=attn.window, cap=attn.cap)
+        return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, **attn.kind())
 
 
 class Attention(nn.Module):
@@ -56,6 +57,7 @@ class Attention(nn.Module):
         self.v = Linear(d, kv, config.qkv_bias)
         self.o = Linear(config.n_heads * config.head_dim, d, config.output_bias)
         self.core = Sdpa()
+        self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if config.sinks else None
         self.q_norm, self.k_norm = (make_qk_norm(config, heads) for heads in (config.n_heads, config.n_kv_heads))
         self.norms_all = config.qk_norm == "all"
         self.clip, self.cap = config.clip_qkv, config.score_cap
@@ -68,6 +70,10 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D)"""
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def kind(self) -> dict[str, Any]:
+        """Returns the arguments of `attend` that say what attention of this layer is."""
+        return {"window": self.window, "cap": self.cap, "sinks": self.sinks}
 
     def normed(self, x: Tensor, norm: nn.Module) -> Tensor:
         """Returns queries or keys (B, T, heads * D) as their norm makes them."""
@@ -112,7 +118,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, d_ff: int | None = None):
         super().__init__()
         d, d_ff = config.d_model, d_ff or config.d_ff
-        self.act = ACTIVATIONS[config.activation]
+        self.act = ACTIVATIONS[config.activation] if config.clamped_gate is None else None
+        self.clamped = config.clamped_gate
         self.gate = Linear(d, d_ff, config.mlp_bias) if config.gated_mlp else None
         self.up = Linear(d, d_ff, config.mlp_bias)
         self.down = Linear(d_ff, d, config.mlp_bias)
@@ -125,6 +132,10 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.down(self.act(self.up(x, ctx)), ctx)
         gate, up = project(x, ctx, self.gate, self.up)
+        if self.clamped is not None:
+            slope, limit = self.clamped.slope, self.clamped.limit
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+            return self.down((up + 1) * gate * torch.sigmoid(slope * gate), ctx)
         if self.act is not F.silu:
             return self.down(self.act(gate) * up, ctx)
         y = swiglu(gate, up)

@@ -37,5 +37,5 @@ def is_llama(block: nn.Module) -> bool:
         return False
     norms = all(type(norm) is RMSNorm for norm in (block.norm1, block.norm2))
     empty = all(is_empty(slot) for slot in (block.after_attn, block.after_mlp, block.after_block))
-    core = type(block.attn.core) is Sdpa and not block.attn.core.deltas
+    core = type(block.attn.core) is Sdpa and not block.attn.core.deltas and block.attn.sinks is None
     return norms and empty and core and not block.parallel and block.mlp.act is F.silu

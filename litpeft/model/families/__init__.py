@@ -44,6 +44,7 @@ FAMILIES = {
     "mixtral": "litpeft.model.families.mixtral",
     "qwen3_moe": "litpeft.model.families.qwen3_moe",
     "olmoe": "litpeft.model.families.olmoe",
+    "gpt_oss": "litpeft.model.families.gpt_oss",
     "gpt_neox": "litpeft.model.families.gpt_neox",
     "gpt2": "litpeft.model.families.gpt2",
 }
@@ -61,6 +62,7 @@ class Place:
     module: str
     per: str | None = None
     transposed: bool = False  # the files hold a weight as (in, out)
+    stack: bool = False  # the files hold one tensor for all experts, called `module` and `module`_bias
 
 
 @dataclass(frozen=True)

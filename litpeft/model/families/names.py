@@ -12,6 +12,7 @@ from litpeft.core.errors import ModelError, some
 from litpeft.core.safetensors import DTYPES, Weights
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import Place, family, split_name
+from litpeft.model.families.packed import packed_parts, read_packed
 from litpeft.model.families.read import left_out
 from litpeft.model.gpt import GPT
 
@@ -44,12 +45,17 @@ class NameMap:
         self.parts: dict[str, list[str]] = {}
         for ours in sorted(self.ours, key=lambda ours: order.index(split_name(ours)[0])):
             self.parts.setdefault(self.file_name(ours), []).append(ours)
+        self._fused: dict[str, list[str]] = {}  # the parts of a tensor of the files, or of an expert in it
+        for ours in (ours for parts in self.parts.values() for ours in parts):
+            self._fused.setdefault(self._piece(ours), []).append(ours)
         self.shapes = {theirs: self._shape(parts) for theirs, parts in self.parts.items()}
 
     def file_name(self, ours: str) -> str:
         """Returns the name of the file's tensor that is or contains a parameter, as we write it."""
         module, numbers, leaf = split_name(ours)
-        return f"{self._places[module].module.format(*numbers)}.{leaf}"
+        place = self._places[module]
+        name = place.module.format(*numbers)
+        return f"{name}.{leaf}" if not place.stack else name if leaf == "weight" else f"{name}_{leaf}"
 
     def module(self, ours: str) -> str:
         """Returns the module of transformers' class that is or contains one of ours."""
@@ -62,25 +68,22 @@ class NameMap:
 
     def read(self, weights: Weights, ours: str) -> Tensor:
         """Returns one parameter of the plain model."""
-        theirs = self.file_name(ours)
-        place, parts = self._place(ours), self.parts[theirs]
-        tensor = weights.read(self._spelt(weights, theirs))
-        tensor = tensor.t() if place.transposed else tensor
-        return (self.rows(theirs, tensor)[ours] if len(parts) > 1 else tensor).contiguous()
+        place, parts = self._place(ours), self._fused[self._piece(ours)]
+        name = self._spelt(weights, self.file_name(ours))
+        expert = int(split_name(ours)[1][-1]) if place.stack else None
+        tensor = read_packed(weights, name, expert)
+        if tensor is None:
+            tensor = weights.read(name) if expert is None else weights.read(name)[expert]
+            tensor = tensor.t() if place.transposed else tensor
+        return (self._rows(parts, tensor)[ours] if len(parts) > 1 else tensor).contiguous()
 
     def rows(self, theirs: str, tensor: Tensor) -> dict[str, Tensor]:
         """Returns the rows of each parameter of a tensor with a row for each output of a file's tensor."""
-        parts = self.parts[theirs]
-        groups = self._groups(self._place(parts[0]))
-        sizes = [self.ours[part][0] // groups for part in parts]
-        split = tensor.unflatten(0, (groups, -1)).split(sizes, 1)
-        return {part: rows.flatten(0, 1) for part, rows in zip(parts, split, strict=True)}
+        return self._rows(self.parts[theirs], tensor)
 
     def joined_rows(self, theirs: str, given: dict[str, Tensor]) -> Tensor:
         """Returns the tensor whose `rows` are those given."""
-        parts = self.parts[theirs]
-        groups = self._groups(self._place(parts[0]))
-        return torch.cat([given[part].unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+        return self._joined_rows(self.parts[theirs], given)
 
     def transposed(self, theirs: str) -> bool:
         """Returns whether a file's tensor has a column for each output."""
@@ -89,6 +92,7 @@ class NameMap:
     def found(self, weights: Weights, ours: str) -> tuple[Path, str]:
         """Returns the file that holds a parameter, and the name of its tensor there."""
         name = self._spelt(weights, self.file_name(ours))
+        name = name if name in weights.file_of else f"{name}_blocks"
         return weights.folder / weights.file_of[name], name
 
     def written(self, pairs: Iterable[tuple[str, Tensor]], where: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -116,18 +120,21 @@ class NameMap:
     def check(self, weights: Weights) -> None:
         """Raises unless the files hold exactly the tensors that the config asks for, in those shapes."""
         shapes = {self._spelt(weights, theirs): shape for theirs, shape in self.shapes.items()}
+        coded = {name: packed_parts(weights, name, shape) for name, shape in shapes.items()}
+        codes = {part: shape for parts in coded.values() for part, shape in parts.items()}
+        shapes = {name: shape for name, shape in shapes.items() if not coded[name]} | codes
         wrong = [f"{name} is missing" for name in shapes if name not in weights.file_of]
         wrong += [
             f"{name} is {weights.shape(name)}, config.json says {shape}"
             for name, shape in shapes.items()
-            if name in weights.file_of and weights.shape(name) != shape
+            if name in weights.file_of and shape is not None and weights.shape(name) != shape
         ]
         packed = False
         embed, head = (self._spelt(weights, self.file_name(f"{name}.weight")) for name in ("embed", "head"))
         for name in weights.file_of:
             if name not in shapes and any(fnmatchcase(name, glob) for glob in self.buffers):
                 continue
-            if weights.dtype(name) not in DTYPES:
+            if weights.dtype(name) not in DTYPES and name not in codes:
                 packed = True
                 wrong.append(f"{name} is {weights.dtype(name)}, expected F64, F32, F16 or BF16")
             if name == head and self.config.tie_embeddings:  # a copy of the embedding
@@ -143,6 +150,10 @@ class NameMap:
     def _place(self, ours: str) -> Place:
         return self._places[split_name(ours)[0]]
 
+    def _piece(self, ours: str) -> str:
+        """Returns the name of the file's tensor that contains a parameter, with the expert if those are stacked."""
+        return f"{self.file_name(ours)}[{split_name(ours)[1][-1] if self._place(ours).stack else ''}]"
+
     def _groups(self, place: Place) -> int:
         return getattr(self.config, place.per) if place.per else 1
 
@@ -156,10 +167,28 @@ class NameMap:
 
     def _shape(self, parts: list[str]) -> tuple[int, ...]:
         """Returns the shape of the file's tensor that consists of these parameters."""
-        shape = (sum(self.ours[part][0] for part in parts), *self.ours[parts[0]][1:])
-        return shape[::-1] if self._place(parts[0]).transposed else shape
+        pieces = list(dict.fromkeys(map(self._piece, parts)))
+        fused, place = self._fused[pieces[0]], self._place(parts[0])
+        shape = (sum(self.ours[part][0] for part in fused), *self.ours[fused[0]][1:])
+        shape = shape[::-1] if place.transposed else shape
+        return (len(pieces), *shape) if place.stack else shape
 
     def joined(self, theirs: str, given: dict[str, Tensor]) -> Tensor:
         """Returns the file's tensor that consists of these parameters."""
-        tensor = self.joined_rows(theirs, given) if len(given) > 1 else next(iter(given.values()))
-        return (tensor.t() if self.transposed(theirs) else tensor).contiguous()
+        pieces = [self._joined_piece(piece, given) for piece in dict.fromkeys(map(self._piece, self.parts[theirs]))]
+        return torch.stack(pieces) if self._place(self.parts[theirs][0]).stack else pieces[0]
+
+    def _joined_piece(self, piece: str, given: dict[str, Tensor]) -> Tensor:
+        parts = self._fused[piece]
+        tensor = self._joined_rows(parts, given) if len(parts) > 1 else given[parts[0]]
+        return (tensor.t() if self._place(parts[0]).transposed else tensor).contiguous()
+
+    def _rows(self, parts: list[str], tensor: Tensor) -> dict[str, Tensor]:
+        groups = self._groups(self._place(parts[0]))
+        sizes = [self.ours[part][0] // groups for part in parts]
+        split = tensor.unflatten(0, (groups, -1)).split(sizes, 1)
+        return {part: rows.flatten(0, 1) for part, rows in zip(parts, split, strict=True)}
+
+    def _joined_rows(self, parts: list[str], given: dict[str, Tensor]) -> Tensor:
+        groups = self._groups(self._place(parts[0]))
+        return torch.cat([given[part].unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)

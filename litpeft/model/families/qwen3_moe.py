@@ -48,13 +48,13 @@ class Keys(ConfigKeys):
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of Qwen3MoeForCausalLM describes."""
-    if "num_local_experts" in hf:  # what transformers 5 writes
-        hf = hf | {"num_experts": checked("num_local_experts", hf["num_local_experts"], int)}
     keys = Keys.read({key: value for key, value in hf.items() if (key, value) != ("mlp_only_layers", [])})
     config = llama.usual(keys, hf, qk_norm="head")
     dense = keys.mlp_only_layers or []
     rest = [layer for layer in range(config.n_layers) if layer in dense or (layer + 1) % keys.decoder_sparse_step]
-    number, active = keys.num_experts, keys.num_experts_per_tok
-    experts = Experts(number, active, keys.moe_intermediate_size, keys.norm_topk_prob, dense_layers=tuple(rest))
+    # transformers 5 writes another name
+    number = checked("num_local_experts", hf.get("num_local_experts", keys.num_experts), int)
+    sizes = number, keys.num_experts_per_tok, keys.moe_intermediate_size
+    experts = Experts(*sizes, keys.norm_topk_prob, dense_layers=tuple(rest))
     window = keys.sliding_window if keys.use_sliding_window else None
     return replace(config, window=window, experts=experts)

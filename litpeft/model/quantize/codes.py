@@ -210,8 +210,9 @@ def dequantize_4bit(
     if not kernels or kind not in KERNELS:
         return dequantize_in_torch(codes, absmax, shape, kind, dtype)
     n = shape[0] * shape[1]
-    # all of the kernels take rows of even length only; blocks run over the flattened weight anyway
-    rows = shape if shape[1] % 2 == 0 else [1, n + n % 2]
+    # blocks run over the flattened weight, but on a CPU bitsandbytes begins one with each row, and gives wrong numbers
+    # for rows that are no whole blocks; all of its kernels take rows of even length only
+    rows = shape if shape[1] % BLOCK == 0 else [1, n + n % 2]
     given = dtype if dtype in KNOWN else torch.float32
     weight = torch.ops.bitsandbytes.dequantize_4bit(codes, absmax, BLOCK, kind, rows, given)
     return weight.flatten()[:n].view(shape).to(dtype)
