@@ -120,3 +120,20 @@ def test_packing_is_first_fit_decreasing():
             -sum(lengths) // 100
         )  # no packing has fewer; first fit decreasing has at most 11/9 of the best, + 6/9
         assert len(bins) <= 11 / 9 * max(fewest, sum(n > 50 for n in lengths)) + 2
+
+
+def first_fit(lengths: list[int], room: int) -> list[list[int]]:
+    """Returns bins found by trying one after the other, the longest row first."""
+    bins: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = (one for one in bins if sum(lengths[i] for i in one) + lengths[number] <= room)
+        one = next(fits, None)
+        bins.append([number]) if one is None else one.append(number)
+    return bins
+
+
+def test_packing_finds_the_first_bin_with_room_without_trying_them_all() -> None:
+    rng = random.Random(0)
+    for trial in range(200):
+        lengths = [rng.randint(1, 130 if trial % 2 else 60) for _ in range(rng.randrange(40))]
+        assert bin_pack(lengths, 100) == first_fit(lengths, 100)

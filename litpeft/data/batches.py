@@ -61,18 +61,22 @@ def collate(rows: Sequence[Row], before: int = 0, after: int = 0) -> Batch:
 
 def bin_pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Returns row numbers in bins of up to `micro_tokens` tokens (first fit, longest first); a longer row is alone."""
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[number]
-        place = next((i for i, free in enumerate(room) if length <= free), None)
-        if place is None:
-            bins.append([number])
-            room.append(micro_tokens - length)
-        else:
-            bins[place].append(number)
-            room[place] -= length
-    return bins
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    bins: list[list[int]] = [[number] for number in order if lengths[number] > micro_tokens]
+    fitting = order[len(bins) :]
+    leaves = 1 << len(fitting).bit_length()
+    room = [micro_tokens] * (2 * leaves)  # a tree: each node has the most room of its two children; leaf i is a bin
+    found: dict[int, list[int]] = {}
+    for number in fitting:
+        node = 1
+        while node < leaves:  # to the first bin with room
+            node = 2 * node if room[2 * node] >= lengths[number] else 2 * node + 1
+        found.setdefault(node, []).append(number)
+        room[node] -= lengths[number]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return bins + [found[node] for node in sorted(found)]
 
 
 def plan_epoch(rows: int, batch_size: int, epoch: int, seed: int) -> list[list[int]]:
