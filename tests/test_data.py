@@ -11,9 +11,10 @@ from chat_samples import CHATML, STYLES, chats, write_folder
 from litpeft.core.errors import DataError, UserError
 from litpeft.data.formats import FORMATS, detect
 from litpeft.data.formats.turn import Turn
+from litpeft.data.readers import records
 from litpeft.data.rows import show
 from litpeft.data.settings import Data
-from litpeft.data.sources import find, find_measured, records, split
+from litpeft.data.sources import Source, find, find_measured, split
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import load_dataset
 from litpeft.data.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def read(tokenizer, template, path, max_positions=4096, **settings):
     [
         ("overlong", "x", "data.overlong must be error, drop or split, got 'x'"),
         ("bad_rows", "warn", "data.bad_rows must be error or skip, got 'warn'"),
-        ("format", "csv", "data.format must be auto, messages"),
+        ("format", "csv", "data.format must be auto, preference, messages"),
         ("template", "llama", "data.template must be auto, model or alpaca"),
         ("validation_split", 1.0, "data.validation_split must be at least 0 and below 1, got 1.0"),
         ("max_length", 1, "data.max_length must be at least 2"),
@@ -82,9 +83,9 @@ def test_a_bare_list_of_messages_is_a_row_too():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_row_that_messages_show_for_a_format_is_found_to_be_of_it(name):
-    row = json.loads(FORMATS[name].EXAMPLE)
+    row = FORMATS[name].example
     assert detect(row) == name
-    assert FORMATS[name].unread(row) == set()
+    assert FORMATS[name].unread(row) == ({"rejected"} if name == "preference" else set())
 
 
 USER = {"role": "user", "content": "q"}
@@ -98,20 +99,23 @@ USER = {"role": "user", "content": "q"}
         ({"instruction": "a", "output": None}, "output must be a string, got null"),
         ({"instruction": "a", "output": " \n"}, "output is empty"),
         ({"instruction": "a", "input": [], "output": "b"}, "input must be a string, got list"),
-        ({"text": "x", "n": 1}, "the row has the keys 'text', 'n'; known are messages (a list of role and content)"),
+        (
+            {"x": "x", "n": 1},
+            "the row has the keys 'x', 'n'; known formats are preference, messages, ",
+        ),
         ({}, "the row has the keys (none)"),
         (3, "the row has int"),
         ({"messages": None}, "messages must be a list, got null"),
         ({"messages": []}, "messages is empty"),
         ({"messages": [USER, 3]}, "messages[1] must be an object"),
         ({"messages": [USER, {"content": "a"}]}, "messages[1].role is missing"),
-        ({"messages": [{"role": "bot", "content": "a"}]}, "messages[0].role must be one of system, user"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "messages[0].role must be one of system, developer, user"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
-        ({"messages": [USER, {"role": "assistant", "content": ["x"]}]}, "messages[1].content must be a string"),
+        ({"messages": [USER, {"role": "assistant", "content": ["x"]}]}, "messages[1].content[0] must be a part"),
         ({"messages": [USER, {"role": "assistant", "content": "x", "train": 1}]}, "messages[1].train must be true"),
         ({"messages": [USER | {"train": True}]}, "messages[0].train can be true for the assistant only"),
-        ({"messages": [USER | {"tool_calls": [1]}]}, "messages[0].tool_calls is not supported"),
-        ({"messages": [USER], "tools": [1]}, "tools is not supported"),
+        ({"messages": [USER | {"tool_calls": [1]}]}, "messages[0].tool_calls must be a list, in a message of the as"),
+        ({"messages": [USER], "tools": [1]}, "tools must be a list of objects"),
     ],
 )
 def test_a_wrong_key_is_named(record, told):
@@ -174,7 +178,7 @@ def test_a_bad_element_of_a_json_list_is_rejected_with_the_line_it_starts_on(bad
 @pytest.mark.parametrize(
     ("name", "content", "what", "line"),
     [
-        ("rows.txt", b"x", "a data file ends in .json or .jsonl, ", ""),
+        ("rows.xls", b"x", "a data file ends in .json, .jsonl, .csv, ", ""),
         ("rows.jsonl", gzip.compress(b"{}", mtime=0), "the file is gzip, not JSON in UTF-8", ""),
         ("rows.json", '[{"a": 1}]'.encode("utf-16"), "the file is UTF-16, not JSON in UTF-8", ""),
         ("rows.jsonl", b"[\n{}\n]", "this is a JSON list, not JSON Lines", ":1"),
@@ -253,15 +257,16 @@ def test_hundreds_of_mutated_lines_lose_no_good_line_and_end_in_no_traceback(tmp
 
 
 def test_a_folder_gives_its_files_of_rows_to_train_on_and_rows_held_out(tmp_path):
-    with pytest.raises(UserError, match="no train.json or train.jsonl in it, but nothing"):
+    with pytest.raises(UserError, match="no file called train in it, but nothing"):
         find(str(tmp_path), None)
     (tmp_path / "train.jsonl").touch()
-    assert find(str(tmp_path), None) == (tmp_path / "train.jsonl", None)
+    train = [Source(tmp_path / "train.jsonl")]
+    assert find(str(tmp_path), None) == (train, [])
     (tmp_path / "dev.json").touch()
-    assert find(str(tmp_path), None) == (tmp_path / "train.jsonl", tmp_path / "dev.json")
-    assert find(str(tmp_path), str(tmp_path / "train.jsonl"))[1] == tmp_path / "train.jsonl"
+    assert find(str(tmp_path), None) == (train, [tmp_path / "dev.json"])
+    assert find(str(tmp_path), str(tmp_path / "train.jsonl"))[1] == [tmp_path / "train.jsonl"]
     (tmp_path / "validation.jsonl").touch()
-    with pytest.raises(UserError, match="several files could be meant: validation.jsonl, dev.json"):
+    with pytest.raises(UserError, match="several files could be meant: dev.json, validation.jsonl"):
         find(str(tmp_path), None)
     for nowhere in ("nowhere", "n" * 5000):
         with pytest.raises(UserError, match="no such file or folder") as error:
@@ -269,28 +274,27 @@ def test_a_folder_gives_its_files_of_rows_to_train_on_and_rows_held_out(tmp_path
         assert error.value.exit_code == 3
 
 
-@pytest.mark.parametrize("name", ["train.csv", "train.parquet", "train.tsv", "rows.xlsx", "train-0-of-1.parquet"])
-def test_a_table_is_told_to_become_rows_not_to_change_its_name(tmp_path, name):
+@pytest.mark.parametrize("name", ["train.xls", "train.zip", "rows.ods"])
+def test_a_kind_of_file_that_is_not_read_is_named_and_never_ignored(tmp_path, name):
     (tmp_path / name).write_text("a,b")
     for path in (tmp_path, tmp_path / name):
-        with pytest.raises(UserError) as error:
-            list(records(find(str(path), None)[0]))
+        with pytest.raises(UserError, match="a data file ends in .json, .jsonl, .csv") as error:
+            list(records(find(str(path), None)[0][0].path))
         assert error.value.exit_code == 3
-        assert f"make {(tmp_path / name).stem}.jsonl of it, each row a line: {{" in error.value.hint
-    (tmp_path / "train.jsonl").touch()
-    assert find(str(tmp_path), None) == (tmp_path / "train.jsonl", None)
-    (tmp_path / "validation.csv").touch()
-    with pytest.raises(UserError, match="CSV is not read"):  # else other rows would be held out, without a word
+    (tmp_path / "validation.xls").touch()
+    (tmp_path / name).unlink()
+    (tmp_path / "train.csv").touch()
+    with pytest.raises(UserError, match="old Excel is not read"):  # else other rows would be held out, without a word
         find(str(tmp_path), None)
 
 
 def test_rows_to_measure_are_the_held_out_ones_of_a_folder(tmp_path):
-    with pytest.raises(UserError, match="no validation.json or validation.jsonl in it"):
+    with pytest.raises(UserError, match="no file called train in it"):
         find_measured(str(tmp_path))
     for name in ("train.jsonl", "dev.json"):  # each is preferred to those before it
         (tmp_path / name).touch()
-        assert find_measured(str(tmp_path)) == tmp_path / name
-    assert find_measured(str(tmp_path / "train.jsonl")) == tmp_path / "train.jsonl"
+        assert find_measured(str(tmp_path)) == [tmp_path / name]
+    assert find_measured(str(tmp_path / "train.jsonl")) == [tmp_path / "train.jsonl"]
 
 
 def test_a_split_holds_out_at_least_one_row_and_leaves_one():
@@ -384,14 +388,15 @@ def test_what_a_template_says_of_a_row_is_one_line_of_the_report_and_steers_no_t
 
 
 def test_a_file_without_a_usable_row_says_what_rows_look_like_and_which_keys_came(tmp_path, tokenizer, template):
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "response": "b"}] * 6 + [{"text": "c"}])
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "a", "respuesta": "b"}] * 6 + [{"txt": "c"}])
     for bad_rows in ("error", "skip"):
         with pytest.raises(UserError) as error:
             read(tokenizer, template, path, bad_rows=bad_rows)
         assert (error.value.where, error.value.exit_code) == (path, 3)
         assert f"7 bad rows:\n{path}:1: output is missing" in error.value.what
-        assert '{"instruction": "...", "input": "...", "output": "..."}' in error.value.hint
-        assert "the rows have the keys instruction (6 rows), response (6 rows), text (1 row)" in error.value.hint
+        assert '{"instruction": "...", "output": "..."}' in error.value.hint
+        assert """to map them: --data.columns '{"user": "instruction", "assistant": "respuesta"}'""" in error.value.hint
+        assert "the rows have the keys instruction (6 rows), respuesta (6 rows), txt (1 row)" in error.value.hint
         assert "bad_rows" not in error.value.hint
 
 
@@ -496,7 +501,7 @@ def test_a_shown_row_marks_what_is_trained_and_steers_no_terminal(tmp_path, toke
     shown = show(row, tokenizer, color=False)
     assert shown.endswith("<|im_start|>assistant\n[yes, 日本 🙂<|im_end|>]\n")
     assert "a\\x1b[31mb" in shown
-    assert "\x1b[32myes, 日本 🙂<|im_end|>\x1b[0m\n" in show(row, tokenizer, color=True)
+    assert "\x1b[32myes, 日本 🙂\x1b[7m<|im_end|>\x1b[0m\x1b[32m\x1b[0m\n" in show(row, tokenizer, color=True)
 
 
 @pytest.mark.parametrize("style", list(STYLES))

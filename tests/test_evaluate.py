@@ -70,7 +70,7 @@ NUMBERS = "{% for m in messages %}{{ m.content | length }}<|im_end|>{% endfor %}
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}"
 FAULTS = {  # rows, a template, and which commands are asked
     "a bad row": ([GOOD, {"instruction": 3, "output": "b"}], None, "evaluate, generate"),
-    "only bad rows": ([{"text": "a"}] * 3, None, "evaluate, generate"),
+    "only bad rows": ([{"txt": "a"}] * 3, None, "evaluate, generate"),
     "a row without an answer to learn": ([GOOD, {"messages": [{"role": "user", "content": "a"}]}], None, "evaluate"),
     "a row that is too long": ([GOOD, LONG], None, "evaluate, generate"),
     "a row that is too large": ([GOOD, LARGE], None, "evaluate"),
@@ -92,7 +92,9 @@ def test_errors_name_no_option_that_the_command_does_not_have(tiny_folder, tmp_p
     for command in commands.split(", "):
         with pytest.raises(UserError) as error:
             evaluate(evaluation) if command == "evaluate" else generate(generation)
-        assert not re.search(r"(?:data|train|base|method|checkpoint|validation)\.[a-z]|--|skip|drop", str(error.value))
+        assert not re.search(
+            r"(?:data|train|base|method|checkpoint|validation)\.[a-z]|--(?!columns )|skip|drop", str(error.value)
+        )
 
 
 def test_a_folder_is_measured_by_its_held_out_rows_alone(tiny_folder, tmp_path, capsys) -> None:
@@ -105,7 +107,7 @@ def test_a_folder_is_measured_by_its_held_out_rows_alone(tiny_folder, tmp_path, 
     assert "3 rows" in said.out
     assert said.err.splitlines()[0] == "not read    the keys id (1 row)"
     (folder / "dev.jsonl").touch()
-    with pytest.raises(UserError, match="several files could be meant: validation.jsonl, dev.jsonl") as error:
+    with pytest.raises(UserError, match="several files could be meant: dev.jsonl, validation.jsonl") as error:
         evaluate(Evaluate(str(tiny_folder), str(folder)))
     assert error.value.hint == "keep one of them, or name the file itself instead of the folder"
 

@@ -5,13 +5,18 @@ import json
 import pytest
 from conftest import write_tokenizer
 
-from litpeft.data.formats import FORMATS, detect
+from litpeft.data.formats import FORMATS, chosen, detect
 from litpeft.data.formats.turn import Turn
-from litpeft.data.prompts import content, read_prompts, unread
+from litpeft.data.prompts import content as content_of
+from litpeft.data.prompts import read_prompts, unread
 from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import load_dataset
 from litpeft.data.tokenizer import Tokenizer
+
+
+def content(row, raw):
+    return content_of(row, raw, chosen("auto", None, to_answer=True)(row)[1])
 
 
 def said(role: str, text: str, **more: object) -> dict[str, object]:

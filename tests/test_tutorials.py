@@ -88,7 +88,7 @@ def litpeft(words: list[str]) -> list[str] | None:
 
 def parsed(words: list[str]) -> tuple:
     """Returns the settings that a command of litpeft gives, and its method."""
-    name = " ".join(words[:2]) if words[0] == "finetune" else words[0]
+    name = " ".join(words[:2]) if words[0] in ("finetune", "data") else words[0]
     return parse(name, COMMANDS[name], words[len(name.split()) :])[:2]
 
 

@@ -26,7 +26,7 @@ from litpeft.train.launch import PATIENCE, launch, leave, peer_lost, started_by
 
 @dataclass(frozen=True)
 class Command:
-    """A command: a function called like the command's first word, and its settings, a class called like that word."""
+    """A command: a function called like its word, and its settings, a class called like that too."""
 
     settings: str  # module of the settings, whose fields are the options
     function: str  # module of the function, which takes the settings
@@ -38,6 +38,7 @@ class Command:
 
 
 NEW_RUN = "--base.dir checkpoints/HuggingFaceTB/SmolLM2-360M-Instruct --data.path rows.jsonl --out out/mine"
+ROWS = "rows.jsonl --model checkpoints/HuggingFaceTB/SmolLM2-360M-Instruct"
 COMPARISON = "--config config_hub/smollm2-135m/compare.yaml"
 COMMANDS = {
     "download": Command(
@@ -57,6 +58,8 @@ COMMANDS = {
         f"finetune {name}": Command("train.settings", "train.finetune", text, NEW_RUN, name, in_yaml=True)
         for name, (_, text) in METHODS.items()
     },
+    "data show": Command("cli.data", "cli.data", "Show rows as the model sees them.", ROWS),
+    "data check": Command("cli.data", "cli.data", "Check rows before a model learns them.", ROWS),
     "methods": Command("cli.methods", "cli.methods", "List the methods, or show one of them.", "lora", unnamed="name"),
     "compare": Command(
         "cli.compare", "cli.compare", "Train several methods, and set them side by side.", COMPARISON, in_yaml=True
@@ -190,7 +193,7 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
         code = launch(given, settings.devices, settings.num_nodes)
         if code is not None:
             sys.exit(code)
-    function = load(command.function, words[0])
+    function = load(command.function, called(name))
     if not gc.isenabled():  # see __main__.py
         gc.freeze()  # imported modules stay: never scan them
         gc.enable()
@@ -218,7 +221,7 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     from litpeft.cli.yaml_keys import check_options, check_yaml, in_plain_words
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    cls = load(command.settings, name.split()[0].capitalize())
+    cls = load(command.settings, called(name).capitalize())
     example = f"litpeft {name} {command.example}"
     parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, epilog=example, exit_on_error=False)
     parser.add_argument("--config", action="config")
@@ -247,6 +250,12 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     finally:
         say(printed.getvalue(), end="")
     return settings, parsed.get("method"), lines
+
+
+def called(name: str) -> str:
+    """Returns the word of a command's name that its function is called: not the method, nor the group."""
+    first, *rest = name.split()
+    return first if not rest or COMMANDS[name].method else rest[0]
 
 
 def load(module: str, name: str) -> Any:

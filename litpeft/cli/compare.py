@@ -94,13 +94,14 @@ def compare(settings: Compare) -> None:
     files = {name: write_config(settings, name) for name in settings.runs}
     parsed = {name: checked(settings, name, file) for name, file in files.items()}
     first = next(iter(parsed.values()))
-    rows_file = settings.measured or find(first.data.path, first.data.validation_path)[1]
-    if rows_file is None:
+    held_out = find(first.data.path, first.data.validation_path)[1]
+    rows_file = settings.measured or first.data.validation_path or (held_out and first.data.path)
+    if not rows_file or not isinstance(rows_file, str):
         raise ConfigError("there is no file of held-out rows", where="measured", hint="name one")
 
     def figures(name: str, model: str, shots: int = 0) -> Row:
         shared = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size, "samples": 0}
-        source = str(find(first.data.path, None)[0]) if shots else None
+        source = str(find(first.data.path, None)[0][0].path) if shots else None
         asked = Evaluate(model, str(rows_file), compare_base=False, shots=shots, shots_from=source, **shared)
         (score,) = measure(asked)[1]
         return Row(name, score.loss, score.share, score.tokens_per_second)

@@ -1,6 +1,7 @@
 """The text of `litpeft COMMAND --help`: an example, required options, the method, then each group of options."""
 
 import json
+import re
 from argparse import Action
 from shutil import get_terminal_size
 from textwrap import wrap
@@ -75,6 +76,7 @@ def _value(action: Action) -> str:
     if named:
         return "|".join("null" if value is None else value for value in named)
     kinds = [part for part in alternatives(action._typehint) if part is not NoneType]
+    kinds.sort(key=lambda kind: kind is not str)  # a text may stand for a list of it, say
     first = VALUES.get(get_origin(kinds[0]) or kinds[0]) or action.dest.rpartition(".")[2].upper()
     return "|".join([first, *(word for kind in kinds[1:] for word in choices(kind))])
 
@@ -91,8 +93,18 @@ def _text(action: Action) -> str:
 def _row(left: str, text: str) -> list[str]:
     """Returns the lines of an option: its description beside it, or below if it is too long."""
     if len(left) >= COLUMN - 2:
-        return [f"  {left}", *beside("", text)]
+        return [*_between_choices(f"  {left}"), *beside("", text)]
     return beside(f"  {left}", text)
+
+
+def _between_choices(line: str) -> list[str]:
+    """Returns a line as so many as the terminal needs; a new one may begin after each |."""
+    lines = [""]
+    for part in re.split(r"(?<=\|)", line):
+        if len(lines[-1] + part) > _width():
+            lines.append(" " * 6)
+        lines[-1] += part
+    return lines
 
 
 def beside(left: str, text: str, column: int = COLUMN) -> list[str]:

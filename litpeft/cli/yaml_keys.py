@@ -85,7 +85,7 @@ def check_options(parser: ArgumentParser, argv: list[str], unnamed: str = "") ->
                 words, value = value + words, ["true"]
             else:
                 value = [said]
-        if "tuple[str" in str(options.get(name)) and value and not value[0].startswith("["):
+        if str(options.get(name)).startswith("tuple[str") and value and not value[0].startswith("["):
             value = [json.dumps(value)]  # one string stands for a list of it
         (first if name == "config" else rest).extend([word, *value])
     return first + rest

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 # control characters (C0, DEL, C1) but the line break, lone surrogates, and bidirectional controls
 UNSAFE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+GREEN, INVERSE, PLAIN = "\x1b[32m", "\x1b[7m", "\x1b[0m"
 
 
 def clean(text: str) -> str:

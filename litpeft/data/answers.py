@@ -5,17 +5,34 @@ template's error. So the texts of many chats are rendered together.
 """
 
 import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from litpeft.data.marks import between, marked, unused, without_marks
 from litpeft.data.sandbox import Task, Text
 from litpeft.data.tokenizer_backends import Span
 
-Messages = list[dict[str, str]]
+T = TypeVar("T")
+Messages = list[dict[str, Any]]
 
 
 def ask(messages: Messages, add_generation_prompt: bool = False, marks: tuple[str, ...] = ("", "")) -> Text:
     """Returns what a template is rendered with."""
     return {"messages": messages, "add_generation_prompt": add_generation_prompt}, marks
+
+
+def offering(tools: Sequence[Any], task: Task[T]) -> Task[T]:
+    """Does the task with these tools beside all messages that it wants rendered."""
+    go_on, reply = task.send, None
+    while True:
+        try:
+            variables, marks = go_on(reply)
+        except StopIteration as end:
+            return end.value
+        try:
+            go_on, reply = task.send, (yield variables | {"tools": tools}, marks)
+        except ValueError as error:
+            go_on, reply = task.throw, error
 
 
 def find_answers(
@@ -55,6 +72,8 @@ def _by_prompts(full: str, messages: Messages, numbers: list[int]) -> Task[list[
 
 def _by_marks(full: str, messages: Messages, numbers: list[int]) -> Task[list[Span] | None]:
     """Marks in the contents: one at the end of each, and, if need be, one where an answer's content begins."""
+    if any("tool_calls" in message for message in messages):  # a call is not a text to mark
+        return None
     begin, *ends = unused(messages, 1 + len(messages))
     # no mark at the beginning at first: some templates look at how an answer begins; some leave out its thoughts
     for opening, thoughts in (("", ""), (begin, ""), (begin, "</think>")):

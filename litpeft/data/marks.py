@@ -1,30 +1,50 @@
 """Private-use characters that stand in a chat while its template runs, to find places in the text that comes out."""
 
 import re
+from collections.abc import Callable, Iterator
 from itertools import accumulate
+from typing import Any
 
 from litpeft.data.tokenizer_backends import Span
 
 FIRST_PRIVATE = "\U000f0000"  # Unicode's private-use planes begin here
 
 
-def unused(messages: list[dict[str, str]], count: int) -> list[str]:
+def texts(value: Any) -> Iterator[str]:
+    """Yields every text in messages and tools, however deep, but the keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from texts(part)
+
+
+def changed(value: Any, change: Callable[[str], str]) -> Any:
+    """Returns the same with every text changed."""
+    if isinstance(value, dict):
+        return {key: changed(part, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [changed(part, change) for part in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def unused(messages: Any, count: int) -> list[str]:
     """Returns private-use characters that no message holds."""
-    held = {c for m in messages for text in m.values() for c in text if c >= FIRST_PRIVATE}
+    held = {c for text in texts(messages) for c in text if c >= FIRST_PRIVATE}
     first = ord(FIRST_PRIVATE)
     return [chr(c) for c in range(first, first + count + len(held)) if chr(c) not in held][:count]
 
 
-def shield(messages: list[dict[str, str]], special: re.Pattern[str]) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Returns the messages with a private-use character for each special token spelt in them, and the token of each.
+def shield(messages: Any, special: re.Pattern[str]) -> tuple[Any, dict[str, str]]:
+    """Returns messages with a private-use character for each special token spelt in them, and the token of each.
 
     A special token in a message is plain text. After this, those in the template's output are the template's own.
     """
-    words = sorted({word for m in messages for text in m.values() for word in special.findall(text)})
+    words = sorted({word for text in texts(messages) for word in special.findall(text)})
     if not words:
         return messages, {}
     characters = dict(zip(words, unused(messages, len(words)), strict=True))
-    shielded = [{k: special.sub(lambda m: characters[m[0]], text) for k, text in m.items()} for m in messages]
+    shielded = changed(messages, lambda text: special.sub(lambda m: characters[m[0]], text))
     return shielded, {character: word for word, character in characters.items()}
 
 

@@ -3,16 +3,17 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import ConfigError, DataError, counted, quoted, some
+from litpeft.core.errors import ConfigError, DataError, counted
 from litpeft.core.terminal import tell
-from litpeft.data.formats import QUESTIONS, alpaca, keys
+from litpeft.data.formats import FORMATS, QUESTIONS, Format, chosen, keys
+from litpeft.data.formats.pair import BESIDE
 from litpeft.data.formats.turn import Turn, text
-from litpeft.data.sources import Record, records
+from litpeft.data.readers import kind, records
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,25 @@ class Prompt:
     row: dict[str, Any]  # as it was read
     content: str | list[Turn]  # raw text, or a conversation that ends with the user
     where: str  # file:line
+    unread: frozenset[str] = frozenset()  # keys without effect
 
 
-def read_prompts(path: Path, raw: bool) -> list[Prompt]:
-    """Returns the prompts of a .json, .jsonl or .txt file; names the first row that cannot be used."""
+def read_prompts(path: Path, raw: bool, name: str = "auto", columns: Mapping[str, str] | None = None) -> list[Prompt]:
+    """Returns the prompts of a file, of which each line of plain text is one; names the first row that cannot be used.
+
+    `name` and `columns` say the shape of a row, as data.format and data.columns do.
+    """
+    choose = chosen(name, columns, to_answer=True)
     prompts: list[Prompt] = []
     wrong: list[tuple[str, str]] = []
-    for record in lines(path) if path.suffix == ".txt" else records(path):
+    for record in records(path, "line"):
         try:
             if record.problem:
                 raise ValueError(record.problem)
-            prompts.append(Prompt(record.value, content(record.value, raw), record.where))
+            row = {"prompt": record.value["text"]} if kind(path)[0] == ".txt" else record.value
+            _, form = choose(row)
+            asked = content(row, raw, form)
+            prompts.append(Prompt(row, asked, record.where, frozenset(form.unread(row, to_answer=True))))
         except ValueError as error:
             wrong.append((record.where, str(error)))
     if wrong:
@@ -43,47 +52,24 @@ def read_prompts(path: Path, raw: bool) -> list[Prompt]:
     return prompts
 
 
-def lines(path: Path) -> Iterator[Record]:
-    """Yields the lines of a text file that are not blank, as rows with a `prompt`."""
-    try:
-        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=path) from None
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        where = f"{path}:{number}"
-        try:
-            if line.strip():
-                yield Record(where, {"prompt": line.decode().removesuffix("\r")})
-        except UnicodeDecodeError as error:
-            yield Record(where, problem=f"not UTF-8 at byte {error.start + 1}")
-
-
-def content(row: Any, raw: bool) -> str | list[Turn]:
-    """Returns the prompt of a row: raw text, or messages; raises ValueError if it has none, or several."""
+def content(row: Any, raw: bool, form: Format) -> str | list[Turn]:
+    """Returns the prompt of a row: raw text, or messages; raises ValueError if it has none."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {type(row).__name__}")
     if "answer" in row:
         raise ValueError('the row has a key "answer", where its answer would be written; rename it')
-    kinds = [key for key in ("prompt", *QUESTIONS) if key in row]
-    if len(kinds) != 1:
-        got = some([quoted(key) for key in row]) or "no key"
-        raise ValueError(f"a row has one of {', '.join(('prompt', *QUESTIONS))}; this one has {got}")
     if raw:
-        for key in (*QUESTIONS, *alpaca.ASKED):
-            if key in row:
+        for key in (*QUESTIONS, *BESIDE):
+            if key in row and key != "prompt":
                 raise ValueError(f"raw continues the text in `prompt`; this row has {key}")
         keys.refuse(row)
         return text(row, "prompt", "prompt", empty=False)
-    return alpaca.asked(row, "prompt") if kinds == ["prompt"] else QUESTIONS[kinds[0]].asked(row)
+    return form.asked(row)
 
 
 def unread(prompts: list[Prompt]) -> Counter[str]:
     """Returns the keys that have no effect on the answers, with their number of rows."""
-    found: Counter[str] = Counter()
-    for row in (prompt.row for prompt in prompts):
-        known = next((one for key, one in QUESTIONS.items() if key in row), alpaca)
-        found.update(known.unread(row, to_answer=True))
-    return found
+    return Counter(key for prompt in prompts for key in prompt.unread)
 
 
 def typed_prompt(typed: str | None, raw: bool) -> Prompt:
@@ -94,7 +80,7 @@ def typed_prompt(typed: str | None, raw: bool) -> Prompt:
     try:
         row = {"prompt": typed if where == "prompt" else sys.stdin.read().removesuffix("\n")}
         row["prompt"].encode()
-        return Prompt(row, content(row, raw), where)
+        return Prompt(row, content(row, raw, FORMATS["prompt_completion"]), where)
     except UnicodeError as error:  # standard input, or the terminal, has another encoding
         raise DataError(f"this is not UTF-8: {error}", where=where) from None
     except ValueError as error:

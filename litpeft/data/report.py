@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from litpeft.core.errors import counted, some
 from litpeft.core.terminal import clean
+from litpeft.data.formats import FORMATS
 from litpeft.data.formats.keys import listed
+from litpeft.data.readers.record import Rejected
 from litpeft.data.rows import Row
-from litpeft.data.sources import Rejected
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Report:
     validation: Counts
     template: str  # its name
     max_length: int  # tokens, the limit that was applied
+    files: dict[str, str] = field(default_factory=dict)  # file -> what became of it, where there are several
+    formats: Counter[str] = field(default_factory=Counter)  # format -> rows
     rejected: list[Rejected] = field(default_factory=list)  # rows that cannot be used
     dropped: list[Rejected] = field(default_factory=list)  # over-long rows left out
     split_rows: int = 0  # over-long rows that were split
@@ -57,7 +60,11 @@ class Report:
     difference: str = ""  # how the first of these differs
 
     def __str__(self) -> str:
-        lines = [f"train       {self.train}", f"validation  {self.validation}", f"template    {self.template}"]
+        lines = [f"file        {name}: {told}" for name, told in self.files.items()]
+        notes = {name: f"; {one.note}" for name, one in FORMATS.items() if one.note}
+        shapes = [f"{name} ({counted(n, 'row')}{notes.get(name, '')})" for name, n in self.formats.most_common()]
+        lines += [f"format      {', '.join(shapes)}"] if shapes else []
+        lines += [f"train       {self.train}", f"validation  {self.validation}", f"template    {self.template}"]
         return "\n".join([*lines, *self.notes])
 
     @property

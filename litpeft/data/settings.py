@@ -1,10 +1,13 @@
 """Settings of the data set: its files, how rows become tokens, and which tokens are trained."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 from litpeft.core.kinds import check_choices, check_least
+from litpeft.core.typed import LATER
 from litpeft.data.formats import FORMATS
+from litpeft.data.formats.columns import mapped
+from litpeft.data.readers.text import Documents
 
 Format = Literal[("auto", *FORMATS)]
 
@@ -13,14 +16,21 @@ Format = Literal[("auto", *FORMATS)]
 class Data:
     """Rows to learn from, and rows to measure on."""
 
-    path: str
-    """A .json or .jsonl file, or a folder with train.* and, if you like, validation.* (or valid.*, val.*, dev.*)."""
+    prefix: ClassVar[str] = "data."  # of its keys, as they are typed
+    path: dict[str, float] | tuple[str, ...] | str
+    """A file; a folder with train.* and, if you like, validation.*; a glob; `-` (standard input, JSON or JSON Lines);
+    a list of such; or weights: {"a.csv": 2, "b/*.jsonl": 0.5} shows each row of a twice an epoch, half of b's once."""
     validation_path: str | None = None
-    """File of held-out rows; default: what the folder holds, else a split of `path`."""
+    """File of held-out rows, or a glob; default: what the folder holds, else a split of `path`."""
     validation_split: float = 0.05
     """Share of the rows that is held out when there is no file of held-out rows; 0 holds out none."""
     format: Format = "auto"
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
+    columns: dict[str, str] | None = field(default=None, metadata=LATER)
+    """Columns of your own: {"user": "question", "assistant": "{answer}, says {author}"}; also system and input; or
+    messages; or text."""
+    documents: Documents = field(default="file", metadata=LATER)
+    """What is one document in a .txt file."""
     template: Literal["auto", "model", "alpaca"] = "auto"
     """How turns become text: model (its own chat template), alpaca, or auto: the model's if it has one, else alpaca."""
     system: str | None = None
@@ -30,7 +40,8 @@ class Data:
     max_length: int = 2048
     """Longest row, in tokens; the model's own reach, where that is shorter."""
     overlong: Literal["error", "drop", "split"] = "error"
-    """A row longer than max_length is an error, or is left out and listed in rejected.jsonl (drop), or cut (split)."""
+    """A row longer than max_length is an error, or is left out and listed in rejected.jsonl (drop), or cut (split);
+    plain text is cut, except with drop."""
     bad_rows: Literal["error", "skip"] = "error"
     """A row that cannot be used is an error, or is left out (skip) and listed with its reason in rejected.jsonl."""
     packing: bool = True
@@ -39,9 +50,33 @@ class Data:
     """Seeds the split and the order of the rows in each epoch."""
 
     def __post_init__(self) -> None:
-        check_choices(self, "data.")
-        if not self.path:
-            raise ValueError("data.path must be a .json or .jsonl file or a folder, got an empty string")
+        check_choices(self, self.prefix)
+        if not self.path or not all([self.path] if isinstance(self.path, str) else self.path):
+            raise ValueError(f"{self.prefix}path must name a file or a folder, got an empty string")
+        if isinstance(self.path, dict) and not all(0 < weight <= 1000 for weight in self.path.values()):
+            raise ValueError(f"{self.prefix}path has weights, which must be above 0 and at most 1000, got {self.path}")
+        check_columns(self, self.prefix)
         if not 0 <= self.validation_split < 1:
-            raise ValueError(f"data.validation_split must be at least 0 and below 1, got {self.validation_split}")
-        check_least(self, "data.", max_length=2, seed=0)
+            raise ValueError(
+                f"{self.prefix}validation_split must be at least 0 and below 1, got {self.validation_split}"
+            )
+        check_least(self, self.prefix, max_length=2, seed=0)
+
+    @property
+    def named(self) -> str:
+        """Returns the paths of the rows to train on, for messages."""
+        return ", ".join([self.path] if isinstance(self.path, str) else self.path)
+
+    @property
+    def paths(self) -> list[str]:
+        """Returns all paths of the settings."""
+        named = [self.path] if isinstance(self.path, str) else list(self.path)
+        return [*named, *([self.validation_path] if self.validation_path else [])]
+
+
+def check_columns(settings: Any, group: str = "") -> None:
+    """Raises ValueError for a mapping of columns that is wrong, or given beside a format."""
+    if settings.columns is not None:
+        mapped(settings.columns, f"{group}columns")
+        if settings.format != "auto":
+            raise ValueError(f"{group}columns and {group}format exclude each other: columns say the shape of a row")

@@ -5,12 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from litpeft.core.errors import ConfigError, ModelError
-from litpeft.data.answers import Messages, ask, find_answers, prompt_difference
-from litpeft.data.formats.turn import Turn
-from litpeft.data.marks import restore, shield
+from litpeft.data.answers import Messages, ask, find_answers, offering, prompt_difference
+from litpeft.data.formats.turn import PLAIN, Turn
+from litpeft.data.marks import restore, shield, texts
 from litpeft.data.sandbox import LimitError, Task, Template, TooLong
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.data.tokenizer_backends import Span
@@ -51,7 +51,7 @@ class Rendered:
 
 MOST = 1 << 29  # characters of a chat, times its answers: finding the answers takes that long
 T = TypeVar("T")
-Message = Turn | Mapping[str, str]  # role, content and, of an alpaca row, input
+Message = Turn | Mapping[str, Any]  # role, content and, of an alpaca row, input
 
 
 class ChatTemplate:
@@ -108,10 +108,15 @@ class ChatTemplate:
 
     def prompt(self, turns: Sequence[Message], place: str = "") -> list[int]:
         """Returns the ids of the prompt for the next answer; raises ValueError if the template refuses the chat."""
-        text, literal = self._one(self._prompt(turns), place)
+        text, literal = self._one(self._offering(turns, self._prompt(turns)), place)
         return self.tokenizer.encode(text, literal)
 
     def _spans(self, turns: Sequence[Turn]) -> Task[Rendered]:
+        if turns and turns[0].role == PLAIN:
+            return self._document(turns[0].content)
+        return (yield from self._offering(turns, self._chat(turns)))
+
+    def _chat(self, turns: Sequence[Turn]) -> Task[Rendered]:
         messages = self._messages(turns)
         answers = sum(message["role"] == "assistant" for message in messages)
         if answers * sum(64 + len(message["content"]) for message in messages) > MOST:
@@ -127,8 +132,30 @@ class ChatTemplate:
         if self.end_of_turn is None and numbers and numbers[-1] == len(turns) - 1:
             text = text[: answers[-1][1]] + (self.tokenizer.eos or "")
             answers[-1] = (answers[-1][0], len(text))
+        for i, (start, stop) in zip(numbers, answers, strict=True):
+            if any(call["function"]["name"] not in text[start:stop] for call in turns[i].calls):
+                raise ValueError("the assistant calls tools, and the chat template does not write the calls")
         trained = [span for i, span in zip(numbers, answers, strict=True) if turns[i].trained]
         return Rendered(text, trained, literal, difference)
+
+    def _document(self, content: str) -> Rendered:
+        """Returns a document between the tokens that begin and end a text, all of it trained."""
+        begin = (self.tokenizer.bos or "") if self.tokenizer.adds_bos else ""
+        words = [match.span() for match in self.tokenizer.special_pattern.finditer(content)]
+        text = begin + content + (self.tokenizer.eos or self.end_of_turn)
+        return Rendered(text, [(len(begin), len(text))], [(len(begin) + a, len(begin) + b) for a, b in words])
+
+    def _offering(self, turns: Sequence[Message], task: Task[T]) -> Task[T]:
+        """Does a task with the tools of the chat, if it has any; raises ValueError if the template leaves them out."""
+        tools = next((turn.tools for turn in turns if isinstance(turn, Turn) and turn.tools), ())
+        if not tools:
+            return (yield from task)
+        if any(self.tokenizer.special_pattern.search(text) for text in texts(tools)):
+            raise ValueError("a tool's description spells a special token")
+        messages = self._messages(turns)
+        if (yield ask(messages)) == (yield from offering(tools, self._text(messages))):
+            raise ValueError("the row has tools, and the chat template does not write them")
+        return (yield from offering(tools, task))
 
     def _answers(self, messages: Messages) -> Task[tuple[str, list[Span], str]]:
         """Returns the text, the span of every answer in it, and how the last one's prompt differs from it."""
@@ -157,8 +184,10 @@ class ChatTemplate:
     def _messages(self, turns: Sequence[Message]) -> Messages:
         """Returns the turns as the template takes them; only the alpaca template knows `input`."""
         messages = [dict(turn.message if isinstance(turn, Turn) else turn) for turn in turns]
-        if self.name == "model":
-            for message in messages:
+        for message in messages:
+            if message["role"] == "developer" and "developer" not in self.source:
+                message["role"] = "system"
+            if self.name == "model":
                 message["content"] = "\n\n".join(filter(None, (message["content"], message.pop("input", ""))))
         return messages
 
@@ -198,7 +227,7 @@ class ChatTemplate:
 
 
 def with_system(turns: list[Turn], system: str | None) -> list[Turn]:
-    """Returns the turns with the system message first, unless they have one."""
-    if not system or (turns and turns[0].role == "system"):
+    """Returns the turns with the system message first, unless they have one or are a document."""
+    if not system or (turns and turns[0].role in ("system", "developer", PLAIN)):
         return turns
     return [Turn("system", system), *turns]

@@ -1,20 +1,24 @@
 """Rows of a data set as tokens with the mask of what is trained, and a report of what became of every row."""
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import groupby
+from shlex import quote
 
 from litpeft.core.errors import ConfigError, DataError, counted, some
-from litpeft.data.formats import EXAMPLES, FORMATS, detect
+from litpeft.data.formats import EXAMPLES, chosen
 from litpeft.data.formats.keys import listed
-from litpeft.data.formats.turn import Turn
+from litpeft.data.formats.turn import PLAIN, Turn
+from litpeft.data.readers import records, shown
+from litpeft.data.readers.record import Rejected
 from litpeft.data.report import Counts, Report
 from litpeft.data.rows import Row, cut
 from litpeft.data.sandbox import TooLong
 from litpeft.data.settings import Data
-from litpeft.data.sources import Rejected, find, records, split
+from litpeft.data.sources import Source, find, repeated, split
 from litpeft.data.templates import ChatTemplate, Rendered, with_system
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.data.tokenizer_backends import Encoded
@@ -24,12 +28,13 @@ SHOWN = 5  # rows that an error names
 HUGE = 1 << 23  # characters
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """A chat and the line it comes from."""
 
     turns: list[Turn]
     where: str
+    weight: float = 1.0  # of its file
 
 
 @dataclass
@@ -60,18 +65,21 @@ def load_dataset(
     begins with those of `shots`, which are not trained.
     """
     # 1. files to chats
-    path, held_out = find(data.path, data.validation_path)
-    if held_out is not None and data.validation_split not in (0, Data.validation_split):
-        what, hint = f"{data.validation_split} is of no use: the rows of {held_out} are held out", "leave it out"
-        hint += "" if data.validation_path else f", or name {path} as data.path instead of its folder"
-        raise ConfigError(what, where="data.validation_split", hint=hint)
+    sources, held_out = find(data.path, data.validation_path)
+    if held_out and data.validation_split not in (0, Data.validation_split):
+        named = some([str(file) for file in held_out])
+        what, hint = f"{data.validation_split} is of no use: the rows of {named} are held out", "leave it out"
+        hint += (
+            "" if data.validation_path else f", or name {sources[0].path} as {data.prefix}path instead of its folder"
+        )
+        raise ConfigError(what, where=f"{data.prefix}validation_split", hint=hint)
     report = Report(Counts.of([]), Counts.of([]), template.name, min(data.max_length, max_positions))
-    examples = _read(path, data, report)
-    validation = _read(held_out, data, report) if held_out else []
+    examples = _read(sources, data, report, only_measured)
+    validation = _read([Source(file) for file in held_out], data, report, only_measured)
     _refuse(report.rejected, data, only_measured)
     if shots:
-        examples = [Example(after_shots(example.turns, shots), example.where) for example in examples]
-    if held_out is None:
+        examples = [replace(example, turns=after_shots(example.turns, shots)) for example in examples]
+    if not held_out:
         examples, validation = split(examples, data.validation_split, data.seed)
     # 2. chats to rows
     parts = [_tokenise(part, data, tokenizer, template, report) for part in (examples, validation)]
@@ -83,35 +91,61 @@ def load_dataset(
         left_out.sort(key=lambda row: (row.where.rpartition(":")[0], int(row.where.rpartition(":")[2])))
     if not train:
         what = f"no row is left to train on: {len(report.rejected)} rejected, {len(report.dropped)} longer than "
-        raise DataError(f"{what}{report.max_length} tokens", where=data.path, hint="see data.max_length, data.bad_rows")
-    # 4. figures
+        what += f"{report.max_length} tokens"
+        raise DataError(what, where=data.named, hint=f"see {data.prefix}max_length, {data.prefix}bad_rows")
+    # 4. weights and figures
     known = {hash(tuple(row.ids)) for row in train}
     report.duplicates = sum(hash(tuple(row.ids)) in known for row in validation)
+    groups = groupby(train, key=lambda row: row.weight)
+    train = [row for weight, rows in groups for row in repeated(list(rows), weight, data.seed)]
     report.train, report.validation = Counts.of(train), Counts.of(validation)
     return DataSet(train, validation, report)
 
 
-def _read(path: Path, data: Data, report: Report) -> list[Example]:
-    """Returns the chats of a file; rows that cannot be used go to the report. A file without a chat is an error."""
+def _read(sources: Sequence[Source], data: Data, report: Report, only_measured: bool) -> list[Example]:
+    """Returns the chats of files; rows that cannot be used go to the report. A file without a chat is an error."""
+    examples: list[Example] = []
+    for source in sources:
+        found = _read_one(source, data, report, only_measured)
+        examples += found
+        if len(sources) > 1 or source.weight != 1:
+            seen = "" if source.weight == 1 else f", each {source.weight:g} times an epoch"
+            report.files[shown(source.path)] = f"{counted(len(found), 'row')}{seen}"
+    return examples
+
+
+def _read_one(source: Source, data: Data, report: Report, only_measured: bool) -> list[Example]:
     examples: list[Example] = []
     rejected: list[Rejected] = []
     came: Counter[str] = Counter()
-    for record in records(path):
+    choose = chosen(data.format, data.columns)
+    for record in records(source.path, data.documents):
         try:
             if record.problem:
                 raise ValueError(record.problem)
-            form = FORMATS[detect(record.value) if data.format == "auto" else data.format]
-            examples.append(Example(with_system(form.turns(record.value), data.system), record.where))
+            name, form = choose(record.value)
+            turns = with_system(form.turns(record.value), data.system)
+            examples.append(Example(turns, record.where, source.weight))
+            report.formats[name] += 1
             report.unread.update(form.unread(record.value))
         except ValueError as error:
             rejected.append(Rejected(record.where, str(error)))
             came.update(list(record.value) if isinstance(record.value, dict) else ())
     if not examples:
-        hint = f"a row is {EXAMPLES}" + (f"; the rows have the keys {listed(came)}" if came else "")
+        hint = f"a row is {EXAMPLES}"
+        if came and not data.columns:
+            map_them = mapping(list(came), "" if only_measured else data.prefix)
+            hint += f"; the rows have the keys {listed(came)}; to map them: {map_them}"
         what = f"none of its rows can be used; {counted(len(rejected), 'bad row')}:\n{_listed(rejected)}"
-        raise DataError(what if rejected else "there are no rows in it", where=path, hint=hint)
+        raise DataError(what if rejected else "there are no rows in it", where=shown(source.path), hint=hint)
     report.rejected += rejected
     return examples
+
+
+def mapping(keys: list[str], prefix: str) -> str:
+    """Returns the option that maps a row's keys, to be typed: with the first two of them, which may be others."""
+    parts = dict(zip(("user", "assistant"), keys, strict=False)) if len(keys) > 1 else {"text": keys[0]}
+    return f"--{prefix}columns {quote(json.dumps(parts, ensure_ascii=False))}"
 
 
 def after_shots(turns: list[Turn], shots: Sequence[Row]) -> list[Turn]:
@@ -123,7 +157,7 @@ def after_shots(turns: list[Turn], shots: Sequence[Row]) -> list[Turn]:
 
 def _refuse(rejected: list[Rejected], data: Data, must_stay: bool) -> None:
     if rejected and data.bad_rows == "error":
-        leave_out = "" if must_stay else ", or to leave out with data.bad_rows skip"
+        leave_out = "" if must_stay else f", or to leave out with {data.prefix}bad_rows skip"
         hint = f"{counted(len(rejected), 'bad row')} to put right{leave_out}"
         raise DataError(_listed(rejected).removeprefix(f"{rejected[0].where}: "), where=rejected[0].where, hint=hint)
 
@@ -138,11 +172,12 @@ def _tokenise(
     examples: list[Example], data: Data, tokenizer: Tokenizer, template: ChatTemplate, report: Report
 ) -> list[Row]:
     """Returns the chats as rows of any length; those that cannot be used go to the report."""
-    end = tokenizer.token_id(template.end_of_turn or tokenizer.eos)
+    end, end_of_text = tokenizer.token_id(template.end_of_turn or tokenizer.eos), tokenizer.token_id(tokenizer.eos)
     longest = max(map(len, tokenizer.backend.ids))  # characters of a token
     too_long = report.dropped if data.overlong == "drop" else report.rejected
     most = math.inf if data.overlong == "split" else max(HUGE, report.max_length * longest)
     rows: list[Row] = []
+    numbers = list(range(max(tokenizer.backend.names) + 1))  # all rows share these: an int has 28 bytes
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
         for example, rendered, encoded in _encoded(chunk, template, report.rejected, too_long, most):
@@ -150,14 +185,17 @@ def _tokenise(
             if not any(trained):
                 report.rejected.append(Rejected(example.where, "nothing in it is trained: it has no answer to learn"))
                 continue
-            ended = encoded.ids[len(trained) - 1 - trained[::-1].index(True)] == end
+            last = encoded.ids[len(trained) - 1 - trained[::-1].index(True)]
+            ended = last == (end_of_text if example.turns[0].role == PLAIN and tokenizer.eos else end)
             if not data.mask_prompt:
                 trained = [False, *[True] * (len(encoded.ids) - 1)]
             report.straddling += straddles
             if rendered.difference:
                 report.unlike.append(example.where)
                 report.difference = report.difference or rendered.difference
-            rows.append(Row(encoded.ids, trained, trained.index(True), example.where, example.turns, ended))
+            prompt = trained.index(True)
+            ids = [numbers[number] for number in encoded.ids]
+            rows.append(Row(ids, trained, prompt, example.where, example.turns, ended, example.weight))
     return rows
 
 
@@ -211,17 +249,19 @@ def mask(encoded: Encoded, rendered: Rendered) -> tuple[list[bool], bool]:
 
 
 def _refuse_long(rows: list[Row], data: Data, limit: int, must_stay: bool) -> None:
-    long = [row for row in rows if len(row.ids) > limit]
+    long = [row for row in rows if len(row.ids) > limit and row.turns[0].role != PLAIN]
     if long and data.overlong == "error":
         named = some([f"{row.source} ({len(row.ids):,})" for row in long])
         what = f"{counted(len(long), 'row')} longer than {limit:,} tokens: {named}"
-        hint = "raise data.max_length as far as the model reaches, or choose data.overlong drop or split"
+        hint = (
+            f"raise {data.prefix}max_length as far as the model reaches, or choose {data.prefix}overlong drop or split"
+        )
         hint = "the model reaches no further; take out of the file what is longer" if must_stay else hint
-        raise DataError(what, where=data.path, hint=hint)
+        raise DataError(what, where=data.named, hint=hint)
 
 
 def _fit(rows: list[Row], data: Data, report: Report) -> list[Row]:
-    """Returns the rows with over-long ones left out or split, as data.overlong says."""
+    """Returns the rows with over-long ones left out or split, as data.overlong says; documents are split by default."""
     kept = []
     for row in rows:
         if len(row.ids) <= report.max_length:

@@ -162,7 +162,7 @@ def generate(settings: Generate) -> None:
     if settings.input is None:
         prompts = [typed_prompt(settings.prompt, settings.raw)]
     else:
-        prompts = read_prompts(Path(settings.input), settings.raw)
+        prompts = read_prompts(Path(settings.input), settings.raw, settings.format, settings.columns)
         if more := unread(prompts):
             tell(f"not read, but copied to the answers: {listed(more)}")
     names, alone = named(settings), settings.input is None and output is None
@@ -177,7 +177,7 @@ def generate(settings: Generate) -> None:
         for i, prompt in enumerate(prompts):
             texts = {name: of_one[i].text for name, of_one in answers.items()}
             row = prompt.row | ({"answers": texts} if len(names) > 1 else {"answer": texts.popitem()[1]})
-            (write if handle is None else handle.write)(json.dumps(row, ensure_ascii=False) + "\n")
+            (write if handle is None else handle.write)(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def respond(loaded: Loaded, prompts: Sequence[Prompt], settings: Generate, shown: bool) -> list[Answer]:

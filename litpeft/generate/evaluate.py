@@ -8,7 +8,7 @@ from pathlib import Path
 from litpeft.core.errors import ConfigError, DataError, counted
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import say, tell
-from litpeft.data.formats.turn import Turn
+from litpeft.data.formats.turn import PLAIN, Turn
 from litpeft.data.prompts import new_file
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
@@ -40,14 +40,23 @@ class Score:
     name: str
     loss: float  # nats per trained token
     answers: list[str]
-    exact: list[bool]
+    exact: list[bool | None]  # None: nothing is asked
     seconds: float
     tokens_per_second: float  # of the answers
 
     @property
     def share(self) -> str:
         """Returns how many answers are exact."""
-        return f"{sum(self.exact)}/{len(self.exact)}"
+        return f"{self.exact.count(True)}/{self.asked}"
+
+    @property
+    def percent(self) -> str:
+        """Returns the same in percent, to stand behind it."""
+        return f" ({self.exact.count(True) / self.asked:.1%})" if self.asked else ""
+
+    @property
+    def asked(self) -> int:
+        return len(self.exact) - self.exact.count(None)
 
 
 @dataclass
@@ -59,7 +68,8 @@ class Exchange:
 
     @classmethod
     def of(cls, row: Row) -> "Exchange":
-        last = max((i for i, turn in enumerate(row.turns) if turn.trained), default=len(row.turns) - 1)
+        trained = [i for i, turn in enumerate(row.turns) if turn.trained]
+        last = ([i for i in trained if row.turns[i].content] or trained or [len(row.turns) - 1])[-1]
         return cls(row.turns[:last], row.turns[last].content)
 
     @property
@@ -73,18 +83,21 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
     began = time.perf_counter()
     loss = mean_loss(loaded.model, rows, MICRO_TOKENS, loaded.model.embed.weight.device)
     exchanges = [Exchange.of(row) for row in rows]
+    numbers = [i for i, row in enumerate(rows) if row.turns[0].role != PLAIN and exchanges[i].expected]
     prompts = []
-    for row, exchange in zip(rows, exchanges, strict=True):
+    for i in numbers:
         try:
-            prompts.append(loaded.template.prompt(exchange.before, row.source))
+            prompts.append(loaded.template.prompt(exchanges[i].before, rows[i].source))
         except ValueError as error:
-            raise DataError(f"the row cannot be asked: {error}", where=row.source) from None
-    expected = [exchange.expected for exchange in exchanges]
+            raise DataError(f"the row cannot be asked: {error}", where=rows[i].source) from None
+    expected = [exchanges[i].expected for i in numbers]
     asked = time.perf_counter()
-    answers, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size)
+    found, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size)
     ended = time.perf_counter()
-    speed = sum(len(answer.ids) for answer in answers) / (ended - asked)
-    return Score(name, loss, [answer.text.strip() for answer in answers], exact, ended - began, speed)
+    speed = sum(len(answer.ids) for answer in found) / (ended - asked)
+    answers = dict(zip(numbers, zip((answer.text.strip() for answer in found), exact, strict=True), strict=True))
+    texts, rights = zip(*(answers.get(i, ("", None)) for i in range(len(rows))), strict=True)
+    return Score(name, loss, list(texts), list(rights), ended - began, speed)
 
 
 def evaluate(settings: Evaluate) -> None:
@@ -114,14 +127,16 @@ def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
     template = loaded.run.template if loaded.run else "auto"
     reach = loaded.model.reach
 
-    def read(file: Path, shots: list[Row]) -> list[Row]:
-        data = Data(str(file), None, 0.0, settings.format, template, loaded.system, max_length=reach)
+    def read(files: list[Path], shots: list[Row]) -> list[Row]:
+        shape = {"format": settings.format, "columns": settings.columns}
+        names = tuple(map(str, files))
+        data = Data(names, None, 0.0, **shape, template=template, system=loaded.system, max_length=reach)
         found = load_dataset(data, loaded.tokenizer, loaded.template, reach, True, shots)
         for note in found.report.notes:
             tell(note)
         return found.train
 
-    shots = read(shots_file(settings), [])[: settings.shots] if settings.shots else []
+    shots = read([shots_file(settings)], [])[: settings.shots] if settings.shots else []
     rows = read(find_measured(settings.data), shots)[: settings.max_rows]
     scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings)]
     if loaded.run and settings.compare_base:
@@ -139,14 +154,14 @@ def shots_file(settings: Evaluate) -> Path:
     if settings.shots_from is None and not Path(settings.data).is_dir():
         what = "the rows for shots are not named, and data is a file"
         raise ConfigError(what, where="shots_from", hint="name a file of rows, not those that are measured")
-    return find(settings.shots_from or settings.data, None)[0]
+    return find(settings.shots_from or settings.data, None)[0][0].path
 
 
 def table(scores: list[Score], rows: list[Row], samples: int) -> str:
     """Returns the figures of the models side by side, and the answers to the first rows."""
     figures = {
         counted(len(rows), "row"): [s.name for s in scores],
-        "exact answers": [f"{s.share} ({sum(s.exact) / len(rows):.1%})" for s in scores],
+        "exact answers": [s.share + s.percent for s in scores],
         "loss, nats per token": [f"{s.loss:.4f}" for s in scores],
         "seconds": [f"{s.seconds:.1f}" for s in scores],
     }

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from litpeft.core.errors import quoted
 from litpeft.core.kinds import check_choices, check_least
-from litpeft.data.settings import Format
+from litpeft.data.settings import Format, check_columns
 from litpeft.model.quantize import STORAGES
 
 
@@ -79,7 +79,11 @@ class Generate(Answering):
     prompt: str | None = None
     """The text to answer; `-` or none reads standard input."""
     input: str | None = None
-    """File of prompts: .jsonl or .json with `prompt`, `messages` or instruction/input rows, or .txt with one a line."""
+    """File of prompts: any kind that `litpeft finetune` reads, a .txt with one a line; `-` is standard input."""
+    format: Format = "auto"
+    """Shape of a row; auto: seen from its keys, which may differ from row to row."""
+    columns: dict[str, str] | None = None
+    """Columns of your own, as for `litpeft finetune`: {"user": "question"}."""
     output: str | None = None
     """Write .jsonl rows with the answers to this new file instead of printing them."""
     batch_size: int = 16
@@ -97,6 +101,7 @@ class Generate(Answering):
         if self.raw and self.system is not None:
             raise ValueError("raw and system exclude each other; raw text has no system message")
         check_least(self, batch_size=1)
+        check_columns(self)
 
 
 @dataclass
@@ -113,9 +118,11 @@ class Evaluate(Answering):
     """Measure a model on rows with known answers: loss over their tokens, and answers that match exactly."""
 
     data: str
-    """A .json or .jsonl file of rows, or a folder with validation.*."""
+    """A file of rows of any kind that `litpeft finetune` reads, a glob, or a folder with validation.*."""
     format: Format = "auto"
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
+    columns: dict[str, str] | None = None
+    """Columns of your own, as for `litpeft finetune`: {"user": "question", "assistant": "answer"}."""
     compare_base: bool = True
     """For a run: measure its base too, and show both side by side."""
     shots: int = 0
@@ -136,5 +143,6 @@ class Evaluate(Answering):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, shots=0, max_rows=1, max_new_tokens=1, batch_size=1, samples=0)
+        check_columns(self)
         if self.shots_from is not None and not self.shots:
             raise ValueError("shots_from is used only with shots, which is 0")

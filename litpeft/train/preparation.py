@@ -14,6 +14,7 @@ from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.safetensors import Weights
 from litpeft.core.terminal import is_first, say
+from litpeft.data.readers import STDIN
 from litpeft.data.rows import show
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
@@ -67,6 +68,9 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     """Returns a run that can begin or go on, or None if nothing is left to do. What would fail later fails here."""
     out, base = Path(settings.out), Path(settings.base.dir)
     check_world(settings.devices, settings.num_nodes)
+    if STDIN in settings.data.paths and settings.devices * settings.num_nodes > 1:
+        what = "only one process can read standard input"
+        raise ConfigError(what, where="data.path", hint="write the rows to a file, or train on one device")
     # 1. the output; every rank checks it by itself: it could not wait for a rank that has already ended
     clear = is_first() and not settings.dry_run
     check_place(out)
@@ -74,7 +78,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         refuse_existing(out, settings.overwrite, clear)
     elif clear:
         remove_leftovers(out)
-    for kept in filter(None, (base, settings.data.path, settings.data.validation_path)):
+    for kept in (base, *settings.data.paths):
         if Path(kept).resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"the run would replace {kept}", where="out", hint="name another folder")
     checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, clear=clear)

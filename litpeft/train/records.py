@@ -51,7 +51,8 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
     edge = max(1, len(progress.losses) // 20)
     whole_epochs, more = divmod(progress.step, -(-len(run.rows.train) // settings.train.batch_size))
     _, held_out = find(settings.data.path, settings.data.validation_path)
-    evaluation = [command_line("evaluate", out, held_out)] if held_out else []
+    rows = settings.data.validation_path or settings.data.path
+    evaluation = [command_line("evaluate", out, rows)] if held_out and isinstance(rows, str) else []
     facts = RunFacts(
         title=f"{name} on {base.name}",
         command=command_line("finetune", name, "--config", out / "run.yaml", "--out", f"{out}-again"),

@@ -214,7 +214,7 @@ def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str,
         hint = "a resumed run continues on what it began with; take another out for a new run"
         raise ConfigError(f"the run began with {difference}", where=where, hint=hint)
     then = saved.facts["settings"]
-    then = then | {"method": later(method_class(facts["method"])) | then["method"]}
+    then = then | {"method": later(method_class(facts["method"])) | then["method"], "data": later(Data) | then["data"]}
     lines = changed(then, facts["settings"], FREE)
     refused = [line for line in lines if not any(fnmatchcase(line.split(":")[0], glob) for glob in allowed)]
     if refused:

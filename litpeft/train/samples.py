@@ -58,6 +58,8 @@ def askable(template: ChatTemplate, reach: int, rows: list[Row]) -> list[Questio
     found = []
     for row in rows:
         exchange = Exchange.of(row)
+        if not exchange.before or not exchange.expected:  # a document, or a call of a tool
+            continue
         try:
             prompt = template.prompt(exchange.before)
         except ValueError:  # the assistant begins the chat, say

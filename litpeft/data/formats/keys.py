@@ -6,11 +6,11 @@ from typing import Any
 
 from litpeft.core.errors import counted, quoted, some
 
-TOOLS = "calls of tools are not trained"
+TOOLS = "only a list of messages may have tools, tool_calls and tool_call_id"
 THOUGHTS = "write the thoughts into the answer's text, as the model's template writes them"
 SYSTEM = "call the key system"
 MEDIA = "only text is read"
-PREFERENCE = "answers are learnt, not preferences: keep the answer that is right"
+PREFERENCE = "answers are learnt, not preferences: keep the answer that is right, or give chosen and rejected"
 VARIABLE = "templates are rendered without variables of a row"
 PARTS = "what is trained is a whole answer: a message may say train false"
 # Ignoring one of these would train on another text. key -> why it is not read, or what to do
@@ -27,11 +27,13 @@ SWITCHES = ("train", "training", "trainable", "loss", "weight")  # names for: th
 NOTHING = (None, "", [], {})  # values that data made from a table has where a row lacks the key
 
 
-def refuse(record: dict[str, Any], place: str = "", more: dict[str, str] | None = None) -> None:
-    """Raises a ValueError that names a key of REFUSED or `more`, after `place`."""
+def refuse(
+    record: dict[str, Any], place: str = "", more: dict[str, str] | None = None, known: Collection[str] = ()
+) -> None:
+    """Raises a ValueError that names a key of REFUSED or `more`, after `place`, that is not `known` to the format."""
     reasons = REFUSED | more if more else REFUSED
     for key in record:
-        if key in reasons and record[key] not in NOTHING:
+        if key in reasons and key not in known and record[key] not in NOTHING:
             raise ValueError(f"{place}{key} is not supported: {reasons[key]}")
 
 

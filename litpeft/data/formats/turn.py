@@ -1,31 +1,37 @@
 """The turns of a chat: every format turns a row into a list of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+PLAIN = "text"  # the role of a document, which is trained whole and without a chat template
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of a chat."""
+    """One message of a chat, or a document."""
 
-    role: str  # one of ROLES
+    role: str  # one of ROLES, or PLAIN
     content: str
     train: bool | None = None  # an assistant's turn is trained unless this is False
     input: str = ""  # what an alpaca instruction is about; templates other than alpaca put it below the content
+    calls: tuple[Any, ...] = ()  # of tools: {"type": "function", "function": {"name": ..., "arguments": {...}}}
+    more: tuple[tuple[str, str], ...] = ()  # what else a template gets: name and tool_call_id of a tool's message
+    tools: tuple[Any, ...] = ()  # that the chat may call; they stand on its first turn
 
     @property
-    def message(self) -> dict[str, str]:
+    def message(self) -> dict[str, Any]:
         """Returns the turn as a chat template takes it."""
-        return {"role": self.role, "content": self.content} | ({"input": self.input} if self.input else {})
+        message = {"role": self.role, "content": self.content} | ({"input": self.input} if self.input else {})
+        return message | dict(self.more) | ({"tool_calls": list(self.calls)} if self.calls else {})
 
     @property
     def trained(self) -> bool:
-        return self.role == "assistant" and self.train is not False
+        return self.role in ("assistant", PLAIN) and self.train is not False
 
 
-def text(record: dict[str, Any], key: str, name: str, *, empty: bool = True) -> str:
+def text(record: Mapping[Any, Any], key: Any, name: str, *, empty: bool = True) -> str:
     """Returns the string `record[key]`; raises a ValueError that calls it `name` if it is not a string."""
     if key not in record:
         raise ValueError(f"{name} is missing")
@@ -35,3 +41,8 @@ def text(record: dict[str, Any], key: str, name: str, *, empty: bool = True) -> 
     if not empty and not value.strip():
         raise ValueError(f"{name} is empty")
     return value
+
+
+def optional(record: Mapping[str, Any], key: str) -> str:
+    """Returns the string `record[key]`, an empty one if there is none."""
+    return text(record, key, key) if record.get(key) is not None else ""
