@@ -17,8 +17,9 @@ from litpeft.cli import main
 from litpeft.cli.methods import in_peft
 from litpeft.core.checksums import write_checksums
 from litpeft.core.errors import ConfigError, ModelError
+from litpeft.core.exports import CannotExport
 from litpeft.exchange.convert import convert
-from litpeft.exchange.exports.peft import NotInPeft, write_adapter
+from litpeft.exchange.exports.peft import write_adapter
 from litpeft.exchange.settings import Convert
 from litpeft.generate.load import load_model
 from litpeft.methods import METHODS, method_class
@@ -143,7 +144,7 @@ def test_what_peft_cannot_say_is_told_by_name(family, name, settings, told, tmp_
     if told is None:
         write_adapter(tmp_path / "peft", method, storage_of(name), delta, base)
         return compare(model, base, tmp_path / "peft")
-    with pytest.raises(NotInPeft) as error:
+    with pytest.raises(CannotExport) as error:
         write_adapter(tmp_path / "peft", method, storage_of(name), delta, base)
     assert told in str(error.value)
     assert not list((tmp_path / "peft").iterdir())
@@ -241,5 +242,5 @@ def test_the_table_of_methods_says_what_peft_has(name: str, tiny_folder, tmp_pat
     try:
         said = write_adapter(tmp_path, kept, storage_of(name), delta, tiny_folder)
         assert in_peft(name) == said.partition(",")[0]
-    except NotInPeft:
+    except CannotExport:
         assert in_peft(name) == "no"

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from litpeft.core.recognise import ADAPTER
 
 
+class CannotExport(Exception):
+    """Another program's files cannot hold what a run learned; the text says why."""
+
+
 @dataclass(frozen=True)
 class Export:
     write: str  # module:function; of an adapter it takes a folder, a run and its base's folder, and returns what to say
     files: tuple[str, ...]  # beside *.safetensors: what a folder of it holds
-    keys: tuple[str, ...] = ("base",)  # of the settings of `convert` that are not for every kind
+    keys: tuple[str, ...] = ("base", "no_verify")  # of the settings of `convert` that are not for every kind
     of_models: bool = False  # takes models too; then `write` takes the settings of `convert`
 
 
@@ -21,4 +25,6 @@ EXPORTS = {
         ("base", "dtype", "type", "no_verify"),
         of_models=True,
     ),
+    "gguf-adapter": Export("litpeft.exchange.exports.gguf_adapter:write", ("adapter.gguf", "Modelfile")),
+    "mlx": Export("litpeft.exchange.exports.mlx:write", (ADAPTER,)),
 }

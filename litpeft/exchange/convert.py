@@ -1,6 +1,6 @@
 """The command `convert`: turns a GGUF file, or a folder of pickled .bin weights, into a Hugging Face folder.
 
-With `to` it writes a model or run as the files of another program: see export.py.
+With `to` it writes a model or run for another program: see export.py.
 """
 
 import math

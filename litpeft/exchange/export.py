@@ -1,15 +1,14 @@
-"""`litpeft convert RUN --to FORMAT`: writes what a run learned for another program, and reads it back."""
+"""`litpeft convert SOURCE --to FORMAT`: writes a model or run for another program, and reads it back."""
 
 from importlib import import_module
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, ModelError
-from litpeft.core.exports import EXPORTS
+from litpeft.core.exports import EXPORTS, CannotExport
 from litpeft.core.folders import atomic_folder, check_place, locked, refuse_existing
 from litpeft.core.terminal import command_line, say
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.compare import PROMPTS, in_float32, logits_of
-from litpeft.exchange.exports.peft import NotInPeft
 from litpeft.exchange.result import Run
 from litpeft.exchange.run import build_run, find_run, tell_progress
 from litpeft.exchange.settings import Convert
@@ -21,9 +20,10 @@ TOLERANCE = 1e-5  # of a logit, relative to the largest one
 
 
 def export(settings: Convert) -> None:
-    """Writes the folder, if what is read back from it computes the same as the run."""
-    module, _, function = EXPORTS[settings.to].write.partition(":")
-    write = getattr(import_module(module), function)
+    """Writes the folder, if what is read back from it computes the same as the source."""
+    name, _, function = EXPORTS[settings.to].write.partition(":")
+    module = import_module(name)
+    write = getattr(module, function)
     if EXPORTS[settings.to].of_models:
         return write(settings)
     source = Path(settings.source)
@@ -38,25 +38,32 @@ def export(settings: Convert) -> None:
     base = run.base_folder(settings.base)
     for kept in (base, run.folder):
         if kept.resolve().is_relative_to(out.resolve()):
-            raise ConfigError(
-                f"it would replace {kept}, from which it is made", where="out", hint="name another folder"
-            )
+            what = f"it would replace {kept}, from which it is made"
+            raise ConfigError(what, where="out", hint="name another folder")
     with locked(out), atomic_folder(out, settings.overwrite) as folder:
         try:
             said = write(folder, run, base)
-        except NotInPeft as error:
-            hint = another_way(run, base)
-            raise ModelError(f"this run is nothing that {settings.to} has: {error}", where=source, hint=hint) from None
-        prompts = [Tokenizer.load(base).encode(text) for text in PROMPTS]
-        want = logits_of(model_of(run, base, run), prompts)
-        back = find_run(folder)
-        back.base_folder(str(base))
-        off = float((logits_of(model_of(back, base, run), prompts) - want).abs().max() / want.abs().max())
-        if not off <= TOLERANCE:
-            what = f"logits of the files, read back, are off by {off:.1e} of the largest: nothing was written"
-            raise ModelError(what, where=source)
+        except CannotExport as error:
+            what, hint = f"this run is nothing that {settings.to} has: {error}", another_way(run, base, settings.to)
+            raise ModelError(what, where=source, hint=hint) from None
+        if settings.no_verify:
+            say("not checked, as --no_verify wants it: the logits of base and adapter with those of the run")
+        else:
+            say(getattr(module, "verify", read_as_run)(folder, run, base))
     say(f"wrote {out}: {said}")
-    say(f"read back: logits at {len(want)} positions differ by {off:.1e} of the largest")
+
+
+def read_as_run(folder: Path, run: Run, base: Path) -> str:
+    """Reads an adapter back that is a run for litpeft; raises unless it computes what the run does."""
+    prompts = [Tokenizer.load(base).encode(text) for text in PROMPTS]
+    want = logits_of(model_of(run, base, run), prompts)
+    back = find_run(folder)
+    back.base_folder(str(base))
+    off = float((logits_of(model_of(back, base, run), prompts) - want).abs().max() / want.abs().max())
+    if not off <= TOLERANCE:
+        what = f"logits of the files, read back, are off by {off:.1e} of the largest: nothing was written"
+        raise ModelError(what, where=run.place)
+    return f"read back: logits at {len(want)} positions differ by {off:.1e} of the largest"
 
 
 def model_of(run: Run, base: Path, original: Run) -> GPT:
@@ -64,8 +71,8 @@ def model_of(run: Run, base: Path, original: Run) -> GPT:
     return in_float32(build_run(run, base, original.dtype, storage=original.storage))
 
 
-def another_way(run: Run, base: Path) -> str:
-    """Returns the command that makes something of a run which peft has no kind for."""
+def another_way(run: Run, base: Path, to: str) -> str:
+    """Returns the command that makes something of a run which a format has no kind for."""
     model, place = model_of(run, base, run), run.place
     if unfoldable(model):
         return f"generate and chat take the run as it is: {command_line('chat', place)}"
@@ -76,4 +83,4 @@ def another_way(run: Run, base: Path) -> str:
         return f"`{command_line('merge', place)}` makes a model of it"
     lora = place.with_name(f"{place.name}-as-lora")
     made = f"`{command_line('combine', place, lora, '--rank', 16)}` makes a LoRA of it and says how much it keeps"
-    return f"{made}; then `{command_line('convert', lora, '--to', 'peft')}`"
+    return f"{made}; then `{command_line('convert', lora, '--to', to)}`"

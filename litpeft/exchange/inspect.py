@@ -14,11 +14,12 @@ from safetensors import safe_open
 
 from litpeft.core.checksums import read_header
 from litpeft.core.errors import ModelError, UserError, counted, scaled
+from litpeft.core.exports import CannotExport
 from litpeft.core.json import read_json
 from litpeft.core.recognise import ADAPTER, refuse_file
 from litpeft.core.safetensors import Weights
 from litpeft.core.terminal import command_line, say
-from litpeft.exchange.exports.peft import NotInPeft, adapter_of
+from litpeft.exchange.exports.peft import adapter_of
 from litpeft.exchange.gguf.layout import known_family
 from litpeft.exchange.gguf.weights import BoundedReader, GgufFile
 from litpeft.exchange.run import Run, build_run, find_run
@@ -129,7 +130,7 @@ def as_adapter(run: Run, base: Path) -> dict[str, str]:
     """Returns the command that writes a run as an adapter of PEFT, or why there is none."""
     try:
         adapter_of(run.method(), run.storage, run.delta(), base)
-    except NotInPeft as error:
+    except CannotExport as error:
         return {"peft": f"no: {error}"}
     return {"peft": command_line("convert", run.place, "--to", "peft")}
 

@@ -14,13 +14,14 @@ from litpeft import __version__
 from litpeft.core.checksums import file_sha256
 from litpeft.core.distributed import gather
 from litpeft.core.errors import ConfigError, ModelError, NumericError
+from litpeft.core.exports import CannotExport
 from litpeft.core.folders import atomic_folder, checkpoint_steps
 from litpeft.core.json import read_json, write_json
 from litpeft.core.recognise import is_peft, refuse_file, refuse_other
 from litpeft.core.safetensors import copy_companions, save_tensors, write_safetensors
 from litpeft.core.terminal import tell
 from litpeft.data.tokenizer import Tokenizer
-from litpeft.exchange.exports.peft import NotInPeft, write_adapter
+from litpeft.exchange.exports.peft import write_adapter
 from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.identity import checksum
 from litpeft.exchange.imports.peft import PeftRun
@@ -101,7 +102,7 @@ def save_result(
             save_tensors(delta, temporary / DELTA)
             held, size = facts["base"]["storage"], sum(path.stat().st_size for path in base.glob("*.safetensors"))
             most = max(4 * (temporary / DELTA).stat().st_size, size / 20)
-            with suppress(NotInPeft):  # then `convert --to peft` says why
+            with suppress(CannotExport):  # then `convert --to peft` says why
                 write_adapter(temporary, settings, None if held is None else Storage(**held), delta, base, most)
         record = {
             "format": FORMAT,

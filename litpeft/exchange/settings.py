@@ -36,7 +36,8 @@ class Convert:
     dtype: Dtype = None
     """Type of a Hugging Face folder's weights; default: what the source holds, bfloat16 where it is quantised."""
     to: Literal[tuple(EXPORTS)] | None = None
-    """gguf: one file for llama.cpp, Ollama and LM Studio; peft: an adapter of a run. Default: a Hugging Face folder."""
+    """gguf: one file for llama.cpp, Ollama and LM Studio; gguf-adapter, mlx, peft: what a run learned, as an adapter of
+    llama.cpp, mlx-lm or peft. Default: a Hugging Face folder."""
     type: GgufType = None
     """Type of a GGUF file's weights; default: that of the source's files."""
     base: str | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from litpeft.core.checksums import CHECKSUMS
 from litpeft.core.errors import some
+from litpeft.core.exports import CannotExport
 from litpeft.core.json import read_json, read_optional, write_json
 from litpeft.core.recognise import ADAPTER, ADAPTER_TENSORS
 from litpeft.core.safetensors import save_tensors
@@ -35,10 +36,6 @@ SHARED = {"vera_A", "vera_B"}  # by all layers
 LORA, IA3 = {"lora_A", "lora_B"}, {"ia3_l"}
 DORA, VERA = LORA | {"lora_magnitude_vector"}, SHARED | {"vera_lambda_d", "vera_lambda_b"}
 Said = dict[str, Tensor]  # tensors by peft's names
-
-
-class NotInPeft(Exception):
-    """Peft has nothing that computes what a run learned; the text says why."""
 
 
 @dataclass
@@ -62,7 +59,7 @@ def write_adapter(
     base: Path,
     most: float = math.inf,
 ) -> str:
-    """Writes what a method learned as an adapter; raises NotInPeft if peft cannot say it in `most` bytes."""
+    """Writes what a method learned as an adapter; raises CannotExport if peft cannot say it in `most` bytes."""
     adapter = adapter_of(method, storage, delta, base, most)
     config = {"peft_type": None, "task_type": "CAUSAL_LM", **base_name(base), "inference_mode": True} | adapter.config
     write_json(folder / ADAPTER, config)
@@ -82,12 +79,12 @@ def adapter_of(
     method: Method, storage: Storage | None, delta: Mapping[str, Tensor], base: Path, most: float = math.inf
 ) -> Adapter:
     if method.add_tokens:
-        raise NotInPeft("it adds tokens to the vocabulary of its base")
+        raise CannotExport("it adds tokens to the vocabulary of its base")
     hf = read_json(base / "config.json", "config.json of the base")
     method.configure(changed := deepcopy(hf))
     if changed != hf:
         keys = sorted(key for key in changed if changed[key] != hf.get(key))
-        raise NotInPeft(f"it changes {some(keys)} in config.json, which an adapter does not have")
+        raise CannotExport(f"it changes {some(keys)} in config.json, which an adapter does not have")
     names = NameMap(*config_of(hf, str(base)))
     model = deltas_alone(names.config, method, storage, dict(delta))
     slots = {place: slot for place, slot in model.named_modules() if isinstance(slot, Slot) and slot.deltas}
@@ -97,7 +94,7 @@ def adapter_of(
             said[place] = parts
             most -= sum(tensor.nbytes for name, tensor in parts[0].items() if name not in SHARED)
         if most < 0:
-            raise NotInPeft("as an adapter of peft it would be far larger than it is here")
+            raise CannotExport("as an adapter of peft it would be far larger than it is here")
     trained = {name: delta[name].float() for name in model.base_values}
     if any("prompt_embeddings" in parts for parts, _ in said.values()):
         return prompt(model, {place: parts for place, (parts, _) in said.items()}, trained)
@@ -110,13 +107,13 @@ def spoken(place: str, slot: Slot, storage: Storage | None) -> tuple[Said, float
     deltas = [delta for delta in slot.deltas.values() if not delta.vanishes]
     for delta in deltas:
         if storage is not None and type(delta).off is not Delta.off:
-            raise NotInPeft(f"its base is held in {storage.name} with codes that were chosen for what it learned")
+            raise CannotExport(f"its base is held in {storage.name} with codes that were chosen for what it learned")
     found = [delta.peft() for delta in deltas]
     if None in found:
-        raise NotInPeft(f"peft has nothing like {type(deltas[found.index(None)]).__name__} at {place}")
+        raise CannotExport(f"peft has nothing like {type(deltas[found.index(None)]).__name__} at {place}")
     if len(found) > 1:
         if any(parts.keys() != LORA for parts in found):
-            raise NotInPeft(f"{' and '.join(slot.deltas)} act on the same layer, {place}")
+            raise CannotExport(f"{' and '.join(slot.deltas)} act on the same layer, {place}")
         a = torch.cat([parts["lora_A"] for parts in found])
         b = torch.cat([delta.scale * parts["lora_B"] for delta, parts in zip(deltas, found, strict=True)], 1)
         return {"lora_A": a, "lora_B": b}, 1.0
@@ -128,13 +125,13 @@ def spoken(place: str, slot: Slot, storage: Storage | None) -> tuple[Said, float
 def prompt(model: GPT, said: Mapping[str, Said], base: Mapping[str, Tensor]) -> Adapter:
     """Returns an adapter of vectors before the text, or of keys and values before it in every block."""
     if base or any(parts.keys() != {"prompt_embeddings"} for parts in said.values()):
-        raise NotInPeft("it learned more than what stands before the text, and peft has one kind in a folder")
+        raise CannotExport("it learned more than what stands before the text, and peft has one kind in a folder")
     vectors, config = [parts["prompt_embeddings"] for parts in said.values()], model.config
     keys = [f"blocks.{layer}.attn.{leaf}.slot" for layer in range(config.n_layers) for leaf in "kv"]
     kind, width, heads = "PROMPT_TUNING", config.d_model, config.n_heads
     if "after_embed" not in said:
         if [*said] != keys:
-            raise NotInPeft("keys and values stand before the text in some blocks only")
+            raise CannotExport("keys and values stand before the text in some blocks only")
         kind, width, heads = "PREFIX_TUNING", config.n_kv_heads * config.head_dim, config.n_kv_heads
     facts = {
         "peft_type": kind,
@@ -157,7 +154,7 @@ def beside_layers(
         said = {place: (as_lora(parts, *sizes[place]), scale) for place, (parts, scale) in said.items()}
     kinds = {frozenset(parts) for parts, _ in said.values()}
     if len(kinds) > 1 or not all(isinstance(model.get_submodule(place), Linear) for place in said):
-        raise NotInPeft("it learned in more ways than one, and peft has one kind in a folder")
+        raise CannotExport("it learned in more ways than one, and peft has one kind in a folder")
     modules: dict[str, tuple[Said, float]] = {}
     for theirs, parts in names.parts.items():
         given = {part: said[part.removesuffix(".weight")] for part in parts if part.removesuffix(".weight") in said}
@@ -214,7 +211,9 @@ def fused(theirs: str, given: Mapping[str, tuple[Said, float]], names: NameMap) 
         gains = {part: given[part][0]["ia3_l"] if part in given else torch.ones(rows[part]) for part in parts}
         return {"ia3_l": names.joined_rows(theirs, gains)[:, None]}, 1.0
     if kind == DORA and given.keys() != rows.keys():
-        raise NotInPeft(f"the base's files hold {', '.join(parts)} in one, and it trained magnitudes of some of them")
+        raise CannotExport(
+            f"the base's files hold {', '.join(parts)} in one, and it trained magnitudes of some of them"
+        )
     scales = {scale for _, scale in given.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0  # of the whole; the rest is put into B
     a = torch.cat([said["lora_A"] for said, _ in given.values()])
@@ -265,7 +264,7 @@ def by_module(base: Mapping[str, Tensor], names: NameMap) -> dict[str, dict[str,
             continue
         if len(given) < len(parts):
             missing = [part for part in parts if part not in base]
-            raise NotInPeft(f"the base's files hold {theirs} in one, of which {some(missing)} did not train")
+            raise CannotExport(f"the base's files hold {theirs} in one, of which {some(missing)} did not train")
         ours, _, leaf = parts[0].rpartition(".")
         found.setdefault(names.module(ours), {})[leaf] = names.joined(theirs, given)
     return found
@@ -282,9 +281,9 @@ def plain_modules(base: Mapping[str, Tensor], names: NameMap) -> Adapter:
     modules = by_module(base, names)
     for module, found in modules.items():
         if not whole(module, found, names):
-            raise NotInPeft(f"of {module} it trained {', '.join(found)} alone, and peft has no such kind")
+            raise CannotExport(f"of {module} it trained {', '.join(found)} alone, and peft has no such kind")
         if module == names.module("embed") and names.config.tie_embeddings:
-            raise NotInPeft(f"it trained {module}, which is the head too")
+            raise CannotExport(f"it trained {module}, which is the head too")
     tensors = {
         f"{WRAPPED}{module}.ln_tuning_layers.{leaf}": tensor
         for module, found in modules.items()
@@ -306,7 +305,9 @@ def add_base(
         if module not in targeted and whole(module, found, names):
             saved.append(module)
         elif [*found] != ["bias"] or "bias" not in config:
-            raise NotInPeft(f"it trained {' and '.join(found)} of {module}, which peft does not train beside the rest")
+            raise CannotExport(
+                f"it trained {' and '.join(found)} of {module}, which peft does not train beside the rest"
+            )
         else:
             config["bias"] = "all"
         place = f"{module}.base_layer" if module in targeted else module

@@ -1,0 +1,68 @@
+"""A run's low-rank updates as a GGUF adapter, which llama.cpp puts on the base's own GGUF file (`--lora`).
+
+    NAME.lora_a (r, in), NAME.lora_b (out, r) for each tensor NAME of the base's file
+
+The scale is in B: `adapter.lora.alpha` 0 means 1. The parts of a fused tensor are stacked: B is block-diagonal.
+"""
+
+from pathlib import Path
+
+import gguf
+import torch
+from torch import Tensor
+
+from litpeft.exchange.exports.low_rank import Factors, check_factors, factors_of
+from litpeft.exchange.gguf.layout import Layout
+from litpeft.exchange.gguf.weights import BoundedReader
+from litpeft.exchange.modelfile import write_modelfile
+from litpeft.exchange.run import Run
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import read_config
+
+ADAPTER, MODEL = "adapter.gguf", "base.gguf"
+
+
+def write(folder: Path, run: Run, base: Path) -> str:
+    """Writes the adapter and a Modelfile; returns a line that says what they are."""
+    factors, layout = factors_of(run, base), Layout(NameMap(*read_config(base)))
+    writer = gguf.GGUFWriter(folder / ADAPTER, layout.gguf.arch)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    count = 0
+    for name, parts in layout.parts.items():
+        given = [factors.get(part.removesuffix(".weight")) for part in parts]
+        if any(given):
+            a, b = joined(layout, parts, given)
+            writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
+            writer.add_tensor(f"{name}.lora_b", b.contiguous().numpy())
+            count += 1
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    _, template = run.tokenizer_and_template(base)
+    said = write_modelfile(folder, MODEL, template, run.system, adapter=ADAPTER)
+    return f"{ADAPTER}, updates of {count} tensors; {said}; it goes with the base as {MODEL}"
+
+
+def joined(layout: Layout, parts: list[str], given: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+    """Returns A and B of a tensor of the file, of those of its parts; None for a part that did not learn."""
+    a = torch.cat([pair[0] for pair in given if pair is not None])
+    rows = [layout.names.ours[part][0] for part in parts]
+    empty = [torch.zeros(size, 0) for size in rows]
+    b = [none if pair is None else layout.stored(part, pair[1])
+         for part, pair, none in zip(parts, given, empty, strict=True)]  # fmt: skip
+    return a, torch.block_diag(*b)
+
+
+def verify(folder: Path, run: Run, base: Path) -> str:
+    """Reads the adapter back; raises unless base and adapter compute what the run does."""
+    layout = Layout(NameMap(*read_config(base)))
+    stored = {tensor.name: torch.tensor(tensor.data) for tensor in BoundedReader(folder / ADAPTER).tensors}
+    factors: Factors = {}
+    for name in layout.parts:
+        if f"{name}.lora_a" in stored:
+            rows = layout.ours(name, stored[f"{name}.lora_b"])
+            factors |= {part.removesuffix(".weight"): (stored[f"{name}.lora_a"], b) for part, b in rows.items()}
+    return check_factors(factors, run, base, folder)
