@@ -1,5 +1,6 @@
 """A small model hub on 127.0.0.1: the requests of huggingface_hub's snapshot_download, and faults on demand."""
 
+import base64
 import hashlib
 import json
 import re
@@ -34,6 +35,7 @@ class Hub(ThreadingHTTPServer):
         self.broken: dict[str, int] = {}
         self.corrupt: set[str] = set()
         self.listed_size: dict[str, int] = {}
+        self.uploaded: dict[str, bytes] = {}
         self.log: list[tuple[str, str, str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -87,6 +89,28 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def do_POST(self) -> None:
+        """Takes an upload, file by file in one commit; what is in `uploaded` of the server then."""
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.log.append((self.command, path, "", self.headers.get("Authorization", "")))
+        if self.headers.get("Authorization") != "Bearer hf_CANARY":
+            return self.error(401, "", "Invalid credentials")
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            return self.reply(200, {"url": f"{self.server.url}/{name}", "id": name, "name": name})
+        if re.fullmatch(r"/api/models/org/\w+/preupload/main", path):
+            files = json.loads(body)["files"]
+            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
+            return self.reply(200, {"files": modes, "commitOid": COMMIT})
+        if re.fullmatch(r"/api/models/org/\w+/commit/main", path):
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.server.uploaded = {f["path"]: base64.b64decode(f["content"]) for f in files}
+            return self.reply(200, {"success": True, "commitUrl": f"{self.server.url}/org/x", "commitOid": COMMIT})
+        return self.reply(200, {"errors": [], "warnings": []})  # /api/validate-yaml
+
     def file(self, name: str) -> None:
         """Sends the content from the byte that Range names; half of it if it is to be cut."""
         content = self.server.files[name]
@@ -118,5 +142,5 @@ class Handler(BaseHTTPRequestHandler):
         for key, value in {"Content-Type": kind, "Content-Length": str(len(content)), **(head or {})}.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content[:send])

@@ -33,7 +33,7 @@ RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard", *EXPORTS)
 RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "report.json", "loss.png", *RUN_FOLDERS)
 LONGEST_NAME = 255  # bytes, of the file systems in use
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them marks a complete folder
-EXPORTED = [file for export in EXPORTS.values() for file in export.files]
+EXPORTED = [file for export in EXPORTS.values() for file in export.files] + ["README.md"]  # the last is the model card
 # what --overwrite may remove
 OURS = (*COMPANIONS, *RUN_FILES, *EXPORTED, "delta.json", "model.safetensors.index.json", CHECKSUMS)
 

@@ -18,6 +18,7 @@ from litpeft.exchange.bin import BinFolder
 from litpeft.exchange.export import export
 from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.gguf.weights import GgufFile
+from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.settings import Convert
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
@@ -32,6 +33,7 @@ def convert(settings: Convert) -> None:
     source, out = Path(settings.source), Path(settings.out)
     dtype = RESULT_DTYPES[settings.dtype] if settings.dtype else None
     gguf_file = find_gguf(source)
+    check_repo(settings.push)
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         what = "the source lies in it, and would be lost when it is replaced"
         raise ConfigError(what, where=out, hint="name another folder for the result")
@@ -41,11 +43,15 @@ def convert(settings: Convert) -> None:
     with locked(out), atomic_folder(out, settings.overwrite) as folder:
         model.write(folder, dtype)
         tell_stop_ids(folder)
+        if settings.push:
+            write_card(folder, settings.push, source, None, "Safetensors")
         count, parameters, written = check(folder, settings.source)
         sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     size, files = scaled(sum(sizes.values()), "B"), ", ".join(sizes)
     say(f"wrote {out}: {parameters / 1e6:.1f} M parameters in {written}, {size}: {files}")
     say(f"checked: {count} tensors, every one finite, names and shapes as config.json asks")
+    if settings.push:
+        push(out, settings.push)
     say(f"next: {command_line('chat', out)}")
 
 

@@ -9,6 +9,7 @@ from litpeft.core.folders import atomic_folder, check_place, locked, refuse_exis
 from litpeft.core.terminal import command_line, say
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.compare import PROMPTS, in_float32, logits_of
+from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.result import Run
 from litpeft.exchange.run import build_run, find_run, tell_progress
 from litpeft.exchange.settings import Convert
@@ -33,6 +34,7 @@ def export(settings: Convert) -> None:
         raise ConfigError(what, where=source, hint="name the run: the `--out` of `litpeft finetune`")
     out = Path(settings.out) if settings.out else run.place / settings.to
     check_place(out)
+    check_repo(settings.push)
     refuse_existing(out, settings.overwrite)
     tell_progress(run)
     base = run.base_folder(settings.base)
@@ -46,11 +48,15 @@ def export(settings: Convert) -> None:
         except CannotExport as error:
             what, hint = f"this run is nothing that {settings.to} has: {error}", another_way(run, base, settings.to)
             raise ModelError(what, where=source, hint=hint) from None
+        if settings.push:
+            write_card(folder, settings.push, base, run, f"An adapter ({settings.to})")
         if settings.no_verify:
             say("not checked, as --no_verify wants it: the logits of base and adapter with those of the run")
         else:
             say(getattr(module, "verify", read_as_run)(folder, run, base))
     say(f"wrote {out}: {said}")
+    if settings.push:
+        push(out, settings.push)
 
 
 def read_as_run(folder: Path, run: Run, base: Path) -> str:

@@ -32,6 +32,7 @@ from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.gguf.files import MODEL, OF_DTYPE, GgufFolder
 from litpeft.exchange.gguf.layout import Layout
 from litpeft.exchange.gguf.write import held_in_groups, q4_1
+from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.rounding import Rounding
 from litpeft.exchange.run import Run, build_run, find_run, tell_progress, write_config
 from litpeft.exchange.settings import Merge
@@ -71,6 +72,7 @@ def merge(settings: Merge) -> None:
         raise ConfigError(what, where="onto", hint="leave it out")
     if settings.type is not None and settings.to != "gguf":
         raise ConfigError(f"{settings.type} is a type of GGUF files", where="type", hint="say --to gguf, or --dtype")
+    check_repo(settings.push)
     out = Path(settings.out) if settings.out else Path(settings.run) / "merged"
     check_place(out)
     refuse_existing(out, settings.overwrite)
@@ -111,6 +113,8 @@ def merge(settings: Merge) -> None:
             write_config(folder, dtype, method)
             write_added_tokens(folder, tokenizer)
             write_stop_ids(folder, template.stop_ids)
+        if settings.push:
+            write_card(folder, settings.push, base, run, "A finetune")
         if rounding.changed == 0:
             hint = "train longer, or write float32 with --dtype float32"
             raise ModelError("no weight changed: the merged model would be the base", where=settings.run, hint=hint)
@@ -122,6 +126,8 @@ def merge(settings: Merge) -> None:
             _compare(model, result, prompts, folder, settings.run, other)
         say(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
         say("\n".join(rounding.lines(result.name)))
+    if settings.push:
+        push(out, settings.push)
     if layout is None:
         say(f"merged model in {out}; next: {command_line('chat', out)}")
     else:

@@ -31,10 +31,12 @@ from litpeft.methods import METHODS
 from litpeft.model.added_tokens import describe, note_tokens
 from litpeft.model.build import build
 from litpeft.model.delta import Method, delta_state, load_delta
+from litpeft.model.families import family
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
+from litpeft.model.rope import spell_twice
 
 
 def find_run(path: Path) -> Run | None:
@@ -124,13 +126,14 @@ def _finite(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> Iterator[tup
 
 
 def write_config(folder: Path, dtype: torch.dtype, method: Method | None = None) -> None:
-    """Writes the weights' dtype into config.json, under its new and its old key, and what the method adds."""
+    """Writes dtype and rotary settings into config.json, under new and old keys, and what the method adds."""
     path = folder / "config.json"
     config = read_json(path, "config.json of the base")
     if method is not None:
         describe(config, method)
     if config.get("quantization_config") is not None:  # what is written is plain
         del config["quantization_config"]
+    spell_twice(config, getattr(family(config["model_type"]), "ROPE_NAMES", {}))
     name = str(dtype).removeprefix("torch.")
     write_json(path, config | {"dtype": name, "torch_dtype": name})
 

@@ -44,6 +44,8 @@ class Convert:
     """Folder of a run's base model, if it has moved since the run; its weights must be the same."""
     no_verify: bool = False
     """Do not read the written files again to compare their logits with those of the source."""
+    push: str | None = None
+    """`org/name` of a hub repository to upload the result to, with a model card; it is made if there is none."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
 
@@ -80,6 +82,8 @@ class Merge:
     """Gigabytes of a file of safetensors; a larger model is written in several."""
     no_verify: bool = False
     """Do not compare the logits of the written files with those of the run."""
+    push: str | None = None
+    """`org/name` of a hub repository to upload the result to, with a model card; it is made if there is none."""
     overwrite: bool = False
     """Replace `out`, as a whole, if it exists."""
 

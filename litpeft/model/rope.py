@@ -177,3 +177,23 @@ def interpolated(hf: dict[str, Any], factor: float) -> None:
     scaled.pop("type", None)
     hf["rope_scaling"], hf["rope_parameters"] = scaled, scaled  # for readers before transformers 5, and since
     hf["max_position_embeddings"] = int(hf["max_position_embeddings"] * factor)
+
+
+def spell_twice(hf: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Gives a config.json, in place, the rotary settings as readers before transformers 5 spell them, and as since.
+
+    `names` are the family's names for rope_theta and partial_rotary_factor at the top level, if they are others.
+    """
+    new = hf.get("rope_parameters")
+    if isinstance(new, dict) and new and not any(isinstance(value, dict) for value in new.values()):
+        kind = new.get("rope_type", new.get("type", "default"))
+        scaling = {key: value for key, value in new.items() if key not in ("rope_theta", PARTIAL)}
+        hf.setdefault("rope_scaling", None if kind == "default" else scaling | {"rope_type": kind, "type": kind})
+        for key in ("rope_theta", PARTIAL):
+            if key in new:
+                hf.setdefault(names.get(key, key), new[key])
+    elif not new and names.get("rope_theta", "rope_theta") in hf:
+        at_top = {key: hf[names.get(key, key)] for key in ("rope_theta", PARTIAL) if names.get(key, key) in hf}
+        scaling = hf.get("rope_scaling") or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        hf["rope_parameters"] = {**scaling, **at_top, "rope_type": kind}

@@ -14,6 +14,7 @@ from litpeft.exchange.compare import PROMPTS, check, in_float32, logits_of
 from litpeft.exchange.gguf.files import MODEL, OF_DTYPE, GgufFolder
 from litpeft.exchange.gguf.layout import Layout
 from litpeft.exchange.merge import NOT_CHECKED, main_dtype, merge
+from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.run import find_run, tell_progress
 from litpeft.exchange.settings import Convert, Merge
 from litpeft.model.build import build, checked_files, read_finite
@@ -25,9 +26,10 @@ def export(settings: Convert) -> None:
     out = Path(settings.out) if settings.out else source / settings.to
     run = find_run(source)
     if run is not None and not run.is_model:
-        given = {key: getattr(settings, key) for key in ("base", "type", "dtype", "no_verify", "overwrite")}
+        given = {key: getattr(settings, key) for key in ("base", "type", "dtype", "no_verify", "push", "overwrite")}
         return merge(Merge(settings.source, str(out), to="gguf", **given))
     check_place(out)
+    check_repo(settings.push)
     refuse_existing(out, settings.overwrite)
     if run is not None:
         tell_progress(run)
@@ -53,6 +55,8 @@ def export(settings: Convert) -> None:
                 weights.drop_pages(tensor.nbytes)
 
         files.write(rows())
+        if settings.push:
+            write_card(temporary, settings.push, source, run, f"A GGUF file ({type_})")
         prompts = [tokenizer.encode(text) for text in PROMPTS]
         if settings.no_verify:
             say(f"{NOT_CHECKED} the file's header, tokenizer and logits")
@@ -62,3 +66,5 @@ def export(settings: Convert) -> None:
             hint = "take a type with more bits"
             check(want, files.logits(prompts), files.tolerance, f"file read back, {type_}", source, hint)
     say(f"wrote {out / MODEL}; next: llama.cpp, LM Studio, or ollama create NAME -f {out / 'Modelfile'}")
+    if settings.push:
+        push(out, settings.push)

@@ -26,6 +26,7 @@ NAMES = {
 }
 MODULES = {"embed_out": "lm_head"}
 BUFFERS = ("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias")
+ROPE_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 GGUF = Gguf(
     "gptneox",
     own_head=True,
