@@ -212,13 +212,12 @@ def finetune(base: Path, folder: Path, *argv: str, out: str = "run", method: str
 
 def kinds(name: str) -> dict[str, object]:
     """Returns the types of a command's keys by their dotted names, read off the dataclasses."""
-    from litpeft.cli import COMMANDS, load
+    from litpeft.cli import COMMANDS, called, load
     from litpeft.methods import method_class
 
     command = COMMANDS[name]
-    found = {
-        field.name: field.type for field in dataclasses.fields(load(command.settings, name.split()[0].capitalize()))
-    }
+    settings = load(command.settings, called(name).capitalize())
+    found = {field.name: field.type for field in dataclasses.fields(settings)}
     groups = {key: kind for key, kind in found.items() if dataclasses.is_dataclass(kind)}
     groups |= {"method": method_class(command.method)} if command.method else {}
     inner = {f"{key}.{field.name}": field.type for key, kind in groups.items() for field in dataclasses.fields(kind)}

@@ -139,5 +139,5 @@ def test_what_an_adapter_cannot_hold_is_refused_by_name(tmp_path, family, method
 def test_an_adapter_is_of_a_run(tiny_folder, tmp_path) -> None:
     with pytest.raises(ConfigError, match="mlx is for what a run learned beside its base"):
         adapter(tiny_folder, tmp_path / "out", "mlx")
-    with pytest.raises(ConfigError, match="dtype: it is not for --to mlx"):
+    with pytest.raises(ValueError, match="dtype is not for --to mlx"):
         adapter(tiny_folder, tmp_path / "out", "mlx", dtype="float16")

@@ -51,7 +51,7 @@ def test_help_shows_every_choice_and_each_of_them_is_taken(name: str, capsys) ->
         shown = ["null" if value is None else value for value in values]
         assert f"--{key} {'|'.join(shown)}" in text.replace("|\n      ", "|")
         for value, word in zip(values, shown, strict=True):
-            more = ["--base.quantize", "nf4"] if key == "base.double_quantize" else []
+            more = {"base.double_quantize": ["--base.quantize", "nf4"], "type": ["--to", "gguf"]}.get(key, [])
             settings, method, _ = parse(name, COMMANDS[name], [*words, *more, f"--{key}", word])
             group, _, leaf = key.rpartition(".")
             holder = method if group == "method" else getattr(settings, group) if group else settings

@@ -13,7 +13,8 @@ from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights, is_finite
 from litpeft.core.terminal import is_first
-from litpeft.model.added_tokens import TABLES, grown, with_rows
+from litpeft.model.added_rows import TABLES, with_rows
+from litpeft.model.added_tokens import grown
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method, attach, load_delta
 from litpeft.model.families.names import NameMap

@@ -16,7 +16,7 @@ from litpeft.core.errors import ConfigError, ModelError, nearest, some
 from litpeft.core.typed import LATER
 from litpeft.data.batches import Batch
 from litpeft.data.tokenizer import Tokenizer
-from litpeft.model.added_tokens import add_rows
+from litpeft.model.added_rows import add_rows
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.model.slots import OFF, Bank, Delta, Embedding, Linear, Slot, Stated, TiedHead

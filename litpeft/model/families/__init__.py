@@ -14,6 +14,7 @@ follow. A value is the name of a module whose tensors are as ours, or a `Place`.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -85,6 +86,11 @@ class Gguf:
 def family(name: str) -> ModuleType:
     """Returns the module of a family by the `model_type` of its config.json."""
     return import_module(FAMILIES[name])
+
+
+def without(names: dict[str, str | Place], glob: str) -> dict[str, str | Place]:
+    """Returns a name map without the modules of ours that match, which a family has otherwise."""
+    return {ours: theirs for ours, theirs in names.items() if not fnmatchcase(ours, glob)}
 
 
 def split_name(name: str) -> tuple[str, tuple[str, ...], str]:

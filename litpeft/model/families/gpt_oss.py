@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from litpeft.model.config import ClampedGate, ConfigKeys, Experts, ModelConfig, Rope
-from litpeft.model.families import Place, llama
+from litpeft.model.families import Place, llama, without
 from litpeft.model.rope import layers_of
 
 GATE_UP = Place("model.layers.{}.mlp.experts.gate_up_proj", per="d_ff", transposed=True, stack=True)
-NAMES = {ours: theirs for ours, theirs in llama.NAMES.items() if ".mlp." not in ours} | {
+NAMES = without(llama.NAMES, "*.mlp.*") | {
     "blocks.{}.attn": "model.layers.{}.self_attn",  # sinks
     "blocks.{}.mlp.router": "model.layers.{}.mlp.router",
     "blocks.{}.mlp.experts.{}.gate": GATE_UP,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import llama, without
 
-NAMES = {ours: theirs for ours, theirs in llama.NAMES.items() if ".mlp." not in ours} | {
+NAMES = without(llama.NAMES, "*.mlp.*") | {
     "blocks.{}.mlp.router": "model.layers.{}.block_sparse_moe.gate",
     "blocks.{}.mlp.experts.{}.gate": "model.layers.{}.block_sparse_moe.experts.{}.w1",
     "blocks.{}.mlp.experts.{}.up": "model.layers.{}.block_sparse_moe.experts.{}.w3",

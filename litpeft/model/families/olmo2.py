@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import llama, without
 
-NAMES = {ours: theirs for ours, theirs in llama.NAMES.items() if "norm" not in ours} | {
+NAMES = without(llama.NAMES, "*norm*") | {
     "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
     "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
     "blocks.{}.post_norm1": "model.layers.{}.post_attention_layernorm",

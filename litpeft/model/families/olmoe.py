@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig
-from litpeft.model.families import llama, qwen3_moe
+from litpeft.model.families import llama, qwen3_moe, without
 
-NAMES = {ours: theirs for ours, theirs in qwen3_moe.NAMES.items() if not ours.startswith("blocks.{}.mlp.")}
+NAMES = without(qwen3_moe.NAMES, "*.mlp.*")
 NAMES |= qwen3_moe.EXPERTS
 
 
