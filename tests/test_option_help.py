@@ -139,7 +139,7 @@ def test_every_key_of_the_table_exists_and_is_what_its_words_lead_to() -> None:
 @pytest.mark.parametrize(
     ("command", "key", "says"),
     [
-        ("finetune full", "method.rank", "; method has unfreeze, master_weights, save_dtype"),
+        ("finetune full", "method.rank", "; method has add_tokens, unfreeze, master_weights, "),
         ("finetune lora", "base_dir", ' (did you mean "base.dir"?)'),
         ("finetune lora", "base-dir", ' (did you mean "base.dir"?)'),
         ("finetune lora", "train.learnin_rate", "; train has batch_size, micro_tokens, "),
