@@ -236,7 +236,7 @@ def test_what_the_qlora_page_calls_the_same_run_is_the_same(monkeypatch) -> None
     assert (replace(second[0], out=first[0].out), second[1]) == first
 
 
-ADDED = ("ssf", "qwen2", "qwen3", "phi3")  # what the pages add to a copy of the project
+ADDED = ("ssf", "arcee")  # what the pages add to a copy of the project
 FILES = [str(path) for room in ("litpeft", "tests", "scripts") for path in (ROOT / room).rglob("*.*")]
 
 

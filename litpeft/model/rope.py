@@ -139,7 +139,7 @@ def rope_by_type(hf: Mapping[str, Any], max_positions: int, thetas: Mapping[str,
 
 def without_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a config.json without the keys of its rotary positions."""
-    return {setting: value for setting, value in hf.items() if not setting.startswith("rope_")}
+    return {key: value for key, value in hf.items() if key not in ("rope_theta", "rope_parameters", "rope_scaling")}
 
 
 def layers_of(

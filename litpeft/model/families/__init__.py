@@ -51,6 +51,19 @@ FAMILIES = {
     "gpt_neox": "litpeft.model.families.gpt_neox",
     "gpt2": "litpeft.model.families.gpt2",
 }
+IMAGES = "it reads images, and its text model is a part of it; take a text-only model of the family"
+OTHERS = {  # model_type of models that are known, and why they are not here
+    "gemma3": IMAGES,
+    "mistral3": IMAGES,
+    "gemma4": IMAGES,
+    "gemma4_text": "layers that share keys, and embeddings of each layer, are not built",
+    "qwen3_5": IMAGES,
+    "qwen3_5_text": "gated linear attention is not built",
+    "qwen3_next": "gated linear attention is not built",
+    "llama4": IMAGES,
+    "deepseek_v2": "latent attention is not built",
+    "deepseek_v3": "latent attention is not built",
+}
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama, without
+from litpeft.model.families import llama
 
-NAMES = without(llama.NAMES, "*norm*") | {
+NAMES = llama.NAMES | {
     "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
     "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
     "blocks.{}.post_norm1": "model.layers.{}.post_attention_layernorm",
     "blocks.{}.post_norm2": "model.layers.{}.post_feedforward_layernorm",
-    "norm": "model.norm",
 }
 
 

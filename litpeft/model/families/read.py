@@ -7,7 +7,7 @@ from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
 from litpeft.core.recognise import refuse_other
 from litpeft.model.config import ModelConfig
-from litpeft.model.families import FAMILIES, family
+from litpeft.model.families import FAMILIES, OTHERS, family
 
 
 def read_config(folder: Path) -> tuple[str, ModelConfig]:
@@ -21,7 +21,8 @@ def config_of(hf: dict[str, Any], where: str) -> tuple[str, ModelConfig]:
     """Returns what `read_config` does, for the contents of a config.json; `where` is for messages."""
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ModelError(f"model_type {name!r} is not supported; litpeft has {', '.join(FAMILIES)}", where=where)
+        why = f" ({OTHERS[name]})" if isinstance(name, str) and name in OTHERS else ""
+        raise ModelError(f"model_type {name!r} is not supported{why}; litpeft has {', '.join(FAMILIES)}", where=where)
     try:
         return name, family(name).config(hf)
     except KeyError as error:
