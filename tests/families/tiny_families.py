@@ -15,7 +15,7 @@ MODELS = {
     "neox": CASES["gpt_neox, parallel, a quarter rotates"],
     "neox serial": CASES["gpt_neox, serial, all rotates"],
     **{name: changes for name, changes in FAMILY_CASES.items() if name in FAMILIES},
-    "falcon, new": CASES["falcon, new, two norms"],
+    "falcon new": CASES["falcon, new, two norms"],
     "gemma3_text": CASES["gemma3_text"] | {"tie_word_embeddings": False},  # tied, it repeats its prompt
     "gpt2": CASES["gpt2"],
     "gpt2 untied": CASES["gpt2, untied"],
