@@ -71,7 +71,8 @@ def config_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a recorded config with the defaults of fields that ModelConfig did not have then."""
-    return {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING} | config
+    defaults = {field.name: field.default for field in fields(ModelConfig) if field.default is not MISSING}
+    return jsonable(defaults) | config
 
 
 def tokenizer_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
