@@ -34,7 +34,10 @@ def shifted_mask(length: int, heads: int, group: int) -> torch.Tensor:
 class Layer:
     """What the attention of a layer says of itself."""
 
-    window, cap = None, None
+    sinks = None
+
+    def kind(self) -> dict[str, None]:
+        return {"window": None, "cap": None, "sinks": None}
 
 
 def attention(q, k, v, lengths: tuple[int, ...] | None, group: int = GROUP) -> torch.Tensor:
