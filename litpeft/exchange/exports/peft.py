@@ -78,6 +78,7 @@ def base_name(base: Path) -> dict[str, Any]:
 def adapter_of(
     method: Method, storage: Storage | None, delta: Mapping[str, Tensor], base: Path, most: float = math.inf
 ) -> Adapter:
+    """Returns what a method learned as an adapter; raises CannotExport if peft cannot say it in `most` bytes."""
     if method.add_tokens:
         raise CannotExport("it adds tokens to the vocabulary of its base")
     hf = read_json(base / "config.json", "config.json of the base")

@@ -104,6 +104,8 @@ class RankKeys(LayerKeys):
         check_patterns("layers_pattern", self.layers_pattern or ())
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform is for a list of target_modules, which is a regular expression")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is used only with layers_to_transform, which is null")
         if not 1 <= self.r <= LARGEST_RANK:
             raise ValueError(f"r must be at least 1 and at most {LARGEST_RANK}, got {self.r}")
 
