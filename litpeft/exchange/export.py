@@ -46,8 +46,9 @@ def export(settings: Convert) -> None:
         try:
             said = write(folder, run, base)
         except CannotExport as error:
-            what, hint = f"this run is nothing that {settings.to} has: {error}", another_way(run, base, settings.to)
-            raise ModelError(what, where=source, hint=hint) from None
+            what = f"this run is nothing that {settings.to} has: {error}"
+            more = ["--base", settings.base] if settings.base else []
+            raise ModelError(what, where=source, hint=another_way(run, base, settings.to, more)) from None
         if settings.push:
             write_card(folder, settings.push, base, run, f"An adapter ({settings.to})")
         if settings.no_verify:
@@ -77,16 +78,16 @@ def model_of(run: Run, base: Path, original: Run) -> GPT:
     return in_float32(build_run(run, base, original.dtype, storage=original.storage))
 
 
-def another_way(run: Run, base: Path, to: str) -> str:
-    """Returns the command that makes something of a run which a format has no kind for."""
+def another_way(run: Run, base: Path, to: str, more: list[str]) -> str:
+    """Returns the command that makes something of a run which a format has no kind for; `more` are its other words."""
     model, place = model_of(run, base, run), run.place
     if unfoldable(model):
-        return f"generate and chat take the run as it is: {command_line('chat', place)}"
+        return f"generate and chat take the run as it is: {command_line('chat', place, *more)}"
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     other = model.base_values.keys() - {f"{name}.weight" for name in layers}
     shifts = (layer.slot.frozen(layer).shift for layer in layers.values() if layer.slot.deltas)
     if other or any(shift is not None for shift in shifts):
-        return f"`{command_line('merge', place)}` makes a model of it"
+        return f"`{command_line('merge', place, *more)}` makes a model of it"
     lora = place.with_name(f"{place.name}-as-lora")
-    made = f"`{command_line('combine', place, lora, '--rank', 16)}` makes a LoRA of it and says how much it keeps"
-    return f"{made}; then `{command_line('convert', lora, '--to', to)}`"
+    made = f"`{command_line('combine', place, lora, '--rank', 16, *more)}` makes a LoRA of it"
+    return f"{made} and says how much it keeps; then `{command_line('convert', lora, '--to', to, *more)}`"
