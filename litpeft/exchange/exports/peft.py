@@ -21,7 +21,7 @@ from litpeft.core.exports import CannotExport
 from litpeft.core.json import read_json, read_optional, write_json
 from litpeft.core.recognise import ADAPTER, ADAPTER_TENSORS
 from litpeft.core.safetensors import save_tensors
-from litpeft.exchange.exports.peft_base import WRAPPED, Adapter, CannotExport, add_base, plain_modules
+from litpeft.exchange.exports.peft_base import WRAPPED, Adapter, add_base, plain_modules
 from litpeft.exchange.result import Run
 from litpeft.model.build import deltas_alone
 from litpeft.model.delta import Method

@@ -7,13 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from litpeft.core.errors import some
+from litpeft.core.exports import CannotExport
 from litpeft.model.families.names import NameMap
 
 WRAPPED = "base_model.model."  # what peft puts before the name of a module
-
-
-class CannotExport(Exception):
-    """Peft has nothing that computes what a run learned; the text says why."""
 
 
 @dataclass
