@@ -56,6 +56,7 @@ class Result:
     name: str
     limit: float
     logits: Callable[[list[list[int]]], Tensor]
+    exact: str = "--dtype float32"  # the option that writes the weights without rounding
 
 
 def merge(settings: Merge) -> None:
@@ -103,7 +104,7 @@ def merge(settings: Merge) -> None:
                     in_groups=_in_groups(model),
                 )  # fmt: skip
                 files.write(_coded(model, files, rounding))
-                result = Result(files.type, files.tolerance, files.logits)
+                result = Result(files.type, files.tolerance, files.logits, "--type f32")
         except TypeError as error:
             hint = "generate and chat take the run as it is"
             raise ModelError(f"this run cannot be merged: {error}", where=settings.run, hint=hint) from None
@@ -116,7 +117,7 @@ def merge(settings: Merge) -> None:
         if settings.push:
             write_card(folder, settings.push, base, run, "A finetune")
         if rounding.changed == 0:
-            hint = "train longer, or write float32 with --dtype float32"
+            hint = f"train longer, or write {result.exact}"
             raise ModelError("no weight changed: the merged model would be the base", where=settings.run, hint=hint)
         if settings.no_verify:
             say(f"{NOT_CHECKED} the logits of the files, and of the folded weights, against those of base + delta")
@@ -125,7 +126,7 @@ def merge(settings: Merge) -> None:
             other = [run, base] if storage != run.storage else None
             _compare(model, result, prompts, folder, settings.run, other)
         say(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
-        say("\n".join(rounding.lines(result.name)))
+        say("\n".join(rounding.lines(result.name, result.exact)))
     if settings.push:
         push(out, settings.push)
     if layout is None:
@@ -151,7 +152,7 @@ def _compare(
     say(f"  {'the base without the delta':<32} differs by {float((before - want).abs().max()):.2e}")
     if other is not None:
         _tell_of_original(*other, prompts, want)
-    hint = "try --dtype float32"
+    hint = f"try {result.exact}"
     check(want, fold, FOLD_TOLERANCE, "folded in float32", where, hint)
     check(want, files, result.limit, f"files read back, {result.name}", where, hint)
 
@@ -233,7 +234,8 @@ def _coded(model: GPT, files: GgufFolder, rounding: Rounding) -> Iterator[tuple[
         return rows, exact if is_base else files.encoder.read(ours, rows)
 
     yield from _folded(model, files.layout.names, rounded, rounding)
-    say(f"{len(files.in_groups) or 'no'} linear layers keep their codes and scales (Q4_1)")
+    if files.in_groups:
+        say(f"{len(files.in_groups)} linear layers keep their codes and scales (Q4_1)")
 
 
 def _in_groups(model: GPT) -> set[str]:

@@ -41,12 +41,12 @@ class Rounding:
         """How much of the update is kept along its own direction; at 1 the error is only noise."""
         return 1 + self.along / self.update if self.update else 1.0
 
-    def lines(self, dtype: str) -> list[str]:
-        """Returns the error, and what it means for the result, as lines to print."""
+    def lines(self, dtype: str, exact: str) -> list[str]:
+        """Returns the error, and what it means for the result, as lines to print; the option `exact` avoids it."""
         kept = f"kept along its own direction: {self.kept:.1%}"
         said = [f"relative error of the update, rounded to {dtype}: {self.error:.1%}; {kept}"]
         if self.kept < 0.9:
-            said.append("  so a part of what was learned is lost: --dtype float32 keeps it")
+            said.append(f"  so a part of what was learned is lost: {exact} keeps it")
         elif self.error > 0.1:
-            said.append("  so what was learned is kept, and the error is noise beside it; --dtype float32 avoids it")
+            said.append(f"  so what was learned is kept, and the error is noise beside it; {exact} avoids it")
         return said

@@ -44,7 +44,7 @@ def write(folder: Path, run: Run, base: Path) -> str:
     parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": kinds}
     layers = names.config.n_layers
     write_json(folder / ADAPTER, {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters})
-    return f"an adapter of rank {rank} for mlx-lm; next: mlx_lm.generate --model BASE --adapter-path {folder.name}"
+    return f"an adapter of rank {rank} for mlx-lm; next: mlx_lm.generate --model BASE --adapter-path OUT"
 
 
 def module_of(names: NameMap, ours: str) -> str:

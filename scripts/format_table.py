@@ -1,0 +1,79 @@
+"""Prints what pytest found of the formats, from its --junitxml file, as a table: family x direction.
+
+A cell counts tests that passed; `FAILED 1 of 3` and `skipped` are no pass, and the exit code is 1 then.
+"""
+
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+from litpeft.model.families import FAMILIES
+
+# part of a test's file and name -> direction; the first that fits
+DIRECTIONS = {
+    "test_hf_out": "to HF folder",
+    "test_generation_config": "to HF folder",
+    "test_peft_out": "to peft",
+    "test_peft_in": "from peft",
+    "test_convert_bin": "from .bin",
+    "test_convert": "from GGUF",
+    "transformers_reads": "GGUF to transformers",
+    "test_gguf_out": "GGUF to llama.cpp",
+    "llama_cpp_computes_with_the_adapter": "adapter to llama.cpp",
+    "mlx": "adapter to mlx-lm",
+    "test_adapters_out": "refused, or checked",
+    "test_push": "to the hub",
+}
+OTHER_NAMES = {"neox": "gpt_neox", "smollm2": "llama"}  # in the names of tests
+
+
+def family_of(test: str) -> str:
+    """Returns the family that a test's parameters name, the longest name if several do; llama is the usual one."""
+    parameters = test.partition("[")[2]
+    for short, name in OTHER_NAMES.items():
+        parameters = parameters if name in parameters else parameters.replace(short, name)
+    found = sorted((name for name in FAMILIES if name in parameters), key=len)
+    return found[-1] if found else "llama"
+
+
+def direction_of(test: str) -> str | None:
+    return next((direction for part, direction in DIRECTIONS.items() if part in test), None)
+
+
+def cell(results: list[str]) -> str:
+    """Returns what a cell shows of the results of its tests."""
+    failed, skipped = results.count("failed"), results.count("skipped")
+    if failed:
+        return f"FAILED {failed} of {len(results)}"
+    return f"skipped {skipped}" if skipped == len(results) else str(len(results) - skipped)
+
+
+def table(path: Path) -> tuple[str, bool]:
+    """Returns the table as text, and whether all is well."""
+    cells: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for case in ElementTree.parse(path).iter("testcase"):
+        test = f"{case.get('classname')}.{case.get('name')}"
+        direction = direction_of(test)
+        if direction is not None:
+            kinds = {child.tag for child in case}
+            result = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+            cells[family_of(test), direction].append(result)
+    columns = [direction for direction in dict.fromkeys(DIRECTIONS.values()) if any(direction == d for _, d in cells)]
+    rows = [name for name in FAMILIES if any(name == family for family, _ in cells)]
+    lines = [["family", *columns]]
+    lines += [
+        [row, *(cell(cells[row, column]) if (row, column) in cells else "-" for column in columns)] for row in rows
+    ]
+    widths = [max(len(line[at]) for line in lines) for at in range(len(lines[0]))]
+    text = "\n".join(
+        "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+    results = [result for found in cells.values() for result in found]
+    return text, bool(results) and "failed" not in results
+
+
+if __name__ == "__main__":
+    text, well = table(Path(sys.argv[1]))
+    print(text)
+    sys.exit(not well)
