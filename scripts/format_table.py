@@ -1,6 +1,6 @@
 """Prints what pytest found of the formats, from its --junitxml file, as a table: family x direction.
 
-A cell counts tests that passed; `FAILED 1 of 3` and `skipped` are no pass, and the exit code is 1 then.
+A cell counts tests that passed, `FAILED 1 of 3`, or `skipped 2` where none ran. The exit code is 1 if a test failed.
 """
 
 import sys
