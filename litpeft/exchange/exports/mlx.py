@@ -49,8 +49,8 @@ def write(folder: Path, run: Run, base: Path) -> str:
 
 def module_of(names: NameMap, ours: str) -> str:
     """Returns the module of the base's files that is one of our linear layers; raises CannotExport if there is none."""
-    theirs, place = names.file_name(f"{ours}.weight"), names.place(f"{ours}.weight")
-    if names.parts[theirs] != [f"{ours}.weight"] or place.transposed:
+    theirs = names.file_name(f"{ours}.weight")
+    if names.parts[theirs] != [f"{ours}.weight"] or names.transposed(theirs):
         raise CannotExport(f"{ours} is fused or transposed in {theirs}, where mlx-lm has no such layer")
     return theirs.removesuffix(".weight")
 

@@ -68,7 +68,7 @@ class NameMap:
 
     def read(self, weights: Weights, ours: str) -> Tensor:
         """Returns one parameter of the plain model."""
-        place, parts = self.place(ours), self._fused[self._piece(ours)]
+        place, parts = self._place(ours), self._fused[self._piece(ours)]
         name = self._spelt(weights, self.file_name(ours))
         expert = int(split_name(ours)[1][-1]) if place.stack else None
         tensor = read_packed(weights, name, expert)
@@ -87,7 +87,7 @@ class NameMap:
 
     def transposed(self, theirs: str) -> bool:
         """Returns whether a file's tensor has a column for each output."""
-        return self.place(self.parts[theirs][0]).transposed
+        return self._place(self.parts[theirs][0]).transposed
 
     def found(self, weights: Weights, ours: str) -> tuple[Path, str]:
         """Returns the file that holds a parameter, and the name of its tensor there."""
@@ -147,12 +147,12 @@ class NameMap:
             hint = "they seem to be quantised: take the model's plain weights" if packed else ""
             raise ModelError(what, where=str(weights.folder), hint=hint)
 
-    def place(self, ours: str) -> Place:
+    def _place(self, ours: str) -> Place:
         return self._places[split_name(ours)[0]]
 
     def _piece(self, ours: str) -> str:
         """Returns the name of the file's tensor that contains a parameter, with the expert if those are stacked."""
-        return f"{self.file_name(ours)}[{split_name(ours)[1][-1] if self.place(ours).stack else ''}]"
+        return f"{self.file_name(ours)}[{split_name(ours)[1][-1] if self._place(ours).stack else ''}]"
 
     def _groups(self, place: Place) -> int:
         return getattr(self.config, place.per) if place.per else 1
@@ -168,7 +168,7 @@ class NameMap:
     def _shape(self, parts: list[str]) -> tuple[int, ...]:
         """Returns the shape of the file's tensor that consists of these parameters."""
         pieces = list(dict.fromkeys(map(self._piece, parts)))
-        fused, place = self._fused[pieces[0]], self.place(parts[0])
+        fused, place = self._fused[pieces[0]], self._place(parts[0])
         shape = (sum(self.ours[part][0] for part in fused), *self.ours[fused[0]][1:])
         shape = shape[::-1] if place.transposed else shape
         return (len(pieces), *shape) if place.stack else shape
@@ -176,19 +176,19 @@ class NameMap:
     def joined(self, theirs: str, given: dict[str, Tensor]) -> Tensor:
         """Returns the file's tensor that consists of these parameters."""
         pieces = [self._joined_piece(piece, given) for piece in dict.fromkeys(map(self._piece, self.parts[theirs]))]
-        return torch.stack(pieces) if self.place(self.parts[theirs][0]).stack else pieces[0]
+        return torch.stack(pieces) if self._place(self.parts[theirs][0]).stack else pieces[0]
 
     def _joined_piece(self, piece: str, given: dict[str, Tensor]) -> Tensor:
         parts = self._fused[piece]
         tensor = self._joined_rows(parts, given) if len(parts) > 1 else given[parts[0]]
-        return (tensor.t() if self.place(parts[0]).transposed else tensor).contiguous()
+        return (tensor.t() if self._place(parts[0]).transposed else tensor).contiguous()
 
     def _rows(self, parts: list[str], tensor: Tensor) -> dict[str, Tensor]:
-        groups = self._groups(self.place(parts[0]))
+        groups = self._groups(self._place(parts[0]))
         sizes = [self.ours[part][0] // groups for part in parts]
         split = tensor.unflatten(0, (groups, -1)).split(sizes, 1)
         return {part: rows.flatten(0, 1) for part, rows in zip(parts, split, strict=True)}
 
     def _joined_rows(self, parts: list[str], given: dict[str, Tensor]) -> Tensor:
-        groups = self._groups(self.place(parts[0]))
+        groups = self._groups(self._place(parts[0]))
         return torch.cat([given[part].unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
