@@ -210,6 +210,8 @@ def with_template(model, source: str):  # noqa: F811
 
 
 def test_tools_and_calls_go_through_the_models_template_and_calls_are_trained(tmp_path, model) -> None:  # noqa: F811
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     using = with_template(model, WITH_TOOLS)
     shared = {
         "tools": json.dumps([TOOL]),
@@ -224,6 +226,9 @@ def test_tools_and_calls_go_through_the_models_template_and_calls_are_trained(tm
     row = data.train[0]
     text = using[0].decode(row.ids, False)
     assert text.startswith(f"<|im_start|>system\n{json.dumps(TOOL)}\n<|im_end|>\n<|im_start|>user\nLima?")
+    chat = json.loads(json.dumps(CALLS).replace("null", '""'))
+    chat[1]["tool_calls"][0]["function"]["arguments"] = {"town": "Lima"}
+    assert text == render_jinja_template([chat], [TOOL], chat_template=WITH_TOOLS)[0][0]  # as transformers writes it
     call = '<call>{"name": "weather", "arguments": {"town": "Lima"}}</call><|im_end|>'
     trained = using[0].decode([i for i, t in zip(row.ids, row.trained, strict=True) if t], False)
     assert trained == f"{call}Cool.<|im_end|>"

@@ -1,11 +1,14 @@
 """Files of every kind to rows: with their places, nothing lost, and nothing read otherwise than it is shown."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
 import lzma
+import random
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,27 @@ def test_a_csv_keeps_true_line_numbers_whatever_its_cells_hold(tmp_path: Path) -
         b'\xef\xbb\xbfquestion, answer\r\n"a, b","say ""x"""\r\n\r\n"two\nlines",\xc3\xbc \xf0\x9f\x99\x82\r\n,c\r\n'
     )
     assert values(path) == dict(zip(("2", "4", "6"), ROWS, strict=True))
+
+
+def test_whatever_a_csv_holds_every_row_comes_back_with_its_line(tmp_path: Path) -> None:
+    rng, path = random.Random(0), tmp_path / "rows.csv"
+    pieces = ["a", "b c", ",", '"', "\n", "\r\n", "ü", "🙂", "\u2028", ";", "\t", " ", ""]
+    for _ in range(100):
+        out = io.StringIO(newline="")
+        writer = csv.writer(out, lineterminator=rng.choice(["\n", "\r\n"]))
+        writer.writerow("xyz")
+        want = {}
+        for _ in range(rng.randint(1, 8)):
+            row = ["".join(rng.choices(pieces, k=rng.randint(0, 6))) for _ in "xyz"]
+            want[str(out.getvalue().count("\n") + 1)] = dict(zip("xyz", row, strict=True))
+            writer.writerow(row)
+        path.write_bytes(out.getvalue().encode())
+        assert values(path) == want
+        broken = bytearray(path.read_bytes())
+        broken[rng.randrange(len(broken))] = rng.choice(b'"\xff\x00,\n')
+        path.write_bytes(broken)
+        with suppress(DataError):  # no other error
+            values(path)
 
 
 @pytest.mark.parametrize(("name", "separator"), [("rows.tsv", "\t"), ("rows.csv", ";"), ("rows.csv", "\t")])

@@ -12,10 +12,10 @@ FIRST_PRIVATE = "\U000f0000"  # Unicode's private-use planes begin here
 
 def texts(value: Any) -> Iterator[str]:
     """Yields every text in messages and tools, however deep, but the keys."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
+    for part in value.values() if isinstance(value, dict) else value:
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict | list | tuple):
             yield from texts(part)
 
 
