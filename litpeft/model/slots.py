@@ -15,6 +15,8 @@ from litpeft.model.context import Context
 from litpeft.model.kernels.low_rank import Factors, add_updates, apply_affines
 from litpeft.model.kernels.ops import product
 
+Start = float | Callable[[Tensor], object]  # of a tensor: the number that it is filled with, or a function that does
+
 
 def kaiming(tensor: Tensor) -> None:
     """Fills a matrix with random numbers as nn.Linear does."""
@@ -29,17 +31,15 @@ class Stated(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.starts: dict[str, float | Callable[[Tensor], object]] = {}
+        self.starts: dict[str, Start] = {}
         self.for_training: set[str] = set()  # buffers that checkpoints hold, and results do not
 
-    def tensor(
-        self, name: str, shape: tuple[int, ...], start: float | Callable[[Tensor], object], trains: bool = True
-    ) -> None:
+    def tensor(self, name: str, shape: tuple[int, ...], start: Start, trains: bool = True) -> None:
         """Adds a parameter in float32 that starts at a number, or as a function fills it."""
         self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32), trains))
         self.starts[name] = start
 
-    def buffer(self, name: str, shape: tuple[int, ...], start: float | Callable[[Tensor], object], kept: str) -> None:
+    def buffer(self, name: str, shape: tuple[int, ...], start: Start, kept: str) -> None:
         """Adds a tensor in float32 that is no parameter; it is `kept` in a "result", a "checkpoint", or "nowhere"."""
         self.register_buffer(name, torch.empty(shape, dtype=torch.float32), persistent=kept != "nowhere")
         self.starts[name] = start

@@ -16,6 +16,8 @@ from litpeft.model.delta import Method, trainable
 from litpeft.model.objective import summed_loss
 from litpeft.train.recorded_pass import RecordedPasses
 
+Votes = Callable[[], list[float]]
+
 
 @dataclass
 class Gradient:
@@ -38,9 +40,7 @@ class Stepper:
     method: Method | None = None  # whose hooks are called
     steps: int = 0  # of the run
 
-    def step(
-        self, batches: list[Batch], trained: int, lr: float, number: int, votes: Callable[[], list[float]] = list
-    ) -> Gradient:
+    def step(self, batches: list[Batch], trained: int, lr: float, number: int, votes: Votes = list) -> Gradient:
         """Takes optimizer step `number`; returns what `gradient` does."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
@@ -51,9 +51,7 @@ class Stepper:
         self.optimizer.zero_grad()
         return found
 
-    def gradient(
-        self, batches: list[Batch], trained: int, number: int, votes: Callable[[], list[float]] = list
-    ) -> Gradient:
+    def gradient(self, batches: list[Batch], trained: int, number: int, votes: Votes = list) -> Gradient:
         """Leaves the gradient of the micro-batches in what trains; `trained` tokens train in those of all ranks.
 
         The loss is the sum over the trained tokens of all micro-batches of all ranks, divided by their number: how the
@@ -80,40 +78,34 @@ class Stepper:
         sums = torch.tensor([total, norm, *votes()], dtype=torch.float64, device=fabric.device)
         sums = fabric.all_reduce(sums, reduce_op="sum").tolist()
         if not (math.isfinite(sums[0]) and math.isfinite(sums[1])):  # of the sums, so that all ranks decide the same
-            refuse_nonfinite(fabric, self.model, batches, losses, number)
+            self.refuse_nonfinite(batches, losses, number)
         return Gradient(sums[0] / trained, norm, sums[2:])
 
+    def refuse_nonfinite(self, batches: list[Batch], losses: list[torch.Tensor], step: int) -> None:
+        """Raises on all ranks, naming what is not finite: what trains, the loss of some rows, or the first gradient.
 
-def refuse_nonfinite(
-    fabric: Fabric, model: torch.nn.Module, batches: list[Batch], losses: list[torch.Tensor], step: int
-) -> None:
-    """Raises on all ranks, naming what is not finite: what trains, the loss of some rows, or the first gradient.
-
-    A gradient that overflows in float16 is no error: the scaler of 16-mixed skips that step and lowers its scale.
-    """
-    judged = [
-        (batch.sources, bool(loss.isfinite()))
-        for batch, loss in zip(batches, losses, strict=True)
-        if len(batch.targets)
-    ]
-    if fabric.world_size > 1:
-        everyones: list[list[tuple[tuple[str, ...], bool]]] = [[] for _ in range(fabric.world_size)]
-        torch.distributed.all_gather_object(everyones, judged)
-        judged = [one for rank in everyones for one in rank]
-    rows = [source for sources, finite in judged if not finite for source in sources]
-    if not rows and getattr(fabric.strategy.precision, "scaler", None) is not None:
-        return
-    named = trainable(model.module).items()  # Fabric's wrapper would put its own name before each
-    spoilt = [name for name, p in named if not gather(p.detach()).isfinite().all()]
-    bad = [name for name, p in named if p.grad is not None and not gather(p.grad).isfinite().all()]
-    hint = "nothing of this step was taken; lower train.lr, or choose another base.precision"
-    if spoilt:
-        what = f"{spoilt[0]}, as step {step - 1} left it,"
-    elif len(rows) > 1 and not any(finite for _, finite in judged):
-        what = f"the loss of all {len(rows)} rows of the step ({some(rows)})"
-        hint = f"the weights are at fault rather than a row; {hint}"
-    elif rows:
-        what = f"the loss of row{'s' * (len(rows) > 1)} {some(rows)}"
-    else:
-        what = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
-    raise NumericError(f"step {step}: {what} is not finite", hint=hint)
+        A gradient that overflows in float16 is no error: the scaler of 16-mixed skips that step and lowers its scale.
+        """
+        fabric, pairs = self.fabric, zip(batches, losses, strict=True)
+        judged = [(batch.sources, bool(loss.isfinite())) for batch, loss in pairs if len(batch.targets)]
+        if fabric.world_size > 1:
+            everyones: list[list[tuple[tuple[str, ...], bool]]] = [[] for _ in range(fabric.world_size)]
+            torch.distributed.all_gather_object(everyones, judged)
+            judged = [one for rank in everyones for one in rank]
+        rows = [source for sources, finite in judged if not finite for source in sources]
+        if not rows and getattr(fabric.strategy.precision, "scaler", None) is not None:
+            return
+        named = trainable(self.model.module).items()  # Fabric's wrapper would put its own name before each
+        spoilt = [name for name, p in named if not gather(p.detach()).isfinite().all()]
+        bad = [name for name, p in named if p.grad is not None and not gather(p.grad).isfinite().all()]
+        hint = "nothing of this step was taken; lower train.lr, or choose another base.precision"
+        if spoilt:
+            what = f"{spoilt[0]}, as step {step - 1} left it,"
+        elif len(rows) > 1 and not any(finite for _, finite in judged):
+            what = f"the loss of all {len(rows)} rows of the step ({some(rows)})"
+            hint = f"the weights are at fault rather than a row; {hint}"
+        elif rows:
+            what = f"the loss of row{'s' * (len(rows) > 1)} {some(rows)}"
+        else:
+            what = f"the gradient of {bad[0]}" if bad else "the norm of the gradient"
+        raise NumericError(f"step {step}: {what} is not finite", hint=hint)
