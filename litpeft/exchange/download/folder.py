@@ -55,6 +55,5 @@ def disk_fault(error: BaseException, folder: Path) -> UserError | None:
         hint = "free some space and run the same command again, or give another --out"
         return ResourceError(f"the disk is full ({os.strerror(number)})", where=folder, hint=hint)
     if number in (*barred, errno.EIO):
-        what = f"cannot write there ({os.strerror(number)})"
-        return ResourceError(what, where=folder, hint="give another --out")
+        return ResourceError(f"cannot write there ({os.strerror(number)})", where=folder, hint="give another --out")
     return None

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
 
-from litpeft.core.checksums import CHECKSUMS
+from litpeft.core.checksums import CHECKSUMS, file_sha256
 from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, counted, scaled
 from litpeft.core.folders import check_disk, check_place, locked
 from litpeft.core.terminal import say, tell
@@ -134,13 +134,11 @@ def _difference(path: Path, file: RepoFile) -> str:
         return f"{path.stat().st_size} bytes of {file.size}"
     # the hub lists a large file with its sha256, a small one with its git blob id
     if file.lfs:
-        kind, listed, digest = "sha256", file.lfs.sha256, hashlib.sha256()
+        kind, listed, found = "sha256", file.lfs.sha256, file_sha256(path)
     else:
-        kind, listed, digest = "git id", file.blob_id, hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return "" if digest.hexdigest() == listed else f"{kind} {digest.hexdigest()[:12]} is not {listed[:12]}"
+        blob = b"blob %d\0" % file.size + path.read_bytes()
+        kind, listed, found = "git id", file.blob_id, hashlib.sha1(blob, usedforsecurity=False).hexdigest()
+    return "" if found == listed else f"{kind} {found[:12]} is not {listed[:12]}"
 
 
 def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pending: list[str]) -> None:

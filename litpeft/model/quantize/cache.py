@@ -42,7 +42,12 @@ class Cache:
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Writes the packed tensors by their names in the model; the folder appears at once. No copies on a CPU."""
         try:
-            self._remove()
+            if self.folder.exists():  # an earlier cache is removed, and nothing else
+                plain = self.folder.is_dir() and not self.folder.is_symlink()
+                if not plain or any(file.name not in FILES for file in self.folder.iterdir()):
+                    what = f"there is more than {' and '.join(FILES)}, which litpeft did not write: it is not replaced"
+                    raise ModelError(what, where=str(self.folder), hint="move it away")
+                shutil.rmtree(self.folder)
             with atomic_folder(self.folder) as temporary:
                 save_tensors(tensors, temporary / FILES[0])
                 facts = {**self.facts, "sha256": file_sha256(temporary / FILES[0]), "litpeft": __version__}
@@ -65,13 +70,3 @@ class Cache:
         except UserError as error:  # damaged: nothing is lost, the base still has it
             return error.what
         return None
-
-    def _remove(self) -> None:
-        """Removes an earlier cache, and nothing else."""
-        if not self.folder.exists():
-            return
-        plain = self.folder.is_dir() and not self.folder.is_symlink()
-        if not plain or any(file.name not in FILES for file in self.folder.iterdir()):
-            what = f"there is more than {' and '.join(FILES)}, which litpeft did not write: it is not replaced"
-            raise ModelError(what, where=str(self.folder), hint="move it away")
-        shutil.rmtree(self.folder)
