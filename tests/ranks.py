@@ -15,8 +15,8 @@ import torch
 from conftest import read_metrics
 from safetensors.torch import load_file
 
-from litpeft.cli import main
-from litpeft.train import finetune  # noqa: F401 - forked ranks have it already
+from litpeft.cli import help, main, yaml_keys  # noqa: F401 - forked ranks have them already
+from litpeft.train import finetune, loss_figure  # noqa: F401 - the same
 from litpeft.train.launch import PARENT, free_port, watch
 
 Hook = Callable[[int], object]  # done in each rank before its command, e.g. to let it fail at some place

@@ -41,6 +41,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(folder, seed=7, initializer_range=0.1, num_key_value_heads=1, **sizes)
 
 
+@pytest.fixture(scope="module")
+def reads(base: Path) -> tuple[dict, tuple]:
+    """What all runs record alike: their chat template, and what identifies their base."""
+    template = ChatTemplate(Tokenizer.load(base), is_setting=False)
+    identity = Weights(base).fingerprint(), config_identity(base), tokenizer_identity(template)
+    return {"name": template.name, "sha256": template.tokenizer.template_hash, "system": None}, identity
+
+
 def trains_weights(folder: Path, name: str) -> bool:
     """Returns whether the method trains weights of linear layers, which codes cannot."""
     model = build(folder, torch.float32, method_of(name), storage=storage_of(name))
@@ -48,7 +56,7 @@ def trains_weights(folder: Path, name: str) -> bool:
 
 
 @pytest.fixture(scope="module", params=[(name, kind) for name in METHODS for kind in HELD], ids="-".join)
-def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, Loaded, float]:
+def run(request, base: Path, reads: tuple, tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, Loaded, float]:
     """A run whose delta is far from its start: as the plain model, as `load` makes it, and how far they may differ."""
     name, kind = request.param
     precision, quantize, limit = HELD[kind]
@@ -63,11 +71,10 @@ def run(request, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     model = build(base, dtype, method, storage=storage)
     for parameter in trainable(model).values():
         parameter.data += (0.5 / parameter.size(-1) ** 0.5 * torch.randn(parameter.shape)).to(parameter)
-    template = ChatTemplate(Tokenizer.load(base), is_setting=False)
-    identity = config_identity(base), tokenizer_identity(template)
+    template, identity = reads
     facts = {
-        "base": base_facts(base, storage, Weights(base).fingerprint(), *identity),
-        "template": {"name": template.name, "sha256": template.tokenizer.template_hash, "system": None},
+        "base": base_facts(base, storage, *identity),
+        "template": template,
         "precision": precision,
         **{"step": 1, "finished": True, "steps_done": 1, "steps_planned": 1},
     }
