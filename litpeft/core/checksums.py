@@ -96,7 +96,6 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         what = f"not a whole safetensors file ({size} bytes): {error}"
         raise ModelError(what, where=path, hint="delete it, then download or copy it again") from None
     header.pop("__metadata__", None)
-    return {
-        name: entry | {"data_offsets": [start + offset for offset in entry["data_offsets"]]}
-        for name, entry in header.items()
-    }
+    for entry in header.values():
+        entry["data_offsets"] = [start + offset for offset in entry["data_offsets"]]
+    return header

@@ -49,14 +49,9 @@ def collate(rows: Sequence[Row], before: int = 0, after: int = 0) -> Batch:
     # a document's first token is never trained, so the token before a trained one belongs to the same document
     marks = [t for row in rows for t in framed(row.trained, row.prompt_length, before, after, False)]
     trained = torch.tensor(marks).nonzero().flatten()
-    return Batch(
-        ids[None],
-        tuple(before + len(row.ids) + after for row in rows),
-        trained - 1,
-        ids[trained],
-        tuple(before + row.prompt_length + after for row in rows),
-        tuple(row.source for row in rows),
-    )
+    lengths = tuple(before + len(row.ids) + after for row in rows)
+    prompts = tuple(before + row.prompt_length + after for row in rows)
+    return Batch(ids[None], lengths, trained - 1, ids[trained], prompts, tuple(row.source for row in rows))
 
 
 def bin_pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:

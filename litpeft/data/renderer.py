@@ -76,12 +76,9 @@ class Generation(Extension):
 
 def environment(now: datetime) -> ImmutableSandboxedEnvironment:
     """Returns the Jinja environment that transformers renders templates in."""
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, loopcontrols],
-        optimized=False,  # else compiling evaluates constant expressions, of branches that are never taken too
-    )
+    # not optimised: else compiling evaluates constant expressions, of branches that are never taken too
+    options = {"trim_blocks": True, "lstrip_blocks": True, "optimized": False}
+    made = ImmutableSandboxedEnvironment(extensions=[Generation, loopcontrols], **options)
     made.marks = ("", "")  # written before and after each generation block
     made.filters["tojson"] = tojson
     made.globals |= {"namespace": PlainNamespace, "dict": lambda *args, **names: dict(*args, **names)}

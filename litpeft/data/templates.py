@@ -163,11 +163,9 @@ class ChatTemplate:
         numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         spans, by_prompts = yield from find_answers(full, messages, numbers, self._template.has_generation)
         if spans is None:
-            raise ValueError(
-                "the chat template rewrites the chat so that the answers cannot be told from the rest ("
-                + ("data.template alpaca does without it; " if self.is_setting else "")
-                + "{% generation %} blocks in it would show them)"
-            )
+            what = "the chat template rewrites the chat so that the answers cannot be told from the rest"
+            other = "data.template alpaca does without it; " if self.is_setting else ""
+            raise ValueError(f"{what} ({other}{{% generation %}} blocks in it would show them)")
         difference = ""
         if not by_prompts and self.name != "alpaca" and numbers:
             difference = yield from prompt_difference(full, messages[: numbers[-1]], spans[-1][0])

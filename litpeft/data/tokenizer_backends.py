@@ -101,10 +101,10 @@ class Backend:
         twin.encode_special_tokens = True
         spelling = {text: f"\U0010fffc{chr(0x100000 + k)}\U0010fffd" for k, text in enumerate(self.specials)}
         tokens = []
-        for text in self.specials:
+        for text, spelt in spelling.items():
             t = self.added[text]
             flags = {"single_word": t.single_word, "lstrip": t.lstrip, "rstrip": t.rstrip, "normalized": t.normalized}
-            tokens.append(tokenizers.AddedToken(spelling[text], special=False, **flags))
+            tokens.append(tokenizers.AddedToken(spelt, special=False, **flags))
         twin.add_tokens(tokens)
         return twin, spelling, {twin.token_to_id(spelling[text]): number for text, number in self.specials.items()}
 

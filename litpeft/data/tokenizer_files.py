@@ -194,8 +194,7 @@ def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str) -
     scheme = "never" if not prefix else "always" if everywhere else "first"
     inner.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    inner.decoder = decoders.Sequence(decode)
+    inner.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     inner.model.fuse_unk = inner.model.byte_fallback = True
 
 

@@ -54,11 +54,8 @@ def tokenizer_identity(template: ChatTemplate) -> dict[str, Any]:
     else:
         file = hashlib.sha256(path.read_bytes()).hexdigest()
     text = "".join(f"{PROBE}{token}" for token in ["", *sorted(backend.added)])
-    used = {
-        name: token
-        for name, token in tokenizer.special_tokens.items()
-        if name in template.source or (name == "bos_token" and tokenizer.adds_bos)
-    }
+    named = tokenizer.special_tokens
+    used = {k: named[k] for k in named if k in template.source or (k == "bos_token" and tokenizer.adds_bos)}
     vocabulary = checksum([sorted(backend.names.items()), sorted(backend.specials)])
     probe = checksum(backend.encode([text])[0].ids)
     return asdict(TokenizerIdentity(file, vocabulary, probe, used, tokenizer.adds_bos, template.stop_ids))
@@ -103,9 +100,6 @@ def changed(then: dict[str, Any], now: dict[str, Any], allowed: Collection[str] 
         return json.dumps(settings[key], default=str) if key in settings else "not set"
 
     then, now = flat(then), flat(now)
-    lines = []
-    for key in dict.fromkeys((*then, *now)):
-        differs = key not in then or key not in now or then[key] != now[key]
-        if differs and not any(fnmatchcase(key, glob) for glob in allowed):
-            lines.append(f"{key}: {shown(then, key)} -> {shown(now, key)}")
-    return lines
+    keys = [key for key in dict.fromkeys((*then, *now)) if not any(fnmatchcase(key, glob) for glob in allowed)]
+    differ = [key for key in keys if key not in then or key not in now or then[key] != now[key]]
+    return [f"{key}: {shown(then, key)} -> {shown(now, key)}" for key in differ]

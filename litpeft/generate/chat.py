@@ -65,8 +65,7 @@ def respond(session: Session, message: str, terminal: bool) -> None:
     if command is not None:
         word, argument = command[1].lower(), (command[2] or "").strip()
         if word not in COMMANDS:
-            what = f"there is no command {word}{nearest(word, list(COMMANDS))}; /help lists them"
-            raise ConfigError(what)
+            raise ConfigError(f"there is no command {word}{nearest(word, list(COMMANDS))}; /help lists them")
         tell(COMMANDS[word][1](session, argument))
     elif message:
         report(session, session.ask(message, write), terminal)
@@ -87,9 +86,8 @@ def report(session: Session, answer: Answer, terminal: bool) -> None:
 
 def show_help(session: Session, argument: str) -> str:
     rows = [f"{word + usage:<16}{meaning}" for word, (usage, _, meaning) in COMMANDS.items()]
-    return "\n".join(
-        [*rows, "Pasted lines are one message, and a line that ends with \\ goes on. Ctrl-C stops an answer."]
-    )
+    rows.append("Pasted lines are one message, and a line that ends with \\ goes on. Ctrl-C stops an answer.")
+    return "\n".join(rows)
 
 
 def reset(session: Session, argument: str) -> str:
@@ -116,8 +114,7 @@ def save(session: Session, argument: str) -> str:
 
 
 def base(session: Session, argument: str) -> str:
-    on_base = session.switch()
-    return f"now the {'base' if on_base else 'finetuned'} model answers; /base switches back"
+    return f"now the {'base' if session.switch() else 'finetuned'} model answers; /base switches back"
 
 
 def use(session: Session, argument: str) -> str:

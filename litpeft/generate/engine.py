@@ -221,8 +221,7 @@ def answer_all(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         seeds = [sampling.seed + i for i in batch]
-        prompts = [ids[i] for i in batch]
-        done = answer(loaded.model, prompts, loaded.tokenizer, sampling, stop_ids, seeds)
+        done = answer(loaded.model, [ids[i] for i in batch], loaded.tokenizer, sampling, stop_ids, seeds)
         answers |= zip(batch, done, strict=True)
         tell(f"{len(answers)} of {len(ids)} prompts answered")
     return [answers[i] for i in range(len(ids))]

@@ -216,13 +216,9 @@ def todays_names(model: GPT, saved: dict[str, Any]) -> dict[str, Any]:
 
     Until format 3 of delta.json a slot held one Delta, whose own name was not among those of its tensors.
     """
-    now = {
-        f"{place}.{key}": f"{place}.{name}.{key}"
-        for place, slot in model.named_modules()
-        if isinstance(slot, Slot)
-        for name, delta in slot.deltas.items()
-        for key in delta.state_dict()
-    }
+    slots = [(place, slot) for place, slot in model.named_modules() if isinstance(slot, Slot)]
+    deltas = [(place, name, delta) for place, slot in slots for name, delta in slot.deltas.items()]
+    now = {f"{place}.{key}": f"{place}.{name}.{key}" for place, name, delta in deltas for key in delta.state_dict()}
     parts = ((name.partition("/"), value) for name, value in saved.items())
     return {now.get(name, name) + slash + more: value for (name, slash, more), value in parts}
 
@@ -232,11 +228,8 @@ def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
     own, state = model.state_dict(keep_vars=True), todays_names(model, state)
     wrong = [f"{name} is missing" for name in sorted(model.delta_keys - set(state))]
     wrong += [f"{name} does not belong to it" for name in sorted(set(state) - model.delta_keys)]
-    wrong += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in sorted(model.delta_keys & set(state))
-        if state[name].shape != own[name].shape
-    ]
+    shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in sorted(model.delta_keys & set(state))}
+    wrong += [f"{name} is {got}, expected {want}" for name, (got, want) in shapes.items() if got != want]
     if wrong:
         raise ModelError(f"the delta does not fit this model: {some(wrong, '; ')}", where=where)
     model.base_values = {name: own[name].detach().clone() for name in state if name in model.base_keys}

@@ -23,10 +23,8 @@ BIASES = {"qkv_bias", "output_bias", "mlp_bias"}
 
 def at_defaults(config: ModelConfig, but: Collection[str]) -> bool:
     """Returns whether every switch of the model is at its default, except those that a fast path reads."""
-    return all(
-        field.default is MISSING or field.name in but or getattr(config, field.name) == field.default
-        for field in fields(config)
-    )
+    switches = [field for field in fields(config) if field.default is not MISSING and field.name not in but]
+    return all(getattr(config, switch.name) == switch.default for switch in switches)
 
 
 def is_llama(block: nn.Module) -> bool:

@@ -149,14 +149,10 @@ def choose(run: Preparation, model: GPT, progress: Progress) -> tuple[int, UserE
 
 def save(run: Preparation, model: GPT, progress: Progress, step: int, storage: Storage | None, first: bool) -> None:
     """Writes final/."""
-    base, reads = Path(run.settings.base.dir), run.facts["reads"]
+    base, reads, chat = Path(run.settings.base.dir), run.facts["reads"], run.template
     facts = {
         "base": base_facts(base, storage, run.facts["base"], reads["config"], reads["tokenizer"]),
-        "template": {
-            "name": run.template.name,
-            "sha256": run.template.tokenizer.template_hash,
-            "system": run.settings.data.system,
-        },
+        "template": {"name": chat.name, "sha256": chat.tokenizer.template_hash, "system": run.settings.data.system},
         "precision": run.precision.name,
         "step": step,
         "steps_done": progress.step,

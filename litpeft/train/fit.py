@@ -143,17 +143,9 @@ class Trainer:
         progress.seconds += now - began
         progress.elapsed = self.clock()
         self.apply_stop(found.votes)
-        self.log.step(
-            step=progress.step,
-            epoch=progress.epoch,
-            loss=found.loss,
-            lr=lr,
-            grad_norm=found.norm,
-            tokens=progress.tokens,
-            trained_tokens=progress.trained_tokens,
-            tokens_per_second=tokens / (now - began),
-            seconds=progress.elapsed,
-        )
+        so_far = {key: getattr(progress, key) for key in ("step", "epoch", "tokens", "trained_tokens")}
+        figures = {"loss": found.loss, "lr": lr, "grad_norm": found.norm, "tokens_per_second": tokens / (now - began)}
+        self.log.step(**so_far, **figures, seconds=progress.elapsed)
         count_still(progress, found.loss, found.norm, self.gpt.config.vocab_size)
 
     def micro_batches(self, step: int, numbers: list[int]) -> tuple[list[Batch], int]:
@@ -165,10 +157,8 @@ class Trainer:
         torch.manual_seed(random.Random(f"{train.seed} {step} {fabric.global_rank}").getrandbits(62))
         size = None if self.settings.data.packing else train.micro_batch_size
         layout = lay_out(numbers, self.lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
-        batches = [
-            collate([self.rows[i] for i in micro], *frame) if micro else idle(self.rows[numbers[0]], *frame)
-            for micro in layout
-        ]
+        shares = ([self.rows[i] for i in micro] for micro in layout)
+        batches = [collate(rows, *frame) if rows else idle(self.rows[numbers[0]], *frame) for rows in shares]
         return [batch.to(fabric.device) for batch in batches], sum(sum(self.rows[i].trained) for i in numbers)
 
     def stop_votes(self) -> list[float]:

@@ -192,15 +192,9 @@ def rank_environment(devices: int, num_nodes: int) -> dict[str, str]:
     # in a SLURM allocation without srun Fabric would take the tasks for ranks
     environment.pop("SLURM_NTASKS", None)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "OMP_NUM_THREADS": str(max(1, usable // devices)),
-        "MASTER_ADDR": "127.0.0.1",
-        **environment,
-        "MASTER_PORT": str(env_number("MASTER_PORT", free_port())),
-        "NODE_RANK": str(node_rank),
-        "WORLD_SIZE": str(devices * num_nodes),
-        PARENT: str(os.getpid()),
-    }
+    defaults = {"OMP_NUM_THREADS": str(max(1, usable // devices)), "MASTER_ADDR": "127.0.0.1"}
+    place = {"MASTER_PORT": str(env_number("MASTER_PORT", free_port())), "NODE_RANK": str(node_rank)}
+    return defaults | environment | place | {"WORLD_SIZE": str(devices * num_nodes), PARENT: str(os.getpid())}
 
 
 def free_port() -> int:

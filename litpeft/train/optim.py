@@ -60,12 +60,10 @@ def make_optimizer(
     for unfit in ("Optimizer", "LBFGS", "SparseAdam"):  # a base class; wants a closure; wants sparse gradients
         known.pop(unfit, None)
     if name not in known:
-        what = f"{module.__name__} has no {name!r}{nearest(name, sorted(known))}"
-        raise ConfigError(what, where="train.optimizer")
+        raise ConfigError(f"{module.__name__} has no {name!r}{nearest(name, sorted(known))}", where="train.optimizer")
     if train.optimizer.startswith("bitsandbytes.Paged") and torch.device(device).type != "cuda":
         what = f"{name} pages its state between a GPU and the machine's memory, and this run is on {device}"
-        hint = f"take bitsandbytes.{name.removeprefix('Paged')}"
-        raise ConfigError(what, where="train.optimizer", hint=hint)
+        raise ConfigError(what, where="train.optimizer", hint=f"take bitsandbytes.{name.removeprefix('Paged')}")
     takes = inspect.signature(known[name]).parameters
     arguments = dict(train.optimizer_args)
     both = sorted({"lr", "weight_decay"} & set(arguments))
@@ -109,12 +107,8 @@ def check_optimizer(train: Train, model: nn.Module, dtype: torch.dtype, device: 
     """
     falling = sorted(trainable(model).values(), key=lambda p: p.numel(), reverse=True)
     smallest = {p.ndim: p for p in falling}  # of each number of dimensions the last
-    make_optimizer(
-        train,
-        {str(n): nn.Parameter(torch.zeros(p.shape, dtype=dtype, device=device)) for n, p in smallest.items()},
-        device,
-        scaled,
-    )
+    tried = {str(n): nn.Parameter(torch.zeros(p.shape, dtype=dtype, device=device)) for n, p in smallest.items()}
+    make_optimizer(train, tried, device, scaled)
 
 
 def _check_step(optimizer: torch.optim.Optimizer) -> None:

@@ -106,11 +106,8 @@ def misfits(expected: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     """Returns a line for each entry that is missing in one of them, or that differs in shape or type."""
     lines = [f"{path} is missing" for path in expected if path not in saved]
     lines += [f"{path} does not belong to it" for path in saved if path not in expected]
-    for path in expected.keys() & saved.keys():
-        want, got = describe(expected[path]), describe(saved[path])
-        if want != got:
-            lines.append(f"{path} is {got}, expected {want}")
-    return sorted(lines)
+    both = ((path, describe(saved[path]), describe(expected[path])) for path in expected.keys() & saved.keys())
+    return sorted(lines + [f"{path} is {got}, expected {want}" for path, got, want in both if got != want])
 
 
 def describe(value: object) -> str:

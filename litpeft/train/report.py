@@ -90,8 +90,7 @@ def summary_lines(facts: RunFacts) -> list[str]:
     lines = [f"to go on         {facts.go_on}"] if facts.go_on else []
     lines.append(f"{facts.title}: {facts.stopped}, {_work(facts)}")
     lines += [f"{name:<17}{figure}" for name, figure in _figures(facts).items()]
-    for command in facts.next_commands[: 2 if facts.go_on else 3]:
-        lines.append(f"next             {command}")
+    lines += [f"next             {command}" for command in facts.next_commands[: 2 if facts.go_on else 3]]
     return [clean(line).replace("\n", " ") for line in lines]
 
 
@@ -108,9 +107,8 @@ def markdown(facts: RunFacts, picture: str | None) -> str:
         parts += ["## Samples", "Held-out prompts, answered without and with what was learned."]
         for number, sample in enumerate(facts.samples, start=1):
             parts += [f"### Sample {number}", _fenced(_cut(sample.prompt)), _fenced(_columns(sample))]
-    settings = "\n".join(
-        f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}" for key, value in facts.settings.items()
-    )
+    values = {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in facts.settings.items()}
+    settings = "\n".join(f"{key}: {value}" for key, value in values.items())
     parts += [f"## Settings of {_inline(facts.method)}", _fenced(settings or "(none)", "yaml")]
     parts += ["## Data", _fenced(facts.data)]
     if facts.next_commands:

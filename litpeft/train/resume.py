@@ -153,14 +153,8 @@ def rows_sha256(*groups: Sequence[Row]) -> str:
 
 def circumstances(device: torch.device, ranks: int) -> dict[str, Any]:
     """Returns what a run's last bits depend on beside its settings."""
-    return {
-        "litpeft": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device.type,
-        "threads": torch.get_num_threads(),
-        "ranks": ranks,
-    }
+    versions = {"litpeft": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return versions | {"device": device.type, "threads": torch.get_num_threads(), "ranks": ranks}
 
 
 def find_saved(out: Path, checkpoints: Checkpoints) -> Checkpoint | None:
@@ -220,8 +214,7 @@ def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str,
     if refused:
         what = f"the run began with other settings: {'; '.join(refused)}"
         keys = shlex.quote(json.dumps([line.split(":")[0] for line in refused]))
-        hint = f"take them back, or say that they may: --resume_changed {keys}"
-        raise ConfigError(what, where=where, hint=hint)
+        raise ConfigError(what, where=where, hint=f"take them back, or say that they may: --resume_changed {keys}")
     then, now = saved.facts["circumstances"], facts["circumstances"]
     other = [f"{key} {then.get(key)} then, {value} now" for key, value in now.items() if then.get(key) != value]
     if other:

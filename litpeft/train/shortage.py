@@ -39,12 +39,8 @@ class Shortage:
     def held(self) -> dict[str, int]:
         """Returns the bytes of weights, gradients, optimizer state and activations."""
         trained = self.trained()
-        held = {
-            "weights": self.frozen(),
-            "what trains": trained,
-            "its gradients": trained,
-            "the optimiser": int(trained * self.moments()),
-        }
+        held = {"weights": self.frozen(), "what trains": trained, "its gradients": trained}
+        held["the optimiser"] = int(trained * self.moments())
         ranks = self.settings.devices * self.settings.num_nodes if self.settings.strategy == "fsdp" else 1
         shares = {name: count // ranks for name, count in held.items()}
         tokens = self.tokens()

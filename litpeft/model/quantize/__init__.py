@@ -21,8 +21,7 @@ DOUBLE = [name for name, (_, double) in STORAGES.items() if double]
 def storage_class(name: str, key: str = "base.quantize") -> type:
     """Returns the Linear of a storage; imports its file, and so torch. `key` is the setting that names it."""
     if name not in STORAGES:
-        what = f"{name!r} is not one of {', '.join(STORAGES)}{nearest(name, list(STORAGES))}"
-        raise ConfigError(what, where=key)
+        raise ConfigError(f"{name!r} is not one of {', '.join(STORAGES)}{nearest(name, list(STORAGES))}", where=key)
     module, _, cls = STORAGES[name][0].partition(":")
     return getattr(import_module(module), cls)
 

@@ -92,8 +92,7 @@ class Quantized(Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if x.dtype.itemsize > self.dtype.itemsize and not torch.is_grad_enabled():
             return product(x, self.dense(), bias)  # unpacked in the run's type, not in the wider one of x
-        shape = (self.out_features, self.in_features)
-        return Product.apply(x, bias, type(self), shape, *self.packed().values())
+        return Product.apply(x, bias, type(self), (self.out_features, self.in_features), *self.packed().values())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """As `nn.Module`, except that `model.to(bfloat16)` and the like keep the types of packed tensors."""
