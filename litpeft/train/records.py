@@ -54,7 +54,6 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
     rows = settings.data.validation_path or settings.data.path
     evaluation = [command_line("evaluate", out, rows)] if held_out and isinstance(rows, str) else []
     merging = [] if run.method.writes_model or unfoldable(model) else [command_line("merge", out)]
-    alike = ("tokens", "trained_tokens", "seconds", "stopped", "best", "samples")  # called so in both
     facts = RunFacts(
         title=f"{name} on {base.name}",
         command=command_line("finetune", name, "--config", out / "run.yaml", "--out", f"{out}-again"),
@@ -70,6 +69,9 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         ),
         steps=progress.step,
         epochs=whole_epochs + more * settings.train.batch_size / len(run.rows.train),
+        tokens=progress.tokens,
+        trained_tokens=progress.trained_tokens,
+        seconds=progress.seconds,
         total_seconds=progress.startup + progress.elapsed,
         tokens_per_second=progress.tokens / progress.seconds,
         device=where,
@@ -80,9 +82,11 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         last_loss=sum(progress.losses[-edge:]) / edge,
         validation=progress.validations,
         metric=settings.validation.metric,
+        stopped=progress.stopped,
+        best=progress.best,
+        samples=progress.samples,
         next_commands=[*evaluation, command_line("chat", out), *merging],
         go_on=resume_command(name, out) if progress.exit_code or progress.out_of_time else "",
-        **{key: getattr(progress, key) for key in alike},
     )
     if not (out / "run.yaml").exists():  # the folder was removed while the run went on
         begin_run(run)
