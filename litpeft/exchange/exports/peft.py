@@ -25,6 +25,7 @@ from litpeft.exchange.exports.peft_base import WRAPPED, Adapter, add_base, plain
 from litpeft.exchange.result import Run
 from litpeft.model.build import deltas_alone
 from litpeft.model.delta import Method
+from litpeft.model.families import split_name
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import config_of
 from litpeft.model.gpt import GPT
@@ -147,6 +148,8 @@ def beside_layers(
     kinds = {frozenset(parts) for parts, _ in said.values()}
     if len(kinds) > 1 or not all(isinstance(model.get_submodule(place), Linear) for place in said):
         raise CannotExport("it learned in more ways than one, and peft has one kind in a folder")
+    if inside := [place for place in said if len(split_name(f"{place}.weight")[1]) > 1]:
+        raise CannotExport(f"it changes {inside[0]}, and transformers holds all experts of a layer in one tensor")
     modules: dict[str, tuple[Said, float]] = {}
     for theirs, parts in names.parts.items():
         given = {part: said[part.removesuffix(".weight")] for part in parts if part.removesuffix(".weight") in said}

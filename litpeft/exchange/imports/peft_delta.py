@@ -16,6 +16,7 @@ from litpeft.methods.prefix import Prefix
 from litpeft.methods.prompt import Prompt
 from litpeft.methods.selective import Selective
 from litpeft.model.delta import Method, attach
+from litpeft.model.families import split_name
 from litpeft.model.families.names import NameMap
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear
@@ -49,15 +50,16 @@ class Reader:
             self.left[f"{names.modules.get(module, module)}.{rest}"] = (
                 tensor  # as older versions of transformers say it
             )
-        places = (part.rpartition(".") for parts in names.parts.values() for part in parts)
         self.of: dict[str, list[str]] = {}
-        for ours, _, leaf in places:
-            if leaf == "weight":
+        for part in (part for parts in names.parts.values() for part in parts):
+            ours, _, leaf = part.rpartition(".")
+            if leaf == "weight" and len(split_name(part)[1]) < 2:  # experts are no modules for transformers
                 self.of.setdefault(names.module(ours), []).append(ours)
         with torch.device("meta"):
             model = GPT(names.config)
-        self.linear = {names.module(name) for name, module in model.named_modules() if isinstance(module, Linear)}
         self.embed, self.head = names.module("embed"), names.module("head")
+        linear = {names.module(name) for name, module in model.named_modules() if isinstance(module, Linear)}
+        self.linear = linear & {*self.of, self.head}
 
     def learned(self) -> Learned:
         keys, modules = self.keys, self.targeted()
