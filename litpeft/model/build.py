@@ -100,6 +100,7 @@ def deltas_alone(config: ModelConfig, method: Method, storage: Storage | None, d
         for module in model.modules():
             if isinstance(module, Delta | Bank):
                 module.to_empty(device="cpu").reset_parameters()
+                module.to(next(iter(delta.values())).dtype)
     load_delta(model, delta, "delta")
     return model
 

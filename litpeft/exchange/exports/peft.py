@@ -88,7 +88,7 @@ def adapter_of(
             most -= sum(tensor.nbytes for name, tensor in parts[0].items() if name not in SHARED)
         if most < 0:
             raise CannotExport("as an adapter of peft it would be far larger than it is here")
-    trained = {name: delta[name].float() for name in model.base_values}
+    trained = {name: delta[name] for name in model.base_values}
     if any("prompt_embeddings" in parts for parts, _ in said.values()):
         return prompt(model, {place: parts for place, (parts, _) in said.items()}, trained)
     return beside_layers(model, {place.removesuffix(".slot"): parts for place, parts in said.items()}, trained, names)
