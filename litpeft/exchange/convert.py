@@ -20,6 +20,7 @@ from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.gguf.weights import GgufFile
 from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.settings import Convert
+from litpeft.exchange.text_model import TextModel, holds_text_model
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
 
@@ -37,7 +38,7 @@ def convert(settings: Convert) -> None:
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         what = "the source lies in it, and would be lost when it is replaced"
         raise ConfigError(what, where=out, hint="name another folder for the result")
-    model = GgufFile(gguf_file) if gguf_file else BinFolder(source)
+    model = GgufFile(gguf_file) if gguf_file else TextModel(source) if holds_text_model(source) else BinFolder(source)
     say(f"read {gguf_file or source}: {model.summary()}")
     check_place(out)
     with locked(out), atomic_folder(out, settings.overwrite) as folder:
@@ -66,7 +67,7 @@ def tell_stop_ids(folder: Path) -> None:
 
 
 def find_gguf(source: Path) -> Path | None:
-    """Returns the GGUF file that `source` is or holds, None for a folder of .bin weights; raises for anything else."""
+    """Returns the GGUF file that `source` is or holds, None for a folder of weights; raises for anything else."""
     if not os.path.exists(source):  # Path.exists would raise for a name that is too long
         raise ConfigError("there is no such file or folder", where=source)
     if source.is_file():
@@ -80,6 +81,8 @@ def find_gguf(source: Path) -> Path | None:
             what += ": it does not say what its tensors are"
         raise ConfigError(what, where=source, hint=hint)
     if any(source.glob("*.safetensors")):
+        if holds_text_model(source):
+            return None
         refuse_safetensors(source)
     files = sorted(source.glob("*.gguf")) or sorted(source.glob("*/*.gguf"))
     if len(files) > 1:

@@ -51,10 +51,11 @@ FAMILIES = {
     "gpt_neox": "litpeft.model.families.gpt_neox",
     "gpt2": "litpeft.model.families.gpt2",
 }
-IMAGES = "it reads images, and its text model is a part of it; take a text-only model of the family"
+IMAGES = "it reads images, and its text model is of a family that is not supported"
+TEXT = "it reads images: `litpeft convert FOLDER OUT` takes its text model out"
 OTHERS = {  # model_type of models that are known, and why they are not here
-    "gemma3": IMAGES,
-    "mistral3": IMAGES,
+    "gemma3": TEXT,
+    "mistral3": TEXT,
     "gemma4": IMAGES,
     "gemma4_text": "layers that share keys, and embeddings of each layer, are not built",
     "qwen3_5": IMAGES,

@@ -1,0 +1,68 @@
+"""Takes the text model out of a folder of a model that also reads images: Gemma 3 of 4B and more, Mistral 3."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from litpeft.core.errors import ModelError, counted, some
+from litpeft.core.json import read_json, read_optional, write_json
+from litpeft.core.recognise import refuse_other
+from litpeft.core.safetensors import Weights, copy_companions, write_safetensors
+from litpeft.exchange.run import write_config
+from litpeft.model.families import FAMILIES
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import config_of
+
+PREFIXES = ("language_model.model.", "model.language_model.")  # of the text model's tensors; here "model."
+HEADS = ("language_model.lm_head.", "lm_head.")
+
+
+def holds_text_model(folder: Path) -> bool:
+    """Returns whether a folder's config.json has the config of a text model that litpeft reads."""
+    text = read_optional(folder / "config.json").get("text_config")
+    return isinstance(text, dict) and text.get("model_type") in FAMILIES
+
+
+class TextModel:
+    """A folder of safetensors whose config.json has a `text_config`."""
+
+    def __init__(self, folder: Path):
+        refuse_other(folder)
+        self.folder, self.weights = folder, Weights(folder)
+        whole = read_json(folder / "config.json", "config.json of a model")
+        text = whole["text_config"]
+        shared = {key: whole[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in whole}
+        self.hf = text | shared
+        self.family, self.config = config_of(self.hf, f"{folder / 'config.json'}: text_config")
+        self.names = NameMap(self.family, self.config)
+
+    def summary(self) -> str:
+        left = len(self.weights.file_of) - len(dict(self.places()))
+        return f"{self.family}, {counted(self.config.n_layers, 'layer')}; {counted(left, 'tensor')} for images left out"
+
+    def write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        """Writes the text model's config.json and weights, and copies the tokenizer."""
+        copy_companions(self.folder, folder)
+        write_json(folder / "config.json", self.hf)
+        if dtype is not None:
+            write_config(folder, dtype)
+        write_safetensors(folder, self.tensors(dtype))
+
+    def places(self) -> Iterator[tuple[str, str]]:
+        """Yields the text model's tensors: their names in this folder, and as the family has them."""
+        for name in self.weights.file_of:
+            spelt = [f"model.{name.removeprefix(prefix)}" for prefix in PREFIXES if name.startswith(prefix)]
+            spelt += [f"lm_head.{name.removeprefix(prefix)}" for prefix in HEADS if name.startswith(prefix)]
+            if spelt and not (spelt[0] == "lm_head.weight" and self.config.tie_embeddings):
+                yield name, spelt[0]
+
+    def tensors(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """Yields the text model's tensors."""
+        places = dict(self.places())
+        if lost := self.names.shapes.keys() - places.values():
+            raise ModelError(f"the text model's weights are not all there: {some(sorted(lost))}", where=self.folder)
+        for name, spelt in places.items():
+            tensor = self.weights.read(name)
+            yield spelt, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor

@@ -1,0 +1,48 @@
+"""`convert` takes the text model out of one that reads images: it computes what the whole computes for text."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from test_model import YARN, randomise
+from tiny_families import write_plain_tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from litpeft.cli import main
+from litpeft.core.errors import UserError
+from litpeft.core.safetensors import Weights
+from litpeft.model.build import build
+from litpeft.model.families.read import read_config
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA = {"head_dim": 32, "sliding_window": 8, "sliding_window_pattern": 2, "pad_token_id": 0}
+MINISTRAL = {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}
+MODELS = {"gemma3": ("gemma3_text", GEMMA), "mistral3": ("ministral3", MINISTRAL)}
+EYES = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}
+IDS = torch.arange(2, 42)[None]
+
+
+def make_whole(folder: Path, name: str, **changes: object) -> torch.nn.Module:
+    family, own = MODELS[name]
+    text = {"model_type": family, **TINY, **own, "initializer_range": 0.1}
+    vision = {"model_type": EYES[name], "image_size": 28, "patch_size": 14, **SMALL}
+    config = CONFIG_MAPPING[name](text_config=text, vision_config=vision, image_token_index=319, **changes)
+    torch.manual_seed(0)
+    model = randomise(AutoModelForImageTextToText.from_config(config)).eval()
+    model.save_pretrained(folder)
+    write_plain_tokenizer(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_text_model_computes_what_the_whole_computes_for_text(name: str, tmp_path) -> None:
+    theirs = make_whole(tmp_path / "whole", name)
+    with pytest.raises(UserError, match="takes its text model out"):
+        read_config(tmp_path / "whole")
+    main(["convert", str(tmp_path / "whole"), str(tmp_path / "text")])
+    assert read_config(tmp_path / "text")[0] == MODELS[name][0]
+    with torch.no_grad():
+        want, got = theirs(input_ids=IDS).logits, build(tmp_path / "text", torch.float32)(IDS)
+    assert (want - got).abs().max() <= 5e-6 * max(1, float(want.abs().max()))
+    assert not any("vision" in tensor for tensor in Weights(tmp_path / "text").file_of)
