@@ -95,12 +95,18 @@ def compare(settings: Compare) -> None:
     parsed = {name: checked(settings, name, file) for name, file in files.items()}
     first = next(iter(parsed.values()))
     held_out = find(first.data.path, first.data.validation_path)[1]
-    rows_file = settings.measured or first.data.validation_path or (held_out and first.data.path)
-    if not rows_file or not isinstance(rows_file, str):
+    named = held_out[0] if len(held_out) == 1 else first.data.validation_path or (held_out and first.data.path)
+    rows_file = settings.measured or named
+    if not rows_file or not isinstance(rows_file, str | Path):
         raise ConfigError("there is no file of held-out rows", where="measured", hint="name one")
 
     def figures(name: str, model: str, shots: int = 0) -> Row:
-        shared = {"max_new_tokens": settings.max_new_tokens, "batch_size": settings.batch_size, "samples": 0}
+        shared = {
+            "columns": first.data.columns,
+            "max_new_tokens": settings.max_new_tokens,
+            "batch_size": settings.batch_size,
+            "samples": 0,
+        }
         source = str(find(first.data.path, None)[0][0].path) if shots else None
         asked = Evaluate(model, str(rows_file), compare_base=False, shots=shots, shots_from=source, **shared)
         (score,) = measure(asked)[1]

@@ -51,7 +51,10 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
     edge = max(1, len(progress.losses) // 20)
     whole_epochs, more = divmod(progress.step, -(-len(run.rows.train) // settings.train.batch_size))
     _, held_out = find(settings.data.path, settings.data.validation_path)
-    evaluation = [command_line("evaluate", out, held_out[0])] if len(held_out) == 1 else []
+    rows = held_out[0] if len(held_out) == 1 else settings.data.validation_path or settings.data.path
+    columns = ["--columns", json.dumps(settings.data.columns)] if settings.data.columns else []
+    named = held_out and isinstance(rows, str | Path)
+    evaluation = [command_line("evaluate", out, rows, *columns)] if named else []
     merging = [] if run.method.writes_model or unfoldable(model) else [command_line("merge", out)]
     facts = RunFacts(
         title=f"{name} on {base.name}",

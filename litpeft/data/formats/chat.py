@@ -45,7 +45,7 @@ class Chat:
         keys.refuse(record, more=OTHER_SHAPE, known=("tools",))
         keys.refuse_switched_off(record)
         system, tools = optional(record, "system"), _tools(record.get("tools"))
-        turns = self.listed(record[self.key], self.key)
+        turns = self.listed(self._messages(record), self.key)
         if system and turns[0].role in ("system", "developer") and turns[0].content != system:
             raise ValueError(f"system and {self.key}[0] are two system messages: keep one of them")
         if system and turns[0].role not in ("system", "developer"):
@@ -64,7 +64,7 @@ class Chat:
         found, messages = set(), record
         if isinstance(record, dict):
             known = (self.key, "system", "tools", *OTHER_SHAPE)
-            found, messages = keys.unread(record, known, to_answer), record[self.key]
+            found, messages = keys.unread(record, known, to_answer), self._messages(record)
         for one in messages:
             known = (self.role, self.content, *(("name",) if self.roles[one[self.role]] == "tool" else ()))
             found |= {f"{self.key}[].{key}" for key in keys.unread(one, known, to_answer)}
@@ -77,6 +77,11 @@ class Chat:
         if not messages:
             raise ValueError(f"{name} is empty")
         return [self._turn(message, f"{name}[{i}]") for i, message in enumerate(messages)]
+
+    def _messages(self, record: dict[str, Any]) -> Any:
+        """Returns the list of messages, which a cell of a table holds as JSON."""
+        value = record[self.key]
+        return _json(value, self.key) if isinstance(value, str) else value
 
     def _turn(self, message: Any, name: str) -> Turn:
         if not isinstance(message, dict):

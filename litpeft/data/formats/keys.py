@@ -61,8 +61,9 @@ def refuse_switched_off(record: dict[str, Any]) -> None:
 
 
 def unread(record: dict[str, Any], known: Collection[str], to_answer: bool) -> set[str]:
-    """Returns the keys that are neither `known` to the format nor refused, nor switches of a row to learn."""
-    return {key for key in record if key not in known and key not in REFUSED and (to_answer or key not in SWITCHES)}
+    """Returns the keys with a value that are neither `known` nor refused, nor switches of a row to learn."""
+    switches = () if to_answer else SWITCHES
+    return {key for key in record if record[key] is not None and key not in (*known, *switches) and key not in REFUSED}
 
 
 def listed(counts: Counter[str]) -> str:
