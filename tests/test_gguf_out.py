@@ -32,6 +32,7 @@ ROWS = 320
 PROMPTS = [torch.randint(3, 250, (size,), generator=torch.Generator().manual_seed(size)).tolist() for size in (5, 60)]
 LEARN = "--train.epochs", "3", "--train.lr", "1e-2"
 GELU = 2e-3  # llama.cpp looks its GELU up in a table of float16
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "pad_token_id": 0, "sliding_window": 100}
 WINDOW = {"model_type": "mistral", "sliding_window": 100}
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
@@ -45,6 +46,23 @@ WRITTEN = {
     "gpt_neox, serial": (CASES["gpt_neox, serial, all rotates"], GELU),
     "gpt_neox, tied": ({"model_type": "gpt_neox", "tie_word_embeddings": True}, GELU),
     "gpt2": ({"model_type": "gpt2", "n_inner": 256, "n_positions": 1024}, GELU),  # as transformers' reader has it
+    "qwen2": (CASES["qwen2, tied, no window"], 1e-5),
+    "qwen3": (CASES["qwen3"], 1e-5),
+    "gemma": (CASES["gemma"], GELU),
+    "gemma2": ({"model_type": "gemma2", "num_hidden_layers": 4} | GEMMA, 5 * GELU),
+    "gemma3_text": (
+        {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window_pattern": 6} | GEMMA,
+        10 * GELU,
+    ),
+    "phi3": (CASES["phi3"] | {"sliding_window": 100}, 1e-5),
+    "smollm3": ({"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0}, 1e-5),
+    "olmo2": (CASES["olmo2"], 1e-5),
+    "granite": (CASES["granite"], 1e-5),
+    "starcoder2": (CASES["starcoder2"] | {"sliding_window": 100}, GELU),
+    "stablelm": (CASES["stablelm"], 1e-5),
+    "stablelm, parallel": (CASES["stablelm, parallel"], 1e-5),
+    "cohere": ({"model_type": "cohere", "use_qk_norm": False, "pad_token_id": 0}, 1e-5),
+    "nemotron": (CASES["nemotron"], 2e-5),
 }
 
 

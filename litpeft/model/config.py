@@ -165,6 +165,12 @@ class ModelConfig:
         return self.layers[number] if self.layers else Layer(self.window, Rope(self.rope_theta, self.rope_scaling))
 
     @property
+    def main_rope(self) -> Rope | None:
+        """Returns the rotary positions of a layer that sees all tokens, or of any if there is none."""
+        layers = [layer for layer in map(self.layer, range(self.n_layers)) if layer.rope is not None]
+        return min(layers, key=lambda layer: layer.window is not None, default=Layer()).rope
+
+    @property
     def turning_length(self) -> int | None:
         """Returns the length of a text beyond which the rotary frequencies change, if they do."""
         ropes = [layer.rope for layer in {self.layer(number) for number in range(self.n_layers)}]

@@ -60,8 +60,10 @@ class GgufFolder:
         say(write_modelfile(self.folder, MODEL, self.template, self.system, self.has_template))
 
     def _remarks(self) -> Iterable[str]:
+        known = self.layout.gguf
         window, largest = self.layout.config.window, self.layout.config.max_positions
-        if window is not None and window < largest and "window" not in self.layout.gguf.keys.values():
+        said = [field for field, _ in map(known.key, known.keys)]
+        if window is not None and window < largest and "window" not in said:
             yield f"llama.cpp has no sliding window for this family: its context ends with the window, at {window:,}"
         other = {name for name, type_ in self.types.items() if type_ == Type.F16 and self.wanted != Type.F16}
         if other:

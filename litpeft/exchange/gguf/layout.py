@@ -82,12 +82,12 @@ class Layout:
 
     def rope_divisors(self) -> Tensor | None:
         """Returns rope_freqs.weight: what the rotary frequencies are divided by, if each by another number."""
-        scaling = self.config.rope_scaling
+        rope = self.config.main_rope
+        scaling = None if rope is None else rope.scaling
         if scaling is None or scaling.kind == "linear":
             return None
         plain, scaled = (
-            rope_frequencies(self.config.rotary_size, self.config.rope_theta, how, torch.device("cpu"))
-            for how in (None, scaling)
+            rope_frequencies(self.config.rotary_size, rope.theta, how, torch.device("cpu")) for how in (None, scaling)
         )
         return plain / scaled
 
@@ -102,14 +102,16 @@ def known_family(names: NameMap) -> Gguf:
     if known is None:
         have = ", ".join(name for name in FAMILIES if hasattr(family(name), "GGUF"))
         raise ConfigError(f"{names.family} is not written as GGUF; {have} are", where="to", hint=hint)
-    free = SAID | set(known.keys.values())
+    free = SAID | {field for field, _ in map(known.key, known.keys)}
     for one in fields(ModelConfig):
         value, allowed = getattr(names.config, one.name), known.graph.get(one.name, (one.default,))
-        if one.name not in free and value not in allowed:
+        allowed = allowed(names.config) if callable(allowed) else allowed
+        if (one.name in known.graph or one.name not in free) and value not in allowed:
             said = " or ".join(map(str, allowed))
             what = f"llama.cpp's {known.arch} computes with {one.name} {said}, and this model has {value}"
             raise ConfigError(what, where="to", hint=hint)
-    scaling = names.config.rope_scaling
+    rope = names.config.main_rope
+    scaling = None if rope is None else rope.scaling
     if scaling is not None and scaling.kind not in ("linear", "llama3"):
         raise ConfigError(f"rope scaling {scaling.kind} is not written as GGUF", where="to", hint=hint)
     return known

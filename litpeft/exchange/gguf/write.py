@@ -25,7 +25,7 @@ KINDS = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "AR
 def header(layout: Layout) -> dict[str, Any]:
     """Returns the sizes and switches of a model as GGUF names them."""
     config, known = layout.config, layout.gguf
-    norm = "layer_norm_rms_epsilon" if config.norm == "rms" else "layer_norm_epsilon"
+    norm = "layer_norm_rms_epsilon" if config.norm.startswith("rms") else "layer_norm_epsilon"
     values = {
         "context_length": config.max_positions, "embedding_length": config.d_model, "block_count": config.n_layers,
         "feed_forward_length": config.d_ff, "vocab_size": config.vocab_size, f"attention.{norm}": config.norm_eps,
@@ -33,12 +33,15 @@ def header(layout: Layout) -> dict[str, Any]:
         "attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
     }  # fmt: skip
     if config.rotary_size:
-        values |= {"rope.dimension_count": config.rotary_size, "rope.freq_base": config.rope_theta}
-    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": config.rope_scaling.factor}
-    if config.window is not None and "window" not in known.keys.values():  # llama.cpp attends to all tokens
+        values |= {"rope.dimension_count": config.rotary_size, "rope.freq_base": config.main_rope.theta}
+        scaling = config.main_rope.scaling
+        if scaling is not None and scaling.kind == "linear":
+            values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+    said = {key: known.key(key) for key in known.keys}
+    if config.window is not None and "window" not in [field for field, _ in said.values()]:  # it attends to all tokens
         values["context_length"] = min(config.max_positions, config.window)
-    values |= {key: getattr(config, field) for key, field in known.keys.items() if getattr(config, field) is not None}
+    found = {key: (getattr(config, field), as_) for key, (field, as_) in said.items()}
+    values |= {key: as_(value) for key, (value, as_) in found.items() if value is not None and as_(value) is not None}
     return {f"{known.arch}.{key}": value for key, value in values.items()}
 
 

@@ -12,7 +12,7 @@ follow. A value is the name of a module whose tensors are as ours, or a `Place`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -93,8 +93,26 @@ class Gguf:
     pairs: bool = False  # RoPE rotates neighbouring rows of q and k, which the file holds in that order
     own_head: bool = False  # the file needs a head even if that is the embedding
     norms: float = 0.0  # what the file's norms have added to ours
-    keys: Mapping[str, str] = field(default_factory=dict)  # of the header, without `arch.` -> field of ModelConfig
-    graph: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # field -> values that llama.cpp computes with
+    # key of the header, without `arch.` -> field of ModelConfig, or that and a function of its value
+    keys: Mapping[str, str | tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)
+    # field -> values that llama.cpp computes with, or a function of the config that returns them
+    graph: Mapping[str, Any] = field(default_factory=dict)
+
+    def key(self, name: str) -> tuple[str, Callable[[Any], Any]]:
+        """Returns the field of ModelConfig that a key of the header says, and what it makes of its value."""
+        said = self.keys[name]
+        return (said, lambda value: value) if isinstance(said, str) else said
+
+
+def window_of(layers: tuple[Any, ...]) -> int | None:
+    """Returns the window of those layers that have one."""
+    return next((layer.window for layer in layers if layer.window is not None), None)
+
+
+def alternating(config: Any, period: int) -> tuple[Any, ...]:
+    """Returns the layers that llama.cpp builds: of so many in turn only the last sees all tokens."""
+    fits = all((layer.window is None) == (at % period == period - 1) for at, layer in enumerate(config.layers))
+    return ((), config.layers) if fits else ((),)
 
 
 def family(name: str) -> ModuleType:

@@ -4,12 +4,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama
 
 NAMES = llama.NAMES | {
     "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
     "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
 }
+GGUF = Gguf(
+    "command-r",
+    keys={"logit_scale": "logit_scale"},
+    graph={"norm": ("layer_no_bias",), "rope_pairs": (True,), "shared_norm": (True,)},
+)
 
 
 @dataclass(frozen=True)

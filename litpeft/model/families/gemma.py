@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama
 
 NAMES = llama.NAMES
 BUFFERS = llama.BUFFERS
+GGUF = Gguf(
+    "gemma",
+    norms=1.0,
+    graph={
+        "norm": ("rms_1p",),
+        "activation": ("gelu_tanh",),
+        "embed_scale": lambda config: (config.d_model**0.5,),
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, alternating, gemma, llama, window_of
 from litpeft.model.rope import layers_of
 
 NAMES = llama.NAMES | {
@@ -12,6 +12,21 @@ NAMES = llama.NAMES | {
     "blocks.{}.norm2": "model.layers.{}.pre_feedforward_layernorm",
     "blocks.{}.post_norm2": "model.layers.{}.post_feedforward_layernorm",
 }
+GGUF = Gguf(
+    "gemma2",
+    norms=1.0,
+    keys={
+        "attention.sliding_window": ("layers", window_of),
+        "attn_logit_softcapping": "score_cap",
+        "final_logit_softcapping": "logit_cap",
+    },
+    graph={
+        **gemma.GGUF.graph,
+        "norms": ("around",),
+        "score_scale": lambda config: (config.head_dim**-0.5,),
+        "layers": lambda config: alternating(config, 2),
+    },
+)
 
 
 @dataclass(frozen=True)

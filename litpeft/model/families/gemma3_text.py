@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, checked
-from litpeft.model.families import gemma2, llama
+from litpeft.model.families import Gguf, alternating, gemma, gemma2, llama, window_of
 from litpeft.model.rope import FULL, SLIDING, layers_of, rope_by_type, without_rope
 
 NAMES = gemma2.NAMES | {
@@ -15,6 +15,21 @@ NAMES = gemma2.NAMES | {
     "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
 }
 THETAS = {FULL: ("rope_theta", 1_000_000.0), SLIDING: ("rope_local_base_freq", 10_000.0)}
+GGUF = Gguf(
+    "gemma3",
+    norms=1.0,
+    keys={
+        "attention.sliding_window": ("layers", window_of),
+        "rope.freq_base_swa": ("layers", lambda layers: next((one.rope.theta for one in layers if one.window), None)),
+    },
+    graph={
+        **gemma.GGUF.graph,
+        "norms": ("around",),
+        "qk_norm": ("head",),
+        "score_scale": lambda config: (config.head_dim**-0.5,),
+        "layers": lambda config: alternating(config, 6),
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama
 
 NAMES = llama.NAMES
+GGUF = Gguf(
+    "granite",
+    pairs=True,
+    keys={
+        "attention.scale": "score_scale",
+        "embedding_scale": "embed_scale",
+        "residual_scale": "residual_scale",
+        "logit_scale": ("logit_scale", lambda scale: 1 / scale),
+    },
+    graph=llama.GGUF.graph,
+)
 
 
 @dataclass(frozen=True)

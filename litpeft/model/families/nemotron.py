@@ -4,9 +4,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama
 
 NAMES = llama.NAMES
+GGUF = Gguf(
+    "nemotron",
+    own_head=True,
+    norms=1.0,
+    keys={"rope.dimension_count": "rotary_dim"},
+    graph=llama.GGUF.graph | {"norm": ("layer_1p",), "activation": ("relu2",), "gated_mlp": (False,)},
+)
 
 
 @dataclass(frozen=True)

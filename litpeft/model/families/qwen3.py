@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama
 from litpeft.model.families.qwen2 import with_windows
 
 NAMES = llama.NAMES | {
     "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
     "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
 }
+GGUF = Gguf("qwen3", graph={"qk_norm": ("head",)})
 
 
 @dataclass(frozen=True)

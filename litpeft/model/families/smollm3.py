@@ -3,11 +3,21 @@
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.config import ACTIVATIONS, ConfigKeys, Layer, ModelConfig
+from litpeft.model.families import Gguf, llama
 from litpeft.model.rope import layers_of
 
 NAMES = llama.NAMES
+GGUF = Gguf(
+    "smollm3",
+    pairs=True,
+    graph=llama.GGUF.graph
+    | {
+        "layers": lambda config: (
+            tuple(Layer(None, None if at % 4 == 3 else config.main_rope) for at in range(config.n_layers)),
+        ),
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama
 
 NAMES = llama.NAMES
+GGUF = Gguf(
+    "stablelm",
+    own_head=True,
+    keys={"rope.dimension_count": "rotary_dim", "use_parallel_residual": "parallel_residual"},
+    graph={"norm": ("layer",), "qkv_bias": llama.EITHER, "shared_norm": llama.EITHER},
+)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama
 
 NAMES = llama.NAMES | {
     "blocks.{}.mlp.up": "model.layers.{}.mlp.c_fc",
     "blocks.{}.mlp.down": "model.layers.{}.mlp.c_proj",
 }
+GGUF = Gguf(
+    "starcoder2",
+    graph={
+        "norm": ("layer",),
+        "activation": ("gelu", "gelu_tanh"),
+        "gated_mlp": (False,),
+        **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), (True,)),
+    },
+)
 
 
 @dataclass(frozen=True)
