@@ -108,7 +108,8 @@ def test_a_cell_may_be_long_and_hold_what_unicode_calls_a_line_end(tmp_path: Pat
 
 
 def test_a_workbook_is_read_sheet_by_sheet_as_it_is_shown(tmp_path: Path) -> None:
-    openpyxl = pytest.importorskip("openpyxl")
+    import openpyxl
+
     book, path = openpyxl.Workbook(), tmp_path / "rows.xlsx"
     first, second = book.active, book.create_sheet("More")
     for row in (["question", "answer"], ["1 + 1?", 2], [None, None], ["half?", 0.5], ["when?", None]):
@@ -131,7 +132,7 @@ def test_a_workbook_is_read_sheet_by_sheet_as_it_is_shown(tmp_path: Path) -> Non
 
 
 def test_parquet_and_arrow_hold_texts_and_chats(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
+    import pyarrow as arrow
     import pyarrow.parquet
 
     rows = [{"messages": [{"role": "user", "content": f"{i}", "name": None}], "n": i} for i in range(2500)]
