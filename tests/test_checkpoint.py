@@ -122,7 +122,7 @@ def test_weights_that_do_not_fit_the_config_are_named_before_anything_runs(tmp_p
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"model_type": "gpt_oss"}', "model_type 'gpt_oss' is not supported; litpeft has llama"),
+        ('{"model_type": "bloom"}', "model_type 'bloom' is not supported; litpeft has llama"),
         ('{"model_type": "llama", "rope_scaling": {"type": "linear"}}', "the key 'rope_scaling.factor' is missing"),
         ("{", "cannot be read"),
         ("[1]", "must be a JSON object"),
@@ -141,8 +141,8 @@ def test_a_config_that_cannot_be_used_is_named(tiny_folder, tmp_path, config: st
     [
         ({"hidden_act": "gelu"}, 'hidden_act "gelu" is not supported; it must be "silu" or "swish"'),
         (
-            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            'rope_parameters.rope_type "yarn" is not supported',
+            {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}},
+            'rope_parameters.rope_type "ntk" is not supported',
         ),
         ({"num_attention_heads": 64, "head_dim": None}, "head_dim is hidden_size 64 / num_attention_heads 64 unless"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),

@@ -87,7 +87,14 @@ def run(request, base: Path, reads: tuple, tmp_path_factory: pytest.TempPathFact
         delta = found.delta()
         plain = build(base, dtype, found.method(), storage=storage, delta=delta)
         load_delta(plain, delta, "test")
-    return plain.eval().requires_grad_(False), load_model(str(folder), precision=precision), limit
+    plain.eval().requires_grad_(False)
+    if quantize and name in ON_CODES_ONLY:  # products with codes do not round what modules unpack to bfloat16
+        truth = build(base, torch.float64, found.method(), storage=storage, delta=delta)
+        load_delta(truth, delta, "test")
+        with torch.inference_mode():
+            want, got = (logits_of(one.eval(), IDS, 12).double() for one in (truth, plain))
+        limit = max(limit, 2 * float((got - want).norm() / want.norm()))  # both round, each in its own way
+    return plain, load_model(str(folder), precision=precision), limit
 
 
 def logits_of(model: GPT, ids: torch.Tensor, prompt: int) -> torch.Tensor:
