@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "reft": {"train.lr": 5e-3, "train.epochs": 3},
     "prefix": {"train.lr": 3e-2, "train.epochs": 3},
     "ptuning_v2": {"train.lr": 3e-2, "train.epochs": 3},
-    "prompt": {"train.lr": 3e-2, "train.epochs": 3},
+    "prompt": {"train.lr": 3e-2, "train.epochs": 5},
     "ptuning": {"train.lr": 5e-3, "train.epochs": 3},
     "pre_embed": {"train.lr": 3e-2, "train.epochs": 3},
     "pre_layer": {"train.lr": 3e-2, "train.epochs": 3},
