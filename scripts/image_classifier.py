@@ -13,7 +13,8 @@ from torch import Tensor
 
 from litpeft.methods.lora import LoRA
 from litpeft.model.adopt import adopt
-from litpeft.model.delta import delta_state, folds, trainable
+from litpeft.model.delta import delta_state, trainable
+from litpeft.model.fold import folds
 
 
 def images(rotated: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

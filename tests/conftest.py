@@ -142,7 +142,7 @@ def needed(name: str) -> dict[str, str]:
 
 def folded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Returns the weights of the plain model that computes the same without deltas, by name."""
-    from litpeft.model.delta import folds
+    from litpeft.model.fold import folds
 
     return {name: tensor for name, tensor, _ in folds(model)}
 

@@ -13,7 +13,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from litpeft.core.errors import UserError
 from litpeft.methods import method_class
 from litpeft.model.adopt import adopt
-from litpeft.model.delta import delta_state, folds, trainable
+from litpeft.model.delta import delta_state, trainable
+from litpeft.model.fold import folds
 
 LINEAR = {  # methods that act in linear layers, norms and parameters only, with what they need here
     "lora": {"targets": ("*",)},

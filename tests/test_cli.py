@@ -17,7 +17,8 @@ from litpeft.cli import COMMANDS, main, parse
 from litpeft.cli.methods import merges
 from litpeft.core.kinds import alternatives, in_words
 from litpeft.methods import METHODS
-from litpeft.model.delta import attach, unfoldable
+from litpeft.model.delta import attach
+from litpeft.model.fold import unfoldable
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize.quantized import store
 from litpeft.train.settings import Finetune

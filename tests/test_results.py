@@ -17,7 +17,8 @@ from litpeft.exchange.run import find_run
 from litpeft.generate.load import load_model
 from litpeft.methods import METHODS
 from litpeft.model.build import build
-from litpeft.model.delta import load_delta, unfoldable, without_delta
+from litpeft.model.delta import load_delta, without_delta
+from litpeft.model.fold import unfoldable
 from litpeft.model.quantize import STORAGES, Storage
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(5))

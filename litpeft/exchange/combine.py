@@ -18,7 +18,7 @@ from litpeft.exchange.run import Run, build_run, find_run, save_result, tell_pro
 from litpeft.exchange.settings import Combine
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
-from litpeft.model.delta import unfoldable
+from litpeft.model.fold import unfoldable
 from litpeft.model.gpt import GPT
 from litpeft.model.singular import largest
 from litpeft.model.slots import Linear

@@ -13,7 +13,7 @@ from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.result import Run
 from litpeft.exchange.run import build_run, find_run, tell_progress
 from litpeft.exchange.settings import Convert
-from litpeft.model.delta import unfoldable
+from litpeft.model.fold import unfoldable
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear
 

@@ -26,9 +26,9 @@ from litpeft.exchange.run import Run, build_run, find_run
 from litpeft.exchange.settings import Inspect
 from litpeft.exchange.updates import learned, low_rank_values, measured, trained
 from litpeft.model.config import ModelConfig
-from litpeft.model.delta import unfoldable
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
+from litpeft.model.fold import unfoldable
 
 RUN_MARKS = ("final/delta.json", "delta.json", "run.yaml")
 

@@ -38,9 +38,10 @@ from litpeft.exchange.run import Run, build_run, find_run, tell_progress, write_
 from litpeft.exchange.settings import Merge
 from litpeft.model.added_tokens import describe, note_tokens
 from litpeft.model.build import build
-from litpeft.model.delta import Method, folds
+from litpeft.model.delta import Method
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import config_of
+from litpeft.model.fold import folds
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.model.slots import Linear

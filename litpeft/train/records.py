@@ -17,7 +17,8 @@ from litpeft.core.recognise import ADAPTER_TENSORS
 from litpeft.core.terminal import command_line, say
 from litpeft.data.sources import find
 from litpeft.exchange.run import resume_command
-from litpeft.model.delta import trainable, unfoldable
+from litpeft.model.delta import trainable
+from litpeft.model.fold import unfoldable
 from litpeft.model.gpt import GPT
 from litpeft.train.log import Log
 from litpeft.train.preparation import Preparation, base_parameters

@@ -6,7 +6,8 @@ import torch.nn as nn
 
 from litpeft.methods.lora import LoRA
 from litpeft.model.adopt import adopt
-from litpeft.model.delta import folds, trainable
+from litpeft.model.delta import trainable
+from litpeft.model.fold import folds
 
 lora = pytest.importorskip("loralib", reason="loralib is installed by `bash scripts/test.sh --parity`")
 

@@ -1,4 +1,6 @@
-"""Linear layers whose weights have their deltas in them, where no code changes, or where that is cheaper."""
+"""Adds deltas to the weights of linear layers, for answers.
+
+Weights in codes take them if no code changes; plain weights if multiplying with the update by itself would be slow."""
 
 from collections.abc import Sequence
 
@@ -7,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from litpeft.model.affine import Affine
-from litpeft.model.delta import widened
+from litpeft.model.fold import widened
 from litpeft.model.quantize.quantized import Quantized
 from litpeft.model.slots import Linear
 
