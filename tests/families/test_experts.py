@@ -1,16 +1,11 @@
 """Mixtures of experts: methods and storages act on each expert's layers, and what is merged loads in transformers."""
 
-import warnings
-
 import pytest
 import torch
-from conftest import finetune, folded
+from conftest import folded
 from tiny_families import make_family
-from transformers import AutoModelForCausalLM
 
-from litpeft.cli import main
 from litpeft.core.errors import ConfigError
-from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
 from litpeft.model.delta import trainable
@@ -63,21 +58,6 @@ def test_experts_are_quantised_one_by_one_and_the_router_is_not(name: str, tmp_p
     for key, layer in layers.items():
         plain.blocks.get_submodule(key).weight.data = layer.dense()
     assert (model(IDS) - plain(IDS)).abs().max() <= 2e-5
-
-
-def test_transformers_loads_a_merged_mixture_and_computes_the_same(tmp_path) -> None:
-    make_family(tmp_path / "base", "mixtral")
-    run = finetune(tmp_path / "base", tmp_path, "--train.epochs", "3", "--train.lr", "1e-2")
-    main(["merge", str(run)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        theirs, info = AutoModelForCausalLM.from_pretrained(run / "merged", output_loading_info=True)
-    assert not any(info.values())
-    with torch.no_grad():
-        want = load_model(str(run), precision="32-true").model(IDS)
-        base = load_model(str(tmp_path / "base"), precision="32-true").model(IDS)
-        assert (theirs.eval()(IDS).logits - want).abs().max() <= 5e-6 * max(1, want.abs().max())
-    assert (base - want).abs().max() > 1e-2
 
 
 def test_targets_that_a_mixture_lacks_are_named_once_for_all_experts(tmp_path) -> None:

@@ -94,7 +94,7 @@ def test_lora_acts_on_every_part_of_a_fused_linear_and_folds_into_it(name: str, 
     assert (base - want).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["neox", "gpt2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("name", ["neox", "gpt2", "gemma3_text", "phi3", "mixtral"])
 def test_transformers_loads_the_folder_that_merge_writes_and_computes_the_same(name: str, tmp_path) -> None:
     make_family(tmp_path / "base", name)
     run = finetune(tmp_path / "base", tmp_path, "--train.epochs", "3", "--train.lr", "1e-2")
