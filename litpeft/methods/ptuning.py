@@ -5,12 +5,12 @@
     P = W_2 relu(W_1 LSTM(E))                       with encoder lstm: two layers in both directions, `hidden` wide
 
 P-tuning https://arxiv.org/abs/2103.10385. Of the network a run's result keeps what it computes, T and U.
-Trains E and the network. With h = hidden these are, for the encoder
+Trains E and the network. The number of parameters depends on the encoder; h is `hidden`:
 
     mlp     n d + h^2 + 2 h + (2 d + 1) h + d
     lstm    n d + 8 h (d + h + 2) + 8 h (3 h + 2) + 2 h (2 h + 1) + d (2 h + 1)
 
-parameters. Does not fold: the vectors are part of what is read.
+Does not fold: the vectors are part of what is read.
 """
 
 from collections.abc import Mapping

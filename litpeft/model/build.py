@@ -89,7 +89,7 @@ def build(
 
 
 def deltas_alone(config: ModelConfig, method: Method, storage: Storage | None, delta: dict[str, Tensor]) -> GPT:
-    """Returns a model whose deltas hold what a run saved, and whose base has shapes only: none of its files is read."""
+    """Returns a model with a run's deltas. Its base is on the meta device, so none of the base's files is read."""
     with torch.device("meta"):
         model = GPT(config)
     if storage is not None:

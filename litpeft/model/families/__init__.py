@@ -2,13 +2,13 @@
 ModelConfig; and NAMES, the two-way name map, or `names(config)`, which returns it.
 
 NAMES maps our modules to those of the files, with `{}` for the number of the layer and of the expert; weight and bias
-follow. A value is the name of a module whose tensors are as ours, or a `Place`. A family may also have
+follow. A value is the name of a module whose tensors are as ours, or a `Place`. A family may also have these tables:
 
-- BUFFERS, globs of tensors in its files that are no weights
-- OTHER_PREFIXES, prefix of a name in NAMES -> prefix that files may have instead
-- MODULES, module of the files -> what transformers' class calls it since version 5, where that is another name
-- ROPE_NAMES, what rope_theta and partial_rotary_factor are called in older files
-- GGUF, how llama.cpp has the family
+- BUFFERS: globs of names of tensors in its files that are not weights.
+- OTHER_PREFIXES: files may begin a name otherwise than NAMES does. Maps the prefix in NAMES to the other one.
+- MODULES: since version 5 transformers has other names for some modules. Maps the files' name to the new one.
+- ROPE_NAMES: maps rope_theta and partial_rotary_factor to their names in older files.
+- GGUF: the family's name and switches in llama.cpp.
 """
 
 import re
