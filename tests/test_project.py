@@ -95,3 +95,21 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 def test_no_function_changes_a_variable_of_its_module() -> None:
     nodes = [(file.name, node) for file in SOURCES for node in ast.walk(ast.parse(file.read_text()))]
     assert [(name, node.names) for name, node in nodes if isinstance(node, ast.Global)] == []
+
+
+def holds_gradients_off_over_a_yield(source: str) -> list[str]:
+    """Returns the blocks without gradients that a generator leaves by `yield`.
+
+    Gradients stay off for whoever took the value, and for good when nobody takes the next one.
+    """
+    found = []
+    for block in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.With)):
+        managers = " ".join(map(ast.unparse, block.items))
+        yields = any(isinstance(node, ast.Yield | ast.YieldFrom) for node in ast.walk(block))
+        found += [managers] if yields and ("no_grad" in managers or "inference_mode" in managers) else []
+    return found
+
+
+def test_no_generator_leaves_gradients_off_for_others() -> None:
+    assert holds_gradients_off_over_a_yield("def f():\n  with torch.no_grad():\n    yield 1") == ["torch.no_grad()"]
+    assert {str(file): found for file in SOURCES if (found := holds_gradients_off_over_a_yield(file.read_text()))} == {}

@@ -190,6 +190,7 @@ def _names(method: Method, base: Path) -> NameMap:
     return NameMap(*config_of(config, str(base)))
 
 
+@torch.no_grad()
 def _folded(
     model: GPT, names: NameMap, rounded: Callable[[str, Tensor, bool], tuple[Tensor, Tensor]], rounding: Rounding
 ) -> Iterator[tuple[str, Tensor]]:
@@ -199,17 +200,16 @@ def _folded(
     that this stands for.
     """
     left = {ours: shape for ours, shape in names.ours.items() if ours not in model.base_keys}
-    with torch.no_grad():
-        for ours, exact, before in folds(model, Scratch()):
-            written, after = rounded(ours, exact, exact is before)
-            before = model.base_values.get(ours, torch.zeros_like(exact) if before is None else before)
-            if before is not exact:
-                rounding.add(exact, after, before)
-            yield ours, written
-            left.pop(ours, None)
-            model.files.drop_pages(written.nbytes)
-        for ours, shape in left.items():  # biases of other layers
-            yield ours, rounded(ours, torch.zeros(shape), True)[0]
+    for ours, exact, before in folds(model, Scratch()):
+        written, after = rounded(ours, exact, exact is before)
+        before = model.base_values.get(ours, torch.zeros_like(exact) if before is None else before)
+        if before is not exact:
+            rounding.add(exact, after, before)
+        yield ours, written
+        left.pop(ours, None)
+        model.files.drop_pages(written.nbytes)
+    for ours, shape in left.items():  # biases of other layers
+        yield ours, rounded(ours, torch.zeros(shape), True)[0]
 
 
 def _merged(
