@@ -1,7 +1,7 @@
 """Rows as micro-batches, concatenated and never padded; and which rows make which optimizer step."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,9 +85,13 @@ def plan_epoch(rows: int, batch_size: int, epoch: int, seed: int) -> list[list[i
 
 
 def lay_out(
-    step: Sequence[int], lengths: Sequence[int], ranks: int, micro_tokens: int, micro_batch_size: int | None
+    step: Sequence[int],
+    lengths: Sequence[int] | Mapping[int, int],
+    ranks: int,
+    micro_tokens: int,
+    micro_batch_size: int | None,
 ) -> list[list[list[int]]]:
-    """Returns for each rank the micro-batches of a step of row numbers; `lengths` are those of all rows, in tokens.
+    """Returns for each rank the micro-batches of a step of row numbers; `lengths` are those of its rows, in tokens.
 
     A micro-batch holds at most `micro_tokens` tokens, or `micro_batch_size` rows where that is given. Every rank gets
     as many as the others, since they wait for each other; an empty one stands for a dummy step.

@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from litpeft.core.errors import ConfigError, some
 from litpeft.core.folders import atomic_file
 from litpeft.data.batches import bin_pack
 from litpeft.data.duplicates import first_of_each, nearly_the_same
 from litpeft.data.formats.keys import listed
-from litpeft.data.formats.turn import PLAIN
 from litpeft.data.readers import records
 from litpeft.data.readers.record import Rejected
-from litpeft.data.rows import Row
 from litpeft.data.sources import Source
+from litpeft.data.store import Rows
 from litpeft.data.tokenise import DataSet
 from litpeft.data.tokenizer import Tokenizer
 
@@ -99,20 +100,20 @@ def check(data: DataSet, files: str, max_length: int, tokenizer: Tokenizer, limi
     report, rows = data.report, data.train
     bad = {name: one.find(data, max_length, tokenizer) for name, one in CHECKS.items()}
     total = len(rows) + len(report.rejected)
-    lengths = [len(row.ids) for row in rows]
-    short = [length for length in lengths if length <= max_length]
-    bins = len(bin_pack(short, max_length))
+    lengths, trained = rows.column("tokens"), rows.column("trained")
+    short = lengths[lengths <= max_length]
+    bins = len(bin_pack(short.tolist(), max_length))
     return Checked(
         files=files,
         formats=dict(report.formats),
         rows=len(rows),
         held_out=len(data.validation),
-        tokens=sum(lengths),
-        trained=sum(sum(row.trained) for row in rows),
+        tokens=int(lengths.sum()),
+        trained=int(trained.sum()),
         max_length=max_length,
-        lengths=lengths,
-        fill=sum(short) / (bins * max_length) if bins else 0.0,
-        lost=sum(sum(row.trained) for row in rows if len(row.ids) > max_length),
+        lengths=lengths.tolist(),
+        fill=int(short.sum()) / (bins * max_length) if bins else 0.0,
+        lost=int(trained[lengths > max_length].sum()),
         unread=dict(report.unread),
         findings=[
             Finding(name, found, len(found) / total, limits.get(name, CHECKS[name].limit))
@@ -130,14 +131,13 @@ def _empty(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejecte
 
 
 def _too_long(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    long = [row for row in data.train if len(row.ids) > max_length and row.turns[0].role != PLAIN]
+    long = data.train.where((data.train.column("tokens") > max_length) & ~data.train.column("plain"))
     return [Rejected(row.source, f"{len(row.ids):,} tokens, {sum(row.trained):,} of them trained") for row in long]
 
 
 def _no_end(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    return [
-        Rejected(row.source, "the token that ends its answer is not trained") for row in data.train if not row.ended
-    ]
+    endless = data.train.where(~data.train.column("ended"))
+    return [Rejected(row.source, "the token that ends its answer is not trained") for row in endless]
 
 
 def _double_bos(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
@@ -146,25 +146,27 @@ def _double_bos(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Re
 
 
 def _duplicate(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    return _repeats(data.train, first_of_each(tuple(row.ids) for row in data.train), "the same as")
+    return _repeats(data.train, first_of_each(data.train.column("hash")), "the same as")
 
 
 def _near_duplicate(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    firsts = nearly_the_same(["\n".join(turn.content for turn in row.turns) for row in data.train])
-    same = first_of_each(tuple(row.ids) for row in data.train)
-    only_near = [None if one is not None else near for near, one in zip(firsts, same, strict=True)]
-    return _repeats(data.train, only_near, "nearly the same as")
+    def text(at: int) -> str:
+        return "\n".join(turn.content for turn in data.train[at].turns)
+
+    same = first_of_each(data.train.column("hash"))
+    return _repeats(data.train, np.where(same < 0, nearly_the_same(len(data.train), text), -1), "nearly the same as")
 
 
-def _repeats(rows: Sequence[Row], firsts: Sequence[int | None], what: str) -> list[Rejected]:
-    pairs = zip(rows, firsts, strict=True)
-    return [Rejected(row.source, f"{what} {rows[first].source}") for row, first in pairs if first is not None]
+def _repeats(rows: Rows, firsts: np.ndarray, what: str) -> list[Rejected]:
+    found = np.flatnonzero(firsts >= 0).tolist()
+    return [Rejected(rows[at].source, f"{what} {rows[firsts[at]].source}") for at in found]
 
 
 def _held_out_too(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    held_out = {tuple(row.ids): row.source for row in data.validation}
-    found = [(row.source, held_out.get(tuple(row.ids))) for row in data.train]
-    return [Rejected(where, f"held out as {other}") for where, other in found if other]
+    held_out = dict(zip(data.validation.column("hash").tolist(), range(len(data.validation)), strict=True))
+    found = [(at, held_out.get(one)) for at, one in enumerate(data.train.column("hash").tolist())]
+    other = {at: data.validation[same].source for at, same in found if same is not None}
+    return [Rejected(data.train[at].source, f"held out as {there}") for at, there in other.items()]
 
 
 def _special(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:

@@ -1,7 +1,6 @@
 """The report on a data set: figures and warnings about what became of its rows."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from litpeft.core.errors import counted, some
@@ -9,24 +8,24 @@ from litpeft.core.terminal import clean
 from litpeft.data.formats import FORMATS
 from litpeft.data.formats.keys import listed
 from litpeft.data.readers.record import Rejected
-from litpeft.data.rows import Row
+from litpeft.data.store import Rows
 
 
 @dataclass
 class Counts:
-    """Totals of a list of rows."""
+    """Totals of rows."""
 
-    rows: int
-    tokens: int
-    trained: int
-    longest: int  # tokens
-    ended: int  # rows whose end-of-turn token is trained
+    rows: int = 0
+    tokens: int = 0
+    trained: int = 0
+    longest: int = 0  # tokens
+    ended: int = 0  # rows whose end-of-turn token is trained
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> "Counts":
-        tokens, trained = sum(len(row.ids) for row in rows), sum(sum(row.trained) for row in rows)
-        longest = max((len(row.ids) for row in rows), default=0)
-        return cls(len(rows), tokens, trained, longest, sum(row.ended for row in rows))
+    def of(cls, rows: Rows) -> "Counts":
+        tokens = rows.column("tokens")
+        trained, ended = int(rows.column("trained").sum()), int(rows.column("ended").sum())
+        return cls(len(rows), int(tokens.sum()), trained, int(tokens.max(initial=0)), ended)
 
     def __str__(self) -> str:
         if not self.rows:
@@ -42,10 +41,10 @@ class Counts:
 class Report:
     """What became of every row of the files; `str` of it is printed."""
 
-    train: Counts
-    validation: Counts
     template: str  # its name
     max_length: int  # tokens, the limit that was applied
+    train: Counts = field(default_factory=Counts)
+    validation: Counts = field(default_factory=Counts)
     files: dict[str, str] = field(default_factory=dict)  # file -> what became of it, where there are several
     formats: Counter[str] = field(default_factory=Counter)  # format -> rows
     rejected: list[Rejected] = field(default_factory=list)  # rows that cannot be used
@@ -58,6 +57,7 @@ class Report:
     unread: Counter[str] = field(default_factory=Counter)  # key that no format reads -> rows with it
     unlike: list[str] = field(default_factory=list)  # file:line of rows that begin otherwise than the answer's prompt
     difference: str = ""  # how the first of these differs
+    cache: str = ""  # the file that the rows were read from, if they were not tokenised now
 
     def __str__(self) -> str:
         lines = [f"file        {name}: {told}" for name, told in self.files.items()]
@@ -65,6 +65,7 @@ class Report:
         shapes = [f"{name} ({counted(n, 'row')}{notes.get(name, '')})" for name, n in self.formats.most_common()]
         lines += [f"format      {', '.join(shapes)}"] if shapes else []
         lines += [f"train       {self.train}", f"validation  {self.validation}", f"template    {self.template}"]
+        lines += [f"tokens      read from {self.cache} (data.cache)"] if self.cache else []
         return "\n".join([*lines, *self.notes])
 
     @property

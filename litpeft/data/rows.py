@@ -19,9 +19,8 @@ class Row:
     trained: list[bool]  # trained[i]: ids[i] is a target of the loss; never the first token
     prompt_length: int  # tokens before the first trained one
     source: str  # file:line
-    turns: list[Turn]
+    turns: Sequence[Turn]
     ended: bool = True  # the last trained token is the end-of-turn token
-    weight: float = 1.0  # how often it is seen in an epoch
 
 
 def cut(row: Row, length: int) -> list[Row]:
@@ -32,7 +31,7 @@ def cut(row: Row, length: int) -> list[Row]:
         trained = [False, *row.trained[start + 1 : start + length]]
         prompt = trained.index(True) if True in trained else len(trained)
         ended = row.ended and start < last < start + length
-        pieces.append(Row(row.ids[start : start + length], trained, prompt, row.source, row.turns, ended, row.weight))
+        pieces.append(Row(row.ids[start : start + length], trained, prompt, row.source, row.turns, ended))
     return pieces
 
 

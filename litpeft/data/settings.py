@@ -48,6 +48,9 @@ class Data:
     """Put several rows into one forward pass; attention never crosses rows, so only speed changes."""
     seed: int = 0
     """Seeds the split and the order of the rows in each epoch."""
+    cache: bool = field(default=True, metadata=LATER)
+    """Keep the tokens of 1,000 rows and more in ~/.cache/litpeft/rows, at most 10 GiB there; the next start reads them
+    from there, unless a file, the tokenizer, the template, a setting or litpeft's code has changed."""
 
     def __post_init__(self) -> None:
         check_choices(self, self.prefix)

@@ -72,6 +72,7 @@ class ChatTemplate:
             hint = "choose data.template alpaca, or auto"
             raise ConfigError("the model has no chat template", where="data.template", hint=hint)
         own = name != "alpaca" and tokenizer.chat_template is not None
+        self.now = now or datetime.now()
         self.tokenizer, self.name = tokenizer, "model" if own else "alpaca"
         alpaca = ("{{ bos_token }}" if tokenizer.adds_bos else "") + ALPACA
         self.source: str = tokenizer.chat_template if own else alpaca
@@ -79,7 +80,7 @@ class ChatTemplate:
         self.hash = hashlib.sha256(self.source.encode()).hexdigest()
         constants = dict(tokenizer.special_tokens, tools=None, documents=None)
         try:
-            self._template = Template(self.source, now or datetime.now(), constants)
+            self._template = Template(self.source, self.now, constants)
             self.end_of_turn = self._find_end_of_turn()
         except (LimitError, ValueError) as error:
             hint = "data.template alpaca does without the model's template" if is_setting else ""

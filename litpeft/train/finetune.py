@@ -47,7 +47,7 @@ def finetune(settings: Finetune, name: str, method: Method) -> None:
         except Exception as error:
             if isinstance(error, ResourceError) or not out_of_memory(error):
                 raise
-            longest = max(len(row.ids) for row in run.rows.train)
+            longest = int(run.rows.train.column("tokens").max())
             raise Shortage(settings, method, run.shapes, run.precision, longest).error(error) from error
     if progress.exit_code:
         sys.exit(progress.exit_code)

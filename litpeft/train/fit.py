@@ -52,7 +52,7 @@ class Trainer:
         tenth = max(1, self.steps // 10)
         self.measure_every = validation.interval or tenth
         self.save_every = tenth if checkpoint.interval is None else checkpoint.interval
-        self.lengths = [sum(self.gpt.frame) + len(row.ids) for row in self.rows]
+        self.lengths, self.trained = self.rows.column("tokens"), self.rows.column("trained")
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
@@ -135,7 +135,7 @@ class Trainer:
         with self.run.method.training_step(self.gpt, random.Random(f"{train.seed} {progress.step}")):
             found = self.stepper.step(batches, trained, lr, progress.step + 1, self.stop_votes)
         now = time.perf_counter()
-        tokens = sum(len(self.rows[i].ids) for i in numbers)
+        tokens = int(self.lengths[numbers].sum())
         progress.step += 1
         progress.tokens += tokens
         progress.trained_tokens += trained
@@ -156,10 +156,11 @@ class Trainer:
         fabric, train, frame = self.fabric, self.settings.train, self.gpt.frame
         torch.manual_seed(random.Random(f"{train.seed} {step} {fabric.global_rank}").getrandbits(62))
         size = None if self.settings.data.packing else train.micro_batch_size
-        layout = lay_out(numbers, self.lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
+        lengths = dict(zip(numbers, (sum(frame) + self.lengths[numbers]).tolist(), strict=True))
+        layout = lay_out(numbers, lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
         shares = ([self.rows[i] for i in micro] for micro in layout)
         batches = [collate(rows, *frame) if rows else idle(self.rows[numbers[0]], *frame) for rows in shares]
-        return [batch.to(fabric.device) for batch in batches], sum(sum(self.rows[i].trained) for i in numbers)
+        return [batch.to(fabric.device) for batch in batches], int(self.trained[numbers].sum())
 
     def stop_votes(self) -> list[float]:
         """Returns 1 for each reason that this rank has to stop: the signals, then max_time."""

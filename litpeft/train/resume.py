@@ -33,6 +33,7 @@ from litpeft.train.settings import Base, Finetune
 FREE = (
     *("out", "resume", "resume_changed", "overwrite", "dry_run", "tensorboard", "timeout"),
     *("devices", "num_nodes", "strategy", "cpu_offload", "base.dir", "base.cache", "data.path", "data.validation_path"),
+    "data.cache",
     *("checkpoint.*", "validation.sample_tokens", "train.max_time"),
     *("train.activation_checkpointing", "train.compile"),
 )

@@ -1,0 +1,160 @@
+"""Rows of tokens in a file instead of in memory: for each, a process holds its entry of the index, and no more."""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import weakref
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from litpeft.core.errors import ResourceError
+from litpeft.data.formats.turn import PLAIN, Turn
+from litpeft.data.rows import Row
+
+# a row: this head, the ids as int32, a byte for each that says whether it is trained, and its file:line
+HEAD = struct.Struct("<qqi")  # where its turns are, their bytes, and the tokens before the first trained one
+ENTRY = np.dtype(
+    [
+        *(("at", "<i8"), ("bytes", "<i4"), ("tokens", "<i4"), ("trained", "<i4"), ("hash", "<u8")),
+        *(("example", "<i4"), ("file", "<i4"), ("ended", "?"), ("plain", "?")),
+    ]
+)
+FIELDS = [field.name for field in fields(Turn)]
+TOGETHER = 256  # entries that become an array together
+
+
+class Turns(Sequence[Turn]):
+    """The turns of a row, read from the file when they are looked at: training does not need them."""
+
+    def __init__(self, descriptor: "Descriptor", at: int, size: int):
+        self._place = descriptor, at, size
+
+    def _read(self) -> list[Turn]:
+        descriptor, at, size = self._place
+        return [Turn(*map(_tuples, values)) for values in json.loads(descriptor.read(at, size))]
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._read()[at]
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __iter__(self) -> Iterator[Turn]:
+        return iter(self._read())
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == (list(other) if isinstance(other, Sequence) else other)
+
+    __hash__ = None
+
+
+def _tuples(value: Any) -> Any:
+    """Returns a field of a turn as it was: JSON has lists for tuples."""
+    return tuple(tuple(one) if isinstance(one, list) else one for one in value) if isinstance(value, list) else value
+
+
+def unwritable(error: OSError) -> ResourceError:
+    """Returns the error of rows that cannot be written."""
+    what, hint = f"the tokens of the rows cannot be written: {error.strerror or error}", "make room there"
+    return ResourceError(what, where=tempfile.gettempdir(), hint=f"{hint}, or name another folder in TMPDIR")
+
+
+class Descriptor:
+    """A file to read from; it is closed when nobody needs it any more, and may be unnamed."""
+
+    def __init__(self, handle: BinaryIO):
+        try:
+            handle.flush()
+        except OSError as error:
+            raise unwritable(error) from None
+        self.number = os.dup(handle.fileno())
+        weakref.finalize(self, os.close, self.number)
+
+    def read(self, at: int, size: int) -> bytes:
+        """Returns bytes of the file; raises if it has become shorter."""
+        data = os.pread(self.number, size, at)
+        if len(data) < size:
+            raise ResourceError("the file that holds the tokens of the rows was cut while it was read")
+        return data
+
+
+class Rows(Sequence[Row]):
+    """Rows of a file, or some of them, in an order in which one may stand several times."""
+
+    def __init__(self, descriptor: Descriptor, index: np.ndarray, order: np.ndarray | None = None):
+        self._descriptor, self._index = descriptor, index
+        self._order = np.arange(len(index)) if order is None else order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return Rows(self._descriptor, self._index, self._order[at])
+        entry = self._index[self._order[at]]
+        tokens, data = int(entry["tokens"]), self._descriptor.read(int(entry["at"]), int(entry["bytes"]))
+        turns_at, turns, prompt = HEAD.unpack_from(data)
+        ids = np.frombuffer(data, "<i4", tokens, HEAD.size).tolist()
+        trained = np.frombuffer(data, "?", tokens, HEAD.size + 4 * tokens).tolist()
+        source = data[HEAD.size + 5 * tokens :].decode(errors="surrogateescape")
+        return Row(ids, trained, prompt, source, Turns(self._descriptor, turns_at, turns), bool(entry["ended"]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
+
+    def column(self, name: str) -> np.ndarray:
+        """Returns a field of the rows' entries: tokens; trained, how many of them are; hash, of the tokens; ..."""
+        return self._index[name][self._order]
+
+    def where(self, chosen: np.ndarray) -> "Rows":
+        """Returns the rows at these places, or those for which an array of bools is true."""
+        return Rows(self._descriptor, self._index, self._order[chosen])
+
+
+class RowWriter:
+    """Appends rows to an open file."""
+
+    def __init__(self, handle: BinaryIO):
+        self.handle, self.at, self.sha256 = handle, 0, hashlib.sha256()
+        self._parts: list[np.ndarray] = []
+        self._latest: list[tuple[Any, ...]] = []
+
+    def put(self, data: bytes) -> int:
+        """Appends bytes; returns where they begin."""
+        try:
+            self.handle.write(data)
+        except OSError as error:
+            raise unwritable(error) from None
+        self.sha256.update(data)
+        self.at += len(data)
+        return self.at - len(data)
+
+    def add(self, rows: Sequence[Row], example: int, file: int) -> None:
+        """Appends a row, or the pieces of one that was cut; they come from the example of this number of the file."""
+        turns = json.dumps([[getattr(turn, name) for name in FIELDS] for turn in rows[0].turns], default=str).encode()
+        turns_at, plain = self.put(turns), rows[0].turns[0].role == PLAIN
+        for row in rows:
+            ids, source = array("i", row.ids).tobytes(), row.source.encode(errors="surrogateescape")
+            number = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little")
+            data = b"".join((HEAD.pack(turns_at, len(turns), row.prompt_length), ids, bytes(row.trained), source))
+            counts = len(data), len(row.ids), sum(row.trained), number
+            self._latest.append((self.put(data), *counts, example, file, row.ended, plain))
+        if len(self._latest) >= TOGETHER:
+            self._gather()
+
+    def _gather(self) -> None:
+        self._parts.append(np.array(self._latest, ENTRY))
+        self._latest.clear()
+
+    @property
+    def index(self) -> np.ndarray:
+        """Returns the entries of all rows so far."""
+        self._gather()
+        self._parts = [np.concatenate(self._parts)]
+        return self._parts[0]
