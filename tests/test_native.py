@@ -109,7 +109,7 @@ def exact(layer: Linear) -> torch.Tensor:
             (layer.weight, layer.scale, layer.shift), (layer.out_features, layer.in_features), torch.float64
         )
     if not isinstance(layer, FourBit):
-        return layer.weight.double()
+        return layer.dense().double()
     code = layer.codes().view(-1, BLOCK).int()
     weight = torch.tensor(CODES[layer.kind]).bfloat16()[code].double() * layer.blocks().double()[:, None]
     return weight.view(layer.out_features, -1)

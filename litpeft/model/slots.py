@@ -217,6 +217,10 @@ class Linear(nn.Linear):
         """Returns the weight (out, in) that `base` multiplies with."""
         return self.weight
 
+    def multiply(self, x: Tensor, back: bool = False) -> Tensor | None:
+        """Returns W x by a product of the storage's own, if it has one for x: see quantized.py."""
+        return None
+
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns the tensors that would hold a weight (out, in), by name; does not store them."""
         return {"weight": weight}

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from litpeft.core.errors import ConfigError
 from litpeft.core.precision import Precision
 from litpeft.model.gpt import GPT
+from litpeft.model.quantize import storage_class
 from litpeft.train.settings import Finetune
 
 
@@ -22,6 +23,9 @@ def check_devices(settings: Finetune, precision: Precision, device: torch.device
     if device.type == "cuda" and settings.devices > torch.cuda.device_count():
         what = f"{settings.devices} are asked for, this machine has {torch.cuda.device_count()} GPUs"
         raise ConfigError(what, where="devices")
+    storage = settings.base.quantize
+    if storage is not None and (reason := storage_class(storage).why_not(device)) is not None:
+        raise ConfigError(reason, where="base.quantize", hint="take int8 or nf4")
     if settings.strategy == "fsdp" and precision.fabric == "16-mixed":
         hint = "take bf16-true or bf16-mixed, or strategy ddp"
         what = "16-mixed scales its gradients, which Fabric does not do over sharded ones"

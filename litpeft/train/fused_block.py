@@ -131,13 +131,28 @@ def _attention(block: Block, x: Tensor, ctx: Context, qkv: Group, o: Group) -> T
 
 def _linear(layer: Linear, x: Tensor) -> Tensor:
     """Returns W x + b (N, out)."""
-    return F.linear(x, layer.dense().to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+    bias, y = None if layer.bias is None else layer.bias.to(x.dtype), layer.multiply(x)
+    if y is None:
+        return F.linear(x, layer.dense().to(x.dtype), bias)
+    return y if bias is None else y.add_(bias)
 
 
 def _sum(x: Tensor, t: Tensor, b: Tensor, y: Tensor, layer: Linear) -> Tensor:
     """Returns x + t b^T + W y (N, out)."""
-    weight = layer.dense().to(x.dtype)
-    return kernels().updated(x, t, b).addmm_(y, weight.T) if b.size(1) else torch.addmm(x, y, weight.T)
+    updated, product = kernels().updated(x, t, b) if b.size(1) else None, layer.multiply(y)
+    if product is not None:
+        return product.add_(x if updated is None else updated)
+    weight = layer.dense().to(x.dtype).T
+    return torch.addmm(x, y, weight) if updated is None else updated.addmm_(y, weight)
+
+
+def _add_back(dx: Tensor | None, dy: Tensor, layer: Linear) -> Tensor:
+    """Returns dx + W^T dy (N, in), written over dx; without dx, W^T dy."""
+    product = layer.multiply(dy, back=True)
+    if product is not None:
+        return product if dx is None else dx.add_(product)
+    weight = layer.dense().to(dy.dtype)
+    return dy @ weight if dx is None else dx.addmm_(dy, weight)
 
 
 def _parts(t: Tensor, bs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -155,8 +170,7 @@ def _spread(dt: Tensor, a: Tensor, dys: Sequence[Tensor], layers: Sequence[Linea
     """Returns the gradient (N, in) of what the layers read. Each product adds to the one before as it is written."""
     dx = dt @ a if len(a) else None
     for dy, layer in zip(dys, layers, strict=True):
-        weight = layer.dense().to(dy.dtype)
-        dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+        dx = _add_back(dx, dy, layer)
     return dx
 
 
@@ -250,7 +264,7 @@ class _MLP(torch.autograd.Function):
         gate, up, t, scale = kept or _MLP.middle(x, ctx.norm, ctx.group, a)
         parts = _parts(t, (bg, bu))
         dtd, dbd = _thin([dy], [(td, bd)])
-        y = dy @ ctx.below.layers[0].dense().to(dy.dtype)
+        y = _add_back(None, dy, ctx.below.layers[0])
         kernels().swiglu_backward(y, gate, up, parts, (dtd, ad.T.contiguous()))  # which writes over its first three
         for tensor in kept[:2]:
             increment_version(tensor)  # so that a second backward pass fails

@@ -127,7 +127,7 @@ def _strips(layer: Linear) -> Tensor:
     inputs, strips = layer.in_features, layer.out_features // STRIP
     if isinstance(layer, Int8):
         return layer.weight.detach().view(strips, STRIP, inputs // 2, 2).permute(0, 2, 3, 1)
-    if isinstance(layer, Quantized):
+    if isinstance(layer, FourBit | Grouped):
         codes = layer.codes().view(strips, STRIP, inputs // 4, 4)
         return (codes[..., :2] | codes[..., 2:] << 4).transpose(1, 2)
     return layer.dense().detach().view(strips, STRIP, inputs // 2, 2).transpose(1, 2)

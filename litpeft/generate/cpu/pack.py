@@ -12,6 +12,7 @@ from litpeft.model.context import Context
 from litpeft.model.gpt import GPT, MLP, Attention, Block
 from litpeft.model.quantize.few_bits import NF2, NF3
 from litpeft.model.quantize.four_bit import FP4, NF4
+from litpeft.model.quantize.fp8 import FP8
 from litpeft.model.quantize.grouped import Int2, Int3, Int4
 from litpeft.model.quantize.int8 import Int8
 from litpeft.model.slots import Linear, TiedHead
@@ -40,6 +41,7 @@ class PackedTiedHead(TiedHead):
 
 KINDS = {
     **{Linear: OneDNNLinears, TiedHead: OneDNNLinears, Int8: Int8Linears, NF4: FourBitLinears, FP4: FourBitLinears},
+    FP8: OneDNNLinears,  # unpacked: no kernel for CPUs multiplies with its codes
     **dict.fromkeys((NF3, NF2, Int4, Int3, Int2), None),  # only in the C++ kernels' layout
 }
 

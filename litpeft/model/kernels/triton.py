@@ -10,7 +10,8 @@ from torch import Tensor
 
 SIZE = 1024  # numbers that one program takes
 HEADS = 8  # heads that one program rotates
-CLASSES = 4096  # logits that a program reads at a time
+CLASSES = 4096  # logits, or numbers of a row, that a program reads at a time
+TILE = 64  # rows and columns that one program transposes
 
 
 @triton.jit
@@ -98,6 +99,56 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     _cross_entropy[len(logits),](logits, targets, losses, logits.size(1), CLASSES, num_warps=8)
     return losses
+
+
+@triton.jit
+def _quantize_rows(x, factors, codes, scales, n, stride, scaled: tl.constexpr, size: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    x += row * stride
+    largest = 0.0
+    for start in range(0, n, size):
+        at = start + tl.arange(0, size)
+        part = tl.load(x + at, mask=at < n, other=0).to(tl.float32)
+        if scaled:
+            part *= tl.load(factors + at, mask=at < n, other=0)
+        largest = tl.maximum(largest, tl.max(tl.abs(part), 0))
+    scale = (
+        tl.maximum(largest, 1.1754943508222875e-38) / 448
+    )  # of float32's normal numbers the smallest; e4m3's largest
+    tl.store(scales + row, scale)
+    for start in range(0, n, size):
+        at = start + tl.arange(0, size)
+        part = tl.load(x + at, mask=at < n, other=0).to(tl.float32)
+        if scaled:
+            part *= tl.load(factors + at, mask=at < n, other=0)
+        part = tl.minimum(tl.maximum(part / scale, -448.0), 448.0)
+        tl.store(codes + row * n + at, part.to(codes.dtype.element_ty), mask=at < n)
+
+
+def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns x (n, d), times `factors` (d,) if given, as e4m3 and the float32 scale of each row (n, 1)."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    given = (x, x if factors is None else factors, codes, scales, x.size(1), x.stride(0), factors is not None)
+    _quantize_rows[len(x),](*given, CLASSES, num_warps=8)
+    return codes, scales
+
+
+@triton.jit
+def _transpose(x, y, rows, columns, size: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)[:, None]
+    column = tl.program_id(1).to(tl.int64) * size + tl.arange(0, size)[None, :]
+    tile = tl.load(x + row * columns + column, mask=(row < rows) & (column < columns), other=0)
+    row, column = tl.trans(row), tl.trans(column)
+    tl.store(y + column * rows + row, tl.trans(tile), mask=(row < rows) & (column < columns))
+
+
+def transposed(x: Tensor) -> Tensor:
+    """Returns bytes x (n, m) as (m, n), contiguous; torch's copy reads or writes them one at a time."""
+    y = torch.empty(x.size(1), x.size(0), dtype=x.dtype, device=x.device)
+    _transpose[triton.cdiv(x.size(0), TILE), triton.cdiv(x.size(1), TILE)](x, y, *x.shape, TILE)
+    return y
 
 
 @triton.jit

@@ -10,6 +10,7 @@ STORAGES = {  # module:class, and whether double quantisation packs its constant
     "fp4": ("litpeft.model.quantize.four_bit:FP4", True),
     "nf3": ("litpeft.model.quantize.few_bits:NF3", True),
     "nf2": ("litpeft.model.quantize.few_bits:NF2", True),
+    "fp8": ("litpeft.model.quantize.fp8:FP8", False),
     "int8": ("litpeft.model.quantize.int8:Int8", False),
     "int4": ("litpeft.model.quantize.grouped:Int4", False),
     "int3": ("litpeft.model.quantize.grouped:Int3", False),

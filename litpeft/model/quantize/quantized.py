@@ -58,6 +58,18 @@ class Quantized(Linear):
         """Returns the packed tensors of a weight (out, in) by name, on its device; does not store them."""
         raise NotImplementedError(f"{type(self).__name__} must say how a weight is packed")
 
+    @classmethod
+    def why_not(cls, device: torch.device) -> str | None:
+        """Returns why one does not train with this storage on a device; None if one does."""
+        return None
+
+    def multiply(self, x: Tensor, back: bool = False) -> Tensor | None:
+        """Returns W x (..., out) without autograd; with `back`, the gradient (..., in) of x where x is that of W x.
+
+        None: the device has no product with these codes, and the weight is to be unpacked.
+        """
+        return None
+
     def folded(self, affine: Affine) -> dict[str, Tensor] | None:
         """Returns the packed tensors of the weight with an affine map folded into it, its codes as they are.
 
