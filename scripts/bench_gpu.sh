@@ -5,13 +5,14 @@
 #   bash scripts/bench_gpu.sh OUT MODEL [ROWS.json] [TOOL ...]
 #
 # MODEL is a small Llama's folder, for its tokenizer and its shapes (its weights are not read). With ROWS the command
-# `litpeft finetune lora` is timed on them too. TOOLs: litpeft litpeft-nf4 litpeft-checkpointing unsloth unsloth-nf4 peft.
+# `litpeft finetune lora` is timed on them too. TOOLs: litpeft litpeft-nf4 litpeft-fp8 litpeft-checkpointing
+# unsloth unsloth-nf4 peft.
 # PYTHON is the interpreter, default .venv/bin/python.
 
 set -uo pipefail
 out=$1 model=$2 rows=${3:-} && shift $(($# < 3 ? $# : 3))
 tools=("$@")
-[ ${#tools[@]} -gt 0 ] || tools=(litpeft litpeft-nf4 litpeft-checkpointing unsloth unsloth-nf4)
+[ ${#tools[@]} -gt 0 ] || tools=(litpeft litpeft-nf4 litpeft-fp8 litpeft-checkpointing unsloth unsloth-nf4)
 gpu=("${PYTHON:-.venv/bin/python}" "$(dirname "$0")/bench/gpu.py")
 export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"

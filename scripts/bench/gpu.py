@@ -100,12 +100,12 @@ def batch(lengths: list[int], generator: torch.Generator):
 
 
 def train(folder: Path, tool: str) -> dict[str, object]:
-    """Measures litpeft, litpeft-nf4, litpeft-checkpointing, peft (with liger), unsloth or unsloth-nf4."""
+    """Measures litpeft, litpeft-nf4, litpeft-fp8, litpeft-checkpointing, peft (with liger), unsloth or unsloth-nf4."""
     began, generator = time.perf_counter(), torch.Generator().manual_seed(1)
     if tool.startswith("litpeft"):
         from litpeft.model.objective import summed_loss
 
-        model = litpeft_model(folder, "nf4" if tool.endswith("nf4") else None).train()
+        model = litpeft_model(folder, next((name for name in ("nf4", "fp8") if tool.endswith(name)), None)).train()
         model.recompute = tool.endswith("checkpointing")
         rows = batch([LENGTH] * ROWS, generator)
         step = optimized(model.parameters(), lambda: (summed_loss(model, rows) / len(rows.at)).backward())
