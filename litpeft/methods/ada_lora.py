@@ -4,9 +4,7 @@
 
     loss + orthogonality * mean(||A A^T - I||, ||B^T B - I||)        A (rank, in), E (rank,), B (out, rank)
 
-    importance of a number t:  I <- 0.85 I + 0.15 |t dloss/dt|,  U <- 0.85 U + 0.15 ||t dloss/dt| - I|;  I U
-
-    importance of the triple k:  that of E_k, and the means over A_k and B_k
+    importance of the triple k:  that of E_k, and the means over A_k and B_k; of a number: see model/importance.py
 
 E = 0 at the start, so nothing changes at first. Of the `rank` triples of a layer fewer and fewer are kept, in the end
 `final_rank` on average; then the choice stands. A triple that was set to zero may grow again before that.
@@ -27,41 +25,26 @@ from litpeft.core.kinds import check_least
 from litpeft.methods.lora import LoRA
 from litpeft.model.delta import deltas_of
 from litpeft.model.gpt import GPT
-from litpeft.model.slots import LowRankDelta
-
-BETA = 0.85  # share of the old in the moving averages
+from litpeft.model.importance import Weighed
 
 
-class Triples(LowRankDelta):
-    """s B diag(E) A x, with moving averages of |t dloss/dt| and of its distance from them for each number t."""
+class Triples(Weighed):
+    """s B diag(E) A x, of which each number has an importance."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float):
         super().__init__()
         self.scale, self.dropout = scale, dropout
         normal = partial(nn.init.normal_, std=0.02)
-        for name, shape, start in (
-            ("A", (rank, in_features), normal),
-            ("E", (rank,), 0.0),
-            ("B", (out_features, rank), normal),
-        ):
-            self.tensor(name, shape, start)
-            self.buffer(f"{name}_importance", shape, 0.0, kept="checkpoint")
-            self.buffer(f"{name}_uncertainty", shape, 0.0, kept="checkpoint")
+        self.weighed_tensor("A", (rank, in_features), normal)
+        self.weighed_tensor("E", (rank,), 0.0)
+        self.weighed_tensor("B", (out_features, rank), normal)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.E[:, None] * self.A, self.scale * self.B
 
-    def observe(self) -> None:
-        """Brings the averages up to date with the gradients."""
-        for name, parameter in self.named_parameters(recurse=False):
-            average, uncertainty = self.get_buffer(f"{name}_importance"), self.get_buffer(f"{name}_uncertainty")
-            now = (gather(parameter) * gather(parameter.grad)).abs()
-            average.lerp_(now, 1 - BETA)
-            uncertainty.lerp_((now - average).abs(), 1 - BETA)
-
     def importance(self) -> Tensor:
         """Returns the importance of each triple (rank,)."""
-        a, e, b = (self.get_buffer(f"{name}_importance") * self.get_buffer(f"{name}_uncertainty") for name in "AEB")
+        a, e, b = (self.importance_of(name) for name in "AEB")
         return e + a.mean(1) + b.mean(0)
 
     def distance(self) -> Tensor:

@@ -1,16 +1,9 @@
 """An evolutionary search: of tuples of choices the one with the least loss, as far as a few generations find it."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-
-import torch
-from torch import Tensor
-
-from litpeft.model.slots import Delta
+from collections.abc import Callable
 
 Genes = tuple[str, ...]
-Path = tuple[str, ...]  # the genes of one layer
 
 MUTATED = 0.2  # share of the genes that a mutation draws anew
 
@@ -57,72 +50,3 @@ def evolve(
             if genes not in losses:
                 losses[genes] = loss(genes)
     return losses
-
-
-class Searched(Delta):
-    """A Delta of several terms, of which each takes one of the forms that it allows, the largest first."""
-
-    def __init__(self, forms: dict[str, Path], known: Path):
-        super().__init__()
-        self.forms, self.known = forms, known
-        self.largest = tuple(allowed[0] for allowed in forms.values())
-        self.buffer("path", (len(forms), len(known)), lambda path: self.take(self.largest, path), kept="result")
-        self.buffer("chosen", (1,), 0.0, kept="checkpoint")  # 1 once a search has chosen the path
-
-    @torch.no_grad()
-    def take(self, path: Path, where: Tensor | None = None) -> None:
-        """Takes this path from now on; `path`, the buffer, has a 1 for the form of each term."""
-        rows = [[float(form == one) for form in self.known] for one in path]
-        (self.path if where is None else where).copy_(torch.tensor(rows))
-
-    def gates(self, name: str) -> Tensor:
-        """Returns a 1 at the form that a term takes, and zeros (forms,)."""
-        return self.path[list(self.forms).index(name)]
-
-    def count(self, path: Path) -> int:
-        """Returns how many parameters the terms of a path have."""
-        raise NotImplementedError(f"{type(self).__name__} must say how many parameters a path has")
-
-
-@contextmanager
-def random_paths(layers: Sequence[Searched], draws: random.Random) -> Iterator[None]:
-    """Has each layer take a path at random, and its largest one afterwards; no-op once a search has chosen."""
-    layers = [layer for layer in layers if not layer.chosen]
-    for layer in layers:
-        layer.take(tuple(draws.choice(allowed) for allowed in layer.forms.values()))
-    yield
-    for layer in layers:
-        layer.take(layer.largest)
-
-
-def search(
-    layers: Sequence[Searched],
-    loss: Callable[[], float],
-    limit: int | None,
-    population: int,
-    generations: int,
-    seed: int,
-) -> str:
-    """Has each layer take a path, together those with the least loss in `limit`; returns a line about them."""
-
-    def paths(genes: Genes) -> list[tuple[Searched, Path]]:
-        rest = iter(genes)
-        return [(layer, tuple(next(rest) for _ in layer.forms)) for layer in layers]
-
-    def parameters(genes: Genes) -> int:
-        return sum(layer.count(path) for layer, path in paths(genes))
-
-    def measured(genes: Genes) -> float:
-        for layer, path in paths(genes):
-            layer.take(path)
-        return loss()
-
-    choices = [allowed for layer in layers for allowed in layer.forms.values()]
-    fits = lambda genes: limit is None or parameters(genes) <= limit  # noqa: E731
-    losses = evolve(choices, measured, fits, population, generations, seed)
-    best = min(losses, key=losses.__getitem__)
-    for layer, path in paths(best):
-        layer.take(path)
-        layer.chosen.fill_(1)
-    least = f"{losses[best]:.4f} is the least loss on the held-out rows of {len(losses)} paths"
-    return f"{least}; that path has {parameters(best):,} parameters"

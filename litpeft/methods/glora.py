@@ -11,30 +11,25 @@
     all start at zero, so nothing changes at first
 
 The forms of a term share its numbers: those of the outputs are the first column of the low-rank form, and the one
-number is the first of them. Each step trains a path drawn anew, one of 432 in each layer. Then an evolutionary search
-compares paths by their loss on the held-out rows, and the steps that are left train the best one. (In the paper none
-are left: it draws paths for 500 epochs.)
+number is the first of them. A path is one of 432 in each layer; how it is found is said in searched.py. (In the paper
+no steps are left after the search: it draws paths for 500 epochs.)
 
 GLoRA https://arxiv.org/abs/2306.07967.
 Trains 2 rank * (in + out) + rank * (in + 1) + 2 out parameters for each target. Folds: W <- W + W * A + B,
 b <- b + b * D + E + W C, so the merged layer has a bias.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_least
-from litpeft.methods.evolution import Path, Searched, random_paths, search
 from litpeft.methods.lora import LARGEST_RANK
-from litpeft.model.affine import Affine
-from litpeft.model.delta import Method, deltas_of, linears
+from litpeft.methods.searched import Path, Searched, SearchedMethod
+from litpeft.model.affine import Affine, as_product
+from litpeft.model.delta import deltas_of, linears
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear, kaiming
 
@@ -82,11 +77,9 @@ class Generalized(Searched):
         shift += [] if e is None else [e]
         shift += [] if c is None else [(weight @ c[0] @ c[1])[:, 0]]
         left, right = (None, None) if b is None else b
-        if a is not None:  # a matrix of full rank, as a product with the identity
+        if a is not None:
             change = weight * (a[0] @ a[1])
-            change = change if b is None else torch.addmm(change, *b)
-            one = torch.eye(min(weight.shape), dtype=change.dtype, device=change.device)
-            left, right = (one, change) if len(weight) < weight.size(1) else (change, one)
+            left, right = as_product(change if b is None else torch.addmm(change, *b))
         return Affine(A=right, B=left, shift=sum(shift) if shift else None)
 
     def count(self, path: Path) -> int:
@@ -95,32 +88,21 @@ class Generalized(Searched):
 
 
 @dataclass
-class GLoRA(Method):
+class GLoRA(SearchedMethod):
     """Factors and summands of weights and biases, in forms that are searched for on held-out rows."""
+
+    kind: ClassVar[type[Searched]] = Generalized
 
     rank: int = 8
     """Rank of the low-rank forms."""
     forms: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """The forms that a term may take, e.g. {"A": ["vector", "none"], "C": ["none"]}; other terms may take all."""
-    limit: int | None = None
-    """Most parameters that the path found may have."""
-    population: int = 16
-    """Paths that the search compares in each generation."""
-    generations: int = 4
-    """Generations of the search."""
-    search_after: float = 0.3
-    """Share of the steps after which the search is; the others train the path that it found. 1 is the paper's way."""
-    seed: int = 0
-    """What the search draws follows from."""
     targets: tuple[str, ...] = ("*.attn.*", "*.mlp.*")
     """Globs of the linear layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_least(self, "method.", rank=1, most=LARGEST_RANK)
-        check_least(self, "method.", population=2, generations=1, most=100_000)
-        check_least(self, "method.", limit=0, seed=0)
-        if not 0 < self.search_after <= 1:
-            raise ValueError(f"method.search_after must be above 0 and at most 1, got {self.search_after}")
         for name, allowed in self.forms.items():
             if name not in TERMS or not allowed or not set(allowed) <= set(TERMS[name]):
                 known = "; ".join(f"{term}: {', '.join(forms)}" for term, forms in TERMS.items())
@@ -133,23 +115,10 @@ class GLoRA(Method):
         return any(len(forms) > 1 for forms in self.allowed.values())
 
     def attach(self, model: GPT) -> None:
-        layers, least = linears(model, self.targets).values(), 0
-        for linear in layers:
-            delta = Generalized(linear, self.rank, self.allowed)
-            least += delta.count(tuple(allowed[-1] for allowed in delta.forms.values()))
-            linear.slot.add("glora", delta)
-        if self.limit is not None and self.limit < least:
-            raise ConfigError(f"{self.limit:,} are fewer than the {least:,} of the smallest path", where="method.limit")
+        for linear in linears(model, self.targets).values():
+            linear.slot.add("glora", Generalized(linear, self.rank, self.allowed))
+        self.check_limit(deltas_of(model, Generalized))
 
     def configure(self, config: dict[str, Any]) -> None:
         if any(self.allowed[term] != ("none",) for term in "CE"):
             config |= {"attention_bias": True, "mlp_bias": True}
-
-    def training_step(self, model: GPT, draws: Random) -> AbstractContextManager[None]:
-        return random_paths(deltas_of(model, Generalized), draws)
-
-    def search_step(self, steps: int) -> int:
-        return max(1, round(self.search_after * steps))
-
-    def search(self, model: GPT, loss: Callable[[], float]) -> str:
-        return search(deltas_of(model, Generalized), loss, self.limit, self.population, self.generations, self.seed)

@@ -25,16 +25,14 @@ from litpeft.core.kinds import check_least
 from litpeft.data.batches import Batch
 from litpeft.methods.loftq import LoftQ
 from litpeft.model.delta import Held, linears
-from litpeft.model.fisher import mean_squares
+from litpeft.model.fisher import error_weights, mean_squares
 from litpeft.model.gpt import GPT
 from litpeft.model.kernels.low_rank import Factors
 from litpeft.model.quantize import STORAGES, Storage
 from litpeft.model.quantize.allocation import least_costly
 from litpeft.model.quantize.quantized import empty_layer
-from litpeft.model.singular import largest
+from litpeft.model.singular import largest_weighted
 from litpeft.model.slots import Bank, Linear
-
-FLOOR = 0.01  # of the mean: smallest weight of a row or a column, by which is divided
 
 
 @dataclass
@@ -101,8 +99,8 @@ class LQLoRA(LoftQ):
         for (name, (_, shape)), choices in zip(targets.items(), layers, strict=True):
             weight = read(name).to(torch.promote_types(model.dtype, torch.float32))
             w1, w2 = self.weights_of(name, weight)
-            a, b = largest(w1 * weight * w2, min(shape[:3]))
-            rest = weight - (b / w1) @ (a / w2)
+            a, b = largest_weighted(weight, min(shape[:3]), w1, w2)
+            rest = weight - b @ a
             errors = (w1 * (rest - layer.unpacked(layer.pack(rest))) * w2 for layer in choices)
             costs.append([float(error.square().sum()) for error in errors])
         return least_costly(costs, sizes, budget)
@@ -114,8 +112,7 @@ class LQLoRA(LoftQ):
     def parts(self, name: str, weight: Tensor, rank: int, held: Held) -> tuple[Factors, Factors]:
         (w1, w2), codes, best, pair = self.weights_of(name, weight), 0, torch.inf, None
         for _ in range(self.iterations):
-            a, b = largest(w1 * (weight - codes) * w2, rank)
-            a, b = a / w2, b / w1
+            a, b = largest_weighted(weight - codes, rank, w1, w2)
             codes = held(weight - b @ a)
             error = float((w1 * (weight - codes - b @ a) * w2).square().sum())
             if error >= best:
@@ -128,6 +125,4 @@ class LQLoRA(LoftQ):
 
     def calibrate(self, model: GPT, batches: Iterator[Batch]) -> None:
         found = mean_squares(model, linears(model, self.targets), islice(batches, self.fisher_rows))
-        for name, pair in found.items():
-            roots = [(squares / squares.mean().sqrt()).sqrt() for squares in pair]  # w1 w2 is near the gradients' size
-            self.weights[name] = tuple(root.clamp(min=FLOOR * root.mean()).nan_to_num(1.0) for root in roots)
+        self.weights = {name: error_weights(means) for name, means in found.items()}

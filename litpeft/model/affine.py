@@ -57,3 +57,9 @@ class Affine:
             torch.block_diag(*b) if a else None,
             torch.cat(shift) if any(part.shift is not None for part in parts) else None,
         )
+
+
+def as_product(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns B (out, r) and A (r, in) whose product is a matrix of full rank: one of them is the identity."""
+    one = torch.eye(min(matrix.shape), dtype=matrix.dtype, device=matrix.device)
+    return (one, matrix) if len(matrix) < matrix.size(1) else (matrix, one)

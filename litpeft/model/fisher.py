@@ -9,6 +9,8 @@ from litpeft.model.gpt import GPT
 from litpeft.model.objective import summed_loss
 from litpeft.model.slots import Linear
 
+FLOOR = 0.01  # of the mean: smallest weight of a row or a column, by which is divided
+
 
 def mean_squares(
     model: GPT, layers: Mapping[str, Linear], batches: Iterable[Batch]
@@ -31,3 +33,12 @@ def mean_squares(
     for batch in batches:
         (summed_loss(model, batch) / len(batch.at)).backward()
     return sums
+
+
+def error_weights(means: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns weights of a layer's rows (out, 1) and columns (1, in), of which each product is near a gradient's size.
+
+    `means` are those of `mean_squares`.
+    """
+    roots = [(squares / squares.mean().sqrt()).sqrt() for squares in means]
+    return tuple(root.clamp(min=FLOOR * root.mean()).nan_to_num(1.0) for root in roots)

@@ -14,6 +14,15 @@ def largest(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * v[:, :rank].T, u[:, :rank] * root
 
 
+def largest_weighted(weight: Tensor, rank: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns A and B whose errors are the least where each is multiplied by its row's and its column's weight.
+
+    `rows` are (out, 1), `columns` (1, in), all above 0.
+    """
+    a, b = largest(rows * weight * columns, rank)
+    return a / columns, b / rows
+
+
 class Components:
     """The largest principal components of vectors that come in parts, as by Ross et al. (2008)."""
 
