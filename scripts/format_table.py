@@ -12,12 +12,22 @@ from litpeft.model.families import FAMILIES
 
 # part of a test's file and name -> direction; the first that fits
 DIRECTIONS = {
+    "test_config_keys": "keys of config.json",
+    "test_packed_files": "from 4-bit folders",
+    "test_gpt.": "from HF folder",
+    "test_long_texts": "from HF folder",
+    "test_names": "from HF folder",
+    "test_text_model": "from HF folder",
+    "an_adapter_of_peft_on_a_family": "from peft",
+    "test_peft_families": "to peft",
+    "test_peft_experts": "to peft",
     "test_hf_out": "to HF folder",
     "test_generation_config": "to HF folder",
     "test_peft_out": "to peft",
     "test_peft_in": "from peft",
     "test_convert_bin": "from .bin",
     "test_convert": "from GGUF",
+    "test_gguf_in": "from GGUF",
     "transformers_reads": "GGUF to transformers",
     "test_gguf_out": "GGUF to llama.cpp",
     "llama_cpp_computes_with_the_adapter": "adapter to llama.cpp",
@@ -25,16 +35,20 @@ DIRECTIONS = {
     "test_adapters_out": "refused, or checked",
     "test_push": "to the hub",
 }
-OTHER_NAMES = {"neox": "gpt_neox", "smollm2": "llama"}  # in the names of tests
+# in the names of tests, and of their parameters
+OTHER_NAMES = {"neox": "gpt_neox", "smollm2": "llama", "gemma3": "gemma3_text", "mxfp4": "gpt_oss"}
 
 
 def family_of(test: str) -> str:
-    """Returns the family that a test's parameters name, the longest name if several do; llama is the usual one."""
-    parameters = test.partition("[")[2]
-    for short, name in OTHER_NAMES.items():
-        parameters = parameters if name in parameters else parameters.replace(short, name)
-    found = sorted((name for name in FAMILIES if name in parameters), key=len)
-    return found[-1] if found else "llama"
+    """Returns the family that a test's parameters name, or its own name; the longest if several are; else llama."""
+    function, _, parameters = test.partition("[")
+    for text in (parameters, function.rpartition(".")[2]):
+        for short, name in OTHER_NAMES.items():
+            text = text if name in text else text.replace(short, name)  # noqa: PLW2901
+        found = sorted((name for name in FAMILIES if name in text), key=len)
+        if found:
+            return found[-1]
+    return "llama"
 
 
 def direction_of(test: str) -> str | None:
