@@ -17,7 +17,8 @@ from litpeft.methods import METHODS
 from litpeft.model.build import build
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import trainable
-from litpeft.model.gpt import GPT, MLP, Attention
+from litpeft.model.gpt import GPT, MLP
+from litpeft.model.multi_head import Attention
 from litpeft.model.norms import RMSNorm
 from litpeft.model.slots import Delta, Linear, Slot
 

@@ -31,6 +31,15 @@ def longrope(original: int, numbers: int = 8, **rope: object) -> dict:
 
 
 GEMMA = {"pad_token_id": 0, "head_dim": 32}
+GEMMA4 = GEMMA | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 8,
+    "hidden_size_per_layer_input": 64,
+    "vocab_size_per_layer_input": 320,
+}
 FAMILY_CASES = {  # the first of each family is also tested in training and answers, see tiny_families.py
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen2, tied, no window": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -60,6 +69,15 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     },
     "olmoe": {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
     "olmoe, clipped": {"model_type": "olmoe", "num_experts": 3, "num_experts_per_tok": 3, "clip_qkv": 0.2},
+    "gemma4_text": {"model_type": "gemma4_text", "num_kv_shared_layers": 2, "use_double_wide_mlp": True} | GEMMA4,
+    "gemma4_text, values are keys, few global heads": {
+        "model_type": "gemma4_text",
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "final_logit_softcapping": 5.0,
+    }
+    | GEMMA4
+    | {"hidden_size_per_layer_input": 0},
     "gemma3_text": {"model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 2} | GEMMA,
     "gemma3_text, scaled, of no round size": {
         "model_type": "gemma3_text",
@@ -178,11 +196,17 @@ def reference(changes: dict, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
-    """Draws biases, which start at zero, and norms, which start at one: neither would show a mistake."""
+    """Draws biases, which start at zero, and norms, which start at one: neither would show a mistake.
+
+    Also the buffers that files hold.
+    """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if name == "bias" or parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, 1.0 if name == "weight" else 0.0, 0.2)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                torch.nn.init.normal_(buffer, 0.0 if name.endswith("bias") else 1.0, 0.2)
     return model
 
 

@@ -123,8 +123,8 @@ class TokenCache:
             return
         capacity = max(length, min(2 * have, most), min(FIRST_LENGTH, most))
         grown = []
-        for layer in old:
-            new = KVCache(rows, capacity, config, self.model.dtype or weight.dtype, weight.device)
+        for number, layer in enumerate(old):
+            new = KVCache(rows, capacity, config, self.model.dtype or weight.dtype, weight.device, number)
             if layer is not None:
                 new.k[:, :, :have], new.v[:, :, :have] = layer.k, layer.v
             grown.append(new)

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_least
 from litpeft.model.attention import attend
 from litpeft.model.context import Context
 from litpeft.model.delta import Method
-from litpeft.model.gpt import GPT, Attention
+from litpeft.model.gpt import GPT
+from litpeft.model.multi_head import Attention
 from litpeft.model.slots import Delta
 
 LONGEST_PROMPT = 65536  # tokens; longer than what any model reads
@@ -65,5 +67,8 @@ class Adapter(Method):
 
     def attach(self, model: GPT) -> None:
         for block in model.blocks[-self.layers :]:
+            if len(block.attn.keys_and_values()) < 2:
+                what = f"the prompts of layer {block.attn.layer} need keys and values that the layer computes itself"
+                raise ConfigError(what, where="method", hint="take another method, such as prefix or lora")
             delta = PromptAttention(model.config.d_model, model.config.n_heads, self.prompt_length)
             block.attn.core.add("adapter", delta)

@@ -26,7 +26,8 @@ from litpeft.core.kinds import check_least
 from litpeft.methods.lora import LoRA
 from litpeft.model.attention import Documents, attend
 from litpeft.model.context import Context
-from litpeft.model.gpt import GPT, Attention
+from litpeft.model.gpt import GPT
+from litpeft.model.multi_head import Attention
 from litpeft.model.rope import interpolated
 from litpeft.model.slots import Delta
 

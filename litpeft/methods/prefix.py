@@ -83,7 +83,7 @@ class Prefix(Method):
         if self.hidden is not None:
             network = model.banks[PLACE] = Network(self.prompt_length, model.config.d_model, self.hidden)
         for block in model.blocks:
-            for linear in (block.attn.k, block.attn.v):
+            for linear in block.attn.keys_and_values():
                 if self.hidden is None:
                     start = self.vectors_start()
                     delta = VirtualTokens(linear.out_features, start, self.prompt_length, dropout=self.dropout)

@@ -25,6 +25,9 @@ def note_tokens(method: Method, tokenizer: Tokenizer) -> None:
 def grown(config: ModelConfig, method: Method | None) -> ModelConfig:
     """Returns the config with a row for each token that the method adds."""
     ids = () if method is None else method.token_ids
+    if ids and config.layer_inputs is not None:
+        what = "this model has a second embedding, with a vector for each token and layer: tokens cannot be added to it"
+        raise ConfigError(what, where=KEY, hint="leave the key out, or take a model of another family")
     return replace(config, vocab_size=max(config.vocab_size, *(number + 1 for number in ids))) if ids else config
 
 

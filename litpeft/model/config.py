@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -24,7 +24,7 @@ LARGEST = (1 << 31) - 1  # whole number that a key may hold
 class RopeScaling:
     """How the rotary frequencies are stretched to reach beyond the length that the model was trained on."""
 
-    kind: Literal["linear", "llama3", "dynamic", "yarn", "longrope"]
+    kind: Literal["linear", "llama3", "dynamic", "yarn", "longrope", "proportional"]
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
@@ -35,6 +35,7 @@ class RopeScaling:
     truncate: bool = True  # yarn: those bounds are whole dimensions
     short_factors: tuple[float, ...] = ()  # longrope: divisors of each frequency, for texts within the original length
     long_factors: tuple[float, ...] = ()  # and beyond
+    share: float = 1.0  # proportional: of the frequencies, that are not 0
 
     @property
     def by_length(self) -> bool:
@@ -64,6 +65,19 @@ class Layer:
 
     window: int | None = None
     rope: Rope | None = None  # None = it has no positions
+    head_dim: int | None = None  # in place of the model's, as are the next two
+    n_kv_heads: int | None = None
+    d_ff: int | None = None
+    values_are_keys: bool = False  # its values are what the layer `k` computes, before the norm
+    keys_of: int | None = None  # number of the layer whose keys and values it reads: it computes none
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """A second embedding, with a vector for each layer, which the layer reads after its MLP."""
+
+    vocab_size: int
+    size: int  # of each vector
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,8 @@ class ModelConfig:
     layers: tuple[Layer, ...] = ()  # each one's window and rotary positions, in place of the fields; () = all are alike
     norms: Literal["before", "after", "around"] = "before"  # where the norms of a sub-layer stand; around = both
     shared_norm: bool = False  # one norm, whose output both attention and the MLP read
-    qk_norm: Literal["head", "each", "all"] | None = None  # of queries and keys: see QKNorm in gpt.py
+    qk_norm: Literal["head", "each", "all"] | None = None  # of queries and keys: see make_qk_norm in norms.py
+    value_norm: bool = False  # the values of each head are divided by their root mean square
     rope_pairs: bool = False  # dimensions 2 i and 2 i + 1 rotate together, not i and i + R / 2
     clip_qkv: float | None = None  # queries, keys and values are clamped to this size
     score_scale: float | None = None  # what scores are multiplied by; None = head_dim ** -0.5
@@ -135,6 +150,8 @@ class ModelConfig:
     residual_scale: float = 1.0  # and what a sub-layer adds to its input
     logit_scale: float = 1.0  # and the logits
     logit_cap: float | None = None  # logits l become cap * tanh(l / cap), after logit_scale
+    layer_inputs: LayerInputs | None = None
+    layer_scale: bool = False  # a layer's output is multiplied by a number of its own
 
     def __post_init__(self) -> None:
         if self.layers and len(self.layers) != self.n_layers:
@@ -142,6 +159,11 @@ class ModelConfig:
         if self.n_heads % self.n_kv_heads:
             what = f"num_attention_heads {self.n_heads} is no multiple of num_key_value_heads {self.n_kv_heads}"
             raise ValueError(what)
+        for number, layer in enumerate(self.layers):
+            if (layer.head_dim or 0) % 2 or self.n_heads % self.kv_heads(layer):
+                what = f"layer {number} must have an even head_dim and as many key heads as divide {self.n_heads}"
+                keys = "global_head_dim, num_global_key_value_heads, per_layer_config"
+                raise ValueError(f"{what}; it has {layer.head_dim} and {layer.n_kv_heads} ({keys})")
         if self.rotary_size % 2 or not 0 <= self.rotary_size <= self.head_dim:
             what = f"the rotary part of a head (partial_rotary_factor or rotary_pct of head_dim {self.head_dim})"
             origin = f"head_dim is hidden_size {self.d_model} / num_attention_heads {self.n_heads} unless it is given"
@@ -159,6 +181,14 @@ class ModelConfig:
     def rotary_size(self) -> int:
         """Returns how many dimensions of a head rotate."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def head_size(self, layer: Layer) -> int:
+        """Returns the size of a layer's heads."""
+        return layer.head_dim or self.head_dim
+
+    def kv_heads(self, layer: Layer) -> int:
+        """Returns how many key/value heads a layer has."""
+        return layer.n_kv_heads or self.n_kv_heads
 
     def layer(self, number: int) -> Layer:
         """Returns what a layer has of its own, or what all have."""
@@ -181,7 +211,7 @@ class ModelConfig:
         """Returns the config with these layers; if they are all alike, in the fields for all of them."""
         layers = tuple(layers)
         first = layers[0]
-        if len(set(layers)) > 1 or first.rope is None:
+        if len(set(layers)) > 1 or first.rope is None or first != Layer(first.window, first.rope):
             return replace(self, layers=layers)
         return replace(self, window=first.window, rope_theta=first.rope.theta, rope_scaling=first.rope.scaling)
 
@@ -196,6 +226,12 @@ class ModelConfig:
 
 
 K = TypeVar("K", bound="ConfigKeys")
+OR_ZERO = {"zero": "allowed"}
+
+
+def or_zero(default: int) -> Any:
+    """Returns a field of ConfigKeys for a whole number that may be 0."""
+    return field(default=default, metadata=OR_ZERO)
 
 
 @dataclass(frozen=True)
@@ -214,13 +250,17 @@ class ConfigKeys:
     @classmethod
     def read(cls: type[K], hf: Mapping[str, Any]) -> K:
         """Returns the keys of a config.json; one that it leaves out has its default."""
-        return cls(**{field: checked(name, hf[name], kind) for field, name, kind in cls.spelt(hf) if name in hf})
+        zero = {one.name for one in fields(cls) if one.metadata == OR_ZERO}
+        given = [(key, name, hf[name], kind) for key, name, kind in cls.spelt(hf) if name in hf]
+        is_zero = lambda key, value: key in zero and type(value) is int and value == 0
+        kept = {key: value for key, _, value, _ in given if is_zero(key, value)}
+        return cls(**kept, **{key: checked(name, value, kind) for key, name, value, kind in given if key not in kept})
 
     @classmethod
     def spelt(cls, hf: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         """Returns each field with the name that this config.json has for it, and its type."""
         names = {field: alias for alias, field in cls.ALIASES.items() if alias in hf}
-        return [(field.name, names.get(field.name, field.name), field.type) for field in fields(cls)]
+        return [(one.name, names.get(one.name, one.name), one.type) for one in fields(cls)]
 
 
 def checked(name: str, value: Any, kind: Any) -> Any:

@@ -4,7 +4,7 @@ Letters: B rows, T new tokens, S keys, D head size, R of them that rotate, G key
 """
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,11 +16,24 @@ KEYS = 64  # the length of a cache, and of what attention reads of it, is a mult
 
 
 class KVCache:
-    """Keys and values of one layer, each at its position; positions that a row has not written yet are masked."""
+    """Keys and values of one layer, each at its position; positions that a row has not written yet are masked.
 
-    def __init__(self, rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
-        length = -(-length // KEYS) * KEYS
-        shape = (rows, config.n_kv_heads, length, config.head_dim)
+    A layer that reads those of another has an empty one.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        length: int,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        number: int = 0,
+    ):
+        """`number` is that of the layer."""
+        length, layer = -(-length // KEYS) * KEYS, config.layer(number)
+        heads = 0 if layer.keys_of is not None else config.kv_heads(layer)
+        shape = (rows, heads, length, config.head_size(layer))
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
 
     def of_rows(self, rows: slice) -> "KVCache":
@@ -60,6 +73,8 @@ class Context:
     virtual_tokens: int = 0  # first positions of each document that hold no tokens of the text
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin of ops.rotate, (B, 1, T, R); None = nothing rotates
     query_growth: Tensor | None = None  # (B, 1, T, 1) what queries are multiplied by
+    shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> its k and v, which others read
+    layer_input: Tensor | None = None  # (B, T, size) of model/layer_inputs.py, for one layer
 
     @classmethod
     def rows(cls, ids: Tensor) -> "Context":

@@ -26,6 +26,9 @@ def rope_frequencies(
     frequency = 1.0 / theta**exponent
     if scaling.kind == "linear":
         return frequency / factor
+    if scaling.kind == "proportional":  # the last ones are 0: those dimensions do not rotate
+        turning = torch.arange(size // 2, device=device) < int(scaling.share * size // 2)
+        return frequency * turning / factor
     if scaling.kind == "llama3":  # long wavelengths are stretched, short ones kept, those between interpolated
         turns = original * frequency / (2 * math.pi)  # over the length that the model was trained on
         mix = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)

@@ -6,8 +6,8 @@ G key/value heads, V vocabulary. Families differ in the switches of ModelConfig.
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,14 +17,15 @@ from torch.utils.checkpoint import checkpoint
 
 from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights
-from litpeft.model.attention import attend
 from litpeft.model.config import Layer, ModelConfig
 from litpeft.model.context import Context
 from litpeft.model.frequencies import token_frequencies
-from litpeft.model.kernels.ops import recompute_output, rotate, swiglu, use_eager
+from litpeft.model.kernels.ops import recompute_output, swiglu, use_eager
+from litpeft.model.layer_inputs import LayerInput, LayerTable
 from litpeft.model.loss import finished, summed_cross_entropy
 from litpeft.model.mixture import Mixture
-from litpeft.model.norms import make_norm, make_qk_norm
+from litpeft.model.multi_head import Attention
+from litpeft.model.norms import make_norm
 from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
 
 ACTIVATIONS = {
@@ -34,82 +35,6 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-
-
-class Sdpa(Slot):
-    """Softmax attention, or what a method puts in its place."""
-
-    takes_one = True
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: "Attention") -> Tensor:
-        for delta in self.deltas.values():
-            return delta(q, k, v, ctx, attn)
-        return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, **attn.kind())
-
-
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.layer, self.head_dim, self.window = layer, config.head_dim, config.layer(layer).window
-        d, kv = config.d_model, config.n_kv_heads * config.head_dim
-        self.q = Linear(d, config.n_heads * config.head_dim, config.qkv_bias)
-        self.k = Linear(d, kv, config.qkv_bias)
-        self.v = Linear(d, kv, config.qkv_bias)
-        self.o = Linear(config.n_heads * config.head_dim, d, config.output_bias)
-        self.core = Sdpa()
-        self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if config.sinks else None
-        self.q_norm, self.k_norm = (make_qk_norm(config, heads) for heads in (config.n_heads, config.n_kv_heads))
-        self.norms_all = config.qk_norm == "all"
-        self.clip, self.cap = config.clip_qkv, config.score_cap
-        self.paired = (
-            config.rotary_size if config.rope_pairs else 0
-        )  # first dimensions that rotate in pairs (2 i, 2 i + 1)
-        # `attend` multiplies scores by head_dim ** -0.5, queries make up for the rest
-        self.query_scale = None if config.score_scale is None else config.score_scale * config.head_dim**0.5
-
-    def heads(self, x: Tensor) -> Tensor:
-        """(B, T, heads * D) -> (B, heads, T, D)"""
-        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
-    def kind(self) -> dict[str, Any]:
-        """Returns the arguments of `attend` that say what attention of this layer is."""
-        return {"window": self.window, "cap": self.cap, "sinks": self.sinks}
-
-    def normed(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Returns queries or keys (B, T, heads * D) as their norm makes them."""
-        return norm(x) if self.norms_all else norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-
-    def inputs(self) -> list[list[Linear]]:
-        """Returns the linear layers, grouped by the input that they read."""
-        return [[self.q, self.k, self.v], [self.o]]
-
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        q, k, v = project(x, ctx, self.q, self.k, self.v)
-        if self.q_norm is not None:
-            q, k = self.normed(q, self.q_norm), self.normed(k, self.k_norm)
-        if self.clip is not None:
-            q, k, v = (y.clamp(-self.clip, self.clip) for y in (q, k, v))
-        q, k, v = self.heads(q), self.heads(k), self.heads(v)
-        if ctx.rope is not None:
-            if self.paired:
-                q, k = halves(q, self.paired), halves(k, self.paired)
-            q, k = rotate(q, *ctx.rope), rotate(k, *ctx.rope)
-        if self.query_scale is not None:
-            q = q * self.query_scale
-        if ctx.query_growth is not None:
-            q = q * ctx.query_growth
-        if ctx.cache is not None:
-            k, v = ctx.cache[self.layer].update(k, v, ctx)
-        return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2), ctx)
-
-
-def halves(x: Tensor, size: int) -> Tensor:
-    """Returns x (B, heads, T, D) with its first `size` dimensions in the order 0, 2, 4, ... 1, 3, 5, ...
-
-    Then `rotate` turns what were pairs (2 i, 2 i + 1). The products of queries and keys do not change.
-    """
-    turning = x[..., :size].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-    return turning if size == x.size(-1) else torch.cat((turning, x[..., size:]), -1)
 
 
 class MLP(nn.Module):
@@ -156,9 +81,11 @@ class Block(nn.Module):
         self.post_norm1 = after()
         self.after_attn = Slot()
         self.norm2 = None if config.shared_norm else before()
-        self.mlp = Mixture(config, MLP) if config.has_experts(layer) else MLP(config)
+        self.mlp = Mixture(config, MLP) if config.has_experts(layer) else MLP(config, config.layer(layer).d_ff)
         self.post_norm2 = after()
         self.after_mlp = Slot()
+        self.input = LayerInput(config, ACTIVATIONS[config.activation]) if config.layer_inputs else None
+        self.layer_scalar = nn.Parameter(torch.ones(1)) if config.layer_scale else None
         self.after_block = Slot()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -167,6 +94,10 @@ class Block(nn.Module):
         if self.norm2 is not None:
             h = self.norm2(x if self.parallel else y)
         y = self.added(y, self.mlp(h, ctx), self.post_norm2, self.after_mlp, h, ctx)
+        if self.input is not None:
+            y = y + self.input(y, ctx)
+        if self.layer_scalar is not None:
+            y = y * self.layer_scalar.to(y.dtype)
         return self.after_block(y, ctx)
 
     def added(self, x: Tensor, y: Tensor, norm: nn.Module | None, slot: Slot, h: Tensor, ctx: Context) -> Tensor:
@@ -198,6 +129,7 @@ class GPT(nn.Module):
         self.banks = nn.ModuleDict()  # what deltas share (slots.Bank), by the name of their method
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.positions = Embedding(config.max_positions, config.d_model) if config.learned_positions else None
+        self.layer_inputs = LayerTable(config) if config.layer_inputs else None
         self.after_embed = Slot()
         self.rope = Slot()
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -214,7 +146,7 @@ class GPT(nn.Module):
     @property
     def learned_keys(self) -> int:
         """Returns how many first positions of each document have learned keys; those are not rotated."""
-        return self.blocks[0].attn.k.slot.virtual_tokens
+        return max([0, *(linear.slot.virtual_tokens for linear in self.blocks[0].attn.keys_and_values())])
 
     @property
     def virtual_tokens(self) -> int:
@@ -254,12 +186,15 @@ class GPT(nn.Module):
                 what = f"{ctx.reach()} tokens are more than the {self.config.max_positions} positions of this model"
                 raise ModelError(what, hint="give it shorter texts")
             x = x + self.positions(ctx.pos).to(x.dtype)
-        ctx.recompute = self.recompute and torch.is_grad_enabled()
+        ctx.recompute, ctx.shared = self.recompute and torch.is_grad_enabled(), {}
+        inputs = None if self.layer_inputs is None else self.layer_inputs(ids, x, ctx)
         contexts = [ctx, *(copy(ctx) for _ in self.kinds[1:])]
         for one, kind in zip(contexts, self.kinds, strict=True):
             self.complete(one, kind, x)
-        for block, number in zip(self.blocks, self.kind_of, strict=True):
+        for layer, (block, number) in enumerate(zip(self.blocks, self.kind_of, strict=True)):
             ctx = contexts[number]
+            if inputs is not None:  # a context of its own: checkpointing reads it again
+                ctx = replace(ctx, layer_input=inputs[:, :, layer])
             fused = self.fused(block, x, ctx) if self.fused is not None and torch.is_grad_enabled() else None
             if fused is not None:
                 x = fused
@@ -275,9 +210,10 @@ class GPT(nn.Module):
 
     def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
         """Sets what a context has for layers of one kind: rotary positions, and the mask of a step with a cache."""
-        if self.config.rotary_size and kind.rope is not None:
+        size = self.config.head_size(kind) if self.config.rotary_dim is None else self.config.rotary_dim
+        if size and kind.rope is not None:
             pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos
-            frequencies = self.rope(token_frequencies(self.config.rotary_size, kind.rope, ctx, x.device))
+            frequencies = self.rope(token_frequencies(size, kind.rope, ctx, x.device))
             angle = pos[:, None, :, None].float() * frequencies
             cos, sin = angle.cos(), angle.sin()
             if kind.rope.scaling is not None and kind.rope.scaling.attention_factor != 1:

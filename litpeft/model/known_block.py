@@ -7,7 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from litpeft.model.config import ModelConfig
-from litpeft.model.gpt import MLP, Attention, Block, Sdpa
+from litpeft.model.gpt import MLP, Block
+from litpeft.model.multi_head import Attention, Sdpa
 from litpeft.model.norms import RMSNorm
 from litpeft.model.slots import is_empty
 

@@ -19,6 +19,17 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
+class RMS(nn.Module):
+    """x / rms(x)"""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.size, self.eps = size, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (self.size,), None, self.eps)
+
+
 class RMSNorm1p(RMSNorm):
     """x / rms(x) * (1 + weight)"""
 
@@ -70,13 +81,13 @@ def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
     return NORMS[config.norm](size or config.d_model, config.norm_eps)
 
 
-def make_qk_norm(config: ModelConfig, heads: int) -> nn.Module | None:
-    """Returns the norm of the queries or keys of so many heads.
+def make_qk_norm(config: ModelConfig, heads: int, size: int) -> nn.Module | None:
+    """Returns the norm of the queries or keys of so many heads of a size.
 
     `qk_norm` "all" is over all heads at once; "head" over each head, with one weight for all; "each" over each head,
     with a weight for each.
     """
     if config.qk_norm == "each":
-        return EachHead(heads, config.head_dim, config.norm_eps)
-    sizes = {"head": config.head_dim, "all": heads * config.head_dim}
+        return EachHead(heads, size, config.norm_eps)
+    sizes = {"head": size, "all": heads * size}
     return None if config.qk_norm is None else make_norm(config, sizes[config.qk_norm])

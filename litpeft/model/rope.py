@@ -8,7 +8,7 @@ from litpeft.model.config import Layer, Rope, RopeScaling, checked
 
 PARTIAL, ORIGINAL = "partial_rotary_factor", "original_max_position_embeddings"
 KINDS = Literal["default", "linear", "llama3", "dynamic", "yarn", "longrope"]
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, PROPORTIONAL = "full_attention", "sliding_attention", "proportional"
 
 
 class Given:
@@ -124,6 +124,9 @@ def rope_by_type(hf: Mapping[str, Any], max_positions: int, thetas: Mapping[str,
             inner = inner | (checked("rope_scaling", hf.get("rope_scaling"), dict | None) or {})
         inner.pop("truncate", None)  # which the class reads elsewhere
         flat = {"rope_parameters": inner} | ({key: hf[key]} if key in hf else {})
+        if inner.get("rope_type") == PROPORTIONAL:
+            ropes[kind] = _proportional(Given({k: (f"rope_parameters.{kind}.{k}", v) for k, v in inner.items()}, kind))
+            continue
         try:
             theta, share, scaling = rope_settings(flat, max_positions, key, default_theta=default)
         except (KeyError, ValueError) as error:
@@ -135,6 +138,14 @@ def rope_by_type(hf: Mapping[str, Any], max_positions: int, thetas: Mapping[str,
         what = ", ".join(f"rope_parameters.{key}" for key in flat_keys)
         raise ValueError(f"{what} is not supported; they belong into {' and '.join(thetas)}")
     return ropes
+
+
+def _proportional(given: Given) -> Rope:
+    """Returns positions of which the first frequencies of a head turn, and the others are 0."""
+    share, factor = given.take(PARTIAL, float, 1.0), given.take("factor", float, 1.0)
+    if share > 1:
+        raise ValueError(f"{PARTIAL} {share} is not supported; it must be at most 1")
+    return Rope(given.take("rope_theta", float, 10000.0), RopeScaling(PROPORTIONAL, factor, share=share))
 
 
 def without_rope(hf: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from test_model import YARN, randomise
+from test_model import FAMILY_CASES, YARN, randomise
 from tiny_families import write_plain_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
@@ -18,14 +18,18 @@ from litpeft.model.families.read import read_config
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 GEMMA = {"head_dim": 32, "sliding_window": 8, "sliding_window_pattern": 2, "pad_token_id": 0}
 MINISTRAL = {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}
-MODELS = {"gemma3": ("gemma3_text", GEMMA), "mistral3": ("ministral3", MINISTRAL)}
-EYES = {"gemma3": "siglip_vision_model", "mistral3": "pixtral"}
+MODELS = {
+    "gemma3": ("gemma3_text", GEMMA),
+    "gemma4": ("gemma4_text", FAMILY_CASES["gemma4_text"]),
+    "mistral3": ("ministral3", MINISTRAL),
+}
+EYES = {"gemma3": "siglip_vision_model", "gemma4": "gemma4_vision", "mistral3": "pixtral"}
 IDS = torch.arange(2, 42)[None]
 
 
 def make_whole(folder: Path, name: str, **changes: object) -> torch.nn.Module:
     family, own = MODELS[name]
-    text = {"model_type": family, **TINY, **own, "initializer_range": 0.1}
+    text = {**TINY, **own, "model_type": family, "initializer_range": 0.1}
     vision = {"model_type": EYES[name], "image_size": 28, "patch_size": 14, **SMALL}
     config = CONFIG_MAPPING[name](text_config=text, vision_config=vision, image_token_index=319, **changes)
     torch.manual_seed(0)

@@ -11,7 +11,8 @@ from litpeft.model.build import build
 from litpeft.model.delta import trainable
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
-from litpeft.model.gpt import GPT, Sdpa
+from litpeft.model.gpt import GPT
+from litpeft.model.multi_head import Sdpa
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(5))
 

@@ -126,6 +126,8 @@ def prompt(model: GPT, said: Mapping[str, Said], base: Mapping[str, Tensor]) -> 
         if [*said] != keys:
             raise CannotExport("keys and values stand before the text in some blocks only")
         kind, width, heads = "PREFIX_TUNING", config.n_kv_heads * config.head_dim, config.n_kv_heads
+    if any(one.size(1) != width for one in vectors):
+        raise CannotExport("keys and values are not of one size in all blocks, and peft has one for all")
     facts = {
         "peft_type": kind,
         "num_virtual_tokens": len(vectors[0]),

@@ -9,7 +9,8 @@ from torch import Tensor
 from litpeft.generate.cpu.native_weights import NativeLinears
 from litpeft.generate.cpu.packed_weights import FourBitLinears, Int8Linears, OneDNNLinears, PackedLinears
 from litpeft.model.context import Context
-from litpeft.model.gpt import GPT, MLP, Attention, Block
+from litpeft.model.gpt import GPT, MLP, Block
+from litpeft.model.multi_head import Attention
 from litpeft.model.quantize.few_bits import NF2, NF3
 from litpeft.model.quantize.four_bit import FP4, NF4
 from litpeft.model.quantize.fp8 import FP8

@@ -24,6 +24,7 @@ FAMILIES = {
     "mistral": "litpeft.model.families.mistral",
     "qwen2": "litpeft.model.families.qwen2",
     "qwen3": "litpeft.model.families.qwen3",
+    "gemma4_text": "litpeft.model.families.gemma4_text",
     "gemma3_text": "litpeft.model.families.gemma3_text",
     "gemma2": "litpeft.model.families.gemma2",
     "gemma": "litpeft.model.families.gemma",
@@ -56,8 +57,7 @@ TEXT = "it reads images: `litpeft convert FOLDER OUT` takes its text model out"
 OTHERS = {  # model_type of models that are known, and why they are not here
     "gemma3": TEXT,
     "mistral3": TEXT,
-    "gemma4": IMAGES,
-    "gemma4_text": "layers that share keys, and embeddings of each layer, are not built",
+    "gemma4": TEXT,
     "qwen3_5": IMAGES,
     "qwen3_5_text": "gated linear attention is not built",
     "qwen3_next": "gated linear attention is not built",
@@ -127,6 +127,6 @@ def without(names: dict[str, str | Place], glob: str) -> dict[str, str | Place]:
 
 def split_name(name: str) -> tuple[str, tuple[str, ...], str]:
     """Returns the module with `{}` for its numbers, the numbers and the leaf: `blocks.{}.attn.q`, `3` and `weight`."""
-    module, _, leaf = name.rpartition(".")
     number = r"(?<=\.)\d+(?=\.)"
-    return re.sub(number, "{}", module), tuple(re.findall(number, module)), leaf
+    module, _, leaf = re.sub(number, "{}", name).rpartition(".")
+    return module, tuple(re.findall(number, name)), leaf

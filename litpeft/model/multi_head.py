@@ -1,0 +1,113 @@
+"""The attention of a layer: queries, keys and values of the model's width, in heads.
+
+Letters: B rows, T new tokens, D head size, d model width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from litpeft.model.attention import attend
+from litpeft.model.config import ModelConfig
+from litpeft.model.context import Context
+from litpeft.model.kernels.ops import rotate
+from litpeft.model.norms import RMS, make_qk_norm
+from litpeft.model.slots import Linear, Slot, project
+
+
+class Sdpa(Slot):
+    """Softmax attention, or what a method puts in its place."""
+
+    takes_one = True
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, attn: "Attention") -> Tensor:
+        for delta in self.deltas.values():
+            return delta(q, k, v, ctx, attn)
+        return attend(q, k, v, mask=ctx.mask, documents=ctx.documents, **attn.kind())
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        kind, d = config.layer(layer), config.d_model
+        self.layer, self.head_dim, self.window = layer, config.head_size(kind), kind.window
+        self.keys_of, self.lends = kind.keys_of, any(other.keys_of == layer for other in config.layers)
+        queries, kv = config.n_heads * self.head_dim, config.kv_heads(kind) * self.head_dim
+        self.q = Linear(d, queries, config.qkv_bias)
+        self.k = None if kind.keys_of is not None else Linear(d, kv, config.qkv_bias)
+        self.v = None if kind.keys_of is not None or kind.values_are_keys else Linear(d, kv, config.qkv_bias)
+        self.o = Linear(queries, d, config.output_bias)
+        self.core = Sdpa()
+        self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if config.sinks else None
+        self.q_norm = make_qk_norm(config, config.n_heads, self.head_dim)
+        self.k_norm = None if self.k is None else make_qk_norm(config, config.kv_heads(kind), self.head_dim)
+        self.v_norm = RMS(self.head_dim, config.norm_eps) if config.value_norm and self.k is not None else None
+        self.norms_all = config.qk_norm == "all"
+        self.clip, self.cap = config.clip_qkv, config.score_cap
+        self.paired = (
+            config.rotary_size if config.rope_pairs else 0
+        )  # first dimensions that rotate in pairs (2 i, 2 i + 1)
+        # `attend` multiplies scores by head_dim ** -0.5, queries make up for the rest
+        self.query_scale = None if config.score_scale is None else config.score_scale * self.head_dim**0.5
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D)"""
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def kind(self) -> dict[str, Any]:
+        """Returns the arguments of `attend` that say what attention of this layer is."""
+        return {"window": self.window, "cap": self.cap, "sinks": self.sinks}
+
+    def normed(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Returns queries, keys or values (B, T, heads * D) as their norm makes them."""
+        if self.norms_all and norm is not self.v_norm:
+            return norm(x)
+        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
+    def inputs(self) -> list[list[Linear]]:
+        """Returns the linear layers, grouped by the input that they read."""
+        return [[self.q, *self.keys_and_values()], [self.o]]
+
+    def keys_and_values(self) -> list[Linear]:
+        """Returns the layers that compute them: one if values are made of keys, none if another layer's are read."""
+        return [linear for linear in (self.k, self.v) if linear is not None]
+
+    def sized(self, x: Tensor, norm: nn.Module | None) -> Tensor:
+        """Returns queries, keys or values (B, T, heads * D), normed and clamped if the model does so."""
+        x = x if norm is None else self.normed(x, norm)
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+    def turned(self, x: Tensor, norm: nn.Module | None, ctx: Context) -> Tensor:
+        """Returns queries or keys (B, heads, T, D), with their positions, of x (B, T, heads * D)."""
+        x = self.heads(self.sized(x, norm))
+        if ctx.rope is None:
+            return x
+        return rotate(halves(x, self.paired) if self.paired else x, *ctx.rope)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        q, *own = project(x, ctx, *self.inputs()[0])
+        q = self.turned(q, self.q_norm, ctx)
+        if own:
+            k, v = self.turned(own[0], self.k_norm, ctx), self.heads(self.sized(own[-1], self.v_norm))
+            if ctx.cache is not None:
+                k, v = ctx.cache[self.layer].update(k, v, ctx)
+            if self.lends:
+                ctx.shared[self.layer] = k, v
+        else:
+            k, v = ctx.shared[self.keys_of]
+        if self.query_scale is not None:
+            q = q * self.query_scale
+        if ctx.query_growth is not None:
+            q = q * ctx.query_growth
+        return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2), ctx)
+
+
+def halves(x: Tensor, size: int) -> Tensor:
+    """Returns x (B, heads, T, D) with its first `size` dimensions in the order 0, 2, 4, ... 1, 3, 5, ...
+
+    Then `rotate` turns what were pairs (2 i, 2 i + 1). The products of queries and keys do not change.
+    """
+    turning = x[..., :size].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return turning if size == x.size(-1) else torch.cat((turning, x[..., size:]), -1)
