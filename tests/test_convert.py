@@ -154,13 +154,14 @@ def test_the_sentencepiece_tokenizer_gives_the_ids_of_sentencepiece(tmp_path, pr
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architecture": "gemma"}, "architecture 'gemma' is not supported; convert reads llama"),
+        ({"architecture": "gemma4"}, "architecture 'gemma4' is not supported; convert reads llama, qwen2, "),
+        ({"architecture": "gemma"}, "gemma.block_count must be an integer from 1 to "),
         ({"tokenizer.ggml.pre": "smolm"}, 'did you mean "smollm"'),
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert' is not supported; convert reads gpt2"),
         ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
         ({"tensors": {"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)}}, "is no llama3 scaling (low_freq"),
-        ({"llama.expert_count": 8}, "a Hugging Face Llama cannot express llama.expert_count = 8"),
-        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count = 8: a Hugging Face Llama needs it to be"),
+        ({"llama.expert_count": 8}, "LlamaForCausalLM cannot express llama.expert_count = 8"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count = 8: LlamaForCausalLM needs it to be 16"),
         ({"llama.feed_forward_length": 64}, "blk.0.ffn_gate.weight is (96, 64), expected (64, 64)"),
         ({"llama.block_count": 3}, "tensors missing (blk.2."),
         ({"llama.block_count": 1}, "0 tensors missing (), 9 unknown (blk.1."),

@@ -1,127 +1,223 @@
-"""config.json of a llama model, from the header of its GGUF file."""
+"""config.json of a model, from the header of its GGUF file.
+
+Which keys belong to which is in KEYS for all families. What llama.cpp computes with is in the families' tables: a
+config.json is right if write.py would make this header of it.
+"""
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
+from types import NoneType
 from typing import Any
 
 import numpy as np
-import torch
 
-from litpeft.core.errors import ModelError
-from litpeft.model.config import RopeScaling
-from litpeft.model.frequencies import rope_frequencies
+from litpeft.core.errors import ModelError, UserError, nearest
+from litpeft.exchange.gguf.layout import Layout, allowed
+from litpeft.exchange.gguf.rope import header_rope
+from litpeft.exchange.gguf.write import header
+from litpeft.model.config import ModelConfig
+from litpeft.model.families import FAMILIES, family
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import config_of
+from litpeft.model.rope import spell_twice
 
 LARGEST_WIDTH = 1 << 20
 LARGEST_CONTEXT = 1 << 31
-# The llama.* keys that config.json can express, or that have no effect.
+# key of the header, without the architecture -> type, and its names in config.json: a family's class knows one, or none
 KEYS = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout",
-    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scale_linear",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-}  # fmt: skip
+    "context_length": (int, "max_position_embeddings", "n_positions"),
+    "embedding_length": (int, "hidden_size", "n_embd"),
+    "block_count": (int, "num_hidden_layers", "n_layer"),
+    "feed_forward_length": (int, "intermediate_size", "n_inner"),
+    "attention.head_count": (int, "num_attention_heads", "n_head"),
+    "attention.head_count_kv": (int, "num_key_value_heads"),
+    "attention.layer_norm_rms_epsilon": (float, "rms_norm_eps"),
+    "attention.layer_norm_epsilon": (float, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "attention.sliding_window": (int, "sliding_window"),
+    "attention.scale": (float, "attention_multiplier"),
+    "attn_logit_softcapping": (float, "attn_logit_softcapping"),
+    "final_logit_softcapping": (float, "final_logit_softcapping"),
+    "embedding_scale": (float, "embedding_multiplier"),
+    "residual_scale": (float, "residual_multiplier"),
+    "logit_scale": (float, "logit_scale", "logits_scaling"),
+    "use_parallel_residual": (bool, "use_parallel_residual"),
+}
+# key of config.json -> tensors of the first layer, one of which is there if it is true
+BIASES = {
+    "attention_bias": ("attn_q", "attn_qkv"),
+    "use_qkv_bias": ("attn_q",),
+    "use_bias": ("attn_q",),
+    "mlp_bias": ("ffn_up",),
+}
+# key of config.json -> a field of ModelConfig that llama.cpp does not read from the header, and the key's value then
+IMPLIED = {"query_pre_attn_scalar": ("score_scale", lambda scale: round(scale**-2))}
+IDLE = ("vocab_size", "tensor_data_layout", "context_length", "rope.freq_base_swa")  # no effect, or read elsewhere
+CLASSES = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+}
+
+
+class Header:
+    """The keys of a file's header that begin with the name of its architecture, and its tensors by name."""
+
+    def __init__(self, values: Mapping[str, Any], stored: Mapping[str, Any]):
+        self.arch, self.stored = str(values.get("general.architecture")), stored
+        own = f"{self.arch}."
+        self.own = {key.removeprefix(own): value for key, value in values.items() if key.startswith(own)}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.own
+
+    def number(self, key: str, kind: type, default: Any = None) -> Any:
+        """Returns the value of a key, or `default`: of this type, positive and of a plausible size."""
+        value = self.own.get(key, default)
+        top = LARGEST_CONTEXT if key.endswith("context_length") else LARGEST_WIDTH
+        if type(value) is kind and value > 0 and (math.isfinite(value) if kind is float else value <= top):
+            return single(value) if kind is float else value
+        expected = "a positive number" if kind is float else f"an integer from 1 to {top}"
+        hint = "the header is damaged, or of a model that is no such one"
+        raise ModelError(f"{self.arch}.{key} must be {expected}, got {value}", hint=hint)
+
+    def take(self, key: str, kind: type) -> Any:
+        """Returns the value of a key; None if it is missing, or zero, which switches the thing off."""
+        value = self.own.get(key)
+        if kind is bool and type(value) in (bool, NoneType):
+            return value
+        return None if value is None or value == 0 else self.number(key, kind)
+
+    @property
+    def family(self) -> str:
+        """Returns the `model_type` of the models that this architecture has."""
+        known = architectures()
+        if self.arch not in known:
+            what = f"architecture {self.arch!r} is not supported; convert reads {', '.join(known)}"
+            hint = "take the Hugging Face edition of the model, which needs no conversion"
+            raise ModelError(what + nearest(self.arch, list(known)), hint=hint)
+        return known[self.arch]
+
+
+def architectures() -> dict[str, str]:
+    """Returns llama.cpp's names of the families that are read, and for each the first that has it."""
+    known: dict[str, str] = {}
+    for name in FAMILIES:
+        if (gguf := getattr(family(name), "GGUF", None)) is not None:
+            known.setdefault(gguf.arch, name)
+    return known
+
+
+def class_of(name: str) -> str:
+    """Returns transformers' class of a family."""
+    return CLASSES.get(name, f"{name.title().replace('_', '')}ForCausalLM")
 
 
 def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
     """Returns config.json without dtype and special tokens; `stored` are the file's tensors by name."""
-    refuse_unknown(values)
-    embedding = stored.get("token_embd.weight")
+    given = Header(values, stored)
+    name, embedding = given.family, stored.get("token_embd.weight")
+    module = family(name)
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError("there is no matrix token_embd.weight")
-    layers = number(values, "block_count", int)
-    if layers > len(stored):
-        raise ModelError(f"{len(stored)} tensors cannot be {layers} layers")
-    width, heads = number(values, "embedding_length", int), number(values, "attention.head_count", int)
-    kv_heads = number(values, "attention.head_count_kv", int, heads)
-    head_dim = number(values, "attention.key_length", int, max(width // heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (other := number(values, key, int, head_dim)) != head_dim:
-            needs = f"a Hugging Face Llama needs it to be the size of a head, {head_dim}"
-            raise ModelError(f"llama.{key} = {other}: {needs}")
+    hf = {"architectures": [class_of(name)], "model_type": name, "vocab_size": int(embedding.shape[1])}
+    hf |= switches(given, module.Keys) | sizes(given, module.Keys)
+    head = stored.get("output.weight")
+    hf["tie_word_embeddings"] = head is None or module.GGUF.own_head and same_bytes(head, embedding)
+    hf |= header_rope(given, name)
+    spell_twice(hf, getattr(module, "ROPE_NAMES", {}))
+    _, config = config_of(hf, "")
+    spelt = {field.name for field in fields(module.Keys)}
+    for key, (field, said) in IMPLIED.items():
+        if key in spelt:
+            hf[key] = said(allowed(module.GGUF, config, field)[0])
+    _, config = config_of(hf, "")
+    check(given, name, config)
+    return hf
+
+
+def sizes(given: Header, keys: type) -> dict[str, Any]:
+    """Returns the numbers of the header under their names in config.json."""
+    layers = given.number("block_count", int)
+    width, heads = given.number("embedding_length", int), given.number("attention.head_count", int)
+    if layers > len(given.stored):
+        raise ModelError(f"{len(given.stored)} tensors cannot be {layers} layers")
+    kv_heads = given.number("attention.head_count_kv", int, heads)
+    usual = max(width // heads, 1)
+    head_dim = given.number("attention.key_length", int, usual)
     if head_dim % 2 or heads % kv_heads or heads * head_dim > LARGEST_WIDTH:
-        sizes = f"{heads} query and {kv_heads} key/value heads of size {head_dim}"
-        raise ModelError(f"{sizes} do not make an attention")
-    theta = single(number(values, "rope.freq_base", float, 10000.0))
-    scaling = rope_scaling(values, stored, theta, head_dim)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "vocab_size": int(embedding.shape[1]),
-        "hidden_size": width,
-        "intermediate_size": number(values, "feed_forward_length", int),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": number(values, "context_length", int),
-        "rms_norm_eps": single(number(values, "attention.layer_norm_rms_epsilon", float)),
-        # for transformers 5, and for older readers
-        "rope_parameters": {"rope_theta": theta} | (scaling or {"rope_type": "default"}),
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "attention_bias": "blk.0.attn_q.bias" in stored,
-        "mlp_bias": "blk.0.ffn_up.bias" in stored,
-        "tie_word_embeddings": "output.weight" not in stored,
-    }
+        what = f"{heads} query and {kv_heads} key/value heads of size {head_dim}"
+        raise ModelError(f"{what} do not make an attention")
+    for key in ("context_length", "feed_forward_length"):
+        given.number(key, int)
+    spelt = {field.name: field.type for field in fields(keys)}
+    spelt |= {alias: spelt[name] for alias, name in keys.ALIASES.items()}
+    found = {}
+    for key, (kind, *names) in KEYS.items():
+        name = next((name for name in names if name in spelt), None)
+        if name is not None and (value := given.take(key, kind)) is not None:
+            found[name] = value
+    found |= {"num_key_value_heads": kv_heads} if "num_key_value_heads" in spelt else {}
+    takes_any = "head_dim" in spelt and spelt["head_dim"] is not None
+    return found | ({"head_dim": head_dim} if takes_any or head_dim != usual else {})
 
 
-def refuse_unknown(values: Mapping[str, Any]) -> None:
-    """Raises for keys that config.json cannot express: experts, scales of the residual, ..."""
-    unknown = [key for key in values if key.startswith("llama.") and key.removeprefix("llama.") not in KEYS]
-    unknown = [key for key in unknown if not (key.startswith("llama.expert") and values[key] == 0)]
-    if unknown:
-        said = ", ".join(f"{key} = {values[key]}" for key in unknown[:5])
-        raise ModelError(f"a Hugging Face Llama cannot express {said}")
+def switches(given: Header, keys: type) -> dict[str, bool]:
+    """Returns which biases the tensors say that there are."""
+    spelt = {field.name for field in fields(keys)}
+    is_there = {key: any(f"blk.0.{name}.bias" in given.stored for name in names) for key, names in BIASES.items()}
+    return {key: value for key, value in is_there.items() if key in spelt}
 
 
-def number(values: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
-    """Returns the header's llama.`key`, or `default`; it must be of this type, positive and of a plausible size."""
-    value = values.get(f"llama.{key}", default)
-    top = LARGEST_CONTEXT if key == "context_length" else LARGEST_WIDTH
-    if type(value) is kind and value > 0 and (math.isfinite(value) if kind is float else value <= top):
-        return value
-    allowed = "a positive number" if kind is float else f"an integer from 1 to {top}"
-    hint = "the header is damaged, or of a model that is no Llama"
-    raise ModelError(f"llama.{key} must be {allowed}, got {value}", hint=hint)
+def check(given: Header, name: str, config: ModelConfig) -> None:
+    """Raises unless writing a model of this config gives the header: for keys that a config.json cannot express."""
+    try:
+        said = header(Layout(NameMap(name, config)))
+    except UserError as error:
+        raise ModelError(error.what) from None
+    said = {key.removeprefix(f"{given.arch}."): value for key, value in said.items()}
+    for key, value in given.own.items():
+        if key in IDLE or key.startswith("rope.scal"):
+            continue
+        if key in said and not alike(said[key], value):
+            what = f"{given.arch}.{key} = {value}: {class_of(name)} needs it to be {said[key]}"
+            raise ModelError(what)
+        window = key == "attention.sliding_window" and config.window == value
+        if key not in said and not window and value not in (0, False):
+            raise ModelError(f"{class_of(name)} cannot express {given.arch}.{key} = {value}")
+
+
+def same_model(read: ModelConfig, written: ModelConfig, known: Any) -> bool:
+    """Returns whether a header's config computes what that of the model does that was written.
+
+    A file says a context that ends with the window instead of the window, where llama.cpp has none for the family.
+    """
+    for field in fields(ModelConfig):
+        ours, theirs = getattr(read, field.name), getattr(written, field.name)
+        either = field.name == "activation" and {ours, theirs} <= set(allowed(known, written, field.name))
+        if field.name not in ("max_positions", "window") and not either and not alike(ours, theirs):
+            return False
+    return True
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Returns whether two values are equal, numbers as far as float32 holds them."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if hasattr(one, "__dataclass_fields__") and type(one) is type(other):
+        return all(alike(value, getattr(other, key)) for key, value in vars(one).items())
+    return one == other
+
+
+def same_bytes(one: Any, other: Any) -> bool:
+    """Returns whether two tensors of a file are the same."""
+    return one.tensor_type == other.tensor_type and np.array_equal(one.data, other.data)
 
 
 def single(value: float) -> float:
     """Returns the shortest decimal that is the same float32: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
-
-
-def rope_scaling(
-    values: Mapping[str, Any], stored: Mapping[str, Any], theta: float, head_dim: int
-) -> dict[str, Any] | None:
-    """Returns the RoPE scaling as Hugging Face writes it, or None."""
-    kind = values.get("llama.rope.scaling.type", "linear" if "llama.rope.scale_linear" in values else "none")
-    if kind not in ("none", "linear"):
-        raise ModelError(f"rope scaling {kind!r} is not supported; convert reads none, linear and llama3")
-    frequencies = stored.get("rope_freqs.weight")
-    if frequencies is None:
-        if kind == "none":
-            return None
-        key = "rope.scaling.factor" if "llama.rope.scaling.factor" in values else "rope.scale_linear"
-        factor = single(number(values, key, float))
-        return None if factor == 1 else {"rope_type": "linear", "type": "linear", "factor": factor}
-    factors = np.asarray(frequencies.data)
-    if factors.shape != (head_dim // 2,) or factors.dtype != np.float32 or not np.isfinite(factors).all():
-        raise ModelError(f"rope_freqs.weight must be {head_dim // 2} finite float32")
-    if kind == "none" and (factors == 1).all():
-        return None
-    factor, cpu = single(factors.max()), torch.device("cpu")
-    for original in (1 << power for power in range(4, 21)):
-        scaling = RopeScaling("llama3", factor, original_positions=original)
-        divisors = rope_frequencies(head_dim, theta, None, cpu) / rope_frequencies(head_dim, theta, scaling, cpu)
-        if kind == "none" and factor > 1 and np.allclose(divisors, factors, rtol=1e-3):
-            return {
-                "rope_type": "llama3",
-                "type": "llama3",
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": original,
-            }
-    expected = "low_freq_factor 1, high_freq_factor 4, any power of 2 positions"
-    raise ModelError(f"rope_freqs.weight is no llama3 scaling ({expected})")

@@ -8,6 +8,7 @@ Fused tensors hold all rows of q, then all of k and v, whatever their order in a
 import math
 from collections.abc import Collection
 from dataclasses import fields
+from typing import Any
 
 import gguf
 import numpy as np
@@ -104,10 +105,9 @@ def known_family(names: NameMap) -> Gguf:
         raise ConfigError(f"{names.family} is not written as GGUF; {have} are", where="to", hint=hint)
     free = SAID | {field for field, _ in map(known.key, known.keys)}
     for one in fields(ModelConfig):
-        value, allowed = getattr(names.config, one.name), known.graph.get(one.name, (one.default,))
-        allowed = allowed(names.config) if callable(allowed) else allowed
-        if (one.name in known.graph or one.name not in free) and value not in allowed:
-            said = " or ".join(map(str, allowed))
+        value, fine = getattr(names.config, one.name), allowed(known, names.config, one.name)
+        if (one.name in known.graph or one.name not in free) and value not in fine:
+            said = " or ".join(map(str, fine))
             what = f"llama.cpp's {known.arch} computes with {one.name} {said}, and this model has {value}"
             raise ConfigError(what, where="to", hint=hint)
     rope = names.config.main_rope
@@ -115,6 +115,13 @@ def known_family(names: NameMap) -> Gguf:
     if scaling is not None and scaling.kind not in ("linear", "llama3"):
         raise ConfigError(f"rope scaling {scaling.kind} is not written as GGUF", where="to", hint=hint)
     return known
+
+
+def allowed(known: Gguf, config: ModelConfig, name: str) -> tuple[Any, ...]:
+    """Returns the values of a field of ModelConfig that llama.cpp computes with, if the header does not say it."""
+    default = next(field.default for field in fields(ModelConfig) if field.name == name)
+    values = known.graph.get(name, (default,))
+    return values(config) if callable(values) else values
 
 
 def encode(values: Tensor, type_: Type) -> Tensor:

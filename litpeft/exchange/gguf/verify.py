@@ -13,11 +13,10 @@ from litpeft.core.errors import ModelError
 from litpeft.core.terminal import say
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.compare import PROMPTS, logits_of
-from litpeft.exchange.gguf.config import hf_config
+from litpeft.exchange.gguf.config import hf_config, same_model
 from litpeft.exchange.gguf.layout import Layout, decode
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
 from litpeft.exchange.gguf.weights import BoundedReader
-from litpeft.model.config import ModelConfig
 from litpeft.model.families.read import config_of
 from litpeft.model.gpt import GPT
 
@@ -37,11 +36,9 @@ class Written:
 
     def check_header(self, tokenizer: Tokenizer, chat: str) -> None:
         """Raises if sizes are not the model's, or a text's ids not the tokenizer's; says so if only the chat's are."""
-        if self.layout.gguf.arch == "llama":  # the one that litpeft reads
-            _, read = config_of(hf_config(self.values, self.stored), str(self.path))
-            shorter = {"max_positions": read.max_positions, "window": None}
-            if read != ModelConfig(**{**vars(self.layout.config), **shorter}):
-                raise ModelError(f"the header says {read}, the model is {self.layout.config}", where=self.path)
+        _, read = config_of(hf_config(self.values, self.stored), str(self.path))
+        if not same_model(read, self.layout.config, self.layout.gguf):
+            raise ModelError(f"the header says {read}, the model is {self.layout.config}", where=self.path)
         inner = GgufTokenizer(self.values, self.layout.config.vocab_size).tokenizer
         for text in TEXTS:
             if inner.encode(text, add_special_tokens=False).ids != tokenizer.encode(text):

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litpeft.core.errors import ModelError, counted, located, nearest
+from litpeft.core.errors import ModelError, counted, located
 from litpeft.core.json import write_json
 from litpeft.core.safetensors import write_safetensors
 from litpeft.exchange.gguf.config import hf_config
-from litpeft.exchange.gguf.layout import rows_in_halves
+from litpeft.exchange.gguf.layout import Layout
+from litpeft.exchange.gguf.rope import DIVISORS
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
 
-ARCHITECTURES = ("llama",)
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 AGAIN = "download or copy it again"
 CHUNK = 1 << 20  # weights that are dequantised together
@@ -72,7 +72,7 @@ class BoundedReader(gguf.GGUFReader):
 
 
 class GgufFile:
-    """A GGUF file of a llama model. Opening it checks everything but the tensors' values."""
+    """A GGUF file of a model. Opening it checks everything but the tensors' values."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -97,7 +97,8 @@ class GgufFile:
         count = sum(tensor.n_elements for tensor in self.reader.tensors)
         kinds = ", ".join(f"{number} {name}" for name, number in types.most_common())
         layers = counted(self.config["num_hidden_layers"], "layer")
-        return f"llama, {layers}, {count / 1e6:.1f} M parameters; tensors {kinds}; {self.tokenizer.summary()}"
+        sizes = f"{self.config['model_type']}, {layers}, {count / 1e6:.1f} M parameters"
+        return f"{sizes}; tensors {kinds}; {self.tokenizer.summary()}"
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the model as a Hugging Face folder."""
@@ -105,30 +106,35 @@ class GgufFile:
         name = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", self.config | {"dtype": name, "torch_dtype": name})
         self.tokenizer.write(folder, self.config["max_position_embeddings"])
-        write_safetensors(folder, self.tensors(NameMap(*read_config(folder)).shapes, dtype))
+        write_safetensors(folder, self.tensors(Layout(NameMap(*read_config(folder))), dtype))
 
-    def tensors(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Yields every tensor of `shapes` (Hugging Face names), rounded once, from float32."""
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config["num_hidden_layers"])
-        theirs = {names.get_name(name, (".weight", ".bias")): name for name in shapes}
-        odd = sorted(theirs.keys() ^ (self.stored.keys() - {"rope_freqs.weight"}))
-        if odd:
-            here, gone = [n for n in odd if n in self.stored], [n for n in odd if n not in self.stored]
-            what = f"{len(gone)} tensors missing ({', '.join(gone[:3])}), {len(here)} unknown ({', '.join(here[:3])})"
+    def tensors(self, layout: Layout, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yields every tensor under its Hugging Face name, rounded once, from float32."""
+        tied = {"output.weight"} if layout.config.tie_embeddings else set()  # a copy of the embedding
+        here, asked = self.stored.keys() - {DIVISORS} - tied, layout.parts.keys() - tied
+        if here != asked:
+            gone, odd = sorted(asked - here), sorted(here - asked)
+            what = f"{len(gone)} tensors missing ({', '.join(gone[:3])}), {len(odd)} unknown ({', '.join(odd[:3])})"
             raise ModelError(what, where=self.path, hint="the header and the tensors disagree")
-        for stored, name in theirs.items():
-            tensor = self.stored[stored]
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            if shape != shapes[name]:
-                raise ModelError(f"{stored} is {shape}, expected {shapes[name]}", where=self.path)
-            values = torch.empty(shape, dtype=dtype)
-            rows, data = values.view(-1, shape[-1]), np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
-            for at in range(0, len(rows), step := max(1, CHUNK // shape[-1])):
-                with np.errstate(all="ignore"):  # `convert` checks that the numbers are finite
-                    part = gguf.dequantize(data[at : at + step], tensor.tensor_type)
-                rows[at : at + step] = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
-            halves = stored.split(".")[-2] in ("attn_q", "attn_k")
-            yield name, rows_in_halves(values, self.config["head_dim"]) if halves else values
+        wanted = [name for name in layout.parts if name in asked]
+        for name in wanted:
+            shape = tuple(int(size) for size in reversed(self.stored[name].shape))
+            if shape != layout.shape(name):
+                raise ModelError(f"{name} is {shape}, expected {layout.shape(name)}", where=self.path)
+        values = ((name, self._values(name, layout, dtype)) for name in wanted)
+        yield from layout.names.written((pair for name, rows in values for pair in layout.ours(name, rows).items()))
+
+    def _values(self, name: str, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """Returns the numbers of a tensor, without what the file's have added to ours."""
+        tensor, shape, added = self.stored[name], layout.shape(name), layout.added(name)
+        values = torch.empty(shape, dtype=dtype)
+        rows, data = values.view(-1, shape[-1]), np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
+        for at in range(0, len(rows), step := max(1, CHUNK // shape[-1])):
+            with np.errstate(all="ignore"):  # `convert` checks that the numbers are finite
+                part = gguf.dequantize(data[at : at + step], tensor.tensor_type)
+            part = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
+            rows[at : at + step] = part - added if added else part
+        return values
 
     def _own_dtype(self) -> str:
         """Returns the dtype of most weights of matrices; bfloat16 if any are quantised."""
@@ -139,12 +145,7 @@ class GgufFile:
         return "bfloat16" if "quantised" in held else held.most_common(1)[0][0]
 
     def _check_kind(self) -> None:
-        """Raises unless this is a complete, little-endian llama model in types that can be read."""
-        name = self.values.get("general.architecture")
-        if name not in ARCHITECTURES:
-            what = f"architecture {name!r} is not supported; convert reads {', '.join(ARCHITECTURES)}"
-            hint = "take the Hugging Face edition of the model, which needs no conversion"
-            raise ModelError(what + nearest(str(name), list(ARCHITECTURES)), hint=hint)
+        """Raises unless this is a complete, little-endian model in types that can be read."""
         kind = self.values.get("general.type", "model")
         if kind != "model":
             raise ModelError(f"holds {kind!r}, not a model")
