@@ -5,7 +5,7 @@ The checksum detects damage, not forgery; so every field is checked.
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from litpeft.core.json import read_json
 from litpeft.core.kinds import check_least
 from litpeft.core.precision import PRECISIONS
 from litpeft.core.recognise import ADAPTER_TENSORS
-from litpeft.core.typed import typed
+from litpeft.core.typed import LATER, typed
 from litpeft.exchange.identity import TokenizerIdentity, checksum, with_defaults
 from litpeft.methods import METHODS, method_class
 from litpeft.model.config import ModelConfig
@@ -59,6 +59,17 @@ class BaseRecord(BaseOf2):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_reads(self.config, self.tokenizer)
+
+
+@dataclass
+class InitRecord:
+    """What a run began with: another run or an adapter, and the sha256 of its tensors' file."""
+
+    path: str
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        check_sha256("fingerprint", self.fingerprint)
 
 
 @dataclass
@@ -111,6 +122,7 @@ class Record(RecordOf2):
     base: BaseRecord
     steps_done: int  # when the run ended; more than `step` if the weights of an earlier step were better
     steps_planned: int
+    init_from: InitRecord | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()

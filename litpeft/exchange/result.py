@@ -48,6 +48,11 @@ class Run:
         return [self.folder / name for name in (self.facts["files"] if self.is_model else (DELTA,))]
 
     @property
+    def learned_file(self) -> Path:
+        """The file of what was learned beside the base."""
+        return self.folder / DELTA
+
+    @property
     def is_model(self) -> bool:
         """Whether the folder is an ordinary model, since the method trained the base's own weights."""
         return self.facts["holds"] == "model"

@@ -15,6 +15,7 @@ Trains rank * (in + out + 1) parameters for each target. Folds: W <- W + s B dia
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -65,6 +66,11 @@ def budget_at(step: int, steps: int, first: int, last: int, begin: int, end: int
 @dataclass
 class AdaLoRA(LoRA):
     """Low-rank updates whose ranks move to the layers where they matter."""
+
+    training_only: ClassVar[tuple[str, ...]] = (
+        *LoRA.training_only,
+        *("final_rank", "begin", "end", "interval", "orthogonality"),
+    )
 
     rank: int = 12
     """Rank of the update of one linear layer at the start."""

@@ -14,6 +14,7 @@ Trains rank * (in + out) parameters for each target, of the rank that it gets. F
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Watch(Delta):
 @dataclass
 class EVA(LoRA):
     """Low-rank updates that start along the inputs' principal components."""
+
+    training_only: ClassVar[tuple[str, ...]] = (*LoRA.training_only, "calibration_rows", "rho")
 
     calibration_rows: int = 32
     """Rows whose activations are measured before the training."""

@@ -92,6 +92,7 @@ class GLoRA(SearchedMethod):
     """Factors and summands of weights and biases, in forms that are searched for on held-out rows."""
 
     kind: ClassVar[type[Searched]] = Generalized
+    training_only: ClassVar[tuple[str, ...]] = ("limit", "population", "generations", "search_after", "seed")
 
     rank: int = 8
     """Rank of the low-rank forms."""

@@ -32,6 +32,8 @@ class LoftQ(PiSSA):
 
     name: ClassVar[str] = "loftq"
 
+    training_only: ClassVar[tuple[str, ...]] = (*PiSSA.training_only, "iterations")
+
     iterations: int = 5
     """Times that codes and update are made in turn, T."""
 

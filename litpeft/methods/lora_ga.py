@@ -36,6 +36,8 @@ class LoRAGA(PiSSA):
     name: ClassVar[str] = "lora_ga"
     vectors: ClassVar[int] = 2
 
+    training_only: ClassVar[tuple[str, ...]] = (*PiSSA.training_only, "calibration_rows", "gamma")
+
     calibration_rows: int = 32
     """Rows whose gradients are summed before the training."""
     gamma: float = 16.0

@@ -41,6 +41,8 @@ class LQLoRA(LoftQ):
 
     name: ClassVar[str] = "lq_lora"
 
+    training_only: ClassVar[tuple[str, ...]] = (*LoftQ.training_only, "fisher_rows")
+
     iterations: int = 10
     """Most times that update and codes are made in turn."""
     bits: float = 3.5

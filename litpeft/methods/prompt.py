@@ -9,7 +9,7 @@ In peft: PROMPT_TUNING.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -77,6 +77,8 @@ def uniform(spread: float) -> Start:
 @dataclass
 class Prompt(Method):
     """Learned vectors before the text, in place of tokens."""
+
+    training_only: ClassVar[tuple[str, ...]] = ("init", "text")
 
     prompt_length: int = 20
     """Vectors; the text that the model can read is shorter by as many tokens."""

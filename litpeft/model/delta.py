@@ -32,6 +32,7 @@ class Method:
     writes_model: ClassVar[bool] = False  # its result is a model folder of its own, not a delta beside the base
     idle_parts: ClassVar[bool] = False  # whether an optimizer step may leave some of what trains without a gradient
     at_answers: ClassVar[tuple[str, ...]] = ()  # keys that may have other values when a run answers
+    training_only: ClassVar[tuple[str, ...]] = ("dropout", "lr_ratio")  # keys that a result computes the same without
 
     token_ids: ClassVar[tuple[int, ...]] = ()  # of `add_tokens`; set by added_tokens.py where the tokenizer is known
 
@@ -223,15 +224,20 @@ def todays_names(model: GPT, saved: dict[str, Any]) -> dict[str, Any]:
     return {now.get(name, name) + slash + more: value for (name, slash, more), value in parts}
 
 
-def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
-    """Copies a saved delta into the model's own tensors; names and shapes must be exactly the same."""
+def misfits(model: GPT, state: dict[str, Tensor]) -> list[str]:
+    """Returns what of a saved delta is missing, is of no use, or has another shape in this model."""
     own, state = model.state_dict(keep_vars=True), todays_names(model, state)
     wrong = [f"{name} is missing" for name in sorted(model.delta_keys - set(state))]
     wrong += [f"{name} does not belong to it" for name in sorted(set(state) - model.delta_keys)]
     shapes = {key: (tuple(state[key].shape), tuple(own[key].shape)) for key in sorted(model.delta_keys & set(state))}
-    wrong += [f"{name} is {got}, expected {want}" for name, (got, want) in shapes.items() if got != want]
-    if wrong:
+    return wrong + [f"{name} is {got}, expected {want}" for name, (got, want) in shapes.items() if got != want]
+
+
+def load_delta(model: GPT, state: dict[str, Tensor], where: str) -> None:
+    """Copies a saved delta into the model's own tensors; names and shapes must be exactly the same."""
+    if wrong := misfits(model, state):
         raise ModelError(f"the delta does not fit this model: {some(wrong, '; ')}", where=where)
+    own, state = model.state_dict(keep_vars=True), todays_names(model, state)
     model.base_values = {name: own[name].detach().clone() for name in state if name in model.base_keys}
     copy_into(model, state)
 

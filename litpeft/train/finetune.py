@@ -66,8 +66,10 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     device = torch.device("cpu") if settings.cpu_offload else fabric.device
     base = Path(settings.base.dir)
     shard = sharder(settings, run.precision, fabric)
-    saved = None if run.saved is None else run.saved.tensors("delta")
+    saved = run.init.delta if run.init else None if run.saved is None else run.saved.tensors("delta")
     model = build(base, run.precision.weights, method, device, storage, shard, saved)
+    if run.init is not None:
+        copy_into(model, run.init.delta)
     model.recompute = settings.train.activation_checkpointing
     if shard is None:
         use_fused_step(model, device)
@@ -114,7 +116,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
 def calibrate(run: Preparation, device: torch.device) -> None:
     """Has the method of a new run measure the base on its rows, each alone, in a random order; on every rank alike."""
     settings, rows = run.settings, run.rows.train
-    if run.saved is not None or not run.method.defines("calibrate"):
+    if run.saved is not None or run.init is not None or not run.method.defines("calibrate"):
         return
     torch.manual_seed(settings.train.seed)
     model = build(Path(settings.base.dir), run.precision.weights, device=device)
@@ -159,4 +161,6 @@ def save(run: Preparation, model: GPT, progress: Progress, step: int, storage: S
         "steps_planned": max(run.steps, progress.step),  # fewer may be asked for than are done already
         "finished": not progress.exit_code and not progress.out_of_time,
     }
+    if began := run.facts["init_from"]:
+        facts["init_from"] = began
     save_result(Path(run.settings.out) / "final", model, run.name, run.method, base, facts, first)

@@ -29,6 +29,7 @@ from litpeft.model.quantize.quantized import store
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
 from litpeft.train.compiled import check_compiler
 from litpeft.train.devices import check_devices
+from litpeft.train.init_from import Init, of_checkpoint, read_init
 from litpeft.train.launch import check_world
 from litpeft.train.log import summary_writer_class
 from litpeft.train.optim import check_optimizer, total_steps
@@ -51,6 +52,7 @@ class Preparation:
     precision: Precision
     checkpoints: Checkpoints
     saved: Checkpoint | None
+    init: Init | None  # what a new run begins with
     facts: dict[str, Any]
     steps: int
 
@@ -60,6 +62,7 @@ class Preparation:
         same = {key: said[key] for key in ("train", "validation", "checkpoint", "method")}
         same |= {"base.precision": self.precision.name, "base.quantize": said["base"]["quantize"]}
         same |= {"the method": self.name, "the base's weights": self.facts["base"], "the rows": self.facts["rows"]}
+        same |= {"what the run begins with": self.facts["init_from"]}
         same |= {"the base's config, tokenizer or template": self.facts["reads"]}
         return same | {"the checkpoint that they resume from": self.saved and self.saved.step}
 
@@ -78,7 +81,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         refuse_existing(out, settings.overwrite, clear)
     elif clear:
         remove_leftovers(out)
-    for kept in (base, *settings.data.paths):
+    for kept in filter(None, (base, *settings.data.paths, settings.init_from)):
         if Path(kept).resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"the run would replace {kept}", where="out", hint="name another folder")
     checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, clear=clear)
@@ -89,6 +92,8 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     _, config = read_config(base)
     tokenizer = Tokenizer.load(base)
     tokenizer.check_vocabulary(config.vocab_size)
+    init = read_init(settings, method) if saved is None else None
+    method = init.method if init else method if saved is None else of_checkpoint(settings, method, saved)
     note_tokens(method, tokenizer)
     method.read(tokenizer)
     began = datetime.now() if saved is None else datetime.fromisoformat(saved.facts["began"])
@@ -127,8 +132,11 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
             for part, count in (("rows to train on", rows.report.train), ("held-out rows", rows.report.validation))
         },
         "began": began.isoformat(),
+        "init_from": saved.facts.get("init_from") if saved else init.facts if init else None,
         "circumstances": circumstances(device, settings.devices * settings.num_nodes),
     }
+    if init is not None:
+        init.check(shapes, facts["reads"]["tokenizer"])
     facts["settings"]["base"]["precision"] = precision.name  # auto may be another one on another machine
     if saved is not None:
         if settings.train.micro_tokens == "auto":
@@ -144,7 +152,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         dry_run(name, shapes, rows, tokenizer, steps)
         return None
     return Preparation(
-        settings, name, method, rows, template, shapes, questions, precision, checkpoints, saved, facts, steps
+        settings, name, method, rows, template, shapes, questions, precision, checkpoints, saved, init, facts, steps
     )
 
 

@@ -67,6 +67,7 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         precision=run.precision.name + (f", linear layers in {held}" if (held := settings.base.quantize) else ""),
         data=str(run.rows.report),
         trainable=sum(p.numel() for p in trainable(model).values()),
+        init_from=(run.facts["init_from"] or {}).get("path", ""),
         delta_bytes=sum(
             path.stat().st_size for path in (out / "final").glob("*.safetensors") if path.name != ADAPTER_TENSORS
         ),

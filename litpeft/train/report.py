@@ -59,6 +59,7 @@ class RunFacts:
     best: tuple[int, float] | None = None  # (step, value of the metric) of the best measurement after step 0
     samples: list[Sample] = field(default_factory=list)
     next_commands: list[str] = field(default_factory=list)
+    init_from: str = ""  # the run or adapter that it began with
     go_on: str = ""  # the command that resumes a stopped run
 
     @property
@@ -139,6 +140,7 @@ def _table(facts: RunFacts) -> str:
         "base model": f"{_code(facts.base)}, {scaled(facts.parameters)} parameters, {_inline(facts.precision)}",
         "versions": _inline(", ".join(f"{name} {version}" for name, version in facts.versions.items())),
     }
+    rows |= {"began with": _code(facts.init_from)} if facts.init_from else {}
     return "\n".join(["| | |", "|---|---|", *(f"| {name.capitalize()} | {value} |" for name, value in rows.items())])
 
 

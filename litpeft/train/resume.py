@@ -18,11 +18,11 @@ from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.folders import has_result
 from litpeft.core.json import jsonable
 from litpeft.core.terminal import say
-from litpeft.core.typed import later, typed
+from litpeft.core.typed import LATER, later, typed
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
 from litpeft.exchange.identity import TokenizerIdentity, changed, config_changes, tokenizer_changes
-from litpeft.exchange.record import check_reads, check_sha256
+from litpeft.exchange.record import InitRecord, check_reads, check_sha256
 from litpeft.exchange.run import find_run
 from litpeft.methods import METHODS, method_class
 from litpeft.train.checkpoints import MANIFEST, STATE, Checkpoint, Checkpoints
@@ -63,6 +63,7 @@ class SavedFacts:
     circumstances: dict[str, str | int]
     reads: SavedReads | None = None  # early versions lack this and the next
     counts: dict[str, str] = field(default_factory=dict)
+    init_from: InitRecord | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         for key in ("base", "rows"):
@@ -208,7 +209,7 @@ def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str,
     if difference is not None:
         hint = "a resumed run continues on what it began with; take another out for a new run"
         raise ConfigError(f"the run began with {difference}", where=where, hint=hint)
-    then = saved.facts["settings"]
+    then = later(Finetune) | saved.facts["settings"]
     then = then | {"method": later(method_class(facts["method"])) | then["method"], "data": later(Data) | then["data"]}
     lines = changed(then, facts["settings"], FREE)
     refused = [line for line in lines if not any(fnmatchcase(line.split(":")[0], glob) for glob in allowed)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from litpeft.core.kinds import check_choices, check_least
+from litpeft.core.typed import LATER
 from litpeft.data.settings import Data
 from litpeft.model.quantize import DOUBLE, STORAGES
 
@@ -153,6 +154,9 @@ class Finetune:
     """Over several devices: ddp (each holds the model), fsdp (they share it between them); auto: ddp."""
     cpu_offload: bool = False
     """With fsdp: keep each device's share in the machine's memory while it is not used."""
+    init_from: str | None = field(default=None, metadata=LATER)
+    """Begin with what this run, or this adapter of peft, has learned, instead of the method's own start; step 0 and a
+    fresh optimizer. Settings of the method that are not given are taken from it."""
     timeout: float = 1800.0
     """Seconds that a device waits for another before it gives the run up."""
     resume: bool = False

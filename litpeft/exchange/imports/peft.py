@@ -44,6 +44,10 @@ class PeftRun(Run):
         facts = {"holds": "delta", "method": "peft", "base": base, "precision": "32-true", "template": template}
         return cls(folder, facts, read_keys(folder))
 
+    @property
+    def learned_file(self) -> Path:
+        return next((path for name in FILES if (path := self.folder / name).exists()), self.folder / FILES[0])
+
     def check_files(self) -> None:
         """Its tensors are checked as they are read."""
 

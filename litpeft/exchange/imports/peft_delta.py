@@ -66,9 +66,11 @@ class Reader:
         if isinstance(keys, LoraKeys):
             own = self.updates(modules, DIRECTIONS if keys.use_dora else PAIR)
             ranks = {part: keys.rank(module) for module in modules for part in self.of[module]}
+            ranks = {part: rank for part, rank in ranks.items() if rank != keys.r}
             base = self.base_parameters()
             cls = DoRA if keys.use_dora else LoRA
-            method = cls(rank=keys.r, alpha=float(keys.r), targets=(*own,), ranks=ranks, unfreeze=(*base,))
+            same = {"rank": keys.r, "alpha": keys.alpha, "rslora": keys.use_rslora}
+            method = cls(**same, targets=(*own,), ranks=ranks, unfreeze=(*base,))
         elif isinstance(keys, VeraKeys):
             own = self.scaled(modules)
             base = self.base_parameters()
@@ -108,8 +110,8 @@ class Reader:
             shapes = {"A": (rank, inputs), "B": (outputs, rank), "m": (outputs,)}
             for leaf, ours in leaves.items():
                 tensor = self.take(f"{module}.{leaf}", shapes[ours])
-                if ours == "B":  # the method scales all of them by r / rank
-                    tensor = tensor * (keys.scale(module) * rank / keys.r)
+                if ours == "B":  # what the method's own scale is not
+                    tensor = tensor * (keys.scale(module) / keys.over_rank(keys.alpha, rank))
                 rows = dict.fromkeys(self.of[module], tensor) if ours == "A" else self.rows(module, tensor)
                 for part, piece in rows.items():
                     own.setdefault(part, {})[ours] = piece

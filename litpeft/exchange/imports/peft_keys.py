@@ -13,7 +13,7 @@ from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
 from litpeft.core.recognise import ADAPTER, FOLD
 from litpeft.core.typed import LATER, typed
-from litpeft.methods.lora import LARGEST_RANK
+from litpeft.methods.lora import LARGEST_ALPHA, LARGEST_RANK
 
 IDLE = {  # how it was trained, and what peft puts right itself
     *("auto_mapping", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode", "init_ia3_weights"),
@@ -168,8 +168,15 @@ class LoraKeys(RankKeys):
 
     def scale(self, module: str) -> float:
         """Returns what B A x of a module is multiplied by."""
-        rank = self.rank(module)
-        return by_pattern(self.alpha_pattern, module, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
+        return self.over_rank(by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module))
+
+    def over_rank(self, alpha: float, rank: int) -> float:
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+    @property
+    def alpha(self) -> float:
+        """Returns lora_alpha, or another number where a method of ours cannot have it."""
+        return self.lora_alpha if 0 < self.lora_alpha < LARGEST_ALPHA else float(self.r)
 
 
 KINDS = {
