@@ -52,7 +52,7 @@ def read(tokenizer, template, path, max_positions=4096, **settings):
         ("overlong", "x", "data.overlong must be error, drop or split, got 'x'"),
         ("bad_rows", "warn", "data.bad_rows must be error or skip, got 'warn'"),
         ("format", "csv", "data.format must be auto, preference, messages"),
-        ("template", "llama", "data.template must be auto, model or alpaca"),
+        ("template", "llama", "data.template must be auto, model, alpaca, chatml, llama-2"),
         ("validation_split", 1.0, "data.validation_split must be at least 0 and below 1, got 1.0"),
         ("max_length", 1, "data.max_length must be at least 2"),
         ("seed", -1, "data.seed must be at least 0"),

@@ -46,9 +46,9 @@ class Seen(Data):
         _, config = read_config(folder)
         if run is None:
             tokenizer = Tokenizer.load(folder)
-            template = ChatTemplate(tokenizer, self.template)
+            template = ChatTemplate(tokenizer, self.template, options=self.template_options)
         else:
-            tokenizer, template = run.tokenizer_and_template(folder)
+            tokenizer, template = run.tokenizer_and_template(folder, self.template_options)
         whole = replace(self, max_length=ENDLESS)
         return load_dataset(whole, tokenizer, template, ENDLESS), tokenizer, min(self.max_length, config.max_positions)
 

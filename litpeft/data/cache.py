@@ -26,6 +26,7 @@ import tokenizers
 
 from litpeft.core.checksums import file_sha256
 from litpeft.core.terminal import is_first, tell
+from litpeft.data.kept import Thoughts
 from litpeft.data.readers import STDIN
 from litpeft.data.readers.record import Rejected
 from litpeft.data.report import Report
@@ -145,7 +146,7 @@ def _report(saved: dict[str, Any]) -> Report:
     lists = {name: [Rejected(**bad) for bad in saved[name]] for name in ("rejected", "dropped")}
     counters = {name: Counter(saved[name]) for name in ("formats", "unread")}
     left_out = {name: saved[name] for name in saved if name not in ("train", "validation", "duplicates")}
-    return Report(**left_out | lists | counters)
+    return Report(**left_out | lists | counters | {"thoughts": Thoughts(**saved["thoughts"])})
 
 
 def _make_room(there: Path, needed: int) -> None:

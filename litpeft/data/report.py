@@ -7,6 +7,7 @@ from litpeft.core.errors import counted, some
 from litpeft.core.terminal import clean
 from litpeft.data.formats import FORMATS
 from litpeft.data.formats.keys import listed
+from litpeft.data.kept import Thoughts
 from litpeft.data.readers.record import Rejected
 from litpeft.data.store import Rows
 
@@ -58,6 +59,7 @@ class Report:
     unlike: list[str] = field(default_factory=list)  # file:line of rows that begin otherwise than the answer's prompt
     difference: str = ""  # how the first of these differs
     cache: str = ""  # the file that the rows were read from, if they were not tokenised now
+    thoughts: Thoughts = field(default_factory=Thoughts)
 
     def __str__(self) -> str:
         lines = [f"file        {name}: {told}" for name, told in self.files.items()]
@@ -79,6 +81,7 @@ class Report:
 
         notes = {
             f"not read    the keys {listed(self.unread)}": self.unread,
+            f"thinking    {self.thoughts}": self.thoughts.answers,
             f"warning: {counted(len(self.rejected), 'row')} cannot be used, {out(self.rejected)}": self.rejected,
             f"warning: {counted(len(self.dropped), 'row')} {long}, {out(self.dropped)}": self.dropped,
             f"warning: {counted(self.split_rows, 'row')} {long}, cut into {counted(self.split_pieces, 'piece')}; "

@@ -5,11 +5,13 @@ from typing import Any, ClassVar, Literal
 
 from litpeft.core.kinds import check_choices, check_least
 from litpeft.core.typed import LATER
+from litpeft.data.builtin import BUILT_IN
 from litpeft.data.formats import FORMATS
 from litpeft.data.formats.columns import mapped
 from litpeft.data.readers.text import Documents
 
 Format = Literal[("auto", *FORMATS)]
+Thinking = Literal["error", "keep", "drop"]
 
 
 @dataclass
@@ -27,12 +29,18 @@ class Data:
     format: Format = "auto"
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     columns: dict[str, str] | None = field(default=None, metadata=LATER)
-    """Columns of your own: {"user": "question", "assistant": "{answer}, says {author}"}; also system and input; or
-    messages; or text."""
+    """Columns of your own: {"user": "question", "assistant": "{answer}, says {author}"}; also system, input and
+    thinking; or messages; or text."""
     documents: Documents = field(default="file", metadata=LATER)
     """What is one document in a .txt file."""
-    template: Literal["auto", "model", "alpaca"] = "auto"
-    """How turns become text: model (its own chat template), alpaca, or auto: the model's if it has one, else alpaca."""
+    template: Literal[("auto", "model", *BUILT_IN)] = "auto"
+    """How turns become text: model (its own chat template), a well-known one by name, or auto: the model's if it has
+    one, else alpaca."""
+    template_options: dict[str, Any] | None = field(default=None, metadata=LATER)
+    """What the model's template may be told, such as {"enable_thinking": false} or {"reasoning_effort": "high"}."""
+    thinking: Thinking = field(default="error", metadata=LATER)
+    """Thoughts before an answer that the template leaves out: the row is an error; or each answer becomes a row of its
+    own, thoughts and all (keep); or they are left out (drop)."""
     system: str | None = None
     """System message put before every row that has none."""
     mask_prompt: bool = True

@@ -1,42 +1,23 @@
 """Chat templates: a chat as the text that the model reads, and the spans of it that are trained."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any, TypeVar
 
-from litpeft.core.errors import ConfigError, ModelError
+from litpeft.core.errors import ConfigError, ModelError, quoted, some
 from litpeft.data.answers import Messages, ask, find_answers, offering, prompt_difference
+from litpeft.data.builtin import BUILT_IN, GENERATION
 from litpeft.data.formats.turn import PLAIN, Turn
 from litpeft.data.marks import restore, shield, texts
 from litpeft.data.sandbox import LimitError, Task, Template, TooLong
+from litpeft.data.thinking import MESSAGE_KEYS, after_prompt, split_message, thoughts_of, with_thoughts
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.data.tokenizer_backends import Span
-
-# The prompt of the Alpaca data set, as Lit-GPT writes it: with a line break after "### Response:", so that no token
-# spans prompt and answer. A system message replaces the first sentences; further turns repeat the headings.
-ALPACA = """\
-{%- if messages[0].role == 'system' -%}{{ messages[0].content }}{%- set messages = messages[1:] -%}
-{%- elif messages[0].input -%}
-{{ 'Below is an instruction that describes a task, paired with an input that provides further context. ' }}
-{{- 'Write a response that appropriately completes the request.' }}
-{%- else -%}
-{{ 'Below is an instruction that describes a task. ' }}
-{{- 'Write a response that appropriately completes the request.' }}
-{%- endif -%}
-{%- for message in messages -%}
-{%- if message.role != ('assistant' if loop.index0 % 2 else 'user') -%}
-{{ raise_exception('the alpaca template takes turns of user and assistant only') }}
-{%- elif message.role == 'user' -%}
-{{ '\\n\\n### Instruction:\\n' + message.content }}
-{{- '\\n\\n### Input:\\n' + message.input if message.input }}
-{{- '\\n\\n### Response:\\n' }}
-{%- else -%}
-{% generation %}{{ message.content + eos_token }}{% endgeneration %}
-{%- endif -%}
-{%- endfor -%}"""
 
 
 @dataclass(frozen=True)
@@ -47,9 +28,11 @@ class Rendered:
     trained: list[Span]  # the answers, each with its end-of-turn token
     literal: list[Span]  # where a message spells a special token, which must be read as plain text
     difference: str = ""  # how the prompt for the last answer differs from the text before that answer
+    dropped: tuple[int, ...] = ()  # numbers of the trained turns whose thoughts are not trained
 
 
 MOST = 1 << 29  # characters of a chat, times its answers: finding the answers takes that long
+KNOWN_OPTIONS = ("enable_thinking", "thinking", "reasoning_effort", "preserve_thinking")  # for hints
 T = TypeVar("T")
 Message = Turn | Mapping[str, Any]  # role, content and, of an alpaca row, input
 
@@ -58,27 +41,40 @@ class ChatTemplate:
     """A Jinja template with the special tokens of a model."""
 
     def __init__(
-        self, tokenizer: Tokenizer, name: str = "auto", now: datetime | None = None, *, is_setting: bool = True
+        self,
+        tokenizer: Tokenizer,
+        name: str = "auto",
+        now: datetime | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        is_setting: bool = True,
     ):
         """`name` is data.template; `now` is the date that a template may print, the same for every text.
 
-        `is_setting`: the command has the setting data.template, which errors may then suggest.
+        `options` are what else the template is told. `is_setting`: the command has the setting data.template, which
+        errors may then suggest.
         """
         self.is_setting = is_setting
         if name == "model" and tokenizer.chat_template is None:
             if not is_setting:
                 what = "the run was trained with the model's chat template, which is not there any more"
                 raise ModelError(what, where=tokenizer.where, hint="put it back: chat_template.jinja")
-            hint = "choose data.template alpaca, or auto"
+            hint = f"choose data.template auto, or one of {', '.join(BUILT_IN)}"
             raise ConfigError("the model has no chat template", where="data.template", hint=hint)
-        own = name != "alpaca" and tokenizer.chat_template is not None
+        own = name in ("auto", "model") and tokenizer.chat_template is not None
         self.now = now or datetime.now()
-        self.tokenizer, self.name = tokenizer, "model" if own else "alpaca"
-        alpaca = ("{{ bos_token }}" if tokenizer.adds_bos else "") + ALPACA
-        self.source: str = tokenizer.chat_template if own else alpaca
+        self.tokenizer, self.name = tokenizer, "model" if own else "alpaca" if name == "auto" else name
+        try:
+            self.source: str = tokenizer.chat_template if own else BUILT_IN[self.name].source_for(tokenizer)
+        except ValueError as error:
+            fits = [other for other, one in BUILT_IN.items() if one.fits(tokenizer)]
+            what, hint = f"the template {name} is not for this model: {error}", f"these are: {', '.join(fits)}"
+            raise ConfigError(what, where="data.template", hint=hint) from None
         self.where = tokenizer.template_where if own else tokenizer.where
         self.hash = hashlib.sha256(self.source.encode()).hexdigest()
-        constants = dict(tokenizer.special_tokens, tools=None, documents=None)
+        self.options = dict(options or {})
+        self._check_options("data.template_options" if is_setting else "template_options")
+        constants = dict(tokenizer.special_tokens, tools=None, documents=None) | self.options
         try:
             self._template = Template(self.source, self.now, constants)
             self.end_of_turn = self._find_end_of_turn()
@@ -88,6 +84,28 @@ class ChatTemplate:
         if self.end_of_turn is None and tokenizer.eos is None:
             what = "neither the chat template nor the tokenizer has a token that ends an answer"
             raise ModelError(what, where=tokenizer.where, hint="set eos_token in tokenizer_config.json")
+
+    @property
+    def exported(self) -> str:
+        """Returns the template as a model's files hold it: what it was told in training it is told by default."""
+        source = self.source if self.name == "model" else GENERATION.sub("", self.source)
+        told = "".join(
+            f"{{%- if {key} is not defined -%}}{{%- set {key} = {in_jinja(value)} -%}}{{%- endif %}}"
+            for key, value in self.options.items()
+        )
+        if source.startswith(told):
+            return source
+        return told + ("\n" if source.startswith("\n") else "") + source  # a line break after a tag is cut
+
+    @property
+    def exported_hash(self) -> str:
+        """Returns the sha256 of that text."""
+        return hashlib.sha256(self.exported.encode()).hexdigest()
+
+    @property
+    def is_models_own(self) -> bool:
+        """Whether the model's files say all of it."""
+        return self.name == "model" and not self.options
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -103,41 +121,60 @@ class ChatTemplate:
         """Returns the text of a chat and what of it is trained; raises ValueError if that cannot be found."""
         return self._one(self._spans(turns))
 
-    def spans_of(self, chats: Sequence[Sequence[Turn]], places: Sequence[str]) -> list[Rendered | ValueError]:
-        """Does the same for many chats, with errors in place of results; `places` are their files and lines."""
-        return self._all([self._spans(turns) for turns in chats], places)
+    def spans_of(
+        self, chats: Sequence[Sequence[Turn]], places: Sequence[str], keep: bool = False
+    ) -> list[Rendered | ValueError]:
+        """Does the same for many chats, with errors in place of results; `places` are their files and lines.
+
+        With `keep` a chat is trained on its last answer alone, with its thoughts even where the template drops them.
+        """
+        return self._all([self._spans(turns, keep) for turns in chats], places)
 
     def prompt(self, turns: Sequence[Message], place: str = "") -> list[int]:
         """Returns the ids of the prompt for the next answer; raises ValueError if the template refuses the chat."""
         text, literal = self._one(self._offering(turns, self._prompt(turns)), place)
         return self.tokenizer.encode(text, literal)
 
-    def _spans(self, turns: Sequence[Turn]) -> Task[Rendered]:
+    @cached_property
+    def thinking_key(self) -> str | None:
+        """The key of a message under which the template reads thoughts; None: they can only stand in the content."""
+        for key in MESSAGE_KEYS:
+            answer = {"role": "assistant", "content": "A1", key: "T1"}
+            try:
+                if "T1" in self._one(self._text([{"role": "user", "content": "Q1"}, answer])):
+                    return key
+            except ValueError:  # it refuses such a message
+                continue
+        return None
+
+    def _spans(self, turns: Sequence[Turn], keep: bool = False) -> Task[Rendered]:
         if turns and turns[0].role == PLAIN:
             return self._document(turns[0].content)
-        return (yield from self._offering(turns, self._chat(turns)))
+        return (yield from self._offering(turns, self._chat(turns, keep)))
 
-    def _chat(self, turns: Sequence[Turn]) -> Task[Rendered]:
+    def _chat(self, turns: Sequence[Turn], keep: bool) -> Task[Rendered]:
         messages = self._messages(turns)
         answers = sum(message["role"] == "assistant" for message in messages)
         if answers * sum(64 + len(message["content"]) for message in messages) > MOST:
             raise TooLong(f"its {answers:,} answers in {len(messages):,} messages are too much for the chat template")
         shielded, words = shield(messages, self.tokenizer.special_pattern)
-        text, found, difference = yield from self._answers(shielded)
+        find = self._kept if keep else self._answers
+        text, found, difference = yield from find(shielded)
         text, answers, literal = restore(text, found, words)
         for character, word in words.items():
             difference = difference.replace(repr(character)[1:-1], word)
-        if words and text != (yield ask(messages)):
+        if words and text != ((yield from self._kept(messages))[0] if keep else (yield ask(messages))):
             raise ValueError("the chat template acts on a special token that the row spells out")
-        numbers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        numbers = [i for i, turn in enumerate(turns) if turn.role == "assistant"][-1 if keep else 0 :]
         if self.end_of_turn is None and numbers and numbers[-1] == len(turns) - 1:
             text = text[: answers[-1][1]] + (self.tokenizer.eos or "")
             answers[-1] = (answers[-1][0], len(text))
         for i, (start, stop) in zip(numbers, answers, strict=True):
             if any(call["function"]["name"] not in text[start:stop] for call in turns[i].calls):
                 raise ValueError("the assistant calls tools, and the chat template does not write the calls")
-        trained = [span for i, span in zip(numbers, answers, strict=True) if turns[i].trained]
-        return Rendered(text, trained, literal, difference)
+        trained = {i: span for i, span in zip(numbers, answers, strict=True) if turns[i].trained}
+        dropped = tuple(i for i, (a, b) in trained.items() if thoughts_of(turns[i]) not in text[a:b])
+        return Rendered(text, [*trained.values()], literal, difference, dropped)
 
     def _document(self, content: str) -> Rendered:
         """Returns a document between the tokens that begin and end a text, all of it trained."""
@@ -168,9 +205,19 @@ class ChatTemplate:
             other = "data.template alpaca does without it; " if self.is_setting else ""
             raise ValueError(f"{what} ({other}{{% generation %}} blocks in it would show them)")
         difference = ""
-        if not by_prompts and self.name != "alpaca" and numbers:
+        if not by_prompts and self.name == "model" and numbers:
             difference = yield from prompt_difference(full, messages[: numbers[-1]], spans[-1][0])
         return full, [self._close(full, span) for span in spans], difference
+
+    def _kept(self, messages: Messages) -> Task[tuple[str, list[Span], str]]:
+        """Returns the chat with its last answer after the prompt for it, thoughts and all; and that answer's span."""
+        *before, last = messages
+        thoughts, bare = split_message(last, self.thinking_key)
+        text, prompt = (yield ask(messages)), (yield ask(before, True))
+        if not (text.startswith(prompt) and thoughts in text[len(prompt) :]):
+            plain, spans, _ = yield from self._answers([*before, bare])
+            text = prompt + after_prompt(prompt, thoughts, plain[spans[-1][0] :].lstrip())
+        return text, [self._close(text, (len(prompt), len(text)))], ""
 
     def _prompt(self, turns: Sequence[Message]) -> Task[tuple[str, list[Span]]]:
         messages = self._messages(turns)
@@ -181,12 +228,15 @@ class ChatTemplate:
         return text, literal
 
     def _messages(self, turns: Sequence[Message]) -> Messages:
-        """Returns the turns as the template takes them; only the alpaca template knows `input`."""
+        """Returns the turns as the template takes them; few templates know `input` apart from a message."""
         messages = [dict(turn.message if isinstance(turn, Turn) else turn) for turn in turns]
+        for i, turn in enumerate(turns):
+            if isinstance(turn, Turn) and thoughts_of(turn):
+                messages[i] = with_thoughts(messages[i], turn, self.thinking_key)
         for message in messages:
             if message["role"] == "developer" and "developer" not in self.source:
                 message["role"] = "system"
-            if self.name == "model":
+            if "message.input" not in self.source:
                 message["content"] = "\n\n".join(filter(None, (message["content"], message.pop("input", ""))))
         return messages
 
@@ -206,6 +256,17 @@ class ChatTemplate:
             raise result
         return result
 
+    def _check_options(self, where: str) -> None:
+        """Raises ConfigError for an option that the template does not read, or that is not the user's to set."""
+        given = {"messages", "tools", "documents", "add_generation_prompt", *self.tokenizer.special_tokens}
+        for key in self.options:
+            read = key.isidentifier() and re.search(rf"\b{key}\b", self.source) is not None
+            if not read or key in given:
+                known = [name for name in KNOWN_OPTIONS if re.search(rf"\b{name}\b", self.source)]
+                hint = f"it reads {some(known)}" if known else "leave it out"
+                reads = "is not to be set" if key in given else "is nothing that the chat template reads"
+                raise ConfigError(f"{quoted(key)} {reads}", where=where, hint=hint)
+
     def _find_end_of_turn(self) -> str | None:
         """Returns the special token that ends an assistant's turn in a small chat."""
         question, answer = {"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}
@@ -223,6 +284,15 @@ class ChatTemplate:
             return start, place + len(self.end_of_turn)
         follows = re.compile(rf"\s*{re.escape(self.end_of_turn)}").match(text, end)
         return (start, follows.end()) if follows else span
+
+
+def in_jinja(value: Any) -> str:
+    """Returns a value of JSON as a template spells it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {in_jinja(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(in_jinja, value))}]"
+    return "none" if value is None else json.dumps(value)
 
 
 def with_system(turns: list[Turn], system: str | None) -> list[Turn]:

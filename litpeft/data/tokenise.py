@@ -13,6 +13,7 @@ from litpeft.core.errors import ConfigError, DataError, counted, some
 from litpeft.data.cache import RowCache
 from litpeft.data.chats import Chats, Example, refuse
 from litpeft.data.formats.turn import PLAIN
+from litpeft.data.kept import judged
 from litpeft.data.readers.record import Rejected
 from litpeft.data.report import Counts, Report
 from litpeft.data.rows import Row, cut
@@ -161,7 +162,8 @@ class Tokeniser:
         usable = []
         too_long = self.report.dropped if self.data.overlong == "drop" else self.refused
         found = self.template.spans_of([chat.turns for chat in chats], [chat.where for chat in chats])
-        for chat, text in zip(chats, found, strict=True):
+        option = f"{self.data.prefix}thinking"
+        for chat, text in judged(chats, found, self.template, self.data.thinking, self.report.thoughts, option):
             if isinstance(text, ValueError):
                 (too_long if isinstance(text, TooLong) else self.refused).append(Rejected(chat.where, str(text)))
             elif len(text.text) > self._most:

@@ -18,6 +18,7 @@ from litpeft.core.json import read_json
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
 from litpeft.data.tokenizer import write_added_tokens
+from litpeft.exchange.chat_template import write_template
 from litpeft.exchange.compare import (
     FOLD_TOLERANCE,
     PROMPTS,
@@ -114,6 +115,7 @@ def merge(settings: Merge) -> None:
             copy_companions(run.texts(base), folder, COMPANIONS[2:])
             write_config(folder, dtype, method)
             write_added_tokens(folder, tokenizer)
+            write_template(folder, template)
             write_stop_ids(folder, template.stop_ids)
         if settings.push:
             write_card(folder, settings.push, base, run, "A finetune")

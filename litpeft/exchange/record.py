@@ -15,6 +15,8 @@ from litpeft.core.kinds import check_least
 from litpeft.core.precision import PRECISIONS
 from litpeft.core.recognise import ADAPTER_TENSORS
 from litpeft.core.typed import LATER, typed
+from litpeft.data.builtin import BUILT_IN
+from litpeft.data.settings import Thinking
 from litpeft.exchange.identity import TokenizerIdentity, checksum, with_defaults
 from litpeft.methods import METHODS, method_class
 from litpeft.model.config import ModelConfig
@@ -76,13 +78,18 @@ class InitRecord:
 class TemplateRecord:
     """The chat template of the training."""
 
-    name: Literal["model", "alpaca"]
+    name: Literal[("model", *BUILT_IN)]
     sha256: str | None  # of the model's own template, null where it has none
     system: str | None
+    options: dict[str, Any] | None = field(default=None, metadata=LATER)  # what the template is told
+    thinking: Thinking = field(default="error", metadata=LATER)  # of the rows, as in data.thinking
+    text_sha256: str | None = field(default=None, metadata=LATER)  # of the exported text, unless it is the model's own
 
     def __post_init__(self) -> None:
         if self.sha256 is not None or self.name == "model":
             check_sha256("sha256", self.sha256)
+        if self.text_sha256 is not None:
+            check_sha256("text_sha256", self.text_sha256)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from litpeft.core.recognise import refuse_other
 from litpeft.core.safetensors import Weights
 from litpeft.core.terminal import command_line
 from litpeft.core.typed import typed
+from litpeft.data.settings import Thinking
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_changes, config_identity, tokenizer_changes, tokenizer_identity
@@ -138,14 +139,31 @@ class Run:
             what = f"the model's config is not the one that the run was trained with: {some(lines, '; ')}"
             raise ModelError(what, where=folder / "config.json", hint=BACK)
 
-    def tokenizer_and_template(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
-        """Returns tokenizer and template of the model's folder, after checking that they are those of the training."""
+    @property
+    def thinking(self) -> Thinking:
+        """What was done with thoughts that the template leaves out."""
+        return self.facts["template"].get("thinking", "error")
+
+    def tokenizer_and_template(
+        self, folder: Path, options: Mapping[str, Any] | None = None
+    ) -> tuple[Tokenizer, ChatTemplate]:
+        """Returns tokenizer and template of the model's folder, after checking that they are those of the training.
+
+        `options` are told to the template beside those of the training.
+        """
         tokenizer = Tokenizer.load(folder)
         tokenizer.add(self.facts["settings"].get("add_tokens", ()))
-        if self.template == "model" and tokenizer.template_hash != self.facts["template"]["sha256"]:
+        saved = self.facts["template"]
+        if self.template == "model" and tokenizer.template_hash not in (saved["sha256"], saved.get("text_sha256")):
             what = "the base's chat template is not the one that the run was trained with"
             raise ModelError(what, where=folder, hint=BACK)
-        template = ChatTemplate(tokenizer, self.template, is_setting=False)
+        trained = ChatTemplate(tokenizer, self.template, options=saved.get("options"), is_setting=False)
+        if saved.get("text_sha256") not in (None, trained.exported_hash):
+            what = f"the run was trained with another text of the template {self.template}"
+            raise ModelError(what, where=folder, hint="take the version of litpeft that trained it")
+        template = trained
+        if options:
+            template = ChatTemplate(tokenizer, self.template, options=trained.options | dict(options), is_setting=False)
         then = self.facts["base"].get("tokenizer")
         if then is not None and (lines := tokenizer_changes(then, tokenizer_identity(template))):
             what = f"the tokenizer is not the one that the run was trained with: {'; '.join(lines)}"

@@ -20,7 +20,9 @@ from litpeft.core.json import read_json, write_json
 from litpeft.core.recognise import is_peft, refuse_file, refuse_other
 from litpeft.core.safetensors import copy_companions, save_tensors, write_safetensors
 from litpeft.core.terminal import tell
+from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.chat_template import write_template
 from litpeft.exchange.exports.peft import write_adapter
 from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.identity import checksum
@@ -73,7 +75,14 @@ def method_of(run: Path) -> str | None:
 
 
 def save_result(
-    folder: Path, model: GPT, method: str, settings: Method, base: Path, facts: dict[str, Any], first: bool = True
+    folder: Path,
+    model: GPT,
+    method: str,
+    settings: Method,
+    base: Path,
+    facts: dict[str, Any],
+    first: bool = True,
+    template: ChatTemplate | None = None,
 ) -> None:
     """Writes the result of a run; the folder appears complete or not at all.
 
@@ -98,6 +107,8 @@ def save_result(
             write_safetensors(temporary, _finite(tensors, folder))
             copy_companions(base, temporary)
             write_config(temporary, dtype, settings)
+            if template is not None:
+                write_template(temporary, template)
             write_stop_ids(temporary, facts["base"]["tokenizer"]["stop_ids"])
         else:
             delta = dict(_finite(tensors, folder))

@@ -4,6 +4,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from litpeft.core.errors import ConfigError, DataError, counted
 from litpeft.core.folders import atomic_file
@@ -13,6 +14,7 @@ from litpeft.data.prompts import new_file
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
 from litpeft.data.sources import find, find_measured
+from litpeft.data.thinking import answer_of, block, parted, thoughts_of
 from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
 from litpeft.generate.engine import Answer, answer_all
@@ -27,10 +29,17 @@ SHOWN = 240  # characters of a text in the terminal
 def exactly(
     loaded: Loaded, prompts: list[list[int]], expected: list[str], max_new_tokens: int, batch_size: int
 ) -> tuple[list[Answer], list[bool]]:
-    """Returns the greedy answers, and whether each is the expected one; spaces around an answer do not count."""
+    """Returns the greedy answers, and whether each is the expected one; thoughts and spaces around it do not count."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
     answers = answer_all(loaded, prompts, batch_size, sampling, loaded.template.stop_ids)
-    return answers, [a.text.strip() == want.strip() for a, want in zip(answers, expected, strict=True)]
+    return answers, [parted(a.text)[1].strip() == want.strip() for a, want in zip(answers, expected, strict=True)]
+
+
+@dataclass
+class Measured(Data):
+    """Rows to measure on: their options stand in no group."""
+
+    prefix: ClassVar[str] = ""
 
 
 @dataclass
@@ -65,12 +74,19 @@ class Exchange:
 
     before: list[Turn]
     expected: str
+    thoughts: str = ""  # that come before it
 
     @classmethod
     def of(cls, row: Row) -> "Exchange":
         trained = [i for i, turn in enumerate(row.turns) if turn.trained]
         last = ([i for i in trained if row.turns[i].content] or trained or [len(row.turns) - 1])[-1]
-        return cls(row.turns[:last], row.turns[last].content)
+        turn = row.turns[last]
+        return cls(row.turns[:last], answer_of(turn), thoughts_of(turn))
+
+    @property
+    def whole(self) -> str:
+        """Returns the answer with its thoughts."""
+        return block(self.thoughts, self.expected) if self.thoughts else self.expected
 
     @property
     def asked(self) -> str:
@@ -128,9 +144,10 @@ def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
     reach = loaded.model.reach
 
     def read(files: list[Path], shots: list[Row]) -> list[Row]:
-        shape = {"format": settings.format, "columns": settings.columns}
+        thinking = settings.thinking or (loaded.run.thinking if loaded.run else "error")
+        shape = {"format": settings.format, "columns": settings.columns, "thinking": thinking}
         names = tuple(map(str, files))
-        data = Data(names, None, 0.0, **shape, template=template, system=loaded.system, max_length=reach)
+        data = Measured(names, None, 0.0, **shape, template=template, system=loaded.system, max_length=reach)
         found = load_dataset(data, loaded.tokenizer, loaded.template, reach, True, shots)
         for note in found.report.notes:
             tell(note)

@@ -45,12 +45,13 @@ def load_model(
     quantize: str | None = None,
     method: Mapping[str, Any] | None = None,
     beside: Sequence[Loaded] = (),
+    template_options: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Returns the model of a base folder, a merged folder or a run, in eval mode on the first device there is.
 
     `quantize` names the storage of its linear layers; a delta's base is held as it was in training. `method` are keys
-    of a run's method that are to have other values. What is the same in a model that is loaded already, `beside`, is
-    held once.
+    of a run's method that are to have other values; `template_options` is what its chat template is told. What is the
+    same in a model that is loaded already, `beside`, is held once.
     """
     device = pick_device()
     dtype = pick_precision(precision, device).weights
@@ -70,10 +71,10 @@ def load_model(
     if run is None:
         folder = Path(path)
         tokenizer = Tokenizer.load(folder)
-        template = ChatTemplate(tokenizer, is_setting=False)
+        template = ChatTemplate(tokenizer, options=template_options, is_setting=False)
     else:
         folder = run.base_folder(base) if has_delta else run.model_folder()
-        tokenizer, template = run.tokenizer_and_template(folder)
+        tokenizer, template = run.tokenizer_and_template(folder, template_options)
     if has_delta:
         storage = run.storage
         if storage is not None:  # an existing cache is read, none is written
@@ -130,7 +131,8 @@ def load_models(settings: Answering) -> dict[str, Loaded]:
 def load_one(settings: Answering, path: str, beside: Sequence[Loaded] = ()) -> Loaded:
     """Returns one of the models that the settings name; their `method` is that of the first."""
     method = settings.method if path == settings.model else None
-    return load_model(path, settings.base, settings.precision, settings.quantize, method, beside)
+    told = settings.template_options
+    return load_model(path, settings.base, settings.precision, settings.quantize, method, beside, told)
 
 
 def named(settings: Answering) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from litpeft.core.errors import quoted
 from litpeft.core.kinds import check_choices, check_least
-from litpeft.data.settings import Format, check_columns
+from litpeft.data.settings import Format, Thinking, check_columns
 from litpeft.model.quantize import STORAGES
 
 
@@ -26,6 +26,8 @@ class Answering:
     """Hold a model's linear layers in 2, 3, 4 or 8 bits a weight; a run's base is held as the run held it."""
     method: dict[str, Any] = field(default_factory=dict, kw_only=True)
     """Other values for keys of the run's method, those that may change after training, e.g. {"skip_layers": 5}."""
+    template_options: dict[str, Any] | None = field(default=None, kw_only=True)
+    """What the model's template is told, such as {"enable_thinking": false}; a run is told what it was trained with."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -123,6 +125,8 @@ class Evaluate(Answering):
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     columns: dict[str, str] | None = None
     """Columns of your own, as for `litpeft finetune`: {"user": "question", "assistant": "answer"}."""
+    thinking: Thinking | None = None
+    """Rows with thoughts that the template leaves out, as data.thinking; default: as the run was trained, or error."""
     compare_base: bool = True
     """For a run: measure its base too, and show both side by side."""
     shots: int = 0

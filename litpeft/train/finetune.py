@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,8 @@ from litpeft.core.memory import out_of_memory
 from litpeft.core.precision import pick_device
 from litpeft.core.terminal import is_first, tell, tolerant_streams
 from litpeft.data.batches import collate, plan_epoch
+from litpeft.data.settings import Data
+from litpeft.data.templates import ChatTemplate
 from litpeft.exchange.run import base_facts, save_result
 from litpeft.generate.load import Loaded
 from litpeft.model.build import build
@@ -149,12 +152,20 @@ def choose(run: Preparation, model: GPT, progress: Progress) -> tuple[int, UserE
     return best[0], None
 
 
+def template_facts(template: ChatTemplate, data: Data) -> dict[str, Any]:
+    """Returns what delta.json says of the template; what is at its default is left out."""
+    facts = {"name": template.name, "sha256": template.tokenizer.template_hash, "system": data.system}
+    more = {"options": template.options or None, "thinking": data.thinking}
+    more |= {"text_sha256": None if template.is_models_own else template.exported_hash}
+    return facts | {key: value for key, value in more.items() if value not in (None, "error")}
+
+
 def save(run: Preparation, model: GPT, progress: Progress, step: int, storage: Storage | None, first: bool) -> None:
     """Writes final/."""
     base, reads, chat = Path(run.settings.base.dir), run.facts["reads"], run.template
     facts = {
         "base": base_facts(base, storage, run.facts["base"], reads["config"], reads["tokenizer"]),
-        "template": {"name": chat.name, "sha256": chat.tokenizer.template_hash, "system": run.settings.data.system},
+        "template": template_facts(chat, run.settings.data),
         "precision": run.precision.name,
         "step": step,
         "steps_done": progress.step,
@@ -163,4 +174,4 @@ def save(run: Preparation, model: GPT, progress: Progress, step: int, storage: S
     }
     if began := run.facts["init_from"]:
         facts["init_from"] = began
-    save_result(Path(run.settings.out) / "final", model, run.name, run.method, base, facts, first)
+    save_result(Path(run.settings.out) / "final", model, run.name, run.method, base, facts, first, chat)

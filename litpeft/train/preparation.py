@@ -97,7 +97,8 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     note_tokens(method, tokenizer)
     method.read(tokenizer)
     began = datetime.now() if saved is None else datetime.fromisoformat(saved.facts["began"])
-    template = ChatTemplate(tokenizer, settings.data.template, now=began)  # when resumed, it prints the same date
+    chosen = settings.data.template, began, settings.data.template_options  # when resumed, it prints the same date
+    template = ChatTemplate(tokenizer, *chosen)
     weights, shapes = check_run(settings, method, precision, device)
     rows = load_dataset(settings.data, tokenizer, template, shapes.reach)
     say(str(rows.report))

@@ -45,7 +45,7 @@ def show_sample(
 def exact_share(fabric: Fabric, loaded: Loaded, questions: list[Question]) -> float:
     """Returns the share of the questions whose greedy answer is exactly the expected one."""
     expected = [exchange.expected for exchange, _ in questions]
-    longest = max(len(loaded.tokenizer.encode(text)) for text in expected)
+    longest = max(len(loaded.tokenizer.encode(one.whole)) for one, _ in questions)
     loaded.model.eval()
     with fabric.autocast():
         _, exact = exactly(loaded, [prompt for _, prompt in questions], expected, longest + 8, ANSWERED_AT_ONCE)

@@ -90,7 +90,7 @@ class Chat:
         said = text(message, self.role, f"{name}.{self.role}")
         if said not in self.roles:
             raise ValueError(f"{name}.{self.role} must be one of {', '.join(self.roles)}, got {quoted(said)}")
-        keys.refuse(message, f"{name}.", known=OF_TOOLS)
+        keys.refuse(message, f"{name}.", known=(*OF_TOOLS, *(keys.THINKING if self.roles[said] == "assistant" else ())))
         role, train = self.roles[said], keys.switch(message, f"{name}.")
         if train and role != "assistant":
             key = next(key for key in keys.SWITCHES if message.get(key) is not None)
@@ -104,7 +104,8 @@ class Chat:
         more = tuple((key, text(message, key, f"{name}.{key}")) for key in of_tool if message.get(key) is not None)
         if message.get("tool_call_id") and role != "tool":
             raise ValueError(f"{name}.tool_call_id belongs to a message of the role tool, not of {said}")
-        return Turn(role, content, train, calls=calls, more=more)
+        thinking = keys.thoughts(message, content, f"{name}.")
+        return Turn(role, content, train, calls=calls, more=more, thinking=thinking)
 
     def _names(self, *roles: str) -> list[str]:
         """Returns what the rows call these roles."""

@@ -15,7 +15,7 @@ from litpeft.data.formats.chat import Chat
 from litpeft.data.formats.document import Document
 from litpeft.data.formats.turn import Turn
 
-PARTS = ("system", "user", "input", "assistant")
+PARTS = ("system", "user", "input", "thinking", "assistant")
 SHAPES = (("messages",), ("messages", "system"), ("text",))
 
 
@@ -75,11 +75,14 @@ class Columns:
             more = {"system": self._value(record, "system", parts["system"])} if "system" in parts else {}
             return getattr(Chat(column, *names), method)({column: said} | more)
         if method == "asked":
-            parts.pop("assistant", None)
+            parts = {part: value for part, value in parts.items() if part not in ("assistant", "thinking")}
         said = {part: self._value(record, part, value) for part, value in parts.items()}
         system = [Turn("system", said["system"])] if said.get("system") else []
         chat = [*system, Turn("user", said["user"], input=said.get("input", ""))]
-        return chat if method == "asked" else [*chat, Turn("assistant", said["assistant"])]
+        if method == "asked":
+            return chat
+        thinking = keys.thoughts({"thinking": said.get("thinking", "")}, said["assistant"])
+        return [*chat, Turn("assistant", said["assistant"], thinking=thinking)]
 
     def _used(self, record: dict[str, Any]) -> set[str]:
         """Returns the columns that the parts name."""

@@ -7,16 +7,17 @@ from typing import Any
 from litpeft.core.errors import counted, quoted, some
 
 TOOLS = "only a list of messages may have tools, tool_calls and tool_call_id"
-THOUGHTS = "write the thoughts into the answer's text, as the model's template writes them"
+THOUGHTS = "only an answer of the assistant has thoughts"
 SYSTEM = "call the key system"
 MEDIA = "only text is read"
 PREFERENCE = "answers are learnt, not preferences: keep the answer that is right, or give chosen and rejected"
-VARIABLE = "templates are rendered without variables of a row"
+VARIABLE = "the option template_options sets what the template reads, for all rows alike"
 PARTS = "what is trained is a whole answer: a message may say train false"
+THINKING = ("reasoning_content", "reasoning", "thinking", "thoughts")  # names for what came before the answer
 # Ignoring one of these would train on another text. key -> why it is not read, or what to do
 REFUSED = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id"), TOOLS),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thoughts"), THOUGHTS),
+    **dict.fromkeys(THINKING, THOUGHTS),
     **dict.fromkeys(("system_prompt", "system_message"), SYSTEM),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), PREFERENCE),
@@ -51,6 +52,22 @@ def switch(record: dict[str, Any], place: str = "") -> bool | None:
     if len(set(said.values())) > 1:
         raise ValueError(f"{place}{' and '.join(said)} contradict each other")
     return next(iter(said.values()), None)
+
+
+def thoughts(record: dict[str, Any], answer: str, place: str = "") -> str:
+    """Returns what a row or message says was thought before its `answer`; raises ValueError if that is unclear."""
+    given = [key for key in THINKING if record.get(key) not in NOTHING]
+    if not given:
+        return ""
+    said, key = record[given[0]], f"{place}{given[0]}"
+    if len(given) > 1 and any(record[other] != said for other in given):
+        raise ValueError(f"{place}{' and '.join(given)} are two thoughts: keep one of them")
+    if not isinstance(said, str):
+        raise ValueError(f"{key} must be a string, got {type(said).__name__}")
+    for text in (said, answer):
+        if "</think>" in text:
+            raise ValueError(f"{key} holds the thoughts, and {'it' if text is said else 'the answer'} has </think> too")
+    return said
 
 
 def refuse_switched_off(record: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@
               {"role": "assistant", "content": "Lima.", "train": false}]}
 
 Every turn of the assistant is trained, except where it says `"train": false`, `"loss": false` or `"weight": 0`.
+What the assistant thought before it answered is `reasoning_content` (or `thinking`, `reasoning`, `thoughts`) of its
+message, or stands in the content: "<think>...</think>Paris."
 A system message may also stand beside the messages, and so may tools: {"tools": [...], "messages": [...]}.
 """
 

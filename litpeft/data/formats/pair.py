@@ -1,4 +1,7 @@
-"""Rows of one question and one answer, whatever the keys are called; alpaca.py and its like name them."""
+"""Rows of one question and one answer, whatever the keys are called; alpaca.py and its like name them.
+
+`reasoning` (or `thinking`, `thoughts`, `reasoning_content`) holds what was thought before the answer.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,12 +48,14 @@ class Pair:
             raise ValueError(f"{' and '.join(given)} could both be the answer: keep one of them")
         before, answer = self.asked(record), next((k for k in (*given, *self.answers) if k in record), self.answers[0])
         if isinstance(record.get(answer), list):
+            keys.refuse({key: record[key] for key in keys.THINKING if key in record})
             return _joined(before, LIST.listed(record[answer], answer))
-        return [*before, Turn("assistant", text(record, answer, answer, empty=False))]
+        said = text(record, answer, answer, empty=False)
+        return [*before, Turn("assistant", said, thinking=keys.thoughts(record, said))]
 
     def asked(self, record: Any) -> list[Turn]:
         """Returns the turns before the answer."""
-        keys.refuse(record, known=(*self.answers, *self.needed))
+        keys.refuse(record, known=(*self.answers, *self.needed, *keys.THINKING))
         system = optional(record, "system")
         opening = [Turn("system", system)] if system else []
         about = {key: optional(record, key) for key in ("input", "context")}
@@ -67,7 +72,8 @@ class Pair:
     def unread(self, record: dict[str, Any], to_answer: bool = False) -> set[str]:
         """Returns the keys of a record, or of one to answer, that have no effect."""
         read = (self.key, *BESIDE, *(() if to_answer else self.answers))
-        return keys.unread(record, read, to_answer)
+        thoughts = {key for key in keys.THINKING if to_answer and record.get(key) not in keys.NOTHING}
+        return keys.unread(record, read, to_answer) | thoughts
 
 
 def _joined(before: Sequence[Turn], after: list[Turn]) -> list[Turn]:

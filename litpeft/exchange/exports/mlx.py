@@ -16,6 +16,7 @@ from litpeft.core.exports import CannotExport
 from litpeft.core.json import write_json
 from litpeft.core.recognise import ADAPTER
 from litpeft.core.safetensors import save_tensors
+from litpeft.exchange.chat_template import write_beside
 from litpeft.exchange.exports.low_rank import Factors, check_factors, factors_of
 from litpeft.exchange.run import Run
 from litpeft.model.families.names import NameMap
@@ -44,7 +45,9 @@ def write(folder: Path, run: Run, base: Path) -> str:
     parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": kinds}
     layers = names.config.n_layers
     write_json(folder / ADAPTER, {"fine_tune_type": "lora", "num_layers": layers, "lora_parameters": parameters})
-    return f"an adapter of rank {rank} for mlx-lm; next: mlx_lm.generate --model BASE --adapter-path OUT"
+    _, template = run.tokenizer_and_template(base)
+    said = f"an adapter of rank {rank} for mlx-lm; next: mlx_lm.generate --model BASE --adapter-path OUT"
+    return said + write_beside(folder, template)
 
 
 def module_of(names: NameMap, ours: str) -> str:

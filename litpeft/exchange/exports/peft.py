@@ -18,9 +18,12 @@ from torch import Tensor
 from litpeft.core.checksums import CHECKSUMS
 from litpeft.core.errors import some
 from litpeft.core.exports import CannotExport
+from litpeft.core.folders import COMPANIONS
 from litpeft.core.json import read_json, read_optional, write_json
 from litpeft.core.recognise import ADAPTER, ADAPTER_TENSORS
-from litpeft.core.safetensors import save_tensors
+from litpeft.core.safetensors import copy_companions, save_tensors
+from litpeft.data.tokenizer import write_added_tokens
+from litpeft.exchange.chat_template import write_beside
 from litpeft.exchange.exports.peft_base import WRAPPED, Adapter, add_base, plain_modules
 from litpeft.exchange.result import Run
 from litpeft.model.build import deltas_alone
@@ -39,8 +42,12 @@ Said = dict[str, Tensor]  # tensors by peft's names
 
 
 def write(folder: Path, run: Run, base: Path) -> str:
-    """Writes the adapter of a run; returns a line that says what it is."""
-    return write_adapter(folder, run.method(), run.storage, run.delta(), base)
+    """Writes the adapter of a run, and the tokenizer beside it; returns a line that says what it is."""
+    said = write_adapter(folder, run.method(), run.storage, run.delta(), base)
+    tokenizer, template = run.tokenizer_and_template(base)
+    copy_companions(run.texts(base), folder, COMPANIONS[2:])
+    write_added_tokens(folder, tokenizer)
+    return said + write_beside(folder, template)
 
 
 def write_adapter(

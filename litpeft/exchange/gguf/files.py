@@ -52,7 +52,7 @@ class GgufFolder:
         if adds_bos and not self.chat.startswith(self.tokenizer.bos):
             adds_bos = False
             say("add_bos_token is false: llama.cpp would put BOS before each chat, which the chat template does not")
-        source = self.template.source if self.has_template else None
+        source = self.template.exported if self.has_template else None
         words = vocabulary(self.tokenizer, source, self.layout.config.vocab_size, self.template.stop_ids, adds_bos)
         write_gguf(self.folder / MODEL, self.layout, self.types, self.wanted, words, rows)
         for line in self._remarks():

@@ -82,9 +82,11 @@ class PeftRun(Run):
     def delta(self) -> dict[str, Tensor]:
         return self.learned[1]
 
-    def tokenizer_and_template(self, folder: Path) -> tuple[Tokenizer, ChatTemplate]:
+    def tokenizer_and_template(
+        self, folder: Path, options: Mapping[str, Any] | None = None
+    ) -> tuple[Tokenizer, ChatTemplate]:
         tokenizer = Tokenizer.load(self.texts(folder))
-        return tokenizer, ChatTemplate(tokenizer, is_setting=False)
+        return tokenizer, ChatTemplate(tokenizer, options=options, is_setting=False)
 
     def texts(self, base: Path) -> Path:
         """Returns the adapter's folder if a tokenizer lies beside it, as trainers save it, or else the base's."""
