@@ -115,7 +115,7 @@ class ChatTemplate:
 
     def render(self, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """Returns the text of a chat; raises ValueError if the template refuses it."""
-        return self._one(self._text(self._messages(turns), add_generation_prompt))
+        return self._one(self._text(self.messages(turns), add_generation_prompt))
 
     def spans(self, turns: Sequence[Turn]) -> Rendered:
         """Returns the text of a chat and what of it is trained; raises ValueError if that cannot be found."""
@@ -153,7 +153,7 @@ class ChatTemplate:
         return (yield from self._offering(turns, self._chat(turns, keep)))
 
     def _chat(self, turns: Sequence[Turn], keep: bool) -> Task[Rendered]:
-        messages = self._messages(turns)
+        messages = self.messages(turns)
         answers = sum(message["role"] == "assistant" for message in messages)
         if answers * sum(64 + len(message["content"]) for message in messages) > MOST:
             raise TooLong(f"its {answers:,} answers in {len(messages):,} messages are too much for the chat template")
@@ -190,7 +190,7 @@ class ChatTemplate:
             return (yield from task)
         if any(self.tokenizer.special_pattern.search(text) for text in texts(tools)):
             raise ValueError("a tool's description spells a special token")
-        messages = self._messages(turns)
+        messages = self.messages(turns)
         if (yield ask(messages)) == (yield from offering(tools, self._text(messages))):
             raise ValueError("the row has tools, and the chat template does not write them")
         return (yield from offering(tools, task))
@@ -220,14 +220,14 @@ class ChatTemplate:
         return text, [self._close(text, (len(prompt), len(text)))], ""
 
     def _prompt(self, turns: Sequence[Message]) -> Task[tuple[str, list[Span]]]:
-        messages = self._messages(turns)
+        messages = self.messages(turns)
         shielded, words = shield(messages, self.tokenizer.special_pattern)
         text, _, literal = restore((yield ask(shielded, True)), [], words)
         if words and text != (yield ask(messages, True)):
             raise ValueError("the chat template acts on a special token that a message spells out")
         return text, literal
 
-    def _messages(self, turns: Sequence[Message]) -> Messages:
+    def messages(self, turns: Sequence[Message]) -> Messages:
         """Returns the turns as the template takes them; few templates know `input` apart from a message."""
         messages = [dict(turn.message if isinstance(turn, Turn) else turn) for turn in turns]
         for i, turn in enumerate(turns):
