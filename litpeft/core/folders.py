@@ -1,5 +1,6 @@
 """Folders and files that appear complete or not at all, locks, and clean-up after killed processes."""
 
+import errno
 import fcntl
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from litpeft.core.checksums import CHECKSUMS
-from litpeft.core.errors import ConfigError, ResourceError, scaled, some
+from litpeft.core.errors import ConfigError, ResourceError, UserError, scaled, some
 from litpeft.core.exports import EXPORTS
 
 # the files of a model beside its weights, copied from folder to folder
@@ -46,6 +47,18 @@ def check_disk(folder: Path, needed: int, what: str, hint: str) -> None:
         need, left, short = (scaled(count, "B") for count in (needed, free, needed - free))
         what = f"{what} need {need}, the disk has {left} left: {short} too little"
         raise ResourceError(what, where=folder, hint=hint)
+
+
+def disk_fault(error: BaseException, folder: Path) -> UserError | None:
+    """Returns the UserError for an error of the local disk, None for any other error."""
+    number = getattr(error, "errno", None)
+    barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = "free some space and run the same command again, or give another --out"
+        return ResourceError(f"the disk is full ({os.strerror(number)})", where=folder, hint=hint)
+    if number in (*barred, errno.EIO):
+        return ResourceError(f"cannot write there ({os.strerror(number)})", where=folder, hint="give another --out")
+    return None
 
 
 @contextmanager

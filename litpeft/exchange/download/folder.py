@@ -1,13 +1,12 @@
 """The files of a model folder; checks that they are complete, and that they fit on the disk."""
 
-import errno
 import os
 import re
 from collections.abc import Collection
 from pathlib import Path
 
 from litpeft.core.checksums import read_header, tensor_sums, write_checksums
-from litpeft.core.errors import ModelError, ResourceError, UserError
+from litpeft.core.errors import ModelError
 from litpeft.core.folders import COMPANIONS
 from litpeft.core.json import read_json, read_shards
 
@@ -45,15 +44,3 @@ def keep_checksums(folder: Path, origin: str) -> None:
     """Writes the checksums of weights that were verified against the source."""
     sums = [tensor_sums(path) for path in sorted(folder.glob("*.safetensors"))]
     write_checksums(folder, {name: digest for part in sums for name, digest in part.items()}, origin)
-
-
-def disk_fault(error: BaseException, folder: Path) -> UserError | None:
-    """Returns the UserError for an error of the local disk, None for any other error."""
-    number = getattr(error, "errno", None)
-    barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        hint = "free some space and run the same command again, or give another --out"
-        return ResourceError(f"the disk is full ({os.strerror(number)})", where=folder, hint=hint)
-    if number in (*barred, errno.EIO):
-        return ResourceError(f"cannot write there ({os.strerror(number)})", where=folder, hint="give another --out")
-    return None

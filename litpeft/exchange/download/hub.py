@@ -1,43 +1,36 @@
-"""Downloads a model from the Hugging Face hub; huggingface_hub takes the token from the environment or saved login."""
+"""Downloads a model from the Hugging Face hub."""
 
-import hashlib
 import os
 import re
-import time
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, errors, snapshot_download
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from litpeft.core.checksums import CHECKSUMS, file_sha256
-from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, counted, scaled
-from litpeft.core.folders import check_disk, check_place, locked
-from litpeft.core.terminal import say, tell
-from litpeft.exchange.download.folder import FREE_SPACE, check_folder, disk_fault, keep_checksums, model_files
+from litpeft.core.checksums import CHECKSUMS
+from litpeft.core.errors import ConfigError, ModelError, UserError, counted, scaled
+from litpeft.core.folders import check_disk, check_place, disk_fault, locked
+from litpeft.core.hub import NO_ANSWER, HubFile, Repository, difference, no_hub, transfer, tree
+from litpeft.core.terminal import say
+from litpeft.exchange.download.folder import FREE_SPACE, check_folder, keep_checksums, model_files
 from litpeft.exchange.settings import Download
 
 PICKLES = re.compile(r"(?!training_args).*\.(bin|pth|pt)")  # training_args.bin holds no weights
-NO_ANSWER = (errors.HTTPError, OSError, ValueError, KeyError)  # the last two: the server is not a hub
-ATTEMPTS = 5  # of the whole transfer; within each huggingface_hub retries a file a few times
 
 
 def fetch(settings: Download) -> Path:
     """Returns the folder with the model files of a hub repository, each verified by the hub's hash."""
-    logging.set_verbosity_error()  # its warnings print signed URLs, and what they report is told here
-    repo = _repo_id(settings.source)
-    folder = Path(settings.out or f"checkpoints/{repo}")
+    repo = Repository(_repo_id(settings.source), settings.revision)
+    folder = Path(settings.out or f"checkpoints/{repo.name}")
     check_place(folder)
     try:
-        commit, expected = _asked(repo, settings)
+        commit, expected = _listing(repo)
     except NO_ANSWER as error:
         return _unreachable(error, settings, folder)
     try:
         with locked(folder):
-            _complete(settings, commit, folder, expected)
+            _complete(repo, commit, folder, expected)
     except OSError as error:
         raise (disk_fault(error, folder) or error) from None
     return folder
@@ -45,51 +38,39 @@ def fetch(settings: Download) -> Path:
 
 def listed(settings: Download) -> None:
     """Prints which files `fetch` would download, with their sizes; writes nothing."""
-    logging.set_verbosity_error()
-    repo = _repo_id(settings.source)
-    folder = Path(settings.out or f"checkpoints/{repo}")
+    repo = Repository(_repo_id(settings.source), settings.revision)
+    folder = Path(settings.out or f"checkpoints/{repo.name}")
     try:
-        commit, expected = _asked(repo, settings)
+        commit, expected = _listing(repo)
     except NO_ANSWER as error:
-        raise _no_hub(error, settings) from None
-    pending = {name: file for name, file in expected.items() if _difference(folder / name, file)}
+        raise no_hub(error, repo) from None
+    tell_files(repo, commit, folder, expected)
+
+
+def tell_files(repo: Repository, commit: str | None, folder: Path, expected: dict[str, HubFile]) -> None:
+    """Prints files with their sizes, and what of them a download to `folder` would fetch."""
+    pending = {name: file for name, file in expected.items() if difference(folder / name, file)}
     for name, file in expected.items():
         say(f"{scaled(file.size, 'B'):>10}  {name}{'' if name in pending else '  (already there)'}")
     size = scaled(sum(file.size for file in pending.values()), "B")
-    say(f"would download {counted(len(pending), 'file')}, {size}, of {repo}@{commit} to {folder}")
+    say(f"would download {counted(len(pending), 'file')}, {size}, of {repo.name}@{commit} to {folder}")
 
 
-def _asked(repo: str, settings: Download) -> tuple[str | None, dict[str, RepoFile]]:
-    """Returns the listing; raises a UserError where the hub refuses it for good."""
-    try:
-        return _listing(repo, settings.revision)
-    except NO_ANSWER as error:
-        if refusal := _refusal(error, settings):
-            raise refusal from None
-        raise
-
-
-def _complete(settings: Download, commit: str | None, folder: Path, expected: dict[str, RepoFile]) -> None:
+def _complete(repo: Repository, commit: str | None, folder: Path, expected: dict[str, HubFile]) -> None:
     """Downloads the files that are missing or differ, checks the folder, and writes the checksums."""
-    repo = settings.source
-    pending = [name for name, file in expected.items() if _difference(folder / name, file)]
-    _refuse_other_model(repo, folder, expected, pending)
+    pending = {name: file for name, file in expected.items() if difference(folder / name, file)}
+    _refuse_other_model(repo.name, folder, expected, pending)
     if pending:
-        size = sum(expected[name].size for name in pending)
+        size = sum(file.size for file in pending.values())
         check_disk(folder, size, "the files", FREE_SPACE)
         say(f"will download {counted(len(pending), 'file')}, {scaled(size, 'B')} to {folder}")
-        _transfer(settings, commit, folder, pending)
-        for path, file in ((folder / name, expected[name]) for name in pending):
-            if difference := _difference(path, file):  # huggingface_hub compares sizes only
-                path.unlink(missing_ok=True)
-                hint = "the file was deleted: run the same command again; if it stays, do not trust this source"
-                raise ModelError(f"not what the hub lists: {difference}", where=path, hint=hint)
+        transfer(repo, commit, folder, pending, cache=False)
     check_folder(folder)
     if pending or not (folder / CHECKSUMS).is_file():
-        keep_checksums(folder, f"{repo}@{commit}")
+        keep_checksums(folder, f"{repo.name}@{commit}")
     told = "downloaded" if pending else "already there, nothing to download"
     size = sum(file.size for file in expected.values())
-    say(f"{folder}: {len(expected)} files of {repo}, {scaled(size, 'B')}, equal to the hub's ({told})")
+    say(f"{folder}: {len(expected)} files of {repo.name}, {scaled(size, 'B')}, equal to the hub's ({told})")
 
 
 def _repo_id(source: str) -> str:
@@ -104,44 +85,28 @@ def _repo_id(source: str) -> str:
     raise ConfigError(f"{source!r} is not the id of a hub repository", where="source", hint=hint)
 
 
-def _listing(repo: str, revision: str | None) -> tuple[str | None, dict[str, RepoFile]]:
+def _listing(repo: Repository) -> tuple[str | None, dict[str, HubFile]]:
     """Returns the commit and the model files at the repository's top level; raises if they are not a model."""
-    api = HfApi()
-    commit = api.model_info(repo, revision=revision).sha
-    tree = {file.path: file for file in api.list_repo_tree(repo, revision=commit) if isinstance(file, RepoFile)}
-    chosen = model_files(tree)
+    commit, files = tree(repo)
+    chosen = model_files(files)
     if not any(name.endswith(".safetensors") for name in chosen):
-        if pickles := sorted(filter(PICKLES.fullmatch, tree)):
+        if pickles := sorted(filter(PICKLES.fullmatch, files)):
             what = f"holds only pickled weights ({', '.join(pickles[:3])}), which can run code when they are opened"
             hint = "download them, config.json and the tokenizer files by hand, then `litpeft convert FOLDER OUT`"
-            raise ModelError(what, where=repo, hint=hint)
-        if ggufs := sorted(name for name in tree if name.endswith(".gguf")):
+            raise ModelError(what, where=repo.name, hint=hint)
+        if ggufs := sorted(name for name in files if name.endswith(".gguf")):
             what = f"holds no safetensors, only GGUF files: {', '.join(ggufs[:8])}"
             hint = "download one of them by hand, then `litpeft convert FILE.gguf OUT`"
-            raise ModelError(what, where=repo, hint=hint)
-        raise ModelError("holds no safetensors at its top level", where=repo, hint="choose another model")
+            raise ModelError(what, where=repo.name, hint=hint)
+        raise ModelError("holds no safetensors at its top level", where=repo.name, hint="choose another model")
     if "config.json" not in chosen:
-        hint = "it is an adapter: download its base model" if "adapter_config.json" in tree else "choose another model"
-        raise ModelError("holds no config.json, so it is not a whole model", where=repo, hint=hint)
-    return commit, {name: tree[name] for name in chosen}
+        adapter = "adapter_config.json" in files
+        hint = "it is an adapter: download its base model" if adapter else "choose another model"
+        raise ModelError("holds no config.json, so it is not a whole model", where=repo.name, hint=hint)
+    return commit, {name: files[name] for name in chosen}
 
 
-def _difference(path: Path, file: RepoFile) -> str:
-    """Returns how a file on disk differs from the hub's; "" if it is the same."""
-    if not path.is_file():
-        return "missing"
-    if path.stat().st_size != file.size:
-        return f"{path.stat().st_size} bytes of {file.size}"
-    # the hub lists a large file with its sha256, a small one with its git blob id
-    if file.lfs:
-        kind, listed, found = "sha256", file.lfs.sha256, file_sha256(path)
-    else:
-        blob = b"blob %d\0" % file.size + path.read_bytes()
-        kind, listed, found = "git id", file.blob_id, hashlib.sha1(blob, usedforsecurity=False).hexdigest()
-    return "" if found == listed else f"{kind} {found[:12]} is not {listed[:12]}"
-
-
-def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pending: list[str]) -> None:
+def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pending: Collection[str]) -> None:
     """Raises if the folder holds files of another model, or files that would be replaced and are not from a hub."""
     here = {path.name for path in folder.iterdir()} if folder.exists() else set()
     hint = "give another --out, or delete the folder"
@@ -155,67 +120,9 @@ def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pend
         say(f"{folder / name}: not as the hub has it, will be replaced")
 
 
-def _transfer(settings: Download, commit: str | None, folder: Path, pending: list[str]) -> None:
-    """Downloads `pending`; retries a few times after a broken transfer, and keeps the files that are complete."""
-    for attempt in range(1, ATTEMPTS + 1):
-        fault: Exception = ConnectionError("the hub stopped answering")
-        try:
-            for name in pending:
-                (folder / name).unlink(missing_ok=True)  # else huggingface_hub may keep the old file
-            snapshot_download(settings.source, revision=commit, local_dir=folder, allow_patterns=pending)
-        except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:  # the last two: of hf_xet
-            if refusal := disk_fault(error, folder) or _refusal(error, settings):
-                raise refusal from None
-            fault = error
-        # even without an error: if the hub is gone, snapshot_download may return an incomplete folder
-        pending = [name for name in pending if not (folder / name).is_file()]
-        if not pending:
-            return
-        told = f"the transfer broke off ({_told(fault)}); still missing: {', '.join(pending[:3])}"
-        if attempt < ATTEMPTS:
-            tell(f"{told}: attempt {attempt + 1} of {ATTEMPTS} in {2**attempt} s")
-            time.sleep(2**attempt)
-    hint = "run the same command again: finished files are kept"
-    raise ResourceError(f"{told} after {ATTEMPTS} attempts", where=folder, hint=hint)
-
-
-def _told(error: BaseException) -> str:
-    """Returns the error in one line without URLs, which may hold a password or a signature."""
-    error = error.__cause__ or error
-    first = str(error).strip().partition("\n")[0]
-    return re.sub(r"\w+://[^\s']+", "(address)", ": ".join(filter(None, (type(error).__name__, first))))
-
-
-def _refusal(error: Exception, settings: Download) -> UserError | None:
-    """Returns the UserError for a permanent refusal of the hub, None for an error that may be temporary."""
-    if not isinstance(error, errors.HfHubHTTPError):
-        return None
-    status, where = error.response.status_code, settings.source
-    login = "set HF_TOKEN or log in with `hf auth login`"
-    if isinstance(error, errors.GatedRepoError):  # first: it is a RepositoryNotFoundError too
-        hint = f"accept its terms on the model's page, then {login} as the same user"
-        return ModelError(f"the model is gated and the hub refuses you ({status})", where=where, hint=hint)
-    if isinstance(error, errors.RepositoryNotFoundError):
-        hint = f"check the spelling; for a private repository {login}"
-        return ModelError("the hub has no such repository, or it is private", where=where, hint=hint)
-    if isinstance(error, errors.RevisionNotFoundError):
-        hint = "give a branch, a tag or a full commit"
-        return ModelError(f"the repository has no revision {settings.revision!r}", where=where, hint=hint)
-    if status in (401, 403):
-        hint = f"the token in use is not valid or may not read this model: {login} anew, or unset HF_TOKEN"
-        return ModelError(f"the hub refuses the request ({status})", where=where, hint=hint)
-    return None
-
-
-def _no_hub(error: Exception, settings: Download) -> ResourceError:
-    what = f"cannot reach the hub at {urlsplit(constants.ENDPOINT).hostname} ({_told(error)})"
-    hint = "check the network, the proxy variables, HF_ENDPOINT and HF_HUB_OFFLINE, then run the same command again"
-    return ResourceError(what, where=settings.source, hint=hint)
-
-
 def _unreachable(error: Exception, settings: Download, folder: Path) -> Path:
     """Returns `folder` if an earlier download completed it; raises otherwise."""
-    failure = _no_hub(error, settings)
+    failure = no_hub(error, Repository(settings.source))
     # only the default folder is known to hold this repository, and only its default revision
     tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     if settings.out or settings.revision or not tokenizer:
