@@ -127,7 +127,7 @@ def check(settings: Check) -> None:
             json.dump(checked.json(), handle, ensure_ascii=False, indent=1)
     failed = [one.name for one in checked.findings if one.failed]
     if clean is not None:
-        sources, _ = find(settings.path, settings.validation_path)
+        sources, _ = find(settings.path, settings.validation_path, settings.prefix)
         kept, left = write_clean(clean, sources, settings.documents, checked)
         say(f"\n{kept:,} rows: {clean}\n{left:,} rows with their reasons: {clean.with_suffix('.rejected.jsonl')}")
     elif failed:

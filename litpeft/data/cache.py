@@ -39,6 +39,7 @@ LEAST = 1000  # rows that are kept: fewer are tokenised in a second
 MOST = 10 << 30  # bytes of all files; those that were not used for longest go first
 TAIL = struct.Struct("<qqq32s")  # where index and facts begin, where they end, and the sha256 of all before it
 AFTER = ("seed", "validation_split", "packing", "cache")  # settings that act on rows that are tokenised
+COUNTED_LATER = ("train", "validation", "duplicates", "repeated")  # of the report
 ABANDONED = 24 * 3600  # seconds after which a half-written file is one of a killed process
 Found = tuple[Rows, int, Report]  # with the number of chats
 
@@ -145,7 +146,7 @@ def _report(saved: dict[str, Any]) -> Report:
     """Returns a report as it was."""
     lists = {name: [Rejected(**bad) for bad in saved[name]] for name in ("rejected", "dropped")}
     counters = {name: Counter(saved[name]) for name in ("formats", "unread")}
-    left_out = {name: saved[name] for name in saved if name not in ("train", "validation", "duplicates")}
+    left_out = {name: saved[name] for name in saved if name not in COUNTED_LATER}
     return Report(**left_out | lists | counters | {"thoughts": Thoughts(**saved["thoughts"])})
 
 

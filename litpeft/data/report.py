@@ -55,6 +55,8 @@ class Report:
     empty_pieces: int = 0  # their pieces without a trained token, left out
     straddling: int = 0  # rows with a token across the end of a prompt and the start of its answer
     duplicates: int = 0  # held-out rows that are among the rows to train on
+    repeated: int = 0  # rows to train on that are the same as one before, token by token
+    lost: int = 0  # trained tokens of the rows that are left out for their length
     unread: Counter[str] = field(default_factory=Counter)  # key that no format reads -> rows with it
     unlike: list[str] = field(default_factory=list)  # file:line of rows that begin otherwise than the answer's prompt
     difference: str = ""  # how the first of these differs

@@ -28,22 +28,25 @@ class Source:
     weight: float = 1.0
 
 
-def find(paths: Paths, validation_path: str | None) -> tuple[list[Source], list[Path]]:
-    """Returns the files of rows to train on and those of held-out rows, if there are any."""
+def find(paths: Paths, validation_path: str | None, prefix: str = "data.") -> tuple[list[Source], list[Path]]:
+    """Returns the files of rows to train on and those of held-out rows, if there are any.
+
+    `prefix` is that of the two settings, for messages.
+    """
     weights = paths if isinstance(paths, Mapping) else dict.fromkeys([paths] if isinstance(paths, str) else paths, 1.0)
-    train = [Source(file, weight) for path, weight in weights.items() for file in _files(path)]
+    train = [Source(file, weight) for path, weight in weights.items() for file in _files(path, prefix)]
     seen: set[str] = set()
     for source in train:
         real = os.path.realpath(source.path)
         if real in seen:
-            raise DataError("data.path names this file twice", where=source.path, hint="a weight repeats its rows")
+            raise DataError(f"{prefix}path names this file twice", where=source.path, hint="a weight repeats its rows")
         seen.add(real)
     if validation_path:
         if os.path.isdir(validation_path):
-            raise DataError("data.validation_path must be a file, this is a folder", where=validation_path)
-        return train, _files(validation_path)
+            raise DataError(f"{prefix}validation_path must be a file, this is a folder", where=validation_path)
+        return train, _files(validation_path, prefix)
     folders = [Path(path) for path in weights if os.path.isdir(path)]
-    return train, [file for folder in folders for file in _called(folder, HELD_OUT, "data.validation_path")]
+    return train, [file for folder in folders for file in _called(folder, HELD_OUT, f"{prefix}validation_path")]
 
 
 def find_measured(path: str) -> list[Path]:
@@ -51,12 +54,13 @@ def find_measured(path: str) -> list[Path]:
     return (_called(Path(path), HELD_OUT) if os.path.isdir(path) else []) or _files(path)
 
 
-def _files(path: str) -> list[Path]:
+def _files(path: str, prefix: str | None = None) -> list[Path]:
     """Returns the files that a path stands for, in the order of their names."""
     if path == STDIN or os.path.isfile(path):
         return [Path(path)]
     if os.path.isdir(path):
-        return _called(Path(path), TRAIN, "data.path") or _all_of(Path(path))
+        option = "" if prefix is None else f"{prefix}path"
+        return _called(Path(path), TRAIN, option) or _all_of(Path(path))
     matches = sorted(glob(path, recursive=True)) if has_magic(path) else []
     found = [Path(name) for name in matches if os.path.isfile(name)]
     if not found:

@@ -56,7 +56,7 @@ def load_dataset(
     Where the rows are `only_measured`, none may be left out or cut, and errors do not suggest it. Every row's chat
     begins with those of `shots`, which are not trained.
     """
-    sources, held_out = find(data.path, data.validation_path)
+    sources, held_out = find(data.path, data.validation_path, data.prefix)
     if held_out and data.validation_split not in (0, Data.validation_split):
         named = some([str(file) for file in held_out])
         what, hint = f"{data.validation_split} is of no use: the rows of {named} are held out", "leave it out"
@@ -93,6 +93,7 @@ def chosen_rows(rows: Rows, sources: Sequence[Source], apart: bool, chats: int, 
         what += f"{report.max_length} tokens"
         raise DataError(what, where=data.named, hint=f"see {data.prefix}max_length, {data.prefix}bad_rows")
     report.duplicates = int(np.isin(validation.column("hash"), train.column("hash")).sum())
+    report.repeated = len(train) - len(np.unique(train.column("hash")))
     if any(source.weight != 1 for source in sources):
         weights = enumerate(sources[file].weight for file in train.column("file"))
         groups = [(weight, [at for at, _ in group]) for weight, group in groupby(weights, key=lambda pair: pair[1])]
@@ -214,6 +215,7 @@ class Tokeniser:
             return []
         if self.data.overlong == "drop":
             report.dropped.append(Rejected(row.source, f"{tokens:,} tokens, of at most {report.max_length:,}"))
+            report.lost += sum(row.trained)
             return []
         pieces = cut(row, report.max_length)
         useful = [piece for piece in pieces if any(piece.trained)]

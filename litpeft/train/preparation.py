@@ -1,5 +1,6 @@
 """What a run needs before its model is built: its files, its rows, and whether it can begin or go on."""
 
+import json
 import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -13,9 +14,10 @@ from litpeft.core.folders import check_disk, check_place, refuse_existing, remov
 from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.safetensors import Weights
-from litpeft.core.terminal import is_first, say
+from litpeft.core.terminal import command_line, is_first, say
 from litpeft.data.readers import STDIN
 from litpeft.data.rows import show
+from litpeft.data.short_check import concerns
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
@@ -102,6 +104,8 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     weights, shapes = check_run(settings, method, precision, device)
     rows = load_dataset(settings.data, tokenizer, template, shapes.reach)
     say(str(rows.report))
+    if settings.check_rows:
+        check_rows(settings, rows, tokenizer)
     say(f"precision   {precision.name} on {device}, threads: {torch.get_num_threads()}")
     steps = total_steps(len(rows.train), settings.train)
     if settings.train.warmup_steps > steps:
@@ -173,6 +177,21 @@ def check_run(settings: Finetune, method: Method, precision: Precision, device: 
     scaled = precision.fabric == "16-mixed"
     check_optimizer(settings.train, model, method.trained_dtype(precision.weights), device, scaled)
     return weights, model
+
+
+def check_rows(settings: Finetune, rows: DataSet, tokenizer: Tokenizer) -> None:
+    """Says what is suspicious about the rows, and the command that says more; nothing where nothing is."""
+    data = settings.data
+    lines = concerns(rows, tokenizer, data.seed, data.mask_prompt) if is_first() else []
+    if not lines:
+        return
+    say("\n".join(lines))
+    if STDIN not in data.paths:
+        path = data.path if isinstance(data.path, str) else json.dumps(data.path)
+        more = {"columns": data.columns and json.dumps(data.columns), "validation_path": data.validation_path}
+        more |= {"format": None if data.format == "auto" else data.format}
+        options = [word for key, value in more.items() if value for word in (f"--{key}", value)]
+        say(f"which rows: {command_line('data', 'check', path, '--model', settings.base.dir, *options)}")
 
 
 def check_held_out(settings: Finetune, held_out: int, askable: int, method: Method) -> None:

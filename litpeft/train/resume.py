@@ -31,7 +31,7 @@ from litpeft.train.settings import Base, Finetune
 
 # Settings that may differ when a run is resumed: they do not change the result, or, as paths, are compared by content.
 FREE = (
-    *("out", "resume", "resume_changed", "overwrite", "dry_run", "tensorboard", "timeout"),
+    *("out", "resume", "resume_changed", "overwrite", "dry_run", "tensorboard", "timeout", "check_rows"),
     *("devices", "num_nodes", "strategy", "cpu_offload", "base.dir", "base.cache", "data.path", "data.validation_path"),
     "data.cache",
     *("checkpoint.*", "validation.sample_tokens", "train.max_time"),

@@ -146,6 +146,8 @@ class Finetune:
     train: Train = field(default_factory=Train)
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    check_rows: bool = True
+    """Say before the first step what is suspicious about the rows, in a few lines; `litpeft data check` says more."""
     devices: int = 1
     """GPUs of each machine, or processes where there is no GPU."""
     num_nodes: int = 1
