@@ -3,6 +3,7 @@
 A rank calls the command line as a started one does; `launch.watch` watches them as it watches those that it started.
 """
 
+import json
 import os
 import sys
 import traceback
@@ -110,13 +111,16 @@ class Result:
     delta: dict[str, torch.Tensor]
     losses: list[float]
     validations: list[float]
+    ending: list[float]  # losses measured at the end: of neutral text, and of the hardest rows
 
     @classmethod
     def of(cls, out: Path) -> "Result":
         rows = read_metrics(out)
         delta = {k: v for path in sorted((out / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
         losses, validations = ([r[key] for r in rows if r[key] is not None] for key in ("loss", "val_loss"))
-        return cls(delta, losses, validations)
+        report = json.loads((out / "report.json").read_text())
+        ending = [*report["neutral"], *(row["after"] for row in report["rows"]["hardest"])]
+        return cls(delta, losses, validations, ending)
 
     def apart(self, other: "Result") -> float:
         """Returns the largest difference of any number of both."""
@@ -124,5 +128,6 @@ class Result:
         assert (len(self.losses), len(self.validations)) == (len(other.losses), len(other.validations))
         pairs = [*zip(self.losses, other.losses, strict=True)]
         pairs += zip(self.validations, other.validations, strict=True)
+        pairs += zip(self.ending, other.ending, strict=True)
         far = [float((self.delta[k].double() - other.delta[k].double()).abs().max()) for k in self.delta]
         return max(*far, *(abs(a - b) for a, b in pairs))

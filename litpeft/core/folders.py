@@ -31,7 +31,8 @@ COMPANIONS = (
 )
 
 RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard", *EXPORTS)
-RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", "report.md", "report.json", "loss.png", *RUN_FOLDERS)
+REPORTS = ("rows.csv", "report.md", "report.json", "loss.png")
+RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", *REPORTS, *RUN_FOLDERS)
 LONGEST_NAME = 255  # bytes, of the file systems in use
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them marks a complete folder
 EXPORTED = [file for export in EXPORTS.values() for file in export.files] + ["README.md"]  # the last is the model card

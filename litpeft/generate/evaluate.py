@@ -10,6 +10,7 @@ from litpeft.core.errors import ConfigError, DataError, counted
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import say, tell
 from litpeft.data.formats.turn import PLAIN, Turn
+from litpeft.data.neutral import forgetting, neutral_rows
 from litpeft.data.prompts import new_file
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
@@ -52,6 +53,7 @@ class Score:
     exact: list[bool | None]  # None: nothing is asked
     seconds: float
     tokens_per_second: float  # of the answers
+    neutral: float | None = None  # loss on neutral text
 
     @property
     def share(self) -> str:
@@ -113,7 +115,10 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
     speed = sum(len(answer.ids) for answer in found) / (ended - asked)
     answers = dict(zip(numbers, zip((answer.text.strip() for answer in found), exact, strict=True), strict=True))
     texts, rights = zip(*(answers.get(i, ("", None)) for i in range(len(rows))), strict=True)
-    return Score(name, loss, list(texts), list(rights), ended - began, speed)
+    texts_of = neutral_rows(settings.neutral, loaded.template, loaded.model.reach, "neutral")
+    device = loaded.model.embed.weight.device
+    neutral = mean_loss(loaded.model, texts_of, MICRO_TOKENS, device) if texts_of else None
+    return Score(name, loss, list(texts), list(rights), ended - began, speed, neutral)
 
 
 def evaluate(settings: Evaluate) -> None:
@@ -182,7 +187,11 @@ def table(scores: list[Score], rows: list[Row], samples: int) -> str:
         "loss, nats per token": [f"{s.loss:.4f}" for s in scores],
         "seconds": [f"{s.seconds:.1f}" for s in scores],
     }
+    if scores[0].neutral is not None:
+        figures["neutral text, nats"] = [f"{s.neutral:.4f}" for s in scores]
     lines = [f"{name:<22}" + "".join(f"{value:>18}" for value in values) for name, values in figures.items()]
+    if scores[0].neutral is not None and scores[0].name == "base":
+        lines += ["", *(f"{s.name}: {forgetting(scores[0].neutral, s.neutral)}" for s in scores[1:])]
     for i, row in enumerate(rows[:samples]):
         exchange = Exchange.of(row)
         texts = {"row": row.source, "asked": exchange.asked, "expected": exchange.expected}

@@ -141,6 +141,8 @@ class Evaluate(Answering):
     """Rows answered at once."""
     samples: int = 2
     """Rows whose answers are shown."""
+    neutral: str = "none"
+    """Measure the loss on text that shows what was forgotten, too: auto (a page of plain English), or a .txt file."""
     output: str | None = None
     """Write every row's answers and scores here, as .jsonl."""
 

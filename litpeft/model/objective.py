@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.data.batches import Batch, collate, idle, lay_out
@@ -10,6 +11,7 @@ from litpeft.data.rows import Row
 from litpeft.model.context import Context
 
 MICRO_TOKENS = 2048  # of one forward pass
+APART = 512  # tokens of several rows whose losses are told apart: all their logits exist at one time
 
 
 def summed_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -36,3 +38,29 @@ def mean_loss(
         total = fabric.all_reduce(total, reduce_op="sum")
     model.train(training)
     return float(total) / sum(sum(row.trained) for row in rows)
+
+
+@torch.no_grad()
+def row_losses(model: torch.nn.Module, rows: list[Row], device: torch.device, fabric: Any = None) -> list[float]:
+    """Returns the loss of each row, in nats per trained token; the ranks of `fabric` share the work."""
+    ranks, rank = (1, 0) if fabric is None else (fabric.world_size, fabric.global_rank)
+    training, frame = model.training, model.frame
+    model.eval()
+    layout = lay_out(range(len(rows)), [sum(frame) + len(row.ids) for row in rows], ranks, APART, None)[rank]
+    found = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    for numbers in layout:
+        if len(numbers) < 2:  # a long row, or none: its logits need not exist at one time
+            batch = collate([rows[i] for i in numbers], *frame) if numbers else idle(rows[0], *frame)
+            total = summed_loss(model, batch.to(device)).double()
+            found[numbers] = total if numbers else 0.0
+            continue
+        batch = collate([rows[i] for i in numbers], *frame).to(device)
+        logits = model(batch.ids, Context.packed(batch.lengths, device, batch.prompt_lengths), at=batch.at)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits, batch.targets, reduction="none")
+        parts = losses.double().split([sum(rows[i].trained) for i in numbers])
+        found[numbers] = torch.stack([part.sum() for part in parts])
+    if ranks > 1:
+        found = fabric.all_reduce(found, reduce_op="sum")
+    model.train(training)
+    return [total / sum(row.trained) for total, row in zip(found.tolist(), rows, strict=True)]

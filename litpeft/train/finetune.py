@@ -24,6 +24,7 @@ from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage
 from litpeft.train.compiled import compile_blocks
 from litpeft.train.devices import check_agreement, make_fabric, sharder
+from litpeft.train.ending import Ended
 from litpeft.train.fit import Trainer
 from litpeft.train.fused_block import use_fused_step
 from litpeft.train.log import Log
@@ -38,7 +39,7 @@ from litpeft.train.signals import StopSignals
 
 
 def finetune(settings: Finetune, name: str, method: Method) -> None:
-    """Trains `method` as the settings say; leaves run.yaml, metrics.csv, final/ and report.md in `settings.out`."""
+    """Trains `method` as the settings say; leaves its files in `settings.out`: see finetune_lora.md."""
     began = time.perf_counter()
     told = tell if is_first() else lambda text: None
     with tolerant_streams("stdout", "stderr"), StopSignals(told) as signals:
@@ -107,9 +108,10 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
             if step <= trainer.search_step:
                 trainer.search()
         save(run, model, progress, step, storage, fabric.is_global_zero)
+        ended = Ended() if progress.exit_code else trainer.ending.after(progress)
         progress.elapsed = trainer.clock()
         if fabric.is_global_zero:
-            report(run, model, progress, fabric, log)
+            report(run, model, progress, fabric, log, ended)
         if lost is not None:
             raise lost
     fabric.barrier()

@@ -17,6 +17,7 @@ from litpeft.generate.load import Loaded
 from litpeft.model.delta import copy_into, delta_state, todays_names, trainable, training_state
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
 from litpeft.train.checkpoints import STATE, Checkpoint
+from litpeft.train.ending import Ending
 from litpeft.train.learned import check_learned, check_loss, check_moved, count_still, sums
 from litpeft.train.log import Log
 from litpeft.train.optim import lr_at
@@ -62,6 +63,7 @@ class Trainer:
         recorded = RecordedPasses.of(self.gpt) if unscaled and same else None
         self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded, method, self.steps)
         self.before = sums(trainable(self.gpt).values())
+        self.ending = Ending(self.run, self.model, self.gpt, self.fabric)
         self.names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def fit(self) -> Progress:
@@ -73,6 +75,7 @@ class Trainer:
         self.model.train()
         owed = self.due() and progress.step not in dict(progress.validations)  # a signal ended the run before that
         if progress.step == 0:
+            self.ending.before(progress)
             self.measure()
         elif owed and self.judge(self.measure()):
             self.save()

@@ -15,8 +15,9 @@ from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.safetensors import Weights
 from litpeft.core.terminal import command_line, is_first, say
+from litpeft.data.neutral import neutral_rows
 from litpeft.data.readers import STDIN
-from litpeft.data.rows import show
+from litpeft.data.rows import Row, show
 from litpeft.data.short_check import concerns
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
@@ -51,6 +52,7 @@ class Preparation:
     template: ChatTemplate
     shapes: GPT  # of the model with the method attached, without memory
     questions: list[Question]  # that are asked of the model at each measurement
+    neutral: list[Row]  # text that shows at the end what was forgotten
     precision: Precision
     checkpoints: Checkpoints
     saved: Checkpoint | None
@@ -111,6 +113,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     if settings.train.warmup_steps > steps:
         say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
     questions = askable(template, shapes.reach, rows.validation[: settings.validation.max_rows])
+    neutral = neutral_rows(settings.ending.neutral, template, shapes.reach, "ending.neutral")
     # 3. what the run will need
     check_held_out(settings, len(rows.validation), len(questions), method)
     if is_first():
@@ -157,7 +160,20 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         dry_run(name, shapes, rows, tokenizer, steps)
         return None
     return Preparation(
-        settings, name, method, rows, template, shapes, questions, precision, checkpoints, saved, init, facts, steps
+        settings,
+        name,
+        method,
+        rows,
+        template,
+        shapes,
+        questions,
+        neutral,
+        precision,
+        checkpoints,
+        saved,
+        init,
+        facts,
+        steps,
     )
 
 

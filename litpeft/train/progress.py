@@ -24,6 +24,8 @@ class Progress:
     best: tuple[int, float] | None = None  # step and value of the metric
     waited: int = 0  # measurements since the best
     samples: list[Sample] = field(default_factory=list)
+    before_rows: list[tuple[int, float]] = field(default_factory=list)  # row, its loss before training: see ending.py
+    before_neutral: tuple[int, float] | None = None  # number of neutral texts, their loss before training
     stopped: str = ""
     out_of_time: bool = False
     exit_code: int = 0

@@ -20,6 +20,7 @@ from litpeft.exchange.run import resume_command
 from litpeft.model.delta import trainable
 from litpeft.model.fold import unfoldable
 from litpeft.model.gpt import GPT
+from litpeft.train.ending import Ended
 from litpeft.train.log import Log
 from litpeft.train.preparation import Preparation, base_parameters
 from litpeft.train.progress import Progress
@@ -41,7 +42,7 @@ def begin_run(run: Preparation) -> None:
         (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log: Log) -> None:
+def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log: Log, ended: Ended) -> None:
     """Writes the report and prints its summary."""
     settings, name, out = run.settings, run.name, Path(run.settings.out)
     base, device = Path(settings.base.dir), fabric.device
@@ -89,6 +90,8 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         stopped=progress.stopped,
         best=progress.best,
         samples=progress.samples,
+        rows=ended.rows,
+        neutral=ended.neutral,
         next_commands=[*evaluation, command_line("chat", out), *merging],
         go_on=resume_command(name, out) if progress.exit_code or progress.out_of_time else "",
     )

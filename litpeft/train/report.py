@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litpeft.core.errors import counted, scaled
+from litpeft.core.errors import counted, scaled, some
 from litpeft.core.terminal import clean
+from litpeft.data.neutral import forgetting
 from litpeft.train.log import duration
+from litpeft.train.row_losses import KNOWN, SHOWN, RowLoss, RowLosses
 
 SAMPLE_WIDTH = 112  # characters of a line of the samples' three columns
 SAMPLE_LENGTH = 2000  # characters shown of one text of a sample
@@ -58,6 +60,8 @@ class RunFacts:
     metric: str = "loss"  # what `best` is measured by: loss, or exact
     best: tuple[int, float] | None = None  # (step, value of the metric) of the best measurement after step 0
     samples: list[Sample] = field(default_factory=list)
+    rows: RowLosses | None = None  # to train on, without and with what was learned
+    neutral: tuple[float, float] | None = None  # loss on neutral text, likewise
     next_commands: list[str] = field(default_factory=list)
     init_from: str = ""  # the run or adapter that it began with
     go_on: str = ""  # the command that resumes a stopped run
@@ -104,6 +108,8 @@ def markdown(facts: RunFacts, picture: str | None) -> str:
     if picture:
         parts.append(f"![Training loss, validation loss and learning rate over the optimizer steps]({picture})")
     parts += ["## Figures", _table(facts)]
+    if facts.rows is not None:
+        parts += ["## Rows", *_row_losses(facts.rows)]
     if facts.samples:
         parts += ["## Samples", "Held-out prompts, answered without and with what was learned."]
         for number, sample in enumerate(facts.samples, start=1):
@@ -126,6 +132,11 @@ def _figures(facts: RunFacts) -> dict[str, str]:
         found["training loss"] = f"{losses} (first and last 5 % of the steps)"
     if facts.validation:
         found["validation loss"] = _validation(facts)
+    if facts.neutral is not None:
+        found["forgetting"] = forgetting(*facts.neutral)
+    if facts.rows is not None and facts.rows.suspects:
+        named = some([row.source for row in facts.rows.suspects][:SHOWN])
+        found["to look at"] = f"{counted(facts.rows.suspect_count, 'row')} far above the others: {named}; see rows.csv"
     share = f"{scaled(facts.trainable)} of {scaled(facts.parameters)} parameters"
     share += f" ({100 * facts.trainable / facts.parameters:.3g} %)"
     found["trained"] = f"{share}, {scaled(facts.delta_bytes, 'B')} on disk"
@@ -142,6 +153,29 @@ def _table(facts: RunFacts) -> str:
     }
     rows |= {"began with": _code(facts.init_from)} if facts.init_from else {}
     return "\n".join(["| | |", "|---|---|", *(f"| {name.capitalize()} | {value} |" for name, value in rows.items())])
+
+
+def _row_losses(rows: RowLosses) -> list[str]:
+    """Returns paragraphs and tables on the rows that stand out."""
+    chosen = "all" if rows.measured == rows.of else f"{rows.measured:,} of the {rows.of:,}, chosen at random"
+    parts = [f"Losses of {chosen} rows to train on, in nats per token; rows\\.csv has each of them."]
+    if rows.suspects:
+        count = f"{counted(rows.suspect_count, 'row')} far above the others at the end: "
+        parts += [count + "the answer may be wrong, or like no other.", _row_table(rows.suspects)]
+    parts += ["The hardest at the end:", _row_table(rows.hardest)]
+    if rows.known:
+        count = f"{counted(rows.known_count, 'row')} known before, with a loss below {KNOWN} without what was learned: "
+        parts += [count + "training on them taught nothing.", _row_table(rows.known)]
+    return parts
+
+
+def _row_table(rows: list[RowLoss]) -> str:
+    lines = ["| row | before | after | asked | expected |", "|---|---|---|---|---|"]
+    for row in rows:
+        before = "" if row.before is None else f"{row.before:.3f}"
+        asked, expected = _inline(row.asked), _inline(row.expected)
+        lines.append(f"| {_code(row.source)} | {before} | {row.after:.3f} | {asked} | {expected} |")
+    return "\n".join(lines)
 
 
 def _work(facts: RunFacts) -> str:

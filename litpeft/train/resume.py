@@ -34,7 +34,7 @@ FREE = (
     *("out", "resume", "resume_changed", "overwrite", "dry_run", "tensorboard", "timeout", "check_rows"),
     *("devices", "num_nodes", "strategy", "cpu_offload", "base.dir", "base.cache", "data.path", "data.validation_path"),
     "data.cache",
-    *("checkpoint.*", "validation.sample_tokens", "train.max_time"),
+    *("checkpoint.*", "ending.*", "validation.sample_tokens", "train.max_time"),
     *("train.activation_checkpointing", "train.compile"),
 )
 
