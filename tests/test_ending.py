@@ -5,14 +5,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import finetune
 from short_runs import cut, resume, train
 from test_report import FACTS, HOSTILE, outline
+from test_row_store import written
 from test_train import some_rows
 
 from litpeft.cli import main
+from litpeft.data.formats.turn import Turn
 from litpeft.data.neutral import forgetting, neutral_rows
 from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
@@ -134,13 +137,13 @@ def test_rows_stand_out_only_among_enough_others() -> None:
 
 
 def test_the_rows_are_as_many_as_the_run_can_afford_and_always_the_same() -> None:
-    rows = some_rows(24)
-    tokens = sum(len(row.ids) for row in rows)
+    rows = written([[replace(row, turns=[Turn("assistant", "")])] for row in some_rows(24)])
+    tokens = int(rows.column("tokens").sum())
     some = chosen(rows, 0, tokens / 2, "auto")
     assert FEWEST_ROWS < len(some) < 24
     assert sum(len(rows[at].ids) for at in some) <= tokens / 2
     assert chosen(rows, 0, 3 * tokens, "auto")[: len(some)] == some != chosen(rows, 1, tokens / 2, "auto")
-    assert sorted(chosen([*rows, *rows], 0, 0, 99)) == list(range(24))
+    assert sorted(chosen(rows.where(np.tile(np.arange(24), 2)), 0, 0, 99)) == list(range(24))
     assert len(chosen(rows, 0, 0, "auto")) == FEWEST_ROWS
     assert affordable(1000, 0.1) == pytest.approx(150)  # a token is read twice here, and as three times in training
 

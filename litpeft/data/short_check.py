@@ -11,6 +11,7 @@ from litpeft.core.terminal import clean
 from litpeft.data.check import CHECKS
 from litpeft.data.duplicates import nearly_the_same
 from litpeft.data.rows import Row
+from litpeft.data.store import Rows
 from litpeft.data.tokenise import DataSet
 from litpeft.data.tokenizer import Tokenizer
 
@@ -51,13 +52,14 @@ def concerns(data: DataSet, tokenizer: Tokenizer, seed: int, masked: bool) -> li
 def _alike(data: DataSet, seed: int) -> dict[str, bool]:
     """Returns lines on near-duplicates in a sample of the rows, with whether there are enough of them."""
     chance = random.Random(seed)
-    train = _sample(list({id(row): row for row in data.train}.values()), SAMPLE, chance)
-    held_out = _sample(data.validation, HELD_OUT, chance)
-    near = nearly_the_same([_text(row) for row in (*train, *held_out)])
+    train = _sample(data.train, data.train.distinct(), SAMPLE, chance)
+    held_out = _sample(data.validation, range(len(data.validation)), HELD_OUT, chance)
+    rows = [*train, *held_out]
+    near = nearly_the_same(len(rows), lambda at: _text(rows[at])).tolist()
     same = {tuple(row.ids) for row in train}
-    both = [(row, at) for row, at in zip(held_out, near[len(train) :], strict=True) if at is not None]
-    leaked = sum(at < len(train) and tuple(row.ids) not in same for row, at in both)
-    alike = sum(at is not None and train[at].ids != row.ids for row, at in zip(train, near, strict=False))
+    both = list(zip(held_out, near[len(train) :], strict=True))
+    leaked = sum(0 <= at < len(train) and tuple(row.ids) not in same for row, at in both)
+    alike = sum(at >= 0 and train[at].ids != row.ids for row, at in zip(train, near, strict=False))
     return {
         f"{alike:,} of {counted(len(train), 'row')} looked at say nearly the same as another": (
             alike > NEARLY * len(train)
@@ -67,8 +69,8 @@ def _alike(data: DataSet, seed: int) -> dict[str, bool]:
     }
 
 
-def _sample(rows: Sequence[Row], most: int, chance: random.Random) -> list[Row]:
-    return list(rows) if len(rows) <= most else chance.sample(rows, most)
+def _sample(rows: Rows, numbers: Sequence[int], most: int, chance: random.Random) -> list[Row]:
+    return [rows[at] for at in (numbers if len(numbers) <= most else chance.sample(numbers, most))]
 
 
 def _text(row: Row) -> str:

@@ -112,6 +112,10 @@ class Rows(Sequence[Row]):
         """Returns a field of the rows' entries: tokens; trained, how many of them are; hash, of the tokens; ..."""
         return self._index[name][self._order]
 
+    def distinct(self) -> list[int]:
+        """Returns the place of each row where it stands first: a weight of its file repeats it."""
+        return sorted(np.unique(self.column("at"), return_index=True)[1].tolist())
+
     def where(self, chosen: np.ndarray) -> "Rows":
         """Returns the rows at these places, or those for which an array of bools is true."""
         return Rows(self._descriptor, self._index, self._order[chosen])

@@ -5,13 +5,17 @@ measured before the first step, and a checkpoint keeps them.
 """
 
 import random
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 
 from litpeft.data.rows import Row
+from litpeft.data.store import Rows
 from litpeft.generate.evaluate import Exchange, one_line
 from litpeft.model.delta import trainable, without_delta
 from litpeft.model.gpt import GPT
@@ -35,27 +39,19 @@ class Ended:
     neutral: tuple[float, float] | None = None  # loss of neutral text before and after
 
 
-def chosen(rows: list[Row], seed: int, tokens: float, wanted: int | str) -> list[int]:
+def chosen(rows: Rows, seed: int, tokens: float, wanted: int | str) -> list[int]:
     """Returns the numbers of rows in a random order: `wanted`, or for auto what fits into so many tokens."""
-    once: dict[int, int] = {}  # a weight repeats rows
-    for at, row in enumerate(rows):
-        once.setdefault(id(row), at)
-    numbers = list(once.values())
+    numbers = rows.distinct()
     random.Random(f"{seed} rows").shuffle(numbers)
     if wanted != "auto":
         return numbers[:wanted]
-    return numbers[: max(FEWEST_ROWS, min(MOST_ROWS, fitting([rows[i] for i in numbers], tokens)))]
+    count = fitting(rows.column("tokens")[numbers].tolist(), tokens)
+    return numbers[: max(FEWEST_ROWS, min(MOST_ROWS, count))]
 
 
-def fitting(rows: list[Row], tokens: float) -> int:
-    """Returns how many of the first rows have at most so many tokens together."""
-    count, total = 0, 0
-    for row in rows:
-        total += len(row.ids)
-        if total > tokens:
-            break
-        count += 1
-    return count
+def fitting(lengths: Sequence[int], tokens: float) -> int:
+    """Returns how many of the first texts, of so many tokens each, have at most `tokens` together."""
+    return bisect_right(list(accumulate(lengths)), tokens)
 
 
 def affordable(trained: int, share: float) -> float:
@@ -115,7 +111,7 @@ class Ending:
         settings = self.run.settings
         tokens = affordable(trained, ROWS_SHARE)
         numbers = chosen(self.run.rows.train, settings.data.seed, tokens, settings.ending.rows)
-        count = fitting(self.run.neutral, affordable(trained, NEUTRAL_SHARE))
+        count = fitting([len(text.ids) for text in self.run.neutral], affordable(trained, NEUTRAL_SHARE))
         return numbers, self.run.neutral[: max(FEWEST_TEXTS, count)]
 
     def losses(self, numbers: list[int]) -> list[float]:
