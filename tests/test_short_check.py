@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import test_row_store
 from conftest import finetune
 from test_data_check import COLOUR, LONG
-from test_row_store import written
 
 from litpeft.cli import COMMANDS, main, parse
 from litpeft.cli.data import Check, Show
@@ -69,7 +69,7 @@ def test_what_is_worth_a_look_is_a_line_each(tiny_folder, tmp_path, rows, settin
 def test_ends_and_beginnings_that_a_template_gets_wrong_are_told(tiny_folder, tmp_path) -> None:
     data, tokenizer = loaded(tiny_folder, DIFFERENT, tmp_path)
     doubled = (replace(row, ids=[tokenizer.bos_id, *row.ids], trained=[False, *row.trained]) for row in data.train)
-    data.train = written([[row] for row in doubled])
+    data.train = test_row_store.written([[row] for row in doubled])
     data.report.train.ended = 0
     assert [line[:52] for line in concerns(data, tokenizer, 0, True)] == [
         "warning: no row trains the token that ends an answer",

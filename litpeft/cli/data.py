@@ -32,6 +32,8 @@ class Seen(Data):
     """Rows as a model sees them."""
 
     prefix: ClassVar[str] = ""
+    streaming: ClassVar[bool] = False
+    window: ClassVar[int] = Data.window
     validation_split: float = 0.0
     """Share of the rows that is held out when there is no file of held-out rows."""
     bad_rows: Literal["error", "skip"] = "skip"

@@ -60,6 +60,7 @@ class Report:
     unread: Counter[str] = field(default_factory=Counter)  # key that no format reads -> rows with it
     unlike: list[str] = field(default_factory=list)  # file:line of rows that begin otherwise than the answer's prompt
     difference: str = ""  # how the first of these differs
+    streamed: bool = False  # `train` are those of the first window
     cache: str = ""  # the file that the rows were read from, if they were not tokenised now
     thoughts: Thoughts = field(default_factory=Thoughts)
 
@@ -68,7 +69,8 @@ class Report:
         notes = {name: f"; {one.note}" for name, one in FORMATS.items() if one.note}
         shapes = [f"{name} ({counted(n, 'row')}{notes.get(name, '')})" for name, n in self.formats.most_common()]
         lines += [f"format      {', '.join(shapes)}"] if shapes else []
-        lines += [f"train       {self.train}", f"validation  {self.validation}", f"template    {self.template}"]
+        first = "the first window of a stream: " if self.streamed else ""
+        lines += [f"train       {first}{self.train}", f"validation  {self.validation}", f"template    {self.template}"]
         lines += [f"tokens      read from {self.cache} (data.cache)"] if self.cache else []
         return "\n".join([*lines, *self.notes])
 

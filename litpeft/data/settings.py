@@ -56,6 +56,11 @@ class Data:
     """Put several rows into one forward pass; attention never crosses rows, so only speed changes."""
     seed: int = 0
     """Seeds the split and the order of the rows in each epoch."""
+    streaming: bool = field(default=False, metadata=LATER)
+    """Read, render and tokenise the rows while the run trains, window by window, instead of before it; they begin again
+    until train.max_steps is reached. Held-out rows come from files of their own."""
+    window: int = field(default=10_000, metadata=LATER)
+    """With data.streaming: rows that are shuffled together; the files give them in their order."""
     cache: bool = field(default=True, metadata=LATER)
     """Keep the tokens of 1,000 rows and more in ~/.cache/litpeft/rows, at most 10 GiB there; the next start reads them
     from there, unless a file, the tokenizer, the template, a setting or litpeft's code has changed."""
@@ -71,7 +76,11 @@ class Data:
             raise ValueError(
                 f"{self.prefix}validation_split must be at least 0 and below 1, got {self.validation_split}"
             )
-        check_least(self, self.prefix, max_length=2, seed=0)
+        check_least(self, self.prefix, max_length=2, seed=0, window=1)
+        if self.streaming and isinstance(self.path, dict):
+            raise ValueError(f"{self.prefix}streaming takes no weights in {self.prefix}path: name a list of files")
+        if not self.streaming and self.window != Data.window:
+            raise ValueError(f"{self.prefix}window is used only with {self.prefix}streaming true")
 
     @property
     def named(self) -> str:

@@ -73,7 +73,7 @@ def load_dataset(
     else:
         with tempfile.TemporaryFile() as handle:
             writer = RowWriter(handle)
-            Tokeniser(chats, tokenizer, template).write(files, writer)
+            Tokeniser(chats, tokenizer, template).write(chats.read(files), writer)
             rows = Rows(Descriptor(handle), writer.index)
             cache.save(writer, writer.index, chats.count, report)
     return chosen_rows(rows, sources, bool(held_out), chats.count, data, report)
@@ -115,16 +115,17 @@ class Tokeniser:
         longest = max(map(len, tokenizer.backend.ids))  # characters of a token
         self._most = math.inf if self.data.overlong == "split" else max(HUGE, self.report.max_length * longest)
 
-    def write(self, sources: Sequence[Source], writer: RowWriter) -> None:
-        """Writes the rows of files; raises for those that cannot be used or are too long, if the settings say so."""
+    def write(self, chats: Iterable[Example], writer: RowWriter) -> None:
+        """Writes the rows of chats; raises for those that cannot be used or are too long, if the settings say so."""
         data, report, must_stay = self.data, self.report, self.chats.only_measured
         found = False
-        for example, row in self.rows(self._wanted(self.chats.read(sources))):
+        for example, row in self.rows(self._wanted(chats)):
             found = True
             if pieces := self.fit(row):
                 writer.add(pieces, example.number, example.file)
         refuse(report.rejected, data, must_stay)
         report.rejected += self.refused
+        self.refused.clear()
         refuse(report.rejected, data, must_stay or not found)
         self._refuse_long(must_stay)
         for left_out in (report.rejected, report.dropped):

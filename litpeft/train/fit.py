@@ -13,6 +13,7 @@ from lightning.fabric import Fabric
 from litpeft.core.distributed import gather
 from litpeft.core.errors import NumericError
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
+from litpeft.data.rows import Row
 from litpeft.generate.load import Loaded
 from litpeft.model.delta import copy_into, delta_state, todays_names, trainable, training_state
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
@@ -25,6 +26,7 @@ from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
 from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.recorded_pass import RecordedPasses
+from litpeft.train.records import add_rejected
 from litpeft.train.samples import exact_share, show_sample
 from litpeft.train.signals import NAMES, StopSignals, exit_code
 from litpeft.train.step import Stepper
@@ -53,7 +55,6 @@ class Trainer:
         tenth = max(1, self.steps // 10)
         self.measure_every = validation.interval or tenth
         self.save_every = tenth if checkpoint.interval is None else checkpoint.interval
-        self.lengths, self.trained = self.rows.column("tokens"), self.rows.column("trained")
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
@@ -81,10 +82,10 @@ class Trainer:
             self.save()
         self.check_patience()  # a run that stopped for it may have been killed before it wrote its result
         self.signals.training = True
-        for numbers in () if progress.stopped else self.planned_steps():
+        for rows in () if progress.stopped else self.planned_steps():
             if progress.step == self.search_step:
                 self.search()
-            self.take_step(numbers)
+            self.take_step(rows)
             if progress.exit_code:
                 self.save()
                 return progress
@@ -106,7 +107,7 @@ class Trainer:
             check_loss(progress, progress.losses[-1], vocabulary)
             return
         numbers = plan_epoch(len(self.rows), settings.train.batch_size, 0, settings.data.seed)[0]
-        found = self.stepper.gradient(*self.micro_batches(0, numbers), progress.step + 1)
+        found = self.stepper.gradient(*self.micro_batches(0, [self.rows[i] for i in numbers]), progress.step + 1)
         self.optimizer.zero_grad()
         check_learned(progress, found.loss, found.norm, vocabulary)
 
@@ -118,27 +119,37 @@ class Trainer:
         """Returns whether the held-out rows are measured after this step."""
         return self.progress.step % self.measure_every == 0 or self.progress.step == self.steps
 
-    def planned_steps(self) -> Iterator[list[int]]:
-        """Yields the row numbers of each optimizer step that is still to be done."""
-        train, seen = self.settings.train, 0
+    def planned_steps(self) -> Iterator[list[Row]]:
+        """Yields the rows of each optimizer step that is still to be done."""
+        train, seen, progress = self.settings.train, 0, self.progress
+        if self.run.stream is not None:
+            left, told = range(progress.step, self.steps), len(self.run.rows.rejected)
+            steps = self.run.stream.steps(train.batch_size, progress.step, progress.windows)
+            for _, (progress.epoch, rows) in zip(left, steps, strict=False):
+                if len(self.run.rows.rejected) > told and self.fabric.is_global_zero:
+                    add_rejected(self.run)
+                told = len(self.run.rows.rejected)
+                yield rows
+            return
         for epoch in range(train.epochs):
-            self.progress.epoch = epoch
+            progress.epoch = epoch
             plan = plan_epoch(len(self.rows), train.batch_size, epoch, self.settings.data.seed)
-            yield from plan[max(0, self.progress.step - seen) : self.steps - seen]
+            todo = plan[max(0, progress.step - seen) : self.steps - seen]
+            yield from ([self.rows[i] for i in numbers] for numbers in todo)
             seen += len(plan)
             if seen >= self.steps:
                 return
 
-    def take_step(self, numbers: list[int]) -> None:
+    def take_step(self, rows: list[Row]) -> None:
         """Takes one optimizer step with these rows, and counts it in."""
         train, progress = self.settings.train, self.progress
         began = time.perf_counter()
-        batches, trained = self.micro_batches(progress.step, numbers)
+        batches, trained = self.micro_batches(progress.step, rows)
         lr = lr_at(progress.step, self.steps, train)
         with self.run.method.training_step(self.gpt, random.Random(f"{train.seed} {progress.step}")):
             found = self.stepper.step(batches, trained, lr, progress.step + 1, self.stop_votes)
         now = time.perf_counter()
-        tokens = int(self.lengths[numbers].sum())
+        tokens = sum(len(row.ids) for row in rows)
         progress.step += 1
         progress.tokens += tokens
         progress.trained_tokens += trained
@@ -151,7 +162,7 @@ class Trainer:
         self.log.step(**so_far, **figures, seconds=progress.elapsed)
         count_still(progress, found.loss, found.norm, self.gpt.config.vocab_size)
 
-    def micro_batches(self, step: int, numbers: list[int]) -> tuple[list[Batch], int]:
+    def micro_batches(self, step: int, rows: list[Row]) -> tuple[list[Batch], int]:
         """Returns this rank's share of these rows, and how many tokens of all of them train; seeds the step's dropout.
 
         What is random in a step follows from its number, so that a resumed run draws the same.
@@ -159,11 +170,11 @@ class Trainer:
         fabric, train, frame = self.fabric, self.settings.train, self.gpt.frame
         torch.manual_seed(random.Random(f"{train.seed} {step} {fabric.global_rank}").getrandbits(62))
         size = None if self.settings.data.packing else train.micro_batch_size
-        lengths = dict(zip(numbers, (sum(frame) + self.lengths[numbers]).tolist(), strict=True))
-        layout = lay_out(numbers, lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
-        shares = ([self.rows[i] for i in micro] for micro in layout)
-        batches = [collate(rows, *frame) if rows else idle(self.rows[numbers[0]], *frame) for rows in shares]
-        return [batch.to(fabric.device) for batch in batches], int(self.trained[numbers].sum())
+        lengths = [sum(frame) + len(row.ids) for row in rows]
+        layout = lay_out(range(len(rows)), lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
+        shares = ([rows[i] for i in micro] for micro in layout)
+        batches = [collate(share, *frame) if share else idle(rows[0], *frame) for share in shares]
+        return [batch.to(fabric.device) for batch in batches], sum(sum(row.trained) for row in rows)
 
     def stop_votes(self) -> list[float]:
         """Returns 1 for each reason that this rank has to stop: the signals, then max_time."""

@@ -19,6 +19,7 @@ from litpeft.data.neutral import neutral_rows
 from litpeft.data.readers import STDIN
 from litpeft.data.rows import Row, show
 from litpeft.data.short_check import concerns
+from litpeft.data.streaming import Stream, load_stream
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
@@ -59,6 +60,7 @@ class Preparation:
     init: Init | None  # what a new run begins with
     facts: dict[str, Any]
     steps: int
+    stream: Stream | None = None  # of the rows to train on, of which `rows` then has the first window
 
     def agreed(self) -> dict[str, Any]:
         """Returns by name what must be the same on every rank; their paths need not be."""
@@ -104,12 +106,17 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     chosen = settings.data.template, began, settings.data.template_options  # when resumed, it prints the same date
     template = ChatTemplate(tokenizer, *chosen)
     weights, shapes = check_run(settings, method, precision, device)
-    rows = load_dataset(settings.data, tokenizer, template, shapes.reach)
+    stream = None
+    if settings.data.streaming:
+        rows, stream = load_stream(settings.data, template, shapes.reach)
+        steps = settings.train.max_steps
+    else:
+        rows = load_dataset(settings.data, tokenizer, template, shapes.reach)
+        steps = total_steps(len(rows.train), settings.train)
     say(str(rows.report))
     if settings.check_rows:
         check_rows(settings, rows, tokenizer)
     say(f"precision   {precision.name} on {device}, threads: {torch.get_num_threads()}")
-    steps = total_steps(len(rows.train), settings.train)
     if settings.train.warmup_steps > steps:
         say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
     questions = askable(template, shapes.reach, rows.validation[: settings.validation.max_rows])
@@ -134,7 +141,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
             "tokenizer": tokenizer_identity(template),
             "template": template.hash,
         },
-        "rows": rows_sha256(rows.train, rows.validation),
+        "rows": rows_sha256(rows.train, rows.validation) if stream is None else stream.sha256(rows.validation),
         "counts": {
             part: f"{counted(count.rows, 'row')}, {counted(count.tokens, 'token')}, {count.trained:,} trained"
             for part, count in (("rows to train on", rows.report.train), ("held-out rows", rows.report.validation))
@@ -174,6 +181,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         init,
         facts,
         steps,
+        stream,
     )
 
 

@@ -23,6 +23,7 @@ class Progress:
     validations: list[tuple[int, float]] = field(default_factory=list)  # step, nats per trained token
     best: tuple[int, float] | None = None  # step and value of the metric
     waited: int = 0  # measurements since the best
+    windows: list[list[int]] = field(default_factory=list)  # with data.streaming: by epoch, the rows of each
     samples: list[Sample] = field(default_factory=list)
     before_rows: list[tuple[int, float]] = field(default_factory=list)  # row, its loss before training: see ending.py
     before_neutral: tuple[int, float] | None = None  # number of neutral texts, their loss before training

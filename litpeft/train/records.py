@@ -12,6 +12,7 @@ import yaml
 from lightning.fabric import Fabric
 
 from litpeft import __version__
+from litpeft.core.folders import atomic_file
 from litpeft.core.json import jsonable
 from litpeft.core.recognise import ADAPTER_TENSORS
 from litpeft.core.terminal import command_line, say
@@ -37,9 +38,26 @@ def begin_run(run: Preparation) -> None:
     comment = "".join(f"# {line}\n" for line in command.split("\n"))
     (out / "report.md").unlink(missing_ok=True)  # the run is not over: see finished_at
     (out / "run.yaml").write_text(comment + text, encoding="utf-8")
+    add_rejected(run)
+
+
+def add_rejected(run: Preparation) -> None:
+    """Writes the rows that were rejected, behind those that were before."""
+    path = Path(run.settings.out) / "rejected.jsonl"
     if run.rows.rejected:
-        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in run.rows.rejected]
-        (out / "rejected.jsonl").write_text("".join(lines), encoding="utf-8")
+        written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = [json.dumps(asdict(row), ensure_ascii=False) for row in run.rows.rejected]
+        with atomic_file(path) as handle:
+            handle.writelines(f"{line}\n" for line in dict.fromkeys([*written, *lines]))
+
+
+def epochs(run: Preparation, progress: Progress) -> float:
+    """Returns how often the run has seen each row; of a stream, whose end is not known, the whole epochs."""
+    size, rows = run.settings.train.batch_size, len(run.rows.train)
+    if run.stream is not None:
+        return progress.epoch
+    whole, more = divmod(progress.step, -(-rows // size))
+    return whole + more * size / rows
 
 
 def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log: Log, ended: Ended) -> None:
@@ -51,7 +69,6 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
     if fabric.world_size > 1:
         where = f"{fabric.world_size} of {device.type}, {'fsdp' if settings.strategy == 'fsdp' else 'ddp'}"
     edge = max(1, len(progress.losses) // 20)
-    whole_epochs, more = divmod(progress.step, -(-len(run.rows.train) // settings.train.batch_size))
     _, held_out = find(settings.data.path, settings.data.validation_path)
     rows = held_out[0] if len(held_out) == 1 else settings.data.validation_path or settings.data.path
     columns = ["--columns", json.dumps(settings.data.columns)] if settings.data.columns else []
@@ -73,7 +90,7 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
             path.stat().st_size for path in (out / "final").glob("*.safetensors") if path.name != ADAPTER_TENSORS
         ),
         steps=progress.step,
-        epochs=whole_epochs + more * settings.train.batch_size / len(run.rows.train),
+        epochs=epochs(run, progress),
         tokens=progress.tokens,
         trained_tokens=progress.trained_tokens,
         seconds=progress.seconds,

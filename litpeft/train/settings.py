@@ -206,5 +206,7 @@ class Finetune:
             raise ValueError("train.micro_batch_size is used only with data.packing false; see train.micro_tokens")
         if not self.data.packing and train.micro_tokens != default.micro_tokens:
             raise ValueError("train.micro_tokens is used only with data.packing true; see train.micro_batch_size")
+        if self.data.streaming and (train.max_steps is None or train.epochs != default.epochs):
+            raise ValueError("data.streaming true needs train.max_steps, and does not use train.epochs")
         if train.schedule == "constant" and train.min_lr:
             raise ValueError("train.min_lr is not used by train.schedule constant, which stays at train.lr")
