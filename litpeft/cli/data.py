@@ -33,6 +33,7 @@ class Seen(Data):
 
     prefix: ClassVar[str] = ""
     streaming: ClassVar[bool] = False
+    group_by_length: ClassVar[bool] = False
     window: ClassVar[int] = Data.window
     validation_split: float = 0.0
     """Share of the rows that is held out when there is no file of held-out rows."""

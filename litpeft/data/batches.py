@@ -9,6 +9,7 @@ from torch import Tensor
 
 from litpeft.data.rows import Row
 
+GROUP = 50  # steps whose rows are sorted by length together
 PLACEHOLDER = 0  # token that stands where a method puts learned vectors: which one it is changes nothing
 
 
@@ -74,14 +75,32 @@ def bin_pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     return bins + [found[node] for node in sorted(found)]
 
 
-def plan_epoch(rows: int, batch_size: int, epoch: int, seed: int) -> list[list[int]]:
+def plan_epoch(
+    rows: int, batch_size: int, epoch: int, seed: int, lengths: Sequence[int] | None = None
+) -> list[list[int]]:
     """Returns an epoch as optimizer steps, each a list of row numbers; the last may be shorter.
 
+    With `lengths`, in tokens, the rows of a step are about as long as each other: they are sorted within GROUP steps.
     It depends on the arguments alone, so that a resumed run needs only its step.
     """
-    order = list(range(rows))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return [order[start : start + batch_size] for start in range(0, rows, batch_size)]
+    order, chance = list(range(rows)), random.Random(f"{seed} {epoch}")
+    chance.shuffle(order)
+    if lengths is not None:
+        groups = (order[start : start + GROUP * batch_size] for start in range(0, rows, GROUP * batch_size))
+        order = [number for group in groups for number in sorted(group, key=lambda i: -lengths[i])]
+    steps = [order[start : start + batch_size] for start in range(0, rows, batch_size)]
+    if lengths is not None:
+        last = [steps.pop()] if rows % batch_size else []
+        chance.shuffle(steps)
+        steps += last
+    return steps
+
+
+def padding(steps: Sequence[Sequence[int]], lengths: Sequence[int], size: int) -> float:
+    """Returns the share of padding in passes of `size` rows of a step, if each row were as long as the longest."""
+    passes = [step[start : start + size] for step in steps for start in range(0, len(step), size)]
+    places = sum(len(one) * max(int(lengths[i]) for i in one) for one in passes)
+    return 1 - sum(int(lengths[i]) for one in passes for i in one) / places
 
 
 def lay_out(

@@ -38,7 +38,8 @@ from litpeft.data.templates import ChatTemplate
 LEAST = 1000  # rows that are kept: fewer are tokenised in a second
 MOST = 10 << 30  # bytes of all files; those that were not used for longest go first
 TAIL = struct.Struct("<qqq32s")  # where index and facts begin, where they end, and the sha256 of all before it
-AFTER = ("seed", "validation_split", "packing", "cache")  # settings that act on rows that are tokenised
+# settings that act on rows that are tokenised
+AFTER = ("seed", "validation_split", "packing", "group_by_length", "cache")
 COUNTED_LATER = ("train", "validation", "duplicates", "repeated")  # of the report
 ABANDONED = 24 * 3600  # seconds after which a half-written file is one of a killed process
 Found = tuple[Rows, int, Report]  # with the number of chats

@@ -54,6 +54,8 @@ class Data:
     """A row that cannot be used is an error, or is left out (skip) and listed with its reason in rejected.jsonl."""
     packing: bool = True
     """Put several rows into one forward pass; attention never crosses rows, so only speed changes."""
+    group_by_length: bool = field(default=False, metadata=LATER)
+    """Without data.packing: steps of rows of about the same length, in a random order of the steps."""
     seed: int = 0
     """Seeds the split and the order of the rows in each epoch."""
     streaming: bool = field(default=False, metadata=LATER)
@@ -79,6 +81,8 @@ class Data:
         check_least(self, self.prefix, max_length=2, seed=0, window=1)
         if self.streaming and isinstance(self.path, dict):
             raise ValueError(f"{self.prefix}streaming takes no weights in {self.prefix}path: name a list of files")
+        if self.group_by_length and (self.packing or self.streaming):
+            raise ValueError(f"{self.prefix}group_by_length is used only with packing false and streaming false")
         if not self.streaming and self.window != Data.window:
             raise ValueError(f"{self.prefix}window is used only with {self.prefix}streaming true")
 

@@ -1,4 +1,4 @@
-"""Rows that are read, rendered and tokenised while the run trains on them: for files that are too large to be read first.
+"""Rows that are read, rendered and tokenised while the run trains on them: for files too large to be read before it.
 
 The chats of the files, in order, are cut into windows of data.window. The rows of a window are shuffled, and steps are
 made of them one after the other. All of it follows from the files, the seed and the step, so that a resumed run only

@@ -133,7 +133,8 @@ class Trainer:
             return
         for epoch in range(train.epochs):
             progress.epoch = epoch
-            plan = plan_epoch(len(self.rows), train.batch_size, epoch, self.settings.data.seed)
+            lengths = self.rows.column("tokens").tolist() if self.settings.data.group_by_length else None
+            plan = plan_epoch(len(self.rows), train.batch_size, epoch, self.settings.data.seed, lengths)
             todo = plan[max(0, progress.step - seen) : self.steps - seen]
             yield from ([self.rows[i] for i in numbers] for numbers in todo)
             seen += len(plan)

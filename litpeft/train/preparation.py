@@ -15,6 +15,7 @@ from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.safetensors import Weights
 from litpeft.core.terminal import command_line, is_first, say
+from litpeft.data.batches import padding, plan_epoch
 from litpeft.data.neutral import neutral_rows
 from litpeft.data.readers import STDIN
 from litpeft.data.rows import Row, show
@@ -116,6 +117,8 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     say(str(rows.report))
     if settings.check_rows:
         check_rows(settings, rows, tokenizer)
+    if settings.data.group_by_length:
+        say(grouped(settings, rows))
     say(f"precision   {precision.name} on {device}, threads: {torch.get_num_threads()}")
     if settings.train.warmup_steps > steps:
         say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
@@ -183,6 +186,14 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         steps,
         stream,
     )
+
+
+def grouped(settings: Finetune, rows: DataSet) -> str:
+    """Returns a line on what padding would cost with and without rows grouped by length."""
+    train, lengths = settings.train, rows.train.column("tokens").tolist()
+    plans = (plan_epoch(len(lengths), train.batch_size, 0, settings.data.seed, given) for given in (lengths, None))
+    with_groups, without = (f"{padding(plan, lengths, train.micro_batch_size):.1%}" for plan in plans)
+    return f"by length   padding would be {with_groups} of the passes, {without} in random order; nothing is padded"
 
 
 def check_run(settings: Finetune, method: Method, precision: Precision, device: torch.device) -> tuple[Weights, GPT]:
