@@ -70,24 +70,36 @@ class NoFloat32(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            if func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in (*args, *kwargs.values())):
+            casts = func in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in (*args, *kwargs.values())
+            if func is torch.Tensor.float or casts:
                 return args[0]
             if kwargs.get("dtype") is torch.float32:
                 kwargs = kwargs | {"dtype": torch.float64}
         return func(*args, **kwargs)
 
 
+class NoPolar(TorchFunctionMode):
+    """Computes torch.polar by torch.cos and torch.sin, which round otherwise."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.polar:
+            return torch.complex(args[0] * args[1].cos(), args[0] * args[1].sin())
+        return func(*args, **(kwargs or {}))
+
+
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     """Makes transformers compute norms, attention and routers in float64, which it does in float32 for any type."""
     for module in model.modules():
         if any(kind in type(module).__name__ for kind in ("Norm", "Attention", "Router")):
-            module.forward = in_mode(module.forward)
+            module.forward = in_mode(module.forward, NoFloat32)
+        if "Rotary" in type(module).__name__:
+            module.forward = in_mode(module.forward, NoPolar)
     return model
 
 
-def in_mode(forward: Callable) -> Callable:
+def in_mode(forward: Callable, mode: Callable[[], TorchFunctionMode]) -> Callable:
     def wide(*args, **kwargs):
-        with NoFloat32():
+        with mode():
             return forward(*args, **kwargs)
 
     return wide

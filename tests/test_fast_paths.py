@@ -28,8 +28,8 @@ LIMITS = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 3e-2}  # re
 def made(config: ModelConfig, dtype: torch.dtype) -> GPT:
     torch.manual_seed(0)
     model = GPT(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    for tensor in (*model.parameters(), *model.buffers()):
+        nn.init.normal_(tensor, std=0.3)
     model.dtype = dtype
     return model.to(dtype).eval().requires_grad_(False)
 

@@ -40,6 +40,14 @@ GEMMA4 = GEMMA | {
     "hidden_size_per_layer_input": 64,
     "vocab_size_per_layer_input": 320,
 }
+LATENT = {
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+}
 FAMILY_CASES = {  # the first of each family is also tested in training and answers, see tiny_families.py
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen2, tied, no window": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -150,6 +158,55 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "falcon, serial": {"model_type": "falcon", "multi_query": False, "parallel_attn": False, "bias": True},
     "stablelm": {"model_type": "stablelm", "use_qkv_bias": True},
     "stablelm, parallel": {"model_type": "stablelm", "use_parallel_residual": True},
+    "stablelm, norms of each head": {"model_type": "stablelm", "qk_layernorm": True},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 1,
+    }
+    | LATENT,
+    "deepseek_v3, yarn, plain queries, whole halves": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 0,
+        "norm_topk_prob": False,
+        "rope_interleave": False,
+        "attention_bias": True,
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+    }
+    | LATENT,
+    "deepseek_v2": {
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": 4,
+        "q_lora_rank": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    }
+    | LATENT,
+    "deepseek_v2, groups, plain queries": {
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "routed_scaling_factor": 2.0,
+    }
+    | LATENT,
     "starcoder2": {"model_type": "starcoder2", "sliding_window": 8},
     "cohere2": {"model_type": "cohere2", "sliding_window": 8, "sliding_window_pattern": 2, "pad_token_id": 0},
     "cohere": {"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0},

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from litpeft.core.errors import ConfigError
 from litpeft.core.kinds import check_least, check_share
 from litpeft.core.typed import LATER
 from litpeft.methods.adapter import LONGEST_PROMPT
@@ -80,6 +81,9 @@ class Prefix(Method):
         return uniform(0.1)
 
     def attach(self, model: GPT) -> None:
+        if not model.blocks[0].attn.keys_and_values():
+            what = "the attention of this model makes keys and values of shorter vectors: it has no attn.k and attn.v"
+            raise ConfigError(what, where="method", hint="take another method, such as prompt or lora")
         if self.hidden is not None:
             network = model.banks[PLACE] = Network(self.prompt_length, model.config.d_model, self.hidden)
         for block in model.blocks:

@@ -180,11 +180,14 @@ def read_finite(names: NameMap, weights: Weights, ours: str) -> Tensor:
 
 def _place(model: GPT, name: str, tensor: Tensor) -> None:
     """Gives a parameter its value: the tensor itself for one on the meta device, else a copy, or a copy of a shard."""
+    module, _, leaf = name.rpartition(".")
+    if leaf in model.get_submodule(module)._buffers:  # it never trains, and keeps the type that it has in the file
+        setattr(model.get_submodule(module), leaf, tensor.clone())
+        return
     own = model.get_parameter(name)
     if not own.is_meta:
         copy_shard(own, tensor)
         return
-    module, _, leaf = name.rpartition(".")
     tensor = tensor.to(own.dtype)
     tensor = tensor.clone() if own.requires_grad else tensor  # an optimizer must not write into the file's pages
     setattr(model.get_submodule(module), leaf, nn.Parameter(tensor, requires_grad=own.requires_grad))

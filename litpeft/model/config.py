@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
+from litpeft.model.parts import ClampedGate, Experts, Latent, Layer, LayerInputs, QueryGrowth, Rope, RopeScaling
+
 ACTIVATIONS = {  # name in config.json -> name in gpt.py
     "silu": "silu",
     "swish": "silu",
@@ -18,91 +20,6 @@ ACTIVATIONS = {  # name in config.json -> name in gpt.py
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 LARGEST = (1 << 31) - 1  # whole number that a key may hold
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How the rotary frequencies are stretched to reach beyond the length that the model was trained on."""
-
-    kind: Literal["linear", "llama3", "dynamic", "yarn", "longrope", "proportional"]
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0
-    original_positions: int = 8192
-    attention_factor: float = 1.0  # what cos and sin are multiplied by: yarn, longrope
-    beta_fast: float = 32.0  # yarn: turns over the original length from which a frequency is kept
-    beta_slow: float = 1.0  # and up to which it is divided by the factor
-    truncate: bool = True  # yarn: those bounds are whole dimensions
-    short_factors: tuple[float, ...] = ()  # longrope: divisors of each frequency, for texts within the original length
-    long_factors: tuple[float, ...] = ()  # and beyond
-    share: float = 1.0  # proportional: of the frequencies, that are not 0
-
-    @property
-    def by_length(self) -> bool:
-        """Returns whether the frequencies depend on the length of the text."""
-        return self.kind in ("dynamic", "longrope")
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions."""
-
-    theta: float = 10000.0
-    scaling: RopeScaling | None = None
-
-
-@dataclass(frozen=True)
-class QueryGrowth:
-    """Queries are multiplied by 1 + rate * ln(1 + position // length)."""
-
-    rate: float
-    length: int
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a layer may have of its own."""
-
-    window: int | None = None
-    rope: Rope | None = None  # None = it has no positions
-    head_dim: int | None = None  # in place of the model's, as are the next two
-    n_kv_heads: int | None = None
-    d_ff: int | None = None
-    values_are_keys: bool = False  # its values are what the layer `k` computes, before the norm
-    keys_of: int | None = None  # number of the layer whose keys and values it reads: it computes none
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """A second embedding, with a vector for each layer, which the layer reads after its MLP."""
-
-    vocab_size: int
-    size: int  # of each vector
-
-
-@dataclass(frozen=True)
-class ClampedGate:
-    """In an MLP: (u + 1) * g * sigmoid(slope * g), with the gate g at most and the up projection u within +-limit."""
-
-    slope: float
-    limit: float
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture of MLPs in place of a layer's MLP: a router chooses some of them for each token."""
-
-    number: int
-    active: int  # of them, that a token goes through
-    d_ff: int  # of each expert
-    normed: bool = False  # the shares of the active ones sum to 1, else those of all do
-    router_bias: bool = False
-    dense_layers: tuple[int, ...] = ()  # which have a plain MLP
-
-    def __post_init__(self) -> None:
-        if self.active > self.number:
-            what = f"num_experts_per_tok {self.active} is more than the {self.number} experts"
-            raise ValueError(f"{what} (num_local_experts, num_experts)")
 
 
 @dataclass(frozen=True)
@@ -139,7 +56,7 @@ class ModelConfig:
     layers: tuple[Layer, ...] = ()  # each one's window and rotary positions, in place of the fields; () = all are alike
     norms: Literal["before", "after", "around"] = "before"  # where the norms of a sub-layer stand; around = both
     shared_norm: bool = False  # one norm, whose output both attention and the MLP read
-    qk_norm: Literal["head", "each", "all"] | None = None  # of queries and keys: see make_qk_norm in norms.py
+    qk_norm: Literal["head", "each", "own", "all"] | None = None  # of queries and keys: see make_qk_norm in norms.py
     value_norm: bool = False  # the values of each head are divided by their root mean square
     rope_pairs: bool = False  # dimensions 2 i and 2 i + 1 rotate together, not i and i + R / 2
     clip_qkv: float | None = None  # queries, keys and values are clamped to this size
@@ -150,6 +67,7 @@ class ModelConfig:
     residual_scale: float = 1.0  # and what a sub-layer adds to its input
     logit_scale: float = 1.0  # and the logits
     logit_cap: float | None = None  # logits l become cap * tanh(l / cap), after logit_scale
+    latent: Latent | None = None
     layer_inputs: LayerInputs | None = None
     layer_scale: bool = False  # a layer's output is multiplied by a number of its own
 
@@ -180,7 +98,13 @@ class ModelConfig:
     @property
     def rotary_size(self) -> int:
         """Returns how many dimensions of a head rotate."""
-        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+        return self.rotary_of(Layer())
+
+    def rotary_of(self, layer: Layer) -> int:
+        """Returns how many dimensions of a layer's heads rotate."""
+        if self.latent is not None:
+            return self.latent.turning
+        return self.head_size(layer) if self.rotary_dim is None else self.rotary_dim
 
     def head_size(self, layer: Layer) -> int:
         """Returns the size of a layer's heads."""
@@ -188,7 +112,7 @@ class ModelConfig:
 
     def kv_heads(self, layer: Layer) -> int:
         """Returns how many key/value heads a layer has."""
-        return layer.n_kv_heads or self.n_kv_heads
+        return self.n_heads if self.latent is not None else layer.n_kv_heads or self.n_kv_heads
 
     def layer(self, number: int) -> Layer:
         """Returns what a layer has of its own, or what all have."""
@@ -222,7 +146,9 @@ class ModelConfig:
     @property
     def active_d_ff(self) -> int:
         """Returns the inner size of what a token goes through in a layer's MLP or experts, at most."""
-        return self.d_ff if self.experts is None else self.experts.active * self.experts.d_ff
+        if self.experts is None:
+            return self.d_ff
+        return self.experts.active * self.experts.d_ff + (self.experts.shared_d_ff or 0)
 
 
 K = TypeVar("K", bound="ConfigKeys")

@@ -49,5 +49,6 @@ def folds(
             yield f"{prefix}bias", bias, before[1]
     elif not isinstance(module, Slot | Bank):
         yield from ((prefix + name, p, p) for name, p in module.named_parameters(recurse=False))
+        yield from ((prefix + name, b, b) for name, b in module.named_buffers(recurse=False))
         for name, child in module.named_children():
             yield from folds(child, widened, f"{prefix}{name}.")

@@ -21,6 +21,7 @@ from litpeft.model.config import Layer, ModelConfig
 from litpeft.model.context import Context
 from litpeft.model.frequencies import token_frequencies
 from litpeft.model.kernels.ops import recompute_output, swiglu, use_eager
+from litpeft.model.latent import LatentAttention
 from litpeft.model.layer_inputs import LayerInput, LayerTable
 from litpeft.model.loss import finished, summed_cross_entropy
 from litpeft.model.mixture import Mixture
@@ -77,7 +78,7 @@ class Block(nn.Module):
         after = (lambda: make_norm(config)) if config.norms != "before" else lambda: None
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
         self.norm1 = before()
-        self.attn = Attention(config, layer)
+        self.attn = (Attention if config.latent is None else LatentAttention)(config, layer)
         self.post_norm1 = after()
         self.after_attn = Slot()
         self.norm2 = None if config.shared_norm else before()
@@ -85,7 +86,7 @@ class Block(nn.Module):
         self.post_norm2 = after()
         self.after_mlp = Slot()
         self.input = LayerInput(config, ACTIVATIONS[config.activation]) if config.layer_inputs else None
-        self.layer_scalar = nn.Parameter(torch.ones(1)) if config.layer_scale else None
+        self.register_buffer("layer_scalar", torch.ones(1) if config.layer_scale else None)
         self.after_block = Slot()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -210,7 +211,7 @@ class GPT(nn.Module):
 
     def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
         """Sets what a context has for layers of one kind: rotary positions, and the mask of a step with a cache."""
-        size = self.config.head_size(kind) if self.config.rotary_dim is None else self.config.rotary_dim
+        size = self.config.rotary_of(kind)
         if size and kind.rope is not None:
             pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos
             frequencies = self.rope(token_frequencies(size, kind.rope, ctx, x.device))

@@ -2,6 +2,9 @@
 
     y = sum over the chosen j of s_j expert_j(x)        s = softmax(R x), with R (experts, d)
 
+With groups a token first chooses some groups of experts, by their largest score. Where a correction is added to the
+scores for the choice, s are sigmoids, and a group counts by the sum of its two largest.
+
 Letters: N tokens, d model width, E experts, k of them for each token.
 """
 
@@ -20,7 +23,9 @@ class Router(nn.Linear):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.d_model, config.experts.number, config.experts.router_bias)
-        self.active, self.normed = config.experts.active, config.experts.normed
+        self.kind = config.experts
+        if self.kind.corrected:  # what it is in the files; it has no gradient
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.kind.number))
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
@@ -28,10 +33,27 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns shares and numbers of the chosen experts, both (N, k), for x (N, d)."""
-        logits = nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         wide = torch.promote_types(x.dtype, torch.float32)
-        shares, chosen = logits.softmax(-1, dtype=wide).topk(self.active)
-        return (shares / shares.sum(-1, keepdim=True) if self.normed else shares).to(x.dtype), chosen
+        rows = x.to(wide) if self.kind.wide_router else x
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        logits = nn.functional.linear(rows, self.weight.to(rows.dtype), bias)
+        scores = logits.to(wide).sigmoid() if self.kind.corrected else logits.softmax(-1, dtype=wide)
+        chosen = self.choose(scores)
+        shares = scores.gather(-1, chosen)
+        shares = shares / shares.sum(-1, keepdim=True) if self.kind.normed else shares
+        return (shares * self.kind.scale).to(x.dtype), chosen
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Returns the numbers of the chosen experts (N, k) for scores (N, E)."""
+        if self.kind.corrected:
+            scores = scores + self.e_score_correction_bias.to(scores.dtype)
+        if self.kind.groups > 1:
+            groups = scores.unflatten(-1, (self.kind.groups, -1))
+            of_groups = groups.topk(2).values.sum(-1) if self.kind.corrected else groups.amax(-1)
+            kept = of_groups.topk(self.kind.active_groups).indices
+            left_out = torch.ones_like(of_groups, dtype=torch.bool).scatter(-1, kept, False)
+            scores = groups.masked_fill(left_out[..., None], -torch.inf).flatten(-2)
+        return scores.topk(self.kind.active).indices
 
 
 class Mixture(nn.Module):
@@ -41,6 +63,8 @@ class Mixture(nn.Module):
         super().__init__()
         self.router = Router(config)
         self.experts = nn.ModuleList(make_expert(config, config.experts.d_ff) for _ in range(config.experts.number))
+        shared = config.experts.shared_d_ff
+        self.shared = None if shared is None else make_expert(config, shared)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """Returns y (..., d). In training experts without a token run on zeros, so that all have a gradient."""
@@ -53,4 +77,5 @@ class Mixture(nn.Module):
         pairs = [(expert, part) for expert, part in pairs if len(part) or trains]
         outputs = torch.cat([expert(part if len(part) else zeros, None)[: len(part)] for expert, part in pairs])
         y = torch.empty_like(outputs).index_copy(0, order, outputs).view(*chosen.shape, -1)
-        return (shares[..., None] * y).sum(1).view(x.shape)
+        y = (shares[..., None] * y).sum(1).view(x.shape)
+        return y if self.shared is None else y + self.shared(x, ctx)

@@ -66,6 +66,18 @@ class EachHead(LayerNorm):
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.to(x.dtype)
 
 
+class OwnNorms(nn.Module):
+    """What EachHead computes, where the files hold a norm for each head."""
+
+    def __init__(self, heads: int, size: int, eps: float):
+        super().__init__()
+        self.norms = nn.ModuleList(LayerNorm(size, eps, bias=False) for _ in range(heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.stack([norm.weight for norm in self.norms]).to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], eps=self.norms[0].eps) * weight
+
+
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "rms": RMSNorm,
     "rms_1p": RMSNorm1p,
@@ -85,8 +97,10 @@ def make_qk_norm(config: ModelConfig, heads: int, size: int) -> nn.Module | None
     """Returns the norm of the queries or keys of so many heads of a size.
 
     `qk_norm` "all" is over all heads at once; "head" over each head, with one weight for all; "each" over each head,
-    with a weight for each.
+    with a weight for each, and "own" as well, by modules of their own.
     """
+    if config.qk_norm == "own":
+        return OwnNorms(heads, size, config.norm_eps)
     if config.qk_norm == "each":
         return EachHead(heads, size, config.norm_eps)
     sizes = {"head": size, "all": heads * size}

@@ -93,7 +93,7 @@ def _scaling(kind: str, given: Given, max_positions: int) -> RopeScaling:
         )
     if attention is None:
         one, all_ = given.optional("mscale", float), given.optional("mscale_all_dim", float)
-        attention = _grown(factor, one) / _grown(factor, all_) if one and all_ else _grown(factor, 1.0)
+        attention = grown(factor, one) / grown(factor, all_) if one and all_ else grown(factor, 1.0)
     return RopeScaling(
         "yarn",
         factor,
@@ -105,7 +105,7 @@ def _scaling(kind: str, given: Given, max_positions: int) -> RopeScaling:
     )
 
 
-def _grown(factor: float, scale: float) -> float:
+def grown(factor: float, scale: float) -> float:
     """Returns yarn's factor for the size of queries and keys."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 

@@ -39,6 +39,7 @@ for _name, _changes in {  # so that each key has an effect
     "qwen3_moe": WINDOWS | {"mlp_only_layers": [1]},
     "smollm3": WINDOWS | {"no_rope_layer_interval": 2},
     "gemma3_text": BY_TYPE,
+    "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     "gemma4_text": BY_TYPE | {"num_kv_shared_layers": 2, "attention_k_eq_v": True},
     "olmo3": BY_TYPE | {"num_hidden_layers": 2},
     "phi3": {"hidden_size": 128, "original_max_position_embeddings": 32, "rope_parameters": longrope(32, 16)},

@@ -48,7 +48,7 @@ def test_phi_answers_as_in_transformers_beyond_the_length(tmp_path) -> None:
 
 
 def test_windows_that_differ_from_layer_to_layer_hold_in_a_cache_of_rows_of_unequal_length(tmp_path) -> None:
-    for name in ("gemma4_text", "gemma3_text", "smollm3", "cohere2", "olmo3"):
+    for name in ("gemma4_text", "deepseek_v3", "gemma3_text", "smollm3", "cohere2", "olmo3"):
         make_family(tmp_path / name, name, torch.float64, **(MODELS[name] | {"initializer_range": 0.1}))
         model = build(tmp_path / name, torch.float64).eval()
         cache = TokenCache(model)

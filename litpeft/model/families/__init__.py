@@ -49,6 +49,8 @@ FAMILIES = {
     "qwen3_moe": "litpeft.model.families.qwen3_moe",
     "olmoe": "litpeft.model.families.olmoe",
     "gpt_oss": "litpeft.model.families.gpt_oss",
+    "deepseek_v3": "litpeft.model.families.deepseek_v3",
+    "deepseek_v2": "litpeft.model.families.deepseek_v2",
     "gpt_neox": "litpeft.model.families.gpt_neox",
     "gpt2": "litpeft.model.families.gpt2",
 }
@@ -62,8 +64,6 @@ OTHERS = {  # model_type of models that are known, and why they are not here
     "qwen3_5_text": "gated linear attention is not built",
     "qwen3_next": "gated linear attention is not built",
     "llama4": IMAGES,
-    "deepseek_v2": "latent attention is not built",
-    "deepseek_v3": "latent attention is not built",
 }
 
 

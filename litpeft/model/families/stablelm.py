@@ -9,7 +9,10 @@ from typing import Any, Literal
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
 from litpeft.model.families import Gguf, llama
 
-NAMES = llama.NAMES
+NAMES = llama.NAMES | {
+    "blocks.{}.attn.q_norm.norms.{}": "model.layers.{}.self_attn.q_layernorm.norms.{}",
+    "blocks.{}.attn.k_norm.norms.{}": "model.layers.{}.self_attn.k_layernorm.norms.{}",
+}
 GGUF = Gguf(
     "stablelm",
     own_head=True,
@@ -33,7 +36,7 @@ class Keys(ConfigKeys):
     layer_norm_eps: float = 1.0e-5
     tie_word_embeddings: bool = False
     use_qkv_bias: bool = False
-    qk_layernorm: Literal[False] = False  # else each head has a norm of its own
+    qk_layernorm: bool = False  # each head has a norm of its own
     use_parallel_residual: bool = False
     head_dim: None = None  # no key of the class, but its rotary positions would use it and its attention would not
 
@@ -48,6 +51,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         norm="layer",
         norm_eps=keys.layer_norm_eps,
         qkv_bias=keys.use_qkv_bias,
+        qk_norm="own" if keys.qk_layernorm else None,
         parallel_residual=keys.use_parallel_residual,
         shared_norm=keys.use_parallel_residual,
     )

@@ -1,0 +1,123 @@
+"""DeepSeek-V3 and R1, and Moonlight: latent attention, and experts in groups beside shared ones.
+
+The layers that predict further tokens (num_nextn_predict_layers) are not read. The dropout that its config.json may
+name (attention_dropout) is not applied.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, Latent, ModelConfig, checked, or_zero
+from litpeft.model.families import llama, without
+from litpeft.model.families.qwen3_moe import EXPERTS
+from litpeft.model.rope import grown
+
+NAMES = (
+    without(without(llama.NAMES, "*.attn.k"), "*.attn.v")
+    | EXPERTS
+    | {
+        "blocks.{}.attn.q_a": "model.layers.{}.self_attn.q_a_proj",
+        "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_a_layernorm",
+        "blocks.{}.attn.q_b": "model.layers.{}.self_attn.q_b_proj",
+        "blocks.{}.attn.kv_a": "model.layers.{}.self_attn.kv_a_proj_with_mqa",
+        "blocks.{}.attn.kv_norm": "model.layers.{}.self_attn.kv_a_layernorm",
+        "blocks.{}.attn.kv_b": "model.layers.{}.self_attn.kv_b_proj",
+        "blocks.{}.mlp.shared.gate": "model.layers.{}.mlp.shared_experts.gate_proj",
+        "blocks.{}.mlp.shared.up": "model.layers.{}.mlp.shared_experts.up_proj",
+        "blocks.{}.mlp.shared.down": "model.layers.{}.mlp.shared_experts.down_proj",
+    }
+)
+BUFFERS = ("*.rotary_emb.inv_freq", "model.layers.61.*")  # the layer that predicts a further token
+
+
+@dataclass(frozen=True)
+class Keys(ConfigKeys):
+    """What decides the logits of transformers' DeepseekV3Config, beside the rotary positions."""
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    intermediate_size: int = 18432
+    moe_intermediate_size: int = 2048
+    num_hidden_layers: int = 61
+    num_attention_heads: int = 128
+    num_key_value_heads: int | None = 128
+    n_shared_experts: int = 1
+    n_routed_experts: int = 256
+    routed_scaling_factor: float = 2.5
+    kv_lora_rank: int = 512
+    q_lora_rank: int | None = 1536
+    qk_rope_head_dim: int = 64
+    v_head_dim: int | None = 128
+    qk_nope_head_dim: int = 128
+    n_group: int | None = 8
+    topk_group: int | None = 4
+    num_experts_per_tok: int | None = 8
+    first_k_dense_replace: int | None = or_zero(3)
+    norm_topk_prob: bool | None = True
+    hidden_act: Literal[tuple(ACTIVATIONS)] = "silu"
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_interleave: bool | None = True
+    attention_bias: bool = False
+
+    ALIASES = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
+
+
+def config(hf: dict[str, Any]) -> ModelConfig:
+    """Returns the ModelConfig that a config.json of DeepseekV3ForCausalLM describes."""
+    keys = Keys.read(hf)
+    refuse_null(keys, "n_group", "topk_group", "first_k_dense_replace")
+    experts = replace(
+        experts_of(keys),
+        normed=bool(keys.norm_topk_prob),
+        groups=keys.n_group,
+        active_groups=keys.topk_group,
+        corrected=True,
+    )
+    return latent(keys, hf, experts=experts, rope_pairs=bool(keys.rope_interleave))
+
+
+def refuse_null(keys: ConfigKeys, *names: str) -> None:
+    """Raises if one of these keys is null."""
+    if null := [name for name in names if getattr(keys, name) is None]:
+        raise ValueError(f"{null[0]} null is not supported; it must be a whole number")
+
+
+def experts_of(keys: Any) -> Experts:
+    """Returns what both generations' experts have in common."""
+    refuse_null(keys, "num_experts_per_tok")
+    return Experts(
+        keys.n_routed_experts,
+        keys.num_experts_per_tok,
+        keys.moe_intermediate_size,
+        dense_layers=tuple(range(min(keys.first_k_dense_replace, keys.num_hidden_layers))),
+        shared_d_ff=keys.n_shared_experts * keys.moe_intermediate_size,
+        scale=keys.routed_scaling_factor,
+        wide_router=True,
+    )
+
+
+def latent(keys: Any, hf: Mapping[str, Any], **switches: Any) -> ModelConfig:
+    """Returns the ModelConfig of keys of both generations."""
+    refuse_null(keys, "v_head_dim")
+    heads, size = keys.num_attention_heads, keys.qk_nope_head_dim + keys.qk_rope_head_dim
+    if keys.num_key_value_heads not in (None, heads):
+        what = f"num_key_value_heads {keys.num_key_value_heads} is not supported"
+        raise ValueError(f"{what}; it must be num_attention_heads, {heads}")
+    if keys.v_head_dim > size:
+        what = f"v_head_dim {keys.v_head_dim} is not supported"
+        raise ValueError(f"{what}; it must be at most qk_nope_head_dim + qk_rope_head_dim, {size}")
+    sizes = keys.q_lora_rank, keys.kv_lora_rank, keys.qk_nope_head_dim, keys.qk_rope_head_dim, keys.v_head_dim
+    config = llama.usual(
+        keys,
+        {**hf, "head_dim": size},
+        latent=Latent(*sizes),
+        **switches,
+    )
+    where = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    all_dims = checked(f"{where}.mscale_all_dim", (hf.get(where) or {}).get("mscale_all_dim"), float | None)
+    if config.rope_scaling is None or all_dims is None:
+        return config
+    return replace(config, score_scale=size**-0.5 * grown(config.rope_scaling.factor, all_dims) ** 2)

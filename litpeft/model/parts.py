@@ -1,0 +1,117 @@
+"""The parts of a ModelConfig that have more than one number. No torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched to reach beyond the length that the model was trained on."""
+
+    kind: Literal["linear", "llama3", "dynamic", "yarn", "longrope", "proportional"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+    attention_factor: float = 1.0  # what cos and sin are multiplied by: yarn, longrope
+    beta_fast: float = 32.0  # yarn: turns over the original length from which a frequency is kept
+    beta_slow: float = 1.0  # and up to which it is divided by the factor
+    truncate: bool = True  # yarn: those bounds are whole dimensions
+    short_factors: tuple[float, ...] = ()  # longrope: divisors of each frequency, for texts within the original length
+    long_factors: tuple[float, ...] = ()  # and beyond
+    share: float = 1.0  # proportional: of the frequencies, that are not 0
+
+    @property
+    def by_length(self) -> bool:
+        """Returns whether the frequencies depend on the length of the text."""
+        return self.kind in ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions."""
+
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Queries are multiplied by 1 + rate * ln(1 + position // length)."""
+
+    rate: float
+    length: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer may have of its own."""
+
+    window: int | None = None
+    rope: Rope | None = None  # None = it has no positions
+    head_dim: int | None = None  # in place of the model's, as are the next two
+    n_kv_heads: int | None = None
+    d_ff: int | None = None
+    values_are_keys: bool = False  # its values are what the layer `k` computes, before the norm
+    keys_of: int | None = None  # number of the layer whose keys and values it reads: it computes none
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """A second embedding, with a vector for each layer, which the layer reads after its MLP."""
+
+    vocab_size: int
+    size: int  # of each vector
+
+
+@dataclass(frozen=True)
+class ClampedGate:
+    """In an MLP: (u + 1) * g * sigmoid(slope * g), with the gate g at most and the up projection u within +-limit."""
+
+    slope: float
+    limit: float
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of MLPs in place of a layer's MLP: a router chooses some of them for each token."""
+
+    number: int
+    active: int  # of them, that a token goes through
+    d_ff: int  # of each expert
+    normed: bool = False  # the shares of the active ones sum to 1, else those of all do
+    router_bias: bool = False
+    dense_layers: tuple[int, ...] = ()  # which have a plain MLP
+    shared_d_ff: int | None = None  # of one more MLP, that every token goes through
+    scale: float = 1.0  # what shares are multiplied by
+    groups: int = 1  # of experts, of which a token chooses some before it chooses experts
+    active_groups: int = 1
+    wide_router: bool = False  # it computes in float32 in a model of less
+    corrected: bool = False  # scores are sigmoids, and a number of each expert is added for the choice
+
+    def __post_init__(self) -> None:
+        if self.active > self.number:
+            what = f"num_experts_per_tok {self.active} is more than the {self.number} experts"
+            raise ValueError(f"{what} (num_local_experts, num_experts, n_routed_experts)")
+        self.check_groups()
+
+    def check_groups(self) -> None:
+        """Raises unless the groups are of one size and have enough experts."""
+        size = self.number // self.groups
+        if self.number % self.groups or (self.corrected and size < 2):
+            what = f"n_group {self.groups} must divide the {self.number} experts (n_routed_experts)"
+            raise ValueError(f"{what}, so that each group has two or more" if self.corrected else what)
+        if self.active_groups > self.groups or self.active_groups * size < self.active:
+            what = f"topk_group {self.active_groups} of n_group {self.groups} is not supported"
+            raise ValueError(f"{what}: they must hold num_experts_per_tok {self.active} experts")
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Attention whose queries, keys and values are made of shorter vectors (model/latent.py)."""
+
+    q_rank: int | None  # of the vector that queries are made of; None = they are made of the input
+    kv_rank: int  # and of the one that keys and values are made of
+    still: int  # dimensions of a head that do not rotate
+    turning: int  # and those that do, which keys of all heads share
+    values: int  # size of a head of values
