@@ -12,7 +12,7 @@ from chat_samples import STYLES, sentencepiece_model, write_folder
 from conftest import finetune, make_folder
 from families.tiny_families import MODELS, make_family
 from llama_cpp import ask, complete, greedy, next_token, of_model, server, write_bpe
-from test_model import CASES
+from test_model import CASES, YARN, longrope
 from tiny_gguf import strings
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
@@ -34,6 +34,14 @@ LEARN = "--train.epochs", "3", "--train.lr", "1e-2"
 GELU = 2e-3  # llama.cpp looks its GELU up in a table of float16
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "pad_token_id": 0, "sliding_window": 100}
 WINDOW = {"model_type": "mistral", "sliding_window": 100}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 100,
+    "head_dim": 16,
+    "rope_parameters": YARN,
+}
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
     "llama, wide heads": (CASES["one key head, wide heads"], 1e-5),
@@ -63,7 +71,21 @@ WRITTEN = {
     "stablelm, parallel": (CASES["stablelm, parallel"], 1e-5),
     "cohere": ({"model_type": "cohere", "use_qk_norm": False, "pad_token_id": 0}, 1e-5),
     "nemotron": (CASES["nemotron"], 2e-5),
+    "mixtral": (CASES["mixtral"], 1e-5),
+    "qwen3_moe": (CASES["qwen3_moe"] | {"norm_topk_prob": True}, 1e-5),
+    "olmoe": (CASES["olmoe"] | {"num_key_value_heads": 4}, 1e-5),
+    "gpt_oss": (GPT_OSS, 1e-5),
+    "yarn": (CASES["yarn"], 1e-5),
+    "yarn, sizes": ({"rope_parameters": YARN | {"attention_factor": 0.9, "beta_fast": 8.0}}, 1e-5),
+    "qwen2, yarn": ({"model_type": "qwen2", "rope_parameters": YARN}, 1e-5),
+    "longrope within": ({"rope_parameters": longrope(256)}, 1e-5),
+    "longrope beyond": (CASES["longrope beyond"], 1e-5),
+    "phi3, longrope": (CASES["phi3, longrope"], 1e-5),
 }
+BEYOND = (
+    "longrope beyond",
+    "phi3, longrope",
+)  # only the longer prompt is beyond the original length, as the context is
 
 
 def written(folder: Path, out: Path, **settings: object) -> Path:
@@ -83,11 +105,11 @@ def test_llama_cpp_computes_what_litpeft_computes(tmp_path, monkeypatch, name: s
     changes, limit = WRITTEN[name]
     base = make(tmp_path / "base", monkeypatch, changes)
     file, model = written(base, tmp_path / "out", type="f32"), build(base, torch.float32)
-    with server(file) as client:
-        for prompt in PROMPTS:
+    with server(file) as client:  # which takes longrope's short factors up to a context of 256
+        for prompt in PROMPTS[-1:] if name in BEYOND else PROMPTS:
             want = of_model(model, prompt)
             assert (next_token(client, prompt, ROWS) - want).abs().max() <= limit
-            assert complete(client, prompt, 32)["tokens"] == greedy(model, prompt, 32, (0, 2))
+            assert complete(client, prompt, 32)["tokens"] == greedy(model, prompt, 32, (0, 1, 2))
 
 
 def test_the_families_that_are_tried_are_all_that_are_written() -> None:
@@ -281,6 +303,14 @@ def test_the_modelfile_of_a_run_has_its_system_message(tmp_path) -> None:
     [
         (CASES["gpt2, untied"], "gpt2 computes with activation gelu or gelu_tanh, and this model has relu"),
         (CASES["gpt_neox, tied, no attention bias"], "gptneox computes with qkv_bias True, and this model has False"),
+        (CASES["dynamic"], "rope scaling dynamic is not written as GGUF: llama.cpp has none"),
+        (
+            {"model_type": "qwen2", "rope_parameters": longrope(32)},
+            "longrope is not written .* llama, phi3 and not for qwen2",
+        ),
+        (CASES["yarn, kept size"], "yarn with truncate false is not written as GGUF"),
+        (CASES["olmoe"], "olmoe computes with n_kv_heads 4, and this model has 2"),
+        (CASES["qwen3_moe"], "normed=True.*, and this model has Experts"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, monkeypatch, changes: dict, said: str) -> None:

@@ -11,8 +11,9 @@ import gguf
 import torch
 from torch import Tensor
 
+from litpeft.core.errors import ConfigError
 from litpeft.exchange.exports.low_rank import Factors, check_factors, factors_of
-from litpeft.exchange.gguf.layout import Layout
+from litpeft.exchange.gguf.layout import Layout, of_expert
 from litpeft.exchange.gguf.weights import BoundedReader
 from litpeft.exchange.modelfile import write_modelfile
 from litpeft.exchange.run import Run
@@ -32,6 +33,9 @@ def write(folder: Path, run: Run, base: Path) -> str:
     count = 0
     for name, parts in layout.parts.items():
         given = [factors.get(part.removesuffix(".weight")) for part in parts]
+        if any(given) and of_expert(parts[0]):
+            what = f"the run changes experts ({name}), whose updates are not written as an adapter"
+            raise ConfigError(what, where="to", hint="`--to gguf` merges the run")
         if any(given):
             a, b = joined(layout, parts, given)
             writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())

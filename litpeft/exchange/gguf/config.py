@@ -14,7 +14,7 @@ import numpy as np
 
 from litpeft.core.errors import ModelError, UserError, nearest
 from litpeft.exchange.gguf.layout import Layout, allowed
-from litpeft.exchange.gguf.rope import header_rope
+from litpeft.exchange.gguf.rope import SCALING, header_rope
 from litpeft.exchange.gguf.write import header
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES, family
@@ -24,6 +24,7 @@ from litpeft.model.rope import spell_twice
 
 LARGEST_WIDTH = 1 << 20
 LARGEST_CONTEXT = 1 << 31
+MOST_EXPERTS = 1024
 # key of the header, without the architecture -> type, and its names in config.json: a family's class knows one, or none
 KEYS = {
     "context_length": (int, "max_position_embeddings", "n_positions"),
@@ -41,6 +42,9 @@ KEYS = {
     "embedding_scale": (float, "embedding_multiplier"),
     "residual_scale": (float, "residual_multiplier"),
     "logit_scale": (float, "logit_scale", "logits_scaling"),
+    "expert_count": (int, "num_experts", "num_local_experts"),
+    "expert_used_count": (int, "num_experts_per_tok"),
+    "expert_feed_forward_length": (int, "moe_intermediate_size"),
     "use_parallel_residual": (bool, "use_parallel_residual"),
 }
 # key of config.json -> tensors of the first layer, one of which is there if it is true
@@ -51,8 +55,12 @@ BIASES = {
     "mlp_bias": ("ffn_up",),
 }
 # key of config.json -> a field of ModelConfig that llama.cpp does not read from the header, and the key's value then
-IMPLIED = {"query_pre_attn_scalar": ("score_scale", lambda scale: round(scale**-2))}
+IMPLIED = {
+    "query_pre_attn_scalar": ("score_scale", lambda scale: round(scale**-2)),
+    "norm_topk_prob": ("experts", lambda experts: experts.normed),
+}
 IDLE = ("vocab_size", "tensor_data_layout", "context_length", "rope.freq_base_swa")  # no effect, or read elsewhere
+UNSAID = {"longrope": "factor", "yarn": "truncate"}  # kind of scaling -> what a header does not say: see rope.py
 CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
@@ -92,22 +100,17 @@ class Header:
 
     @property
     def family(self) -> str:
-        """Returns the `model_type` of the models that this architecture has."""
-        known = architectures()
+        """Returns the `model_type` of the models that this architecture has: the first, with experts or without."""
+        known: dict[str, list[str]] = {}
+        for name in FAMILIES:
+            if (gguf := getattr(family(name), "GGUF", None)) is not None:
+                known.setdefault(gguf.arch, []).append(name)
         if self.arch not in known:
             what = f"architecture {self.arch!r} is not supported; convert reads {', '.join(known)}"
             hint = "take the Hugging Face edition of the model, which needs no conversion"
             raise ModelError(what + nearest(self.arch, list(known)), hint=hint)
-        return known[self.arch]
-
-
-def architectures() -> dict[str, str]:
-    """Returns llama.cpp's names of the families that are read, and for each the first that has it."""
-    known: dict[str, str] = {}
-    for name in FAMILIES:
-        if (gguf := getattr(family(name), "GGUF", None)) is not None:
-            known.setdefault(gguf.arch, name)
-    return known
+        mixed, names = self.own.get("expert_count", 0) != 0, known[self.arch]
+        return next((name for name in names if ("experts" in family(name).GGUF.graph) == mixed), names[0])
 
 
 def class_of(name: str) -> str:
@@ -152,8 +155,11 @@ def sizes(given: Header, keys: type) -> dict[str, Any]:
         raise ModelError(f"{what} do not make an attention")
     for key in ("context_length", "feed_forward_length"):
         given.number(key, int)
+    if (experts := given.own.get("expert_count", 0)) and given.number("expert_count", int) > MOST_EXPERTS:
+        raise ModelError(
+            f"{given.arch}.expert_count {experts} is more than {MOST_EXPERTS}", hint="the header is damaged"
+        )
     spelt = {field.name: field.type for field in fields(keys)}
-    spelt |= {alias: spelt[name] for alias, name in keys.ALIASES.items()}
     found = {}
     for key, (kind, *names) in KEYS.items():
         name = next((name for name in names if name in spelt), None)
@@ -179,7 +185,7 @@ def check(given: Header, name: str, config: ModelConfig) -> None:
         raise ModelError(error.what) from None
     said = {key.removeprefix(f"{given.arch}."): value for key, value in said.items()}
     for key, value in given.own.items():
-        if key in IDLE or key.startswith("rope.scal"):
+        if key in IDLE or key in SCALING:
             continue
         if key in said and not alike(said[key], value):
             what = f"{given.arch}.{key} = {value}: {class_of(name)} needs it to be {said[key]}"
@@ -203,13 +209,14 @@ def same_model(read: ModelConfig, written: ModelConfig, known: Any) -> bool:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Returns whether two values are equal, numbers as far as float32 holds them."""
+    """Returns whether two values are equal, as far as a header says them and float32 holds numbers."""
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-6)
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(alike, one, other))
     if hasattr(one, "__dataclass_fields__") and type(one) is type(other):
-        return all(alike(value, getattr(other, key)) for key, value in vars(one).items())
+        idle = UNSAID.get(getattr(one, "kind", ""))
+        return all(alike(value, getattr(other, key)) for key, value in vars(one).items() if key != idle)
     return one == other
 
 

@@ -65,6 +65,13 @@ class GgufFolder:
         said = [field for field, _ in map(known.key, known.keys)]
         if window is not None and window < largest and "window" not in said:
             yield f"llama.cpp has no sliding window for this family: its context ends with the window, at {window:,}"
+        rope = self.layout.config.main_rope
+        scaling = None if rope is None else rope.scaling
+        if scaling is not None and not scaling.truncate:
+            yield "llama.cpp rounds yarn's bounds to whole dimensions, and this model does not: logits differ slightly"
+        if scaling is not None and scaling.kind == "longrope":
+            length = f"{scaling.original_positions:,} tokens"
+            yield f"llama.cpp takes longrope's long factors if its context (-c) is larger than {length}, not the text"
         other = {name for name, type_ in self.types.items() if type_ == Type.F16 and self.wanted != Type.F16}
         if other:
             yield f"{len(other)} tensors are in f16, since their rows are no multiple of 32: {min(other)}, …"

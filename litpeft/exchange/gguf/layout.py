@@ -18,15 +18,18 @@ from torch import Tensor
 
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.model.config import ModelConfig
-from litpeft.model.families import FAMILIES, Gguf, family
+from litpeft.model.families import FAMILIES, Gguf, family, split_name
 from litpeft.model.families.names import NameMap
 from litpeft.model.frequencies import rope_frequencies
 
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
 TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 CHUNK = 1 << 20  # weights that are quantised together
-IN_FLOAT32 = ("norm.weight", "position_embd.weight", "ffn_gate_inp.weight")  # beside all vectors
+IN_FLOAT32 = ("norm.weight", "position_embd.weight", "ffn_gate_inp.weight", ".bias")  # beside all vectors
 ENDS = ("token_embd.weight", "output.weight")  # kept in eight bits where the rest has four
+DIVISORS = "rope_freqs.weight"
+LONGROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
+SCALED_IN = {"dynamic": (), "llama3": ("llama",), "longrope": ("llama", "phi3")}  # the others: everywhere
 # Fields of ModelConfig that the header says for every family, or that follow from the tensors.
 SAID = {
     "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions", "norm_eps",
@@ -41,15 +44,24 @@ class Layout:
         self.names, self.config, self.gguf = names, names.config, known_family(names)
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf.arch)
         theirs = gguf.get_tensor_name_map(arch, self.config.n_layers)
-        self.parts = {theirs.get_name(file, (".weight", ".bias")): parts for file, parts in names.parts.items()}
-        if None in self.parts:
-            lost = next(file for file in names.parts if theirs.get_name(file, (".weight", ".bias")) is None)
-            raise ModelError(f"llama.cpp's {self.gguf.arch} has no place for {lost}")
+        self.parts: dict[str, list[str]] = {}
+        for file, parts in names.parts.items():
+            for part in parts:
+                self.parts.setdefault(of_expert(part) or self._name(theirs, file), []).append(part)
         if self.gguf.own_head and self.config.tie_embeddings:
             self.parts["output.weight"] = self.parts["token_embd.weight"]
 
+    def _name(self, theirs: gguf.TensorNameMap, file: str) -> str:
+        """Returns the name that llama.cpp has for a tensor of a Hugging Face folder."""
+        name = theirs.get_name(file, (".weight", ".bias"))
+        if name is None:
+            raise ModelError(f"llama.cpp's {self.gguf.arch} has no place for {file}")
+        return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+
     def shape(self, name: str) -> tuple[int, ...]:
         shapes = [self.names.ours[part] for part in self.parts[name]]
+        if of_expert(self.parts[name][0]):
+            return (len(shapes), *shapes[0])
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def types(self, wanted: Type, in_groups: Collection[str] = ()) -> dict[str, Type]:
@@ -71,6 +83,7 @@ class Layout:
 
     def ours(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         """Returns the parameters of ours that a tensor (rows, ...) of the file holds."""
+        rows = rows.flatten(0, 1) if of_expert(self.parts[name][0]) else rows
         given = rows.split([self.names.ours[part][0] for part in self.parts[name]])
         return {
             part: rows_in_halves(own, self.config.head_dim) if self._deals_out(part) else own
@@ -81,16 +94,19 @@ class Layout:
         """Returns what a tensor of the file has added to ours."""
         return self.gguf.norms if name.endswith("norm.weight") else 0.0
 
-    def rope_divisors(self) -> Tensor | None:
-        """Returns rope_freqs.weight: what the rotary frequencies are divided by, if each by another number."""
+    def rope_divisors(self) -> dict[str, Tensor]:
+        """Returns tensors of the file: what the rotary frequencies are divided by, if each by another number."""
         rope = self.config.main_rope
         scaling = None if rope is None else rope.scaling
-        if scaling is None or scaling.kind == "linear":
-            return None
+        if scaling is not None and scaling.kind == "longrope":
+            given = dict(zip(LONGROPE, (scaling.short_factors, scaling.long_factors), strict=True))
+            return {name: torch.tensor(factors) for name, factors in given.items()}
+        if scaling is None or scaling.kind != "llama3":
+            return {}
         plain, scaled = (
             rope_frequencies(self.config.rotary_size, rope.theta, how, torch.device("cpu")) for how in (None, scaling)
         )
-        return plain / scaled
+        return {DIVISORS: plain / scaled}
 
     def _deals_out(self, ours: str) -> bool:
         return self.gguf.pairs and ours.split(".")[-2] in ("q", "k")
@@ -110,11 +126,32 @@ def known_family(names: NameMap) -> Gguf:
             said = " or ".join(map(str, fine))
             what = f"llama.cpp's {known.arch} computes with {one.name} {said}, and this model has {value}"
             raise ConfigError(what, where="to", hint=hint)
-    rope = names.config.main_rope
-    scaling = None if rope is None else rope.scaling
-    if scaling is not None and scaling.kind not in ("linear", "llama3"):
-        raise ConfigError(f"rope scaling {scaling.kind} is not written as GGUF", where="to", hint=hint)
+    check_rope(names.config, known, hint)
     return known
+
+
+def check_rope(config: ModelConfig, known: Gguf, hint: str) -> None:
+    """Raises unless llama.cpp can rotate as this model does."""
+    ropes = {layer.rope for layer in map(config.layer, range(config.n_layers)) if layer.rope is not None}
+    kinds = {rope.scaling.kind for rope in ropes if rope.scaling is not None}
+    for kind, archs in SCALED_IN.items():
+        if kind in kinds and known.arch not in archs:
+            only = (
+                f"llama.cpp has it for {', '.join(archs)} and not for {known.arch}" if archs else "llama.cpp has none"
+            )
+            raise ConfigError(f"rope scaling {kind} is not written as GGUF: {only}", where="to", hint=hint)
+    if "yarn" in kinds and len(ropes) > 1:
+        what = "rope scaling yarn of some layers only is not written as GGUF: llama.cpp scales all alike"
+        raise ConfigError(what, where="to", hint=hint)
+    if known.yarn_truncates and any(rope.scaling is not None and not rope.scaling.truncate for rope in ropes):
+        what = "yarn with truncate false is not written as GGUF: llama.cpp rounds its bounds to whole dimensions"
+        raise ConfigError(what, where="to", hint=hint)
+
+
+def of_expert(ours: str) -> str | None:
+    """Returns the tensor that holds a parameter of an expert: those of all experts are stacked; None for others."""
+    module, numbers, leaf = split_name(ours)
+    return f"blk.{numbers[0]}.ffn_{module.rpartition('.')[2]}_exps.{leaf}" if len(numbers) > 1 else None
 
 
 def allowed(known: Gguf, config: ModelConfig, name: str) -> tuple[Any, ...]:

@@ -1,17 +1,41 @@
 """Rotary positions in the header of a GGUF file, and as a config.json says them."""
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 
 from litpeft.core.errors import ModelError
+from litpeft.exchange.gguf.layout import DIVISORS, LONGROPE
 from litpeft.model.config import RopeScaling
 from litpeft.model.families import family
 from litpeft.model.frequencies import rope_frequencies
-from litpeft.model.rope import FULL, PARTIAL, SLIDING
+from litpeft.model.rope import FULL, ORIGINAL, PARTIAL, SLIDING
 
-DIVISORS = "rope_freqs.weight"
+SCALING = ("rope.scale_linear", *(f"rope.scaling.{key}" for key in (
+    "type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "finetuned"
+)))  # fmt: skip
+
+
+def scaling_keys(scaling: RopeScaling | None) -> dict[str, Any]:
+    """Returns the keys of a header that say how positions are scaled.
+
+    llama.cpp multiplies the size of what yarn rotates by 1 + 0.1 ln(factor), and by rope.scaling.attn_factor. It rounds
+    yarn's bounds to whole dimensions (`truncate`). Of longrope only the factors and the size count, not `factor`.
+    """
+    if scaling is None or scaling.kind == "llama3":
+        return {}
+    said = {"rope.scaling.type": scaling.kind}
+    if scaling.kind == "linear":
+        return said | {"rope.scaling.factor": scaling.factor}
+    said["rope.scaling.original_context_length"] = scaling.original_positions
+    if scaling.kind == "longrope":  # its factors are tensors
+        return said | {"rope.scaling.attn_factor": scaling.attention_factor}
+    said |= {"rope.scaling.factor": scaling.factor, "rope.scaling.yarn_beta_fast": scaling.beta_fast}
+    said["rope.scaling.yarn_beta_slow"] = scaling.beta_slow
+    grown = scaling.attention_factor / (1 + 0.1 * math.log(scaling.factor))
+    return said if math.isclose(grown, 1, rel_tol=1e-6) else said | {"rope.scaling.attn_factor": grown}
 
 
 def header_rope(given: Any, name: str) -> dict[str, Any]:
@@ -24,11 +48,14 @@ def header_rope(given: Any, name: str) -> dict[str, Any]:
     rotary = given.number("rope.dimension_count", int, head_dim)
     theta = given.number("rope.freq_base", float, 10000.0)
     scaling = rope_scaling(given, theta, rotary)
+    if scaling is not None and scaling["rope_type"] == "yarn" and not known.yarn_truncates:
+        scaling["truncate"] = False
     rope = {"rope_theta": theta} | (scaling or {"rope_type": "default"})
     if "rope.dimension_count" in known.keys:
         rope[PARTIAL] = rotary / head_dim
+    top = {ORIGINAL: rope[ORIGINAL]} if ORIGINAL in rope and hasattr(family(name).Keys, ORIGINAL) else {}
     if "rope.freq_base_swa" not in known.keys:
-        return {"rope_parameters": rope}
+        return {"rope_parameters": rope} | top
     local = given.number("rope.freq_base_swa", float, 10000.0)
     return {  # for transformers 5, and for older readers
         "rope_parameters": {FULL: rope, SLIDING: {"rope_theta": local, "rope_type": "default"}},
@@ -41,8 +68,13 @@ def header_rope(given: Any, name: str) -> dict[str, Any]:
 def rope_scaling(given: Any, theta: float, rotary: int) -> dict[str, Any] | None:
     """Returns the scaling as Hugging Face writes it, or None."""
     kind = given.own.get("rope.scaling.type", "linear" if "rope.scale_linear" in given else "none")
-    if kind not in ("none", "linear"):
-        raise ModelError(f"rope scaling {kind!r} is not supported; convert reads none, linear and llama3")
+    kind = "longrope" if kind == "none" and LONGROPE[0] in given.stored else kind
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise ModelError(
+            f"rope scaling {kind!r} is not supported; convert reads none, linear, llama3, yarn and longrope"
+        )
+    if kind in ("yarn", "longrope"):
+        return beyond(given, kind, rotary)
     if DIVISORS in given.stored:
         factors = numbers(given, DIVISORS, rotary // 2)
         if kind != "none" or not (factors == 1).all():
@@ -52,6 +84,24 @@ def rope_scaling(given: Any, theta: float, rotary: int) -> dict[str, Any] | None
     key = "rope.scaling.factor" if "rope.scaling.factor" in given else "rope.scale_linear"
     factor = given.number(key, float)
     return None if factor == 1 else {"rope_type": "linear", "type": "linear", "factor": factor}
+
+
+def beyond(given: Any, kind: str, rotary: int) -> dict[str, Any]:
+    """Returns yarn or longrope as Hugging Face writes it."""
+    context = given.number("context_length", int)
+    original = given.number("rope.scaling.original_context_length", int, context)
+    size = given.number("rope.scaling.attn_factor", float, 1.0)
+    said = {"rope_type": kind, "type": kind, ORIGINAL: original}
+    if kind == "longrope":
+        short, long = (numbers(given, name, rotary // 2) for name in LONGROPE)
+        said |= {"short_factor": [*map(float, short)], "long_factor": [*map(float, long)]}
+        factor = context / original
+        usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        return said if math.isclose(size, usual, rel_tol=1e-6) else said | {"attention_factor": size}
+    said["factor"] = factor = given.number("rope.scaling.factor", float)
+    for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        said[key] = given.number(f"rope.scaling.yarn_{key}", float, usual)
+    return said if size == 1 else said | {"attention_factor": size * (1 + 0.1 * math.log(factor))}
 
 
 def llama3(factors: np.ndarray, theta: float, rotary: int, kind: str) -> dict[str, Any]:
@@ -67,7 +117,7 @@ def llama3(factors: np.ndarray, theta: float, rotary: int, kind: str) -> dict[st
                 "factor": factor,
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
-                "original_max_position_embeddings": original,
+                ORIGINAL: original,
             }
     expected = "low_freq_factor 1, high_freq_factor 4, any power of 2 positions"
     raise ModelError(f"{DIVISORS} is no llama3 scaling ({expected})")

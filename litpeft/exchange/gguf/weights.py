@@ -15,8 +15,7 @@ from litpeft.core.errors import ModelError, counted, located
 from litpeft.core.json import write_json
 from litpeft.core.safetensors import write_safetensors
 from litpeft.exchange.gguf.config import hf_config
-from litpeft.exchange.gguf.layout import Layout
-from litpeft.exchange.gguf.rope import DIVISORS
+from litpeft.exchange.gguf.layout import DIVISORS, LONGROPE, Layout
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
@@ -111,7 +110,7 @@ class GgufFile:
     def tensors(self, layout: Layout, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yields every tensor under its Hugging Face name, rounded once, from float32."""
         tied = {"output.weight"} if layout.config.tie_embeddings else set()  # a copy of the embedding
-        here, asked = self.stored.keys() - {DIVISORS} - tied, layout.parts.keys() - tied
+        here, asked = self.stored.keys() - {DIVISORS, *LONGROPE} - tied, layout.parts.keys() - tied
         if here != asked:
             gone, odd = sorted(asked - here), sorted(here - asked)
             what = f"{len(gone)} tensors missing ({', '.join(gone[:3])}), {len(odd)} unknown ({', '.join(odd[:3])})"

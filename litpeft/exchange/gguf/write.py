@@ -13,6 +13,7 @@ from torch import Tensor
 from litpeft.core.errors import ModelError, ResourceError
 from litpeft.core.safetensors import is_finite
 from litpeft.exchange.gguf.layout import Layout, decode, encode, row_bytes
+from litpeft.exchange.gguf.rope import scaling_keys
 from litpeft.model.affine import Affine
 from litpeft.model.quantize.bits import unpack_bits
 from litpeft.model.quantize.grouped import GROUP, Grouped
@@ -34,9 +35,7 @@ def header(layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
     if config.rotary_size:
         values |= {"rope.dimension_count": config.rotary_size, "rope.freq_base": config.main_rope.theta}
-        scaling = config.main_rope.scaling
-        if scaling is not None and scaling.kind == "linear":
-            values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+        values |= scaling_keys(config.main_rope.scaling)
     said = {key: known.key(key) for key in known.keys}
     if config.window is not None and "window" not in [field for field, _ in said.values()]:  # it attends to all tokens
         values["context_length"] = min(config.max_positions, config.window)
@@ -63,11 +62,10 @@ def write_gguf(
             places.setdefault(part, []).append(name)
     shapes = {name: (layout.shape(name), type_) for name, type_ in types.items()}
     divisors = layout.rope_divisors()
-    if divisors is not None:
-        shapes["rope_freqs.weight"] = tuple(divisors.shape), Type.F32
+    shapes |= {name: (tuple(vector.shape), Type.F32) for name, vector in divisors.items()}
     with _Slots(writer, values, shapes) as slots:
-        if divisors is not None:
-            slots.fill("rope_freqs.weight", divisors.view(torch.uint8))
+        for name, vector in divisors.items():
+            slots.fill(name, vector.view(torch.uint8))
         for ours, own in rows:
             for name in places[ours]:
                 before = layout.parts[name][: layout.parts[name].index(ours)]

@@ -13,7 +13,7 @@ follow. A value is the name of a module whose tensors are as ours, or a `Place`.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib import import_module
 from types import ModuleType
@@ -92,6 +92,7 @@ class Gguf:
     arch: str  # the family's name there
     pairs: bool = False  # RoPE rotates neighbouring rows of q and k, which the file holds in that order
     own_head: bool = False  # the file needs a head even if that is the embedding
+    yarn_truncates: bool = True  # False: its models do not round yarn's bounds, though llama.cpp does
     norms: float = 0.0  # what the file's norms have added to ours
     # key of the header, without `arch.` -> field of ModelConfig, or that and a function of its value
     keys: Mapping[str, str | tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)
@@ -102,6 +103,18 @@ class Gguf:
         """Returns the field of ModelConfig that a key of the header says, and what it makes of its value."""
         said = self.keys[name]
         return (said, lambda value: value) if isinstance(said, str) else said
+
+
+EXPERTS = {  # keys of every family with experts
+    "expert_count": ("experts", lambda experts: experts.number),
+    "expert_used_count": ("experts", lambda experts: experts.active),
+}
+OWN_SIZE = {"expert_feed_forward_length": ("experts", lambda experts: experts.d_ff)}
+
+
+def in_all_layers(normed: bool, **switches: Any) -> Callable[[Any], tuple[Any, ...]]:
+    """Returns which experts llama.cpp computes with: in each layer, with shares that sum to 1 or not."""
+    return lambda config: (replace(config.experts, normed=normed, dense_layers=(), **switches),)
 
 
 def window_of(layers: tuple[Any, ...]) -> int | None:

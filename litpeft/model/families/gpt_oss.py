@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from litpeft.model.config import ClampedGate, ConfigKeys, Experts, ModelConfig, Rope
-from litpeft.model.families import Place, llama, without
+from litpeft.model.families import EXPERTS, OWN_SIZE, Gguf, Place, alternating, in_all_layers, llama, window_of, without
 from litpeft.model.rope import layers_of
 
 GATE_UP = Place("model.layers.{}.mlp.experts.gate_up_proj", per="d_ff", transposed=True, stack=True)
@@ -20,6 +20,18 @@ NAMES = without(llama.NAMES, "*.mlp.*") | {
     "blocks.{}.mlp.experts.{}.up": GATE_UP,
     "blocks.{}.mlp.experts.{}.down": Place("model.layers.{}.mlp.experts.down_proj", transposed=True, stack=True),
 }
+GGUF = Gguf(
+    "gpt-oss",
+    own_head=True,
+    yarn_truncates=False,
+    keys={"attention.sliding_window": ("layers", window_of), **EXPERTS, **OWN_SIZE},
+    graph={
+        "experts": in_all_layers(normed=True, router_bias=True),
+        "clamped_gate": (ClampedGate(1.702, 7.0),),
+        "layers": lambda config: alternating(config, 2),
+        **dict.fromkeys(("sinks", "qkv_bias", "output_bias", "mlp_bias"), (True,)),
+    },
+)
 YARN = {
     "rope_type": "yarn",
     "factor": 32.0,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig
-from litpeft.model.families import llama, without
+from litpeft.model.families import EXPERTS, Gguf, in_all_layers, llama, without
 
 NAMES = without(llama.NAMES, "*.mlp.*") | {
     "blocks.{}.mlp.router": "model.layers.{}.block_sparse_moe.gate",
@@ -17,6 +17,7 @@ NAMES = without(llama.NAMES, "*.mlp.*") | {
     "blocks.{}.mlp.experts.{}.down": "model.layers.{}.block_sparse_moe.experts.{}.w2",
 }
 BUFFERS = llama.BUFFERS
+GGUF = Gguf("llama", pairs=True, keys=EXPERTS, graph={"experts": in_all_layers(normed=True)})
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,21 @@ applied.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from litpeft.model import families
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig
-from litpeft.model.families import llama, qwen3_moe, without
+from litpeft.model.families import Gguf, in_all_layers, llama, qwen3_moe, without
 
 NAMES = without(qwen3_moe.NAMES, "*.mlp.*")
 NAMES |= qwen3_moe.EXPERTS
+GGUF = Gguf(
+    "olmoe",
+    keys=families.EXPERTS,
+    graph={
+        "qk_norm": ("all",),
+        "n_kv_heads": lambda config: (config.n_heads,),  # the norms of keys are as wide as those of queries
+        "experts": in_all_layers(normed=False),
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ applied.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from litpeft.model import families
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig, checked
-from litpeft.model.families import llama, qwen3
+from litpeft.model.families import Gguf, in_all_layers, llama, qwen3
 
 EXPERTS = {
     "blocks.{}.mlp.router": "model.layers.{}.mlp.gate",
@@ -17,6 +18,11 @@ EXPERTS = {
     "blocks.{}.mlp.experts.{}.down": "model.layers.{}.mlp.experts.{}.down_proj",
 }
 NAMES = qwen3.NAMES | EXPERTS
+GGUF = Gguf(
+    "qwen3moe",
+    keys=families.EXPERTS | families.OWN_SIZE,
+    graph={"qk_norm": ("head",), "experts": in_all_layers(normed=True)},
+)
 
 
 @dataclass(frozen=True)
