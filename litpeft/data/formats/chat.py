@@ -12,7 +12,7 @@ from litpeft.data.formats.turn import ROLES, Turn, optional, text
 OTHER_SHAPE = dict.fromkeys(
     ("context", "history", "input", "instruction", "output"), "the row has messages, which must hold the whole chat"
 )
-OF_TOOLS = ("tools", "tool_calls", "tool_call_id")
+OF_TOOLS = ("tool_calls", "tool_call_id")
 CALL = "function_call"  # a role of ShareGPT's: the assistant, whose text is a call
 
 

@@ -9,6 +9,7 @@ from litpeft.core.errors import counted, quoted, some
 TOOLS = "only a list of messages may have tools, tool_calls and tool_call_id"
 THOUGHTS = "only an answer of the assistant has thoughts"
 SYSTEM = "call the key system"
+CHANNEL = "give thoughts as reasoning_content and calls as tool_calls: the template writes their channels"
 MEDIA = "only text is read"
 PREFERENCE = "answers are learnt, not preferences: keep the answer that is right, or give chosen and rejected"
 VARIABLE = "the option template_options sets what the template reads, for all rows alike"
@@ -19,9 +20,10 @@ REFUSED = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "tool_call_id"), TOOLS),
     **dict.fromkeys(THINKING, THOUGHTS),
     **dict.fromkeys(("system_prompt", "system_message"), SYSTEM),
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "attachments"), MEDIA),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), PREFERENCE),
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "enable_thinking", "documents"), VARIABLE),
+    **dict.fromkeys(("channel", "recipient", "tool_plan"), CHANNEL),
     **dict.fromkeys(("loss_mask", "mask", "train_detail", "training_detail"), PARTS),
 }
 SWITCHES = ("train", "training", "trainable", "loss", "weight")  # names for: this answer is trained
