@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c" * 40
-LARGE = (".safetensors", ".bin", ".gguf")  # what a real hub keeps in LFS and lists with a SHA-256
+LARGE = (".safetensors", ".bin", ".gguf", ".parquet", ".gz")  # what a real hub keeps in LFS and lists with a SHA-256
 
 
 def git_id(content: bytes) -> str:
@@ -24,6 +24,9 @@ class Hub(ThreadingHTTPServer):
     `cut` counts, by file name, the transfers to break in the middle; those of a file in `broken` all break until it was
     asked for by HEAD, as each attempt begins, more than that many times; a file in `corrupt` arrives with one bit
     flipped; `listed_size` overrides the size in the listing. `log` holds (method, path, Range, Authorization).
+
+    `sets` are data sets, each with files of its own: "org/name", or "org/name@refs/convert/parquet" for a revision.
+    Their commits are hashes of what they hold. The data set org/gated needs the token, too.
     """
 
     daemon_threads = True
@@ -36,6 +39,7 @@ class Hub(ThreadingHTTPServer):
         self.corrupt: set[str] = set()
         self.listed_size: dict[str, int] = {}
         self.uploaded: dict[str, bytes] = {}
+        self.sets: dict[str, dict[str, bytes]] = {}
         self.log: list[tuple[str, str, str, str]] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -49,9 +53,14 @@ class Hub(ThreadingHTTPServer):
         """Returns the file name of each GET of a file's content, in order."""
         return [path.rsplit("/", 1)[1] for method, path, *_ in self.log if method == "GET" and "/resolve/" in path]
 
-    def entry(self, name: str) -> dict[str, Any]:
+    def commit(self, name: str) -> str:
+        """Returns the commit of a data set's revision."""
+        held = [(file, hashlib.sha1(content).hexdigest()) for file, content in sorted(self.sets[name].items())]
+        return hashlib.sha1(repr((name, held)).encode()).hexdigest()
+
+    def entry(self, name: str, files: dict[str, bytes] | None = None) -> dict[str, Any]:
         """Returns the file as the tree listing shows it."""
-        content = self.files[name]
+        content = (self.files if files is None else files)[name]
         size = self.listed_size.get(name, len(content))
         entry = {"type": "file", "path": name, "size": size, "oid": git_id(content)}
         if name.endswith(LARGE):
@@ -77,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(401, "RepoNotFound", "Repository not found")
         if "org/gated" in path and head[1] != "Bearer hf_CANARY":
             return self.error(403 if head[1] else 401, "GatedRepo", "Access to model org/gated is restricted")
+        if match := re.fullmatch(r"(?:/api)?/datasets/([\w-]+/[\w.-]+)(?:/(revision|tree|resolve)/(.+))?", path):
+            return self.data_set(match[1], match[2], match[3] or "main")
         if match := re.fullmatch(r"/api/models/org/\w+(?:/revision/(.+))?", path):
             if match[1] not in (None, "main", "v1", COMMIT):
                 return self.error(404, "RevisionNotFound", f"Invalid rev id: {match[1]}")
@@ -111,11 +122,30 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(200, {"success": True, "commitUrl": f"{self.server.url}/org/x", "commitOid": COMMIT})
         return self.reply(200, {"errors": [], "warnings": []})  # /api/validate-yaml
 
-    def file(self, name: str) -> None:
+    def data_set(self, repo: str, part: str | None, rest: str) -> None:
+        """Answers for a data set: its commit, the files of a commit, or one of them."""
+        sets, commit = self.server.sets, self.server.commit
+        revisions = {name.partition("@")[2] or "main": name for name in sets if name.partition("@")[0] == repo}
+        if not revisions:
+            return self.error(401, "RepoNotFound", "Repository not found")
+        commits = {commit(name): name for name in revisions.values()}
+        if part in (None, "revision"):
+            name = revisions.get(rest) or commits.get(rest)
+            if name is None:
+                return self.error(404, "RevisionNotFound", f"Invalid rev id: {rest}")
+            return self.reply(200, {"id": repo, "sha": commit(name), "siblings": []})
+        at, _, file = rest.partition("/")
+        files = sets[commits[at]]
+        if part == "tree":
+            recursive = "recursive=true" in self.path.lower()
+            return self.reply(200, [self.server.entry(one, files) for one in files if recursive or "/" not in one])
+        return self.file(file, files[file], at)
+
+    def file(self, name: str, content: bytes | None = None, commit: str = COMMIT) -> None:
         """Sends the content from the byte that Range names; half of it if it is to be cut."""
-        content = self.server.files[name]
+        content = self.server.files[name] if content is None else content
         etag = hashlib.sha256(content).hexdigest() if name.endswith(LARGE) else git_id(content)
-        head = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        head = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if name in self.server.corrupt:
             content = content[:-1] + bytes([content[-1] ^ 1])
         start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])

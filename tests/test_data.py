@@ -263,8 +263,8 @@ def test_a_folder_gives_its_files_of_rows_to_train_on_and_rows_held_out(tmp_path
     train = [Source(tmp_path / "train.jsonl")]
     assert find(str(tmp_path), None) == (train, [])
     (tmp_path / "dev.json").touch()
-    assert find(str(tmp_path), None) == (train, [tmp_path / "dev.json"])
-    assert find(str(tmp_path), str(tmp_path / "train.jsonl"))[1] == [tmp_path / "train.jsonl"]
+    assert find(str(tmp_path), None) == (train, [Source(tmp_path / "dev.json")])
+    assert find(str(tmp_path), str(tmp_path / "train.jsonl"))[1] == [Source(tmp_path / "train.jsonl")]
     (tmp_path / "validation.jsonl").touch()
     with pytest.raises(UserError, match="several files could be meant: dev.json, validation.jsonl"):
         find(str(tmp_path), None)
@@ -293,8 +293,8 @@ def test_rows_to_measure_are_the_held_out_ones_of_a_folder(tmp_path):
         find_measured(str(tmp_path))
     for name in ("train.jsonl", "dev.json"):  # each is preferred to those before it
         (tmp_path / name).touch()
-        assert find_measured(str(tmp_path)) == [tmp_path / name]
-    assert find_measured(str(tmp_path / "train.jsonl")) == [tmp_path / "train.jsonl"]
+        assert find_measured(str(tmp_path)) == [Source(tmp_path / name)]
+    assert find_measured(str(tmp_path / "train.jsonl")) == [Source(tmp_path / "train.jsonl")]
 
 
 def test_a_split_holds_out_at_least_one_row_and_leaves_one():

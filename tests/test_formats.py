@@ -145,7 +145,7 @@ def test_columns_are_mapped(columns, row, chat, tmp_path, model) -> None:  # noq
     asked = {key: value for key, value in row.items() if key != "a"}
     if "messages" not in columns:
         (tmp_path / "asked.jsonl").write_text(json.dumps(asked))
-        (prompt,) = read_prompts(tmp_path / "asked.jsonl", False, columns=columns)
+        (prompt,) = read_prompts(str(tmp_path / "asked.jsonl"), False, columns=columns)
         assert prompt.content == plain.turns[:-1]
 
 

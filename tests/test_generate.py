@@ -323,5 +323,5 @@ def test_a_bad_row_is_an_error_with_its_line(model_folder, tmp_path, line, probl
 def test_lines_of_a_text_file_are_prompts(tmp_path):
     path = tmp_path / "in.txt"
     path.write_bytes("\N{ZERO WIDTH NO-BREAK SPACE}one\r\n\n two\N{LINE SEPARATOR}still two".encode())
-    prompts = read_prompts(path, raw=True)
+    prompts = read_prompts(str(path), raw=True)
     assert [(p.content, p.where) for p in prompts] == [("one", f"{path}:1"), (" two\u2028still two", f"{path}:3")]

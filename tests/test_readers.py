@@ -216,7 +216,7 @@ def test_globs_lists_and_weights_name_files(tmp_path: Path) -> None:
         Source(a, 0.5),
         Source(b, 0.5),
     ]
-    assert find_measured(f"{tmp_path}/[ab].jsonl") == [a, b]
+    assert find_measured(f"{tmp_path}/[ab].jsonl") == [Source(a), Source(b)]
     with pytest.raises(UserError, match="no file matches"):
         find(f"{tmp_path}/*.tsv", None)
     with pytest.raises(UserError, match="names this file twice"):
@@ -228,7 +228,7 @@ def test_a_folder_may_hold_shards_or_files_of_one_kind(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     train, held_out = find(str(tmp_path), None)
     assert [source.path.name[:11] for source in train] == ["train-00000", "train-00001"]
-    assert [path.name[:10] for path in held_out] == ["validation"]
+    assert [source.path.name[:10] for source in held_out] == ["validation"]
     (tmp_path / "train.csv").touch()
     with pytest.raises(UserError, match="several files could be meant: train-00000-of-00002.parquet, train-00001"):
         find(str(tmp_path), None)

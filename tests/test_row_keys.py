@@ -132,7 +132,7 @@ def test_rows_to_answer_are_read_by_the_same_rules(tmp_path):
         content({"prompt": "q", "history": []}, raw=True)
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "q", "id": 1}) + "\n" + json.dumps(chat | {"id": 2, "score": 1}) + "\n")
-    assert unread(read_prompts(path, raw=False)) == {"id": 2, "score": 1}
+    assert unread(read_prompts(str(path), raw=False)) == {"id": 2, "score": 1}
 
 
 def test_what_a_row_to_answer_says_of_training_is_told_to_have_no_effect(tmp_path):
@@ -140,6 +140,6 @@ def test_what_a_row_to_answer_says_of_training_is_told_to_have_no_effect(tmp_pat
     chat = {"messages": [said("user", "q"), said("assistant", "a") | {"loss": True}, said("user", "q")], "weight": 1}
     rows = [{"prompt": "q", "loss": False}, {"instruction": "q", "train": True}, chat]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert unread(read_prompts(path, raw=False)) == {"loss": 1, "train": 1, "weight": 1, "messages[].loss": 1}
+    assert unread(read_prompts(str(path), raw=False)) == {"loss": 1, "train": 1, "weight": 1, "messages[].loss": 1}
     path.write_text(json.dumps(rows[0]) + "\n")
-    assert unread(read_prompts(path, raw=True)) == {"loss": 1}
+    assert unread(read_prompts(str(path), raw=True)) == {"loss": 1}

@@ -95,9 +95,9 @@ def compare(settings: Compare) -> None:
     parsed = {name: checked(settings, name, file) for name, file in files.items()}
     first = next(iter(parsed.values()))
     held_out = find(first.data.path, first.data.validation_path)[1]
-    named = held_out[0] if len(held_out) == 1 else first.data.validation_path or (held_out and first.data.path)
+    named = str(held_out[0]) if len(held_out) == 1 else first.data.validation_path or (held_out and first.data.path)
     rows_file = settings.measured or named
-    if not rows_file or not isinstance(rows_file, str | Path):
+    if not rows_file or not isinstance(rows_file, str):
         raise ConfigError("there is no file of held-out rows", where="measured", hint="name one")
 
     def figures(name: str, model: str, shots: int = 0) -> Row:
@@ -107,8 +107,8 @@ def compare(settings: Compare) -> None:
             "batch_size": settings.batch_size,
             "samples": 0,
         }
-        source = str(find(first.data.path, None)[0][0].path) if shots else None
-        asked = Evaluate(model, str(rows_file), compare_base=False, shots=shots, shots_from=source, **shared)
+        source = str(find(first.data.path, None)[0][0]) if shots else None
+        asked = Evaluate(model, rows_file, compare_base=False, shots=shots, shots_from=source, **shared)
         (score,) = measure(asked)[1]
         return Row(name, score.loss, score.share, score.tokens_per_second)
 

@@ -63,7 +63,7 @@ def key_of(data: Data, sources: Sequence[Source], held_out: int, template: ChatT
     tokenizer = template.tokenizer
     depends = {
         "code": code(),
-        "sources": [(str(source.path), source.weight, file_sha256(source.path)) for source in sources],
+        "sources": [_facts(source) for source in sources],
         "held_out": held_out,
         "settings": {key: value for key, value in asdict(data).items() if key not in AFTER},
         "max_length": report.max_length,
@@ -73,6 +73,12 @@ def key_of(data: Data, sources: Sequence[Source], held_out: int, template: ChatT
         "date": template.now.isoformat() if "strftime_now" in template.source else "",
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(source: Source) -> list[Any]:
+    """Returns what a file's rows depend on; its name is in theirs, and a preset says what they mean."""
+    preset = None if source.preset is None else source.preset.source
+    return [str(source), source.shown, preset, source.weight, file_sha256(source.path)]
 
 
 class RowCache:

@@ -10,7 +10,6 @@ from litpeft.core.errors import DataError, counted
 from litpeft.data.formats import EXAMPLES, chosen
 from litpeft.data.formats.keys import listed
 from litpeft.data.formats.turn import Turn
-from litpeft.data.readers import records, shown
 from litpeft.data.readers.record import Rejected
 from litpeft.data.report import Report
 from litpeft.data.rows import Row
@@ -49,16 +48,18 @@ class Chats:
         for file, source in enumerate(sources):
             before = self.count
             yield from self._of(file, source)
-            if len(sources) > 1 or source.weight != 1:
+            if len(sources) > 1 or source.weight != 1 or source.address:
                 seen = "" if source.weight == 1 else f", each {source.weight:g} times an epoch"
-                self.report.files[shown(source.path)] = f"{counted(self.count - before, 'row')}{seen}"
+                licence = f"; licence: {source.preset.licence}" if source.preset else ""
+                self.report.files[str(source)] = f"{counted(self.count - before, 'row')}{seen}{licence}"
 
     def _of(self, file: int, source: Source) -> Iterator[Example]:
         data, report = self.data, self.report
         before, rejected = self.count, len(report.rejected)
         came: Counter[str] = Counter()
-        choose = chosen(data.format, data.columns)
-        for record in records(source.path, data.documents):
+        own = source.preset.columns if source.preset and data.format == "auto" else None
+        choose = chosen(data.format, data.columns or own)
+        for record in source.records(data.documents):
             try:
                 if record.problem:
                     raise ValueError(record.problem)
@@ -82,7 +83,7 @@ class Chats:
             map_them = mapping(list(came), "" if self.only_measured else self.data.prefix)
             hint += f"; the rows have the keys {listed(came)}; to map them: {map_them}"
         what = f"none of its rows can be used; {counted(len(bad), 'bad row')}:\n{_listed(bad)}"
-        return DataError(what if bad else "there are no rows in it", where=shown(source.path), hint=hint)
+        return DataError(what if bad else "there are no rows in it", where=source.shown, hint=hint)
 
 
 def mapping(keys: list[str], prefix: str) -> str:

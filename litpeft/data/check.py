@@ -14,7 +14,6 @@ from litpeft.core.folders import atomic_file
 from litpeft.data.batches import bin_pack
 from litpeft.data.duplicates import first_of_each, nearly_the_same
 from litpeft.data.formats.keys import listed
-from litpeft.data.readers import records
 from litpeft.data.readers.record import Rejected
 from litpeft.data.sources import Source
 from litpeft.data.store import Rows
@@ -215,7 +214,7 @@ def write_clean(out: Path, sources: Sequence[Source], documents: Any, checked: C
     rejected, left, kept = out.with_suffix(".rejected.jsonl"), [], 0
     with atomic_file(out) as handle:
         for source in sources:
-            for record in records(source.path, documents):
+            for record in source.records(documents):
                 if record.where in reasons:
                     left.append({"where": record.where, "reason": reasons[record.where], "row": record.value})
                 else:

@@ -13,7 +13,8 @@ from litpeft.core.terminal import tell
 from litpeft.data.formats import FORMATS, QUESTIONS, Format, chosen, keys
 from litpeft.data.formats.pair import BESIDE
 from litpeft.data.formats.turn import Turn, text
-from litpeft.data.readers import kind, records
+from litpeft.data.readers import kind
+from litpeft.data.sources import find_measured
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,22 @@ class Prompt:
     unread: frozenset[str] = frozenset()  # keys without effect
 
 
-def read_prompts(path: Path, raw: bool, name: str = "auto", columns: Mapping[str, str] | None = None) -> list[Prompt]:
-    """Returns the prompts of a file, of which each line of plain text is one; names the first row that cannot be used.
+def read_prompts(path: str, raw: bool, name: str = "auto", columns: Mapping[str, str] | None = None) -> list[Prompt]:
+    """Returns the prompts of files, of which each line of plain text is one; names the first row that cannot be used.
 
     `name` and `columns` say the shape of a row, as data.format and data.columns do.
     """
-    choose = chosen(name, columns, to_answer=True)
+    sources = find_measured(path)
+    own = next((source.preset.columns for source in sources if source.preset and name == "auto"), None)
+    choose = chosen(name, columns or own, to_answer=True)
     prompts: list[Prompt] = []
     wrong: list[tuple[str, str]] = []
-    for record in records(path, "line"):
+    of_lines = {kind(source.path)[0] for source in sources} == {".txt"}
+    for record in (record for source in sources for record in source.records("line")):
         try:
             if record.problem:
                 raise ValueError(record.problem)
-            row = {"prompt": record.value["text"]} if kind(path)[0] == ".txt" else record.value
+            row = {"prompt": record.value["text"]} if of_lines else record.value
             _, form = choose(row)
             asked = content(row, raw, form)
             prompts.append(Prompt(row, asked, record.where, frozenset(form.unread(row, to_answer=True))))

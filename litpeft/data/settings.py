@@ -21,7 +21,8 @@ class Data:
     prefix: ClassVar[str] = "data."  # of its keys, as they are typed
     path: dict[str, float] | tuple[str, ...] | str
     """A file; a folder with train.* and, if you like, validation.*; a glob; `-` (standard input, JSON or JSON Lines);
-    a list of such; or weights: {"a.csv": 2, "b/*.jsonl": 0.5} shows each row of a twice an epoch, half of b's once."""
+    hf://ORG/NAME, a data set of the hub; a well-known one by its name (`litpeft data presets`); a list of these; or
+    weights: {"a.csv": 2, "b/*.jsonl": 0.5} shows each row of a twice an epoch, half of b's once."""
     validation_path: str | None = None
     """File of held-out rows, or a glob; default: what the folder holds, else a split of `path`."""
     validation_split: float = 0.05

@@ -1,19 +1,25 @@
-"""Finds the files of a data set: a file, a folder, a glob, standard input, or several of them with weights."""
+"""Finds the files of a data set: a file, a folder, a glob, standard input, a set of the hub; or several of them."""
 
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from litpeft.core.errors import DataError, quoted, some
-from litpeft.data.readers import ALL, READERS, STDIN, kind
+from litpeft.data.hub.address import Address, address, no_file
+from litpeft.data.hub.layout import HELD_OUT, TRAIN
+from litpeft.data.presets import Preset
+from litpeft.data.readers import ALL, READERS, STDIN, kind, records, shown
+from litpeft.data.readers.record import Record
+from litpeft.data.readers.text import Documents
 
-TRAIN = ("train", "training")
-HELD_OUT = ("validation", "valid", "val", "dev", "eval")  # names of files of held-out rows
+if TYPE_CHECKING:
+    from litpeft.data.hub.fetch import Found
+
 OTHERS = ("test", "readme", "license", "licence")  # names of files in a folder of rows that are neither
 KINDS = {".xls": "old Excel", ".ods": "OpenDocument", ".feather": "Feather", ".zip": "zip", ".7z": "7z", ".tar": "tar"}
 
@@ -26,32 +32,111 @@ class Source:
 
     path: Path
     weight: float = 1.0
+    address: str = ""  # of a file of the hub: what data.path takes to read it alone
+    name: str = ""  # of a file of the hub, for messages
+    preset: Preset | None = None  # says what the rows mean
+
+    def __str__(self) -> str:
+        """Returns what data.path takes to read this file."""
+        return self.address or str(self.path)
+
+    @property
+    def shown(self) -> str:
+        """Returns the file as messages name it."""
+        return self.name or shown(self.path)
+
+    def records(self, documents: Documents) -> Iterator[Record]:
+        """Yields the rows in order, those with a problem too."""
+        found = records(self.path, documents, self.name)
+        return self.preset.rows(found) if self.preset else found
 
 
-def find(paths: Paths, validation_path: str | None, prefix: str = "data.") -> tuple[list[Source], list[Path]]:
+def find(paths: Paths, validation_path: str | None, prefix: str = "data.") -> tuple[list[Source], list[Source]]:
     """Returns the files of rows to train on and those of held-out rows, if there are any.
 
     `prefix` is that of the two settings, for messages.
     """
     weights = paths if isinstance(paths, Mapping) else dict.fromkeys([paths] if isinstance(paths, str) else paths, 1.0)
-    train = [Source(file, weight) for path, weight in weights.items() for file in _files(path, prefix)]
+    train = [replace(source, weight=weight) for path, weight in weights.items() for source in _sources(path, prefix)]
     seen: set[str] = set()
     for source in train:
         real = os.path.realpath(source.path)
         if real in seen:
-            raise DataError(f"{prefix}path names this file twice", where=source.path, hint="a weight repeats its rows")
+            raise DataError(f"{prefix}path names this file twice", where=source.shown, hint="a weight repeats its rows")
         seen.add(real)
     if validation_path:
         if os.path.isdir(validation_path):
             raise DataError(f"{prefix}validation_path must be a file, this is a folder", where=validation_path)
-        return train, _files(validation_path, prefix)
-    folders = [Path(path) for path in weights if os.path.isdir(path)]
-    return train, [file for folder in folders for file in _called(folder, HELD_OUT, f"{prefix}validation_path")]
+        return train, find_measured(validation_path)
+    return train, [source for path in weights for source in _held_out(path, prefix)]
 
 
-def find_measured(path: str) -> list[Path]:
-    """Returns the files of rows to measure on: in a folder those of held-out rows, else those of rows to train on."""
-    return (_called(Path(path), HELD_OUT) if os.path.isdir(path) else []) or _files(path)
+def find_measured(path: str) -> list[Source]:
+    """Returns the files of rows to measure on: held-out rows, of a set of the hub also test rows, else all rows."""
+    named = address(path)
+    if named is None:
+        return [Source(file) for file in (_called(Path(path), HELD_OUT) if os.path.isdir(path) else []) or _files(path)]
+    if named.shape and named.shape.held_out and not named.rest:
+        return _of_hub(named.part(named.shape.held_out))
+    meant = _look_up(_trained(named))
+    split = meant.parts.measured()
+    return _fetched(meant, meant.parts.splits[split]) if split else _sources(path)
+
+
+def pinned(paths: Paths) -> Paths:
+    """Returns paths with the commits that their sets of the hub have now; paths on this disk as they are."""
+    if isinstance(paths, Mapping):
+        return {_pinned(path): weight for path, weight in paths.items()}
+    return _pinned(paths) if isinstance(paths, str) else tuple(map(_pinned, paths))
+
+
+def _pinned(path: str) -> str:
+    named = address(path)
+    return path if named is None else str(replace(_look_up(_trained(named)).address, rest=named.rest))
+
+
+def _sources(path: str, prefix: str | None = None) -> list[Source]:
+    """Returns the files of rows to train on that a path stands for."""
+    named = address(path)
+    return [Source(file) for file in _files(path, prefix)] if named is None else _of_hub(_trained(named))
+
+
+def _held_out(path: str, prefix: str) -> list[Source]:
+    """Returns the files of held-out rows beside those that a path stands for."""
+    named = address(path)
+    if named is None:
+        held_out = _called(Path(path), HELD_OUT, f"{prefix}validation_path") if os.path.isdir(path) else []
+        return [Source(file) for file in held_out]
+    if named.shape and named.shape.train and not named.rest:
+        return _of_hub(named.part(named.shape.held_out)) if named.shape.held_out else []
+    meant = _look_up(named)
+    return _fetched(meant, meant.parts.held_out())
+
+
+def _trained(named: Address) -> Address:
+    """Returns the address of the rows to train on: a preset's may have a name of their own."""
+    return named if named.rest or not named.shape else named.part(named.shape.train or None)
+
+
+def _of_hub(named: Address) -> list[Source]:
+    meant = _look_up(named)
+    return _fetched(meant, meant.parts.train())
+
+
+def _look_up(named: Address) -> "Found":
+    from litpeft.data.hub.fetch import look_up  # it imports huggingface_hub, which takes a while
+
+    return look_up(named)
+
+
+def _fetched(meant: "Found", names: list[str]) -> list[Source]:
+    """Returns files of the hub, which are fetched if the cache lacks them."""
+    where = replace(meant.address, revision=None, config=None, preset=None)
+    addresses = [replace(meant.address.part(name), config=None) for name in names]
+    return [
+        Source(path, address=str(at), name=str(where.part(name)), preset=meant.address.shape)
+        for path, at, name in zip(meant.fetch(names), addresses, names, strict=True)
+    ]
 
 
 def _files(path: str, prefix: str | None = None) -> list[Path]:
@@ -62,10 +147,10 @@ def _files(path: str, prefix: str | None = None) -> list[Path]:
         option = "" if prefix is None else f"{prefix}path"
         return _called(Path(path), TRAIN, option) or _all_of(Path(path))
     matches = sorted(glob(path, recursive=True)) if has_magic(path) else []
-    found = [Path(name) for name in matches if os.path.isfile(name)]
-    if not found:
-        raise DataError("no file matches" if has_magic(path) else "there is no such file or folder", where=path)
-    return found
+    there = [Path(name) for name in matches if os.path.isfile(name)]
+    if not there:
+        raise no_file(path, "no file matches" if has_magic(path) else "there is no such file or folder")
+    return there
 
 
 def _called(folder: Path, names: tuple[str, ...], option: str = "") -> list[Path]:

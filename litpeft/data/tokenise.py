@@ -58,15 +58,13 @@ def load_dataset(
     """
     sources, held_out = find(data.path, data.validation_path, data.prefix)
     if held_out and data.validation_split not in (0, Data.validation_split):
-        named = some([str(file) for file in held_out])
+        named = some([file.shown for file in held_out])
         what, hint = f"{data.validation_split} is of no use: the rows of {named} are held out", "leave it out"
-        hint += (
-            "" if data.validation_path else f", or name {sources[0].path} as {data.prefix}path instead of its folder"
-        )
+        hint += "" if data.validation_path else f", or name {sources[0]} as {data.prefix}path instead of its folder"
         raise ConfigError(what, where=f"{data.prefix}validation_split", hint=hint)
     report = Report(template.name, min(data.max_length, max_positions))
     chats = Chats(data, report, only_measured, shots)
-    files = [*sources, *map(Source, held_out)]
+    files = [*sources, *held_out]
     cache = RowCache(data if not shots else replace(data, cache=False), files, len(held_out), template, report)
     if found := cache.load():
         rows, chats.count, report = found

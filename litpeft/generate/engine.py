@@ -5,7 +5,6 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -162,7 +161,7 @@ def generate(settings: Generate) -> None:
     if settings.input is None:
         prompts = [typed_prompt(settings.prompt, settings.raw)]
     else:
-        prompts = read_prompts(Path(settings.input), settings.raw, settings.format, settings.columns)
+        prompts = read_prompts(settings.input, settings.raw, settings.format, settings.columns)
         if more := unread(prompts):
             tell(f"not read, but copied to the answers: {listed(more)}")
     names, alone = named(settings), settings.input is None and output is None

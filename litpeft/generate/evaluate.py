@@ -10,11 +10,12 @@ from litpeft.core.errors import ConfigError, DataError, counted
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import say, tell
 from litpeft.data.formats.turn import PLAIN, Turn
+from litpeft.data.hub.address import address
 from litpeft.data.neutral import forgetting, neutral_rows
 from litpeft.data.prompts import new_file
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
-from litpeft.data.sources import find, find_measured
+from litpeft.data.sources import Source, find, find_measured
 from litpeft.data.thinking import answer_of, block, parted, thoughts_of
 from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
@@ -148,10 +149,10 @@ def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
     template = loaded.run.template if loaded.run else "auto"
     reach = loaded.model.reach
 
-    def read(files: list[Path], shots: list[Row]) -> list[Row]:
+    def read(sources: list[Source], shots: list[Row]) -> list[Row]:
         thinking = settings.thinking or (loaded.run.thinking if loaded.run else "error")
         shape = {"format": settings.format, "columns": settings.columns, "thinking": thinking}
-        names = tuple(map(str, files))
+        names = tuple(map(str, sources))
         data = Measured(names, None, 0.0, **shape, template=template, system=loaded.system, max_length=reach)
         found = load_dataset(data, loaded.tokenizer, loaded.template, reach, True, shots)
         for note in found.report.notes:
@@ -171,12 +172,14 @@ def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
     return rows, scores
 
 
-def shots_file(settings: Evaluate) -> Path:
+def shots_file(settings: Evaluate) -> Source:
     """Returns the file whose first rows are the shots."""
-    if settings.shots_from is None and not Path(settings.data).is_dir():
+    hub = address(settings.data)
+    whole = Path(settings.data).is_dir() if hub is None else not hub.rest
+    if settings.shots_from is None and not whole:
         what = "the rows for shots are not named, and data is a file"
         raise ConfigError(what, where="shots_from", hint="name a file of rows, not those that are measured")
-    return find(settings.shots_from or settings.data, None)[0][0].path
+    return find(settings.shots_from or settings.data, None)[0][0]
 
 
 def table(scores: list[Score], rows: list[Row], samples: int) -> str:

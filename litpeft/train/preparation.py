@@ -20,6 +20,7 @@ from litpeft.data.neutral import neutral_rows
 from litpeft.data.readers import STDIN
 from litpeft.data.rows import Row, show
 from litpeft.data.short_check import concerns
+from litpeft.data.sources import pinned
 from litpeft.data.streaming import Stream, load_stream
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
@@ -93,7 +94,10 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
             raise ConfigError(f"the run would replace {kept}", where="out", hint="name another folder")
     checkpoints = Checkpoints(out / "checkpoints", settings.checkpoint.keep_last, clear=clear)
     saved = find_saved(out, checkpoints) if settings.resume else None
-    # 2. model files and rows
+    # 2. model files and rows; sets of the hub as they are now, for a run that can be repeated
+    settings.data.path = pinned(settings.data.path)
+    if settings.data.validation_path:
+        settings.data.validation_path = pinned(settings.data.validation_path)
     device = pick_device()
     precision = pick_precision(settings.base.precision, device, "base.precision")
     _, config = read_config(base)

@@ -70,9 +70,9 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         where = f"{fabric.world_size} of {device.type}, {'fsdp' if settings.strategy == 'fsdp' else 'ddp'}"
     edge = max(1, len(progress.losses) // 20)
     _, held_out = find(settings.data.path, settings.data.validation_path)
-    rows = held_out[0] if len(held_out) == 1 else settings.data.validation_path or settings.data.path
+    rows = str(held_out[0]) if len(held_out) == 1 else settings.data.validation_path or settings.data.path
     columns = ["--columns", json.dumps(settings.data.columns)] if settings.data.columns else []
-    named = held_out and isinstance(rows, str | Path)
+    named = held_out and isinstance(rows, str)
     evaluation = [command_line("evaluate", out, rows, *columns)] if named else []
     merging = [] if run.method.writes_model or unfoldable(model) else [command_line("merge", out)]
     facts = RunFacts(

@@ -36,12 +36,15 @@ def kind(path: Path) -> tuple[str, str]:
     return ending if ending in READERS else "", packing
 
 
-def records(path: Path | str, documents: text.Documents = "file") -> Iterator[Record]:
-    """Yields the rows of a file in order, those with a problem too; `documents` is what plain text is cut into."""
+def records(path: Path | str, documents: text.Documents = "file", name: str = "") -> Iterator[Record]:
+    """Yields the rows of a file in order, those with a problem too; `documents` is what plain text is cut into.
+
+    Messages call the file `name`; default: its path.
+    """
     path = Path(path)
     ending, packing = kind(path)
     if not ending:
-        raise DataError(f"a data file ends in {ALL}, got {path.name!r}", where=path)
+        raise DataError(f"a data file ends in {ALL}, got {path.name!r}", where=name or path)
     read = partial(text.read, documents=documents) if ending == ".txt" else READERS[ending]
-    with opened(path, packing) as handle:
-        yield from read(handle, shown(path))
+    with opened(path, packing, name) as handle:
+        yield from read(handle, name or shown(path))

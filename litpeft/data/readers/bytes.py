@@ -42,9 +42,9 @@ PACKINGS: dict[str, Unpack] = {".gz": gzip.open, ".zst": unzstd, ".xz": lzma.ope
 
 
 @contextmanager
-def opened(path: Path, packing: str = "") -> Iterator[BinaryIO]:
+def opened(path: Path, packing: str = "", name: str = "") -> Iterator[BinaryIO]:
     """Opens a file for reading; what goes wrong with it within the block is a DataError that names it."""
-    name = shown(path)
+    name = name or shown(path)
     try:
         with located(name), BytesIO(_stdin()) if str(path) == STDIN else open(path, "rb") as handle:
             yield PACKINGS[packing](handle) if packing else handle
