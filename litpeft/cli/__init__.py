@@ -61,6 +61,7 @@ COMMANDS = {
     "data show": Command("cli.data", "cli.data", "Show rows as the model sees them.", ROWS),
     "data check": Command("cli.data", "cli.data", "Check rows before a model learns them.", ROWS),
     "data parity": Command("cli.parity", "cli.parity", "Compare ids as trained, exported and generated.", "out/mine"),
+    "data presets": Command("cli.data", "cli.data", "List well-known data sets.", "dolly", unnamed="name"),
     "methods": Command("cli.methods", "cli.methods", "List the methods, or show one of them.", "lora", unnamed="name"),
     "compare": Command(
         "cli.compare", "cli.compare", "Train several methods, and set them side by side.", COMPARISON, in_yaml=True

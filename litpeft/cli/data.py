@@ -1,4 +1,4 @@
-"""The commands `litpeft data show` and `litpeft data check`."""
+"""The commands `litpeft data show`, `litpeft data check` and `litpeft data presets`."""
 
 import json
 import sys
@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from litpeft.core.errors import ConfigError, DataError, some
+from litpeft.core.errors import ConfigError, DataError, quoted, some
 from litpeft.core.folders import atomic_file
 from litpeft.core.kinds import check_least
 from litpeft.core.terminal import say
 from litpeft.data.check import CHECKS, write_clean
 from litpeft.data.check import check as checks_of
+from litpeft.data.presets import PRESETS
 from litpeft.data.prompts import new_file
 from litpeft.data.rows import page, title
 from litpeft.data.rows import show as text_of
@@ -136,3 +137,27 @@ def check(settings: Check) -> None:
     elif failed:
         hint = "--fix NEW.jsonl writes the others to a file; --limits says how many are good enough"
         raise DataError(f"{len(failed)} of {len(checked.findings)} checks failed: {', '.join(failed)}", hint=hint)
+
+
+@dataclass
+class Presets:
+    """List the well-known data sets that `data.path` takes by name, or show one of them."""
+
+    name: str | None = None
+    """The set to show: where it comes from, its licence, and a row."""
+
+    def __post_init__(self) -> None:
+        if self.name is not None and self.name not in PRESETS:
+            raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {quoted(self.name)}")
+
+
+def presets(settings: Presets) -> None:
+    """The command `litpeft data presets`."""
+    if settings.name is not None:
+        one = PRESETS[settings.name]
+        lines = {"source": one.source, "licence": one.licence, "about": one.about, "row": json.dumps(one.row)}
+        lines |= {"columns": json.dumps(one.columns)} if one.columns else {}
+        say("\n".join(f"{key:<8} {value}" for key, value in lines.items()))
+        return
+    for name, one in PRESETS.items():
+        say(f"{name:<15} {one.about}\n{'':<15} {one.source}, licence: {one.licence}")
