@@ -22,6 +22,7 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import find_run
+from litpeft.exchange.trained_rows import shape_of
 from litpeft.model.families.read import read_config
 
 MOST = 20  # bad rows that are told
@@ -53,7 +54,8 @@ class Seen(Data):
             template = ChatTemplate(tokenizer, self.template, options=self.template_options)
         else:
             tokenizer, template = run.tokenizer_and_template(folder, self.template_options)
-        whole = replace(self, max_length=ENDLESS)
+        sources, _ = find(self.path, self.validation_path)
+        whole = replace(self, max_length=ENDLESS, **shape_of(self, run, sources))
         return load_dataset(whole, tokenizer, template, ENDLESS), tokenizer, min(self.max_length, config.max_positions)
 
 

@@ -27,14 +27,14 @@ class Prompt:
     unread: frozenset[str] = frozenset()  # keys without effect
 
 
-def read_prompts(path: str, raw: bool, name: str = "auto", columns: Mapping[str, str] | None = None) -> list[Prompt]:
+def read_prompts(path: str, raw: bool, format: str = "auto", columns: Mapping[str, str] | None = None) -> list[Prompt]:
     """Returns the prompts of files, of which each line of plain text is one; names the first row that cannot be used.
 
-    `name` and `columns` say the shape of a row, as data.format and data.columns do.
+    `format` and `columns` say the shape of a row, as data.format and data.columns do.
     """
     sources = find_measured(path)
-    own = next((source.preset.columns for source in sources if source.preset and name == "auto"), None)
-    choose = chosen(name, columns or own, to_answer=True)
+    own = next((source.preset.columns for source in sources if source.preset and format == "auto"), None)
+    choose = chosen(format, columns or own, to_answer=True)
     prompts: list[Prompt] = []
     wrong: list[tuple[str, str]] = []
     of_lines = {kind(source.path)[0] for source in sources} == {".txt"}

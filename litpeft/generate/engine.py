@@ -5,6 +5,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -13,8 +14,11 @@ from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import tell, write
 from litpeft.data.formats.keys import listed
 from litpeft.data.prompts import Prompt, new_file, read_prompts, typed_prompt, unread
+from litpeft.data.sources import find_measured
 from litpeft.data.templates import with_system
 from litpeft.data.tokenizer import StreamDecoder, Tokenizer
+from litpeft.exchange.run import find_run
+from litpeft.exchange.trained_rows import shape_of
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.load import Loaded, load_one, named
 from litpeft.generate.sampling import next_tokens
@@ -161,7 +165,9 @@ def generate(settings: Generate) -> None:
     if settings.input is None:
         prompts = [typed_prompt(settings.prompt, settings.raw)]
     else:
-        prompts = read_prompts(settings.input, settings.raw, settings.format, settings.columns)
+        run = None if settings.raw else find_run(Path(settings.model))
+        shape = shape_of(settings, run, find_measured(settings.input), to_answer=True)
+        prompts = read_prompts(settings.input, settings.raw, **shape)
         if more := unread(prompts):
             tell(f"not read, but copied to the answers: {listed(more)}")
     names, alone = named(settings), settings.input is None and output is None

@@ -19,6 +19,7 @@ from litpeft.data.sources import Source, find, find_measured
 from litpeft.data.thinking import answer_of, block, parted, thoughts_of
 from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
+from litpeft.exchange.trained_rows import shape_of
 from litpeft.generate.engine import Answer, answer_all
 from litpeft.generate.load import Loaded, load_model, load_one, named
 from litpeft.generate.settings import Evaluate, Sampling
@@ -151,7 +152,7 @@ def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
 
     def read(sources: list[Source], shots: list[Row]) -> list[Row]:
         thinking = settings.thinking or (loaded.run.thinking if loaded.run else "error")
-        shape = {"format": settings.format, "columns": settings.columns, "thinking": thinking}
+        shape = shape_of(settings, loaded.run, sources) | {"thinking": thinking}
         names = tuple(map(str, sources))
         data = Measured(names, None, 0.0, **shape, template=template, system=loaded.system, max_length=reach)
         found = load_dataset(data, loaded.tokenizer, loaded.template, reach, True, shots)

@@ -46,6 +46,13 @@ class Columns:
     parts: tuple[tuple[str, str], ...]
     note: str = ""
 
+    def fits(self, record: Any, to_answer: bool = False) -> bool:
+        """Returns whether a row, or one to answer, has the columns that are mapped."""
+        if not isinstance(record, dict):
+            return False
+        needed = (value for part, value in self.parts if part != "assistant" or not to_answer)
+        return all(name in record for value in needed for name in _names(record, value))
+
     def turns(self, record: Any) -> list[Turn]:
         """Returns the turns of a record; raises ValueError naming the column that is wrong."""
         if not {part for part, _ in self.parts} & {"assistant", "messages", "text"}:
