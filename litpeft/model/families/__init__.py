@@ -56,14 +56,21 @@ FAMILIES = {
 }
 IMAGES = "it reads images, and its text model is of a family that is not supported"
 TEXT = "it reads images: `litpeft convert FOLDER OUT` takes its text model out"
+LINEAR = (
+    'its layer_types hold "linear_attention", a gated delta rule, which is not built; '
+    "take a model whose layers all have full or sliding attention, such as Qwen3"
+)
 OTHERS = {  # model_type of models that are known, and why they are not here
     "gemma3": TEXT,
     "mistral3": TEXT,
     "gemma4": TEXT,
-    "qwen3_5": IMAGES,
-    "qwen3_5_text": "gated linear attention is not built",
-    "qwen3_next": "gated linear attention is not built",
+    "qwen3_5": LINEAR,
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe": LINEAR,
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_next": LINEAR,
     "llama4": IMAGES,
+    "deepseek_v32": "its indexer (index_topk), which picks the keys that a token sees, is not built; take DeepSeek-V3",
 }
 
 

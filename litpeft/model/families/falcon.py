@@ -1,6 +1,7 @@
 """Falcon 1 and 2 (Falcon 3 is a Llama): layer norms, one head of keys for all or for a group, an MLP without a gate.
 
-The dropout that its config.json may name (hidden_dropout, attention_dropout) is not applied.
+The dropout that its config.json may name (hidden_dropout, attention_dropout) is not applied, and output_attentions is
+ignored: with it transformers' class adds a mask of true and false to the scores, as 1 and 0, and tokens see later ones.
 """
 
 from dataclasses import dataclass
