@@ -26,6 +26,7 @@ DIRECTIONS = {
     "test_peft_out": "to peft",
     "test_peft_in": "from peft",
     "test_convert_bin": "from .bin",
+    "test_convert_meta": "from Meta's .pth",
     "test_convert": "from GGUF",
     "test_gguf_in": "from GGUF",
     "transformers_reads": "GGUF to transformers",

@@ -222,6 +222,8 @@ def test_sources_and_targets_that_cannot_be_meant_are_refused(tmp_path):
     assert "not a whole GGUF file: " in refusal(tmp_path / "a" / "n.gguf", tmp_path / "hf")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "consolidated.00.pth").write_bytes(b"")
-    assert "own layout (.pth, .ckpt) are not read" in refusal(tmp_path / "b", tmp_path / "hf", ConfigError)
-    single = tmp_path / "b" / "consolidated.00.pth"
+    assert "there is no params.json beside consolidated.00.pth" in refusal(tmp_path / "b", tmp_path / "hf")
+    (tmp_path / "b" / "consolidated.00.pth").rename(tmp_path / "b" / "lit_model.pth")
+    assert "of .pth files those of Meta's layout are read" in refusal(tmp_path / "b", tmp_path / "hf", ConfigError)
+    single = tmp_path / "b" / "lit_model.pth"
     assert "a single .pth file is not a model folder" in refusal(single, tmp_path / "hf", ConfigError)

@@ -1,4 +1,4 @@
-"""The command `convert`: turns a GGUF file, or a folder of pickled .bin weights, into a Hugging Face folder.
+"""The command `convert`: makes a Hugging Face folder of a GGUF file, or of pickled weights (.bin, or Meta's .pth).
 
 With `to` it writes a model or run for another program: see export.py.
 """
@@ -18,6 +18,7 @@ from litpeft.exchange.bin import BinFolder
 from litpeft.exchange.export import export
 from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.gguf.weights import GgufFile
+from litpeft.exchange.imports.meta import MetaFolder, is_meta
 from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.settings import Convert
 from litpeft.exchange.text_model import TextModel, holds_text_model
@@ -38,7 +39,7 @@ def convert(settings: Convert) -> None:
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         what = "the source lies in it, and would be lost when it is replaced"
         raise ConfigError(what, where=out, hint="name another folder for the result")
-    model = GgufFile(gguf_file) if gguf_file else TextModel(source) if holds_text_model(source) else BinFolder(source)
+    model = GgufFile(gguf_file) if gguf_file else of_folder(source)
     say(f"read {gguf_file or source}: {model.summary()}")
     check_place(out)
     with locked(out), atomic_folder(out, settings.overwrite) as folder:
@@ -54,6 +55,13 @@ def convert(settings: Convert) -> None:
     if settings.push:
         push(out, settings.push)
     say(f"next: {command_line('chat', out)}")
+
+
+def of_folder(source: Path) -> BinFolder | MetaFolder | TextModel:
+    """Returns the model of a folder of weights that is to be converted."""
+    if is_meta(source):
+        return MetaFolder(source)
+    return TextModel(source) if holds_text_model(source) else BinFolder(source)
 
 
 def tell_stop_ids(folder: Path) -> None:
@@ -90,12 +98,12 @@ def find_gguf(source: Path) -> Path | None:
         raise ConfigError(f"{len(files)} GGUF files: {names}", where=source, hint="name one of them")
     if files:
         return files[0]
-    if any(source.glob("pytorch_model*.bin")):
+    if any(source.glob("pytorch_model*.bin")) or is_meta(source):
         return None
     refuse_other(source)
     what = "there is no .gguf and no pytorch_model*.bin in it"
     if any(file.suffix in PICKLED for file in source.iterdir()):
-        what += "; files of Meta's or litgpt's own layout (.pth, .ckpt) are not read"
+        what += "; of .pth files those of Meta's layout are read (consolidated.00.pth, …), of .ckpt files none"
     raise ConfigError(what, where=source, hint="take the Hugging Face edition of the model: `litpeft download --help`")
 
 
