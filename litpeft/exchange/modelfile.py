@@ -89,14 +89,14 @@ def turn_of(template: ChatTemplate) -> Turn | None:
         shared = os.path.commonprefix((after[::-1], middle[::-1]))[::-1]
         if template.end_of_turn and template.end_of_turn in shared:
             shared = shared.rpartition(template.end_of_turn)[2].lstrip("\n")
-        for question in (shared, ""):
+        for question in (shared, first, ""):
             rest = first.removesuffix(question)
             after_system = after.removesuffix(question)
             default = rest[len(before) : len(rest) - len(after_system)] if rest.startswith(before) and rest else ""
             rest_of_middle = middle.removesuffix(question)
             for spoken in {default, ""}:  # the second: as it would be with a system message that is empty
                 turns.append(Turn("", before, after_system, question, last, rest_of_middle, lead, spoken))
-    if middle.endswith(first):
+    if found is None and middle.endswith(first):
         turns.append(Turn("", None, "", first, last, middle.removesuffix(first), lead))
     chats = [chat_of("a"), chat_of("a b", "c\nd", "e"), chat_of("a", "b", "c", "d", "e f")]
     chats_with = [chat_of(*(message["content"] for message in chat), system="Be brief.") for chat in chats]

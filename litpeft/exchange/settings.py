@@ -33,8 +33,8 @@ class Convert:
     """Turn a model or run into files of other programs; or GGUF, .bin or Meta's weights into a Hugging Face folder."""
 
     source: str
-    """A .gguf file, a folder with one, with pytorch_model*.bin or consolidated.*.pth, or a model that reads images; with `to`, a model or
-    a run."""
+    """A .gguf file, a folder with one, with pytorch_model*.bin or consolidated.*.pth, or a model that reads images;
+    with `to`, a model or a run."""
     out: str | None = None
     """The folder to write, which may stand alone after the source; with `to`, default SOURCE/TO."""
     dtype: Dtype = None
