@@ -109,7 +109,7 @@ def told(text):
         "preference": {k: f"{k} {text}" for k in ("prompt", "chosen", "rejected")},
         "messages": {"messages": [said("system"), said("user"), said("assistant", **thinking), said("user"),
                                   said("assistant", reasoning_content=f"so {text}")]},
-        "in the text": {"messages": [said("user"), {"role": "assistant", "content": f"<think>hm{text}</think>{text}"}]},
+        "in the text": {"messages": [said("user"), said("assistant") | {"content": f"<think>{text}</think>{text}"}]},
         "calls": {"messages": calls, "tools": [TOOL]},
         "sharegpt": {"conversations": [{"from": who, "value": f"{who} {text}"} for who in ("human", "gpt")]},
         "text": {"text": f"text {text}"},

@@ -34,6 +34,7 @@ def test_rows_that_are_everywhere_the_same(folders, tmp_path, capsys):  # noqa: 
         ("unknown", ROWS, {}),
         ("unknown", ROWS, {"system": "Be brief."}),
         ("last", [TEXT, *ROWS], {"template_options": {"enable_thinking": True}}),
+        ("last", [chat("a", "b") | {"enable_thinking": False}, TEXT], {"system": "Be brief."}),
         ("last", [TWO], {"thinking": "keep"}),
         ("last", [TWO], {"thinking": "drop"}),
         ("never", [TWO, TEXT], {"thinking": "keep"}),

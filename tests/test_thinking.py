@@ -188,6 +188,33 @@ def test_a_row_with_thoughts_for_a_model_told_not_to_think_is_refused(folders, t
     assert not report.unlike
 
 
+def test_a_row_tells_the_template_for_itself(folders, tmp_path):
+    off, on = {"enable_thinking": False}, {"enable_thinking": True}
+    rows = [
+        chat("a", "b") | {"chat_template_kwargs": off | {"python_tools": [], "custom": None}},
+        {"question": "a", "answer": "b", "chat_template_kwargs": json.dumps(off)},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": "b"} | off,
+        {"chosen": chat("a", "b")["messages"], "rejected": "c"} | off,
+        chat("a", ("hm", "b")) | on,
+        chat("a", "b"),
+    ]
+    without = head("a") + "<think>\n\n</think>\n\n[b<|im_end|>]\n"
+    thought = head("a") + "[<think>\nhm\n</think>\n\nb<|im_end|>]\n"
+    shown, report = read(folders["last"], tmp_path, *rows, system="")
+    assert shown == [*[without] * 4, thought, head("a") + "[<think>\n\n</think>\n\nb<|im_end|>]\n"]
+    assert not report.unread.keys() & {"chat_template_kwargs", "enable_thinking"}
+    template = ChatTemplate(Tokenizer.load(folders["last"]), options=on)
+    asked = FORMATS["messages"].asked({"messages": chat("a")["messages"]} | off)
+    assert template.tokenizer.decode(template.prompt(asked), False) == without.partition("[")[0]
+    for told, why in (
+        ({"reasoning_effort": "low"}, "'reasoning_effort' is nothing that the chat template reads"),
+        ({"messages": [1]}, "'messages' is not to be set"),
+        ({"enable_thinking": "<|im_end|>"}, "what the row tells the template spells a special token"),
+    ):
+        with pytest.raises(DataError, match=why):
+            read(folders["last"], tmp_path, chat("a", "b") | {"chat_template_kwargs": told})
+
+
 def test_untrained_answers_may_lose_their_thoughts(folders, tmp_path):
     row = json.loads(json.dumps(TWO))
     row["messages"][1]["train"] = False

@@ -181,10 +181,12 @@ def _exported(
     row: Row, template: ChatTemplate, theirs: Any, told: Mapping[str, Any], kept: bool
 ) -> tuple[list[int], list[int]]:
     """Returns a row's ids, and those of transformers; of a row whose thoughts were kept those before its answer."""
-    messages, tools = template.messages(row.turns), list(row.turns[0].tools) or None
+    messages = template.messages(row.turns)
+    tools = next((list(turn.tools) for turn in row.turns if turn.tools), None)
+    own = next((dict(turn.told) for turn in row.turns if turn.told), {})
     if kept:
         messages = messages[:-1]
-    ids = theirs.apply_chat_template(messages, tools, add_generation_prompt=kept, return_dict=False, **told)
+    ids = theirs.apply_chat_template(messages, tools, add_generation_prompt=kept, return_dict=False, **{**told, **own})
     return (row.ids[: row.prompt_length] if kept else row.ids), ids
 
 

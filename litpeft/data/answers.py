@@ -5,7 +5,6 @@ template's error. So the texts of many chats are rendered together.
 """
 
 import os
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from litpeft.data.marks import between, marked, unused, without_marks
@@ -21,8 +20,8 @@ def ask(messages: Messages, add_generation_prompt: bool = False, marks: tuple[st
     return {"messages": messages, "add_generation_prompt": add_generation_prompt}, marks
 
 
-def offering(tools: Sequence[Any], task: Task[T]) -> Task[T]:
-    """Does the task with these tools beside all messages that it wants rendered."""
+def beside(more: dict[str, Any], task: Task[T]) -> Task[T]:
+    """Does the task with more variables, such as tools, beside all messages that it wants rendered."""
     go_on, reply = task.send, None
     while True:
         try:
@@ -30,7 +29,7 @@ def offering(tools: Sequence[Any], task: Task[T]) -> Task[T]:
         except StopIteration as end:
             return end.value
         try:
-            go_on, reply = task.send, (yield variables | {"tools": tools}, marks)
+            go_on, reply = task.send, (yield variables | more, marks)
         except ValueError as error:
             go_on, reply = task.throw, error
 

@@ -4,8 +4,11 @@ Each writes the text that the models which made it known were trained on. BOS st
 text with it.
 """
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from litpeft.core.errors import some
 from litpeft.data.tokenizer import Tokenizer
@@ -158,3 +161,23 @@ BUILT_IN = {
     "vicuna": BuiltIn(VICUNA),
     "zephyr": BuiltIn(ZEPHYR),
 }
+
+
+def with_defaults(source: str, options: Mapping[str, Any]) -> str:
+    """Returns a template that takes these options where it is not told others."""
+    told = "".join(
+        f"{{%- if {key} is not defined -%}}{{%- set {key} = {in_jinja(value)} -%}}{{%- endif %}}"
+        for key, value in options.items()
+    )
+    if source.startswith(told):
+        return source
+    return told + ("\n" if source.startswith("\n") else "") + source  # a line break after a tag is cut
+
+
+def in_jinja(value: Any) -> str:
+    """Returns a value of JSON as a template spells it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {in_jinja(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(in_jinja, value))}]"
+    return "none" if value is None else json.dumps(value)

@@ -1,7 +1,6 @@
 """Chat templates: a chat as the text that the model reads, and the spans of it that are trained."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from litpeft.core.errors import ConfigError, ModelError, quoted, some
-from litpeft.data.answers import Messages, ask, find_answers, offering, prompt_difference
-from litpeft.data.builtin import BUILT_IN, GENERATION
+from litpeft.data.answers import Messages, ask, beside, find_answers, prompt_difference
+from litpeft.data.builtin import BUILT_IN, GENERATION, with_defaults
 from litpeft.data.formats.turn import PLAIN, Turn
 from litpeft.data.marks import restore, shield, texts
 from litpeft.data.sandbox import LimitError, Task, Template, TooLong
@@ -73,7 +72,10 @@ class ChatTemplate:
         self.where = tokenizer.template_where if own else tokenizer.where
         self.hash = hashlib.sha256(self.source.encode()).hexdigest()
         self.options = dict(options or {})
-        self._check_options("data.template_options" if is_setting else "template_options")
+        if problem := self._unknown_option(self.options):
+            known = [name for name in KNOWN_OPTIONS if re.search(rf"\b{name}\b", self.source)]
+            hint = f"it reads {some(known)}" if known else "leave it out"
+            raise ConfigError(problem, where="data.template_options" if is_setting else "template_options", hint=hint)
         constants = dict(tokenizer.special_tokens, tools=None, documents=None) | self.options
         try:
             self._template = Template(self.source, self.now, constants)
@@ -89,13 +91,7 @@ class ChatTemplate:
     def exported(self) -> str:
         """Returns the template as a model's files hold it: what it was told in training it is told by default."""
         source = self.source if self.name == "model" else GENERATION.sub("", self.source)
-        told = "".join(
-            f"{{%- if {key} is not defined -%}}{{%- set {key} = {in_jinja(value)} -%}}{{%- endif %}}"
-            for key, value in self.options.items()
-        )
-        if source.startswith(told):
-            return source
-        return told + ("\n" if source.startswith("\n") else "") + source  # a line break after a tag is cut
+        return with_defaults(source, self.options)
 
     @property
     def exported_hash(self) -> str:
@@ -184,16 +180,22 @@ class ChatTemplate:
         return Rendered(text, [(len(begin), len(text))], [(len(begin) + a, len(begin) + b) for a, b in words])
 
     def _offering(self, turns: Sequence[Message], task: Task[T]) -> Task[T]:
-        """Does a task with the tools of the chat, if it has any; raises ValueError if the template leaves them out."""
-        tools = next((turn.tools for turn in turns if isinstance(turn, Turn) and turn.tools), ())
-        if not tools:
-            return (yield from task)
-        if any(self.tokenizer.special_pattern.search(text) for text in texts(tools)):
-            raise ValueError("a tool's description spells a special token")
-        messages = self.messages(turns)
-        if (yield ask(messages)) == (yield from offering(tools, self._text(messages))):
-            raise ValueError("the row has tools, and the chat template does not write them")
-        return (yield from offering(tools, task))
+        """Does a task with what the chat tells the template, tools too; raises ValueError if that leaves tools out."""
+        own = [turn for turn in turns if isinstance(turn, Turn)]
+        told = dict(next((turn.told for turn in own if turn.told), ()))
+        tools = next((turn.tools for turn in own if turn.tools), ())
+        if problem := self._unknown_option(told):
+            raise ValueError(problem)
+        for what, value in (("a tool's description", tools), ("what the row tells the template", told)):
+            if any(self.tokenizer.special_pattern.search(text) for text in texts(value)):
+                raise ValueError(f"{what} spells a special token")
+        if tools:
+            messages, told = self.messages(turns), told | {"tools": tools}
+            if (yield from beside(told | {"tools": None}, self._text(messages))) == (
+                yield from beside(told, self._text(messages))
+            ):
+                raise ValueError("the row has tools, and the chat template does not write them")
+        return (yield from beside(told, task) if told else task)
 
     def _answers(self, messages: Messages) -> Task[tuple[str, list[Span], str]]:
         """Returns the text, the span of every answer in it, and how the last one's prompt differs from it."""
@@ -256,16 +258,15 @@ class ChatTemplate:
             raise result
         return result
 
-    def _check_options(self, where: str) -> None:
-        """Raises ConfigError for an option that the template does not read, or that is not the user's to set."""
+    def _unknown_option(self, options: Mapping[str, Any]) -> str:
+        """Returns what is wrong with an option that the template does not read, or that is not the user's to set."""
         given = {"messages", "tools", "documents", "add_generation_prompt", *self.tokenizer.special_tokens}
-        for key in self.options:
+        for key in options:
             read = key.isidentifier() and re.search(rf"\b{key}\b", self.source) is not None
             if not read or key in given:
-                known = [name for name in KNOWN_OPTIONS if re.search(rf"\b{name}\b", self.source)]
-                hint = f"it reads {some(known)}" if known else "leave it out"
                 reads = "is not to be set" if key in given else "is nothing that the chat template reads"
-                raise ConfigError(f"{quoted(key)} {reads}", where=where, hint=hint)
+                return f"{quoted(key)} {reads}"
+        return ""
 
     def _find_end_of_turn(self) -> str | None:
         """Returns the special token that ends an assistant's turn in a small chat."""
@@ -284,15 +285,6 @@ class ChatTemplate:
             return start, place + len(self.end_of_turn)
         follows = re.compile(rf"\s*{re.escape(self.end_of_turn)}").match(text, end)
         return (start, follows.end()) if follows else span
-
-
-def in_jinja(value: Any) -> str:
-    """Returns a value of JSON as a template spells it."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {in_jinja(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(in_jinja, value))}]"
-    return "none" if value is None else json.dumps(value)
 
 
 def with_system(turns: list[Turn], system: str | None) -> list[Turn]:

@@ -42,7 +42,7 @@ class Chat:
             return self.listed(record, self.key)
         if not isinstance(record, dict) or self.key not in record:
             raise ValueError(f"{self.key} is missing")
-        keys.refuse(record, more=OTHER_SHAPE, known=("tools",))
+        keys.refuse(record, more=OTHER_SHAPE, known=("tools", *keys.TOLD))
         keys.refuse_switched_off(record)
         system, tools = optional(record, "system"), _tools(record.get("tools"))
         turns = self.listed(self._messages(record), self.key)
@@ -50,7 +50,7 @@ class Chat:
             raise ValueError(f"system and {self.key}[0] are two system messages: keep one of them")
         if system and turns[0].role not in ("system", "developer"):
             turns = [Turn("system", system), *turns]
-        return [replace(turns[0], tools=tools), *turns[1:]]
+        return [replace(turns[0], tools=tools, told=keys.told(record)), *turns[1:]]
 
     def asked(self, record: Any) -> list[Turn]:
         """Returns the turns of a record to answer."""

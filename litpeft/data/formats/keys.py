@@ -1,5 +1,6 @@
 """Keys of a row or message that no format reads: refused if they change what is trained, else listed in the report."""
 
+import json
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -14,6 +15,7 @@ MEDIA = "only text is read"
 PREFERENCE = "answers are learnt, not preferences: keep the answer that is right, or give chosen and rejected"
 VARIABLE = "the option template_options sets what the template reads, for all rows alike"
 PARTS = "what is trained is a whole answer: a message may say train false"
+TOLD = ("chat_template_kwargs", "enable_thinking")  # what a row tells the template
 THINKING = ("reasoning_content", "reasoning", "thinking", "thoughts")  # names for what came before the answer
 # Ignoring one of these would train on another text. key -> why it is not read, or what to do
 REFUSED = {
@@ -22,7 +24,7 @@ REFUSED = {
     **dict.fromkeys(("system_prompt", "system_message"), SYSTEM),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "attachments"), MEDIA),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), PREFERENCE),
-    **dict.fromkeys(("chat_template", "chat_template_kwargs", "enable_thinking", "documents"), VARIABLE),
+    **dict.fromkeys(("chat_template", "documents", *TOLD), VARIABLE),
     **dict.fromkeys(("channel", "recipient", "tool_plan"), CHANNEL),
     **dict.fromkeys(("loss_mask", "mask", "train_detail", "training_detail"), PARTS),
 }
@@ -70,6 +72,24 @@ def thoughts(record: dict[str, Any], answer: str, place: str = "") -> str:
         if "</think>" in text:
             raise ValueError(f"{key} holds the thoughts, and {'it' if text is said else 'the answer'} has </think> too")
     return said
+
+
+def told(record: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Returns what a row tells the chat template; raises ValueError if that is unclear."""
+    said, switch_ = record.get(TOLD[0]), record.get(TOLD[1])
+    if isinstance(said, str) and said:
+        try:
+            said = json.loads(said)  # from a cell of a table
+        except ValueError as error:
+            raise ValueError(f"{TOLD[0]} must be JSON: {error}") from None
+    if not isinstance(said, dict) and said not in NOTHING:
+        raise ValueError(f"{TOLD[0]} must be an object, got {quoted(said)}")
+    found = {key: value for key, value in (said or {}).items() if value not in NOTHING}
+    if switch_ is not None and not isinstance(switch_, bool):
+        raise ValueError(f"{TOLD[1]} must be true or false, got {quoted(switch_)}")
+    if switch_ is not None and found.get(TOLD[1], switch_) is not switch_:
+        raise ValueError(f"{TOLD[1]} and {TOLD[0]} contradict each other")
+    return tuple((found if switch_ is None else found | {TOLD[1]: switch_}).items())
 
 
 def refuse_switched_off(record: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Pair:
 
     def asked(self, record: Any) -> list[Turn]:
         """Returns the turns before the answer."""
-        keys.refuse(record, known=(*self.answers, *self.needed, *keys.THINKING))
+        keys.refuse(record, known=(*self.answers, *self.needed, *keys.THINKING, *keys.TOLD))
         system = optional(record, "system")
         opening = [Turn("system", system)] if system else []
         about = {key: optional(record, key) for key in ("input", "context")}
@@ -65,9 +65,11 @@ class Pair:
             if any(record.get(key) not in keys.NOTHING for key in BESIDE):
                 raise ValueError(f"{self.key} is a list of messages, which must hold the whole chat")
             said = LIST.listed(record[self.key], self.key)
-            return [replace(turn, train=False) if turn.trained else turn for turn in said]
+            first, *rest = (replace(turn, train=False) if turn.trained else turn for turn in said)
+            return [replace(first, told=keys.told(record)), *rest]
         user = Turn("user", text(record, self.key, self.key, empty=False), input=about["input"] or about["context"])
-        return [*opening, *_history(record.get("history")), user]
+        first, *rest = [*opening, *_history(record.get("history")), user]
+        return [replace(first, told=keys.told(record)), *rest]
 
     def unread(self, record: dict[str, Any], to_answer: bool = False) -> set[str]:
         """Returns the keys of a record, or of one to answer, that have no effect."""

@@ -27,12 +27,12 @@ class Preference(Pair):
 
     def turns(self, record: Any) -> list[Turn]:
         """Returns the turns of a record, of which those of the chosen answer are trained."""
-        pair = self._pair(record)
+        pair, beside = self._pair(record), ("tools", *keys.TOLD)
         if pair.key in record or not isinstance(record.get("chosen"), list):
             return Pair.turns(pair, record)
-        keys.refuse(record, known=("chosen", "rejected"))
+        keys.refuse(record, known=("chosen", "rejected", *beside))
         keys.refuse_switched_off(record)
-        return LIST.turns({"messages": record["chosen"]} | {k: record[k] for k in ("system", "tools") if k in record})
+        return LIST.turns({"messages": record["chosen"]} | {k: record[k] for k in ("system", *beside) if k in record})
 
     def unread(self, record: dict[str, Any], to_answer: bool = False) -> set[str]:
         """Returns the keys of a record that have no effect, `rejected` among them."""

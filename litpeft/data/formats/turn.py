@@ -19,6 +19,7 @@ class Turn:
     calls: tuple[Any, ...] = ()  # of tools: {"type": "function", "function": {"name": ..., "arguments": {...}}}
     more: tuple[tuple[str, str], ...] = ()  # what else a template gets: name and tool_call_id of a tool's message
     tools: tuple[Any, ...] = ()  # that the chat may call; they stand on its first turn
+    told: tuple[tuple[str, Any], ...] = ()  # what the row tells the template, on its first turn: enable_thinking, ...
     thinking: str = ""  # what the assistant thought before its answer, where a key of the row holds it
 
     @property
