@@ -51,7 +51,7 @@ class Seen(Data):
         _, config = read_config(folder)
         if run is None:
             tokenizer = Tokenizer.load(folder)
-            template = ChatTemplate(tokenizer, self.template, options=self.template_options)
+            template = ChatTemplate(tokenizer, self.template, options=self.template_options, group=self.prefix)
         else:
             tokenizer, template = run.tokenizer_and_template(folder, self.template_options)
         sources, _ = find(self.path, self.validation_path)
@@ -100,6 +100,8 @@ def show(settings: Show) -> None:
         say(text_of(row, tokenizer, color=sys.stdout.isatty()), colored=True)
     for bad in data.rejected[:MOST]:
         say(f"{bad.where} cannot be used: {bad.reason}")
+    if thoughts := str(data.report.thoughts):
+        say(f"thinking: {thoughts}")
 
 
 @dataclass
@@ -128,6 +130,8 @@ def check(settings: Check) -> None:
     data, tokenizer, longest = settings.load()
     checked = checks_of(data, settings.named, longest, tokenizer, settings.limits)
     say(str(checked))
+    if thoughts := str(data.report.thoughts):
+        say(f"\nthinking    {thoughts}")
     if written is not None:
         with atomic_file(written) as handle:
             json.dump(checked.json(), handle, ensure_ascii=False, indent=1)

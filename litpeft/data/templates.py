@@ -47,19 +47,20 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
         *,
         is_setting: bool = True,
+        group: str = "data.",
     ):
         """`name` is data.template; `now` is the date that a template may print, the same for every text.
 
-        `options` are what else the template is told. `is_setting`: the command has the setting data.template, which
-        errors may then suggest.
+        `options` are what else the template is told. `is_setting`: the command has the setting template in this
+        `group`, which errors may then suggest.
         """
-        self.is_setting = is_setting
+        self.is_setting, self.setting = is_setting, f"{group}template"
         if name == "model" and tokenizer.chat_template is None:
             if not is_setting:
                 what = "the run was trained with the model's chat template, which is not there any more"
                 raise ModelError(what, where=tokenizer.where, hint="put it back: chat_template.jinja")
-            hint = f"choose data.template auto, or one of {', '.join(BUILT_IN)}"
-            raise ConfigError("the model has no chat template", where="data.template", hint=hint)
+            hint = f"choose {self.setting} auto, or one of {', '.join(BUILT_IN)}"
+            raise ConfigError("the model has no chat template", where=self.setting, hint=hint)
         own = name in ("auto", "model") and tokenizer.chat_template is not None
         self.now = now or datetime.now()
         self.tokenizer, self.name = tokenizer, "model" if own else "alpaca" if name == "auto" else name
@@ -68,20 +69,20 @@ class ChatTemplate:
         except ValueError as error:
             fits = [other for other, one in BUILT_IN.items() if one.fits(tokenizer)]
             what, hint = f"the template {name} is not for this model: {error}", f"these are: {', '.join(fits)}"
-            raise ConfigError(what, where="data.template", hint=hint) from None
+            raise ConfigError(what, where=self.setting, hint=hint) from None
         self.where = tokenizer.template_where if own else tokenizer.where
         self.hash = hashlib.sha256(self.source.encode()).hexdigest()
         self.options = dict(options or {})
         if problem := self._unknown_option(self.options):
             known = [name for name in KNOWN_OPTIONS if re.search(rf"\b{name}\b", self.source)]
             hint = f"it reads {some(known)}" if known else "leave it out"
-            raise ConfigError(problem, where="data.template_options" if is_setting else "template_options", hint=hint)
+            raise ConfigError(problem, where=f"{self.setting}_options" if is_setting else "template_options", hint=hint)
         constants = dict(tokenizer.special_tokens, tools=None, documents=None) | self.options
         try:
             self._template = Template(self.source, self.now, constants)
             self.end_of_turn = self._find_end_of_turn()
         except (LimitError, ValueError) as error:
-            hint = "data.template alpaca does without the model's template" if is_setting else ""
+            hint = f"{self.setting} alpaca does without the model's template" if is_setting else ""
             raise ModelError(f"the chat template cannot be used: {error}", where=self.where, hint=hint) from None
         if self.end_of_turn is None and tokenizer.eos is None:
             what = "neither the chat template nor the tokenizer has a token that ends an answer"
@@ -204,7 +205,7 @@ class ChatTemplate:
         spans, by_prompts = yield from find_answers(full, messages, numbers, self._template.has_generation)
         if spans is None:
             what = "the chat template rewrites the chat so that the answers cannot be told from the rest"
-            other = "data.template alpaca does without it; " if self.is_setting else ""
+            other = f"{self.setting} alpaca does without it; " if self.is_setting else ""
             raise ValueError(f"{what} ({other}{{% generation %}} blocks in it would show them)")
         difference = ""
         if not by_prompts and self.name == "model" and numbers:

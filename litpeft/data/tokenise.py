@@ -87,8 +87,9 @@ def chosen_rows(rows: Rows, sources: Sequence[Source], apart: bool, chats: int, 
         is_held_out = np.isin(rows.column("example"), split(range(chats), data.validation_split, data.seed)[1])
     train, validation = rows.where(~is_held_out), rows.where(is_held_out)
     if not train:
-        what = f"no row is left to train on: {len(report.rejected)} rejected, {len(report.dropped)} longer than "
-        what += f"{report.max_length} tokens"
+        what = f"no row is left to train on: {len(report.rejected)} rejected"
+        what += f", {len(report.dropped)} longer than {report.max_length} tokens" if report.dropped else ""
+        what += f"; {report.rejected[0].where}: {report.rejected[0].reason}" if report.rejected else ""
         raise DataError(what, where=data.named, hint=f"see {data.prefix}max_length, {data.prefix}bad_rows")
     report.duplicates = int(np.isin(validation.column("hash"), train.column("hash")).sum())
     report.repeated = len(train) - len(np.unique(train.column("hash")))
