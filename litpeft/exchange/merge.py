@@ -6,6 +6,8 @@ Layer by layer in float32; the base's weights stay memory-mapped in their own dt
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from litpeft.core.folders import COMPANIONS, atomic_folder, check_place, locked,
 from litpeft.core.json import read_json
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
-from litpeft.data.tokenizer import write_added_tokens
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenizer import Tokenizer, write_added_tokens
 from litpeft.exchange.chat_template import write_template
 from litpeft.exchange.compare import (
     FOLD_TOLERANCE,
@@ -33,6 +36,7 @@ from litpeft.exchange.generation_config import write_stop_ids
 from litpeft.exchange.gguf.files import MODEL, OF_DTYPE, GgufFolder
 from litpeft.exchange.gguf.layout import Layout
 from litpeft.exchange.gguf.write import held_in_groups, q4_1
+from litpeft.exchange.held_out import HeldOut, Unknown
 from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.rounding import Rounding
 from litpeft.exchange.run import Run, build_run, find_run, tell_progress, write_config
@@ -59,6 +63,10 @@ class Result:
     limit: float
     logits: Callable[[list[list[int]]], Tensor]
     exact: str = "--dtype float32"  # the option that writes the weights without rounding
+
+    @property
+    def rounds(self) -> bool:
+        return self.limit > ROUND_TOLERANCE[torch.float32]
 
 
 def merge(settings: Merge) -> None:
@@ -98,8 +106,9 @@ def merge(settings: Merge) -> None:
             if layout is None:
                 tensors = _merged(model, names, dtype, rounding, settings.run)
                 write_safetensors(folder, tensors, int(settings.shard_size * 1e9))
-                read = lambda prompts: logits_of(in_float32(build(folder, dtype)), prompts)
-                result = Result(str(dtype).removeprefix("torch."), ROUND_TOLERANCE[dtype], read)
+                read = cache(lambda: in_float32(build(folder, dtype)))
+                name = str(dtype).removeprefix("torch.")
+                result = Result(name, ROUND_TOLERANCE[dtype], lambda prompts: logits_of(read(), prompts))
             else:
                 files = GgufFolder(
                     folder, layout, settings.type or OF_DTYPE[dtype], tokenizer, template, run.system, settings.run,
@@ -122,14 +131,18 @@ def merge(settings: Merge) -> None:
         if rounding.changed == 0:
             hint = f"train longer, or write {result.exact}"
             raise ModelError("no weight changed: the merged model would be the base", where=settings.run, hint=hint)
+        cost: list[str] = []
         if settings.no_verify:
-            say(f"{NOT_CHECKED} the logits of the files, and of the folded weights, against those of base + delta")
+            said = "the logits of the files, and of the folded weights, against those of base + delta"
+            say(f"{NOT_CHECKED} {said}, and the loss on held-out rows")
         else:
             prompts = [tokenizer.encode(text) for text in PROMPTS]
             other = [run, base] if storage != run.storage else None
-            _compare(model, result, prompts, folder, settings.run, other)
+            held = _held_out(run, tokenizer, template, names, model.reach) if result.rounds else None
+            answers = out if layout is None else None
+            cost = _compare(model, result, prompts, folder, settings.run, other, held, answers)
         say(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
-        say("\n".join(rounding.lines(result.name, result.exact)))
+        say("\n".join([*rounding.lines(result.name, result.exact), *cost]))
     if settings.push:
         push(out, settings.push)
     if layout is None:
@@ -139,11 +152,22 @@ def merge(settings: Merge) -> None:
 
 
 def _compare(
-    model: GPT, result: Result, prompts: list[list[int]], folder: Path, where: str, other: list[Any] | None
-) -> None:
-    """Prints how far the folded weights and the files are from base + delta; raises if that is too far."""
+    model: GPT,
+    result: Result,
+    prompts: list[list[int]],
+    folder: Path,
+    where: str,
+    other: list[Any] | None,
+    held: HeldOut | str | None,
+    out: Path | None,
+) -> list[str]:
+    """Prints how far the folded weights and the files are from base + delta; raises if that is too far.
+
+    Returns lines that say what rounding costs on the held-out rows, or why that is not known.
+    """
     with ThreadPoolExecutor(1) as pool:
         written = pool.submit(sync_files, folder)  # flush to disk while the models are compared
+        loss = held.loss(partial(logits_of, model)) if isinstance(held, HeldOut) else 0.0
         want, before, fold = three_ways(model, prompts)
         del model  # two models may not fit in memory
         written.result()
@@ -158,6 +182,17 @@ def _compare(
     hint = f"try {result.exact}"
     check(want, fold, FOLD_TOLERANCE, "folded in float32", where, hint)
     check(want, files, result.limit, f"files read back, {result.name}", where, hint)
+    if isinstance(held, HeldOut):
+        return held.lines(loss, held.loss(result.logits), result.name, result.exact, out)
+    return [] if held is None else [f"what rounding costs in loss is not known: {held}"]
+
+
+def _held_out(run: Run, tokenizer: Tokenizer, template: ChatTemplate, names: NameMap, reach: int) -> HeldOut | str:
+    """Returns the run's held-out rows, or why there are none to measure on."""
+    try:
+        return HeldOut.of(run, tokenizer, template, reach, sum(map(prod, names.ours.values())))
+    except Unknown as why:
+        return str(why)
 
 
 def _trained(run: Run, base: Path, storage: Storage | None) -> GPT:
