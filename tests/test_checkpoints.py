@@ -462,8 +462,11 @@ def test_the_room_is_that_of_the_checkpoints_that_can_come_to_be(
     data = write_rows(tmp_path)
     held_out = "--data.validation_split" not in argv
     run = finetune(tiny_folder, tmp_path, "--data.path", str(data if held_out else data / "train.jsonl"), *argv)
-    weights = sum(tensor.nbytes for tensor in load_file(run / "final" / "delta.safetensors").values())
-    assert asked == [3 * weights * kept + weights]  # two moments beside each weight
+    files = (run / "final").glob("*.safetensors")
+    sizes = {file.name: sum(tensor.nbytes for tensor in load_file(file).values()) for file in files}
+    assert len(sizes) == 2  # what was learned, and the same for peft
+    weights = sizes["delta.safetensors"]
+    assert asked == [3 * weights * kept + sum(sizes.values())]  # two moments beside each weight
 
 
 def test_settings_that_changed_are_listed_unless_a_glob_allows_them() -> None:

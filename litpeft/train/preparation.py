@@ -28,7 +28,7 @@ from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_identity, tokenizer_identity
 from litpeft.model.added_tokens import grown, note_tokens
 from litpeft.model.build import checked_files
-from litpeft.model.delta import Method, attach, trainable, training_state
+from litpeft.model.delta import Method, attach, delta_state, trainable, training_state
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize.quantized import store
@@ -134,7 +134,9 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         dtype = method.trained_dtype(precision.weights)
         trained = dtype.itemsize * sum(p.numel() for p in trainable(shapes).values())
         state = sum(tensor.nbytes for tensor in training_state(shapes).values())
-        needed = bytes_needed(settings, trained, state, bool(rows.validation), saved is not None)
+        held = dtype.itemsize * sum(tensor.numel() for tensor in delta_state(shapes).values())
+        result = held if method.writes_model else 2 * held  # final/ says it for peft, too
+        needed = bytes_needed(settings, 2 * trained + held + state, result, bool(rows.validation), saved is not None)
         hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
         check_disk(out, needed, "the checkpoints", hint)
     fingerprint = weights.fingerprint()  # which compares the files with their checksums
@@ -252,19 +254,18 @@ def check_held_out(settings: Finetune, held_out: int, askable: int, method: Meth
             raise ConfigError(what, where=f"validation.{key}", hint=hint)
 
 
-def bytes_needed(settings: Finetune, trained: int, state: int, held_out: bool, resumes: bool) -> int:
+def bytes_needed(settings: Finetune, each: int, result: int, held_out: bool, resumes: bool) -> int:
     """Returns the room on disk for the checkpoints that are kept, the one being written, and the result.
 
-    `trained` are the bytes of what trains, and `state` those of what the method keeps from step to step; a run that
-    `resumes` has a part of its checkpoints already.
+    `each` are the bytes of a checkpoint: what is learned, two moments for each parameter, and what the method keeps
+    from step to step. `result` are those of final/. A run that `resumes` has a part of its checkpoints already.
     """
     best = settings.checkpoint.keep_best and held_out
-    each = 3 * trained + state  # two moments for each parameter
     if settings.checkpoint.interval == 0 and not best:
-        return each + trained  # one more, where the run is stopped: those that are there stay beside it
+        return each + result  # one more, where the run is stopped: those that are there stay beside it
     kept = settings.checkpoint.keep_last + best + 1
     there = (Path(settings.out) / "checkpoints").rglob("*") if resumes else ()
-    return each * kept + trained - sum(p.stat().st_size for p in there)
+    return each * kept + result - sum(p.stat().st_size for p in there)
 
 
 def dry_run(name: str, shapes: GPT, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:
