@@ -56,7 +56,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def held(files: Iterable[Path]) -> dict[str, Any]:
-    """Returns parameters, dtypes, bytes and every tensor of safetensors files, from their headers."""
+    """Returns parameters, numbers of each dtype, bytes and every tensor of safetensors files, from their headers."""
     files = list(files)
     tensors = {name: entry for file in files for name, entry in read_header(file).items()}
     kinds: Counter[str] = Counter()
@@ -77,16 +77,17 @@ def sizes(config: ModelConfig) -> dict[str, Any]:
 
 def model_facts(folder: Path) -> dict[str, Any]:
     """Returns the facts of a model folder; one that litpeft does not read says why."""
-    weights = Weights(folder)
+    weights, plain = Weights(folder), {}
     found: dict[str, Any] = {"kind": "model", "path": str(folder)}
     try:
         name, config = read_config(folder)
         names = NameMap(name, config)
         names.check(weights)
         found |= {"family": name, "config": sizes(config)}
+        plain = {"parameters": sum(map(math.prod, names.shapes.values()))}  # of packed weights, not their bytes
     except ModelError as error:
         found |= {"family": read_json(folder / "config.json", "config.json").get("model_type"), "refused": error.what}
-    found |= held(folder / file for file in weights.headers)
+    found |= held(folder / file for file in weights.headers) | plain
     return found | {"fingerprint": weights.fingerprint()}
 
 
@@ -96,6 +97,7 @@ def run_facts(run: Run, base: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": "run", "path": place, "method": record["method"], "settings": record["settings"]}
     found |= {key: record[key] for key in ("precision", "step", "finished")}
     found |= {"base": {key: record["base"][key] for key in ("path", "fingerprint", "storage")}}
+    found |= {"init_from": began} if (began := record.get("init_from")) else {}
     found |= held(run.tensors)
     try:
         folder = run.base_folder(base)
@@ -196,6 +198,7 @@ def as_text(found: dict[str, Any]) -> list[str]:
     rows["size"] = f"{scaled(found['bytes'], 'B')} in {counted(found['files'], 'file')}"
     rows |= {key: found.get(key) for key in ("fingerprint", "precision", "step")}
     rows["base"] = pairs(found["base"]) if "base" in found else None
+    rows["began with"] = pairs(found["init_from"]) if "init_from" in found else None
     lines = [f"{found['path']}: {found['kind']}"]
     lines += [f"{key:<13}{value}" for key, value in rows.items() if value is not None]
     lines += [f"{f'to {name}':<13}{way}" for name, way in found.get("exports", {}).items()]

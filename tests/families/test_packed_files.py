@@ -12,6 +12,7 @@ from transformers.integrations.mxfp4 import _convert_moe_packed_tensors
 
 from litpeft.cli import main
 from litpeft.core.errors import ModelError
+from litpeft.exchange.inspect import facts
 from litpeft.model.build import build
 from litpeft.model.quantize import Storage
 from litpeft.model.quantize.codes import CODES, bitsandbytes, dequantize_4bit, quantize_4bit
@@ -43,6 +44,7 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path) -> None:
     path = tmp_path / "packed" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}))
     save_file(tensors, tmp_path / "packed" / "model.safetensors")
+    assert facts(tmp_path / "packed")["parameters"] == theirs.num_parameters()
     packed, plain = (build(tmp_path / name, torch.float32) for name in ("packed", "plain"))
     assert all(torch.equal(a, b) for a, b in zip(packed.parameters(), plain.parameters(), strict=True))
     with torch.no_grad():
@@ -75,6 +77,7 @@ def write_four_bit(folder, kind: str, nested: bool) -> dict[str, torch.Tensor]:
 def test_a_folder_of_bitsandbytes_is_a_base_with_the_same_codes(kind: str, nested: bool, tmp_path) -> None:
     dense = write_four_bit(tmp_path, kind, nested)
     plain = build(tmp_path, torch.float32)
+    assert facts(tmp_path)["parameters"] == sum(parameter.numel() for parameter in plain.parameters())
     assert torch.equal(plain.blocks[1].attn.q.weight, dense["model.layers.1.self_attn.q_proj.weight"])
     held = build(tmp_path, torch.float32, storage=Storage(kind, double_quantize=False))
     layers = [name for name, module in held.named_modules() if isinstance(module, Linear) and name != "head"]
