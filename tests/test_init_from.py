@@ -19,6 +19,7 @@ from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import load_dataset
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.inspect import as_text, facts
 from litpeft.exchange.run import find_run
 from litpeft.methods import METHODS
 
@@ -128,6 +129,7 @@ def test_a_run_says_what_it_began_with(first, tiny_folder, tmp_path, capsys) -> 
     }
     assert f"| Began with | `{first}` |" in (second / "report.md").read_text()
     assert "init_from" not in find_run(first).facts
+    assert "began with   path" in "\n".join(as_text(facts(second)))
 
 
 REFUSED = {

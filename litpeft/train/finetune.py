@@ -74,6 +74,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     model = build(base, run.precision.weights, method, device, storage, shard, saved)
     if run.init is not None:
         copy_into(model, run.init.delta)
+        run.init.delta.clear()  # it may be large
     model.recompute = settings.train.activation_checkpointing
     if shard is None:
         use_fused_step(model, device)
