@@ -86,7 +86,7 @@ def another_way(run: Run, base: Path, to: str, more: list[str]) -> str:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     other = model.base_values.keys() - {f"{name}.weight" for name in layers}
     shifts = (layer.slot.frozen(layer).shift for layer in layers.values() if layer.slot.deltas)
-    if other or any(shift is not None for shift in shifts):
+    if other or run.method().add_tokens or any(shift is not None for shift in shifts):
         return f"`{command_line('merge', place, *more)}` makes a model of it"
     lora = place.with_name(f"{place.name}-as-lora")
     made = f"`{command_line('combine', place, lora, '--rank', 16, *more)}` makes a LoRA of it"

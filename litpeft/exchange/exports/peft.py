@@ -1,7 +1,7 @@
 """What a run learned as an adapter of peft: adapter_config.json and adapter_model.safetensors.
 
 What each Delta is for peft it says itself (`Delta.peft`); here these are put under the names of the base's files, as
-one of peft's kinds. The base's weights are not read.
+one of peft's kinds. Of the base's weights none are read but the rows of tokens that the run adds.
 """
 
 import math
@@ -21,10 +21,11 @@ from litpeft.core.exports import CannotExport
 from litpeft.core.folders import COMPANIONS
 from litpeft.core.json import read_json, read_optional, write_json
 from litpeft.core.recognise import ADAPTER, ADAPTER_TENSORS
-from litpeft.core.safetensors import copy_companions, save_tensors
+from litpeft.core.safetensors import Weights, copy_companions, save_tensors
 from litpeft.data.tokenizer import write_added_tokens
 from litpeft.exchange.chat_template import write_beside
 from litpeft.exchange.exports.peft_base import WRAPPED, Adapter, add_base, plain_modules
+from litpeft.exchange.exports.peft_tokens import add_rows, note_ids, taken_out
 from litpeft.exchange.result import Run
 from litpeft.model.build import deltas_alone
 from litpeft.model.delta import Method
@@ -78,15 +79,15 @@ def adapter_of(
     method: Method, storage: Storage | None, delta: Mapping[str, Tensor], base: Path, most: float = math.inf
 ) -> Adapter:
     """Returns what a method learned as an adapter; raises CannotExport if peft cannot say it in `most` bytes."""
-    if method.add_tokens:
-        raise CannotExport("it adds tokens to the vocabulary of its base")
     hf = read_json(base / "config.json", "config.json of the base")
     method.configure(changed := deepcopy(hf))
     if changed != hf:
         keys = sorted(key for key in changed if changed[key] != hf.get(key))
         raise CannotExport(f"it changes {some(keys)} in config.json, which an adapter does not have")
     names = NameMap(*config_of(hf, str(base)))
+    note_ids(method, base, names.config.vocab_size)
     model = deltas_alone(names.config, method, storage, dict(delta))
+    rows = taken_out(model)
     slots = {place: slot for place, slot in model.named_modules() if isinstance(slot, Slot) and slot.deltas}
     said: dict[str, tuple[Said, float]] = {}
     for place, slot in slots.items():
@@ -97,8 +98,11 @@ def adapter_of(
             raise CannotExport("as an adapter of peft it would be far larger than it is here")
     trained = {name: delta[name] for name in model.base_values}
     if any("prompt_embeddings" in parts for parts, _ in said.values()):
+        if rows:
+            raise CannotExport("it adds tokens beside what stands before the text, and peft has one kind in a folder")
         return prompt(model, {place: parts for place, (parts, _) in said.items()}, trained)
-    return beside_layers(model, {place.removesuffix(".slot"): parts for place, parts in said.items()}, trained, names)
+    said = {place.removesuffix(".slot"): parts for place, parts in said.items()}
+    return add_rows(beside_layers(model, said, trained, names), rows, method.token_ids, Weights(base), names)
 
 
 @torch.no_grad()
@@ -113,7 +117,8 @@ def spoken(place: str, slot: Slot, storage: Storage | None) -> tuple[Said, float
         raise CannotExport(f"peft has nothing like {type(deltas[found.index(None)]).__name__} at {place}")
     if len(found) > 1:
         if any(parts.keys() != LORA for parts in found):
-            raise CannotExport(f"{' and '.join(slot.deltas)} act on the same layer, {place}")
+            what = f"{' and '.join(slot.deltas)} act on the same layer, {place}"
+            raise CannotExport(f"{what}, and a folder of peft has one kind: each in a run of its own is an adapter")
         a = torch.cat([parts["lora_A"] for parts in found])
         b = torch.cat([delta.scale * parts["lora_B"] for delta, parts in zip(deltas, found, strict=True)], 1)
         return {"lora_A": a, "lora_B": b}, 1.0

@@ -8,6 +8,7 @@ from torch import Tensor
 from litpeft.core.errors import some
 from litpeft.core.safetensors import Weights
 from litpeft.exchange.exports.peft import SHARED, WRAPPED, as_lora
+from litpeft.exchange.exports.peft_tokens import TOKEN_ROWS
 from litpeft.exchange.imports.peft_keys import Ia3Keys, Keys, LayerKeys, LoraKeys, NormKeys, PromptKeys, VeraKeys, fits
 from litpeft.methods.dora import DoRA
 from litpeft.methods.ia3 import IA3
@@ -67,7 +68,8 @@ class Reader:
             own = self.updates(modules, DIRECTIONS if keys.use_dora else PAIR)
             ranks = {part: keys.rank(module) for module in modules for part in self.of[module]}
             ranks = {part: rank for part, rank in ranks.items() if rank != keys.r}
-            base = self.base_parameters()
+            base = self.rows_of_tokens()
+            base |= self.base_parameters()
             cls = DoRA if keys.use_dora else LoRA
             same = {"rank": keys.r, "alpha": keys.alpha, "rslora": keys.use_rslora}
             method = cls(**same, targets=(*own,), ranks=ranks, unfreeze=(*base,))
@@ -179,6 +181,27 @@ class Reader:
         for ours in () if isinstance(keys, NormKeys) else list(same):  # peft saves embeddings without need
             found.pop(ours)
         return {ours: tensor.contiguous() for ours, tensor in found.items()}
+
+    def rows_of_tokens(self) -> dict[str, Tensor]:
+        """Returns the tables of which the adapter replaces the rows of some tokens, under our names."""
+        indices, found = self.keys.trainable_token_indices or {}, {}
+        tied = self.names.config.tie_embeddings
+        for layer, ids in (indices if isinstance(indices, dict) else {self.embed: indices}).items():
+            table = next((ours for ours in ("embed", "head") if fits(self.names.module(ours), (layer,))), None)
+            if table is None or (tied and table == "head"):
+                what = "is the embedding of this base (tie_word_embeddings)" if table else "is no table of tokens"
+                raise ValueError(f"trainable_token_indices names {layer[:60]}, which {what}")
+            module, weight = self.names.module(table), self.names.read(self.weights, f"{table}.weight")
+            if len({*ids}) < len(ids) or not {*ids} <= {*range(len(weight))}:
+                what = f"different numbers below {len(weight)}, got {ids[:20]}"
+                raise ValueError(f"trainable_token_indices must be {what}")
+            self.expect([f"{module}.{TOKEN_ROWS}"])
+            rows = self.take(f"{module}.{TOKEN_ROWS}", (len(ids), weight.size(1)))
+            if f"{module}.weight" in self.left:
+                raise ValueError(f"modules_to_save and trainable_token_indices name {layer}: one of them can count")
+            found[f"{table}.weight"] = weight.to(rows.dtype, copy=True)
+            found[f"{table}.weight"][list(ids)] = rows
+        return found
 
     def shape(self, module: str) -> tuple[int, int]:
         """Returns how many outputs and inputs a module has."""

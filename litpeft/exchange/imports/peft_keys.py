@@ -148,6 +148,7 @@ class LoraKeys(RankKeys):
     bias: Literal["none", "all", "lora_only"] = later("none")
     init_lora_weights: bool | str | None = later(True)
     ensure_weight_tying: bool = later(False)
+    trainable_token_indices: tuple[int, ...] | dict[str, tuple[int, ...]] | None = later(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
