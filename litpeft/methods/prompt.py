@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.core.distributed import copy_shard
+from litpeft.core.exports import CannotExport
 from litpeft.core.kinds import check_choices, check_least
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.methods.adapter import LONGEST_PROMPT
@@ -32,6 +33,7 @@ class Placed(Delta):
     """Vectors (n + m, width): n at each document's first positions, m after its prompt; elsewhere y stays as it is."""
 
     claims = "the virtual tokens"
+    none_after = ""  # the setting with which no vectors stand after the prompt
 
     def __init__(self, before: int, after: int = 0, dropout: float = 0.0):
         super().__init__()
@@ -42,8 +44,11 @@ class Placed(Delta):
         """Returns the vectors (n + m, width), differentiably."""
         raise NotImplementedError(f"{type(self).__name__} must say what its vectors are")
 
-    def peft(self) -> dict[str, Tensor] | None:
-        return None if self.infix_tokens else {"prompt_embeddings": self.table()}
+    def peft(self) -> dict[str, Tensor]:
+        if self.infix_tokens:
+            what = f"{self.infix_tokens} of its vectors stand between prompt and answer, and peft has none there"
+            raise CannotExport(f"{what}: a run with {self.none_after} becomes prompt tuning of peft")
+        return {"prompt_embeddings": self.table()}
 
     def forward(self, y: Tensor, *context: object) -> Tensor:
         ctx, n, m = context[-1], self.virtual_tokens, self.infix_tokens
@@ -60,6 +65,8 @@ class Placed(Delta):
 
 class VirtualTokens(Placed):
     """The vectors themselves are learned."""
+
+    none_after = "method.infix_length 0"
 
     def __init__(self, width: int, start: Start, before: int, after: int = 0, dropout: float = 0.0):
         super().__init__(before, after, dropout)

@@ -10,7 +10,7 @@ Trains E and the network. The number of parameters depends on the encoder; h is 
     mlp     n d + h^2 + 2 h + (2 d + 1) h + d
     lstm    n d + 8 h (d + h + 2) + 8 h (3 h + 2) + 2 h (2 h + 1) + d (2 h + 1)
 
-Does not fold: the vectors are part of what is read.
+Does not fold: the vectors are part of what is read. For peft it is prompt tuning if none stand after the prompt.
 """
 
 from collections.abc import Mapping
@@ -36,6 +36,8 @@ Piece = tuple[bool, int]  # whether it is learned, and how many positions it has
 
 class Encoded(Placed):
     """Vectors in pieces: learned ones, which a network computes if there is one, and fixed ones."""
+
+    none_after = "method.after []"
 
     def __init__(self, width: int, before: list[Piece], after: list[Piece], encoder: str | None, hidden: int):
         super().__init__(sum(count for _, count in before), sum(count for _, count in after))
