@@ -12,9 +12,12 @@ from conftest import finetune
 from hub_rows import asked_hub, jsonl, parquet, qa
 from loopback_hub import Hub
 
+from litpeft.cli import main
 from litpeft.core.errors import DataError, ResourceError, UserError
 from litpeft.data.hub.fetch import look_up
 from litpeft.data.sources import find, find_measured, pinned
+from litpeft.exchange.push import figures
+from litpeft.exchange.run import find_run
 
 CARD = """---
 license: mit
@@ -220,6 +223,11 @@ def test_a_run_records_the_commit_and_repeats_it_when_the_set_has_changed(
     assert f"litpeft evaluate {run} hf://org/plain@{commit}/data/validation-" in out
     kept = yaml.safe_load((run / "run.yaml").read_text())["data"]
     assert kept["path"] == f"hf://org/plain@{commit}"
+    assert figures(find_run(run))["Data"] == kept["path"]  # in the card of a model that is uploaded
+    main(["evaluate", str(run), "hf://org/plain", "--max_new_tokens", "1", "--compare_base", "false"])
+    assert f"hf://org/plain@{commit}/data/validation-00000-of-00001-134b8fd0c89408b6.parquet: 1 row" in (
+        capsys.readouterr().err
+    )
     hub.sets["org/plain"] = {"train.jsonl": jsonl(*qa("new?"))}
     look_up.cache_clear()
     assert asked(find("hf://org/plain", None)[0]) == ["new?"]

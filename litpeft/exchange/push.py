@@ -55,7 +55,8 @@ def figures(run: Run) -> dict[str, Any]:
     found = {"Chat template": facts["template"]["name"], "System message": facts["template"]["system"]}
     found["Optimizer step"] = f"{facts['step']:,}"
     path = re.search(r"^  path: (.+)$", read_text(run.folder.parent / "run.yaml"), re.M)
-    found["Data"] = Path(path[1]).name if path else None
+    on_hub = path is not None and path[1].startswith(("hf://", "preset:"))  # with its commit
+    found["Data"] = path[1] if on_hub else Path(path[1]).name if path else None
     if "trained_tokens" in report:
         found["Tokens"] = f"{report['tokens']:,} read, {report['trained_tokens']:,} of them trained on"
         found["Trained parameters"] = f"{scaled(report['trainable'])} of {scaled(report['parameters'])}"

@@ -156,7 +156,8 @@ def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
         names = tuple(map(str, sources))
         data = Measured(names, None, 0.0, **shape, template=template, system=loaded.system, max_length=reach)
         found = load_dataset(data, loaded.tokenizer, loaded.template, reach, True, shots)
-        for note in found.report.notes:
+        of_hub = [f"{name}: {rows}" for name, rows in found.report.files.items() if address(name)]
+        for note in (*of_hub, *found.report.notes):
             tell(note)
         return found.train
 

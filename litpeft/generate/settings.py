@@ -81,11 +81,13 @@ class Generate(Answering):
     prompt: str | None = None
     """The text to answer; `-` or none reads standard input."""
     input: str | None = None
-    """File of prompts: any kind that `litpeft finetune` reads, a .txt with one a line; `-` is standard input."""
+    """File of prompts: any kind that `litpeft finetune` reads, a .txt with one a line; hf://ORG/NAME, a data set of the
+    hub; `-` is standard input."""
     format: Format = "auto"
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     columns: dict[str, str] | None = None
-    """Columns of your own, as for `litpeft finetune`: {"user": "question"}."""
+    """Columns of your own, as for `litpeft finetune`: {"user": "question"}; default: those of a run, if the
+    rows have them."""
     output: str | None = None
     """Write .jsonl rows with the answers to this new file instead of printing them."""
     batch_size: int = 16
@@ -120,11 +122,13 @@ class Evaluate(Answering):
     """Measure a model on rows with known answers: loss over their tokens, and answers that match exactly."""
 
     data: str
-    """A file of rows of any kind that `litpeft finetune` reads, a glob, or a folder with validation.*."""
+    """A file of rows of any kind that `litpeft finetune` reads, a glob, a folder with validation.*, or a data set of
+    the hub, hf://ORG/NAME or a well-known one, of which held-out rows are taken, else those of its test."""
     format: Format = "auto"
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     columns: dict[str, str] | None = None
-    """Columns of your own, as for `litpeft finetune`: {"user": "question", "assistant": "answer"}."""
+    """Columns of your own, as for `litpeft finetune`: {"user": "question", "assistant": "answer"}; default: those of a
+    run, if rows have them."""
     thinking: Thinking | None = None
     """Rows with thoughts that the template leaves out, as data.thinking; default: as the run was trained, or error."""
     compare_base: bool = True
