@@ -102,6 +102,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one command and exits with its code (see litpeft/core/errors.py)."""
+    began = time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = ["--debug"] if "--debug" in argv else []
     argv = [word for word in argv if word != "--debug"]
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     before, stderr = signal.signal(signal.SIGINT, interrupt), sys.stderr
     sys.stderr = TolerantStream(stderr)  # a closed stderr changes neither the work nor the exit code
     try:
-        dispatch(argv, debug)
+        dispatch(argv, debug, began)
         sys.stdout.flush()
         if started_by() is not None:
             leave(0)
@@ -162,10 +163,10 @@ def _report(error: Exception, command: str) -> int:
     return errors.INTERNAL_ERROR
 
 
-def dispatch(argv: list[str], debug: list[str]) -> None:
+def dispatch(argv: list[str], debug: list[str], began: float) -> None:
     """Runs the command that `argv` begins with, with the settings of the rest.
 
-    `debug` is passed on to processes that the command starts.
+    `debug` is passed on to processes that the command starts; the program `began` at that time.
     """
     if argv and argv[0] == "--version":
         say(__version__)
@@ -200,7 +201,7 @@ def dispatch(argv: list[str], debug: list[str]) -> None:
         gc.freeze()  # imported modules stay: never scan them
         gc.enable()
     try:
-        function(settings) if command.method is None else function(settings, command.method, method)
+        function(settings) if command.method is None else function(settings, command.method, method, began)
     except UserError as error:  # add the file and line of the key that it names
         error.where = f"{lines[error.where]}: {error.where}" if error.where in lines else error.where
         raise

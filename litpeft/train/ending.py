@@ -76,9 +76,9 @@ class Ending:
         """Measures the base before the first step, if it cannot be measured at the end."""
         if not self.trains_base:
             return
-        rows, settings = self.run.rows, self.run.settings
-        seen = rows.report.train.tokens * self.run.steps * settings.train.batch_size // len(rows.train)
-        numbers, texts = self.subjects(seen)
+        rows = self.run.rows
+        epoch = -(-len(rows.train) // self.run.settings.train.batch_size)  # steps of it
+        numbers, texts = self.subjects(rows.report.train.tokens * self.run.steps // epoch)
         with without_delta(self.gpt):
             progress.before_rows = list(zip(numbers, self.losses(numbers), strict=True))
             progress.before_neutral = (len(texts), self.mean(texts)) if texts else None

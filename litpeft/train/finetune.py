@@ -38,9 +38,9 @@ from litpeft.train.shortage import Shortage
 from litpeft.train.signals import StopSignals
 
 
-def finetune(settings: Finetune, name: str, method: Method) -> None:
+def finetune(settings: Finetune, name: str, method: Method, began: float | None = None) -> None:
     """Trains `method` as the settings say; leaves its files in `settings.out`: see finetune_lora.md."""
-    began = time.perf_counter()
+    began = time.perf_counter() if began is None else began
     told = tell if is_first() else lambda text: None
     with tolerant_streams("stdout", "stderr"), StopSignals(told) as signals:
         run = prepare(settings, name, method)
@@ -102,17 +102,20 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
         if run.saved is not None:
             trainer.resume(run.saved)
         trainer.progress.startup += time.perf_counter() - began
+        trainer.progress.reading += run.reading
         progress = trainer.fit()
         step, lost = choose(run, model, progress)
         if not progress.exit_code:
-            trainer.check_result()
+            with trainer.timed("measuring"):
+                trainer.check_result()
             if step <= trainer.search_step:
                 trainer.search()
-        save(run, model, progress, step, storage, fabric.is_global_zero)
-        ended = Ended() if progress.exit_code else trainer.ending.after(progress)
-        progress.elapsed = trainer.clock()
+        with trainer.timed("saving"):
+            save(run, model, progress, step, storage, fabric.is_global_zero)
+        with trainer.timed("ending"):
+            ended = Ended() if progress.exit_code else trainer.ending.after(progress)
         if fabric.is_global_zero:
-            report(run, model, progress, fabric, log, ended)
+            report(run, model, trainer, ended)
         if lost is not None:
             raise lost
     fabric.barrier()

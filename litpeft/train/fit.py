@@ -4,7 +4,8 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.distributed
@@ -17,6 +18,7 @@ from litpeft.data.rows import Row
 from litpeft.generate.load import Loaded
 from litpeft.model.delta import copy_into, delta_state, todays_names, trainable, training_state
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
+from litpeft.train.budget import fitting_warmup, tenth
 from litpeft.train.checkpoints import STATE, Checkpoint
 from litpeft.train.ending import Ending
 from litpeft.train.learned import check_learned, check_loss, check_moved, count_still, sums
@@ -51,10 +53,10 @@ class Trainer:
     def __post_init__(self) -> None:
         self.gpt, self.settings, self.steps = self.loaded.model, self.run.settings, self.run.steps
         self.rows = self.run.rows.train
-        train, validation, checkpoint = self.settings.train, self.settings.validation, self.settings.checkpoint
-        tenth = max(1, self.steps // 10)
-        self.measure_every = validation.interval or tenth
-        self.save_every = tenth if checkpoint.interval is None else checkpoint.interval
+        train, checkpoint, self.budget = self.settings.train, self.settings.checkpoint, self.run.budget
+        self.save_every = tenth(self.steps) if checkpoint.interval is None else checkpoint.interval
+        self.rates = replace(train, warmup_steps=fitting_warmup(train.warmup_steps, self.steps))
+        self.held_out = self.run.rows.validation[: self.budget.rows]
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
         alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
         unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
@@ -76,7 +78,8 @@ class Trainer:
         self.model.train()
         owed = self.due() and progress.step not in dict(progress.validations)  # a signal ended the run before that
         if progress.step == 0:
-            self.ending.before(progress)
+            with self.timed("ending"):
+                self.ending.before(progress)
             self.measure()
         elif owed and self.judge(self.measure()):
             self.save()
@@ -96,8 +99,20 @@ class Trainer:
                 self.save()
             if progress.stopped:
                 break
+        if self.held_out and progress.sampled not in (None, progress.validations[-1][0]):
+            with self.timed("measuring"):
+                self.show_sample()  # the report's are of the end
         progress.stopped = progress.stopped or DONE
         return progress
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Counts the seconds of the block in, as a part of the run's time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self.progress, part, getattr(self.progress, part) + time.perf_counter() - began)
 
     def check_result(self) -> None:
         """Raises if the weights that the run ends with learned nothing, or are worse than no model: see learned.py."""
@@ -117,7 +132,7 @@ class Trainer:
 
     def due(self) -> bool:
         """Returns whether the held-out rows are measured after this step."""
-        return self.progress.step % self.measure_every == 0 or self.progress.step == self.steps
+        return self.budget.due(self.progress.step)
 
     def planned_steps(self) -> Iterator[list[Row]]:
         """Yields the rows of each optimizer step that is still to be done."""
@@ -146,7 +161,7 @@ class Trainer:
         train, progress = self.settings.train, self.progress
         began = time.perf_counter()
         batches, trained = self.micro_batches(progress.step, rows)
-        lr = lr_at(progress.step, self.steps, train)
+        lr = lr_at(progress.step, self.steps, self.rates)
         with self.run.method.training_step(self.gpt, random.Random(f"{train.seed} {progress.step}")):
             found = self.stepper.step(batches, trained, lr, progress.step + 1, self.stop_votes)
         now = time.perf_counter()
@@ -197,27 +212,36 @@ class Trainer:
 
     def held_out_loss(self) -> float:
         """Returns the loss on the held-out rows, in nats per token."""
-        rows, tokens = self.run.rows.validation[: self.settings.validation.max_rows], self.settings.train.micro_tokens
+        tokens = self.settings.train.micro_tokens
         tokens = MICRO_TOKENS if tokens == "auto" else tokens  # it is left open where rows are not packed
-        return mean_loss(self.model, rows, tokens, self.fabric.device, self.fabric)
+        return mean_loss(self.model, self.held_out, tokens, self.fabric.device, self.fabric)
 
     def measure(self) -> float | None:
         """Returns the metric on the held-out rows, and shows an answer; None where there are no such rows."""
-        progress, validation = self.progress, self.settings.validation
-        measured = self.run.rows.validation[: validation.max_rows]
-        if not measured:
+        if not self.held_out:
             return None
-        loss = self.held_out_loss()
+        with self.timed("measuring"):
+            found = self.measured()
+        self.progress.elapsed = self.clock()
+        return found
+
+    def measured(self) -> float:
+        progress, loss = self.progress, self.held_out_loss()
         if not math.isfinite(loss):
             what = f"the validation loss is {loss} after step {progress.step}: nothing more is trained or saved"
             raise NumericError(what, hint="lower train.lr, or choose another base.precision")
         progress.validations.append((progress.step, loss))
-        asked = self.fabric, self.loaded, self.run.questions
-        exact = exact_share(*asked) if validation.metric == "exact" else None
-        self.log.validation(progress.step, loss, sum(sum(row.trained) for row in measured), exact)
-        show_sample(*asked, validation.sample_tokens, self.log, progress)
-        progress.elapsed = self.clock()
+        asks = self.settings.validation.metric == "exact"
+        exact = exact_share(self.fabric, self.loaded, self.run.questions) if asks else None
+        self.log.validation(progress.step, loss, sum(sum(row.trained) for row in self.held_out), exact)
+        if self.budget.shows(progress.step):
+            self.show_sample()
         return loss if exact is None else exact
+
+    def show_sample(self) -> None:
+        """Answers the first held-out rows."""
+        show_sample(self.fabric, self.loaded, self.run.questions, self.budget.sample_tokens, self.log, self.progress)
+        self.progress.sampled = self.progress.step
 
     def judge(self, value: float | None) -> bool:
         """Returns whether a measurement is the best so far and to be kept; notes it if patience is at its end."""
@@ -243,6 +267,10 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint: all ranks give their shares, the first writes."""
+        with self.timed("saving"):
+            self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
         first, delta = self.fabric.is_global_zero, {}
         for name, tensor in (delta_state(self.gpt) | training_state(self.gpt)).items():
             tensor = gather(tensor)

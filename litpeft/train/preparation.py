@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ from litpeft.model.delta import Method, attach, delta_state, trainable, training
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize.quantized import store
+from litpeft.train.budget import Budget, fitting_warmup
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
 from litpeft.train.compiled import check_compiler
 from litpeft.train.devices import check_devices
@@ -62,6 +64,8 @@ class Preparation:
     init: Init | None  # what a new run begins with
     facts: dict[str, Any]
     steps: int
+    budget: Budget
+    reading: float  # seconds that reading the rows took
     stream: Stream | None = None  # of the rows to train on, of which `rows` then has the first window
 
     def agreed(self) -> dict[str, Any]:
@@ -111,22 +115,27 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     chosen = settings.data.template, began, settings.data.template_options  # when resumed, it prints the same date
     template = ChatTemplate(tokenizer, *chosen)
     weights, shapes = check_run(settings, method, precision, device)
-    stream = None
+    reading, stream = time.perf_counter(), None
     if settings.data.streaming:
         rows, stream = load_stream(settings.data, template, shapes.reach)
         steps = settings.train.max_steps
     else:
         rows = load_dataset(settings.data, tokenizer, template, shapes.reach)
         steps = total_steps(len(rows.train), settings.train)
+    reading = time.perf_counter() - reading
     say(str(rows.report))
     if settings.check_rows:
         check_rows(settings, rows, tokenizer)
     if settings.data.group_by_length:
         say(grouped(settings, rows))
     say(f"precision   {precision.name} on {device}, threads: {torch.get_num_threads()}")
-    if settings.train.warmup_steps > steps:
-        say(f"train.warmup_steps {settings.train.warmup_steps} is longer than the run; {steps} is taken")
-    questions = askable(template, shapes.reach, rows.validation[: settings.validation.max_rows])
+    if (warmup := fitting_warmup(settings.train.warmup_steps, steps)) < settings.train.warmup_steps:
+        say(f"train.warmup_steps {settings.train.warmup_steps} are more than a quarter of the run; {warmup} are taken")
+    held_out = rows.validation[: settings.validation.max_rows]
+    budget = Budget.of(settings, rows.train, held_out, steps)
+    if settings.validation.interval is None and (note := budget.note(len(held_out))):
+        say(note)
+    questions = askable(template, shapes.reach, rows.validation[: budget.rows])
     neutral = neutral_rows(settings.ending.neutral, template, shapes.reach, "ending.neutral")
     # 3. what the run will need
     check_held_out(settings, len(rows.validation), len(questions), method)
@@ -190,6 +199,8 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         init,
         facts,
         steps,
+        budget,
+        reading,
         stream,
     )
 

@@ -17,6 +17,10 @@ class Progress:
     trained_tokens: int = 0
     seconds: float = 0.0  # spent in optimizer steps
     startup: float = 0.0  # seconds before the first step, summed over all commands of the run
+    reading: float = 0.0  # of these, spent in reading rows
+    measuring: float = 0.0  # seconds spent with held-out rows
+    saving: float = 0.0  # in checkpoints and the result
+    ending: float = 0.0  # in what is measured at the end, and the report
     elapsed: float = 0.0  # seconds since the run began, without the time between a stop and its resume
     still: int = 0  # most recent steps in a row whose gradient was exactly 0
     losses: list[float] = field(default_factory=list)  # of each step, nats per trained token
@@ -25,6 +29,7 @@ class Progress:
     waited: int = 0  # measurements since the best
     windows: list[list[int]] = field(default_factory=list)  # with data.streaming: by epoch, the rows of each
     samples: list[Sample] = field(default_factory=list)
+    sampled: int | None = None  # the step of the last samples
     before_rows: list[tuple[int, float]] = field(default_factory=list)  # row, its loss before training: see ending.py
     before_neutral: tuple[int, float] | None = None  # number of neutral texts, their loss before training
     stopped: str = ""

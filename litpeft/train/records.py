@@ -4,12 +4,11 @@ import json
 import re
 import resource
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import yaml
-from lightning.fabric import Fabric
 
 from litpeft import __version__
 from litpeft.core.folders import atomic_file
@@ -22,10 +21,10 @@ from litpeft.model.delta import trainable
 from litpeft.model.fold import unfoldable
 from litpeft.model.gpt import GPT
 from litpeft.train.ending import Ended
-from litpeft.train.log import Log
+from litpeft.train.fit import Trainer
 from litpeft.train.preparation import Preparation, base_parameters
 from litpeft.train.progress import Progress
-from litpeft.train.report import RunFacts, summary_lines, write_report
+from litpeft.train.report import RunFacts, draw, summary_lines, write_texts
 
 
 def begin_run(run: Preparation) -> None:
@@ -60,8 +59,9 @@ def epochs(run: Preparation, progress: Progress) -> float:
     return whole + more * size / rows
 
 
-def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log: Log, ended: Ended) -> None:
+def report(run: Preparation, model: GPT, trainer: Trainer, ended: Ended) -> None:
     """Writes the report and prints its summary."""
+    progress, fabric, log = trainer.progress, trainer.fabric, trainer.log
     settings, name, out = run.settings, run.name, Path(run.settings.out)
     base, device = Path(settings.base.dir), fabric.device
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory()
@@ -94,7 +94,7 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
         tokens=progress.tokens,
         trained_tokens=progress.trained_tokens,
         seconds=progress.seconds,
-        total_seconds=progress.startup + progress.elapsed,
+        total_seconds=0.0,  # set when the picture is drawn
         tokens_per_second=progress.tokens / progress.seconds,
         device=where,
         threads=torch.get_num_threads(),
@@ -114,9 +114,26 @@ def report(run: Preparation, model: GPT, progress: Progress, fabric: Fabric, log
     )
     if not (out / "run.yaml").exists():  # the folder was removed while the run went on
         begin_run(run)
-    path = write_report(out, facts, log.curve)
+    with trainer.timed("ending"):
+        draw(out, facts, log.curve)
+    progress.elapsed = trainer.clock()
+    facts = replace(facts, total_seconds=progress.startup + progress.elapsed, spent=spent(progress))
+    path = write_texts(out, facts, bool(log.curve))
     say("\n".join(summary_lines(facts)))
     say(f"the whole story: {path}")
+
+
+def spent(progress: Progress) -> dict[str, float]:
+    """Returns the seconds of a run by what they were spent in; they add up to all of its time."""
+    parts = {
+        "loading": progress.startup - progress.reading,
+        "reading rows": progress.reading,
+        "training": progress.seconds,
+        "measuring": progress.measuring,
+        "saving": progress.saving,
+        "reports": progress.ending,
+    }
+    return parts | {"the rest": progress.startup + progress.elapsed - sum(parts.values())}
 
 
 def peak_memory() -> int:

@@ -53,6 +53,7 @@ class RunFacts:
     threads: int
     versions: dict[str, str]
     stopped: str  # why it ended: "all steps done", "max_time reached", "Ctrl-C at step 37"
+    spent: dict[str, float] = field(default_factory=dict)  # seconds by what they were spent in
     peak_memory: int | None = None  # bytes; None if unknown
     first_loss: float | None = None  # mean training loss of the first 5 % of the steps, nats per token
     last_loss: float | None = None  # the same over the last 5 %
@@ -77,15 +78,25 @@ def write_report(folder: Path, facts: RunFacts, steps: list[tuple[float, float, 
 
     `steps` are the step, loss and lr of each step.
     """
+    draw(folder, facts, steps)
+    return write_texts(folder, facts, bool(steps))
+
+
+def draw(folder: Path, facts: RunFacts, steps: list[tuple[float, float, float]]) -> None:
+    """Writes loss.png, if the run made a step."""
     if steps:
         from litpeft.train.loss_figure import loss_figure  # imports matplotlib
 
         loss_figure(steps, facts.title, facts.validation, facts.best_point).savefig(Path(folder) / "loss.png")
+
+
+def write_texts(folder: Path, facts: RunFacts, drawn: bool) -> Path:
+    """Writes report.md and report.json; returns the first."""
     record = json.dumps(asdict(facts), indent=2, default=str)
     (Path(folder) / "report.json").write_text(record + "\n", encoding="utf-8")
     path = Path(folder) / "report.md"
     part = path.with_name(path.name + ".part")  # written atomically: it marks the end of the run
-    part.write_text(markdown(facts, "loss.png" if steps else None), encoding="utf-8", newline="\n")
+    part.write_text(markdown(facts, "loss.png" if drawn else None), encoding="utf-8", newline="\n")
     os.replace(part, path)
     return path
 
@@ -140,6 +151,9 @@ def _figures(facts: RunFacts) -> dict[str, str]:
     share = f"{scaled(facts.trainable)} of {scaled(facts.parameters)} parameters"
     share += f" ({100 * facts.trainable / facts.parameters:.3g} %)"
     found["trained"] = f"{share}, {scaled(facts.delta_bytes, 'B')} on disk"
+    if facts.spent:
+        parts = (f"{name} {duration(seconds)}" for name, seconds in facts.spent.items() if seconds >= 0.05)
+        found["time"] = f"{duration(facts.total_seconds)}: {', '.join(parts)}"
     memory = "" if facts.peak_memory is None else f", peak memory {scaled(facts.peak_memory, 'B')}"
     device = f"{facts.device} ({counted(facts.threads, 'thread')})"
     return found | {"used": f"{facts.tokens_per_second:,.0f} tokens/s{memory}, {device}"}

@@ -57,7 +57,7 @@ class Train:
     min_lr: float = 0.0
     """Learning rate at the end of the schedule."""
     warmup_steps: int = 10
-    """Optimizer steps over which the learning rate rises to lr; 0 starts at lr."""
+    """Optimizer steps over which the learning rate rises to lr, at most a quarter of the run; 0 starts at lr."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from lr to min_lr after the warmup: cosine, linear, or constant (stays at lr)."""
     optimizer: str = "AdamW"
@@ -103,11 +103,12 @@ class Validation:
     """What is measured on the held-out rows."""
 
     interval: int | None = None
-    """Optimizer steps between two measurements; default: ten in the run. The start and the end are measured too."""
+    """Optimizer steps between two measurements; default: ten in the run, or as many as take a tenth of its time. The
+    start and the end are measured too."""
     max_rows: int | None = None
-    """Measure on the first so many held-out rows only."""
+    """Measure on the first so many held-out rows only; default: all, or in a short run as many as fit."""
     sample_tokens: int = 64
-    """Longest sample answer that is shown at each measurement, in tokens; 0 shows none."""
+    """Longest sample answer that is shown at measurements, in tokens; 0 shows none."""
     metric: Literal["loss", "exact"] = "loss"
     """What the best checkpoint and patience go by: loss, or exact, the share of rows whose answer is the row's own."""
     patience: int | None = None

@@ -1,0 +1,94 @@
+"""How often a run measures and shows samples by default: as often as fits into a share of its training.
+
+Time is counted in tokens of forward passes and not read off a clock, so that every rank and every resumed run decides
+the same. The start and the end are always measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from litpeft.data.rows import Row
+from litpeft.data.store import Rows
+from litpeft.train.settings import Finetune, Validation
+
+MEASURED, SAMPLED = 0.1, 0.05  # shares of the training's time for held-out rows and for sample answers
+PARTS = 10  # of a run, after each of which is measured where there is time
+STEP = 3  # forward passes that a training step takes as long as
+WORD = 16  # tokens of a forward pass that take as long as one new token of an answer
+AT_ONCE = 16  # answers that are written at once
+ASKED = 2  # rows that are asked for a sample
+FEWEST_ROWS, FEWEST_TOKENS = 8, 16  # that are measured, and of a sample answer
+WARMUP = 4  # the warmup takes at most this part of the steps
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a run measures, on how many held-out rows, and which of the measurements show a sample."""
+
+    steps: int
+    interval: int  # steps between two measurements
+    rows: int  # held-out rows that are measured, from the first on
+    sample_interval: int  # steps between two samples
+    sample_tokens: int  # of a sample answer
+
+    @classmethod
+    def of(cls, settings: Finetune, train: Rows, held_out: Sequence[Row], steps: int) -> "Budget":
+        """Returns what fits; what the settings say themselves stays."""
+        validation, part = settings.validation, tenth(steps)
+        rows = list(held_out[: validation.max_rows])
+        epoch = -(-len(train) // settings.train.batch_size)  # steps of it
+        room = STEP * int(train.column("tokens").sum()) * steps / epoch
+        interval = validation.interval or part
+        decides = validation.patience is not None or validation.final == "best"  # measurements change what is learned
+        if rows and validation.interval is None and not decides:
+            times = MEASURED * room / cost(rows, validation)
+            interval = spread(times, steps, part)
+            if times < 2 and validation.max_rows is None:
+                rows = rows[: max(FEWEST_ROWS, int(len(rows) * times / 2))]
+        tokens = validation.sample_tokens
+        room *= SAMPLED / (settings.devices * settings.num_nodes)  # each rank writes them
+        asked = sum(row.prompt_length for row in rows[:ASKED])
+        if tokens == Validation.sample_tokens:
+            tokens = min(tokens, max(FEWEST_TOKENS, int((room / 2 - asked) / WORD)))
+        shown = spread(room / (asked + WORD * tokens), steps, part) if tokens else steps
+        return cls(steps, interval, len(rows), -(-shown // interval) * interval, tokens)
+
+    def due(self, step: int) -> bool:
+        """Returns whether the held-out rows are measured after this step."""
+        return step % self.interval == 0 or step == self.steps
+
+    def shows(self, step: int) -> bool:
+        """Returns whether a sample is shown where this step is measured."""
+        return step % self.sample_interval == 0 or step == self.steps
+
+    def note(self, held_out: int) -> str:
+        """Returns a line on what is measured less than ten times, or on fewer than all rows; else an empty text."""
+        if not self.rows or (self.rows == held_out and self.interval <= tenth(self.steps)):
+            return ""
+        of = f"all {held_out:,}" if self.rows == held_out else f"{self.rows:,} of {held_out:,}"
+        when = f"every {self.interval:,} of {self.steps:,} steps" if self.interval < self.steps else "at start and end"
+        return f"measured {when}, on {of} held-out rows (validation.interval, validation.max_rows)"
+
+
+def tenth(steps: int) -> int:
+    """Returns the steps of a tenth of a run, rounded up: ten measurements are never more."""
+    return -(-steps // PARTS)
+
+
+def spread(times: float, steps: int, part: int) -> int:
+    """Returns the steps between two of at most so many times, the start's and the end's among them."""
+    return max(part, -(-steps // max(1, int(times) - 1)))
+
+
+def cost(rows: Sequence[Row], validation: Validation) -> float:
+    """Returns what one measurement costs, in tokens of a forward pass."""
+    read = sum(len(row.ids) for row in rows)
+    if validation.metric == "loss":
+        return read
+    longest = max(sum(row.trained) for row in rows) + 8
+    return 2 * read + WORD * longest * -(-len(rows) // AT_ONCE)
+
+
+def fitting_warmup(warmup_steps: int, steps: int) -> int:
+    """Returns the steps of the warmup in a run of so many."""
+    return min(warmup_steps, steps // WARMUP)

@@ -1,0 +1,107 @@
+"""How often a run measures by default: within a share of its training, and the same on each rank and when resumed."""
+
+import json
+import time
+
+import pytest
+from conftest import finetune, read_metrics
+from short_runs import SETTINGS, assert_same, cut, resume, train
+
+from litpeft.data.rows import Row
+from litpeft.data.settings import Data
+from litpeft.train.budget import ASKED, STEP, WORD, Budget, fitting_warmup, tenth
+from litpeft.train.settings import Base, Finetune, Train, Validation
+
+ROW = Row([5] * 100, [False] * 50 + [True] * 50, 50, "rows.jsonl:1", [])
+
+
+def settings(validation: Validation | None = None, **train: int) -> Finetune:
+    return Finetune(Base("base"), Data("rows"), "out", Train(**train), validation or Validation())
+
+
+def measured(budget: Budget) -> list[int]:
+    return [step for step in range(budget.steps + 1) if budget.due(step) or step == 0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12, 19, 40, 200, 5000])
+@pytest.mark.parametrize("held_out", [1, 8, 48, 3000])
+def test_what_is_measured_fits_into_its_share_but_for_the_least(steps: int, held_out: int) -> None:
+    budget = Budget.of(settings(), [ROW] * 400, [ROW] * held_out, steps)
+    times, training = measured(budget), STEP * steps * 8 * 100
+    assert {0, steps} <= set(times)
+    assert len(times) <= 11
+    cost = len(times) * budget.rows * 100
+    assert cost <= 0.1 * training or (len(times) == 2 and budget.rows <= 8)
+    shown = [step for step in times if budget.shows(step)]
+    assert {0, steps} <= set(shown)
+    cost = len(shown) * (min(ASKED, budget.rows) * 50 + WORD * budget.sample_tokens)
+    assert cost <= 0.05 * training or (len(shown) == 2 and budget.sample_tokens == 16)
+
+
+def test_a_try_out_of_twelve_steps_measures_its_start_and_its_end() -> None:
+    budget = Budget.of(settings(), [ROW] * 360, [ROW] * 48, 12)
+    assert (measured(budget), budget.rows, budget.sample_tokens) == ([0, 12], 14, 38)
+    assert budget.note(48) == (
+        "measured at start and end, on 14 of 48 held-out rows (validation.interval, validation.max_rows)"
+    )
+    long = Budget.of(settings(), [ROW] * 360, [ROW] * 48, 3600)
+    assert (len(measured(long)), long.rows, long.sample_tokens, long.note(48)) == (11, 48, 64, "")
+
+
+@pytest.mark.parametrize(
+    ("validation", "times", "rows"),
+    [
+        (Validation(interval=1), 13, 48),
+        (Validation(max_rows=30), 2, 30),
+        (Validation(patience=2), 7, 48),
+        (Validation(final="best"), 7, 48),
+        (Validation(metric="exact"), 2, 8),
+    ],
+)
+def test_what_the_settings_say_themselves_stays(validation: Validation, times: int, rows: int) -> None:
+    budget = Budget.of(settings(validation), [ROW] * 360, [ROW] * 48, 12)
+    assert (len(measured(budget)), budget.rows) == (times, rows)
+
+
+def test_samples_do_not_change_when_is_measured_and_a_length_of_ones_own_stays() -> None:
+    budgets = [Budget.of(settings(Validation(sample_tokens=n)), [ROW] * 360, [ROW] * 48, 90) for n in (0, 5, 64, 900)]
+    assert len({(one.interval, one.rows) for one in budgets}) == 1
+    assert [one.sample_tokens for one in budgets] == [0, 5, 64, 900]
+    assert budgets[3].sample_interval >= 90 > budgets[1].sample_interval
+
+
+def test_ten_parts_are_never_more_and_the_warmup_is_a_quarter_at_most() -> None:
+    assert all(-(-steps // tenth(steps)) <= 10 for steps in range(1, 300))
+    assert [fitting_warmup(10, steps) for steps in (1, 3, 12, 39, 40, 1000)] == [0, 0, 3, 9, 10, 10]
+    assert fitting_warmup(0, 100) == 0
+
+
+def test_a_warmup_that_does_not_fit_is_cut_and_told(tiny_folder, tmp_path, capsys) -> None:
+    run = finetune(tiny_folder, tmp_path, "--train.warmup_steps", "10", "--train.epochs", "4", "--train.lr", "1e-3")
+    assert "train.warmup_steps 10 are more than a quarter of the run; 2 are taken" in capsys.readouterr().out
+    rates = [row["lr"] for row in read_metrics(run) if row["lr"] is not None]
+    assert rates[:3] == [5e-4, 1e-3, 1e-3]
+    assert len(rates) == 8
+
+
+def test_a_run_with_its_own_budget_resumes_to_the_same_bits(tiny_folder, tmp_path) -> None:
+    own = {"train.epochs": 6, "validation.sample_tokens": 64}
+    assert "validation.interval" not in SETTINGS
+    whole = train(tiny_folder, tmp_path / "whole", own)
+    assert sum(row["val_loss"] is not None for row in read_metrics(whole)) < 7
+    part = cut(whole, 5, tmp_path / "part")
+    assert_same(resume(tiny_folder, part, own), whole)
+
+
+def test_the_parts_of_a_runs_time_add_up_to_all_of_it(tiny_folder, tmp_path, capsys) -> None:
+    began = time.perf_counter()
+    run = finetune(tiny_folder, tmp_path)
+    wall = time.perf_counter() - began
+    report = json.loads((run / "report.json").read_text())
+    spent = report["spent"]
+    assert sum(spent.values()) == pytest.approx(report["total_seconds"])
+    assert set(spent) == {"loading", "reading rows", "training", "measuring", "saving", "reports", "the rest"}
+    assert min(spent.values()) > 0
+    assert spent["the rest"] < 0.2 * wall
+    assert report["total_seconds"] == pytest.approx(wall, rel=0.2)
+    assert f"time             {report['total_seconds']:.1f} s: loading" in capsys.readouterr().out
