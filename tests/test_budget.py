@@ -26,7 +26,7 @@ def measured(budget: Budget) -> list[int]:
 @pytest.mark.parametrize("steps", [1, 2, 5, 12, 19, 40, 200, 5000])
 @pytest.mark.parametrize("held_out", [1, 8, 48, 3000])
 def test_what_is_measured_fits_into_its_share_but_for_the_least(steps: int, held_out: int) -> None:
-    budget = Budget.of(settings(), [ROW] * 400, [ROW] * held_out, steps)
+    budget = Budget.of(settings(), [len(ROW.ids)] * 400, [ROW] * held_out, steps)
     times, training = measured(budget), STEP * steps * 8 * 100
     assert {0, steps} <= set(times)
     assert len(times) <= 11
@@ -39,12 +39,12 @@ def test_what_is_measured_fits_into_its_share_but_for_the_least(steps: int, held
 
 
 def test_a_try_out_of_twelve_steps_measures_its_start_and_its_end() -> None:
-    budget = Budget.of(settings(), [ROW] * 360, [ROW] * 48, 12)
+    budget = Budget.of(settings(), [len(ROW.ids)] * 360, [ROW] * 48, 12)
     assert (measured(budget), budget.rows, budget.sample_tokens) == ([0, 12], 14, 38)
     assert budget.note(48) == (
         "measured at start and end, on 14 of 48 held-out rows (validation.interval, validation.max_rows)"
     )
-    long = Budget.of(settings(), [ROW] * 360, [ROW] * 48, 3600)
+    long = Budget.of(settings(), [len(ROW.ids)] * 360, [ROW] * 48, 3600)
     assert (len(measured(long)), long.rows, long.sample_tokens, long.note(48)) == (11, 48, 64, "")
 
 
@@ -59,12 +59,14 @@ def test_a_try_out_of_twelve_steps_measures_its_start_and_its_end() -> None:
     ],
 )
 def test_what_the_settings_say_themselves_stays(validation: Validation, times: int, rows: int) -> None:
-    budget = Budget.of(settings(validation), [ROW] * 360, [ROW] * 48, 12)
+    budget = Budget.of(settings(validation), [len(ROW.ids)] * 360, [ROW] * 48, 12)
     assert (len(measured(budget)), budget.rows) == (times, rows)
 
 
 def test_samples_do_not_change_when_is_measured_and_a_length_of_ones_own_stays() -> None:
-    budgets = [Budget.of(settings(Validation(sample_tokens=n)), [ROW] * 360, [ROW] * 48, 90) for n in (0, 5, 64, 900)]
+    budgets = [
+        Budget.of(settings(Validation(sample_tokens=n)), [len(ROW.ids)] * 360, [ROW] * 48, 90) for n in (0, 5, 64, 900)
+    ]
     assert len({(one.interval, one.rows) for one in budgets}) == 1
     assert [one.sample_tokens for one in budgets] == [0, 5, 64, 900]
     assert budgets[3].sample_interval >= 90 > budgets[1].sample_interval

@@ -17,7 +17,6 @@ from litpeft.core.errors import UserError
 from litpeft.data.prompts import read_prompts
 from litpeft.data.settings import Data
 from litpeft.data.short_check import concerns
-from litpeft.data.sources import find_measured
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
@@ -134,7 +133,7 @@ CALLS = {
     Check: lambda base, path: Check(path, model=str(base), bad_rows="error").load(),
     Show: lambda base, path: Show(path, model=str(base), bad_rows="error").load(),
     Evaluate: lambda base, path: measure(Evaluate(str(base), path, max_new_tokens=1)),
-    Generate: lambda base, path: [read_prompts(file, False) for file in find_measured(path)],
+    Generate: lambda base, path: read_prompts(path, False),
 }
 
 

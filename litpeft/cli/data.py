@@ -54,7 +54,7 @@ class Seen(Data):
             template = ChatTemplate(tokenizer, self.template, options=self.template_options, group=self.prefix)
         else:
             tokenizer, template = run.tokenizer_and_template(folder, self.template_options)
-        sources, _ = find(self.path, self.validation_path)
+        sources, _ = find(self.path, self.validation_path, self.prefix)
         whole = replace(self, max_length=ENDLESS, **shape_of(self, run, sources))
         return load_dataset(whole, tokenizer, template, ENDLESS), tokenizer, min(self.max_length, config.max_positions)
 

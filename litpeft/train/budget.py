@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from litpeft.data.rows import Row
-from litpeft.data.store import Rows
 from litpeft.train.settings import Finetune, Validation
 
 MEASURED, SAMPLED = 0.1, 0.05  # shares of the training's time for held-out rows and for sample answers
@@ -32,12 +31,12 @@ class Budget:
     sample_tokens: int  # of a sample answer
 
     @classmethod
-    def of(cls, settings: Finetune, train: Rows, held_out: Sequence[Row], steps: int) -> "Budget":
-        """Returns what fits; what the settings say themselves stays."""
+    def of(cls, settings: Finetune, lengths: Sequence[int], held_out: Sequence[Row], steps: int) -> "Budget":
+        """Returns what fits; what the settings say themselves stays. `lengths`: tokens of the rows to train on."""
         validation, part = settings.validation, tenth(steps)
         rows = list(held_out[: validation.max_rows])
-        epoch = -(-len(train) // settings.train.batch_size)  # steps of it
-        room = STEP * int(train.column("tokens").sum()) * steps / epoch
+        epoch = -(-len(lengths) // settings.train.batch_size)  # steps of it
+        room = STEP * sum(lengths) * steps / epoch
         interval = validation.interval or part
         decides = validation.patience is not None or validation.final == "best"  # measurements change what is learned
         if rows and validation.interval is None and not decides:

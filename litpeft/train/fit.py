@@ -28,7 +28,7 @@ from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
 from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.recorded_pass import RecordedPasses
-from litpeft.train.records import add_rejected
+from litpeft.train.rejected import add_rejected
 from litpeft.train.samples import exact_share, show_sample
 from litpeft.train.signals import NAMES, StopSignals, exit_code
 from litpeft.train.step import Stepper

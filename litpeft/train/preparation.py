@@ -132,7 +132,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     if (warmup := fitting_warmup(settings.train.warmup_steps, steps)) < settings.train.warmup_steps:
         say(f"train.warmup_steps {settings.train.warmup_steps} are more than a quarter of the run; {warmup} are taken")
     held_out = rows.validation[: settings.validation.max_rows]
-    budget = Budget.of(settings, rows.train, held_out, steps)
+    budget = Budget.of(settings, rows.train.column("tokens").tolist(), held_out, steps)
     if settings.validation.interval is None and (note := budget.note(len(held_out))):
         say(note)
     questions = askable(template, shapes.reach, rows.validation[: budget.rows])

@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from litpeft import __version__
-from litpeft.core.folders import atomic_file
 from litpeft.core.json import jsonable
 from litpeft.core.recognise import ADAPTER_TENSORS
 from litpeft.core.terminal import command_line, say
@@ -24,6 +23,7 @@ from litpeft.train.ending import Ended
 from litpeft.train.fit import Trainer
 from litpeft.train.preparation import Preparation, base_parameters
 from litpeft.train.progress import Progress
+from litpeft.train.rejected import add_rejected
 from litpeft.train.report import RunFacts, draw, summary_lines, write_texts
 
 
@@ -38,16 +38,6 @@ def begin_run(run: Preparation) -> None:
     (out / "report.md").unlink(missing_ok=True)  # the run is not over: see finished_at
     (out / "run.yaml").write_text(comment + text, encoding="utf-8")
     add_rejected(run)
-
-
-def add_rejected(run: Preparation) -> None:
-    """Writes the rows that were rejected, behind those that were before."""
-    path = Path(run.settings.out) / "rejected.jsonl"
-    if run.rows.rejected:
-        written = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        lines = [json.dumps(asdict(row), ensure_ascii=False) for row in run.rows.rejected]
-        with atomic_file(path) as handle:
-            handle.writelines(f"{line}\n" for line in dict.fromkeys([*written, *lines]))
 
 
 def epochs(run: Preparation, progress: Progress) -> float:
