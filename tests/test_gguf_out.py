@@ -94,6 +94,19 @@ def written(folder: Path, out: Path, **settings: object) -> Path:
     return out / "model.gguf"
 
 
+MADE: dict[str, tuple[Path, Path]] = {}
+
+
+def made(tmp_path_factory, name: str) -> tuple[Path, Path]:
+    """Returns the folder of a model in WRITTEN and its file in f32, made once for all tests."""
+    if name not in MADE:
+        folder = tmp_path_factory.mktemp("made")
+        with pytest.MonkeyPatch.context() as patch:
+            base = make(folder / "base", patch, WRITTEN[name][0])
+        MADE[name] = base, written(base, folder / "out", type="f32")
+    return MADE[name]
+
+
 def make(folder: Path, monkeypatch, changes: dict) -> Path:
     monkeypatch.setitem(MODELS, "this", changes)
     make_family(folder, "this")
@@ -101,10 +114,9 @@ def make(folder: Path, monkeypatch, changes: dict) -> Path:
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_llama_cpp_computes_what_litpeft_computes(tmp_path, monkeypatch, name: str) -> None:
-    changes, limit = WRITTEN[name]
-    base = make(tmp_path / "base", monkeypatch, changes)
-    file, model = written(base, tmp_path / "out", type="f32"), build(base, torch.float32)
+def test_llama_cpp_computes_what_litpeft_computes(tmp_path_factory, name: str) -> None:
+    (base, file), limit = made(tmp_path_factory, name), WRITTEN[name][1]
+    model = build(base, torch.float32)
     with server(file) as client:  # which takes longrope's short factors up to a context of 256
         for prompt in PROMPTS[-1:] if name in BEYOND else PROMPTS:
             want = of_model(model, prompt)
@@ -150,9 +162,8 @@ def test_llama_cpp_reads_every_type_as_transformers_does(tmp_path, type_: str) -
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
-def test_transformers_reads_the_file(tmp_path, monkeypatch, name: str) -> None:
-    base = make(tmp_path / "base", monkeypatch, WRITTEN[name][0])
-    file = written(base, tmp_path / "out", type="f32")
+def test_transformers_reads_the_file(tmp_path_factory, name: str) -> None:
+    base, file = made(tmp_path_factory, name)
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     with torch.no_grad():
         for prompt in PROMPTS:

@@ -95,7 +95,7 @@ class GgufFile:
         types = Counter(tensor.tensor_type.name for tensor in self.reader.tensors)
         count = sum(tensor.n_elements for tensor in self.reader.tensors)
         kinds = ", ".join(f"{number} {name}" for name, number in types.most_common())
-        layers = counted(self.config["num_hidden_layers"], "layer")
+        layers = counted(self._size("block_count"), "layer")
         sizes = f"{self.config['model_type']}, {layers}, {count / 1e6:.1f} M parameters"
         return f"{sizes}; tensors {kinds}; {self.tokenizer.summary()}"
 
@@ -104,7 +104,7 @@ class GgufFile:
         dtype = dtype or getattr(torch, self._own_dtype())
         name = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", self.config | {"dtype": name, "torch_dtype": name})
-        self.tokenizer.write(folder, self.config["max_position_embeddings"])
+        self.tokenizer.write(folder, self._size("context_length"))
         write_safetensors(folder, self.tensors(Layout(NameMap(*read_config(folder))), dtype))
 
     def tensors(self, layout: Layout, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -134,6 +134,10 @@ class GgufFile:
             part = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
             rows[at : at + step] = part - added if added else part
         return values
+
+    def _size(self, key: str) -> int:
+        """Returns a number of the header, whatever config.json calls it."""
+        return self.values[f"{self.values['general.architecture']}.{key}"]
 
     def _own_dtype(self) -> str:
         """Returns the dtype of most weights of matrices; bfloat16 if any are quantised."""
