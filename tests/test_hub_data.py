@@ -149,6 +149,8 @@ def test_an_address_means_these_rows(
         ("hf://org/none", "org/none: the hub has no such repository, or it is private\nhint: check the spelling"),
         ("hf://org/gated", "org/gated: the data set is gated and the hub refuses you (401)\nhint: accept its terms"),
         ("hf://gsm8k", "'hf://gsm8k' is no data set of the hub\nhint: write hf://ORG/NAME[@REVISION]"),
+        ("hf://../..", "'hf://../..' is no data set of the hub"),
+        ("hf://org/a..b", "data.path: 'org/a..b' is no name of the hub: "),
         ("hf://datasets/gsm8k", "'hf://datasets/gsm8k' is no data set of the hub"),
         ("org/math", "there is no such file or folder\nhint: for the data set of the hub: hf://org/math"),
         ("https://huggingface.co/datasets/org/math/viewer", "hint: for the data set of that page: hf://org/math"),

@@ -12,9 +12,9 @@ from urllib.parse import quote
 
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import WeakFileLock
+from huggingface_hub.utils import HFValidationError, WeakFileLock
 
-from litpeft.core.errors import DataError, UserError, counted, scaled
+from litpeft.core.errors import ConfigError, DataError, UserError, counted, scaled
 from litpeft.core.folders import atomic_file, check_disk, disk_fault
 from litpeft.core.hub import NO_ANSWER, HubFile, Repository, difference, no_hub, transfer, tree
 from litpeft.core.terminal import is_first, tell
@@ -137,6 +137,8 @@ def _listing(repo: Repository) -> Listing:
         return kept
     try:
         commit, files = tree(repo, below=True)
+    except HFValidationError as error:
+        raise ConfigError(f"{repo.name!r} is no name of the hub: {error}", where="data.path") from None
     except NO_ANSWER as error:
         failure: UserError = no_hub(error, repo)
         if kept is None:
