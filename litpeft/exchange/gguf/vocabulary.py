@@ -1,11 +1,11 @@
 """A tokenizer and chat template as the header of a GGUF file describes them."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from litpeft.core.errors import ConfigError
+from litpeft.data.builtin import GENERATION
 from litpeft.data.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED
 from litpeft.data.tokenizer import BYTE as BYTE_TOKEN
 from litpeft.data.tokenizer import Tokenizer
@@ -14,7 +14,6 @@ from litpeft.exchange.gguf.tokenizer import GPT2, IGNORE_MERGES, SPLITS
 UNUSED = 5  # type of a token: an embedding that no text becomes
 HINT = "write safetensors, and convert them with llama.cpp's own script"
 PLAIN = ({"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
-GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # marks of training, which llama.cpp does not know
 
 
 def vocabulary(
