@@ -71,8 +71,8 @@ PRESETS: dict[str, dict[str, object]] = {
     "ptuning_v2": {"train.lr": 3e-2, "train.epochs": 3},
     "prompt": {"train.lr": 3e-2, "train.epochs": 5},
     "ptuning": {"train.lr": 5e-3, "train.epochs": 3},
-    "pre_embed": {"train.lr": 3e-2, "train.epochs": 3},
-    "pre_layer": {"train.lr": 3e-2, "train.epochs": 3},
+    "pre_embed": {"train.lr": 3e-2, "train.epochs": 5},
+    "pre_layer": {"train.lr": 2e-2, "train.epochs": 3},
     "combo": {"train.lr": 2e-3},
     "full": {"train.lr": 5e-5},
 }
