@@ -56,7 +56,7 @@ class BinFolder:
         ends = {names.file_name(f"{end}.weight"): end for end in ("embed", "head")}
         for usual, other in names.other_prefixes.items():
             ends |= {other + name.removeprefix(usual): end for name, end in ends.items() if name.startswith(usual)}
-        tied: dict[str, Tensor] = {}
+        tied: dict[str, tuple[str, str]] = {}  # file and name: a tensor would keep its whole file in memory
         for file, listed in self.shards.items():
             state = read_bin(self.folder / file)
             if listed is not None and listed != state.keys():
@@ -66,7 +66,7 @@ class BinFolder:
             for name, tensor in state.items():
                 end = ends.get(name) if self.config.tie_embeddings else None
                 if end is not None:
-                    tied[end] = tensor
+                    tied[end] = file, name
                 if end == "head" or any(fnmatchcase(name, glob) for glob in names.buffers):
                     continue
                 check_numbers(name, tensor, self.folder / file)
@@ -74,7 +74,8 @@ class BinFolder:
                 seen.add(tensor.data_ptr())
                 tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
                 yield name, tensor.clone() if shared else tensor
-        if len(tied) == 2 and not torch.equal(tied["embed"], tied["head"]):
+            del state, tensor  # and with them the file's pages, before the next is read
+        if len(tied) == 2 and not torch.equal(*(read_bin(self.folder / file)[name] for file, name in tied.values())):
             embed, head = (names.file_name(f"{end}.weight") for end in ("embed", "head"))
             what = f"config.json says that {head} is {embed}, but they differ"
             raise ModelError(what, where=self.folder, hint='set "tie_word_embeddings": false')

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from litpeft.core.errors import ModelError
+from litpeft.core.heap import give_back
 from litpeft.core.terminal import say
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.compare import PROMPTS, logits_of
@@ -22,6 +22,7 @@ from litpeft.model.gpt import GPT
 
 # The largest difference of a logit that is allowed, relative to the largest logit.
 TOLERANCE = {Type.F32: 5e-5, Type.F16: 1e-2, Type.BF16: 5e-2, Type.Q8_0: 5e-2, Type.Q4_0: 5e-1}
+CHUNK = 1 << 22  # bytes of a tensor that are read together
 TEXTS = (*PROMPTS, "x = 1234567.89 % 3  # naïve 日本語\n\n\tend", "I'm  sure\r\nYOU'LL  see…")
 
 
@@ -57,15 +58,29 @@ class Written:
         for place, part in parts.items():
             part.register_forward_pre_hook(lambda _, __, place=place: self._fill(model, f"{place}."))
             if place != "embed":  # it may be the head, too
-                part.register_forward_hook(lambda part, *_: part.to("meta") and None)
+                part.register_forward_hook(_empty)
         return logits_of(model.eval(), list(prompts))
 
     def _fill(self, model: GPT, prefix: str) -> None:
         for name, parts in self.layout.parts.items():
             if parts[0].startswith(prefix):
-                tensor, shape = self.stored[name], self.layout.shape(name)
-                rows = torch.from_numpy(np.array(tensor.data)).view(torch.uint8).view(shape[0], -1)
-                values = decode(rows, tensor.tensor_type, shape) - self.layout.added(name)
-                for ours, own in self.layout.ours(name, values).items():
+                for ours, own in self.layout.ours(name, self._values(name)).items():
                     module, _, leaf = ours.rpartition(".")
                     setattr(model.get_submodule(module), leaf, nn.Parameter(own, requires_grad=False))
+
+    def _values(self, name: str) -> Tensor:
+        """Returns a tensor's numbers, read a few rows at a time: pages of a mapped file would stay in memory."""
+        tensor, values = self.stored[name], torch.empty(self.layout.shape(name))
+        width, added = int(tensor.n_bytes) // len(values), self.layout.added(name)
+        with self.path.open("rb") as file:
+            file.seek(int(tensor.data_offset))
+            for rows in values.split(max(1, CHUNK // width)):
+                read = torch.frombuffer(bytearray(file.read(len(rows) * width)), dtype=torch.uint8)
+                rows.copy_(decode(read.view(len(rows), width), tensor.tensor_type, rows.shape))
+        return values.sub_(added) if added else values
+
+
+def _empty(part: nn.Module, *_: object) -> None:
+    """Frees the weights of a part of the model."""
+    part.to("meta")
+    give_back()
