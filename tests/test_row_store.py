@@ -65,7 +65,7 @@ def test_memory_does_not_grow_with_the_rows_but_by_their_index(tmp_path, monkeyp
     monkeypatch.setattr(tokenise, "CHUNK", 40)
     template = ChatTemplate(Tokenizer.load(write_folder(tmp_path, "chatml")))
     held = []
-    for count in (150, 150, 1500):  # the first warms up
+    for count in (80, 80, 480):  # the first warms up
         path = Path(tmp_path / f"{count}.jsonl")
         path.write_text(
             "".join(json.dumps({"prompt": f"{i}", "completion": "word " * 40}) + "\n" for i in range(count))
@@ -76,4 +76,4 @@ def test_memory_does_not_grow_with_the_rows_but_by_their_index(tmp_path, monkeyp
         gc.collect()
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert held[2] - held[1] < 1350 * 64  # bytes; the tokens of a row alone are 170 numbers
+    assert held[2] - held[1] < 400 * 100  # bytes; the tokens of a row alone are 170 numbers

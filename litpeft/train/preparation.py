@@ -42,7 +42,7 @@ from litpeft.train.launch import check_world
 from litpeft.train.log import summary_writer_class
 from litpeft.train.optim import check_optimizer, total_steps
 from litpeft.train.resume import check_same_run, circumstances, find_saved, finished_at, rows_sha256
-from litpeft.train.samples import Question, askable
+from litpeft.train.samples import SHOWN, Question, askable
 from litpeft.train.settings import Finetune, Validation
 
 
@@ -135,7 +135,8 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     budget = Budget.of(settings, rows.train.column("tokens").tolist(), held_out, steps)
     if settings.validation.interval is None and (note := budget.note(len(held_out))):
         say(note)
-    questions = askable(template, shapes.reach, rows.validation[: budget.rows])
+    most = None if settings.validation.metric == "exact" else SHOWN
+    questions = askable(template, shapes.reach, rows.validation[: budget.rows], most)
     neutral = neutral_rows(settings.ending.neutral, template, shapes.reach, "ending.neutral")
     # 3. what the run will need
     check_held_out(settings, len(rows.validation), len(questions), method)

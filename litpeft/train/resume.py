@@ -134,6 +134,8 @@ def check_saved(saved: Checkpoint) -> None:
             raise ValueError(f"state.progress.validations must be of steps up to {saved.step}, in rising order")
         if progress.best and progress.best[0] not in measured:
             raise ValueError(f"state.progress.best is of step {progress.best[0]}, where nothing was measured")
+        if any(rows < 0 for windows in progress.windows for rows in windows):
+            raise ValueError("state.progress.windows must not be below 0")
         if progress.still > saved.step or progress.waited > len(measured):
             what = f"still {progress.still} and waited {progress.waited}"
             raise ValueError(f"state.progress has {what} after {saved.step} steps and {len(measured)} measurements")

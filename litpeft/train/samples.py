@@ -1,5 +1,7 @@
 """Held-out rows as questions: sample answers during a run, and the share that is answered exactly."""
 
+from collections.abc import Sequence
+
 import torch
 from lightning.fabric import Fabric
 
@@ -14,6 +16,7 @@ from litpeft.train.progress import Progress
 from litpeft.train.report import Sample
 
 ANSWERED_AT_ONCE = 16
+SHOWN = 2  # questions whose answers the report shows
 Question = tuple[Exchange, list[int]]  # with the ids of its prompt
 
 
@@ -24,7 +27,7 @@ def show_sample(
     """Answers the first two questions and shows the first; `progress.samples` keeps the first and last answers."""
     if not tokens or not questions:
         return
-    exchanges, prompts = zip(*questions[:2], strict=True)
+    exchanges, prompts = zip(*questions[:SHOWN], strict=True)
     loaded.model.eval()
     with fabric.autocast():
         answers = answer(
@@ -53,10 +56,15 @@ def exact_share(fabric: Fabric, loaded: Loaded, questions: list[Question]) -> fl
     return sum(exact) / len(exact)
 
 
-def askable(template: ChatTemplate, reach: int, rows: list[Row]) -> list[Question]:
-    """Returns the rows as questions, without those that the template refuses or that leave no room for an answer."""
+def askable(template: ChatTemplate, reach: int, rows: Sequence[Row], most: int | None = None) -> list[Question]:
+    """Returns the rows as questions, at most so many of them.
+
+    Rows that the template refuses or that leave no room for an answer are left out.
+    """
     found = []
     for row in rows:
+        if len(found) == most:
+            break
         exchange = Exchange.of(row)
         if not exchange.before or not exchange.expected:  # a document, or a call of a tool
             continue
