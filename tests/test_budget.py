@@ -9,7 +9,8 @@ from short_runs import SETTINGS, assert_same, cut, resume, train
 
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
-from litpeft.train.budget import ASKED, STEP, WORD, Budget, fitting_warmup, tenth
+from litpeft.train.budget import ASKED, OPENING, STEP, WORD, Budget, fitting_warmup, tenth
+from litpeft.train.log import duration
 from litpeft.train.settings import Base, Finetune, Train, Validation
 
 ROW = Row([5] * 100, [False] * 50 + [True] * 50, 50, "rows.jsonl:1", [])
@@ -31,31 +32,32 @@ def test_what_is_measured_fits_into_its_share_but_for_the_least(steps: int, held
     assert {0, steps} <= set(times)
     assert len(times) <= 11
     cost = len(times) * budget.rows * 100
-    assert cost <= 0.1 * training or (len(times) == 2 and budget.rows <= 8)
+    assert cost <= 0.1 * training or (len(times) == 2 and budget.rows <= 4)
     shown = [step for step in times if budget.shows(step)]
     assert {0, steps} <= set(shown)
-    cost = len(shown) * (min(ASKED, budget.rows) * 50 + WORD * budget.sample_tokens)
+    cost = len(shown) * (OPENING + min(ASKED, budget.rows) * 50 + WORD * budget.sample_tokens)
     assert cost <= 0.05 * training or (len(shown) == 2 and budget.sample_tokens == 16)
 
 
 def test_a_try_out_of_twelve_steps_measures_its_start_and_its_end() -> None:
     budget = Budget.of(settings(), [len(ROW.ids)] * 360, [ROW] * 48, 12)
-    assert (measured(budget), budget.rows, budget.sample_tokens) == ([0, 12], 14, 38)
-    assert budget.note(48) == (
-        "measured at start and end, on 14 of 48 held-out rows (validation.interval, validation.max_rows)"
+    assert (measured(budget), budget.rows, budget.sample_tokens) == ([0, 12], 9, 16)
+    assert budget.note(48, None) == (
+        "measured at start and end, on 9 of 48 held-out rows (validation.interval, validation.max_rows)"
     )
     long = Budget.of(settings(), [len(ROW.ids)] * 360, [ROW] * 48, 3600)
-    assert (len(measured(long)), long.rows, long.sample_tokens, long.note(48)) == (11, 48, 64, "")
+    assert (len(measured(long)), long.rows, long.sample_tokens, long.note(48, None)) == (11, 48, 64, "")
 
 
 @pytest.mark.parametrize(
     ("validation", "times", "rows"),
     [
         (Validation(interval=1), 13, 48),
+        (Validation(interval=30), 2, 9),
         (Validation(max_rows=30), 2, 30),
         (Validation(patience=2), 7, 48),
         (Validation(final="best"), 7, 48),
-        (Validation(metric="exact"), 2, 8),
+        (Validation(metric="exact"), 2, 4),
     ],
 )
 def test_what_the_settings_say_themselves_stays(validation: Validation, times: int, rows: int) -> None:
@@ -104,6 +106,5 @@ def test_the_parts_of_a_runs_time_add_up_to_all_of_it(tiny_folder, tmp_path, cap
     assert sum(spent.values()) == pytest.approx(report["total_seconds"])
     assert set(spent) == {"loading", "reading rows", "training", "measuring", "saving", "reports", "the rest"}
     assert min(spent.values()) > 0
-    assert spent["the rest"] < 0.2 * wall
-    assert report["total_seconds"] == pytest.approx(wall, rel=0.2)
-    assert f"time             {report['total_seconds']:.1f} s: loading" in capsys.readouterr().out
+    assert 0.5 * wall < report["total_seconds"] < wall
+    assert f"time             {duration(report['total_seconds'])}: loading" in capsys.readouterr().out

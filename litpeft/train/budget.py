@@ -12,11 +12,12 @@ from litpeft.train.settings import Finetune, Validation
 
 MEASURED, SAMPLED = 0.1, 0.05  # shares of the training's time for held-out rows and for sample answers
 PARTS = 10  # of a run, after each of which is measured where there is time
-STEP = 3  # forward passes that a training step takes as long as
+STEP = 2  # forward passes that a training step takes at least as long as
 WORD = 16  # tokens of a forward pass that take as long as one new token of an answer
+OPENING = 800  # the same for what precedes an answer's first token
 AT_ONCE = 16  # answers that are written at once
 ASKED = 2  # rows that are asked for a sample
-FEWEST_ROWS, FEWEST_TOKENS = 8, 16  # that are measured, and of a sample answer
+FEWEST_ROWS, FEWEST_TOKENS = 4, 16  # that are measured, and of a sample answer
 WARMUP = 4  # the warmup takes at most this part of the steps
 
 
@@ -39,14 +40,14 @@ class Budget:
         room = STEP * sum(lengths) * steps / epoch
         interval = validation.interval or part
         decides = validation.patience is not None or validation.final == "best"  # measurements change what is learned
-        if rows and validation.interval is None and not decides:
+        if rows and not decides:
             times = MEASURED * room / cost(rows, validation)
-            interval = spread(times, steps, part)
-            if times < 2 and validation.max_rows is None:
+            interval = validation.interval or spread(times, steps, part)
+            if times < 2 and interval >= steps and validation.max_rows is None:
                 rows = rows[: max(FEWEST_ROWS, int(len(rows) * times / 2))]
         tokens = validation.sample_tokens
         room *= SAMPLED / (settings.devices * settings.num_nodes)  # each rank writes them
-        asked = sum(row.prompt_length for row in rows[:ASKED])
+        asked = OPENING + sum(row.prompt_length for row in rows[:ASKED])
         if tokens == Validation.sample_tokens:
             tokens = min(tokens, max(FEWEST_TOKENS, int((room / 2 - asked) / WORD)))
         shown = spread(room / (asked + WORD * tokens), steps, part) if tokens else steps
@@ -60,9 +61,9 @@ class Budget:
         """Returns whether a sample is shown where this step is measured."""
         return step % self.sample_interval == 0 or step == self.steps
 
-    def note(self, held_out: int) -> str:
-        """Returns a line on what is measured less than ten times, or on fewer than all rows; else an empty text."""
-        if not self.rows or (self.rows == held_out and self.interval <= tenth(self.steps)):
+    def note(self, held_out: int, interval: int | None) -> str:
+        """Returns a line if fewer than all rows are measured, or not ten times though no `interval` says so."""
+        if not self.rows or (self.rows == held_out and self.interval <= (interval or tenth(self.steps))):
             return ""
         of = f"all {held_out:,}" if self.rows == held_out else f"{self.rows:,} of {held_out:,}"
         when = f"every {self.interval:,} of {self.steps:,} steps" if self.interval < self.steps else "at start and end"
@@ -85,7 +86,7 @@ def cost(rows: Sequence[Row], validation: Validation) -> float:
     if validation.metric == "loss":
         return read
     longest = max(sum(row.trained) for row in rows) + 8
-    return 2 * read + WORD * longest * -(-len(rows) // AT_ONCE)
+    return 2 * read + OPENING + WORD * longest * -(-len(rows) // AT_ONCE)
 
 
 def fitting_warmup(warmup_steps: int, steps: int) -> int:

@@ -20,15 +20,15 @@ from litpeft.generate.evaluate import Exchange, one_line
 from litpeft.model.delta import trainable, without_delta
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import MICRO_TOKENS, mean_loss, row_losses
+from litpeft.train.budget import STEP
 from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.row_losses import RowLoss, RowLosses, told_apart, write_rows
 
 ROWS_SHARE = 0.03  # of the training's time, for the losses of rows
 NEUTRAL_SHARE = 0.02  # and for that of neutral text
-STEP = 3  # forward passes that a training step takes as long as
 PASSES = 2  # forward passes of what is measured at the end
-FEWEST_ROWS, MOST_ROWS, FEWEST_TEXTS = 8, 1000, 2
+FEWEST_ROWS, MOST_ROWS, FEWEST_TEXTS = 4, 1000, 2
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         say(f"train.warmup_steps {settings.train.warmup_steps} are more than a quarter of the run; {warmup} are taken")
     held_out = rows.validation[: settings.validation.max_rows]
     budget = Budget.of(settings, rows.train.column("tokens").tolist(), held_out, steps)
-    if settings.validation.interval is None and (note := budget.note(len(held_out))):
+    if note := budget.note(len(held_out), settings.validation.interval):
         say(note)
     most = None if settings.validation.metric == "exact" else SHOWN
     questions = askable(template, shapes.reach, rows.validation[: budget.rows], most)

@@ -171,8 +171,9 @@ def _table(facts: RunFacts) -> str:
 
 def _row_losses(rows: RowLosses) -> list[str]:
     """Returns paragraphs and tables on the rows that stand out."""
-    chosen = "all" if rows.measured == rows.of else f"{rows.measured:,} of the {rows.of:,}, chosen at random"
-    parts = [f"Losses of {chosen} rows to train on, in nats per token; rows\\.csv has each of them."]
+    count = f"all {rows.of:,}" if rows.measured == rows.of else f"{rows.measured:,} of the {rows.of:,}"
+    chosen = "" if rows.measured == rows.of else ", chosen at random,"
+    parts = [f"Losses of {count} rows to train on{chosen} in nats per token; rows\\.csv has each of them."]
     if rows.suspects:
         count = f"{counted(rows.suspect_count, 'row')} far above the others at the end: "
         parts += [count + "the answer may be wrong, or like no other.", _row_table(rows.suspects)]
