@@ -91,7 +91,5 @@ def table(path: Path) -> tuple[str, bool]:
 if __name__ == "__main__":
     text, well = table(Path(sys.argv[1]))
     print(text)
-    print(
-        "\n-: litpeft refuses it for this family, or it is tried with another for all: the counts of llama are mostly such"
-    )
+    print("\n-: litpeft refuses it for this family, or it is tried with one family for all: llama has most of these")
     sys.exit(not well)
