@@ -30,7 +30,7 @@ def begun(base: Path, first: Path, out: Path, method: str = "lora", settings: Se
     return train(base, out, SHORT | {"init_from": first, "train.lr": 2e-3} | (settings or {}), method)
 
 
-QUICK = ("lora", "pissa", "eva", "lq_lora", "ptuning")  # each takes up a saved delta in its own way
+QUICK = ("lora", "eva", "lq_lora", "ptuning")  # each takes up a saved delta in its own way
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in (*QUICK, "full", "qlora")]
 
 
