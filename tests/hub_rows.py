@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from loopback_hub import Hub
 
-from litpeft.data.hub.fetch import look_up
+from litpeft.data.hub.fetch import listing_of
 
 
 @contextmanager
@@ -27,9 +27,9 @@ def asked_hub(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Hub]:
         patch.setattr(huggingface_hub.constants, "HF_HOME", str(folder / "hf"))
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hf" / "hub"))
         patch.delenv("HF_TOKEN", raising=False)
-        look_up.cache_clear()
+        listing_of.cache_clear()
         yield server
-        look_up.cache_clear()
+        listing_of.cache_clear()
 
 
 def parquet(*rows: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from hub_rows import asked_hub, jsonl, parquet, qa
 from loopback_hub import Hub
 
 from litpeft.core.errors import ConfigError, UserError, scaled
-from litpeft.data.hub.fetch import look_up
+from litpeft.data.hub.fetch import listing_of
 from litpeft.data.sources import find
 from litpeft.exchange.download import download
 from litpeft.exchange.settings import Download
@@ -55,7 +55,7 @@ def test_what_was_downloaded_is_trained_on_without_a_hub(
     assert capsys.readouterr().out.endswith("next: litpeft data show preset:lima --model MODEL\n")
     download(Download("hf://datasets/org/set@v1"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    look_up.cache_clear()
+    listing_of.cache_clear()
     train, held_out = find(("hf://org/set", "lima", "hf://org/set@v1"), None)
     said = [next(iter(record.value.values())) for source in train + held_out for record in source.records("file")]
     assert said == ["a?", "x", "old?", "b?"]

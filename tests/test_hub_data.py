@@ -14,7 +14,7 @@ from loopback_hub import Hub
 
 from litpeft.cli import main
 from litpeft.core.errors import DataError, ResourceError, UserError
-from litpeft.data.hub.fetch import look_up
+from litpeft.data.hub.fetch import listing_of
 from litpeft.data.sources import find, find_measured, pinned
 from litpeft.exchange.push import figures
 from litpeft.exchange.run import find_run
@@ -168,12 +168,12 @@ def test_files_are_fetched_once_and_used_without_a_hub(
     assert asked(find("hf://org/plain", None)[0]) == ["a?"]
     assert hub.transfers() == [name.split("/")[1] for name in PLAIN if "/" in name]  # not what is not meant
     hub.log.clear()
-    look_up.cache_clear()
+    listing_of.cache_clear()
     assert asked(find("hf://org/plain", None)[0]) == ["a?"]
     assert hub.transfers() == []
     find_measured("hf://org/plain")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    look_up.cache_clear()
+    listing_of.cache_clear()
     capsys.readouterr()
     assert asked(find_measured("hf://org/plain")) == ["b?"]
     told = f"taking org/plain@{hub.commit('org/plain')}, which was fetched before"
@@ -190,7 +190,7 @@ def test_a_corrupt_file_is_deleted_and_a_damaged_cache_is_fetched_anew(hub: Hub)
     with pytest.raises(DataError, match="not what the hub lists: sha256"):
         find("hf://org/plain", None)
     hub.corrupt.clear()
-    look_up.cache_clear()
+    listing_of.cache_clear()
     (source,) = find("hf://org/plain", None)[0]
     assert hub.transfers().count(name) == 2
     damaged = source.path.read_bytes()
@@ -231,7 +231,7 @@ def test_a_run_records_the_commit_and_repeats_it_when_the_set_has_changed(
         capsys.readouterr().err
     )
     hub.sets["org/plain"] = {"train.jsonl": jsonl(*qa("new?"))}
-    look_up.cache_clear()
+    listing_of.cache_clear()
     assert asked(find("hf://org/plain", None)[0]) == ["new?"]
     assert asked(find(kept["path"], None)[0]) == ["a?"]
     assert pinned({kept["path"]: 2.0, "mine.jsonl": 1.0}) == {kept["path"]: 2.0, "mine.jsonl": 1.0}

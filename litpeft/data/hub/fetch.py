@@ -61,7 +61,7 @@ class Listing:
 
     def pending(self, names: list[str]) -> dict[str, HubFile]:
         """Returns those of the files that the cache lacks, or has otherwise than listed."""
-        return {name: self.files[name] for name in names if difference(self.folder / name, self.files[name])}
+        return {name: self.files[name] for name in names if _differs(self.folder / name, self.files[name])}
 
     def card(self) -> bytes:
         """Returns README.md, empty if there is none."""
@@ -94,15 +94,24 @@ class Found:
         return paths
 
 
-@cache
 def look_up(address: Address) -> Found:
-    """Returns what an address means; asks the hub once in a process, so that a run sees one commit."""
-    listing = _listing(_repository(address))
+    """Returns what an address means."""
+    listing = listing_of(_repository(address))
     card = listing.card()
     if _is_scripted(address, listing, card):
         listing, card = _converted(address, listing), b""
     pinned = replace(address, revision=listing.commit)
     return Found(pinned, listing, parts_of(address, listing.files, card), address.revision)
+
+
+def _differs(path: Path, file: HubFile) -> bool:
+    return not path.is_file() or _differed(path, file, path.stat().st_mtime_ns)
+
+
+@cache
+def _differed(path: Path, file: HubFile, changed_at: int) -> bool:
+    """Returns whether a file that was last changed then is another one: its hash is taken once in a process."""
+    return bool(difference(path, file))
 
 
 def _repository(address: Address) -> Repository:
@@ -120,7 +129,7 @@ def _converted(address: Address, listing: Listing) -> Listing:
     """Returns the Parquet copy that the hub made of rows that a script makes; raises if there is none."""
     script = f"{address.name.split('/')[1]}.py"
     try:
-        return _listing(_repository(replace(address, revision=CONVERTED)))
+        return listing_of(_repository(replace(address, revision=CONVERTED)))
     except DataError:
         what = f"its rows come from a Python script, {script}, which litpeft does not run"
         files = rows_files(listing.files)
@@ -130,8 +139,12 @@ def _converted(address: Address, listing: Listing) -> Listing:
         raise DataError(f"{what}, and the hub has no Parquet copy of them", where=address, hint=hint) from None
 
 
-def _listing(repo: Repository) -> Listing:
-    """Returns the listing of a revision: the hub's, or without a network the one that was fetched last."""
+@cache
+def listing_of(repo: Repository) -> Listing:
+    """Returns the listing of a revision: the hub's, or without a network the one that was fetched last.
+
+    The hub is asked once in a process, so that a run sees one commit.
+    """
     kept = _read(repo)
     if kept and COMMIT.fullmatch(repo.revision or ""):
         return kept
