@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors.torch import load_file
-from test_gguf_out import WRITTEN, made, make, written
+from test_gguf_out import NAMES, WRITTEN, made, make, written
 from test_model import YARN
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -33,7 +33,7 @@ def read_back(file: Path, out: Path, **settings: object) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_file_gives_back_the_model_that_it_was_written_from(
     tmp_path, monkeypatch, tmp_path_factory, name: str
 ) -> None:

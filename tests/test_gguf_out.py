@@ -33,6 +33,7 @@ PROMPTS = [torch.randint(3, 250, (size,), generator=torch.Generator().manual_see
 LEARN = "--train.epochs", "3", "--train.lr", "1e-2"
 GELU = 2e-3  # llama.cpp looks its GELU up in a table of float16
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "pad_token_id": 0, "sliding_window": 100}
+OF_27B = {"num_attention_heads": 2, "query_pre_attn_scalar": 32, "pad_token_id": 0, "sliding_window": 100}
 WINDOW = {"model_type": "mistral", "sliding_window": 100}
 GPT_OSS = {
     "model_type": "gpt_oss",
@@ -62,6 +63,8 @@ WRITTEN = {
         {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window_pattern": 6} | GEMMA,
         10 * GELU,
     ),
+    "gemma2, 27B": ({"model_type": "gemma2", "num_hidden_layers": 46, "head_dim": 16} | OF_27B, 0.1),
+    "gemma3_text, 27B": ({"model_type": "gemma3_text", "num_hidden_layers": 62, "head_dim": 16} | OF_27B, 0.1),
     "phi3": (CASES["phi3"] | {"sliding_window": 100}, 1e-5),
     "smollm3": ({"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0}, 1e-5),
     "olmo2": (CASES["olmo2"], 1e-5),
@@ -82,6 +85,7 @@ WRITTEN = {
     "longrope beyond": (CASES["longrope beyond"], 1e-5),
     "phi3, longrope": (CASES["phi3, longrope"], 1e-5),
 }
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if "27B" in name else name for name in WRITTEN]  # many layers
 BEYOND = (
     "longrope beyond",
     "phi3, longrope",
@@ -113,7 +117,7 @@ def make(folder: Path, monkeypatch, changes: dict) -> Path:
     return write_bpe(folder)
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", NAMES)
 def test_llama_cpp_computes_what_litpeft_computes(tmp_path_factory, name: str) -> None:
     (base, file), limit = made(tmp_path_factory, name), WRITTEN[name][1]
     model = build(base, torch.float32)

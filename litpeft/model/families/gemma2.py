@@ -12,6 +12,14 @@ NAMES = llama.NAMES | {
     "blocks.{}.norm2": "model.layers.{}.pre_feedforward_layernorm",
     "blocks.{}.post_norm2": "model.layers.{}.post_feedforward_layernorm",
 }
+
+
+def score_scales(config: ModelConfig, most_layers: int) -> tuple[float]:
+    """Returns what llama.cpp multiplies scores by. It knows the model of 27B, whose heads differ, by its layers."""
+    size = config.d_model // config.n_heads if config.n_layers == most_layers else config.head_dim
+    return (size**-0.5,)
+
+
 GGUF = Gguf(
     "gemma2",
     norms=1.0,
@@ -23,7 +31,7 @@ GGUF = Gguf(
     graph={
         **gemma.GGUF.graph,
         "norms": ("around",),
-        "score_scale": lambda config: (config.head_dim**-0.5,),
+        "score_scale": lambda config: score_scales(config, 46),
         "layers": lambda config: alternating(config, 2),
     },
 )

@@ -26,7 +26,7 @@ GGUF = Gguf(
         **gemma.GGUF.graph,
         "norms": ("around",),
         "qk_norm": ("head",),
-        "score_scale": lambda config: (config.head_dim**-0.5,),
+        "score_scale": lambda config: gemma2.score_scales(config, 62),
         "layers": lambda config: alternating(config, 6),
     },
 )
