@@ -12,6 +12,7 @@ from torch import Tensor
 from litpeft.core.errors import UserError, counted, scaled
 from litpeft.core.terminal import command_line
 from litpeft.core.typed import typed
+from litpeft.data.hub.address import address
 from litpeft.data.readers import STDIN
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
@@ -54,11 +55,15 @@ class HeldOut:
             raise Unknown(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
         if STDIN in data.paths:
             raise Unknown("its rows came from standard input")
+        if any(address(one) for one in (*data.paths, data.validation_path) if one):
+            raise Unknown(
+                "its rows are of the hub, and nothing is fetched for this; `litpeft evaluate` measures on them"
+            )
         try:
             sources, files = find(data.path, data.validation_path)
             if not files and not data.validation_split:
                 raise Unknown("the run held out no row")
-            size = sum(file.stat().st_size for file in files or (source.path for source in sources))
+            size = sum(source.path.stat().st_size for source in files or sources)
             if size > LARGEST:
                 raise Unknown(f"its rows are {scaled(size, 'B')}, which is more than is read for this")
             if files:  # the rows to train on need not be read
