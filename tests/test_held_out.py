@@ -107,7 +107,7 @@ def test_rows_of_a_split_are_those_that_were_held_out_and_few_are_read(run, tmp_
     found = rows_of(copy)
     loaded = load_model(str(run))
     data = Data(str(tmp_path / "rows.jsonl"), validation_split=0.5)
-    assert found.rows == load_dataset(data, loaded.tokenizer, loaded.template, 512).validation
+    assert found.rows == list(load_dataset(data, loaded.tokenizer, loaded.template, 512).validation)
     assert found.total == 24
     assert "loss on 24 held-out rows: " in found.lines(1.0, 1.0, "bfloat16", "", copy)[0]
     few = HeldOut.of(find_run(copy), loaded.tokenizer, loaded.template, 512, 10**12)
