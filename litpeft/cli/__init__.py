@@ -50,7 +50,7 @@ COMMANDS = {
     "convert": Command(
         "exchange.settings",
         "exchange.convert",
-        "Turn GGUF, .bin or Meta's weights into a Hugging Face folder.",
+        "Turn GGUF, .bin or .pth into a Hugging Face folder.",
         "model.gguf checkpoints/model",
         unnamed="out",
     ),
