@@ -25,7 +25,7 @@ class PreEmbed(Method):
 
     name: ClassVar[str] = "pre_embed"
 
-    prefix_length: int = 8
+    prefix_length: int = 20
     """Vectors before the text."""
     infix_length: int = 8
     """Vectors between the prompt and its answer."""

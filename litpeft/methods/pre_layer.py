@@ -49,6 +49,9 @@ class PreLayer(PreEmbed):
 
     name: ClassVar[str] = "pre_layer"
 
+    prefix_length: int = 8
+    """Vectors before the text, in each layer."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.found: list[Tensor] = []  # what the base computes there (n + m, d), from the embedding upwards
