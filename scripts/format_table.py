@@ -91,5 +91,5 @@ def table(path: Path) -> tuple[str, bool]:
 if __name__ == "__main__":
     text, well = table(Path(sys.argv[1]))
     print(text)
-    print("\n-: litpeft refuses it for this family, or it is tried with one family for all: llama has most of these")
+    print("\n-: litpeft refuses it for this family, or it is tried with another one for all, mostly with llama")
     sys.exit(not well)
