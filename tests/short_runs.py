@@ -27,13 +27,14 @@ SETTINGS = {
     "train.warmup_steps": 0,
     "train.lr": 1e-2,
     "base.precision": "32-true",
+    "validation.interval": 1,
     "validation.sample_tokens": 4,
     "checkpoint.interval": 1,
     "checkpoint.keep_last": 99,
 }
 UNPACKED = {"data.packing": False, "train.micro_tokens": "auto", "train.micro_batch_size": 2}
 QUIET = {"validation.sample_tokens": 0}
-LONG = QUIET | {"train.epochs": 20}  # 40 steps
+LONG = QUIET | {"train.epochs": 20, "validation.interval": 4}  # 40 steps
 Settings = dict[str, object]
 
 

@@ -34,7 +34,8 @@ def fails(capsys, *argv: str) -> tuple[int, str]:
 
 @pytest.fixture(scope="module", params=METHODS)
 def run(request, tiny_folder, tmp_path_factory) -> Path:
-    return finetune(tiny_folder, tmp_path_factory.mktemp("run"), *LEARN, method=request.param)
+    rate = ("--train.lr", "2e-2") if request.param == "pre_layer" else ()  # the method's own rate
+    return finetune(tiny_folder, tmp_path_factory.mktemp("run"), *LEARN, *rate, method=request.param)
 
 
 @torch.no_grad()
