@@ -30,4 +30,4 @@ fi
 cores=$(getconf _NPROCESSORS_ONLN)
 workers=$((cores < 4 ? cores : 4)) # each needs some 2 GB
 echo "== pytest, $workers at a time"
-OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' exec .venv/bin/python -m pytest -n "$workers" --dist loadfile "$@"
+OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' exec .venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
