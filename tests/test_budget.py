@@ -5,7 +5,7 @@ import time
 
 import pytest
 from conftest import finetune, read_metrics
-from short_runs import SETTINGS, assert_same, cut, resume, train
+from short_runs import assert_same, cut, resume, train
 
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
@@ -89,8 +89,7 @@ def test_a_warmup_that_does_not_fit_is_cut_and_told(tiny_folder, tmp_path, capsy
 
 
 def test_a_run_with_its_own_budget_resumes_to_the_same_bits(tiny_folder, tmp_path) -> None:
-    own = {"train.epochs": 6, "validation.sample_tokens": 64}
-    assert "validation.interval" not in SETTINGS
+    own = {"train.epochs": 6, "validation.sample_tokens": 64, "validation.interval": "null"}
     whole = train(tiny_folder, tmp_path / "whole", own)
     assert sum(row["val_loss"] is not None for row in read_metrics(whole)) < 7
     part = cut(whole, 5, tmp_path / "part")
