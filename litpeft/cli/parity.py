@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from litpeft.cli.data import ENDLESS
 from litpeft.core.errors import ConfigError, DataError, ModelError, counted
 from litpeft.core.kinds import check_least
 from litpeft.core.terminal import say
@@ -21,7 +22,6 @@ from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import find_run
 
 AROUND = 6  # tokens that are shown before and after the first difference
-ENDLESS = 1 << 40  # tokens: no row is too long
 SHOWN = 5  # differences that are told
 
 

@@ -112,25 +112,23 @@ LLAMA_2 = (
     + SPEECH.replace("WORDS", "' ' + message.content | trim + ' ' + eos_token")
     + "{%- endif -%}{%- endfor -%}"
 )
-MISTRAL = (  # of Mistral-7B-Instruct v0.2, to which this adds a system message: before the first question
+SYSTEM_BEFORE_QUESTION = (  # as far as the words of the user
     "{{ bos_token }}"
     + SYSTEM_FIRST
     + "{%- if system -%}{%- set system = system + '\\n\\n' -%}{%- endif -%}"
     + "{%- for message in messages -%}"
     + IN_TURN
     + "{%- if message.role == 'user' -%}"
+)
+MISTRAL = (  # of Mistral-7B-Instruct v0.2, to which this adds a system message: before the first question
+    SYSTEM_BEFORE_QUESTION
     + "{{ '[INST] ' + (system if loop.first else '') + message.content + ' [/INST]' }}"
     + "{%- else -%}"
     + SPEECH.replace("WORDS", "message.content + eos_token")
     + "{%- endif -%}{%- endfor -%}"
 )
 GEMMA = (  # a system message as in Gemma 3: before the first question
-    "{{ bos_token }}"
-    + SYSTEM_FIRST
-    + "{%- if system -%}{%- set system = system + '\\n\\n' -%}{%- endif -%}"
-    + "{%- for message in messages -%}"
-    + IN_TURN
-    + "{%- if message.role == 'user' -%}"
+    SYSTEM_BEFORE_QUESTION
     + "{{ '<start_of_turn>user\\n' + (system if loop.first else '') + message.content | trim + '<end_of_turn>\\n' }}"
     + "{%- else -%}{{ '<start_of_turn>model\\n' }}"
     + SPEECH.replace("WORDS", "message.content | trim + '<end_of_turn>'")

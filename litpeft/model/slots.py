@@ -218,7 +218,10 @@ class Linear(nn.Linear):
         return self.weight
 
     def multiply(self, x: Tensor, back: bool = False) -> Tensor | None:
-        """Returns W x by a product of the storage's own, if it has one for x: see quantized.py."""
+        """Returns W x (..., out) without autograd; with `back`, the gradient (..., in) of x where x is that of W x.
+
+        For storages with a product of their own. None: the caller multiplies with `dense`.
+        """
         return None
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:

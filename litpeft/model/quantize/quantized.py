@@ -63,13 +63,6 @@ class Quantized(Linear):
         """Returns why one does not train with this storage on a device; None if one does."""
         return None
 
-    def multiply(self, x: Tensor, back: bool = False) -> Tensor | None:
-        """Returns W x (..., out) without autograd; with `back`, the gradient (..., in) of x where x is that of W x.
-
-        None: the device has no product with these codes, and the weight is to be unpacked.
-        """
-        return None
-
     def folded(self, affine: Affine) -> dict[str, Tensor] | None:
         """Returns the packed tensors of the weight with an affine map folded into it, its codes as they are.
 
