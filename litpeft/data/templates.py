@@ -260,7 +260,7 @@ class ChatTemplate:
         return result
 
     def _unknown_option(self, options: Mapping[str, Any]) -> str:
-        """Returns what is wrong with an option that the template does not read, or that is not the user's to set."""
+        """Returns why one of the options is refused: the template does not read it, or litpeft sets it. "": none is."""
         given = {"messages", "tools", "documents", "add_generation_prompt", *self.tokenizer.special_tokens}
         for key in options:
             read = key.isidentifier() and re.search(rf"\b{key}\b", self.source) is not None

@@ -163,7 +163,7 @@ def _compare(
 ) -> list[str]:
     """Prints how far the folded weights and the files are from base + delta; raises if that is too far.
 
-    Returns lines that say what rounding costs on the held-out rows, or why that is not known.
+    Returns lines on the loss of held-out rows before and after rounding, or on why it is not known.
     """
     with ThreadPoolExecutor(1) as pool:
         written = pool.submit(sync_files, folder)  # flush to disk while the models are compared

@@ -122,8 +122,8 @@ class Evaluate(Answering):
     """Measure a model on rows with known answers: loss over their tokens, and answers that match exactly."""
 
     data: str
-    """A file of rows of any kind that `litpeft finetune` reads, a glob, a folder with validation.*, or a data set of
-    the hub, hf://ORG/NAME or a well-known one, of which held-out rows are taken, else those of its test."""
+    """Rows as `litpeft finetune` reads them: a file, a glob, a folder with validation.*, or a data set of the hub
+    (hf://ORG/NAME, or a well-known one). Of a data set the split validation is measured; if it has none, test."""
     format: Format = "auto"
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     columns: dict[str, str] | None = None

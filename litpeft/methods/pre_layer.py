@@ -5,9 +5,9 @@
     P_l = diag(u_l) V_l, and so is Q_l; V_l trains. u_l is the root mean square of each vector at the start
 
 h_0 are the embeddings, h_l the output of block l. That of the last block is not replaced: no other token reads it.
-The vectors start as what the base computes at tokens put there: at first the model is PreEmbed with these tokens. The
-size of activations grows by a factor of 100 and more from the embedding to the last layers, and the first token's is
-far larger still, so each vector is learned in units of its own size u_l.
+The vectors start as what the base computes at tokens put there: at first the model is PreEmbed with these tokens.
+Activations in the last layers are 100 times as large as in the embedding, and those of the first token are larger
+still. So each vector is learned in units of its own size u_l.
 
 The prefix-layer baseline of the LoRA paper, https://arxiv.org/abs/2106.09685.
 Trains layers * (prefix_length + infix_length) * d parameters. Does not fold: the vectors are part of what is read.

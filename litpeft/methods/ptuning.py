@@ -5,10 +5,10 @@
     P = W_2 relu(W_1 LSTM(E))                       with encoder lstm: two layers in both directions, `hidden` wide
 
 P-tuning https://arxiv.org/abs/2103.10385. Of the network a run's result keeps what it computes, T and U.
-Trains E and the network. The number of parameters depends on the encoder; h is `hidden`:
+Trains E, with n d parameters, and the network. With h = `hidden` the network has
 
-    mlp     n d + h^2 + 2 h + (2 d + 1) h + d
-    lstm    n d + 8 h (d + h + 2) + 8 h (3 h + 2) + 2 h (2 h + 1) + d (2 h + 1)
+    mlp     (d h + h) + (h^2 + h) + (h d + d)
+    lstm    8 h (d + h + 2) + 8 h (3 h + 2)  in the two layers of the LSTM, and (4 h^2 + 2 h) + (2 h d + d)
 
 Does not fold: the vectors are part of what is read. For peft it is prompt tuning if none stand after the prompt.
 """

@@ -1,7 +1,7 @@
 """Well-known data sets by name. One is a file here with its PRESET, and an entry of PRESETS.
 
-A preset says where the rows are, under which licence, what a row looks like, and how it becomes one that
-litpeft/data/formats reads.
+A preset names the place of the rows, their licence and their shape. It also turns a row into one of the formats in
+litpeft/data/formats.
 """
 
 from litpeft.data.presets import (
