@@ -12,6 +12,7 @@ from litpeft.core.terminal import say
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.gguf.layout import TYPES, Layout
+from litpeft.exchange.gguf.tokenizer import WITHOUT_MARKS
 from litpeft.exchange.gguf.verify import TOLERANCE, Written
 from litpeft.exchange.gguf.vocabulary import vocabulary
 from litpeft.exchange.gguf.write import Encoder, write_gguf
@@ -57,6 +58,8 @@ class GgufFolder:
         write_gguf(self.folder / MODEL, self.layout, self.types, self.wanted, words, rows)
         for line in self._remarks():
             say(line)
+        if words.get("tokenizer.ggml.pre") in WITHOUT_MARKS:
+            say("llama.cpp cuts words at combining marks (of Hindi or Thai, say), which this tokenizer does not")
         say(write_modelfile(self.folder, MODEL, self.template, self.system, self.has_template))
 
     def _remarks(self) -> Iterable[str]:

@@ -19,6 +19,12 @@ CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
 )
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+SHORT_FORM = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = CASED.replace("|", SHORT_FORM + "|")
+WITH_CASE = (  # letters of the alphabets that have capitals
+    "[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-"
+    "ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+)
 # tokenizer.ggml.pre -> patterns that split the text, one after the other; merges never cross a split.
 SPLITS = {
     "gpt-2": (GPT2,),
@@ -26,14 +32,35 @@ SPLITS = {
     "starcoder": (r"\p{N}", GPT2),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
     "llama-bpe": (WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
+    "dbrx": (WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
     "qwen2": (WORDS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
+    "qwen35": (
+        WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + SPACES,
+    ),
     "tekken": (CASED + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES,),
-}
+    "gpt-4o": (O200K + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES,),
+    "deepseek-llm": (
+        "[\r\n]",
+        r"\s?" + WITH_CASE,
+        "\\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+        r"\s+$",
+        "[一-龥\u0800-一가-\ud7ff]+",
+        r"\p{N}",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        "[一-龥぀-ゟ゠-ヿ]+",
+        r'''[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|'''
+        "[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ),
+}  # fmt: skip
 SAME = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
-    "refact": "starcoder",
+    "stablelm2": "qwen2", "refact": "starcoder", "command-r": "starcoder", "olmo": "gpt-2", "phi-2": "gpt-2",
+    "chatglm-bpe": "dbrx", "glm4": "dbrx", "smaug-bpe": "dbrx", "llama4": "gpt-4o",
 }  # fmt: skip
 ADDED = (CONTROL, UNKNOWN, USER_DEFINED)  # found in a text before it is split
+WITHOUT_MARKS = ("tekken", "gpt-4o")  # llama.cpp cuts words at combining marks, as these tokenizers do not
 IGNORE_MERGES = ("llama-bpe", "tekken")  # a piece that is a token is not merged, and a text starts with BOS
 
 

@@ -55,6 +55,8 @@ def splits_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
         match part:
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
                 found.append(pattern)
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}:
+                found.append(pattern if pattern.endswith(r"|\s+") else "")  # which leaves nothing between its matches
             case {"type": "Digits", "individual_digits": True}:
                 found.append(r"\p{N}")
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": regex}:
