@@ -25,6 +25,7 @@ from litpeft.model.families.read import config_of, read_config
 IDS = torch.randint(3, TINY["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(0))
 ALSO = {  # read as another model_type, which computes the same
     "mistral": "llama",
+    "ministral": "llama",
 }
 
 

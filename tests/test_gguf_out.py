@@ -43,6 +43,8 @@ GPT_OSS = {
     "head_dim": 16,
     "rope_parameters": YARN,
 }
+LITE = CASES["deepseek_v3"] | {"q_lora_rank": None, "num_hidden_layers": 27, "norm_topk_prob": False}
+M3 = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
     "llama, wide heads": (CASES["one key head, wide heads"], 1e-5),
@@ -78,6 +80,15 @@ WRITTEN = {
     "qwen3_moe": (CASES["qwen3_moe"] | {"norm_topk_prob": True}, 1e-5),
     "olmoe": (CASES["olmoe"] | {"num_key_value_heads": 4}, 1e-5),
     "gpt_oss": (GPT_OSS, 1e-5),
+    "ministral": (CASES["ministral"] | {"layer_types": ["sliding_attention"] * 2, "sliding_window": 100}, 1e-5),
+    "ministral3": (CASES["ministral3"] | {"rope_parameters": M3 | {"llama_4_scaling_beta": 0.1}}, 1e-5),
+    "ministral3, other sizes": (
+        CASES["ministral3"] | {"rope_parameters": M3 | {"llama_4_scaling_beta": 0.2, "mscale_all_dim": 1.3}},
+        1e-5,
+    ),
+    "deepseek_v3": (CASES["deepseek_v3"] | {"rope_parameters": M3}, 1e-5),
+    "deepseek_v3, 27 layers": (LITE | {"n_group": 1, "topk_group": 1}, 2e-5),
+    "deepseek_v2": (CASES["deepseek_v2"], 1e-5),
     "yarn": (CASES["yarn"], 1e-5),
     "yarn, sizes": ({"rope_parameters": YARN | {"attention_factor": 0.9, "beta_fast": 8.0}}, 1e-5),
     "qwen2, yarn": ({"model_type": "qwen2", "rope_parameters": YARN}, 1e-5),
@@ -85,7 +96,7 @@ WRITTEN = {
     "longrope beyond": (CASES["longrope beyond"], 1e-5),
     "phi3, longrope": (CASES["phi3, longrope"], 1e-5),
 }
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if "27B" in name else name for name in WRITTEN]  # many layers
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if "27" in name else name for name in WRITTEN]  # many layers
 BEYOND = (
     "longrope beyond",
     "phi3, longrope",
@@ -325,6 +336,12 @@ def test_the_modelfile_of_a_run_has_its_system_message(tmp_path) -> None:
         ),
         (CASES["yarn, kept size"], "yarn with truncate false is not written as GGUF"),
         (CASES["olmoe"], "olmoe computes with n_kv_heads 4, and this model has 2"),
+        (CASES["ministral"], "llama computes with layers .*, and this model has .*Layer"),
+        (CASES["deepseek_v2, groups, plain queries"] | {"num_hidden_layers": 27}, "experts .*groups=1.*groups=4"),
+        (CASES["deepseek_v3"] | {"q_lora_rank": None}, "takes 26 and 27 layers .*; this has 2 and no q_lora_rank"),
+        (CASES["deepseek_v3"] | {"rope_interleave": False}, "deepseek2 computes with rope_pairs True"),
+        (CASES["deepseek_v3"] | {"rms_norm_eps": 1e-5}, "deepseek2 computes with norm_eps 1e-06"),
+        (CASES["deepseek_v3"] | {"rope_parameters": YARN | {"mscale": 0.7}}, "mscale that is not its mscale_all_dim"),
         (CASES["qwen3_moe"], "normed=True.*, and this model has Experts"),
     ],
 )

@@ -19,9 +19,8 @@ from litpeft.model.context import Context
 from litpeft.model.kernels.ops import rotate
 from litpeft.model.multi_head import Attention, Sdpa, halves
 from litpeft.model.norms import RMSNorm
+from litpeft.model.parts import LATENT_EPS
 from litpeft.model.slots import Linear, project
-
-EPS = 1e-6  # of its norms, whatever the model's
 
 
 class LatentAttention(Attention):
@@ -37,9 +36,9 @@ class LatentAttention(Attention):
             self.q, self.q_a, self.q_norm, self.q_b = Linear(d, heads * self.head_dim), None, None, None
         else:
             self.q, self.q_a = None, Linear(d, sizes.q_rank, config.qkv_bias)
-            self.q_norm, self.q_b = RMSNorm(sizes.q_rank, EPS), Linear(sizes.q_rank, heads * self.head_dim)
+            self.q_norm, self.q_b = RMSNorm(sizes.q_rank, LATENT_EPS), Linear(sizes.q_rank, heads * self.head_dim)
         self.kv_a = Linear(d, sizes.kv_rank + sizes.turning, config.qkv_bias)
-        self.kv_norm = RMSNorm(sizes.kv_rank, EPS)
+        self.kv_norm = RMSNorm(sizes.kv_rank, LATENT_EPS)
         self.kv_b = Linear(sizes.kv_rank, heads * (sizes.still + sizes.values))
         self.core = Sdpa()
         self.o = Linear(heads * sizes.values, d, config.output_bias)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever the model's
+
 
 @dataclass(frozen=True)
 class RopeScaling:

@@ -67,6 +67,6 @@ def verify(folder: Path, run: Run, base: Path) -> str:
     factors: Factors = {}
     for name in layout.parts:
         if f"{name}.lora_a" in stored:
-            rows = layout.ours(name, stored[f"{name}.lora_b"])
+            rows = layout.ours(name, lambda name: stored[f"{name}.lora_b"])
             factors |= {part.removesuffix(".weight"): (stored[f"{name}.lora_a"], b) for part, b in rows.items()}
     return check_factors(factors, run, base, folder)

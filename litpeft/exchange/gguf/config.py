@@ -42,9 +42,18 @@ KEYS = {
     "embedding_scale": (float, "embedding_multiplier"),
     "residual_scale": (float, "residual_multiplier"),
     "logit_scale": (float, "logit_scale", "logits_scaling"),
-    "expert_count": (int, "num_experts", "num_local_experts"),
+    "attention.q_lora_rank": (int, "q_lora_rank"),
+    "attention.kv_lora_rank": (int, "kv_lora_rank"),
+    "attention.value_length_mla": (int, "v_head_dim"),
+    "leading_dense_block_count": (int, "first_k_dense_replace"),
+    "expert_count": (int, "num_experts", "num_local_experts", "n_routed_experts"),
     "expert_used_count": (int, "num_experts_per_tok"),
     "expert_feed_forward_length": (int, "moe_intermediate_size"),
+    "expert_shared_count": (int, "n_shared_experts"),
+    "expert_weights_scale": (float, "routed_scaling_factor"),
+    "expert_weights_norm": (bool, "norm_topk_prob"),
+    "expert_group_count": (int, "n_group"),
+    "expert_group_used_count": (int, "topk_group"),
     "use_parallel_residual": (bool, "use_parallel_residual"),
 }
 # key of config.json -> tensors of the first layer, one of which is there if it is true
@@ -59,6 +68,10 @@ IMPLIED = {
     "query_pre_attn_scalar": ("score_scale", lambda scale: round(scale**-2)),
     "norm_topk_prob": ("experts", lambda experts: experts.normed),
 }
+WITHOUT_KEY = {  # what a header of latent attention says by leaving a key out, or by 0
+    "q_lora_rank": None, "first_k_dense_replace": 0, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
 IDLE = ("vocab_size", "tensor_data_layout", "context_length", "rope.freq_base_swa")  # no effect, or read elsewhere
 UNSAID = {"longrope": "factor", "yarn": "truncate"}  # kind of scaling -> what a header does not say: see rope.py
 CLASSES = {
@@ -110,7 +123,9 @@ class Header:
             hint = "take the Hugging Face edition of the model, which needs no conversion"
             raise ModelError(what + nearest(self.arch, list(known)), hint=hint)
         mixed, names = self.own.get("expert_count", 0) != 0, known[self.arch]
-        return next((name for name in names if ("experts" in family(name).GGUF.graph) == mixed), names[0])
+        fits = [name for name in names if ("experts" in family(name).GGUF.graph) == mixed] or names
+        is_one = lambda only: only is None or self.own.get(only[0]) == only[1]
+        return next((name for name in fits if is_one(family(name).GGUF.only)), fits[-1])
 
 
 def class_of(name: str) -> str:
@@ -165,9 +180,23 @@ def sizes(given: Header, keys: type) -> dict[str, Any]:
         name = next((name for name in names if name in spelt), None)
         if name is not None and (value := given.take(key, kind)) is not None:
             found[name] = value
+    if "kv_lora_rank" in spelt:
+        return latent_sizes(given, found, heads)
     found |= {"num_key_value_heads": kv_heads} if "num_key_value_heads" in spelt else {}
     takes_any = "head_dim" in spelt and spelt["head_dim"] is not None
     return found | ({"head_dim": head_dim} if takes_any or head_dim != usual else {})
+
+
+def latent_sizes(given: Header, found: dict[str, Any], heads: int) -> dict[str, Any]:
+    """Returns the numbers of a model with latent attention; `found` are those that all families have."""
+    if "attention.key_length_mla" not in given:
+        hint = "take a newer GGUF file of the model: since April 2025 attn_kv_b is split into attn_k_b and attn_v_b"
+        raise ModelError(f"{given.arch}.attention.key_length_mla is missing", hint=hint)
+    turning, size = given.number("rope.dimension_count", int), given.number("attention.key_length_mla", int)
+    if turning >= size:
+        raise ModelError(f"{turning} dimensions of a head of {size} cannot rotate", hint="the header is damaged")
+    said = {"qk_rope_head_dim": turning, "qk_nope_head_dim": size - turning, "num_key_value_heads": heads}
+    return WITHOUT_KEY | found | said
 
 
 def switches(given: Header, keys: type) -> dict[str, bool]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from litpeft.core.terminal import say
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.gguf.latent import split_names
 from litpeft.exchange.gguf.layout import TYPES, Layout
 from litpeft.exchange.gguf.tokenizer import WITHOUT_MARKS
 from litpeft.exchange.gguf.verify import TOLERANCE, Written
@@ -38,6 +39,7 @@ class GgufFolder:
 
     def __post_init__(self) -> None:
         self.wanted = TYPES[self.type]
+        self.in_groups = {ours for ours in self.in_groups if not split_names(ours)}
         self.types = self.layout.types(self.wanted, self.in_groups)
         self.encoder = Encoder(self.layout, self.types, self.where)
         self.chat = self.template.render([{"role": "user", "content": "Hello there"}], True)

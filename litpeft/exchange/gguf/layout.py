@@ -6,7 +6,7 @@ Fused tensors hold all rows of q, then all of k and v, whatever their order in a
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any
 
@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError, ModelError
+from litpeft.exchange.gguf.latent import joined, split_names, split_shapes
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES, Gguf, family, split_name
 from litpeft.model.families.names import NameMap
@@ -47,19 +48,23 @@ class Layout:
         self.parts: dict[str, list[str]] = {}
         for file, parts in names.parts.items():
             for part in parts:
-                self.parts.setdefault(of_expert(part) or self._name(theirs, file), []).append(part)
+                for name in split_names(part) or [of_expert(part) or self._name(theirs, file)]:
+                    self.parts.setdefault(name, []).append(part)
         if self.gguf.own_head and self.config.tie_embeddings:
             self.parts["output.weight"] = self.parts["token_embd.weight"]
 
     def _name(self, theirs: gguf.TensorNameMap, file: str) -> str:
         """Returns the name that llama.cpp has for a tensor of a Hugging Face folder."""
-        name = theirs.get_name(file, (".weight", ".bias"))
+        spelt = f"{file.removesuffix('_bias')}.bias" if file.endswith("_bias") else file  # of a router's correction
+        name = theirs.get_name(spelt, (".weight", ".bias"))
         if name is None:
             raise ModelError(f"llama.cpp's {self.gguf.arch} has no place for {file}")
         return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shapes = [self.names.ours[part] for part in self.parts[name]]
+        shapes, split = [self.names.ours[part] for part in self.parts[name]], split_names(self.parts[name][0])
+        if name in split:
+            return split_shapes(self.config)[split.index(name)]
         if of_expert(self.parts[name][0]):
             return (len(shapes), *shapes[0])
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -81,8 +86,14 @@ class Layout:
         """Returns the rows (out, ...) of one of our parameters, in the file's order."""
         return rows_dealt_out(rows, self.config.head_dim) if self._deals_out(ours) else rows
 
-    def ours(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        """Returns the parameters of ours that a tensor (rows, ...) of the file holds."""
+    def ours(self, name: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Returns the parameters of ours that a tensor (rows, ...) of the file holds; `read` returns a tensor by name.
+
+        One that lies in two tensors comes with the second.
+        """
+        if names := split_names(self.parts[name][0]):
+            return {self.parts[name][0]: joined(*map(read, names))} if name == names[-1] else {}
+        rows = read(name)
         rows = rows.flatten(0, 1) if of_expert(self.parts[name][0]) else rows
         given = rows.split([self.names.ours[part][0] for part in self.parts[name]])
         return {
@@ -126,6 +137,8 @@ def known_family(names: NameMap) -> Gguf:
             said = " or ".join(map(str, fine))
             what = f"llama.cpp's {known.arch} computes with {one.name} {said}, and this model has {value}"
             raise ConfigError(what, where="to", hint=hint)
+    if why := known.refuses(names.config):
+        raise ConfigError(f"{why}, which is not written as GGUF", where="to", hint=hint)
     check_rope(names.config, known, hint)
     return known
 

@@ -8,22 +8,28 @@ import torch
 
 from litpeft.core.errors import ModelError
 from litpeft.exchange.gguf.layout import DIVISORS, LONGROPE
-from litpeft.model.config import RopeScaling
-from litpeft.model.families import family
+from litpeft.model.config import ModelConfig, RopeScaling
+from litpeft.model.families import Gguf, family
 from litpeft.model.frequencies import rope_frequencies
-from litpeft.model.rope import FULL, ORIGINAL, PARTIAL, SLIDING
+from litpeft.model.rope import FULL, ORIGINAL, PARTIAL, SLIDING, grown
 
 SCALING = ("rope.scale_linear", *(f"rope.scaling.{key}" for key in (
-    "type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "finetuned"
+    "type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "finetuned",
+    "yarn_log_multiplier",
 )))  # fmt: skip
 
 
-def scaling_keys(scaling: RopeScaling | None) -> dict[str, Any]:
+MULTIPLIER = "rope.scaling.yarn_log_multiplier"
+OF_QUERIES = {"attention.temperature_scale": "llama_4_scaling_beta"}  # key of the header -> of rope_parameters
+
+
+def scaling_keys(config: ModelConfig, known: Gguf) -> dict[str, Any]:
     """Returns the keys of a header that say how positions are scaled.
 
     llama.cpp multiplies the size of what yarn rotates by 1 + 0.1 ln(factor), and by rope.scaling.attn_factor. It rounds
     yarn's bounds to whole dimensions (`truncate`). Of longrope only the factors and the size count, not `factor`.
     """
+    scaling = config.main_rope.scaling
     if scaling is None or scaling.kind == "llama3":
         return {}
     said = {"rope.scaling.type": scaling.kind}
@@ -34,8 +40,17 @@ def scaling_keys(scaling: RopeScaling | None) -> dict[str, Any]:
         return said | {"rope.scaling.attn_factor": scaling.attention_factor}
     said |= {"rope.scaling.factor": scaling.factor, "rope.scaling.yarn_beta_fast": scaling.beta_fast}
     said["rope.scaling.yarn_beta_slow"] = scaling.beta_slow
-    grown = scaling.attention_factor / (1 + 0.1 * math.log(scaling.factor))
-    return said if math.isclose(grown, 1, rel_tol=1e-6) else said | {"rope.scaling.attn_factor": grown}
+    if known.yarn_multiplier and math.isclose(scaling.attention_factor, 1, rel_tol=1e-6):
+        return said | {MULTIPLIER: known.yarn_multiplier * mscale_all_dim(config, scaling.factor)}
+    size = scaling.attention_factor / (1 + 0.1 * math.log(scaling.factor))
+    return said if math.isclose(size, 1, rel_tol=1e-6) else said | {"rope.scaling.attn_factor": size}
+
+
+def mscale_all_dim(config: ModelConfig, factor: float) -> float:
+    """Returns the key that latent attention scales its scores by: D ** -0.5 * (1 + 0.1 key ln(factor)) ** 2."""
+    if config.score_scale is None or factor <= 1:
+        return 1.0
+    return (math.sqrt(config.score_scale * config.head_dim**0.5) - 1) / (0.1 * math.log(factor))
 
 
 def header_rope(given: Any, name: str) -> dict[str, Any]:
@@ -47,10 +62,12 @@ def header_rope(given: Any, name: str) -> dict[str, Any]:
     head_dim = given.number("attention.key_length", int, max(width // heads, 1))
     rotary = given.number("rope.dimension_count", int, head_dim)
     theta = given.number("rope.freq_base", float, 10000.0)
-    scaling = rope_scaling(given, theta, rotary)
+    scaling = rope_scaling(given, theta, rotary, known)
     if scaling is not None and scaling["rope_type"] == "yarn" and not known.yarn_truncates:
         scaling["truncate"] = False
     rope = {"rope_theta": theta} | (scaling or {"rope_type": "default"})
+    for key, spelt in OF_QUERIES.items():
+        rope |= {spelt: given.number(key, float)} if key in known.keys and key in given else {}
     if "rope.dimension_count" in known.keys:
         rope[PARTIAL] = rotary / head_dim
     top = {ORIGINAL: rope[ORIGINAL]} if ORIGINAL in rope and hasattr(family(name).Keys, ORIGINAL) else {}
@@ -65,7 +82,7 @@ def header_rope(given: Any, name: str) -> dict[str, Any]:
     }
 
 
-def rope_scaling(given: Any, theta: float, rotary: int) -> dict[str, Any] | None:
+def rope_scaling(given: Any, theta: float, rotary: int, known: Gguf) -> dict[str, Any] | None:
     """Returns the scaling as Hugging Face writes it, or None."""
     kind = given.own.get("rope.scaling.type", "linear" if "rope.scale_linear" in given else "none")
     kind = "longrope" if kind == "none" and LONGROPE[0] in given.stored else kind
@@ -74,7 +91,7 @@ def rope_scaling(given: Any, theta: float, rotary: int) -> dict[str, Any] | None
             f"rope scaling {kind!r} is not supported; convert reads none, linear, llama3, yarn and longrope"
         )
     if kind in ("yarn", "longrope"):
-        return beyond(given, kind, rotary)
+        return beyond(given, kind, rotary, known)
     if DIVISORS in given.stored:
         factors = numbers(given, DIVISORS, rotary // 2)
         if kind != "none" or not (factors == 1).all():
@@ -86,7 +103,7 @@ def rope_scaling(given: Any, theta: float, rotary: int) -> dict[str, Any] | None
     return None if factor == 1 else {"rope_type": "linear", "type": "linear", "factor": factor}
 
 
-def beyond(given: Any, kind: str, rotary: int) -> dict[str, Any]:
+def beyond(given: Any, kind: str, rotary: int, known: Gguf) -> dict[str, Any]:
     """Returns yarn or longrope as Hugging Face writes it."""
     context = given.number("context_length", int)
     original = given.number("rope.scaling.original_context_length", int, context)
@@ -101,6 +118,11 @@ def beyond(given: Any, kind: str, rotary: int) -> dict[str, Any]:
     said["factor"] = factor = given.number("rope.scaling.factor", float)
     for key, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
         said[key] = given.number(f"rope.scaling.yarn_{key}", float, usual)
+    if known.yarn_multiplier and MULTIPLIER in given:
+        all_dims = float(f"{given.number(MULTIPLIER, float) / known.yarn_multiplier:.6g}")
+        one = all_dims if "attention.kv_lora_rank" in given else 1.0
+        said |= {"mscale": one, "mscale_all_dim": all_dims}
+        return said if size == 1 else said | {"attention_factor": size * grown(factor, one) / grown(factor, all_dims)}
     return said if size == 1 else said | {"attention_factor": size * (1 + 0.1 * math.log(factor))}
 
 

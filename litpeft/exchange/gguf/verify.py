@@ -64,7 +64,7 @@ class Written:
     def _fill(self, model: GPT, prefix: str) -> None:
         for name, parts in self.layout.parts.items():
             if parts[0].startswith(prefix):
-                for ours, own in self.layout.ours(name, self._values(name)).items():
+                for ours, own in self.layout.ours(name, self._values).items():
                     module, _, leaf = ours.rpartition(".")
                     setattr(model.get_submodule(module), leaf, nn.Parameter(own, requires_grad=False))
 

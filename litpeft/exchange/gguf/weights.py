@@ -120,8 +120,8 @@ class GgufFile:
             shape = tuple(int(size) for size in reversed(self.stored[name].shape))
             if shape != layout.shape(name):
                 raise ModelError(f"{name} is {shape}, expected {layout.shape(name)}", where=self.path)
-        values = ((name, self._values(name, layout, dtype)) for name in wanted)
-        yield from layout.names.written((pair for name, rows in values for pair in layout.ours(name, rows).items()))
+        read = lambda name: self._values(name, layout, dtype)
+        yield from layout.names.written(pair for name in wanted for pair in layout.ours(name, read).items())
 
     def _values(self, name: str, layout: Layout, dtype: torch.dtype) -> Tensor:
         """Returns the numbers of a tensor, without what the file's have added to ours."""

@@ -1,5 +1,6 @@
 """Writes a model as a GGUF file, tensor by tensor: only one is in memory at a time."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from litpeft.core.errors import ModelError, ResourceError
 from litpeft.core.safetensors import is_finite
+from litpeft.exchange.gguf.latent import joined, split, split_names
 from litpeft.exchange.gguf.layout import Layout, decode, encode, row_bytes
 from litpeft.exchange.gguf.rope import scaling_keys
 from litpeft.model.affine import Affine
@@ -35,7 +37,7 @@ def header(layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
     if config.rotary_size:
         values |= {"rope.dimension_count": config.rotary_size, "rope.freq_base": config.main_rope.theta}
-        values |= scaling_keys(config.main_rope.scaling)
+        values |= scaling_keys(config, known)
     said = {key: known.key(key) for key in known.keys}
     if config.window is not None and "window" not in [field for field, _ in said.values()]:  # it attends to all tokens
         values["context_length"] = min(config.max_positions, config.window)
@@ -67,6 +69,11 @@ def write_gguf(
         for name, vector in divisors.items():
             slots.fill(name, vector.view(torch.uint8))
         for ours, own in rows:
+            if split_names(ours):
+                sizes = [slots.left[name] for name in places[ours]]
+                for name, piece in zip(places[ours], own.split(sizes), strict=True):
+                    slots.fill(name, piece)
+                continue
             for name in places[ours]:
                 before = layout.parts[name][: layout.parts[name].index(ours)]
                 at = sum(layout.names.ours[part][0] for part in before)
@@ -120,24 +127,40 @@ class _Slots:
 
 
 class Encoder:
-    """Turns our parameters into bytes of the types that they have in the file."""
+    """Turns our parameters into bytes of the types that they have in the file.
+
+    Those of one that lies in two tensors follow each other.
+    """
 
     def __init__(self, layout: Layout, types: dict[str, Type], where: str):
         self.layout, self.where = layout, where
-        self.types = {part: type_ for name, type_ in types.items() for part in layout.parts[name]}
+        self.types = {part: type_ for name, type_ in types.items() for part in layout.parts[name]} | types
         self.added = {part: layout.added(name) for name in types for part in layout.parts[name]}
 
     def __call__(self, ours: str, values: Tensor) -> Tensor:
         """Returns the bytes (rows, ...) of a parameter; raises if a number does not fit its type."""
-        rows = encode(values + self.added[ours] if self.added[ours] else values, self.types[ours])
-        if self.types[ours] == Type.F16 and not is_finite(rows.view(torch.float16)):
-            what = f"{ours} holds numbers that are too large for float16"
-            raise ModelError(what, where=self.where, hint="write bf16 or f32")
-        return rows
+        if names := split_names(ours):
+            pieces = zip(names, split(self.layout.config, values), strict=True)
+            return torch.cat([self._encoded(ours, name, piece.flatten(0, 1)).flatten() for name, piece in pieces])
+        return self._encoded(ours, ours, values + self.added[ours] if self.added[ours] else values)
 
     def read(self, ours: str, rows: Tensor) -> Tensor:
         """Returns the numbers of such bytes, in float32."""
+        if names := split_names(ours):
+            shapes = [self.layout.shape(name) for name in names]
+            sizes = [shape[0] * row_bytes(shape, self.types[name]) for name, shape in zip(names, shapes, strict=True)]
+            pieces = zip(names, shapes, rows.split(sizes), strict=True)
+            return joined(*(decode(own.view(math.prod(shape[:2]), -1), self.types[name], shape)
+                            for name, shape, own in pieces))  # fmt: skip
         return decode(rows, self.types[ours], self.layout.names.ours[ours]) - self.added[ours]
+
+    def _encoded(self, ours: str, name: str, values: Tensor) -> Tensor:
+        """Returns the bytes of a tensor that is or is a part of one of our parameters."""
+        rows = encode(values, self.types[name])
+        if self.types[name] == Type.F16 and not is_finite(rows.view(torch.float16)):
+            what = f"{ours} holds numbers that are too large for float16"
+            raise ModelError(what, where=self.where, hint="write bf16 or f32")
+        return rows
 
 
 def held_in_groups(layer: Linear) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -100,6 +100,9 @@ class Gguf:
     pairs: bool = False  # RoPE rotates neighbouring rows of q and k, which the file holds in that order
     own_head: bool = False  # the file needs a head even if that is the embedding
     yarn_truncates: bool = True  # False: its models do not round yarn's bounds, though llama.cpp does
+    yarn_multiplier: float = 0.0  # rope.scaling.yarn_log_multiplier is so many times mscale_all_dim
+    only: tuple[str, Any] | None = None  # key of the header and its value, if others have the same name
+    refuses: Callable[[Any], str | None] = lambda config: None  # returns why a config cannot be written, if so
     norms: float = 0.0  # what the file's norms have added to ours
     # key of the header, without `arch.` -> field of ModelConfig, or that and a function of its value
     keys: Mapping[str, str | tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)

@@ -7,9 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, or_zero
-from litpeft.model.families import deepseek_v3
+from litpeft.model.families import Gguf, deepseek_v3
 
 NAMES = deepseek_v3.NAMES
+GGUF = Gguf(
+    "deepseek2",
+    yarn_multiplier=0.1,
+    refuses=deepseek_v3.no_gguf,
+    keys=deepseek_v3.GGUF_KEYS,
+    graph=deepseek_v3.GGUF.graph
+    | {"experts": lambda config: (replace(config.experts, groups=1, active_groups=1),)},  # chosen as V3 chooses them
+)
 BUFFERS = ("*.rotary_emb.inv_freq",)
 
 

@@ -4,13 +4,16 @@ The layers that predict further tokens (num_nextn_predict_layers) are not read. 
 name (attention_dropout) is not applied.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, Latent, ModelConfig, checked, or_zero
-from litpeft.model.families import llama, without
+from litpeft.model.families import EXPERTS as EXPERT_KEYS
+from litpeft.model.families import OWN_SIZE, Gguf, llama, without
 from litpeft.model.families.qwen3_moe import EXPERTS
+from litpeft.model.parts import LATENT_EPS as EPS
 from litpeft.model.rope import grown
 
 NAMES = (
@@ -27,6 +30,50 @@ NAMES = (
         "blocks.{}.mlp.shared.up": "model.layers.{}.mlp.shared_experts.up_proj",
         "blocks.{}.mlp.shared.down": "model.layers.{}.mlp.shared_experts.down_proj",
     }
+)
+GGUF_KEYS = {
+    "attention.head_count_kv": ("latent", lambda latent: 1),  # the vector that all heads share
+    "attention.key_length": ("latent", lambda latent: latent.kv_rank + latent.turning),
+    "attention.value_length": ("latent", lambda latent: latent.kv_rank),
+    "attention.key_length_mla": ("latent", lambda latent: latent.still + latent.turning),
+    "attention.value_length_mla": ("latent", lambda latent: latent.values),
+    "attention.q_lora_rank": ("latent", lambda latent: latent.q_rank),
+    "attention.kv_lora_rank": ("latent", lambda latent: latent.kv_rank),
+    "leading_dense_block_count": ("experts", lambda experts: len(experts.dense_layers)),
+    "expert_shared_count": ("experts", lambda experts: experts.shared_d_ff // experts.d_ff),
+    "expert_weights_scale": ("experts", lambda experts: experts.scale),
+    "expert_weights_norm": ("experts", lambda experts: experts.normed),
+    "expert_gating_func": ("experts", lambda experts: 2 if experts.corrected else 1),
+    "expert_group_count": ("experts", lambda experts: experts.groups),
+    "expert_group_used_count": ("experts", lambda experts: experts.active_groups),
+    **EXPERT_KEYS,
+    **OWN_SIZE,
+}
+
+
+def no_gguf(config: ModelConfig) -> str | None:
+    """Returns what llama.cpp does not compute."""
+    scaling, lite = config.rope_scaling, config.n_layers in (26, 27)
+    if scaling is not None and (config.score_scale is None or not math.isclose(scaling.attention_factor, 1)):
+        return "this model has yarn with an mscale that is not its mscale_all_dim; llama.cpp takes both for the same"
+    if lite != (config.latent.q_rank is None):
+        this = f"this has {config.n_layers} and {'no' if config.latent.q_rank is None else 'a'} q_lora_rank"
+        return f"llama.cpp takes 26 and 27 layers for a model without q_lora_rank; {this}"
+    return None
+
+
+GGUF = Gguf(
+    "deepseek2",
+    yarn_multiplier=0.1,
+    refuses=no_gguf,
+    only=("expert_gating_func", 2),
+    keys=GGUF_KEYS,
+    graph={
+        "experts": lambda config: (config.experts,),
+        "rope_pairs": (True,),
+        "norm_eps": (EPS,),  # of the norms inside attention, too
+        "score_scale": lambda config: (config.score_scale,),  # it follows from yarn
+    },
 )
 BUFFERS = ("*.rotary_emb.inv_freq", "model.layers.61.*")  # the layer that predicts a further token
 

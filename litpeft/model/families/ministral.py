@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama
 from litpeft.model.rope import layers_of
 
 NAMES = llama.NAMES
+GGUF = Gguf("llama", pairs=True)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, QueryGrowth, checked
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama
 
 NAMES = llama.NAMES
+GGUF = Gguf(
+    "mistral3",
+    pairs=True,
+    yarn_multiplier=1.0,
+    keys={"attention.temperature_scale": ("query_growth", lambda growth: growth and growth.rate)},
+)
 BETA = "llama_4_scaling_beta"
 ROPE = {
     "rope_type": "yarn",
