@@ -81,6 +81,8 @@ def _scaling(kind: str, given: Given, max_positions: int) -> RopeScaling:
     attention = given.optional("attention_factor", float)
     if kind == "longrope":
         if attention is None:
+            if original < 2:
+                raise ValueError(f"{given.values[ORIGINAL][0]} {original} is not supported; it must be at least 2")
             attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         short, long = given.numbers("short_factor"), given.numbers("long_factor")
         return RopeScaling(

@@ -274,6 +274,7 @@ ROPES = {
     "list": {"rope_scaling": ["linear", 4.0]},
     "text": {"rope_parameters": "linear"},
     **{kind: {"rope_scaling": {"rope_type": kind, "factor": 4.0}} for kind in ("yarn", "dynamic", "proportional")},
+    "longrope of one position": {"rope_parameters": longrope(1) | {"factor": 4.0}},
     "unknown": {"rope_scaling": {"rope_type": "other", "factor": 4.0}},
     "no kind": {"rope_parameters": {"rope_type": None}},
     "no theta": {"rope_parameters": {"rope_theta": None}},
