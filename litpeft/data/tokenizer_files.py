@@ -16,23 +16,19 @@ from tokenizers.models import BPE
 from litpeft.core.errors import ModelError, some
 from litpeft.core.json import read_optional
 from litpeft.data.pieces import BPE_MODEL, BYTE, CONTROL, SPACE, UNKNOWN, USER_DEFINED, merges_of, read_pieces
-
-LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")  # a space becomes ▁, and a text starts with one
-BYTE_LEVEL = ("GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer")
-AS_IT_IS = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")  # tokenizer.json says all
-REGISTERED = {"gpt2": "GPT2Tokenizer", "gpt_neox": "GPTNeoXTokenizer"}  # model_type -> class, where none is named
-# The special tokens of a class that tokenizer_config.json does not name.
-END = "<|endoftext|>"
-NAMES = {
-    **dict.fromkeys(LLAMA, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
-    **dict.fromkeys(BYTE_LEVEL, {"bos_token": END, "eos_token": END, "unk_token": END}),
-    "GPTNeoXTokenizer": {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": "<|padding|>"},
-    "Qwen2Tokenizer": {"eos_token": END, "unk_token": END, "pad_token": END},
-}
-ORDER = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Keys that change ids if they are true, in classes whose meaning of them is not known here.
-FOREIGN = ("add_prefix_space", "legacy", "sp_model_kwargs", "do_lower_case", "strip_accents", "remove_space")
-AS_IT_IS_HINT = 'write "tokenizer_class": "PreTrainedTokenizerFast" to use tokenizer.json as it is'
+from litpeft.data.tokenizer_classes import (
+    AS_IT_IS,
+    AS_IT_IS_HINT,
+    BYTE_LEVEL,
+    FOREIGN,
+    LLAMA,
+    NAMES,
+    ORDER,
+    PARTS,
+    REGISTERED,
+    SURE,
+    WHOLE,
+)
 
 
 @dataclass
@@ -58,8 +54,10 @@ def read_files(folder: Path, model: dict[str, Any]) -> TokenizerFiles:
     _refuse_keys(config, folder, name, inner)
     if name in LLAMA:
         _set_llama(inner, config, name)
-    elif name in BYTE_LEVEL:
-        _set_byte_level(inner, config, name)
+    elif name in PARTS:
+        _check_parts(inner, name)
+        if name in BYTE_LEVEL:
+            _set_byte_level(inner, config, name)
     # older folders have in three files what newer ones have in one
     said = special_map | config if "added_tokens_decoder" in config else config | special_map
     usual = NAMES.get(name, {})
@@ -87,7 +85,7 @@ def read_files(folder: Path, model: dict[str, Any]) -> TokenizerFiles:
             raise ModelError(f"{key} {named[key].content!r} is not in the vocabulary")
     _add_special(inner, special, model.get("vocab_size"))
     adds_bos = False if name == "GPTNeoXTokenizer" else None
-    if path.suffix == ".model":
+    if path.suffix == ".model" or name == "CodeLlamaTokenizer":
         adds_bos = config.get("add_bos_token") is not False
     return TokenizerFiles(inner, path, known, [token.content for token in special], adds_bos, config)
 
@@ -108,14 +106,19 @@ def _read(folder: Path) -> tuple[Path, tokenizers.Tokenizer | None]:
 
 
 def _class_name(config: dict[str, Any], model: dict[str, Any], inner: tokenizers.Tokenizer | None) -> str:
-    """Returns the class that transformers would use, without `Fast`; "" if tokenizer.json is used unchanged."""
-    kind = model.get("model_type")
-    name = config.get("tokenizer_class") or model.get("tokenizer_class") or REGISTERED.get(str(kind), "")
-    name = str(name).removesuffix("Fast")
+    """Returns the class that transformers would use, without `Fast`; "" if tokenizer.json is used unchanged.
+
+    Of a tokenizer.model alone it is the named one: that is how sentencepiece reads the file.
+    """
+    kind = str(model.get("model_type"))
+    registered = REGISTERED.get(kind)
+    name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or registered or "").removesuffix("Fast")
     if inner is None:
         return name
+    if registered == "" or (kind in SURE and name not in AS_IT_IS):
+        return registered
     byte_level = any(step["type"] == "ByteLevel" for step in _steps(inner.pre_tokenizer))
-    return "" if kind == "mistral" or (name == "LlamaTokenizer" and byte_level) else name
+    return "" if name == "LlamaTokenizer" and byte_level else name
 
 
 def _steps(component: Any) -> list[dict[str, Any]]:
@@ -198,24 +201,33 @@ def _set_llama(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str) -
     inner.model.fuse_unk = inner.model.byte_fallback = True
 
 
-def _set_byte_level(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str) -> None:
-    """Applies `add_prefix_space` to `inner`."""
+def _check_parts(inner: tokenizers.Tokenizer, name: str) -> None:
+    """Raises if tokenizer.json cuts a text otherwise than its class."""
+    normal, expected = PARTS[name]
     cuts, changes = _steps(inner.pre_tokenizer), [step["type"] for step in _steps(inner.normalizer)]
-    if name == "Qwen2Tokenizer":
-        expected = [("Split", True), ("ByteLevel", False)]
-    else:
+    if expected == [WHOLE]:
         cuts = [step for step in cuts if step["type"] != "Digits"]  # changes no id: no merge crosses its cuts
-        expected = [("ByteLevel", True)]
-    found = [(step["type"], step.get("use_regex", True)) for step in cuts]
-    normal = [] if name == "GPT2Tokenizer" else ["NFC"]
-    if found != expected or changes != normal or not isinstance(inner.model, BPE):
-        has = [*changes, *(kind for kind, _ in found), f"a {type(inner.model).__name__} model"]
+    if [*map(_cut, cuts)] != expected or changes != normal or not isinstance(inner.model, BPE):
+        has = [*changes, *(step["type"] for step in cuts), f"a {type(inner.model).__name__} model"]
         wants = [*normal, *(kind for kind, _ in expected), "a BPE model"]
         what = f"tokenizer_class {name} means {', '.join(wants)}; tokenizer.json has {', '.join(has)}"
-        raise ModelError(what, hint=AS_IT_IS_HINT)
+        raise ModelError(what + (", with another pattern" if has == wants else ""), hint=AS_IT_IS_HINT)
+
+
+def _set_byte_level(inner: tokenizers.Tokenizer, config: dict[str, Any], name: str) -> None:
+    """Applies `add_prefix_space` to `inner`."""
     pre = inner.pre_tokenizer
     last = pre[len(_steps(pre)) - 1] if isinstance(pre, pre_tokenizers.Sequence) else pre
     last.add_prefix_space = bool(config.get("add_prefix_space"))
+    if PARTS[name][1] == [WHOLE]:
+        inner.pre_tokenizer = last
+
+
+def _cut(step: dict[str, Any]) -> tuple[str, Any]:
+    """Returns a step of a pre-tokenizer, and the setting of it that matters."""
+    settings = {"ByteLevel": "use_regex", "Digits": "individual_digits", "Split": "pattern"}
+    said = step.get(settings.get(step["type"], ""), True)
+    return step["type"], said.get("Regex") if isinstance(said, dict) else said
 
 
 def _token(value: Any) -> AddedToken:
