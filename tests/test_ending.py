@@ -24,7 +24,7 @@ from litpeft.data.tokenizer import Tokenizer
 from litpeft.generate.load import load_model
 from litpeft.model.build import build
 from litpeft.model.objective import mean_loss, row_losses
-from litpeft.train.ending import FEWEST_ROWS, affordable, chosen
+from litpeft.train.ending import FEWEST_ROWS, FEWEST_TEXTS, affordable, chosen
 from litpeft.train.report import markdown, summary_lines
 from litpeft.train.row_losses import RowLoss, far_above, told_apart
 
@@ -62,7 +62,7 @@ def test_before_is_the_base_and_after_the_run_as_other_commands_load_them(
     tokenizer = Tokenizer.load(tiny_folder)
     template = ChatTemplate(tokenizer)
     rows = load_dataset(Data(lines[1]["file"], validation_split=0.0), tokenizer, template, 512).train
-    texts = neutral_rows("auto", template, 512, "")[:2]
+    texts = neutral_rows("auto", template, 512, "")[:FEWEST_TEXTS]
     for at, (folder, key) in enumerate(((tiny_folder, "loss_before"), (run, "loss_after"))):
         model = load_model(str(folder), precision="64-true").model
         want = {n: mean_loss(model, [row], 2048, CPU) for n, row in enumerate(rows, 1)}

@@ -28,7 +28,7 @@ from litpeft.train.row_losses import RowLoss, RowLosses, told_apart, write_rows
 ROWS_SHARE = 0.03  # of the training's time, for the losses of rows
 NEUTRAL_SHARE = 0.02  # and for that of neutral text
 PASSES = 2  # forward passes of what is measured at the end
-FEWEST_ROWS, MOST_ROWS, FEWEST_TEXTS = 4, 1000, 2
+FEWEST_ROWS, MOST_ROWS, FEWEST_TEXTS = 1, 1000, 1
 
 
 @dataclass(frozen=True)

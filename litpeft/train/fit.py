@@ -99,7 +99,7 @@ class Trainer:
                 self.save()
             if progress.stopped:
                 break
-        if self.held_out and progress.sampled not in (None, progress.validations[-1][0]):
+        if self.held_out and self.budget.sample_tokens and progress.sampled != progress.validations[-1][0]:
             with self.timed("measuring"):
                 self.show_sample()  # the report's are of the end
         progress.stopped = progress.stopped or DONE
@@ -118,7 +118,9 @@ class Trainer:
         """Raises if the weights that the run ends with learned nothing, or are worse than no model: see learned.py."""
         progress, settings, vocabulary = self.progress, self.settings, self.gpt.config.vocab_size
         check_moved(progress, self.before, trainable(self.gpt).values(), self.fabric)
-        if progress.step > SHORT:
+        held_out = [loss for _, loss in progress.validations]
+        fell = len(held_out) > 1 and held_out[-1] < held_out[0]  # no gradient is needed to see that it learned
+        if progress.step > SHORT or fell:
             check_loss(progress, progress.losses[-1], vocabulary)
             return
         numbers = plan_epoch(len(self.rows), settings.train.batch_size, 0, settings.data.seed)[0]

@@ -53,7 +53,7 @@ def fitting_budget(settings: Finetune, rows: DataSet, steps: int) -> Budget:
         say(f"train.warmup_steps {settings.train.warmup_steps} are more than a quarter of the run; {warmup} are taken")
     held_out = rows.validation[: settings.validation.max_rows]
     budget = Budget.of(settings, rows.train.column("tokens").tolist(), held_out, steps)
-    if note := budget.note(len(held_out), settings.validation.interval):
+    if note := budget.note(len(held_out), settings.validation):
         say(note)
     return budget
 

@@ -24,7 +24,7 @@ class Sample:
 
     prompt: str
     expected: str
-    before: str
+    before: str | None  # None: the run was too short to show both
     after: str
 
 
@@ -122,7 +122,8 @@ def markdown(facts: RunFacts, picture: str | None) -> str:
     if facts.rows is not None:
         parts += ["## Rows", *_row_losses(facts.rows)]
     if facts.samples:
-        parts += ["## Samples", "Held-out prompts, answered without and with what was learned."]
+        how = "with" if facts.samples[0].before is None else "without and with"
+        parts += ["## Samples", f"Held-out prompts, answered {how} what was learned."]
         for number, sample in enumerate(facts.samples, start=1):
             parts += [f"### Sample {number}", _fenced(_cut(sample.prompt)), _fenced(_columns(sample))]
     values = {key: json.dumps(value, ensure_ascii=False, default=str) for key, value in facts.settings.items()}
@@ -241,7 +242,7 @@ def _fenced(text: str, language: str = "text") -> str:
 
 
 def _columns(sample: Sample) -> str:
-    """Returns the three answers in wrapped columns of plain text."""
+    """Returns the answers in wrapped columns of plain text."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -249,6 +250,7 @@ def _columns(sample: Sample) -> str:
 
     table = Table(box=box.SQUARE, width=SAMPLE_WIDTH)
     texts = {"expected": sample.expected, "before": sample.before, "after": sample.after}
+    texts = {name: text for name, text in texts.items() if text is not None}
     for name in texts:
         table.add_column(name, ratio=1, overflow="fold")
     table.add_row(*(Text(_cut(clean(text).strip("\n"))) for text in texts.values()))

@@ -34,13 +34,13 @@ def show_sample(
             loaded.model, prompts, loaded.tokenizer, Sampling(max_new_tokens=tokens), loaded.template.stop_ids
         )
     loaded.model.train()
-    if progress.step == 0:
+    if not progress.samples:
         log.message(f"  asked:    {exchanges[0].asked}")
         log.message(f"  expected: {exchanges[0].expected}")
     log.message(f"  answered: {answers[0].text}")
-    samples = progress.samples
+    samples, start = progress.samples, progress.step == 0
     for i, exchange in enumerate(exchanges):
-        first = samples[i].before if len(samples) > i else answers[i].text
+        first = samples[i].before if len(samples) > i else answers[i].text if start else None
         samples[i : i + 1] = [Sample(exchange.asked, exchange.expected, before=first, after=answers[i].text)]
 
 

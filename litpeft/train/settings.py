@@ -142,7 +142,7 @@ class Ending:
 
     rows: int | Literal["auto"] = "auto"
     """Rows to train on, chosen by data.seed, whose losses go to rows.csv; auto: as many as take some 3 % of the
-    training's time, from 4 to 1,000. 0: none."""
+    training's time, from 1 to 1,000. 0: none."""
     neutral: str = "auto"
     """Text that shows what was forgotten: a .txt file, auto (a page of plain English), or none."""
 
