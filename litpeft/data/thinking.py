@@ -17,6 +17,11 @@ def parted(content: str) -> tuple[str, str]:
     return (match[1].strip(), match[2]) if match else ("", content)
 
 
+def closed(text: str) -> str:
+    """Returns an answer that was cut within its thoughts with those at their end, and nothing said after them."""
+    return f"{text}\n{END}\n\n" if text.lstrip().startswith(BEGIN) and END not in text else text
+
+
 def thoughts_of(turn: Turn) -> str:
     """Returns what the assistant thought before it said this."""
     return (turn.thinking.strip() or parted(turn.content)[0]) if turn.role == "assistant" else ""

@@ -12,11 +12,12 @@ import torch
 from litpeft.core.errors import DataError, counted
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import tell, write
+from litpeft.data.channels import decoder_for
 from litpeft.data.formats.keys import listed
 from litpeft.data.prompts import Prompt, new_file, read_prompts, typed_prompt, unread
 from litpeft.data.sources import find_measured
 from litpeft.data.templates import with_system
-from litpeft.data.tokenizer import StreamDecoder, Tokenizer
+from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import find_run
 from litpeft.exchange.trained_rows import shape_of
 from litpeft.generate.cache import TokenCache
@@ -46,7 +47,7 @@ class Draft:
         self.answer = Answer([], "", "interrupted")
         self.ended = False
         self.stop, self.stop_ids, self.limit = sampling.stop, stop_ids, limit
-        self.decoder = StreamDecoder(tokenizer)
+        self.decoder = decoder_for(tokenizer, prompt)
         self.held = ""  # text that may be the beginning of a stop string
 
     @property

@@ -11,6 +11,7 @@ from litpeft.core.errors import ConfigError, DataError, UserError, quoted
 from litpeft.core.folders import atomic_file
 from litpeft.data.formats.turn import Turn
 from litpeft.data.templates import with_system
+from litpeft.data.thinking import closed
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.engine import Answer, stream
 from litpeft.generate.load import Loaded
@@ -67,7 +68,7 @@ class Session:
         except KeyboardInterrupt:
             answer.reason = "interrupted"
         if answer.text or answer.reason != "interrupted":
-            self.turns += [question, Turn("assistant", answer.text)]
+            self.turns += [question, Turn("assistant", closed(answer.text))]
         return answer
 
     def instruct(self, system: str) -> None:
