@@ -34,7 +34,6 @@ from litpeft.train.preparation import Preparation, prepare
 from litpeft.train.progress import Progress
 from litpeft.train.records import begin_run, report
 from litpeft.train.settings import Finetune
-from litpeft.train.shortage import Shortage
 from litpeft.train.signals import StopSignals
 
 
@@ -51,8 +50,7 @@ def finetune(settings: Finetune, name: str, method: Method, began: float | None 
         except Exception as error:
             if isinstance(error, ResourceError) or not out_of_memory(error):
                 raise
-            longest = int(run.rows.train.column("tokens").max())
-            raise Shortage(settings, method, run.shapes, run.precision, longest).error(error) from error
+            raise run.memory.error(error) from error
     if progress.exit_code:
         sys.exit(progress.exit_code)
 

@@ -40,6 +40,7 @@ from litpeft.train.read_rows import fitting_budget, pin_rows, read_rows
 from litpeft.train.resume import check_same_run, circumstances, find_saved, finished_at, rows_sha256
 from litpeft.train.samples import SHOWN, Question, askable
 from litpeft.train.settings import Finetune, Validation
+from litpeft.train.shortage import Shortage
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Preparation:
     steps: int
     budget: Budget
     reading: float  # seconds that reading the rows took
+    memory: Shortage  # what the run needs of its device's
     stream: Stream | None = None  # of the rows to train on, of which `rows` then has the first window
 
     def agreed(self) -> dict[str, Any]:
@@ -117,6 +119,10 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         init.check(shapes, facts["reads"]["tokenizer"])
     if saved is not None and not goes_on(settings, saved, facts, steps):
         return None
+    longest = int(rows.train.column("tokens").max())
+    memory = Shortage(settings, method, shapes, precision, longest, gpu=device.type == "cuda")
+    if device.type == "cuda":
+        say(memory.expected(torch.cuda.get_device_name(device), *torch.cuda.mem_get_info(device)))
     if settings.dry_run:
         dry_run(name, shapes, rows, template.tokenizer, steps)
         return None
@@ -137,6 +143,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         steps,
         budget,
         reading,
+        memory,
         stream,
     )
 

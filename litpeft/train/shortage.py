@@ -1,4 +1,4 @@
-"""The error of a run that is out of memory: an estimate of what needed how much, and the settings that save most."""
+"""What memory a run needs, by part: told at its start on a GPU, and with the settings that save most if it runs out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,8 @@ from litpeft.core.precision import Precision
 from litpeft.model.delta import Method, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.loss import CHUNK
-from litpeft.train.micro_tokens import MOST
+from litpeft.model.slots import Delta
+from litpeft.train.micro_tokens import MOST, SHARE
 from litpeft.train.settings import Finetune
 
 NF4_BYTES = 0.6  # of a weight in 4 bits, with its constants
@@ -24,33 +25,60 @@ class Shortage:
     shapes: GPT  # on the meta device, with the method attached
     precision: Precision
     longest: int  # tokens of the longest row
+    gpu: bool = False
 
     def error(self, cause: BaseException) -> UserError:
         """Returns the error for the user."""
         held = self.held()
         parts = ", ".join(f"{name} {scaled(count, 'B')}" for name, count in held.items() if count)
         what = f"out of memory{asked_for(cause)}; about what the run needs: {parts}"
-        least = sum(held.values()) / 100
-        helps = sorted(((saved, text) for text, saved in self.savings().items() if saved > least), reverse=True)
-        options = "; ".join(f"{text} (about {scaled(saved, 'B')} less)" for saved, text in helps[:3])
+        options = "; ".join(self.options()[:3])
         hint = f"try {options}" if options else "take a smaller model or a device with more memory"
         return ResourceError(what, hint=f"{hint}; checkpoints that were saved are whole: --resume goes on")
 
-    def held(self) -> dict[str, int]:
-        """Returns the bytes of weights, gradients, optimizer state and activations."""
+    def options(self) -> list[str]:
+        """Returns the settings that need less memory, by how much they save; none that saves under a hundredth."""
+        least = sum(self.held().values()) / 100
+        helps = sorted(((saved, text) for text, saved in self.savings().items() if saved > least), reverse=True)
+        return [f"{text} (about {scaled(saved, 'B')} less)" for saved, text in helps]
+
+    def expected(self, name: str, free: int, total: int) -> str:
+        """Returns the line that says at a run's start what share of a GPU's `total` bytes it will need, about.
+
+        Where `micro_tokens` is left open, a pass has as many tokens as fit into what is free.
+        """
+        needed, tokens = sum(self.held().values()), self.tokens()
+        if self.settings.data.packing and self.settings.train.micro_tokens == "auto":
+            while needed > SHARE * free and tokens > self.longest:
+                tokens = max(self.longest, tokens // 2)
+                needed = sum(self.held(tokens).values())
+        share = f"{needed / total:.0%} of the {scaled(total, 'B')} of {name}"
+        said = f"memory      about {scaled(needed, 'B')}, {share}, with {tokens:,} tokens a pass"
+        if needed <= free:
+            return said
+        return f"{said}; {scaled(free, 'B')} are free" + "".join(f"; {text}" for text in self.options()[:1])
+
+    def held(self, tokens: int | None = None) -> dict[str, int]:
+        """Returns the bytes of weights, gradients, optimizer state, activations of a pass of `tokens`, and logits."""
         trained = self.trained()
         held = {"weights": self.frozen(), "what trains": trained, "its gradients": trained}
         held["the optimiser"] = int(trained * self.moments())
         ranks = self.settings.devices * self.settings.num_nodes if self.settings.strategy == "fsdp" else 1
         shares = {name: count // ranks for name, count in held.items()}
-        tokens = self.tokens()
-        return shares | {f"activations of {tokens:,} tokens a pass": self.activations(tokens)}
+        tokens = self.tokens() if tokens is None else tokens
+        logits = self.logits(tokens)
+        shares[f"activations of {tokens:,} tokens a pass"] = self.activations(tokens) - logits
+        return shares | {"logits": logits}
 
     def frozen(self) -> int:
-        """Returns the bytes of the frozen weights."""
-        size = self.precision.weights.itemsize
-        every = [p for p in self.shapes.parameters() if not p.requires_grad]
-        return sum(p.numel() * (size if p.is_floating_point() else p.element_size()) for p in every)
+        """Returns the bytes of the frozen weights; packed ones, and a method's own, have types of their own."""
+        size, count = self.precision.weights.itemsize, 0
+        for module in self.shapes.modules():
+            own = getattr(module, "packed_names", ())
+            for name, p in module.named_parameters(recurse=False):
+                kept = name in own or isinstance(module, Delta)
+                count += 0 if p.requires_grad else p.numel() * (p.element_size() if kept else size)
+        return count
 
     def trained(self) -> int:
         """Returns the bytes of the trained parameters."""
@@ -71,6 +99,10 @@ class Shortage:
             return min(train.micro_batch_size, train.batch_size) * self.longest
         micro = MOST if train.micro_tokens == "auto" else train.micro_tokens
         return max(self.longest, min(micro, train.batch_size * self.longest))
+
+    def logits(self, tokens: int) -> int:
+        """Returns the bytes of the logits that exist at one time; `activations` has them in it."""
+        return 2 * min(tokens, CHUNK) * self.shapes.config.vocab_size * 4
 
     def activations(self, tokens: int, recompute: bool | None = None) -> int:
         """Returns the bytes of the logits and of what is kept for the backward pass of so many tokens."""
