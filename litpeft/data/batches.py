@@ -1,9 +1,11 @@
 """Rows as micro-batches, concatenated and never padded; and which rows make which optimizer step."""
 
 import random
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,32 +77,57 @@ def bin_pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     return bins + [found[node] for node in sorted(found)]
 
 
-def plan_epoch(
-    rows: int, batch_size: int, epoch: int, seed: int, lengths: Sequence[int] | None = None
-) -> list[list[int]]:
-    """Returns an epoch as optimizer steps, each a list of row numbers; the last may be shorter.
+class Plan(Sequence[list[int]]):
+    """The optimizer steps of an epoch, each a list of row numbers; the last may be shorter. It holds one array."""
+
+    def __init__(self, order: np.ndarray, batch_size: int):
+        self._order, self._batch_size = order, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._order) // self._batch_size)
+
+    def __getitem__(self, at: int) -> list[int]:
+        start = range(len(self))[at] * self._batch_size
+        return self._order[start : start + self._batch_size].tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    __hash__ = None
+
+
+def plan_epoch(rows: int, batch_size: int, epoch: int, seed: int, lengths: Sequence[int] | None = None) -> Plan:
+    """Returns an epoch as optimizer steps.
 
     With `lengths`, in tokens, the rows of a step are about as long as each other: they are sorted within GROUP steps.
     It depends on the arguments alone, so that a resumed run needs only its step.
     """
-    order, chance = list(range(rows)), random.Random(f"{seed} {epoch}")
-    chance.shuffle(order)
-    if lengths is not None:
-        groups = (order[start : start + GROUP * batch_size] for start in range(0, rows, GROUP * batch_size))
-        order = [number for group in groups for number in sorted(group, key=lambda i: -lengths[i])]
-    steps = [order[start : start + batch_size] for start in range(0, rows, batch_size)]
-    if lengths is not None:
-        last = [steps.pop()] if rows % batch_size else []
-        chance.shuffle(steps)
-        steps += last
-    return steps
+    order, chance = array("i", range(rows)), random.Random(f"{seed} {epoch}")
+    chance.shuffle(order)  # of an array of the standard library: numpy's is slower one number at a time
+    order = np.frombuffer(order, np.int32)
+    if lengths is None:
+        return Plan(order, batch_size)
+    shorter = -np.asarray(lengths)
+    groups = (order[start : start + GROUP * batch_size] for start in range(0, rows, GROUP * batch_size))
+    order = np.concatenate([group[np.argsort(shorter[group], kind="stable")] for group in groups])
+    whole = rows // batch_size
+    steps = array("i", range(whole))
+    chance.shuffle(steps)
+    full = order[: whole * batch_size].reshape(whole, batch_size)[np.frombuffer(steps, np.int32)]
+    return Plan(np.concatenate([full.reshape(-1), order[whole * batch_size :]]), batch_size)
 
 
-def padding(steps: Sequence[Sequence[int]], lengths: Sequence[int], size: int) -> float:
+def padding(steps: Iterable[Sequence[int]], lengths: Sequence[int], size: int) -> float:
     """Returns the share of padding in passes of `size` rows of a step, if each row were as long as the longest."""
-    passes = [step[start : start + size] for step in steps for start in range(0, len(step), size)]
-    places = sum(len(one) * max(int(lengths[i]) for i in one) for one in passes)
-    return 1 - sum(int(lengths[i]) for one in passes for i in one) / places
+    tokens = places = 0
+    for step in steps:
+        found = [int(lengths[number]) for number in step]
+        tokens += sum(found)
+        places += sum(len(one) * max(one) for one in (found[at : at + size] for at in range(0, len(found), size)))
+    return 1 - tokens / places
 
 
 def lay_out(

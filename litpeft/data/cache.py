@@ -109,7 +109,7 @@ class RowCache:
         """Keeps rows that were written; where that is not possible, says so."""
         if self.path is None or len(index) < LEAST:
             return
-        index_at = writer.put(index.tobytes())
+        index_at = writer.put(index.view(np.uint8).data)
         facts_at = writer.put(json.dumps({"chats": chats, "report": vars(report)}, default=vars).encode())
         tail = TAIL.pack(index_at, facts_at, writer.at, writer.sha256.digest())
         temporary = self.path.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}")

@@ -4,7 +4,8 @@ See check.py for the rest, which takes longer than a user should wait for each t
 """
 
 import random
-from collections.abc import Sequence
+
+import numpy as np
 
 from litpeft.core.errors import counted
 from litpeft.core.terminal import clean
@@ -27,11 +28,11 @@ def concerns(data: DataSet, tokenizer: Tokenizer, seed: int, masked: bool) -> li
 
     `seed` chooses the sample; `masked` says whether prompts are not trained.
     """
-    report, train, twice = data.report, data.report.train, [tokenizer.bos_id] * 2
+    report, train = data.report, data.report.train
     distinct = train.rows - report.repeated
     empty = sum(bad.reason.endswith("is empty") for bad in report.rejected)
     missing = train.rows - train.ended - (report.split_pieces - report.split_rows)
-    double = sum(row.ids[:2] == twice for row in data.train)
+    double = 0 if tokenizer.bos_id is None else data.train.begin_with([tokenizer.bos_id] * 2)
     few = masked and train.trained < FEW_TRAINED * train.tokens
     found = {
         f"{counted(empty, 'row')} left out for an empty answer": empty,
@@ -69,8 +70,9 @@ def _alike(data: DataSet, seed: int) -> dict[str, bool]:
     }
 
 
-def _sample(rows: Rows, numbers: Sequence[int], most: int, chance: random.Random) -> list[Row]:
-    return [rows[at] for at in (numbers if len(numbers) <= most else chance.sample(numbers, most))]
+def _sample(rows: Rows, numbers: np.ndarray | range, most: int, chance: random.Random) -> list[Row]:
+    places = range(len(numbers)) if len(numbers) <= most else chance.sample(range(len(numbers)), most)
+    return [rows[numbers[at]] for at in places]
 
 
 def _text(row: Row) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
 
 from litpeft.core.errors import DataError, quoted, some
 from litpeft.data.hub.address import Address, address, no_file
@@ -211,17 +213,18 @@ def _not_read(path: Path) -> DataError:
     return DataError(f"{word} is not read; a data file ends in {ALL}", where=path, hint=f"convert {path.name}")
 
 
-def split(rows: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """Returns the rows to train on and those held out, in their order; at least one of each if share > 0."""
-    if share <= 0 or len(rows) < 2:
-        return rows, []
-    count = min(max(1, round(share * len(rows))), len(rows) - 1)
-    held_out = set(random.Random(seed).sample(range(len(rows)), count))
-    return [r for i, r in enumerate(rows) if i not in held_out], [r for i, r in enumerate(rows) if i in held_out]
+def split(rows: int, share: float, seed: int) -> np.ndarray:
+    """Returns for each of so many rows whether it is held out; at least one is, and one is not, if share > 0."""
+    held_out = np.zeros(rows, bool)
+    if share > 0 and rows > 1:
+        count = min(max(1, round(share * rows)), rows - 1)
+        held_out[random.Random(seed).sample(range(rows), count)] = True
+    return held_out
 
 
-def repeated(rows: list[Any], weight: float, seed: int) -> list[Any]:
-    """Returns the rows as often as the weight says, in their order: 2.5 is each twice, and a half of them once more."""
+def repeated(rows: int, weight: float, seed: int) -> np.ndarray:
+    """Returns how often each of so many rows is seen: with weight 2.5 each twice, and a half of them once more."""
     whole, part = divmod(weight, 1)
-    more = set(random.Random(seed).sample(range(len(rows)), round(part * len(rows))))
-    return [row for at, row in enumerate(rows) for _ in range(int(whole) + (at in more))]
+    times = np.full(rows, int(whole))
+    times[random.Random(seed).sample(range(rows), round(part * rows))] += 1
+    return times

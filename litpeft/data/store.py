@@ -25,8 +25,8 @@ ENTRY = np.dtype(
         *(("example", "<i4"), ("file", "<i4"), ("ended", "?"), ("plain", "?")),
     ]
 )
+PACKED = struct.Struct("<qiiiQii??")  # the bytes of an entry
 FIELDS = [field.name for field in fields(Turn)]
-TOGETHER = 256  # entries that become an array together
 
 
 class Turns(Sequence[Turn]):
@@ -89,7 +89,7 @@ class Rows(Sequence[Row]):
 
     def __init__(self, descriptor: Descriptor, index: np.ndarray, order: np.ndarray | None = None):
         self._descriptor, self._index = descriptor, index
-        self._order = np.arange(len(index)) if order is None else order
+        self._order = np.arange(len(index), dtype=np.int32) if order is None else order
 
     def __len__(self) -> int:
         return len(self._order)
@@ -112,9 +112,20 @@ class Rows(Sequence[Row]):
         """Returns a field of the rows' entries: tokens; trained, how many of them are; hash, of the tokens; ..."""
         return self._index[name][self._order]
 
-    def distinct(self) -> list[int]:
+    def distinct(self) -> np.ndarray:
         """Returns the place of each row where it stands first: a weight of its file repeats it."""
-        return sorted(np.unique(self.column("at"), return_index=True)[1].tolist())
+        return np.sort(np.unique(self.column("at"), return_index=True)[1])
+
+    def begin_with(self, ids: Sequence[int]) -> int:
+        """Returns how many rows begin with these tokens."""
+        first = array("i", ids).tobytes()
+        long = self.where(self.column("tokens") >= len(ids))
+        return sum(long._descriptor.read(int(at) + HEAD.size, len(first)) == first for at in long.column("at"))
+
+    def tokens_and_masks(self) -> Iterator[bytes]:
+        """Yields the ids of each row and its mask, as they are in the file: 4 bytes and 1 byte a token."""
+        for at, tokens in zip(self.column("at"), self.column("tokens"), strict=True):
+            yield self._descriptor.read(int(at) + HEAD.size, 5 * int(tokens))
 
     def where(self, chosen: np.ndarray) -> "Rows":
         """Returns the rows at these places, or those for which an array of bools is true."""
@@ -126,10 +137,9 @@ class RowWriter:
 
     def __init__(self, handle: BinaryIO):
         self.handle, self.at, self.sha256 = handle, 0, hashlib.sha256()
-        self._parts: list[np.ndarray] = []
-        self._latest: list[tuple[Any, ...]] = []
+        self._entries = bytearray()
 
-    def put(self, data: bytes) -> int:
+    def put(self, data: bytes | memoryview) -> int:
         """Appends bytes; returns where they begin."""
         try:
             self.handle.write(data)
@@ -148,17 +158,9 @@ class RowWriter:
             number = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little")
             data = b"".join((HEAD.pack(turns_at, len(turns), row.prompt_length), ids, bytes(row.trained), source))
             counts = len(data), len(row.ids), sum(row.trained), number
-            self._latest.append((self.put(data), *counts, example, file, row.ended, plain))
-        if len(self._latest) >= TOGETHER:
-            self._gather()
-
-    def _gather(self) -> None:
-        self._parts.append(np.array(self._latest, ENTRY))
-        self._latest.clear()
+            self._entries += PACKED.pack(self.put(data), *counts, example, file, row.ended, plain)
 
     @property
     def index(self) -> np.ndarray:
-        """Returns the entries of all rows so far."""
-        self._gather()
-        self._parts = [np.concatenate(self._parts)]
-        return self._parts[0]
+        """Returns the entries of all rows; no row can be added while one uses it."""
+        return np.frombuffer(self._entries, ENTRY)

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import islice
 
 import numpy as np
 
@@ -84,19 +84,22 @@ def chosen_rows(rows: Rows, sources: Sequence[Source], apart: bool, chats: int, 
     """
     is_held_out = rows.column("file") >= len(sources)
     if not apart:
-        is_held_out = np.isin(rows.column("example"), split(range(chats), data.validation_split, data.seed)[1])
+        is_held_out = split(chats, data.validation_split, data.seed)[rows.column("example")]
     train, validation = rows.where(~is_held_out), rows.where(is_held_out)
     if not train:
         what = f"no row is left to train on: {len(report.rejected)} rejected"
         what += f", {len(report.dropped)} longer than {report.max_length} tokens" if report.dropped else ""
         what += f"; {report.rejected[0].where}: {report.rejected[0].reason}" if report.rejected else ""
         raise DataError(what, where=data.named, hint=f"see {data.prefix}max_length, {data.prefix}bad_rows")
-    report.duplicates = int(np.isin(validation.column("hash"), train.column("hash")).sum())
-    report.repeated = len(train) - len(np.unique(train.column("hash")))
+    known, held_out = np.unique(train.column("hash")), validation.column("hash")
+    report.duplicates = int((known[np.searchsorted(known[:-1], held_out)] == held_out).sum())
+    report.repeated = len(train) - len(known)
     if any(source.weight != 1 for source in sources):
-        weights = enumerate(sources[file].weight for file in train.column("file"))
-        groups = [(weight, [at for at, _ in group]) for weight, group in groupby(weights, key=lambda pair: pair[1])]
-        train = train.where(np.array([at for weight, places in groups for at in repeated(places, weight, data.seed)]))
+        weights = np.array([source.weight for source in sources])[train.column("file")]
+        begins = np.flatnonzero(np.diff(weights, prepend=0))  # of rows that follow each other and have one weight
+        groups = zip(weights[begins], np.diff(begins, append=len(train)), strict=True)
+        times = [repeated(int(count), float(weight), data.seed) for weight, count in groups]
+        train = train.where(np.repeat(np.arange(len(train)), np.concatenate(times)))
     report.train, report.validation = Counts.of(train), Counts.of(validation)
     return DataSet(train, validation, report)
 

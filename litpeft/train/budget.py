@@ -8,6 +8,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from litpeft.data.rows import Row
 from litpeft.train.settings import Finetune, Validation
 
@@ -34,12 +36,14 @@ class Budget:
     sample_first: bool = True  # one is shown at the start too
 
     @classmethod
-    def of(cls, settings: Finetune, lengths: Sequence[int], held_out: Sequence[Row], steps: int) -> "Budget":
+    def of(
+        cls, settings: Finetune, lengths: Sequence[int] | np.ndarray, held_out: Sequence[Row], steps: int
+    ) -> "Budget":
         """Returns what fits; what the settings say themselves stays. `lengths`: tokens of the rows to train on."""
         validation, part = settings.validation, tenth(steps)
-        rows = list(held_out[: validation.max_rows])
+        rows = held_out[: validation.max_rows]
         epoch = -(-len(lengths) // settings.train.batch_size)  # steps of it
-        room = STEP * sum(lengths) * steps / epoch
+        room = STEP * int(np.sum(lengths)) * steps / epoch
         interval = validation.interval or part
         decides = validation.patience is not None or validation.final == "best"  # measurements change what is learned
         if rows and not decides:

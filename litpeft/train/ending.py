@@ -5,12 +5,12 @@ measured before the first step, and a checkpoint keeps them.
 """
 
 import random
-from bisect import bisect_right
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 
@@ -41,17 +41,18 @@ class Ended:
 
 def chosen(rows: Rows, seed: int, tokens: float, wanted: int | str) -> list[int]:
     """Returns the numbers of rows in a random order: `wanted`, or for auto what fits into so many tokens."""
-    numbers = rows.distinct()
+    numbers = array("q", rows.distinct().tobytes())
     random.Random(f"{seed} rows").shuffle(numbers)
+    most = MOST_ROWS if wanted == "auto" else wanted
+    first = numbers[:most].tolist()
     if wanted != "auto":
-        return numbers[:wanted]
-    count = fitting(rows.column("tokens")[numbers].tolist(), tokens)
-    return numbers[: max(FEWEST_ROWS, min(MOST_ROWS, count))]
+        return first
+    return first[: max(FEWEST_ROWS, fitting(rows.column("tokens")[first], tokens))]
 
 
-def fitting(lengths: Sequence[int], tokens: float) -> int:
+def fitting(lengths: Sequence[int] | np.ndarray, tokens: float) -> int:
     """Returns how many of the first texts, of so many tokens each, have at most `tokens` together."""
-    return bisect_right(list(accumulate(lengths)), tokens)
+    return int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), tokens, side="right"))
 
 
 def affordable(trained: int, share: float) -> float:

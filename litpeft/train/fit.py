@@ -150,10 +150,10 @@ class Trainer:
             return
         for epoch in range(train.epochs):
             progress.epoch = epoch
-            lengths = self.rows.column("tokens").tolist() if self.settings.data.group_by_length else None
+            lengths = self.rows.column("tokens") if self.settings.data.group_by_length else None
             plan = plan_epoch(len(self.rows), train.batch_size, epoch, self.settings.data.seed, lengths)
-            todo = plan[max(0, progress.step - seen) : self.steps - seen]
-            yield from ([self.rows[i] for i in numbers] for numbers in todo)
+            todo = range(len(plan))[max(0, progress.step - seen) : self.steps - seen]
+            yield from ([self.rows[i] for i in plan[step]] for step in todo)
             seen += len(plan)
             if seen >= self.steps:
                 return
@@ -235,7 +235,7 @@ class Trainer:
         progress.validations.append((progress.step, loss))
         asks = self.settings.validation.metric == "exact"
         exact = exact_share(self.fabric, self.loaded, self.run.questions) if asks else None
-        self.log.validation(progress.step, loss, sum(sum(row.trained) for row in self.held_out), exact)
+        self.log.validation(progress.step, loss, int(self.held_out.column("trained").sum()), exact)
         if self.budget.shows(progress.step):
             self.show_sample()
         return loss if exact is None else exact

@@ -37,7 +37,14 @@ from litpeft.train.launch import check_world
 from litpeft.train.log import summary_writer_class
 from litpeft.train.optim import check_optimizer
 from litpeft.train.read_rows import fitting_budget, pin_rows, read_rows
-from litpeft.train.resume import check_same_run, circumstances, find_saved, finished_at, rows_sha256
+from litpeft.train.resume import (
+    check_same_run,
+    circumstances,
+    find_saved,
+    finished_at,
+    rows_sha256,
+    rows_text_sha256,
+)
 from litpeft.train.samples import SHOWN, Question, askable
 from litpeft.train.settings import Finetune, Validation
 from litpeft.train.shortage import Shortage
@@ -105,7 +112,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
             "tokenizer": tokenizer_identity(template),
             "template": template.hash,
         },
-        "rows": rows_sha256(rows.train, rows.validation) if stream is None else stream.sha256(rows.validation),
+        "rows": rows_identity(rows, stream, saved),
         "counts": {
             part: f"{counted(count.rows, 'row')}, {counted(count.tokens, 'token')}, {count.trained:,} trained"
             for part, count in (("rows to train on", rows.report.train), ("held-out rows", rows.report.validation))
@@ -146,6 +153,15 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         memory,
         stream,
     )
+
+
+def rows_identity(rows: DataSet, stream: Stream | None, saved: Checkpoint | None) -> str:
+    """Returns what stands for the rows: of a run that an earlier version began, what that version took for them."""
+    if stream is not None:
+        return stream.sha256(rows.validation)
+    groups = rows.train, rows.validation
+    now, then = rows_sha256(*groups), saved and saved.facts["rows"]
+    return now if then in (None, now) or then != rows_text_sha256(*groups) else then
 
 
 def prepare_output(settings: Finetune) -> tuple[Checkpoints, Checkpoint | None]:

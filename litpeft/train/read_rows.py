@@ -52,7 +52,7 @@ def fitting_budget(settings: Finetune, rows: DataSet, steps: int) -> Budget:
     if (warmup := fitting_warmup(settings.train.warmup_steps, steps)) < settings.train.warmup_steps:
         say(f"train.warmup_steps {settings.train.warmup_steps} are more than a quarter of the run; {warmup} are taken")
     held_out = rows.validation[: settings.validation.max_rows]
-    budget = Budget.of(settings, rows.train.column("tokens").tolist(), held_out, steps)
+    budget = Budget.of(settings, rows.train.column("tokens"), held_out, steps)
     if note := budget.note(len(held_out), settings.validation):
         say(note)
     return budget
@@ -75,7 +75,7 @@ def check_rows(settings: Finetune, rows: DataSet, tokenizer: Tokenizer) -> None:
 
 def grouped(settings: Finetune, rows: DataSet) -> str:
     """Returns a line on what padding would cost with and without rows grouped by length."""
-    train, lengths = settings.train, rows.train.column("tokens").tolist()
+    train, lengths = settings.train, rows.train.column("tokens")
     plans = (plan_epoch(len(lengths), train.batch_size, 0, settings.data.seed, given) for given in (lengths, None))
     with_groups, without = (f"{padding(plan, lengths, train.micro_batch_size):.1%}" for plan in plans)
     return f"by length   padding would be {with_groups} of the passes, {without} in random order; nothing is padded"
