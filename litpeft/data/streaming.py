@@ -1,8 +1,9 @@
 """Rows that are read, rendered and tokenised while the run trains on them: for files too large to be read before it.
 
 The chats of the files, in order, are cut into windows of data.window. The rows of a window are shuffled, and steps are
-made of them one after the other. All of it follows from the files, the seed and the step, so that a resumed run only
-needs to know how many rows each window gave: it skips whole windows without tokenising them.
+made of them one after the other, while a thread tokenises the next window. All of it follows from the files, the seed
+and the step, so that a resumed run only needs to know how many rows each window gave: it skips whole windows without
+tokenising them.
 """
 
 import hashlib
@@ -10,15 +11,19 @@ import random
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
-from copy import copy
+from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from threading import Event
+from typing import NamedTuple
 
 import numpy as np
 
 from litpeft.core.checksums import file_sha256
 from litpeft.core.errors import ConfigError, DataError, some
+from litpeft.data.ahead import one_ahead, while_wanted
 from litpeft.data.chats import Chats
 from litpeft.data.report import Counts, Report
 from litpeft.data.rows import Row
@@ -33,6 +38,13 @@ OF_THE_FIRST = ("formats", "unread", "straddling", "unlike", "difference", "spli
 Windows = list[list[int]]  # by epoch: the rows of each window
 
 
+class Window(NamedTuple):
+    """Shuffled rows, and what became of the others."""
+
+    rows: Rows
+    report: Report
+
+
 @dataclass
 class Stream:
     """The rows of files, window by window."""
@@ -40,74 +52,93 @@ class Stream:
     data: Data
     sources: Sequence[Source]
     template: ChatTemplate
-    report: Report  # of all that was read so far
+    report: Report  # of all that was trained on so far
+    first: Window | None = None  # which is known before the training begins
 
     def __post_init__(self) -> None:
         self.noted = {bad.where for bad in (*self.report.rejected, *self.report.dropped)}
 
-    def windows(self, epoch: int, first: int = 0) -> Iterator[Rows]:
-        """Yields the shuffled rows of the windows of an epoch, from a window on."""
+    def windows(self, epoch: int, first: int = 0, stop: Event | None = None) -> Iterator[Window]:
+        """Yields the windows of an epoch, from one on; raises Stopped once `stop` is set."""
         report = Report(self.template.name, self.report.max_length)
         chats = Chats(self.data, report)
         tokeniser = Tokeniser(chats, self.template.tokenizer, self.template)
-        examples = chats.read(self.sources)
+        examples = while_wanted(chats.read(self.sources), stop or Event())
         deque(islice(examples, first * self.data.window), maxlen=0)
         while window := list(islice(examples, self.data.window)):
             with tempfile.TemporaryFile() as handle:
                 writer = RowWriter(handle)
-                tokeniser.write(window, writer)
+                tokeniser.write(while_wanted(window, stop or Event()), writer)
                 rows = Rows(Descriptor(handle), writer.index)
-            self._note(report)
             order = np.arange(len(rows))
             random.Random(f"{self.data.seed} {epoch} {first}").shuffle(order)
-            yield rows.where(order)
+            yield Window(rows.where(order), deepcopy(report))
+            for left_out in (report.unlike, report.rejected, report.dropped):
+                left_out.clear()
             first += 1
 
-    def _note(self, report: Report) -> None:
+    def _endless(self, epoch: int, first: int, stop: Event) -> Iterator[tuple[int, Window | None]]:
+        """Yields the windows of this epoch, from one on, and of all later ones; after each epoch a None."""
+        if self.first is not None and epoch == first == 0:
+            yield epoch, self.first
+            first = 1
+        while True:
+            yield from ((epoch, window) for window in self.windows(epoch, first, stop))
+            yield epoch, None
+            epoch, first = epoch + 1, 0
+
+    def note(self, report: Report) -> None:
         """Moves rows that are left out, and were not before, to the report on all; of the first window, all else."""
         if not self.report.formats:
-            vars(self.report).update({name: copy(getattr(report, name)) for name in OF_THE_FIRST})
-        report.unlike.clear()
+            vars(self.report).update({name: getattr(report, name) for name in OF_THE_FIRST})
         for found, noted in ((report.rejected, self.report.rejected), (report.dropped, self.report.dropped)):
             noted += [bad for bad in found if bad.where not in self.noted]
             self.noted |= {bad.where for bad in found}
-            found.clear()
 
     def steps(self, batch_size: int, step: int, known: Windows) -> Iterator[tuple[int, list[Row]]]:
         """Yields the epoch and the rows of optimizer step `step` (from 0) and of all after it, without an end.
 
         `known` are the windows that were read before; those that are read now are added.
         """
-        epoch = 0
+        if known:
+            self.first = None  # a run that goes on reads it again
+        else:
+            known.append([])
+        epoch = number = 0
         while epoch + 1 < len(known):  # whole epochs are skipped
             step -= -(-sum(known[epoch]) // batch_size)
             epoch += 1
-        while True:
-            known += [[]] * (epoch == len(known))
-            yield from ((epoch, rows) for rows in self._epoch(batch_size, epoch, step, known[epoch]))
-            if not sum(known[epoch]):
-                raise DataError("no row of the files can be trained on", where=self.data.named)
-            epoch, step = epoch + 1, 0
+        skipped = step * batch_size
+        while number < len(known[epoch]) and skipped >= known[epoch][number]:  # and whole windows
+            skipped -= known[epoch][number]
+            number += 1
+        rows, stop = [], Event()
+        with closing(one_ahead(self._endless(epoch, number, stop), stop)) as windows:
+            for epoch, window in windows:
+                if window is None:
+                    if rows:
+                        yield epoch, rows
+                    if not sum(known[epoch]):
+                        raise DataError("no row of the files can be trained on", where=self.data.named)
+                    known.append([])
+                    rows, skipped, number = [], 0, 0
+                    continue
+                self.note(window.report)
+                self._count(number, len(window.rows), known[epoch])
+                for row in window.rows[skipped:]:
+                    rows.append(row)
+                    if len(rows) == batch_size:
+                        yield epoch, rows
+                        rows = []
+                skipped, number = 0, number + 1
 
-    def _epoch(self, batch_size: int, epoch: int, step: int, counts: list[int]) -> Iterator[list[Row]]:
-        skipped, first, rows = step * batch_size, 0, []
-        while first < len(counts) and skipped >= counts[first]:
-            skipped -= counts[first]
-            first += 1
-        for number, window in enumerate(self.windows(epoch, first), first):
-            if number == len(counts):
-                counts.append(len(window))
-            elif counts[number] != len(window):
-                what = f"window {number + 1} has {len(window):,} rows, and had {counts[number]:,} when the run read it"
-                raise DataError(what, where=self.data.named, hint="the files have changed since: take another out")
-            for row in window[skipped:]:
-                rows.append(row)
-                if len(rows) == batch_size:
-                    yield rows
-                    rows = []
-            skipped = 0
-        if rows:
-            yield rows
+    def _count(self, number: int, rows: int, counts: list[int]) -> None:
+        """Notes the rows of a window in `counts`; raises if there were as many others when the run read it before."""
+        if number == len(counts):
+            counts.append(rows)
+        elif counts[number] != rows:
+            what = f"window {number + 1} has {rows:,} rows, and had {counts[number]:,} when the run read it"
+            raise DataError(what, where=self.data.named, hint="the files have changed since: take another out")
 
     def sha256(self, held_out: Sequence[Row]) -> str:
         """Returns what stands for the files, of which large ones are read in part, and for held-out rows."""
@@ -137,9 +168,11 @@ def load_stream(data: Data, template: ChatTemplate, max_positions: int) -> tuple
         raise ConfigError(f"{some(packed)} cannot be read twice", where="data.streaming", hint="write it to a file")
     report = Report(template.name, min(data.max_length, max_positions))
     stream = Stream(data, sources, template, report)
-    first = next(stream.windows(0), None)
-    if not first:
+    stream.first = next(stream.windows(0), None)
+    if stream.first is None or not stream.first.rows:
         raise DataError("no row of the first window can be trained on", where=data.named)
+    stream.note(stream.first.report)
+    first = stream.first.rows
     report.train, validation = Counts.of(first), first[:0]
     if held_out:
         apart = replace(data, path=tuple(map(str, held_out)), validation_path=None, validation_split=0.0)

@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -25,10 +25,10 @@ from litpeft.train.learned import check_learned, check_loss, check_moved, count_
 from litpeft.train.log import Log
 from litpeft.train.optim import lr_at
 from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
+from litpeft.train.planned_steps import planned_steps
 from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.recorded_pass import RecordedPasses
-from litpeft.train.rejected import add_rejected
 from litpeft.train.samples import exact_share, show_sample
 from litpeft.train.signals import NAMES, StopSignals, exit_code
 from litpeft.train.step import Stepper
@@ -65,6 +65,7 @@ class Trainer:
         same = not (method.defines("penalty") or method.defines("training_step"))  # a pass is as the one recorded
         recorded = RecordedPasses.of(self.gpt) if unscaled and same else None
         self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded, method, self.steps)
+        self.saved: int | None = None  # step of the newest checkpoint
         self.before = sums(trainable(self.gpt).values())
         self.ending = Ending(self.run, self.model, self.gpt, self.fabric)
         self.names = [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
@@ -85,25 +86,34 @@ class Trainer:
             self.save()
         self.check_patience()  # a run that stopped for it may have been killed before it wrote its result
         self.signals.training = True
-        for rows in () if progress.stopped else self.planned_steps():
+        if not progress.stopped:
+            with closing(planned_steps(self.run, progress, self.fabric, self.keep)) as planned:
+                self.take_steps(planned)
+        if progress.exit_code:
+            return progress
+        if self.held_out and self.budget.sample_tokens and progress.sampled != progress.validations[-1][0]:
+            with self.timed("measuring"):
+                self.show_sample()  # the report's are of the end
+        progress.stopped = progress.stopped or DONE
+        return progress
+
+    def take_steps(self, planned: Iterator[list[Row]]) -> None:
+        """Trains on the rows of each step, until there are no more or the run is to stop; measures and saves."""
+        progress = self.progress
+        for rows in planned:
             if progress.step == self.search_step:
                 self.search()
             self.take_step(rows)
             if progress.exit_code:
                 self.save()
-                return progress
+                return
             better = self.due() and self.judge(self.measure())
             if progress.out_of_time and not self.due():
                 self.measure()
             if better or progress.out_of_time or (self.save_every and progress.step % self.save_every == 0):
                 self.save()
             if progress.stopped:
-                break
-        if self.held_out and self.budget.sample_tokens and progress.sampled != progress.validations[-1][0]:
-            with self.timed("measuring"):
-                self.show_sample()  # the report's are of the end
-        progress.stopped = progress.stopped or DONE
-        return progress
+                return
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -135,28 +145,6 @@ class Trainer:
     def due(self) -> bool:
         """Returns whether the held-out rows are measured after this step."""
         return self.budget.due(self.progress.step)
-
-    def planned_steps(self) -> Iterator[list[Row]]:
-        """Yields the rows of each optimizer step that is still to be done."""
-        train, seen, progress = self.settings.train, 0, self.progress
-        if self.run.stream is not None:
-            left, told = range(progress.step, self.steps), len(self.run.rows.rejected)
-            steps = self.run.stream.steps(train.batch_size, progress.step, progress.windows)
-            for _, (progress.epoch, rows) in zip(left, steps, strict=False):
-                if len(self.run.rows.rejected) > told and self.fabric.is_global_zero:
-                    add_rejected(self.run)
-                told = len(self.run.rows.rejected)
-                yield rows
-            return
-        for epoch in range(train.epochs):
-            progress.epoch = epoch
-            lengths = self.rows.column("tokens") if self.settings.data.group_by_length else None
-            plan = plan_epoch(len(self.rows), train.batch_size, epoch, self.settings.data.seed, lengths)
-            todo = range(len(plan))[max(0, progress.step - seen) : self.steps - seen]
-            yield from ([self.rows[i] for i in plan[step]] for step in todo)
-            seen += len(plan)
-            if seen >= self.steps:
-                return
 
     def take_step(self, rows: list[Row]) -> None:
         """Takes one optimizer step with these rows, and counts it in."""
@@ -271,6 +259,12 @@ class Trainer:
         """Writes a checkpoint: all ranks give their shares, the first writes."""
         with self.timed("saving"):
             self.save_checkpoint()
+        self.saved = self.progress.step
+
+    def keep(self) -> None:
+        """Writes a checkpoint unless that of this step is written."""
+        if self.saved != self.progress.step:
+            self.save()
 
     def save_checkpoint(self) -> None:
         first, delta = self.fabric.is_global_zero, {}
@@ -297,5 +291,6 @@ class Trainer:
         if scaler is not None and saved.state["scaler"]:  # neither where base.precision changed
             scaler.load_state_dict(saved.state["scaler"])
         self.progress = Progress.of(saved.state["progress"])
+        self.saved = saved.step
         if self.settings.validation.final == "best" and self.progress.best:
             self.run.checkpoints.at(self.progress.best[0])  # what is wrong with it is better known now than at the end
