@@ -34,6 +34,8 @@ DIRECTIONS = {
     "llama_cpp_computes_with_the_adapter": "adapter to llama.cpp",
     "mlx": "adapter to mlx-lm",
     "test_adapters_out": "refused, or checked",
+    "test_gguf_families": "refused, or checked",
+    "test_gguf_tokenizers": "GGUF to llama.cpp",
     "test_push": "to the hub",
 }
 # in the names of tests, and of their parameters

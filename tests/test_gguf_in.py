@@ -64,7 +64,10 @@ def test_a_file_gives_back_the_model_that_it_was_written_from(
 WIDE = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 20, "pad_token_id": 0}
 # What transformers' reader does not take from a header has its default: sizes of heads, shares that rotate, biases.
 READ_BY_TRANSFORMERS = {
-    **{name: WRITTEN[name][0] for name in ("llama", "gpt2", "qwen2", "starcoder2", "stablelm", "stablelm, parallel")},
+    **{
+        name: WRITTEN[name][0]
+        for name in ("llama", "gpt2", "qwen2", "starcoder2", "stablelm", "stablelm, parallel", "falcon")
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     "gemma2": {"model_type": "gemma2", "num_hidden_layers": 3} | WIDE,
     "gemma3_text": {"model_type": "gemma3_text", "num_hidden_layers": 7} | WIDE,

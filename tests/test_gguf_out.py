@@ -45,6 +45,8 @@ GPT_OSS = {
 }
 LITE = CASES["deepseek_v3"] | {"q_lora_rank": None, "num_hidden_layers": 27, "norm_topk_prob": False}
 M3 = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
+TURNS = {"num_hidden_layers": 5, "sliding_window": 30}  # three layers with a window, one without, one with
+OLMO3 = {"model_type": "olmo3", "rope_scaling": YARN | {"rope_theta": 500_000.0}} | TURNS
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
     "llama, wide heads": (CASES["one key head, wide heads"], 1e-5),
@@ -70,10 +72,19 @@ WRITTEN = {
     "phi3": (CASES["phi3"] | {"sliding_window": 100}, 1e-5),
     "smollm3": ({"model_type": "smollm3", "num_hidden_layers": 5, "pad_token_id": 0}, 1e-5),
     "olmo2": (CASES["olmo2"], 1e-5),
+    "olmo": (CASES["olmo"], 1e-5),
+    "olmo3": (OLMO3, 1e-5),
     "granite": (CASES["granite"], 1e-5),
     "starcoder2": (CASES["starcoder2"] | {"sliding_window": 100}, GELU),
     "stablelm": (CASES["stablelm"], 1e-5),
     "stablelm, parallel": (CASES["stablelm, parallel"], 1e-5),
+    "phi": (CASES["phi"], GELU),
+    "falcon": (CASES["falcon"], GELU),
+    "falcon, new": (CASES["falcon, new, two norms"] | {"tie_word_embeddings": False}, GELU),
+    "falcon, new, one norm": (CASES["falcon, new, one norm"] | {"bias": False}, GELU),
+    "glm": (CASES["glm"], 1e-5),
+    "glm4": (CASES["glm4"] | {"head_dim": 32}, 1e-5),
+    "cohere2": ({"model_type": "cohere2", "logit_scale": 0.3, "pad_token_id": 0} | TURNS, 1e-5),
     "cohere": ({"model_type": "cohere", "use_qk_norm": False, "pad_token_id": 0}, 1e-5),
     "nemotron": (CASES["nemotron"], 2e-5),
     "mixtral": (CASES["mixtral"], 1e-5),

@@ -30,12 +30,13 @@ KEYS = {
     "context_length": (int, "max_position_embeddings", "n_positions"),
     "embedding_length": (int, "hidden_size", "n_embd"),
     "block_count": (int, "num_hidden_layers", "n_layer"),
-    "feed_forward_length": (int, "intermediate_size", "n_inner"),
+    "feed_forward_length": (int, "intermediate_size", "n_inner", "ffn_hidden_size"),
     "attention.head_count": (int, "num_attention_heads", "n_head"),
-    "attention.head_count_kv": (int, "num_key_value_heads"),
+    "attention.head_count_kv": (int, "num_key_value_heads", "num_kv_heads"),
     "attention.layer_norm_rms_epsilon": (float, "rms_norm_eps"),
     "attention.layer_norm_epsilon": (float, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "attention.sliding_window": (int, "sliding_window"),
+    "attention.clamp_kqv": (float, "clip_qkv"),
     "attention.scale": (float, "attention_multiplier"),
     "attn_logit_softcapping": (float, "attn_logit_softcapping"),
     "final_logit_softcapping": (float, "final_logit_softcapping"),
@@ -113,7 +114,10 @@ class Header:
 
     @property
     def family(self) -> str:
-        """Returns the `model_type` of the models that this architecture has: the first, with experts or without."""
+        """Returns the `model_type` of the models that this architecture has.
+
+        If there are several, the first of those with experts or without, and with windows or without, as the file's.
+        """
         known: dict[str, list[str]] = {}
         for name in FAMILIES:
             if (gguf := getattr(family(name), "GGUF", None)) is not None:
@@ -122,10 +126,14 @@ class Header:
             what = f"architecture {self.arch!r} is not supported; convert reads {', '.join(known)}"
             hint = "take the Hugging Face edition of the model, which needs no conversion"
             raise ModelError(what + nearest(self.arch, list(known)), hint=hint)
-        mixed, names = self.own.get("expert_count", 0) != 0, known[self.arch]
-        fits = [name for name in names if ("experts" in family(name).GGUF.graph) == mixed] or names
-        is_one = lambda only: only is None or self.own.get(only[0]) == only[1]
-        return next((name for name in fits if is_one(family(name).GGUF.only)), fits[-1])
+        mixed, windowed = (self.own.get(key, 0) != 0 for key in ("expert_count", "attention.sliding_window"))
+
+        def differs(name: str) -> tuple[bool, bool, bool]:
+            gguf = family(name).GGUF
+            other = gguf.only is not None and self.own.get(gguf.only[0]) != gguf.only[1]
+            return ("experts" in gguf.graph) != mixed, other, ("attention.sliding_window" in gguf.keys) != windowed
+
+        return min(known[self.arch], key=differs)
 
 
 def class_of(name: str) -> str:
@@ -141,7 +149,7 @@ def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str,
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError("there is no matrix token_embd.weight")
     hf = {"architectures": [class_of(name)], "model_type": name, "vocab_size": int(embedding.shape[1])}
-    hf |= switches(given, module.Keys) | sizes(given, module.Keys)
+    hf |= switches(given, module.Keys) | sizes(given, module.Keys) | module.GGUF.implied(given)
     head = stored.get("output.weight")
     hf["tie_word_embeddings"] = head is None or module.GGUF.own_head and same_bytes(head, embedding)
     hf |= header_rope(given, name)
@@ -220,8 +228,17 @@ def check(given: Header, name: str, config: ModelConfig) -> None:
             what = f"{given.arch}.{key} = {value}: {class_of(name)} needs it to be {said[key]}"
             raise ModelError(what)
         window = key == "attention.sliding_window" and config.window == value
+        if key == "attention.sliding_window_pattern" and in_turn(config, value):
+            continue
         if key not in said and not window and value not in (0, False):
             raise ModelError(f"{class_of(name)} cannot express {given.arch}.{key} = {value}")
+
+
+def in_turn(config: ModelConfig, pattern: Any) -> bool:
+    """Returns whether these layers have a window: a flag for each, or of so many in turn all but the last."""
+    if isinstance(pattern, int):
+        pattern = [at % pattern < pattern - 1 for at in range(config.n_layers)]
+    return pattern == [config.layer(at).window is not None for at in range(config.n_layers)]
 
 
 def same_model(read: ModelConfig, written: ModelConfig, known: Any) -> bool:

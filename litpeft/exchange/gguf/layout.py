@@ -31,11 +31,25 @@ ENDS = ("token_embd.weight", "output.weight")  # kept in eight bits where the re
 DIVISORS = "rope_freqs.weight"
 LONGROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
 SCALED_IN = {"dynamic": (), "llama3": ("llama",), "longrope": ("llama", "phi3")}  # the others: everywhere
+PLAIN_WINDOWS = ("olmo2",)  # whose layers with a window rotate without the scaling of the others
 # Fields of ModelConfig that the header says for every family, or that follow from the tensors.
 SAID = {
     "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions", "norm_eps",
     "rope_theta", "rope_scaling", "tie_embeddings", "window",
 }  # fmt: skip
+# field of ModelConfig -> keys of config.json that decide it; a family's class has some of them
+DECIDED_BY = {
+    "activation": ("hidden_act", "activation", "activation_function", "hidden_activation"),
+    "head_dim": ("head_dim",),
+    "layers": ("layer_types", "sliding_window", "max_window_layers", "no_rope_layers"),
+    "mlp_bias": ("mlp_bias", "use_bias", "bias"),
+    "n_kv_heads": ("num_key_value_heads",),
+    "output_bias": ("attention_bias", "use_bias", "bias"),
+    "parallel_residual": ("parallel_attn", "use_parallel_residual"),
+    "qk_norm": ("qk_layernorm", "use_qk_norm"),
+    "qkv_bias": ("attention_bias", "use_qkv_bias", "use_bias", "bias"),
+    "score_scale": ("query_pre_attn_scalar", "attention_multiplier"),
+}
 
 
 class Layout:
@@ -134,8 +148,11 @@ def known_family(names: NameMap) -> Gguf:
     for one in fields(ModelConfig):
         value, fine = getattr(names.config, one.name), allowed(known, names.config, one.name)
         if (one.name in known.graph or one.name not in free) and value not in fine:
-            said = " or ".join(map(str, fine))
-            what = f"llama.cpp's {known.arch} computes with {one.name} {said}, and this model has {value}"
+            said = f"{one.name} {' or '.join(map(str, fine))}, and this model has {value}"
+            said = "windows and positions in other layers" if one.name == "layers" else said
+            spelt = {field.name for field in fields(family(names.family).Keys)} | {"head_dim"}
+            keys = ", ".join(key for key in DECIDED_BY.get(one.name, ()) if key in spelt)
+            what = f"llama.cpp's {known.arch} computes with {said}" + (f" (config.json: {keys})" if keys else "")
             raise ConfigError(what, where="to", hint=hint)
     if why := known.refuses(names.config):
         raise ConfigError(f"{why}, which is not written as GGUF", where="to", hint=hint)
@@ -153,7 +170,7 @@ def check_rope(config: ModelConfig, known: Gguf, hint: str) -> None:
                 f"llama.cpp has it for {', '.join(archs)} and not for {known.arch}" if archs else "llama.cpp has none"
             )
             raise ConfigError(f"rope scaling {kind} is not written as GGUF: {only}", where="to", hint=hint)
-    if "yarn" in kinds and len(ropes) > 1:
+    if "yarn" in kinds and len(ropes) > 1 and known.arch not in PLAIN_WINDOWS:
         what = "rope scaling yarn of some layers only is not written as GGUF: llama.cpp scales all alike"
         raise ConfigError(what, where="to", hint=hint)
     if known.yarn_truncates and any(rope.scaling is not None and not rope.scaling.truncate for rope in ropes):

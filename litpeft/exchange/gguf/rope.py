@@ -71,15 +71,12 @@ def header_rope(given: Any, name: str) -> dict[str, Any]:
     if "rope.dimension_count" in known.keys:
         rope[PARTIAL] = rotary / head_dim
     top = {ORIGINAL: rope[ORIGINAL]} if ORIGINAL in rope and hasattr(family(name).Keys, ORIGINAL) else {}
-    if "rope.freq_base_swa" not in known.keys:
+    if (old_names := getattr(family(name), "THETAS", None)) is None:
         return {"rope_parameters": rope} | top
-    local = given.number("rope.freq_base_swa", float, 10000.0)
-    return {  # for transformers 5, and for older readers
-        "rope_parameters": {FULL: rope, SLIDING: {"rope_theta": local, "rope_type": "default"}},
-        "rope_theta": theta,
-        "rope_local_base_freq": local,
-        "rope_scaling": scaling,
-    }
+    local = given.number("rope.freq_base_swa", float, 10000.0) if "rope.freq_base_swa" in known.keys else theta
+    by_type = {FULL: rope, SLIDING: {"rope_theta": local, "rope_type": "default"}}
+    older = {old_names[kind][0]: one["rope_theta"] for kind, one in by_type.items() if old_names[kind][0]}
+    return {"rope_parameters": by_type, "rope_scaling": scaling} | older  # transformers 5, and older readers
 
 
 def rope_scaling(given: Any, theta: float, rotary: int, known: Gguf) -> dict[str, Any] | None:

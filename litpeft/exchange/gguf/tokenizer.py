@@ -18,6 +18,7 @@ CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
 )
+PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"  # of the `tokenizers` library
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 SHORT_FORM = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K = CASED.replace("|", SHORT_FORM + "|")
@@ -37,6 +38,7 @@ SPLITS = {
     "qwen35": (
         WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + SPACES,
     ),
+    "falcon": (PUNCTUATION, GPT2, "[0-9][0-9][0-9]"),
     "tekken": (CASED + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES,),
     "gpt-4o": (O200K + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + SPACES,),
     "deepseek-llm": (

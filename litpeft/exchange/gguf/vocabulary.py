@@ -9,9 +9,10 @@ from litpeft.data.builtin import GENERATION
 from litpeft.data.pieces import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED
 from litpeft.data.tokenizer import BYTE as BYTE_TOKEN
 from litpeft.data.tokenizer import Tokenizer
-from litpeft.exchange.gguf.tokenizer import GPT2, IGNORE_MERGES, SPLITS
+from litpeft.exchange.gguf.tokenizer import GPT2, IGNORE_MERGES, PUNCTUATION, SPLITS
 
 UNUSED = 5  # type of a token: an embedding that no text becomes
+FALCON = (PUNCTUATION, GPT2, r"\p{N}+", "[0-9][0-9][0-9]")  # llama.cpp has no third cut: no merge of Falcon crosses it
 HINT = "write safetensors, and convert them with llama.cpp's own script"
 PLAIN = ({"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
 
@@ -57,8 +58,10 @@ def splits_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
                 found.append(pattern)
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True}:
                 found.append(pattern if pattern.endswith(r"|\s+") else "")  # which leaves nothing between its matches
-            case {"type": "Digits", "individual_digits": True}:
-                found.append(r"\p{N}")
+            case {"type": "Digits", "individual_digits": alone}:
+                found.append(r"\p{N}" if alone else r"\p{N}+")
+            case {"type": "Punctuation", "behavior": "Contiguous"}:
+                found.append(PUNCTUATION)
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": regex}:
                 found += [GPT2] if regex else []
             case _:
@@ -69,6 +72,7 @@ def splits_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
 def _byte_level(tokenizer: Tokenizer, inner: dict[str, Any]) -> dict[str, Any]:
     """Returns what is particular to a byte-level BPE. llama.cpp does not normalise a text, as NFC would."""
     model, splits = inner["model"], splits_of(inner["pre_tokenizer"])
+    splits = SPLITS["falcon"] if splits == FALCON else splits
     ignores = bool(model.get("ignore_merges"))
     pre = next((name for name, known in SPLITS.items() if known == splits and (name in IGNORE_MERGES) == ignores), None)
     normal = all(step["type"] == "NFC" for step in _steps(inner["normalizer"], "normalizers"))

@@ -108,6 +108,8 @@ class Gguf:
     keys: Mapping[str, str | tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)
     # field -> values that llama.cpp computes with, or a function of the config that returns them
     graph: Mapping[str, Any] = field(default_factory=dict)
+    # the header of a file -> keys of config.json that follow from its sizes and tensors
+    implied: Callable[[Any], Mapping[str, Any]] = lambda header: {}
 
     def key(self, name: str) -> tuple[str, Callable[[Any], Any]]:
         """Returns the field of ModelConfig that a key of the header says, and what it makes of its value."""
@@ -125,6 +127,11 @@ OWN_SIZE = {"expert_feed_forward_length": ("experts", lambda experts: experts.d_
 def in_all_layers(normed: bool, **switches: Any) -> Callable[[Any], tuple[Any, ...]]:
     """Returns which experts llama.cpp computes with: in each layer, with shares that sum to 1 or not."""
     return lambda config: (replace(config.experts, normed=normed, dense_layers=(), **switches),)
+
+
+def usual_heads(config: Any) -> tuple[int]:
+    """Returns the one size of heads that llama.cpp builds for some families, whatever the header says."""
+    return (config.d_model // config.n_heads,)
 
 
 def window_of(layers: tuple[Any, ...]) -> int | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import Gguf, llama
+from litpeft.model.families import Gguf, llama, usual_heads
 
 NAMES = llama.NAMES | {
     "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
@@ -13,7 +13,7 @@ NAMES = llama.NAMES | {
 GGUF = Gguf(
     "command-r",
     keys={"logit_scale": "logit_scale"},
-    graph={"norm": ("layer_no_bias",), "rope_pairs": (True,), "shared_norm": (True,)},
+    graph={"norm": ("layer_no_bias",), "rope_pairs": (True,), "shared_norm": (True,), "head_dim": usual_heads},
 )
 
 

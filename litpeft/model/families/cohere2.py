@@ -4,10 +4,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, checked
-from litpeft.model.families import cohere, llama
+from litpeft.model.families import Gguf, alternating, cohere, llama, window_of
 from litpeft.model.rope import layers_of
 
 NAMES = llama.NAMES
+
+
+def layers(config: ModelConfig) -> tuple[Any, ...]:
+    """Returns the layers that llama.cpp builds: some have a window, and the others no positions."""
+    return alternating(config, 4)[1:] if config.layers else ()
+
+
+GGUF = Gguf(
+    "cohere2",
+    keys={**cohere.GGUF.keys, "attention.sliding_window": ("layers", window_of)},
+    graph={**cohere.GGUF.graph, "layers": layers},
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, checked
-from litpeft.model.families import Place
+from litpeft.model.families import Gguf, Place
 from litpeft.model.rope import rope_settings
 
 QKV = Place("transformer.h.{}.self_attention.query_key_value", per="n_kv_heads")
@@ -31,6 +31,29 @@ TWO_NORMS = {"blocks.{}.norm1": "transformer.h.{}.ln_attn", "blocks.{}.norm2": "
 def names(config: ModelConfig) -> dict[str, str | Place]:
     """Returns the name map: two norms that read the same input have other names."""
     return NAMES | TWO_NORMS if config.parallel_residual and not config.shared_norm else NAMES
+
+
+def implied(header: Any) -> dict[str, Any]:
+    """Returns the keys that say which of the architectures the tensors of a GGUF file are of."""
+    heads = header.number("attention.head_count", int)
+    kv_heads = header.number("attention.head_count_kv", int, heads)
+    two_norms = "blk.0.attn_norm_2.weight" in header.stored
+    if not two_norms and kv_heads in (1, heads):
+        return {"multi_query": kv_heads == 1}
+    return {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1 + two_norms}
+
+
+GGUF = Gguf(
+    "falcon",
+    graph={
+        "norm": ("layer",),
+        "activation": ("gelu", "gelu_tanh"),
+        "gated_mlp": (False,),
+        "parallel_residual": (True,),
+        "shared_norm": (False, True),
+    },
+    implied=implied,
+)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import Place, llama
+from litpeft.model.families import Gguf, Place, llama, usual_heads
 
 GATE_UP = Place("model.layers.{}.mlp.gate_up_proj")
 NAMES = llama.NAMES | {"blocks.{}.mlp.gate": GATE_UP, "blocks.{}.mlp.up": GATE_UP}
+GGUF = Gguf(
+    "chatglm",
+    keys={"rope.dimension_count": "rotary_dim"},
+    graph={"rope_pairs": (True,), "qkv_bias": llama.EITHER, "head_dim": usual_heads},
+)
 
 
 @dataclass(frozen=True)

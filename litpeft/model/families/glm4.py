@@ -4,12 +4,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import glm, llama
+from litpeft.model.families import Gguf, glm, llama
 
 NAMES = glm.NAMES | {
     "blocks.{}.post_norm1": "model.layers.{}.post_self_attn_layernorm",
     "blocks.{}.post_norm2": "model.layers.{}.post_mlp_layernorm",
 }
+GGUF = Gguf(
+    "glm4",
+    keys=glm.GGUF.keys,
+    graph={"rope_pairs": (True,), "qkv_bias": llama.EITHER, "norms": ("around",)},
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import Gguf, llama
+from litpeft.model.families import Gguf, llama, usual_heads
 
 NAMES = llama.NAMES
 GGUF = Gguf(
@@ -12,7 +12,13 @@ GGUF = Gguf(
     own_head=True,
     norms=1.0,
     keys={"rope.dimension_count": "rotary_dim"},
-    graph=llama.GGUF.graph | {"norm": ("layer_1p",), "activation": ("relu2",), "gated_mlp": (False,)},
+    graph={
+        **llama.GGUF.graph,
+        "norm": ("layer_1p",),
+        "activation": ("relu2",),
+        "gated_mlp": (False,),
+        "head_dim": usual_heads,
+    },
 )
 
 

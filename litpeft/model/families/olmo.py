@@ -4,9 +4,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama, usual_heads
 
 NAMES = llama.NAMES
+GGUF = Gguf(
+    "olmo",
+    pairs=True,
+    keys={"attention.clamp_kqv": "clip_qkv"},
+    graph={"norm": ("layer_plain",), "head_dim": usual_heads},
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import Gguf, llama
+from litpeft.model.families import Gguf, llama, usual_heads
 
 NAMES = llama.NAMES | {
     "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
@@ -12,7 +12,7 @@ NAMES = llama.NAMES | {
     "blocks.{}.post_norm1": "model.layers.{}.post_attention_layernorm",
     "blocks.{}.post_norm2": "model.layers.{}.post_feedforward_layernorm",
 }
-GGUF = Gguf("olmo2", own_head=True, graph={"norms": ("after",), "qk_norm": ("all",)})
+GGUF = Gguf("olmo2", own_head=True, graph={"norms": ("after",), "qk_norm": ("all",), "head_dim": usual_heads})
 
 
 @dataclass(frozen=True)

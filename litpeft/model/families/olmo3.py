@@ -3,12 +3,26 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama, olmo2
+from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, Rope
+from litpeft.model.families import Gguf, alternating, llama, olmo2, window_of
 from litpeft.model.rope import FULL, SLIDING, layers_of, rope_by_type, without_rope
 
 NAMES = olmo2.NAMES
 THETAS = {FULL: ("rope_theta", 500_000.0), SLIDING: ("", 500_000.0)}
+
+
+def layers(config: ModelConfig) -> tuple[Any, ...]:
+    """Returns the layers that llama.cpp builds: those with a window rotate at the others' theta, without a scaling."""
+    local = {layer.rope for layer in config.layers if layer.window is not None}
+    return alternating(config, 4) if local <= {Rope(config.main_rope.theta)} else ((),)
+
+
+GGUF = Gguf(
+    "olmo2",
+    own_head=True,
+    keys={"attention.sliding_window": ("layers", window_of)},
+    graph={**olmo2.GGUF.graph, "layers": layers},
+)
 
 
 @dataclass(frozen=True)

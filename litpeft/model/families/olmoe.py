@@ -15,6 +15,7 @@ NAMES = without(qwen3_moe.NAMES, "*.mlp.*")
 NAMES |= qwen3_moe.EXPERTS
 GGUF = Gguf(
     "olmoe",
+    own_head=True,
     keys=families.EXPERTS,
     graph={
         "qk_norm": ("all",),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import llama
+from litpeft.model.families import Gguf, llama, usual_heads
 
 NAMES = llama.NAMES | {
     "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_layernorm",
@@ -17,6 +17,17 @@ NAMES = llama.NAMES | {
     "blocks.{}.mlp.down": "model.layers.{}.mlp.fc2",
     "norm": "model.final_layernorm",
 }
+GGUF = Gguf(
+    "phi2",
+    keys={"rope.dimension_count": "rotary_dim"},
+    graph={
+        "norm": ("layer",),
+        "activation": ("gelu", "gelu_tanh"),
+        "gated_mlp": (False,),
+        "head_dim": usual_heads,
+        **dict.fromkeys(("shared_norm", "qkv_bias", "output_bias", "mlp_bias", "head_bias"), (True,)),
+    },
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import Gguf, Place, llama
+from litpeft.model.families import Gguf, Place, llama, usual_heads
 
 QKV = Place("model.layers.{}.self_attn.qkv_proj")
 GATE_UP = Place("model.layers.{}.mlp.gate_up_proj")
@@ -19,7 +19,12 @@ NAMES = llama.NAMES | {
     "blocks.{}.mlp.up": GATE_UP,
 }
 OLD_KINDS = ("su", "yarn")  # what the first files call longrope
-GGUF = Gguf("phi3", own_head=True, keys={"rope.dimension_count": "rotary_dim"})
+GGUF = Gguf(
+    "phi3",
+    own_head=True,
+    keys={"rope.dimension_count": "rotary_dim"},
+    graph={"head_dim": usual_heads},
+)
 
 
 @dataclass(frozen=True)

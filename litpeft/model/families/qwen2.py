@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import Gguf, llama
+from litpeft.model.families import Gguf, llama, usual_heads
 from litpeft.model.rope import layers_of
 
 NAMES = llama.NAMES
-GGUF = Gguf("qwen2", graph={"qkv_bias": (True,)})
+GGUF = Gguf("qwen2", graph={"qkv_bias": (True,), "head_dim": usual_heads})
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ NAMES = llama.NAMES
 GGUF = Gguf(
     "smollm3",
     pairs=True,
-    graph=llama.GGUF.graph
-    | {
+    graph={
         "layers": lambda config: (
             tuple(Layer(None, None if at % 4 == 3 else config.main_rope) for at in range(config.n_layers)),
         ),

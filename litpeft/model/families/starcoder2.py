@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
-from litpeft.model.families import Gguf, llama
+from litpeft.model.families import Gguf, llama, usual_heads
 
 NAMES = llama.NAMES | {
     "blocks.{}.mlp.up": "model.layers.{}.mlp.c_fc",
@@ -19,6 +19,7 @@ GGUF = Gguf(
         "norm": ("layer",),
         "activation": ("gelu", "gelu_tanh"),
         "gated_mlp": (False,),
+        "head_dim": usual_heads,
         **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias"), (True,)),
     },
 )

@@ -1,0 +1,111 @@
+"""GGUF by family: what llama.cpp computes otherwise is refused by key; other headers, and adapters."""
+
+import pytest
+import torch
+from conftest import TINY, finetune
+from llama_cpp import next_token, of_model, server
+from test_adapters_out import EVERYWHERE, adapter
+from test_gguf_out import ROWS, TURNS, WRITTEN, made, make, written
+
+from litpeft.core.errors import ConfigError, ModelError, UserError
+from litpeft.exchange.gguf.config import alike, hf_config
+from litpeft.exchange.gguf.layout import Layout
+from litpeft.exchange.gguf.weights import GgufFile
+from litpeft.generate.load import load_model
+from litpeft.model.families import family
+from litpeft.model.families.names import NameMap
+from litpeft.model.families.read import config_of, read_config
+
+PROMPT = torch.randint(3, 250, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def layout(model_type: str, **changes: object) -> Layout:
+    """Returns the layout of a model that is described and not built."""
+    return Layout(NameMap(*config_of(TINY | {"model_type": model_type} | changes, "config.json")))
+
+
+WINDOWS = r"computes with windows and positions in other layers \(config.json: layer_types, sliding_window\)"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "said"),
+    [
+        ("phi", {"qk_layernorm": True}, r"qk_norm None, and this model has head \(config.json: qk_layernorm\)"),
+        ("phi", {"hidden_act": "relu"}, r"activation gelu or gelu_tanh, .* relu \(config.json: hidden_act\)"),
+        ("falcon", {"parallel_attn": False}, r"parallel_residual True, .* False \(config.json: parallel_attn\)"),
+        ("falcon", {"bias": True}, r"qkv_bias False, and this model has True \(config.json: bias\)"),
+        ("falcon", {"activation": "relu"}, r"activation gelu or gelu_tanh, .* relu \(config.json: activation\)"),
+        ("falcon", {"alibi": True}, "alibi true is not supported; it must be false"),
+        ("olmo", {"attention_bias": True}, r"qkv_bias False, and this model has True \(config.json: attention_bias\)"),
+        ("olmo3", TURNS | {"layer_types": ["full_attention", *["sliding_attention"] * 4]}, WINDOWS),
+        (
+            "olmo3",  # windows that rotate at another theta than the others
+            TURNS | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+            WINDOWS,
+        ),
+        ("cohere2", TURNS | {"sliding_window_pattern": 2}, WINDOWS),
+        ("cohere2", {"sliding_window": 30}, WINDOWS),  # of two layers both have one
+        ("cohere2", TURNS | {"attention_bias": True}, r"has True \(config.json: attention_bias\)"),
+        ("cohere2", TURNS | {"tie_word_embeddings": False}, "llama.cpp's cohere2 has no place for lm_head.weight"),
+        ("cohere", {"use_qk_norm": True}, r"qk_norm None, and this model has each \(config.json: use_qk_norm\)"),
+        ("smollm3", {"num_hidden_layers": 5, "mlp_bias": True}, r"has True \(config.json: mlp_bias\)"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused_by_key(model_type: str, changes: dict, said: str) -> None:
+    with pytest.raises((ConfigError, UserError), match=said):
+        layout(model_type, **changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2", "phi", "phi3", "olmo", "olmo2", "olmo3", "glm", "starcoder2", "nemotron", "cohere", "cohere2"]
+)
+def test_heads_of_a_size_that_llama_cpp_does_not_take_are_refused(name: str) -> None:
+    changes = dict(WRITTEN[name][0])
+    assert layout(**changes).config.head_dim == 16
+    with pytest.raises(ConfigError, match=r"head_dim 16, and this model has 32 \(config.json: head_dim\)"):
+        layout(**changes | {"head_dim": 32})
+
+
+# What llama.cpp's own script leaves out of a header, or writes and we do not.
+OTHERWISE = {
+    "phi": dict.fromkeys(("attention.key_length", "attention.value_length", "rope.freq_base", "vocab_size")),
+    "falcon": dict.fromkeys(("attention.key_length", "rope.dimension_count", "rope.freq_base", "vocab_size"))
+    | {"tensor_data_layout": "jploski"},
+    "olmo3": {"attention.sliding_window_pattern": [True, True, True, False, True]},
+    "cohere2": {"rope.scaling.type": "none", "attention.sliding_window_pattern": 4},
+    "glm4": {"rope.scaling.type": "none", "attention.value_length": None},
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_headers_as_llama_cpp_writes_them_say_the_same(tmp_path_factory, name: str) -> None:
+    base, path = made(tmp_path_factory, name)
+    file, arch = GgufFile(path), family(name).GGUF.arch
+    changed = file.values | {f"{arch}.{key}": value for key, value in OTHERWISE[name].items()}
+    changed = {key: value for key, value in changed.items() if value is not None}
+    _, config = config_of(hf_config(changed, file.stored), "")
+    assert alike(config, read_config(base)[1])
+
+
+@pytest.mark.parametrize("pattern", [2, [True, False] * 2 + [True]])
+def test_windows_of_a_header_in_other_layers_are_refused(tmp_path_factory, pattern: object) -> None:
+    file = GgufFile(made(tmp_path_factory, "olmo3")[1])
+    with pytest.raises(ModelError, match="Olmo3ForCausalLM cannot express olmo2.attention.sliding_window_pattern"):
+        hf_config(file.values | {"olmo2.attention.sliding_window_pattern": pattern}, file.stored)
+
+
+QUICK = ("falcon, new", "glm4")
+OTHERS = ("phi", "falcon", "olmo", "olmo3", "cohere", "cohere2", "glm")
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_llama_cpp_computes_with_the_adapter_what_the_run_computes(tmp_path, monkeypatch, name: str) -> None:
+    base = make(tmp_path / "base", monkeypatch, WRITTEN[name][0])
+    run = finetune(base, tmp_path, "--train.max_steps", "3", "--train.lr", "3e-2", *EVERYWHERE)
+    adapter(run, tmp_path / "adapter", "gguf-adapter")
+    file = written(base, tmp_path / "out", type="f32", no_verify=True)
+    want = of_model(load_model(str(run), precision="32-true").model, PROMPT)
+    with server(file, tmp_path / "adapter" / "adapter.gguf") as client:
+        assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= WRITTEN[name][1]
+    with server(file) as client:
+        assert (next_token(client, PROMPT, ROWS) - want).abs().max() > 1e-2
