@@ -52,14 +52,6 @@ def test_llama_cpp_computes_with_the_adapter_what_the_run_computes(tmp_path, fam
     assert said.startswith("FROM ./base.gguf\nADAPTER ./adapter.gguf\nTEMPLATE ")
 
 
-def test_an_update_of_experts_is_refused_as_a_gguf_adapter(tmp_path) -> None:
-    make_family(tmp_path / "base", "mixtral")
-    targets = "--method.targets", '["*.experts.*"]', "--train.max_steps", "1"
-    run = finetune(write_bpe(tmp_path / "base"), tmp_path, *targets)
-    with pytest.raises(ConfigError, match=r"the run changes experts \(blk\.0\.ffn_.*_exps\.weight\)"):
-        adapter(run, tmp_path / "adapter", "gguf-adapter")
-
-
 @pytest.mark.parametrize("to", ["gguf-adapter", "mlx"])
 def test_an_adapter_that_is_not_the_run_is_refused(tmp_path, monkeypatch, to: str) -> None:
     base = write_bpe(make_folder(tmp_path / "base"))

@@ -2,9 +2,11 @@
 
     NAME.lora_a (r, in), NAME.lora_b (out, r) for each tensor NAME of the base's file
 
-The scale is in B: `adapter.lora.alpha` 0 means 1. The parts of a fused tensor are stacked: B is block-diagonal.
+The scale is in B: `adapter.lora.alpha` 0 means 1. The parts of a fused tensor are stacked: B is block-diagonal. Those
+of experts are (experts, r, in) and (experts, out, r), of the largest rank, with zeros.
 """
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import gguf
@@ -33,11 +35,9 @@ def write(folder: Path, run: Run, base: Path) -> str:
     count = 0
     for name, parts in layout.parts.items():
         given = [factors.get(part.removesuffix(".weight")) for part in parts]
-        if any(given) and of_expert(parts[0]):
-            what = f"the run changes experts ({name}), whose updates are not written as an adapter"
-            raise ConfigError(what, where="to", hint="`--to gguf` merges the run")
         if any(given):
-            a, b = joined(layout, parts, given)
+            check_taken(layout, name)
+            a, b = (of_experts if of_expert(parts[0]) else joined)(layout, parts, given)
             writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
             writer.add_tensor(f"{name}.lora_b", b.contiguous().numpy())
             count += 1
@@ -48,6 +48,25 @@ def write(folder: Path, run: Run, base: Path) -> str:
     _, template = run.tokenizer_and_template(base)
     said = write_modelfile(folder, MODEL, template, run.system, adapter=ADAPTER)
     return f"{ADAPTER}, updates of {count} tensors; {said}; it goes with the base as {MODEL}"
+
+
+def check_taken(layout: Layout, name: str) -> None:
+    """Raises if llama.cpp would leave out an update of a tensor, without a word."""
+    ours = {part.removesuffix(".weight") for part in layout.parts[name]}
+    if any(fnmatchcase(part, glob) for part in ours for glob in layout.gguf.ignores):
+        what = f"the run changes {min(ours)} ({name}), and llama.cpp's {layout.gguf.arch} adds no adapter to it"
+        raise ConfigError(what, where="to", hint="`--to gguf` merges the run")
+
+
+def of_experts(layout: Layout, parts: list[str], given: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+    """Returns A and B of a tensor of the file that holds all experts."""
+    rank = max(len(pair[0]) for pair in given if pair is not None)
+    out, width = layout.names.ours[parts[0]]
+    a, b = torch.zeros(len(parts), rank, width), torch.zeros(len(parts), out, rank)
+    for number, pair in enumerate(given):
+        if pair is not None:
+            a[number, : len(pair[0])], b[number, :, : len(pair[0])] = pair
+    return a, b
 
 
 def joined(layout: Layout, parts: list[str], given: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
@@ -68,5 +87,8 @@ def verify(folder: Path, run: Run, base: Path) -> str:
     for name in layout.parts:
         if f"{name}.lora_a" in stored:
             rows = layout.ours(name, lambda name: stored[f"{name}.lora_b"])
-            factors |= {part.removesuffix(".weight"): (stored[f"{name}.lora_a"], b) for part, b in rows.items()}
+            a = stored[f"{name}.lora_a"]
+            each = a if a.dim() == 3 else a.expand(len(rows), *a.shape)
+            for own, (part, b) in zip(each, rows.items(), strict=True):
+                factors[part.removesuffix(".weight")] = own, b
     return check_factors(factors, run, base, folder)

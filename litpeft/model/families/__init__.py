@@ -102,6 +102,7 @@ class Gguf:
     yarn_truncates: bool = True  # False: its models do not round yarn's bounds, though llama.cpp does
     yarn_multiplier: float = 0.0  # rope.scaling.yarn_log_multiplier is so many times mscale_all_dim
     only: tuple[str, Any] | None = None  # key of the header and its value, if others have the same name
+    ignores: tuple[str, ...] = ()  # globs of our linear layers that llama.cpp adds no adapter to
     refuses: Callable[[Any], str | None] = lambda config: None  # returns why a config cannot be written, if so
     norms: float = 0.0  # what the file's norms have added to ours
     # key of the header, without `arch.` -> field of ModelConfig, or that and a function of its value

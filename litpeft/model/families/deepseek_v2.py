@@ -13,6 +13,7 @@ NAMES = deepseek_v3.NAMES
 GGUF = Gguf(
     "deepseek2",
     yarn_multiplier=0.1,
+    ignores=deepseek_v3.GGUF_IGNORES,
     refuses=deepseek_v3.no_gguf,
     keys=deepseek_v3.GGUF_KEYS,
     graph=deepseek_v3.GGUF.graph

@@ -31,6 +31,7 @@ NAMES = (
         "blocks.{}.mlp.shared.down": "model.layers.{}.mlp.shared_experts.down_proj",
     }
 )
+GGUF_IGNORES = ("*.attn.q", "*.attn.q_a", "*.attn.q_b", "*.attn.kv_a", "*.attn.kv_b", "head")
 GGUF_KEYS = {
     "attention.head_count_kv": ("latent", lambda latent: 1),  # the vector that all heads share
     "attention.key_length": ("latent", lambda latent: latent.kv_rank + latent.turning),
@@ -65,6 +66,7 @@ def no_gguf(config: ModelConfig) -> str | None:
 GGUF = Gguf(
     "deepseek2",
     yarn_multiplier=0.1,
+    ignores=GGUF_IGNORES,
     refuses=no_gguf,
     only=("expert_gating_func", 2),
     keys=GGUF_KEYS,
