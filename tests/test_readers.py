@@ -75,7 +75,8 @@ def test_a_bad_row_of_a_csv_is_named_with_its_line_and_the_next_one_is_read(tmp_
     path.write_bytes(b'a,b\n1\n"2\n\xff",x\n3,y,z\n4,\x00\n5,ok\n')
     assert values(path) == {
         "2": "it has 1 cell, the header 2",
-        "3": "not UTF-8 at byte 1 of line 4",
+        "3": "not UTF-8 at byte 1 of line 4, where Windows-1252 has 'ÿ': save the file as UTF-8, "
+        'which Excel calls "CSV UTF-8"',
         "5": "it has 3 cells, the header 2",
         "6": "the cell '\\x00' holds a NUL character",
         "7": {"a": "5", "b": "ok"},
@@ -124,7 +125,7 @@ def test_a_workbook_is_read_sheet_by_sheet_as_it_is_shown(tmp_path: Path) -> Non
         "Sheet:5": "cell B5 is a number shown as '0%': make it text, so that what is seen is what is learnt",
         "More:3": {"question": "sure?", "answer": "TRUE"},
         "More:4": "cell C4 is a formula without a value: save the workbook in a spreadsheet program",
-        "More:5": "cell D5 stands in a column without a name",
+        "More:5": "cell D5 stands in a column without a name: row 2 has the names of the columns",
     }
     (tmp_path / "no.xlsx").write_text("x")
     with pytest.raises(DataError, match=r"no.xlsx: this is no workbook that openpyxl reads"):
@@ -169,7 +170,7 @@ def test_plain_text_is_a_document_or_one_of_each_paragraph_or_line(tmp_path: Pat
     path.write_bytes(b"One\n\nbad \xff\n\nthree")
     assert values(path, "paragraph") == {
         "1": {"text": "One"},
-        "3": "not UTF-8 at byte 5 of line 3",
+        "3": "not UTF-8 at byte 5 of line 3, where Windows-1252 has 'ÿ': save the file as UTF-8",
         "5": {"text": "three"},
     }
 

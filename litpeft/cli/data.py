@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from litpeft.core.errors import ConfigError, DataError, quoted, some
+from litpeft.core.errors import ConfigError, DataError, counted, quoted, some
 from litpeft.core.folders import atomic_file
 from litpeft.core.kinds import check_least
 from litpeft.core.terminal import say
@@ -55,7 +55,8 @@ class Seen(Data):
         else:
             tokenizer, template = run.tokenizer_and_template(folder, self.template_options)
         sources, _ = find(self.path, self.validation_path, self.prefix)
-        whole = replace(self, max_length=ENDLESS, **shape_of(self, run, sources))
+        once = tuple(self.path) if isinstance(self.path, dict) else self.path  # a weight makes no duplicates
+        whole = replace(self, path=once, max_length=ENDLESS, **shape_of(self, run, sources))
         return load_dataset(whole, tokenizer, template, ENDLESS), tokenizer, min(self.max_length, config.max_positions)
 
 
@@ -93,7 +94,7 @@ def show(settings: Show) -> None:
     if out is not None:
         with atomic_file(out) as handle:
             handle.write(page(rows, tokenizer))
-        say(f"{len(rows)} rows: {out}")
+        say(f"{counted(len(rows), 'row')}: {out}")
         return
     for row in rows:
         say(title(row))
@@ -139,7 +140,8 @@ def check(settings: Check) -> None:
     if clean is not None:
         sources, _ = find(settings.path, settings.validation_path, settings.prefix)
         kept, left = write_clean(clean, sources, settings.documents, checked)
-        say(f"\n{kept:,} rows: {clean}\n{left:,} rows with their reasons: {clean.with_suffix('.rejected.jsonl')}")
+        say(f"\n{counted(kept, 'row')}: {clean}")
+        say(f"{counted(left, 'row')} with their reasons: {clean.with_suffix('.rejected.jsonl')}")
     elif failed:
         hint = "--fix NEW.jsonl writes the others to a file; --limits says how many are good enough"
         raise DataError(f"{len(failed)} of {len(checked.findings)} checks failed: {', '.join(failed)}", hint=hint)

@@ -18,6 +18,8 @@ from litpeft.data.sources import Source
 from litpeft.data.templates import with_system
 
 SHOWN = 5  # rows that an error names
+ASKED = "question", "prompt", "instruction", "query", "problem", "input", "user", "human", "request", "source", "ask"
+ANSWERED = "answer", "response", "reply", "output", "completion", "solution", "target", "assistant", "summary"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Chats:
     def _of(self, file: int, source: Source) -> Iterator[Example]:
         data, report = self.data, self.report
         before, rejected = self.count, len(report.rejected)
-        came: Counter[str] = Counter()
+        came: list[dict[str, object]] = []
         own = source.preset.columns if source.preset and data.format == "auto" else None
         choose = chosen(data.format, data.columns or own)
         for record in source.records(data.documents):
@@ -68,7 +70,8 @@ class Chats:
                 unread = form.unread(record.value)
             except ValueError as error:
                 report.rejected.append(Rejected(record.where, str(error)))
-                came.update(list(record.value) if isinstance(record.value, dict) else ())
+                if not record.problem and isinstance(record.value, dict):
+                    came.append(dict.fromkeys(record.value) if came else record.value)
                 continue
             report.formats[name] += 1
             report.unread.update(unread)
@@ -77,19 +80,36 @@ class Chats:
         if self.count == before:
             raise self._nothing(source, report.rejected[rejected:], came)
 
-    def _nothing(self, source: Source, bad: list[Rejected], came: Counter[str]) -> DataError:
+    def _nothing(self, source: Source, bad: list[Rejected], came: list[dict[str, object]]) -> DataError:
         hint = f"a row is {EXAMPLES}"
         if came and not self.data.columns:
-            map_them = mapping(list(came), "" if self.only_measured else self.data.prefix)
-            hint += f"; the rows have the keys {listed(came)}; to map them: {map_them}"
+            map_them = mapping(came[0], "" if self.only_measured else self.data.prefix)
+            named = listed(Counter(key for row in came for key in row))
+            hint += f"; the rows have the keys {named}; to map them: {map_them}"
         what = f"none of its rows can be used; {counted(len(bad), 'bad row')}:\n{_listed(bad)}"
         return DataError(what if bad else "there are no rows in it", where=source.shown, hint=hint)
 
 
-def mapping(keys: list[str], prefix: str) -> str:
-    """Returns the option that maps a row's keys, to be typed: with the first two of them, which may be others."""
-    parts = dict(zip(("user", "assistant"), keys, strict=False)) if len(keys) > 1 else {"text": keys[0]}
+def mapping(row: dict[str, object], prefix: str) -> str:
+    """Returns the option that maps a row's keys, to be typed: those that by their names are likely to be meant."""
+    chats = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if chats or len(row) < 2:
+        parts = {"messages": chats[0]} if chats else {"text": next(iter(row))}
+    else:
+        answer = likely(list(row), ANSWERED)
+        asked = likely([key for key in row if key != answer], ASKED)
+        asked = asked or next(key for key in row if key != answer)
+        parts = {"user": asked, "assistant": answer or next(key for key in row if key != asked)}
     return f"--{prefix}columns {quote(json.dumps(parts, ensure_ascii=False))}"
+
+
+def likely(names: list[str], words: Sequence[str]) -> str | None:
+    """Returns the first of the names that is one of the words, or else has one in it."""
+    low: dict[str, str] = {}
+    for name in names:
+        low.setdefault(name.lower(), name)
+    found = (low[word] for word in words if word in low)
+    return next(found, None) or next((low[name] for word in words for name in low if word in name), None)
 
 
 def after_shots(turns: list[Turn], shots: Sequence[Row]) -> list[Turn]:

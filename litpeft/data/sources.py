@@ -15,7 +15,7 @@ from litpeft.core.errors import DataError, quoted, some
 from litpeft.data.hub.address import Address, address, no_file
 from litpeft.data.hub.layout import HELD_OUT, TEST, TRAIN
 from litpeft.data.presets import Preset
-from litpeft.data.readers import ALL, READERS, STDIN, kind, records, shown
+from litpeft.data.readers import ALL, STDIN, kind, records, shown
 from litpeft.data.readers.record import Record
 from litpeft.data.readers.text import Documents
 
@@ -204,7 +204,8 @@ def _word(path: Path) -> str:
 
 def _refuse_folder(folder: Path, found: list[Path]) -> NoReturn:
     what = f"no file called train in it, but {some([path.name for path in sorted(folder.iterdir())]) or 'nothing'}"
-    hint = f"call one of them train, as in train.jsonl, or name the files: {quoted(f'{folder}/*{next(iter(READERS))}')}"
+    files = quoted(f"{folder}/*{''.join(kind(found[0]))}") if found else ""
+    hint = f"call one of them train, as in train.jsonl, or name the files: {files}"
     raise DataError(what, where=folder, hint=hint if found else f"a data file ends in {ALL}")
 
 

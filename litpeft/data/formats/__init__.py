@@ -74,6 +74,8 @@ def chosen(name: str, columns: Mapping[str, str] | None, to_answer: bool = False
 def detect(record: Any) -> str:
     """Returns the format of a row by its keys; raises ValueError if they fit none, or several."""
     if isinstance(record, list):
+        if record and isinstance(record[0], dict) and not {"role", "from"} & record[0].keys():
+            raise ValueError("the line is a list of rows: give the file a name that ends in .json, or each row a line")
         return "messages"
     if not isinstance(record, dict):
         raise _unknown(record)

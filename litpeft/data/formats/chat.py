@@ -14,6 +14,8 @@ OTHER_SHAPE = dict.fromkeys(
 )
 OF_TOOLS = ("tool_calls", "tool_call_id")
 CALL = "function_call"  # a role of ShareGPT's: the assistant, whose text is a call
+SHARED_ROLES = {"human": "user", "gpt": "assistant", "system": "system", CALL: "assistant", "observation": "tool"}
+SHARED_ROLES |= {name: name for name in ("user", "assistant", "tool")}
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class Chat:
         if isinstance(record, dict):
             known = (self.key, "system", "tools", *OTHER_SHAPE)
             found, messages = keys.unread(record, known, to_answer), self._messages(record)
+        chat = self._named(messages)
         for one in messages:
-            known = (self.role, self.content, *(("name",) if self.roles[one[self.role]] == "tool" else ()))
+            known = (chat.role, chat.content, *(("name",) if chat.roles[one[chat.role]] == "tool" else ()))
             found |= {f"{self.key}[].{key}" for key in keys.unread(one, known, to_answer)}
         return found
 
@@ -75,8 +78,17 @@ class Chat:
         if not isinstance(messages, list):
             raise ValueError(f"{name} must be a list, got {'null' if messages is None else type(messages).__name__}")
         if not messages:
-            raise ValueError(f"{name} is empty")
-        return [self._turn(message, f"{name}[{i}]") for i, message in enumerate(messages)]
+            raise ValueError(f"{name} is empty: there are no messages")
+        chat = self._named(messages)
+        return [chat._turn(message, f"{name}[{i}]") for i, message in enumerate(messages)]
+
+    def _named(self, messages: list[Any]) -> "Chat":
+        """Returns the format with the keys that the messages have: `conversations` may hold role and content, too."""
+        first = messages[0] if isinstance(messages[0], dict) else {}
+        other = ("role", "content", {name: name for name in ROLES}), ("from", "value", SHARED_ROLES)
+        fitting = (names for names in other if self.role not in first and names[0] in first and names[1] in first)
+        names = next(fitting, None)
+        return self if names is None else replace(self, role=names[0], content=names[1], roles=names[2])
 
     def _messages(self, record: dict[str, Any]) -> Any:
         """Returns the list of messages, which a cell of a table holds as JSON."""

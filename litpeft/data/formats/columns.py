@@ -116,5 +116,5 @@ def _cell(record: dict[str, Any], name: str, part: str) -> str:
         raise ValueError(f"{name} must be a text or a number, got {type(value).__name__}")
     text = "" if value is None else str(value)
     if part in ("user", "assistant", "text") and not text.strip():
-        raise ValueError(f"{name} is empty")
+        raise ValueError(f"{name} is empty" + (": nothing is asked" if part == "user" else ""))
     return text

@@ -29,6 +29,10 @@ REFUSED = {
     **dict.fromkeys(("loss_mask", "mask", "train_detail", "training_detail"), PARTS),
 }
 SWITCHES = ("train", "training", "trainable", "loss", "weight")  # names for: this answer is trained
+UNWANTED = {
+    "label": "completion",
+    "kto_tag": "",
+}  # false: the answer is a bad one, where the row has the other key, too
 NOTHING = (None, "", [], {})  # values that data made from a table has where a row lacks the key
 
 
@@ -40,6 +44,11 @@ def refuse(
     for key in record:
         if key in reasons and key not in known and record[key] not in NOTHING:
             raise ValueError(f"{place}{key} is not supported: {reasons[key]}")
+    for key, other in UNWANTED.items():
+        if str(record.get(key)).lower() == "false" and (not other or other in record) and key not in known:
+            raise ValueError(
+                f"{place}{key} says that the answer is a bad one, and it would be learnt: leave the row out"
+            )
 
 
 def switch(record: dict[str, Any], place: str = "") -> bool | None:

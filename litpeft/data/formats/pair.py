@@ -67,7 +67,10 @@ class Pair:
             said = LIST.listed(record[self.key], self.key)
             first, *rest = (replace(turn, train=False) if turn.trained else turn for turn in said)
             return [replace(first, told=keys.told(record)), *rest]
-        user = Turn("user", text(record, self.key, self.key, empty=False), input=about["input"] or about["context"])
+        asked = text(record, self.key, self.key)
+        if not asked.strip():
+            raise ValueError(f"{self.key} is empty: nothing is asked")
+        user = Turn("user", asked, input=about["input"] or about["context"])
         first, *rest = [*opening, *_history(record.get("history")), user]
         return [replace(first, told=keys.told(record)), *rest]
 

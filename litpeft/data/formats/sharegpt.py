@@ -7,7 +7,6 @@ The text of a `function_call` is the JSON of a call, {"name": ..., "arguments": 
 `observation` is what the tool answered.
 """
 
-from litpeft.data.formats.chat import CALL, Chat
+from litpeft.data.formats.chat import SHARED_ROLES, Chat
 
-ROLES = {"human": "user", "gpt": "assistant", "system": "system", CALL: "assistant", "observation": "tool"}
-FORMAT = Chat("conversations", "from", "value", ROLES | {name: name for name in ("user", "assistant", "tool")})
+FORMAT = Chat("conversations", "from", "value", SHARED_ROLES)

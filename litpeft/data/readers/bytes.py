@@ -70,6 +70,13 @@ def first_bytes(path: Path) -> bytes:
     return _stdin().removeprefix(BOM).lstrip()[:1]
 
 
+def not_utf8(error: UnicodeDecodeError, line: int = 0) -> str:
+    """Returns what is wrong with a text in another encoding than UTF-8, and what its byte is in Windows' own."""
+    place = f"byte {error.start + 1}" + (f" of line {line}" if line else "")
+    letter = error.object[error.start : error.start + 1].decode("cp1252", errors="replace")
+    return f"not UTF-8 at {place}, where Windows-1252 has {letter!r}: save the file as UTF-8"
+
+
 def refuse_binary(handle: BinaryIO, place: str, kind: str) -> None:
     """Raises DataError if a file of text begins like something else; leaves it at its beginning, or past a BOM."""
     head = handle.read(6)

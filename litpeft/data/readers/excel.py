@@ -29,19 +29,21 @@ def read(handle: BinaryIO, place: str) -> Iterator[Record]:
                 continue
             if not names:
                 titles = [str(filled[at].value) if at in filled else "" for at in range(max(filled, default=0) + 1)]
-                names = dict(enumerate(checked_names(titles, f"{where}:{number}")))
+                names, top = dict(enumerate(checked_names(titles, f"{where}:{number}"))), number
                 continue
-            yield _record(f"{where}:{number}", names, filled, lost)
+            yield _record(f"{where}:{number}", names, filled, lost, top)
 
 
-def _record(where: str, names: dict[int, str], filled: dict[int, Any], lost: list[Any]) -> Record:
+def _record(where: str, names: dict[int, str], filled: dict[int, Any], lost: list[Any], top: int) -> Record:
     if lost:
         what = f"cell {lost[0].coordinate} is a formula without a value: save the workbook in a spreadsheet program"
         return Record(where, problem=what)
     try:
         outside = next((cell.coordinate for at, cell in filled.items() if at not in names), None)
         if outside:
-            raise ValueError(f"cell {outside} stands in a column without a name")
+            raise ValueError(
+                f"cell {outside} stands in a column without a name: row {top} has the names of the columns"
+            )
         return Record(where, {names[at]: _text(cell) for at, cell in filled.items()})
     except ValueError as error:
         return Record(where, problem=str(error))

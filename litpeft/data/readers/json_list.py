@@ -4,10 +4,23 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from litpeft.core.errors import DataError
-from litpeft.data.readers.bytes import refuse_binary
+from litpeft.core.errors import DataError, quoted, some
+from litpeft.data.readers.bytes import not_utf8, refuse_binary
 from litpeft.data.readers.record import Record
 from litpeft.data.readers.strict import StrictDecoder, skip
+
+
+def _no_list(decode: StrictDecoder, text: str, position: int, place: str) -> DataError:
+    what, hint = "a .json file must be a list of rows: [{...}, {...}]", "if every line is a row, call the file .jsonl"
+    try:
+        value, end, _ = decode(text, position)
+    except ValueError:
+        return DataError(what, where=place, hint=hint)
+    lists = [key for key in value if isinstance(value[key], list)] if isinstance(value, dict) else []
+    if lists and skip(text, end) == len(text):
+        what += f"; this is an object with the keys {some([quoted(key) for key in value])}"
+        hint = f"write the list {quoted(lists[0])} alone to a file"
+    return DataError(what, where=place, hint=hint)
 
 
 def read(handle: BinaryIO, place: str) -> Iterator[Record]:
@@ -18,13 +31,12 @@ def read(handle: BinaryIO, place: str) -> Iterator[Record]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"not UTF-8 at byte {error.start + 1}", where=f"{place}:{line}") from None
+        raise DataError(not_utf8(error), where=f"{place}:{line}") from None
     decode, position = StrictDecoder(), skip(text, 0)
     if position == len(text):
         return
     if text[position] != "[":
-        hint = "if every line is a row, the file's name should end in .jsonl"
-        raise DataError("a .json file must be a list of rows: [{...}, {...}]", where=place, hint=hint)
+        raise _no_list(decode, text, position, place)
 
     def fault(what: str, position: int) -> DataError:
         return DataError(what, where=f"{place}:{text.count(chr(10), 0, position) + 1}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from litpeft.core.errors import DataError
-from litpeft.data.readers.bytes import refuse_binary
+from litpeft.data.readers.bytes import not_utf8, refuse_binary
 from litpeft.data.readers.record import Record
 from litpeft.data.readers.strict import StrictDecoder, skip
 
@@ -19,7 +19,7 @@ def read(handle: BinaryIO, place: str) -> Iterator[Record]:
         try:
             text = raw.decode("utf-8").rstrip(" \t\r\n")
         except UnicodeDecodeError as error:
-            yield Record(where, problem=f"not UTF-8 at byte {error.start + 1}")
+            yield Record(where, problem=not_utf8(error))
             continue
         if not text:
             continue

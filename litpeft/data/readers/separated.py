@@ -6,7 +6,7 @@ from itertools import chain
 from typing import BinaryIO
 
 from litpeft.core.errors import DataError, counted, quoted
-from litpeft.data.readers.bytes import refuse_binary
+from litpeft.data.readers.bytes import not_utf8, refuse_binary
 from litpeft.data.readers.record import Record
 from litpeft.data.readers.table import checked_names
 
@@ -47,7 +47,7 @@ def _rows(lines: Iterable[bytes], separator: str, place: str) -> Iterator[tuple[
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
-                bad.append(f"not UTF-8 at byte {error.start + 1} of line {number}")
+                bad.append(f'{not_utf8(error, number)}, which Excel calls "CSV UTF-8"')
                 yield line.decode(errors="replace")
 
     reader = csv.reader(decoded(), delimiter=separator, strict=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import BinaryIO, Literal
 
-from litpeft.data.readers.bytes import refuse_binary
+from litpeft.data.readers.bytes import not_utf8, refuse_binary
 from litpeft.data.readers.record import Record
 
 Documents = Literal["file", "paragraph", "line"]
@@ -19,7 +19,7 @@ def read(handle: BinaryIO, place: str, documents: Documents = "file") -> Iterato
             line = raw.decode().removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError as error:
             line = "\N{REPLACEMENT CHARACTER}"
-            problem = problem or f"not UTF-8 at byte {error.start + 1} of line {number}"
+            problem = problem or not_utf8(error, number)
         blank = not line.strip()
         if documents == "line" or (documents == "paragraph" and blank):
             yield from _document(f"{place}:{first}", [*lines, *([] if blank else [line])], problem)
