@@ -24,7 +24,7 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Returns the sum over N positions of -log p(target), in float32 or better; x is (N, d), targets (N,).
 
-    `scale` and `cap` are those of `finished`.
+    On a GPU a position with target -1 does not count. `scale` and `cap` are those of `finished`.
     """
     dtype = product_dtype(x)
     # in float16 small probabilities, which are the gradient, would underflow; autograd computes them from a scaled loss
@@ -34,7 +34,9 @@ def summed_cross_entropy(
     for start in range(0, max(1, len(targets)), CHUNK):  # without targets one pass: a zero whose gradient is zeros
         part = x[start : start + CHUNK], targets[start : start + CHUNK]
         if torch.is_grad_enabled():
-            total = total + checkpoint(_summed, head, *part, scale, cap, use_reentrant=False)
+            random = not is_empty(head.slot)  # as dropout is; the state of a GPU's generator cannot be recorded
+            options = {"use_reentrant": False, "preserve_rng_state": random}
+            total = total + checkpoint(_summed, head, *part, scale, cap, **options)
         else:
             total = total + _summed(head, *part, scale, cap)
     return total
@@ -43,7 +45,8 @@ def summed_cross_entropy(
 def _summed(head: Linear, x: Tensor, targets: Tensor, scale: float, cap: float | None) -> Tensor:
     """Computes what `_Summed` does, for any head."""
     logits = finished(head(x), scale, cap)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, targets, ignore_index=-1, reduction="sum")
 
 
 class _Summed(torch.autograd.Function):

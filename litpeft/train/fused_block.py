@@ -54,7 +54,8 @@ class Group:
         as_, bs = factors[: len(self.layers)], factors[len(self.layers) :]
         first, device = self.layers[0], self.layers[0].weight.device
         given = [a for a in as_ if a is not None]
-        a = torch.cat(given).to(dtype) if given else torch.empty(0, first.in_features, dtype=dtype, device=device)
+        given = given or [torch.empty(0, first.in_features, dtype=dtype, device=device)]
+        a = _joined(given, 0).to(dtype)
         sizes = [layer.out_features for layer in self.layers]
         empty = (torch.empty(size, 0, dtype=dtype, device=device) for size in sizes)
         return a, [e if b is None else b.to(dtype) for b, e in zip(bs, empty, strict=True)]
@@ -155,6 +156,10 @@ def _add_back(dx: Tensor | None, dy: Tensor, layer: Linear) -> Tensor:
     return dy @ weight if dx is None else dx.addmm_(dy, weight)
 
 
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 def _parts(t: Tensor, bs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Returns for each layer its columns of t (N, R), beside its B."""
     return list(zip(t.split([b.size(1) for b in bs], 1), bs, strict=True))
@@ -162,7 +167,7 @@ def _parts(t: Tensor, bs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 def _thin(dys: Sequence[Tensor], parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
     """Returns the gradients of t (N, R) and of each B, of the updates t b^T."""
-    dt = torch.cat([dy @ b for dy, (_, b) in zip(dys, parts, strict=True)], 1)
+    dt = _joined([dy @ b for dy, (_, b) in zip(dys, parts, strict=True)], 1)
     return dt, [dy.T @ t for dy, (t, _) in zip(dys, parts, strict=True)]
 
 
