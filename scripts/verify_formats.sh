@@ -15,8 +15,8 @@ if [ ! -x .venv-mlx/bin/python ]; then
     .venv-mlx/bin/python -m pip install --quiet --disable-pip-version-check "mlx[cpu]==0.32.4" mlx-lm==0.32.2
 fi
 tests=(tests/families)
-for name in hf_out generation_config peft_out peft_in peft_families peft_experts convert convert_bin convert_meta gguf_in gguf_out gguf_families gguf_tokenizers \
-    adapters_out push gguf_out_real convert_real; do
+for name in hf_out generation_config peft_out peft_in peft_families peft_experts convert convert_bin convert_meta gguf_in gguf_out \
+    gguf_families gguf_tokenizers adapters_out push gguf_out_real convert_real; do
     [ -f "tests/test_$name.py" ] && tests+=("tests/test_$name.py")
 done
 mkdir -p out

@@ -1,17 +1,25 @@
 """GGUF by family: what llama.cpp computes otherwise is refused by key; other headers, and adapters."""
 
+from pathlib import Path
+
+import gguf
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, finetune
 from llama_cpp import next_token, of_model, server
+from safetensors.torch import load_file
 from test_adapters_out import EVERYWHERE, adapter
 from test_gguf_out import ROWS, TURNS, WRITTEN, made, make, written
 
 from litpeft.core.errors import ConfigError, ModelError, UserError
+from litpeft.exchange.convert import convert
 from litpeft.exchange.gguf.config import alike, hf_config
 from litpeft.exchange.gguf.layout import Layout
 from litpeft.exchange.gguf.weights import GgufFile
+from litpeft.exchange.settings import Convert
 from litpeft.generate.load import load_model
+from litpeft.model.build import build
 from litpeft.model.families import family
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import config_of, read_config
@@ -92,6 +100,40 @@ def test_windows_of_a_header_in_other_layers_are_refused(tmp_path_factory, patte
     file = GgufFile(made(tmp_path_factory, "olmo3")[1])
     with pytest.raises(ModelError, match="Olmo3ForCausalLM cannot express olmo2.attention.sliding_window_pattern"):
         hf_config(file.values | {"olmo2.attention.sliding_window_pattern": pattern}, file.stored)
+
+
+def joined(path: Path, out: Path) -> Path:
+    """Writes a file in which q, k and v of each layer are one tensor, as llama.cpp's script may."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), *field.types[:2])
+    held = {tensor.name: tensor.data for tensor in reader.tensors}
+    for name in list(held):
+        if "attn_q." in name:
+            parts = [held.pop(name.replace("attn_q.", f"attn_{one}.")) for one in "qkv"]
+            held[name.replace("attn_q.", "attn_qkv.")] = np.concatenate(parts)
+    for name, values in held.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize("name", ["phi", "glm4"])
+def test_queries_keys_and_values_in_one_tensor_are_read(tmp_path, tmp_path_factory, name: str) -> None:
+    base, path = made(tmp_path_factory, name)
+    file = joined(path, tmp_path / "joined.gguf")
+    convert(Convert(str(file), str(tmp_path / "back")))
+    want, got = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "back"))
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[key], got[key]) for key in want)
+    with server(file) as client:  # llama.cpp computes with it what it computes with the other
+        want = of_model(build(base, torch.float32), PROMPT)
+        assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= WRITTEN[name][1]
 
 
 QUICK = ("falcon, new", "glm4")

@@ -78,6 +78,7 @@ WRITTEN = {
     "starcoder2": (CASES["starcoder2"] | {"sliding_window": 100}, GELU),
     "stablelm": (CASES["stablelm"], 1e-5),
     "stablelm, parallel": (CASES["stablelm, parallel"], 1e-5),
+    "stablelm, norms of each head": (CASES["stablelm, norms of each head"], 1e-5),
     "phi": (CASES["phi"], GELU),
     "falcon": (CASES["falcon"], GELU),
     "falcon, new": (CASES["falcon, new, two norms"] | {"tie_word_embeddings": False}, GELU),
@@ -86,6 +87,7 @@ WRITTEN = {
     "glm4": (CASES["glm4"] | {"head_dim": 32}, 1e-5),
     "cohere2": ({"model_type": "cohere2", "logit_scale": 0.3, "pad_token_id": 0} | TURNS, 1e-5),
     "cohere": ({"model_type": "cohere", "use_qk_norm": False, "pad_token_id": 0}, 1e-5),
+    "cohere, R+": ({"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0, "num_hidden_layers": 64}, 1e-5),
     "nemotron": (CASES["nemotron"], 2e-5),
     "mixtral": (CASES["mixtral"], 1e-5),
     "qwen3_moe": (CASES["qwen3_moe"] | {"norm_topk_prob": True}, 1e-5),
@@ -107,7 +109,8 @@ WRITTEN = {
     "longrope beyond": (CASES["longrope beyond"], 1e-5),
     "phi3, longrope": (CASES["phi3, longrope"], 1e-5),
 }
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if "27" in name else name for name in WRITTEN]  # many layers
+MANY_LAYERS = ("gemma2, 27B", "gemma3_text, 27B", "cohere, R+", "deepseek_v3, 27 layers")
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in MANY_LAYERS else name for name in WRITTEN]
 BEYOND = (
     "longrope beyond",
     "phi3, longrope",

@@ -60,8 +60,8 @@ KEYS = {
 # key of config.json -> tensors of the first layer, one of which is there if it is true
 BIASES = {
     "attention_bias": ("attn_q", "attn_qkv"),
-    "use_qkv_bias": ("attn_q",),
-    "use_bias": ("attn_q",),
+    "use_qkv_bias": ("attn_q", "attn_qkv"),
+    "use_bias": ("attn_q", "attn_qkv"),
     "mlp_bias": ("ffn_up",),
 }
 # key of config.json -> a field of ModelConfig that llama.cpp does not read from the header, and the key's value then

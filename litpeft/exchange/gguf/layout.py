@@ -75,6 +75,14 @@ class Layout:
             raise ModelError(f"llama.cpp's {self.gguf.arch} has no place for {file}")
         return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 
+    def join_queries(self, stored: Collection[str]) -> None:
+        """Takes the queries, keys and values of a layer as one tensor where a file has them so, in this order."""
+        for name in stored:
+            block, mark, leaf = name.partition("attn_qkv")
+            apart = [f"{block}attn_{one}{leaf}" for one in "qkv"]
+            if mark and name not in self.parts and self.parts.keys() >= {*apart}:
+                self.parts[name] = [part for one in apart for part in self.parts.pop(one)]
+
     def shape(self, name: str) -> tuple[int, ...]:
         shapes, split = [self.names.ours[part] for part in self.parts[name]], split_names(self.parts[name][0])
         if name in split:
@@ -179,9 +187,12 @@ def check_rope(config: ModelConfig, known: Gguf, hint: str) -> None:
 
 
 def of_expert(ours: str) -> str | None:
-    """Returns the tensor that holds a parameter of an expert: those of all experts are stacked; None for others."""
+    """Returns the tensor of an expert's parameter, or of a head's own norm, with all others' on it; else None."""
     module, numbers, leaf = split_name(ours)
-    return f"blk.{numbers[0]}.ffn_{module.rpartition('.')[2]}_exps.{leaf}" if len(numbers) > 1 else None
+    if len(numbers) < 2:
+        return None
+    *_, owner, _, last = module.split(".")
+    return f"blk.{numbers[0]}." + (f"attn_{owner}.{leaf}" if last == "{}" else f"ffn_{last}_exps.{leaf}")
 
 
 def allowed(known: Gguf, config: ModelConfig, name: str) -> tuple[Any, ...]:

@@ -105,7 +105,9 @@ class GgufFile:
         name = str(dtype).removeprefix("torch.")
         write_json(folder / "config.json", self.config | {"dtype": name, "torch_dtype": name})
         self.tokenizer.write(folder, self._size("context_length"))
-        write_safetensors(folder, self.tensors(Layout(NameMap(*read_config(folder))), dtype))
+        layout = Layout(NameMap(*read_config(folder)))
+        layout.join_queries(self.stored)
+        write_safetensors(folder, self.tensors(layout, dtype))
 
     def tensors(self, layout: Layout, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yields every tensor under its Hugging Face name, rounded once, from float32."""

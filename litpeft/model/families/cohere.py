@@ -13,7 +13,14 @@ NAMES = llama.NAMES | {
 GGUF = Gguf(
     "command-r",
     keys={"logit_scale": "logit_scale"},
-    graph={"norm": ("layer_no_bias",), "rope_pairs": (True,), "shared_norm": (True,), "head_dim": usual_heads},
+    graph={
+        "norm": ("layer_no_bias",),
+        "rope_pairs": (True,),
+        "shared_norm": (True,),
+        "head_dim": usual_heads,
+        "qk_norm": lambda config: ("each" if config.n_layers >= 64 else None,),  # it knows Command R+ by its layers
+    },
+    implied=lambda header: {"use_qk_norm": "blk.0.attn_q_norm.weight" in header.stored},
 )
 
 

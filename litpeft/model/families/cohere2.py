@@ -18,7 +18,7 @@ def layers(config: ModelConfig) -> tuple[Any, ...]:
 GGUF = Gguf(
     "cohere2",
     keys={**cohere.GGUF.keys, "attention.sliding_window": ("layers", window_of)},
-    graph={**cohere.GGUF.graph, "layers": layers},
+    graph={**cohere.GGUF.graph, "qk_norm": (None,), "layers": layers},
 )
 
 

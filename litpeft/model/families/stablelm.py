@@ -17,7 +17,8 @@ GGUF = Gguf(
     "stablelm",
     own_head=True,
     keys={"rope.dimension_count": "rotary_dim", "use_parallel_residual": "parallel_residual"},
-    graph={"norm": ("layer",), "qkv_bias": llama.EITHER, "shared_norm": llama.EITHER},
+    graph={"norm": ("layer",), "qkv_bias": llama.EITHER, "shared_norm": llama.EITHER, "qk_norm": (None, "own")},
+    implied=lambda header: {"qk_layernorm": "blk.0.attn_q_norm.weight" in header.stored},
 )
 
 
