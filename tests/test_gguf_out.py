@@ -67,6 +67,11 @@ WRITTEN = {
         {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window_pattern": 6} | GEMMA,
         10 * GELU,
     ),
+    "gemma4_text": (CASES["gemma4_text"] | {"sliding_window": 100}, 5 * GELU),
+    "gemma4_text, values are keys": (
+        CASES["gemma4_text, values are keys, few global heads"] | {"sliding_window": 100},
+        5 * GELU,
+    ),
     "gemma2, 27B": ({"model_type": "gemma2", "num_hidden_layers": 46, "head_dim": 16} | OF_27B, 0.1),
     "gemma3_text, 27B": ({"model_type": "gemma3_text", "num_hidden_layers": 62, "head_dim": 16} | OF_27B, 0.1),
     "phi3": (CASES["phi3"] | {"sliding_window": 100}, 1e-5),
@@ -351,6 +356,18 @@ def test_the_modelfile_of_a_run_has_its_system_message(tmp_path) -> None:
         (CASES["yarn, kept size"], "yarn with truncate false is not written as GGUF"),
         (CASES["olmoe"], "olmoe computes with n_kv_heads 4, and this model has 2"),
         (CASES["ministral"], "llama computes with windows and positions in other layers"),
+        (
+            CASES["gemma4_text"] | {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "must leave a layer with a window and one without as the last two with keys",
+        ),
+        (
+            CASES["gemma4_text"] | {"vocab_size_per_layer_input": 330},
+            "per_layer_input 330 is not vocab_size",
+        ),
+        (
+            {"model_type": "gemma2", "final_logit_softcapping": None} | GEMMA,
+            "attn_logit_softcapping and final_logit_softcapping must be numbers",
+        ),
         (CASES["deepseek_v2, groups, plain queries"] | {"num_hidden_layers": 27}, "experts .*groups=1.*groups=4"),
         (CASES["deepseek_v3"] | {"q_lora_rank": None}, "takes 26 and 27 layers .*; this has 2 and no q_lora_rank"),
         (CASES["deepseek_v3"] | {"rope_interleave": False}, "deepseek2 computes with rope_pairs True"),

@@ -1,6 +1,7 @@
 """Tokenizers of real families in GGUF files: llama.cpp cuts a text into their tokens, and reading gives them back."""
 
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import gguf
 import pytest
 from conftest import make_folder
 from llama_cpp import ask, server
-from tiny_gguf import FIXED, byte_level, strings
-from tokenizers import Regex, pre_tokenizers
+from tiny_gguf import FIXED, byte_level, llama, strings, write_gguf
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Tokenizer_
 
 from litpeft.core.errors import ConfigError
 from litpeft.data.tokenizer import Tokenizer
@@ -103,6 +105,43 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path, capsys, monkeypatch
     back = Tokenizer.load(tmp_path / "back")
     for text in AWKWARD + strings(60):
         assert back.encode(text) == tokenizer.encode(text), text
+
+
+def pieces() -> Tokenizer_:
+    """Returns a tokenizer of Gemma 4's kind: it merges letters and spaces, and falls back to bytes."""
+    named = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{number:02X}>" for number in range(256))]
+    made = Tokenizer_(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=named, limit_alphabet=120, show_progress=False)
+    parts = [part for text in AWKWARD for part in re.split(r"(\n+)", text) if "\0" not in part]
+    made.train_from_iterator(parts * 3, trainer)  # no token of Gemma 4 holds line breaks and other letters
+    inner = json.loads(made.to_str())
+    inner["added_tokens"] = inner["added_tokens"][:4]
+    return Tokenizer_.from_str(json.dumps(inner))
+
+
+def test_gemma_4s_tokenizer_is_written_as_pieces_and_read_as_merges(tmp_path) -> None:
+    inner = pieces()
+    count = inner.get_vocab_size()
+    folder = make_folder(tmp_path / "base", vocab_size=count)
+    inner.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    texts = [text for text in AWKWARD + strings(60) if "<" not in text and "\0" not in text]
+    want = {text: inner.encode(text, add_special_tokens=False).ids for text in texts}
+    tokens = [inner.id_to_token(number) for number in range(count)]
+    kinds = [3] * 4 + [6] * 256 + [1] * (count - 260)  # control, bytes, normal
+    said = {"model": "gemma4", "pre": None, "tokens": tokens, "token_type": kinds, "add_space_prefix": False}
+    said |= {"scores": [-1000.0] * count, "bos_token_id": 2, "eos_token_id": 1, "padding_token_id": 0}
+    theirs = write_gguf(tmp_path / "m.gguf", llama(inner), inner, **{f"tokenizer.ggml.{k}": v for k, v in said.items()})
+    for file in (written(folder, tmp_path / "out"), theirs):
+        with server(file) as client:
+            assert {t: ask(client, "/tokenize", content=t, add_special=False)["tokens"] for t in texts} == want
+    convert(Convert(str(theirs), str(tmp_path / "back")))
+    back = Tokenizer.load(tmp_path / "back")
+    assert {text: back.encode(text) for text in texts} == want
 
 
 def test_matches_that_are_kept_are_those_that_are_cut_out(tmp_path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from litpeft.core.errors import ModelError, UserError, nearest
+from litpeft.exchange.gguf.by_layer import sizes as layered_sizes
 from litpeft.exchange.gguf.layout import Layout, allowed
 from litpeft.exchange.gguf.rope import SCALING, header_rope
 from litpeft.exchange.gguf.write import header
@@ -77,6 +78,7 @@ IDLE = ("vocab_size", "tensor_data_layout", "context_length", "rope.freq_base_sw
 UNSAID = {"longrope": "factor", "yarn": "truncate"}  # kind of scaling -> what a header does not say: see rope.py
 CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
@@ -167,16 +169,17 @@ def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str,
 def sizes(given: Header, keys: type) -> dict[str, Any]:
     """Returns the numbers of the header under their names in config.json."""
     layers = given.number("block_count", int)
-    width, heads = given.number("embedding_length", int), given.number("attention.head_count", int)
     if layers > len(given.stored):
         raise ModelError(f"{len(given.stored)} tensors cannot be {layers} layers")
-    kv_heads = given.number("attention.head_count_kv", int, heads)
+    by_layer = "attention.key_length_swa" in given
+    width, heads = given.number("embedding_length", int), given.number("attention.head_count", int)
+    kv_heads = heads if by_layer else given.number("attention.head_count_kv", int, heads)
     usual = max(width // heads, 1)
     head_dim = given.number("attention.key_length", int, usual)
     if head_dim % 2 or heads % kv_heads or heads * head_dim > LARGEST_WIDTH:
         what = f"{heads} query and {kv_heads} key/value heads of size {head_dim}"
         raise ModelError(f"{what} do not make an attention")
-    for key in ("context_length", "feed_forward_length"):
+    for key in ("context_length",) if by_layer else ("context_length", "feed_forward_length"):
         given.number(key, int)
     if (experts := given.own.get("expert_count", 0)) and given.number("expert_count", int) > MOST_EXPERTS:
         raise ModelError(
@@ -186,8 +189,11 @@ def sizes(given: Header, keys: type) -> dict[str, Any]:
     found = {}
     for key, (kind, *names) in KEYS.items():
         name = next((name for name in names if name in spelt), None)
-        if name is not None and (value := given.take(key, kind)) is not None:
+        known = name is not None and not isinstance(given.own.get(key), list)  # a list is of layers that differ
+        if known and (value := given.take(key, kind)) is not None:
             found[name] = value
+    if by_layer:
+        return layered_sizes(given, found)
     if "kv_lora_rank" in spelt:
         return latent_sizes(given, found, heads)
     found |= {"num_key_value_heads": kv_heads} if "num_key_value_heads" in spelt else {}
@@ -260,6 +266,9 @@ def alike(one: Any, other: Any) -> bool:
         return math.isclose(one, other, rel_tol=1e-6)
     if isinstance(one, tuple) and isinstance(other, tuple):
         return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, list) != isinstance(other, list):  # a number for all layers, or one for each
+        one, other = (one, other) if isinstance(one, list) else (other, one)
+        return all(alike(value, other) for value in one)
     if hasattr(one, "__dataclass_fields__") and type(one) is type(other):
         idle = UNSAID.get(getattr(one, "kind", ""))
         return all(alike(value, getattr(other, key)) for key, value in vars(one).items() if key != idle)

@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError, ModelError
+from litpeft.exchange.gguf.by_layer import divisors
 from litpeft.exchange.gguf.latent import joined, split_names, split_shapes
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES, Gguf, family, split_name
@@ -131,6 +132,8 @@ class Layout:
         """Returns tensors of the file: what the rotary frequencies are divided by, if each by another number."""
         rope = self.config.main_rope
         scaling = None if rope is None else rope.scaling
+        if scaling is not None and scaling.kind == "proportional":
+            return {DIVISORS: divisors(self.config)}
         if scaling is not None and scaling.kind == "longrope":
             given = dict(zip(LONGROPE, (scaling.short_factors, scaling.long_factors), strict=True))
             return {name: torch.tensor(factors) for name, factors in given.items()}
@@ -163,7 +166,7 @@ def known_family(names: NameMap) -> Gguf:
             what = f"llama.cpp's {known.arch} computes with {said}" + (f" (config.json: {keys})" if keys else "")
             raise ConfigError(what, where="to", hint=hint)
     if why := known.refuses(names.config):
-        raise ConfigError(f"{why}, which is not written as GGUF", where="to", hint=hint)
+        raise ConfigError(f"not written as GGUF: {why}", where="to", hint=hint)
     check_rope(names.config, known, hint)
     return known
 

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from litpeft.core.errors import ModelError
+from litpeft.exchange.gguf.by_layer import proportional
 from litpeft.exchange.gguf.layout import DIVISORS, LONGROPE
 from litpeft.model.config import ModelConfig, RopeScaling
 from litpeft.model.families import Gguf, family
 from litpeft.model.frequencies import rope_frequencies
-from litpeft.model.rope import FULL, ORIGINAL, PARTIAL, SLIDING, grown
+from litpeft.model.rope import FULL, ORIGINAL, PARTIAL, PROPORTIONAL, SLIDING, grown
 
 SCALING = ("rope.scale_linear", *(f"rope.scaling.{key}" for key in (
     "type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow", "finetuned",
@@ -30,7 +31,7 @@ def scaling_keys(config: ModelConfig, known: Gguf) -> dict[str, Any]:
     yarn's bounds to whole dimensions (`truncate`). Of longrope only the factors and the size count, not `factor`.
     """
     scaling = config.main_rope.scaling
-    if scaling is None or scaling.kind == "llama3":
+    if scaling is None or scaling.kind in ("llama3", PROPORTIONAL):
         return {}
     said = {"rope.scaling.type": scaling.kind}
     if scaling.kind == "linear":
@@ -62,6 +63,10 @@ def header_rope(given: Any, name: str) -> dict[str, Any]:
     head_dim = given.number("attention.key_length", int, max(width // heads, 1))
     rotary = given.number("rope.dimension_count", int, head_dim)
     theta = given.number("rope.freq_base", float, 10000.0)
+    if "rope.dimension_count_swa" in known.keys:
+        full = proportional(numbers(given, DIVISORS, head_dim // 2), theta)
+        local = given.number("rope.freq_base_swa", float, 10000.0)
+        return {"rope_parameters": {FULL: full, SLIDING: {"rope_theta": local, "rope_type": "default"}}}
     scaling = rope_scaling(given, theta, rotary, known)
     if scaling is not None and scaling["rope_type"] == "yarn" and not known.yarn_truncates:
         scaling["truncate"] = False
@@ -144,7 +149,7 @@ def llama3(factors: np.ndarray, theta: float, rotary: int, kind: str) -> dict[st
 
 def numbers(given: Any, name: str, count: int) -> np.ndarray:
     """Returns a vector of the file."""
-    values = np.asarray(given.stored[name].data)
+    values = np.asarray(given.stored[name].data) if name in given.stored else np.zeros(0)
     if values.shape != (count,) or values.dtype != np.float32 or not np.isfinite(values).all():
         raise ModelError(f"{name} must be {count} finite float32")
     return values

@@ -79,9 +79,12 @@ class GgufTokenizer:
             what = f"{count} tokens ({len(self.vocab)} different) and {len(self.types)} types for {rows} embeddings"
             raise ModelError(what, hint="the header is damaged")
         self.kind = values.get("tokenizer.ggml.model")
+        self.kind = "llama" if self.kind == "gemma4" else self.kind  # the same, with merges in place of scores
         self.pre = SAME.get(values.get("tokenizer.ggml.pre"), values.get("tokenizer.ggml.pre"))
         if self.kind not in ("gpt2", "llama"):
-            raise ModelError(f"tokenizer.ggml.model {self.kind!r} is not supported; convert reads gpt2 and llama")
+            raise ModelError(
+                f"tokenizer.ggml.model {self.kind!r} is not supported; convert reads gpt2, llama and gemma4"
+            )
         if self.kind == "gpt2" and self.pre not in SPLITS:
             known = [*SPLITS, *SAME]
             what = f"tokenizer.ggml.pre {self.pre!r} is not supported; convert reads {', '.join(known)}"

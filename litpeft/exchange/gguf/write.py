@@ -41,7 +41,7 @@ def header(layout: Layout) -> dict[str, Any]:
     said = {key: known.key(key) for key in known.keys}
     if config.window is not None and "window" not in [field for field, _ in said.values()]:  # it attends to all tokens
         values["context_length"] = min(config.max_positions, config.window)
-    found = {key: (getattr(config, field), as_) for key, (field, as_) in said.items()}
+    found = {key: (getattr(config, field) if field else config, as_) for key, (field, as_) in said.items()}
     values |= {key: as_(value) for key, (value, as_) in found.items() if value is not None and as_(value) is not None}
     return {f"{known.arch}.{key}": value for key, value in values.items()}
 

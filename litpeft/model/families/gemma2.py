@@ -20,8 +20,10 @@ def score_scales(config: ModelConfig, most_layers: int) -> tuple[float]:
     return (size**-0.5,)
 
 
+CAPS = "attn_logit_softcapping and final_logit_softcapping must be numbers: without them llama.cpp takes 50 and 30"
 GGUF = Gguf(
     "gemma2",
+    refuses=lambda config: None if config.score_cap and config.logit_cap else CAPS,
     norms=1.0,
     keys={
         "attention.sliding_window": ("layers", window_of),

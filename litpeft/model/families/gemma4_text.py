@@ -5,12 +5,12 @@ first frequencies turn. The last layers read the keys and values of the last one
 Every layer reads a vector of its own of each token, and multiplies what it gives by a number of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Layer, LayerInputs, ModelConfig, checked, or_zero
-from litpeft.model.families import gemma3_text, llama
+from litpeft.model.families import Gguf, gemma3_text, llama, window_of
 from litpeft.model.rope import FULL, PROPORTIONAL, SLIDING, layers_of, rope_by_type, without_rope
 
 NAMES = gemma3_text.NAMES | {
@@ -22,6 +22,64 @@ NAMES = gemma3_text.NAMES | {
     "layer_inputs.project": "model.per_layer_model_projection",
     "layer_inputs.norm": "model.per_layer_projection_norm",
 }
+
+
+def of_layers(of: Callable[[ModelConfig, Layer], int]) -> tuple[str, Callable[[ModelConfig], int | list[int]]]:
+    """Returns what a key of the header says: a number of all layers, or a list of theirs."""
+
+    def value(config: ModelConfig) -> int | list[int]:
+        values = [of(config, layer) for layer in config.layers]
+        return values if len(set(values)) > 1 else values[0]
+
+    return "", value
+
+
+def no_gguf(config: ModelConfig) -> str | None:
+    """Returns what llama.cpp does not compute."""
+    first = sum(layer.keys_of is None for layer in config.layers)
+    lenders = {layer.window: first - (1 if layer.window is None else 2) for layer in config.layers[first:]}
+    if any(layer.keys_of != lenders[layer.window] for layer in config.layers[first:]):
+        return "num_kv_shared_layers must leave a layer with a window and one without as the last two with keys"
+    sizes = {(layer.window is None, config.head_size(layer), config.kv_heads(layer)) for layer in config.layers}
+    if len(sizes) > len({kind for kind, *_ in sizes}) or len(sizes) < 2:
+        return "layers of one kind have heads of several sizes, or all are of one kind (per_layer_config, layer_types)"
+    inputs = config.layer_inputs
+    if inputs is not None and inputs.vocab_size != config.vocab_size:
+        return f"vocab_size_per_layer_input {inputs.vocab_size} is not vocab_size {config.vocab_size}"
+    return None
+
+
+GGUF = Gguf(
+    "gemma4",
+    refuses=no_gguf,
+    keys={
+        "attention.sliding_window": ("layers", window_of),
+        "attention.sliding_window_pattern": ("layers", lambda layers: [one.window is not None for one in layers]),
+        "attention.shared_kv_layers": ("layers", lambda layers: sum(one.keys_of is not None for one in layers)),
+        "attention.key_length": ("", lambda config: config.head_size(config.layers[-1])),
+        "attention.value_length": ("", lambda config: config.head_size(config.layers[-1])),
+        "attention.key_length_swa": "head_dim",
+        "attention.value_length_swa": "head_dim",
+        "attention.head_count_kv": of_layers(ModelConfig.kv_heads),
+        "feed_forward_length": of_layers(lambda config, layer: layer.d_ff or config.d_ff),
+        "rope.dimension_count": ("", lambda config: config.head_size(config.layers[-1])),
+        "rope.dimension_count_swa": "head_dim",
+        "rope.freq_base_swa": gemma3_text.GGUF.keys["rope.freq_base_swa"],
+        "embedding_length_per_layer_input": ("", lambda config: config.layer_inputs.size if config.layer_inputs else 0),
+        "final_logit_softcapping": ("", lambda config: config.logit_cap or 0.0),  # without the key it is 30
+    },
+    graph={
+        "norms": ("around",),
+        "qk_norm": ("head",),
+        "value_norm": (True,),
+        "activation": ("gelu_tanh", "gelu"),
+        "embed_scale": lambda config: (config.d_model**0.5,),
+        "score_scale": (1.0,),
+        "layer_scale": (True,),
+        "layer_inputs": lambda config: (config.layer_inputs,),
+        "logit_cap": lambda config: (config.logit_cap,),
+    },
+)
 BUFFERS = tuple(f"*.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm"))  # of layers that share keys
 THETAS = {FULL: ("", 1_000_000.0), SLIDING: ("", 10_000.0)}
 ROPES = {FULL: {"rope_type": PROPORTIONAL, "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0}}
