@@ -80,7 +80,8 @@ def test_the_updates_of_a_run_are_those_of_its_merged_weights(name: str, runs, t
 def test_each_export_of_a_run_is_a_command_that_exists_or_a_reason(runs, capsys) -> None:
     ways = told(capsys, "inspect", runs["lora"])["exports"]
     assert ways["safetensors"] == f"litpeft merge {runs['lora']}"
-    assert [ways[to].partition(" --")[2] for to in ("gguf", "peft")] == ["to gguf", "to peft"]
+    assert [ways[to].partition(" --")[2] for to in ("mlx", "peft")] == ["to mlx", "to peft"]
+    assert ways["gguf"].startswith("no: this tokenizer is none that is written to GGUF")
     found = told(capsys, "inspect", runs["prefix"])
     assert "acts on activations" in found["exports"]["safetensors"]
     assert "updates" not in found

@@ -10,6 +10,7 @@ from litpeft.core.terminal import command_line
 ADAPTER, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERS = (ADAPTER, "adapter*.safetensors", "adapter*.bin", "adapter*.pt")  # of peft, MLX, torchtune
 FOLD = "fold it into its base with what made it (peft: PeftModel.from_pretrained, merge_and_unload, save_pretrained)"
+FUSE = "fold it into its base with what made it (mlx-lm: `mlx_lm.fuse`)"
 
 
 def refuse_file(path: Path) -> None:
@@ -46,6 +47,7 @@ def refuse_other(folder: Path) -> None:
             )
         else:
             what += ", which litpeft does not read"
+            hint = FUSE if (folder / "adapters.safetensors").exists() else hint
         raise ModelError(what, where=folder, hint=hint)
     if not (folder / "config.json").exists():
         _refuse_without_config(folder)

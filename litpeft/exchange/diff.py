@@ -14,7 +14,7 @@ from torch import Tensor
 from litpeft.core.checksums import read_header, tensor_sums
 from litpeft.core.errors import ModelError, UserError
 from litpeft.core.json import read_json
-from litpeft.core.recognise import ADAPTER, refuse_file
+from litpeft.core.recognise import ADAPTER, ADAPTER_TENSORS, refuse_file
 from litpeft.core.safetensors import Weights
 from litpeft.core.terminal import command_line, say
 from litpeft.data.templates import ChatTemplate
@@ -56,7 +56,10 @@ def opened(path: Path) -> Side:
         settings["base"] = {key: value for key, value in base.items() if key != "tokenizer"}
         return Side("a run", settings, tokenizer, run.tensors)
     if is_adapter(path):
-        return Side("a PEFT adapter", read_json(path / ADAPTER, ADAPTER), None, [path / "adapter_model.safetensors"])
+        if not (file := path / ADAPTER_TENSORS).exists():
+            hint = f"`{command_line('convert', path, '--to', 'peft')}` writes another format as that"
+            raise ModelError(f"there is no {file.name}, and diff compares safetensors", where=path, hint=hint)
+        return Side("a PEFT adapter", read_json(path / ADAPTER, ADAPTER), None, [file])
     folder = path / "final" if (path / "final" / "config.json").exists() else path
     files = [folder / file for file in Weights(folder).headers]
     return Side("a model", read_json(folder / "config.json", "config.json of a model"), tokenizer_of(folder), files)

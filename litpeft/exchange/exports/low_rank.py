@@ -17,10 +17,14 @@ from litpeft.model.slots import Delta, Linear, LowRankDelta, Slot
 Factors = dict[str, tuple[Tensor, Tensor]]  # our name of a linear layer -> A (r, in) and B (out, r), in float32
 
 
-@torch.no_grad()
 def factors_of(run: Run, base: Path) -> Factors:
     """Returns what a run learned; raises CannotExport for what is no update of low rank of linear layers."""
-    model = build_run(run, base, run.dtype, storage=run.storage).eval()
+    return factors_in(build_run(run, base, run.dtype, storage=run.storage).eval(), run)
+
+
+@torch.no_grad()
+def factors_in(model: GPT, run: Run) -> Factors:
+    """Returns `factors_of` a run that `model` holds."""
     if model.base_values:
         raise CannotExport(f"it trained weights of the base, too: {some(sorted(model.base_values))}")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear) and layer.slot.deltas}
