@@ -13,6 +13,7 @@ from short_runs import QUIET, assert_same, newest, resume, train
 
 from litpeft.core.errors import DataError
 from litpeft.data.ahead import one_ahead, while_wanted
+from litpeft.data.batches import bin_pack
 from litpeft.data.settings import Data
 from litpeft.data.streaming import load_stream
 from litpeft.data.templates import ChatTemplate
@@ -90,6 +91,25 @@ def test_rows_that_are_left_out_are_told_when_the_stream_comes_to_them(tiny_fold
     assert threads() == []
 
 
+def test_a_bad_row_after_the_last_window_is_told_too(tiny_folder, tmp_path) -> None:
+    template = ChatTemplate(Tokenizer.load(tiny_folder))
+    path = rows_with_a_bad_one(tmp_path / "rows", 8, 9)  # behind two whole windows
+    stream = load_stream(Data(str(path), None, 0.0, bad_rows="skip", streaming=True, window=4), template, 512)[1]
+    steps = list(islice(stream.steps(4, 0, []), 3))
+    assert [epoch for epoch, _ in steps] == [0, 0, 1]
+    assert [bad.where for bad in stream.report.rejected] == [f"{path}:9"]
+    steps = load_stream(Data(str(path), None, 0.0, streaming=True, window=4), template, 512)[1].steps(4, 0, [])
+    assert len(list(islice(steps, 2))) == 2
+    with pytest.raises(DataError, match="output is missing") as error:
+        next(steps)
+    assert error.value.where == f"{path}:9"
+
+
+def test_steps_by_length_are_refused_by_name_where_rows_are_streamed() -> None:
+    with pytest.raises(ValueError, match="group_by_length is used only with packing false and streaming false"):
+        Data("rows.jsonl", streaming=True, packing=False, group_by_length=True)
+
+
 def test_the_first_window_is_not_tokenised_twice_by_a_run_that_begins(tiny_folder, tmp_path) -> None:
     template = ChatTemplate(Tokenizer.load(tiny_folder))
     path = rows_with_a_bad_one(tmp_path / "rows", 11)
@@ -101,6 +121,24 @@ def test_the_first_window_is_not_tokenised_twice_by_a_run_that_begins(tiny_folde
     found = [[row.ids for row in rows] for _, rows in islice(stream.steps(4, 0, []), 6)]
     assert found[:3] == expected[:3]
     assert found[3:] != expected[3:]  # the second epoch reads it again
+
+
+def test_the_packing_of_the_first_window_is_told(tiny_folder, tmp_path, capsys) -> None:
+    path = rows_with_a_bad_one(tmp_path / "rows", 11)
+    held_out = write_rows(tmp_path) / "validation.jsonl"
+    settings = STREAMED | {
+        "data.path": path,
+        "data.validation_path": held_out,
+        "train.micro_tokens": 70,
+        "dry_run": True,
+    }
+    train(tiny_folder, tmp_path / "run", settings)
+    template = ChatTemplate(Tokenizer.load(tiny_folder))
+    rows = load_stream(Data(str(path), None, 0.0, streaming=True, window=4), template, 512)[0].train
+    lengths = [len(row.ids) for row in rows]  # of steps of 3 rows and 1
+    passes = [bins for step in (lengths[:3], lengths[3:]) for bins in bin_pack(step, 70)]
+    fill = sum(lengths) / (70 * len(passes))
+    assert f"fill {fill:.1%} of passes of 70 tokens" in capsys.readouterr().out
 
 
 def test_a_bad_row_ends_a_run_with_a_checkpoint_from_which_it_goes_on_without_the_row(

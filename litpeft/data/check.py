@@ -162,10 +162,10 @@ def _repeats(rows: Rows, firsts: np.ndarray, what: str) -> list[Rejected]:
 
 
 def _held_out_too(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    held_out = dict(zip(data.validation.column("hash").tolist(), range(len(data.validation)), strict=True))
-    found = [(at, held_out.get(one)) for at, one in enumerate(data.train.column("hash").tolist())]
-    other = {at: data.validation[same].source for at, same in found if same is not None}
-    return [Rejected(data.train[at].source, f"held out as {there}") for at, there in other.items()]
+    hashes, others = data.train.column("hash"), data.validation.column("hash")
+    held_out = {one: at for at, one in enumerate(others)}
+    found = [(at, held_out[hashes[at]]) for at in np.flatnonzero(np.isin(hashes, others))]
+    return [Rejected(data.train[at].source, f"held out as {data.validation[same].source}") for at, same in found]
 
 
 def _special(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:

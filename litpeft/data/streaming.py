@@ -10,7 +10,7 @@ import hashlib
 import random
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ import numpy as np
 from litpeft.core.checksums import file_sha256
 from litpeft.core.errors import ConfigError, DataError, some
 from litpeft.data.ahead import one_ahead, while_wanted
-from litpeft.data.chats import Chats
+from litpeft.data.chats import Chats, refuse
 from litpeft.data.report import Counts, Report
 from litpeft.data.rows import Row
 from litpeft.data.settings import Data
@@ -41,7 +41,8 @@ Windows = list[list[int]]  # by epoch: the rows of each window
 class Window(NamedTuple):
     """Shuffled rows, and what became of the others."""
 
-    rows: Rows
+    epoch: int
+    rows: Rows | None  # None: the epoch has ended
     report: Report
 
 
@@ -58,8 +59,11 @@ class Stream:
     def __post_init__(self) -> None:
         self.noted = {bad.where for bad in (*self.report.rejected, *self.report.dropped)}
 
-    def windows(self, epoch: int, first: int = 0, stop: Event | None = None) -> Iterator[Window]:
-        """Yields the windows of an epoch, from one on; raises Stopped once `stop` is set."""
+    def windows(self, epoch: int, first: int = 0, stop: Event | None = None) -> Generator[Window, None, Report]:
+        """Yields the windows of an epoch, from one on, and returns the report on bad rows after the last one.
+
+        Raises Stopped once `stop` is set.
+        """
         report = Report(self.template.name, self.report.max_length)
         chats = Chats(self.data, report)
         tokeniser = Tokeniser(chats, self.template.tokenizer, self.template)
@@ -72,19 +76,21 @@ class Stream:
                 rows = Rows(Descriptor(handle), writer.index)
             order = np.arange(len(rows))
             random.Random(f"{self.data.seed} {epoch} {first}").shuffle(order)
-            yield Window(rows.where(order), deepcopy(report))
+            yield Window(epoch, rows.where(order), deepcopy(report))
             for left_out in (report.unlike, report.rejected, report.dropped):
                 left_out.clear()
             first += 1
+        refuse(report.rejected, self.data, must_stay=False)
+        return report
 
-    def _endless(self, epoch: int, first: int, stop: Event) -> Iterator[tuple[int, Window | None]]:
-        """Yields the windows of this epoch, from one on, and of all later ones; after each epoch a None."""
+    def _endless(self, epoch: int, first: int, stop: Event) -> Iterator[Window]:
+        """Yields the windows of this epoch, from one on, and of all later ones; after each epoch one without rows."""
         if self.first is not None and epoch == first == 0:
-            yield epoch, self.first
+            yield self.first
             first = 1
         while True:
-            yield from ((epoch, window) for window in self.windows(epoch, first, stop))
-            yield epoch, None
+            rest = yield from self.windows(epoch, first, stop)
+            yield Window(epoch, None, rest)
             epoch, first = epoch + 1, 0
 
     def note(self, report: Report) -> None:
@@ -114,8 +120,9 @@ class Stream:
             number += 1
         rows, stop = [], Event()
         with closing(one_ahead(self._endless(epoch, number, stop), stop)) as windows:
-            for epoch, window in windows:
-                if window is None:
+            for epoch, found, report in windows:
+                self.note(report)
+                if found is None:
                     if rows:
                         yield epoch, rows
                     if not sum(known[epoch]):
@@ -123,9 +130,8 @@ class Stream:
                     known.append([])
                     rows, skipped, number = [], 0, 0
                     continue
-                self.note(window.report)
-                self._count(number, len(window.rows), known[epoch])
-                for row in window.rows[skipped:]:
+                self._count(number, len(found), known[epoch])
+                for row in found[skipped:]:
                     rows.append(row)
                     if len(rows) == batch_size:
                         yield epoch, rows

@@ -4,7 +4,7 @@ import json
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.terminal import command_line, is_first, say
-from litpeft.data.batches import padding, plan_epoch
+from litpeft.data.batches import lay_out, padding, plan_epoch
 from litpeft.data.readers import STDIN
 from litpeft.data.short_check import concerns
 from litpeft.data.sources import pinned
@@ -12,6 +12,7 @@ from litpeft.data.streaming import Stream, load_stream
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.model.objective import MICRO_TOKENS
 from litpeft.train.budget import Budget, fitting_warmup
 from litpeft.train.optim import total_steps
 from litpeft.train.settings import Finetune
@@ -44,6 +45,8 @@ def read_rows(settings: Finetune, template: ChatTemplate, reach: int) -> tuple[D
         check_rows(settings, rows, template.tokenizer)
     if settings.data.group_by_length:
         say(grouped(settings, rows))
+    if stream is not None and settings.data.packing:
+        say(packed(settings, rows))
     return rows, stream, steps
 
 
@@ -79,3 +82,17 @@ def grouped(settings: Finetune, rows: DataSet) -> str:
     plans = (plan_epoch(len(lengths), train.batch_size, 0, settings.data.seed, given) for given in (lengths, None))
     with_groups, without = (f"{padding(plan, lengths, train.micro_batch_size):.1%}" for plan in plans)
     return f"by length   padding would be {with_groups} of the passes, {without} in random order; nothing is padded"
+
+
+def packed(settings: Finetune, rows: DataSet) -> str:
+    """Returns a line on how full the passes are that a stream's first window makes."""
+    train, lengths = settings.train, rows.train.column("tokens")
+    room = MICRO_TOKENS if train.micro_tokens == "auto" else train.micro_tokens
+    passes = []
+    for start in range(0, len(lengths), train.batch_size):
+        step = lengths[start : start + train.batch_size].tolist()
+        layout = lay_out(range(len(step)), step, settings.devices * settings.num_nodes, room, None)
+        passes += [sum(step[i] for i in micro) for share in layout for micro in share if micro]
+    fill = sum(passes) / sum(max(room, tokens) for tokens in passes)
+    told = f"the steps of the first window fill {fill:.1%} of passes of {room:,} tokens (train.micro_tokens)"
+    return f"packing     {told}; nothing is padded"
