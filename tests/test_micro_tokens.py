@@ -26,6 +26,23 @@ def test_as_many_tokens_as_the_memory_holds(first: float, each: float, free: flo
     assert tokens in (STEP, MOST) or first + each * (tokens - PROBES[0]) <= free
 
 
+@pytest.mark.parametrize(
+    ("recorded", "free", "want"),
+    [
+        (2500, 5 * GB, 512 + 256),  # QLoRA of 8B on 12 GB: 512 + (2.5e9 - 1.5e9) / 3e6 = 845
+        (2500, 20 * GB, 4096),  # the longest recorded pass holds 7.5 GB, 12.5 are left for others: 4,190
+        (2500, 15 * GB, 2304),  # 7.5 are left: 2,524
+        (1e6, 60 * GB, MOST),
+    ],
+)
+def test_recorded_passes_have_memory_of_their_own(recorded: float, free: float, want: int) -> None:
+    first, each = 1.5 * GB, 3e6
+    tokens = most_tokens([first, first + each * (PROBES[1] - PROBES[0])], free, recorded)
+    assert tokens == want
+    held = first + each * (min(recorded, tokens) - PROBES[0])
+    assert held + first + each * (tokens - PROBES[0]) <= free
+
+
 def test_auto_is_settled_once_and_kept(tiny_folder: Path, tmp_path: Path) -> None:
     auto = {"train.micro_tokens": "auto"}
     whole = train(tiny_folder, tmp_path / "whole", auto)

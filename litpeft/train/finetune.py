@@ -32,6 +32,7 @@ from litpeft.train.micro_tokens import fitting_tokens
 from litpeft.train.optim import make_optimizer
 from litpeft.train.preparation import Preparation, prepare
 from litpeft.train.progress import Progress
+from litpeft.train.recorded_pass import RecordedPasses
 from litpeft.train.records import begin_run, report
 from litpeft.train.settings import Finetune
 from litpeft.train.signals import StopSignals
@@ -83,7 +84,9 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     optimizer = make_optimizer(settings.train, trainable(model), fabric.device, scaled, lr_factors(model))
     optimizer = fabric.setup_optimizers(optimizer)
     if settings.train.micro_tokens == "auto" and settings.data.packing:  # not in a resumed run: it takes as many again
-        settings.train.micro_tokens = run.facts["settings"]["train"]["micro_tokens"] = fitting_tokens(wrapped, fabric)
+        recorded = RecordedPasses.of_run(model, fabric, method)
+        fitting = fitting_tokens(wrapped, fabric, 0 if recorded is None else recorded.most_tokens)
+        settings.train.micro_tokens = run.facts["settings"]["train"]["micro_tokens"] = fitting
     # 2. the run folder, and the run
     log = open_log(run, fabric.is_global_zero)
     with ExitStack() as stack:

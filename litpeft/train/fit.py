@@ -58,12 +58,9 @@ class Trainer:
         self.rates = replace(train, warmup_steps=fitting_warmup(train.warmup_steps, self.steps))
         self.held_out = self.run.rows.validation[: self.budget.rows]
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
-        alone = self.fabric.world_size == 1 and self.fabric.device.type == "cuda"
-        unscaled = alone and self.fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
         method = self.run.method
         self.search_step = method.search_step(self.steps)
-        same = not (method.defines("penalty") or method.defines("training_step"))  # a pass is as the one recorded
-        recorded = RecordedPasses.of(self.gpt) if unscaled and same else None
+        recorded = RecordedPasses.of_run(self.gpt, self.fabric, method)
         self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded, method, self.steps)
         self.saved: int | None = None  # step of the newest checkpoint
         self.before = sums(trainable(self.gpt).values())

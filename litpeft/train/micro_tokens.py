@@ -21,27 +21,35 @@ SHARE = 0.9  # of the free memory; the rest is for differences between passes
 MOMENTS = 8  # bytes of optimizer state for each trained number
 
 
-def fitting_tokens(model: torch.nn.Module, fabric: Fabric) -> int:
+def fitting_tokens(model: torch.nn.Module, fabric: Fabric, recorded: float = 0) -> int:
     """Returns the tokens of a forward pass of `model`, as Fabric wraps it, that fit on every rank.
 
-    On a GPU it runs two small forward and backward passes, and leaves no gradient behind.
+    On a GPU it runs three small forward and backward passes, and leaves no gradient behind. Passes of up to `recorded`
+    tokens are recorded: see `most_tokens`.
     """
     if fabric.device.type != "cuda":
         return ON_A_CPU
-    peaks = [_peak(model, fabric, tokens) for tokens in PROBES]
+    peaks = [_peak(model, fabric, tokens) for tokens in (PROBES[0], *PROBES)][1:]  # the first makes workspaces
     free, _ = torch.cuda.mem_get_info(fabric.device)
     free += torch.cuda.memory_reserved(fabric.device) - torch.cuda.memory_allocated(fabric.device)
     free -= MOMENTS * sum(parameter.numel() for parameter in trainable(model).values())
-    most = torch.tensor(float(most_tokens(peaks, SHARE * free)), device=fabric.device)
+    most = torch.tensor(float(most_tokens(peaks, SHARE * free, recorded)), device=fabric.device)
     if fabric.world_size > 1:
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MIN)
     return int(most)
 
 
-def most_tokens(peaks: list[float], free: float) -> int:
-    """Returns how many tokens fit into `free` bytes, if passes of PROBES tokens have `peaks` of bytes."""
-    each = (peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0])
-    fitting = PROBES[0] + (free - peaks[0]) / max(each, 1.0)
+def most_tokens(peaks: list[float], free: float, recorded: float = 0) -> int:
+    """Returns how many tokens fit into `free` bytes, if passes of PROBES tokens have `peaks` of bytes.
+
+    Passes of up to `recorded` tokens hold memory of their own beside that of the others, as much as the longest needs.
+    """
+    each = max((peaks[1] - peaks[0]) / (PROBES[1] - PROBES[0]), 1.0)
+    if recorded and 2 * (peaks[0] + (recorded - PROBES[0]) * each) >= free:
+        free /= 2
+    elif recorded:
+        free -= peaks[0] + (recorded - PROBES[0]) * each
+    fitting = PROBES[0] + (free - peaks[0]) / each
     return int(min(MOST, max(STEP, fitting // STEP * STEP)))
 
 

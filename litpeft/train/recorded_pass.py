@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from litpeft.data.batches import Batch
 from litpeft.generate.cuda_graph import record
 from litpeft.model.attention import Documents
 from litpeft.model.context import Context
-from litpeft.model.delta import trainable
+from litpeft.model.delta import Method, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import is_empty
 from litpeft.train.fused_block import HALF, fused_step, groups_of, kernels
@@ -88,7 +89,10 @@ class RecordedPass:
 
 
 class RecordedPasses:
-    """All size classes of a run. They add to the same gradients and share a memory pool."""
+    """All size classes of a run. They add to the same gradients and share a memory pool.
+
+    No other pass gets memory of that pool. So recorded passes of n tokens hold twice what a pass of n tokens needs.
+    """
 
     def __init__(self, model: GPT):
         self.model, self.pool = model, None
@@ -96,6 +100,14 @@ class RecordedPasses:
         self.most_tokens = MOST_WORK / sum(parameter.numel() for parameter in model.parameters())
         self.parameters = list(trainable(model).values())
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    @classmethod
+    def of_run(cls, model: GPT, fabric: Fabric, method: Method) -> "RecordedPasses | None":
+        """Returns the passes of a run on one GPU in which each pass is as the one that was recorded, else None."""
+        alone = fabric.world_size == 1 and fabric.device.type == "cuda"
+        unscaled = alone and fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
+        same = not (method.defines("penalty") or method.defines("training_step"))
+        return cls.of(model) if unscaled and same else None
 
     @classmethod
     def of(cls, model: GPT) -> "RecordedPasses | None":
