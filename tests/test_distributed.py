@@ -1,5 +1,6 @@
 """Training on two processes is training on one: the same losses, the same delta, and checkpoints that change hands."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -51,11 +52,13 @@ def monkeypatch_module():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model in `base`, one with a tied head in `tied`, and rows in `data`."""
+    """A folder with a model in `base`, one with a tied head in `tied`, rows in `data`, and some with weights."""
     folder = tmp_path_factory.mktemp("distributed")
     make_folder(folder / "base")
     make_folder(folder / "tied", tie_word_embeddings=True)
-    write_rows(folder)
+    data = write_rows(folder)
+    rows = [json.loads(line) | {"weight": 0.3 + n} for n, line in enumerate((data / "train.jsonl").open())]
+    (folder / "weighted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -115,7 +118,10 @@ CASES = {
     ),
     "one row a step": ("--train.batch_size", 1, "--train.max_steps", 3, "--validation.max_rows", 1),
     "many held-out rows": ("--train.micro_tokens", 40, "--data.validation_path", "{data}/train.jsonl"),
-    "momentum": ("--train.optimizer", "SGD", "--train.optimizer_args", '{"momentum": 0.9}', "--train.max_norm", "null"),
+    "momentum, weights": (
+        *("--train.optimizer", "SGD", "--train.optimizer_args", '{"momentum": 0.9}', "--train.max_norm", "null"),
+        *("--data.path", "{data}/../weighted.jsonl", "--data.validation_split", 0.4),
+    ),
 }
 
 

@@ -60,7 +60,7 @@ def test_no_key_of_a_message_vanishes(name, role):
         assert fate(form, row, key, "UNLIKELY") in ("refused", "counted", "read"), key
 
 
-def test_a_switch_is_read_and_a_weight_between_is_refused_by_its_name():
+def test_a_switch_is_read_and_what_is_none_is_refused_by_its_name():
     for name, form in SHAPES.items():
         if name == "columns":
             continue
@@ -71,7 +71,7 @@ def test_a_switch_is_read_and_a_weight_between_is_refused_by_its_name():
             with pytest.raises(ValueError, match=f"^{key} says that the row is not to be trained"):
                 form.turns(ROWS[name] | {key: type(on)(0)})
             with pytest.raises(ValueError, match=f"^{key} must be"):
-                form.turns(ROWS[name] | {key: 0.5})
+                form.turns(ROWS[name] | {key: -0.5})
 
 
 # special tokens that a row spells

@@ -152,7 +152,7 @@ def test_columns_are_mapped(columns, row, chat, tmp_path, model) -> None:  # noq
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({"usr": "q"}, "data.columns maps system, user, input, thinking, assistant, messages, text; got 'usr'"),
+        ({"usr": "q"}, "data.columns maps system, user, input, thinking, assistant, weight, messages, text; got 'usr'"),
         ({"assistant": "q"}, "data.columns needs user and assistant, or messages, or text; got assistant"),
         ({"user": "q", "text": "t"}, "data.columns has user, text"),
         ({"user": "{q", "assistant": "a"}, "data.columns.user: '{q' is no text with columns in braces"),

@@ -1,6 +1,7 @@
 """Passes that a GPU repeats, with the recording taken out: filled-up micro-batches give the loss and the gradients."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,19 @@ def test_a_pass_among_others_adds_to_the_gradient(passes: RecordedPasses) -> Non
     passes(batches[1], 0.5)
     for name, parameter in trainable(model).items():
         assert (parameter.grad - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+
+def test_a_pass_takes_weights(passes: RecordedPasses) -> None:
+    plain = batch(20, 3)
+    for _ in range(2):
+        one = replace(plain, weights=3 * torch.rand(len(plain.at), dtype=torch.float64))
+        want_losses, want = plainly(passes.model, [one], 0.25)
+        passes.model.zero_grad()
+        assert float(passes(one, 0.25)) == pytest.approx(want_losses[0], rel=1e-5)
+        for name, parameter in trainable(passes.model).items():
+            assert (parameter.grad - want[name]).norm() <= 1e-5 * want[name].norm(), name
+    assert [size.weighted for size in passes.sizes] == [True]
+    assert not Size.of(plain).weighted
 
 
 def test_what_is_too_large_or_trains_nothing_is_left_alone(passes: RecordedPasses) -> None:

@@ -5,6 +5,7 @@ import random
 import shutil
 import tempfile
 import tracemalloc
+from dataclasses import replace
 from itertools import groupby, product
 
 import numpy as np
@@ -129,6 +130,8 @@ def test_the_sha256_of_rows_is_that_of_their_tokens_and_masks_in_order() -> None
         [first],
         [row([1, 2, 3, 9]), second],
         [row([1, 2, 3, 4], [False, False, True, True]), second],
+        [replace(first, weights=[0.0, 0.5, 1.0, 1.0]), second],
+        [replace(first, weights=[0.0, 0.25, 1.0, 1.0]), second],
         [row([1, 2, 3]), row([4, 5, 6])],
         [row([1, 2, 3, 4, 5, 6])],
     ]

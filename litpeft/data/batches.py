@@ -4,6 +4,7 @@ import random
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from litpeft.data.rows import Row
 
 GROUP = 50  # steps whose rows are sorted by length together
+T = TypeVar("T")
 PLACEHOLDER = 0  # token that stands where a method puts learned vectors: which one it is changes nothing
 
 
@@ -25,17 +27,24 @@ class Batch:
     targets: Tensor  # (M,) int64, those next tokens
     prompt_lengths: tuple[int, ...]  # tokens of each document before its first trained one
     sources: tuple[str, ...]  # file:line of each document
+    weights: Tensor | None = None  # (M,) float64, of these targets in the loss; None: all have weight 1
 
     @property
     def tokens(self) -> int:
         return self.ids.size(1)
 
+    @property
+    def weight(self) -> float:
+        """Returns the sum of the weights: what the summed loss is divided by."""
+        return len(self.at) if self.weights is None else float(self.weights.sum())
+
     def to(self, device: torch.device | str) -> "Batch":
         """Returns the batch with its tensors on the device."""
-        return replace(self, ids=self.ids.to(device), at=self.at.to(device), targets=self.targets.to(device))
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "at", "targets")}
+        return replace(self, **moved, weights=None if self.weights is None else self.weights.to(device))
 
 
-def framed(tokens: Sequence[int], prompt: int, before: int, after: int, filler: int = PLACEHOLDER) -> list[int]:
+def framed(tokens: Sequence[T], prompt: int, before: int, after: int, filler: T = PLACEHOLDER) -> list[T]:
     """Returns a document's tokens with so many placeholders before it and after its prompt."""
     return [*[filler] * before, *tokens[:prompt], *[filler] * after, *tokens[prompt:]]
 
@@ -43,7 +52,7 @@ def framed(tokens: Sequence[int], prompt: int, before: int, after: int, filler: 
 def idle(row: Row, before: int = 0, after: int = 0) -> Batch:
     """Returns a micro-batch that trains nothing: a rank without rows of its own must still step with the others."""
     batch = collate([row], before, after)
-    return replace(batch, at=batch.at[:0], targets=batch.targets[:0])
+    return replace(batch, at=batch.at[:0], targets=batch.targets[:0], weights=None)
 
 
 def collate(rows: Sequence[Row], before: int = 0, after: int = 0) -> Batch:
@@ -54,7 +63,13 @@ def collate(rows: Sequence[Row], before: int = 0, after: int = 0) -> Batch:
     trained = torch.tensor(marks).nonzero().flatten()
     lengths = tuple(before + len(row.ids) + after for row in rows)
     prompts = tuple(before + row.prompt_length + after for row in rows)
-    return Batch(ids[None], lengths, trained - 1, ids[trained], prompts, tuple(row.source for row in rows))
+    sources, weights = tuple(row.source for row in rows), None
+    if any(row.weights is not None for row in rows):
+        own = [row.trained if row.weights is None else row.weights for row in rows]
+        pairs = zip(own, rows, strict=True)
+        every = [w for one, row in pairs for w in framed(one, row.prompt_length, before, after, 0.0)]
+        weights = torch.tensor(every, dtype=torch.float64)[trained]
+    return Batch(ids[None], lengths, trained - 1, ids[trained], prompts, sources, weights)
 
 
 def bin_pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ from litpeft.core.terminal import is_first, tell
 from litpeft.data.kept import Thoughts
 from litpeft.data.readers import STDIN
 from litpeft.data.readers.record import Rejected
-from litpeft.data.report import Report
+from litpeft.data.report import Report, Weights
 from litpeft.data.settings import Data
 from litpeft.data.sources import Source
 from litpeft.data.store import ENTRY, Descriptor, Rows, RowWriter
@@ -154,7 +154,8 @@ def _report(saved: dict[str, Any]) -> Report:
     lists = {name: [Rejected(**bad) for bad in saved[name]] for name in ("rejected", "dropped")}
     counters = {name: Counter(saved[name]) for name in ("formats", "unread")}
     left_out = {name: saved[name] for name in saved if name not in COUNTED_LATER}
-    return Report(**left_out | lists | counters | {"thoughts": Thoughts(**saved["thoughts"])})
+    parts = {"thoughts": Thoughts(**saved["thoughts"]), "weights": Weights(**saved["weights"])}
+    return Report(**left_out | lists | counters | parts)
 
 
 def _make_room(there: Path, needed: int) -> None:

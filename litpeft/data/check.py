@@ -15,6 +15,7 @@ from litpeft.data.batches import bin_pack
 from litpeft.data.duplicates import first_of_each, nearly_the_same
 from litpeft.data.formats.keys import listed
 from litpeft.data.readers.record import Rejected
+from litpeft.data.report import Weights
 from litpeft.data.sources import Source
 from litpeft.data.store import Rows
 from litpeft.data.tokenise import DataSet
@@ -52,6 +53,7 @@ class Checked:
     fill: float  # share of a forward pass of so many tokens that packing fills
     lost: int  # trained tokens in rows longer than max_length
     unread: dict[str, int]
+    weights: Weights
     findings: list[Finding] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -67,6 +69,8 @@ class Checked:
             f"packing     fills {self.fill:.1%} of passes of {self.max_length:,} tokens",
             *histogram(ordered),
         ]
+        if self.weights.rows:
+            lines.append(f"weights     {self.weights}")
         if self.unread:
             lines.append(f"not read    the keys {listed(Counter(self.unread))}")
         lines += ["", f"{'check':<18}{'rows':>8}{'share':>9}{'limit':>9}"]
@@ -114,6 +118,7 @@ def check(data: DataSet, files: str, max_length: int, tokenizer: Tokenizer, limi
         fill=int(short.sum()) / (bins * max_length) if bins else 0.0,
         lost=int(trained[lengths > max_length].sum()),
         unread=dict(report.unread),
+        weights=report.weights,
         findings=[
             Finding(name, found, len(found) / total, limits.get(name, CHECKS[name].limit))
             for name, found in bad.items()

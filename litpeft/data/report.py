@@ -1,6 +1,7 @@
 """The report on a data set: figures and warnings about what became of its rows."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from litpeft.core.errors import counted, some
@@ -39,6 +40,27 @@ class Counts:
 
 
 @dataclass
+class Weights:
+    """The rows whose tokens do not all have the weight 1 in the loss."""
+
+    rows: int = 0
+    least: float = 0.0  # of the weights of their trained tokens
+    most: float = 0.0
+
+    def add(self, weights: Iterable[float]) -> None:
+        """Counts a row with these weights of its trained tokens in."""
+        weights = [*weights, *([self.least, self.most] if self.rows else [])]
+        self.rows, self.least, self.most = self.rows + 1, min(weights), max(weights)
+
+    def __str__(self) -> str:
+        """Returns the line of the report; "" if there are none."""
+        if not self.rows:
+            return ""
+        span = f"{self.least:.6g}" if self.least == self.most else f"from {self.least:.6g} to {self.most:.6g}"
+        return f"{counted(self.rows, 'row')} with weights in the loss, {span}"
+
+
+@dataclass
 class Report:
     """What became of every row of the files; `str` of it is printed."""
 
@@ -63,6 +85,7 @@ class Report:
     streamed: bool = False  # `train` are those of the first window
     cache: str = ""  # the file that the rows were read from, if they were not tokenised now
     thoughts: Thoughts = field(default_factory=Thoughts)
+    weights: Weights = field(default_factory=Weights)
 
     def __str__(self) -> str:
         lines = [f"file        {name}: {told}" for name, told in self.files.items()]
@@ -86,6 +109,7 @@ class Report:
         notes = {
             f"not read    the keys {listed(self.unread)}": self.unread,
             f"thinking    {self.thoughts}": self.thoughts.answers,
+            f"weights     {self.weights}": self.weights.rows,
             f"warning: {counted(len(self.rejected), 'row')} cannot be used, {out(self.rejected)}": self.rejected,
             f"warning: {counted(len(self.dropped), 'row')} {long}, {out(self.dropped)}": self.dropped,
             f"warning: {counted(self.split_rows, 'row')} {long}, cut into {counted(self.split_pieces, 'piece')}; "

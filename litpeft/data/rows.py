@@ -1,11 +1,12 @@
 """A row of the data set as tokens; splitting one, and showing one."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
-from litpeft.core.errors import counted
+from litpeft.core.errors import counted, some
 from litpeft.core.terminal import GREEN, INVERSE, PLAIN
 from litpeft.data.formats.turn import Turn
 from litpeft.data.tokenizer import Tokenizer
@@ -21,6 +22,23 @@ class Row:
     source: str  # file:line
     turns: Sequence[Turn]
     ended: bool = True  # the last trained token is the end-of-turn token
+    weights: list[float] | None = None  # of each token in the loss, 0 where it is not trained; None: all have weight 1
+
+    @property
+    def content(self) -> bytes:
+        """Returns what of the row is trained, as bytes to hash."""
+        trained = self.ids, self.trained
+        return repr(trained if self.weights is None else (*trained, self.weights)).encode()
+
+
+def totals(rows: Iterable[Row]) -> tuple[int, float]:
+    """Returns how many tokens of rows are trained, and the sum of their weights: what their loss is divided by."""
+    count = weight = 0
+    for row in rows:
+        trained = sum(row.trained)
+        count += trained
+        weight += trained if row.weights is None else math.fsum(row.weights)
+    return count, weight
 
 
 def cut(row: Row, length: int) -> list[Row]:
@@ -31,32 +49,45 @@ def cut(row: Row, length: int) -> list[Row]:
         trained = [False, *row.trained[start + 1 : start + length]]
         prompt = trained.index(True) if True in trained else len(trained)
         ended = row.ended and start < last < start + length
-        pieces.append(Row(row.ids[start : start + length], trained, prompt, row.source, row.turns, ended))
+        weights = None if row.weights is None else [0.0, *row.weights[start + 1 : start + length]]
+        pieces.append(Row(row.ids[start : start + length], trained, prompt, row.source, row.turns, ended, weights))
     return pieces
 
 
-def pieces(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[str, bool, bool]]:
-    """Yields the text of a row in pieces, with whether each is trained, and whether it is a special token."""
+def pieces(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[str, float, bool]]:
+    """Yields the text of a row in pieces, with the weight of each (0: not trained), and whether it is special."""
     specials = set(tokenizer.backend.specials.values())
     position, done = 0, ""
-    marks = (
-        (trained, number if number in specials else None) for trained, number in zip(row.trained, row.ids, strict=True)
-    )
-    for (trained, special), group in groupby(marks):
+    weights = zip(row.trained if row.weights is None else row.weights, row.ids, strict=True)
+    marks = ((float(weight), number if number in specials else None) for weight, number in weights)
+    for (weight, special), group in groupby(marks):
         position += len(list(group))
         text = tokenizer.decode(row.ids[:position], skip_special=False)
-        yield text[len(done) :], trained, special is not None
+        yield text[len(done) :], weight, special is not None
         done = text
 
 
 def show(row: Row, tokenizer: Tokenizer, color: bool) -> str:
-    """Returns the text of a row with its trained tokens in green, or else in [brackets]; special tokens stand out."""
+    """Returns the text of a row with its trained tokens in green, or else in [brackets]; special tokens stand out.
+
+    What has another weight than 1 in the loss is followed by it.
+    """
     parts = []
-    for trained, group in groupby(pieces(row, tokenizer), key=lambda piece: piece[1]):
-        begin, end = (GREEN if trained else "", PLAIN) if color else ("[", "]") if trained else ("", "")
+    for weight, group in groupby(pieces(row, tokenizer), key=lambda piece: piece[1]):
+        begin, end = (GREEN if weight else "", PLAIN) if color else ("[", "]") if weight else ("", "")
         text = "".join(f"{INVERSE}{_plain(t)}{PLAIN}{begin}" if s and color else _plain(t) for t, _, s in group)
-        parts.append(f"{begin}{text}{end}" if trained else text)
+        parts.append(f"{begin}{text}{end}{_times(weight)}" if weight else text)
     return "".join(parts)
+
+
+def _times(weight: float) -> str:
+    """Returns a weight to stand behind what it multiplies; "" if it is 1."""
+    return "" if weight == 1 else f"×{weight:.6g}"
+
+
+def _hover(weight: float) -> str:
+    """Returns the HTML attribute that shows a weight under the mouse; "" if it is 1 or 0."""
+    return "" if weight in (0, 1) else f' title="weight {weight:.6g}"'
 
 
 def _plain(text: str) -> str:
@@ -78,15 +109,17 @@ def page(rows: Sequence[Row], tokenizer: Tokenizer) -> str:
     shown = []
     for row in rows:
         marked = [
-            f'<span class="{"t " * trained}{"s" * special}">{escape(_plain(text))}</span>'
-            if trained or special
+            f'<span class="{"t " * (weight > 0)}{"s" * special}"{_hover(weight)}>{escape(_plain(text))}</span>'
+            if weight or special
             else escape(_plain(text))
-            for text, trained, special in pieces(row, tokenizer)
+            for text, weight, special in pieces(row, tokenizer)
         ]
         shown.append(f"<h4>{escape(title(row))}</h4><pre>{''.join(marked)}</pre>")
     return PAGE.format(rows="\n".join(shown))
 
 
 def title(row: Row) -> str:
-    """Returns the place of a row, with its tokens."""
-    return f"{row.source}: {counted(len(row.ids), 'token')}, {sum(row.trained):,} trained"
+    """Returns the place of a row, with its tokens and their weights."""
+    weights = [f"{weight:.6g}" for weight in sorted({*row.weights} - {0.0})] if row.weights else []
+    told = f", weight{'s' * (len(weights) > 1)} {some(weights)}" if weights else ""
+    return f"{row.source}: {counted(len(row.ids), 'token')}, {sum(row.trained):,} trained{told}"

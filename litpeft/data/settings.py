@@ -30,8 +30,8 @@ class Data:
     format: Format = "auto"
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     columns: dict[str, str] | None = field(default=None, metadata=LATER)
-    """Columns of your own: {"user": "question", "assistant": "{answer}, says {author}"}; also system, input and
-    thinking; or messages; or text."""
+    """Columns of your own: {"user": "question", "assistant": "{answer}, says {author}"}; also system, input,
+    thinking and weight; or messages; or text."""
     documents: Documents = field(default="file", metadata=LATER)
     """What is one document in a .txt file."""
     template: Literal[("auto", "model", *BUILT_IN)] = "auto"
@@ -73,7 +73,8 @@ class Data:
         if not self.path or not all([self.path] if isinstance(self.path, str) else self.path):
             raise ValueError(f"{self.prefix}path must name a file or a folder, got an empty string")
         if isinstance(self.path, dict) and not all(0 < weight <= 1000 for weight in self.path.values()):
-            raise ValueError(f"{self.prefix}path has weights, which must be above 0 and at most 1000, got {self.path}")
+            what = f"{self.prefix}path has weights, which must be above 0 and at most 1000, got {self.path}"
+            raise ValueError(f"{what}; they say how often rows are shown, the weight of a row how much it counts")
         check_columns(self, self.prefix)
         if not 0 <= self.validation_split < 1:
             raise ValueError(

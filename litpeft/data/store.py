@@ -17,15 +17,16 @@ from litpeft.core.errors import ResourceError
 from litpeft.data.formats.turn import PLAIN, Turn
 from litpeft.data.rows import Row
 
-# a row: this head, the ids as int32, a byte for each that says whether it is trained, and its file:line
+# a row: this head, the ids as int32, a byte for each that says whether it is trained, in a weighted row its weight as
+# float64, and its file:line
 HEAD = struct.Struct("<qqi")  # where its turns are, their bytes, and the tokens before the first trained one
 ENTRY = np.dtype(
     [
         *(("at", "<i8"), ("bytes", "<i4"), ("tokens", "<i4"), ("trained", "<i4"), ("hash", "<u8")),
-        *(("example", "<i4"), ("file", "<i4"), ("ended", "?"), ("plain", "?")),
+        *(("example", "<i4"), ("file", "<i4"), ("ended", "?"), ("plain", "?"), ("weighted", "?")),
     ]
 )
-PACKED = struct.Struct("<qiiiQii??")  # the bytes of an entry
+PACKED = struct.Struct("<qiiiQii???")  # the bytes of an entry
 FIELDS = [field.name for field in fields(Turn)]
 
 
@@ -102,8 +103,11 @@ class Rows(Sequence[Row]):
         turns_at, turns, prompt = HEAD.unpack_from(data)
         ids = np.frombuffer(data, "<i4", tokens, HEAD.size).tolist()
         trained = np.frombuffer(data, "?", tokens, HEAD.size + 4 * tokens).tolist()
-        source = data[HEAD.size + 5 * tokens :].decode(errors="surrogateescape")
-        return Row(ids, trained, prompt, source, Turns(self._descriptor, turns_at, turns), bool(entry["ended"]))
+        end, weights = HEAD.size + 5 * tokens, None
+        if entry["weighted"]:
+            weights, end = np.frombuffer(data, "<f8", tokens, end).tolist(), end + 8 * tokens
+        source, turns = data[end:].decode(errors="surrogateescape"), Turns(self._descriptor, turns_at, turns)
+        return Row(ids, trained, prompt, source, turns, bool(entry["ended"]), weights)
 
     def __iter__(self) -> Iterator[Row]:
         return map(self.__getitem__, range(len(self)))
@@ -122,10 +126,10 @@ class Rows(Sequence[Row]):
         long = self.where(self.column("tokens") >= len(ids))
         return sum(long._descriptor.read(int(at) + HEAD.size, len(first)) == first for at in long.column("at"))
 
-    def tokens_and_masks(self) -> Iterator[bytes]:
-        """Yields the ids of each row and its mask, as they are in the file: 4 bytes and 1 byte a token."""
-        for at, tokens in zip(self.column("at"), self.column("tokens"), strict=True):
-            yield self._descriptor.read(int(at) + HEAD.size, 5 * int(tokens))
+    def trained_bytes(self) -> Iterator[bytes]:
+        """Yields what training sees of each row as it lies in the file: ids, mask and, where there are, weights."""
+        for at, tokens, weighted in zip(*map(self.column, ("at", "tokens", "weighted")), strict=True):
+            yield self._descriptor.read(int(at) + HEAD.size, (13 if weighted else 5) * int(tokens))
 
     def where(self, chosen: np.ndarray) -> "Rows":
         """Returns the rows at these places, or those for which an array of bools is true."""
@@ -156,9 +160,13 @@ class RowWriter:
         for row in rows:
             ids, source = array("i", row.ids).tobytes(), row.source.encode(errors="surrogateescape")
             number = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little")
-            data = b"".join((HEAD.pack(turns_at, len(turns), row.prompt_length), ids, bytes(row.trained), source))
+            weights = b"" if row.weights is None else np.array(row.weights, "<f8").tobytes()
+            head = HEAD.pack(turns_at, len(turns), row.prompt_length)
+            data = b"".join((head, ids, bytes(row.trained), weights, source))
             counts = len(data), len(row.ids), sum(row.trained), number
-            self._entries += PACKED.pack(self.put(data), *counts, example, file, row.ended, plain)
+            self._entries += PACKED.pack(
+                self.put(data), *counts, example, file, row.ended, plain, row.weights is not None
+            )
 
     @property
     def index(self) -> np.ndarray:

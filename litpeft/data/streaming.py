@@ -34,7 +34,10 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, Tokeniser, load_dataset
 
 SAMPLES, SAMPLE = 64, 1 << 20  # parts of a large file that stand for it, and their bytes
-OF_THE_FIRST = ("formats", "unread", "straddling", "unlike", "difference", "split_rows", "split_pieces", "empty_pieces")
+OF_THE_FIRST = (
+    *("formats", "unread", "weights", "straddling", "unlike", "difference"),
+    *("split_rows", "split_pieces", "empty_pieces"),
+)
 Windows = list[list[int]]  # by epoch: the rows of each window
 
 
@@ -152,7 +155,7 @@ class Stream:
         for source in self.sources:
             digest.update(b"".join(_samples(source.path)))
         for row in held_out:
-            digest.update(repr((row.ids, row.trained)).encode())
+            digest.update(row.content)
         return digest.hexdigest()
 
 

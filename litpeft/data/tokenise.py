@@ -12,7 +12,7 @@ import numpy as np
 from litpeft.core.errors import ConfigError, DataError, counted, some
 from litpeft.data.cache import RowCache
 from litpeft.data.chats import Chats, Example, refuse
-from litpeft.data.formats.turn import PLAIN
+from litpeft.data.formats.turn import PLAIN, Turn
 from litpeft.data.kept import judged
 from litpeft.data.readers.record import Rejected
 from litpeft.data.report import Counts, Report
@@ -125,6 +125,8 @@ class Tokeniser:
             found = True
             if pieces := self.fit(row):
                 writer.add(pieces, example.number, example.file)
+                if row.weights is not None:
+                    report.weights.add(weight for weight in row.weights if weight)
         refuse(report.rejected, data, must_stay)
         report.rejected += self.refused
         self.refused.clear()
@@ -206,7 +208,9 @@ class Tokeniser:
         if text.difference:
             self.report.unlike.append(chat.where)
             self.report.difference = self.report.difference or text.difference
-        return Row(encoded.ids, trained, trained.index(True), chat.where, chat.turns, ended)
+        weighted = any(turn.weight != 1 for turn in chat.turns)
+        weights = token_weights(encoded, text, chat.turns, trained) if weighted else None
+        return Row(encoded.ids, trained, trained.index(True), chat.where, chat.turns, ended, weights)
 
     def fit(self, row: Row) -> list[Row]:
         """Returns a row, or its pieces if it is too long, as data.overlong says; documents are split by default."""
@@ -252,3 +256,20 @@ def mask(encoded: Encoded, rendered: Rendered) -> tuple[list[bool], bool]:
             trained[i] = i > 0
             straddles |= a < begin
     return trained, straddles
+
+
+def token_weights(
+    encoded: Encoded, rendered: Rendered, turns: Sequence[Turn], trained: Sequence[bool]
+) -> list[float] | None:
+    """Returns the weight of each token in the loss, 0 if it is not `trained`; None if all of these have the weight 1.
+
+    A token of an answer has the weight of its turn, another one, if prompts are trained, that of the row.
+    """
+    answers = [turn.weight for turn in turns if turn.trained]
+    rest = next((turn.weight for turn in reversed(turns) if not turn.trained), 1.0)
+    weights = [rest * one for one in trained]
+    for weight in {*answers}:
+        spans = [span for span, own in zip(rendered.trained, answers, strict=True) if own == weight]
+        inside, _ = mask(encoded, replace(rendered, trained=spans))
+        weights = [weight if one else before for one, before in zip(inside, weights, strict=True)]
+    return None if all(weight in (0, 1) for weight in weights) else weights

@@ -14,7 +14,7 @@ from litpeft.core.terminal import command_line
 from litpeft.core.typed import typed
 from litpeft.data.hub.address import address
 from litpeft.data.readers import STDIN
-from litpeft.data.rows import Row
+from litpeft.data.rows import Row, totals
 from litpeft.data.settings import Data
 from litpeft.data.sources import find
 from litpeft.data.templates import ChatTemplate
@@ -84,15 +84,17 @@ class HeldOut:
         return cls(kept, len(rows))
 
     def loss(self, logits: Logits) -> float:
-        """Returns nats per trained token."""
+        """Returns nats per trained token, by their weights."""
         total = 0.0
         for rows in self.groups():
             found, at = logits([row.ids for row in rows]), 0
             for row in rows:
                 trained = torch.tensor(row.trained)[1:]
                 own, at = found[at : at + len(row.ids) - 1][trained].float(), at + len(row.ids)
-                total += float(F.cross_entropy(own, torch.tensor(row.ids)[1:][trained], reduction="sum"))
-        return total / sum(sum(row.trained[1:]) for row in self.rows)
+                weights = torch.tensor(row.trained if row.weights is None else row.weights)[1:][trained]
+                losses = F.cross_entropy(own, torch.tensor(row.ids)[1:][trained], reduction="none")
+                total += float((losses * weights).sum())
+        return total / totals(self.rows)[1]
 
     def groups(self) -> Iterator[list[Row]]:
         """Yields rows that are read together."""

@@ -31,7 +31,7 @@ def mean_squares(
     for name, layer in layers.items():
         layer.weight.requires_grad_(True).register_post_accumulate_grad_hook(lambda w, name=name: add(name, w))
     for batch in batches:
-        (summed_loss(model, batch) / len(batch.at)).backward()
+        (summed_loss(model, batch) / batch.weight).backward()
     return sums
 
 

@@ -170,11 +170,17 @@ class GPT(nn.Module):
         return self.max_positions - sum(self.frame)
 
     def forward(
-        self, ids: Tensor, ctx: Context | None = None, at: Tensor | None = None, targets: Tensor | None = None
+        self,
+        ids: Tensor,
+        ctx: Context | None = None,
+        at: Tensor | None = None,
+        targets: Tensor | None = None,
+        weights: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """Returns logits (B, T, V); (N, V) at flattened positions `at` (N,); with `targets` (N,) the summed loss.
 
-        Logits are computed for these positions only, and a loss never holds all of them.
+        Logits are computed for these positions only, and a loss never holds all of them. `weights` returns those of the
+        targets in the loss, (N,) float64; a function, since Fabric would round a tensor in bf16-mixed.
         """
         ctx = ctx or Context.rows(ids)
         ctx.virtual_tokens = self.virtual_tokens
@@ -207,7 +213,7 @@ class GPT(nn.Module):
         scale, cap = self.config.logit_scale, self.config.logit_cap
         if targets is None:
             return finished(self.head(x), scale, cap)
-        return summed_cross_entropy(self.head, x, targets, scale, cap)
+        return summed_cross_entropy(self.head, x, targets, scale, cap, None if weights is None else weights())
 
     def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
         """Sets what a context has for layers of one kind: rotary positions, and the mask of a step with a cache."""

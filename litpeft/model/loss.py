@@ -20,76 +20,101 @@ def finished(logits: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 def summed_cross_entropy(
-    head: Linear, x: Tensor, targets: Tensor, scale: float = 1.0, cap: float | None = None
+    head: Linear,
+    x: Tensor,
+    targets: Tensor,
+    scale: float = 1.0,
+    cap: float | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Returns the sum over N positions of -log p(target), in float32 or better; x is (N, d), targets (N,).
 
-    On a GPU a position with target -1 does not count. `scale` and `cap` are those of `finished`.
+    On a GPU a position with target -1 does not count. With `weights` (N,) each is multiplied by its own. `scale` and
+    `cap` are those of `finished`.
     """
     dtype = product_dtype(x)
     # in float16 small probabilities, which are the gradient, would underflow; autograd computes them from a scaled loss
     if len(targets) and is_empty(head.slot) and head.bias is None and cap is None and dtype != torch.float16:
-        return _Summed.apply(x if scale == 1 else x * scale, head.dense(), targets, dtype)
+        return _Summed.apply(x if scale == 1 else x * scale, head.dense(), targets, dtype, weights)
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for start in range(0, max(1, len(targets)), CHUNK):  # without targets one pass: a zero whose gradient is zeros
-        part = x[start : start + CHUNK], targets[start : start + CHUNK]
+        part = slice(start, start + CHUNK)
+        given = head, x[part], targets[part], scale, cap, None if weights is None else weights[part]
         if torch.is_grad_enabled():
             random = not is_empty(head.slot)  # as dropout is; the state of a GPU's generator cannot be recorded
-            options = {"use_reentrant": False, "preserve_rng_state": random}
-            total = total + checkpoint(_summed, head, *part, scale, cap, **options)
+            total = total + checkpoint(_summed, *given, use_reentrant=False, preserve_rng_state=random)
         else:
-            total = total + _summed(head, *part, scale, cap)
+            total = total + _summed(*given)
     return total
 
 
-def _summed(head: Linear, x: Tensor, targets: Tensor, scale: float, cap: float | None) -> Tensor:
+def _summed(
+    head: Linear, x: Tensor, targets: Tensor, scale: float, cap: float | None, weights: Tensor | None
+) -> Tensor:
     """Computes what `_Summed` does, for any head."""
     logits = finished(head(x), scale, cap)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, ignore_index=-1, reduction="sum")
+    if weights is None:
+        return F.cross_entropy(wide, targets, ignore_index=-1, reduction="sum")
+    return F.cross_entropy(wide, targets, ignore_index=-1, reduction="none").mul(weights.to(wide.dtype)).sum()
 
 
 class _Summed(torch.autograd.Function):
     """The loss of a head that is one product. The forward pass computes the gradient, too, while it has the logits.
 
-    So no logits are kept, and none are recomputed. Their gradient is p, less 1 at the target.
+    So no logits are kept, and none are recomputed. Their gradient is p, less 1 at the target. Weights of the positions
+    multiply what is computed from a row of it: its gradient by x, or x itself.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, weights: Tensor | None = None
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         wide = torch.promote_types(dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if ctx.needs_input_grad[1] else None
         weight, rows = weight.to(dtype), x.to(dtype)
+        factors = None if weights is None else weights.to(wide)[:, None]  # (N, 1)
         for start in range(0, len(targets), CHUNK):
-            part = rows[start : start + CHUNK]
+            at = slice(start, start + CHUNK)
+            part, factor = rows[at], None if factors is None else factors[at]
             logits = product(part, weight)
-            total += _losses(logits, targets[start : start + CHUNK], wide, any(ctx.needs_input_grad))
+            total += _losses(logits, targets[at], wide, any(ctx.needs_input_grad), factor)
             if dx is not None:
-                dx[start : start + CHUNK] = product(logits, weight.t())
+                own = product(logits, weight.t())
+                dx[at] = own if factor is None else own * factor
             if dweight is not None:
-                dweight += logits.T @ part
+                dweight += logits.T @ (part if factor is None else (part * factor).to(dtype))
         ctx.save_for_backward(dx, dweight)
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = ctx.saved_tensors
-        return (*(d if d is None else d * scale for d in (dx, dweight)), None, None)
+        return (*(d if d is None else d * scale for d in (dx, dweight)), None, None, None)
 
 
-def _losses(logits: Tensor, targets: Tensor, wide: torch.dtype, wants_gradient: bool) -> Tensor:
-    """Returns the summed loss of N positions; if the gradient is wanted, it is written over the logits (N, V)."""
+def _losses(
+    logits: Tensor, targets: Tensor, wide: torch.dtype, wants_gradient: bool, factors: Tensor | None = None
+) -> Tensor:
+    """Returns the summed loss of N positions, each times its factor of `factors` (N, 1).
+
+    If the gradient is wanted, it is written over the logits (N, V), without the factors.
+    """
     library = fused(logits)
     if library is not None:
-        return library.cross_entropy(logits, targets.contiguous()).sum()
+        losses = library.cross_entropy(logits, targets.contiguous())
+        return (losses if factors is None else losses * factors[:, 0]).sum()
     total = logits.new_zeros((), dtype=wide)
     size = len(logits) if logits.is_cuda else max(1, SOFTMAX_CHUNK // logits.size(1))
-    for piece, target in zip(logits.split(size), targets.split(size), strict=True):
+    for start in range(0, len(logits), size):
+        at = slice(start, start + size)
+        piece, target = logits[at], targets[at]
         log_p = F.log_softmax(piece, -1, dtype=wide)
-        total -= log_p.gather(1, target[:, None]).sum()
+        own = log_p.gather(1, target[:, None])
+        total -= (own if factors is None else own * factors[at]).sum()
         if wants_gradient:
             piece.copy_(log_p.exp_().scatter_add_(1, target[:, None], log_p.new_full((len(target), 1), -1)))
     return total

@@ -1,4 +1,7 @@
-"""The loss of rows: the mean of -log p over all trained tokens."""
+"""The loss of rows: the mean of -log p over all trained tokens, or their weighted mean.
+
+loss = sum(w_t * -log p_t) / sum(w_t)        w_t = the weight of its row times that of its message, 1 by default
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litpeft.data.batches import Batch, collate, idle, lay_out
-from litpeft.data.rows import Row
+from litpeft.data.rows import Row, totals
 from litpeft.model.context import Context
 
 MICRO_TOKENS = 2048  # of one forward pass
@@ -15,9 +18,10 @@ APART = 512  # tokens of several rows whose losses are told apart: all their log
 
 
 def summed_loss(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """Returns the sum of -log p over the trained tokens of a micro-batch."""
+    """Returns the sum of -log p over the trained tokens of a micro-batch, each times its weight if it has one."""
     ctx = Context.packed(batch.lengths, batch.ids.device, batch.prompt_lengths)
-    return model(batch.ids, ctx, at=batch.at, targets=batch.targets)
+    weights = {} if batch.weights is None else {"weights": lambda: batch.weights}
+    return model(batch.ids, ctx, at=batch.at, targets=batch.targets, **weights)
 
 
 @torch.no_grad()
@@ -37,7 +41,7 @@ def mean_loss(
     if ranks > 1:
         total = fabric.all_reduce(total, reduce_op="sum")
     model.train(training)
-    return float(total) / sum(sum(row.trained) for row in rows)
+    return float(total) / totals(rows)[1]
 
 
 @torch.no_grad()
@@ -57,10 +61,12 @@ def row_losses(model: torch.nn.Module, rows: list[Row], device: torch.device, fa
         batch = collate([rows[i] for i in numbers], *frame).to(device)
         logits = model(batch.ids, Context.packed(batch.lengths, device, batch.prompt_lengths), at=batch.at)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, batch.targets, reduction="none")
-        parts = losses.double().split([sum(rows[i].trained) for i in numbers])
+        losses = F.cross_entropy(logits, batch.targets, reduction="none").double()
+        parts = (losses if batch.weights is None else losses * batch.weights).split(
+            [sum(rows[i].trained) for i in numbers]
+        )
         found[numbers] = torch.stack([part.sum() for part in parts])
     if ranks > 1:
         found = fabric.all_reduce(found, reduce_op="sum")
     model.train(training)
-    return [total / sum(row.trained) for total, row in zip(found.tolist(), rows, strict=True)]
+    return [total / totals([row])[1] for total, row in zip(found.tolist(), rows, strict=True)]

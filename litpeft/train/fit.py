@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from litpeft.core.distributed import gather
 from litpeft.core.errors import NumericError
 from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
-from litpeft.data.rows import Row
+from litpeft.data.rows import Row, totals
 from litpeft.generate.load import Loaded
 from litpeft.model.delta import copy_into, delta_state, todays_names, trainable, training_state
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
@@ -131,7 +131,8 @@ class Trainer:
             check_loss(progress, progress.losses[-1], vocabulary)
             return
         numbers = plan_epoch(len(self.rows), settings.train.batch_size, 0, settings.data.seed)[0]
-        found = self.stepper.gradient(*self.micro_batches(0, [self.rows[i] for i in numbers]), progress.step + 1)
+        rows = [self.rows[i] for i in numbers]
+        found = self.stepper.gradient(self.micro_batches(0, rows), totals(rows)[1], progress.step + 1)
         self.optimizer.zero_grad()
         check_learned(progress, found.loss, found.norm, vocabulary)
 
@@ -147,10 +148,10 @@ class Trainer:
         """Takes one optimizer step with these rows, and counts it in."""
         train, progress = self.settings.train, self.progress
         began = time.perf_counter()
-        batches, trained = self.micro_batches(progress.step, rows)
+        batches, (trained, weight) = self.micro_batches(progress.step, rows), totals(rows)
         lr = lr_at(progress.step, self.steps, self.rates)
         with self.run.method.training_step(self.gpt, random.Random(f"{train.seed} {progress.step}")):
-            found = self.stepper.step(batches, trained, lr, progress.step + 1, self.stop_votes)
+            found = self.stepper.step(batches, weight, lr, progress.step + 1, self.stop_votes)
         now = time.perf_counter()
         tokens = sum(len(row.ids) for row in rows)
         progress.step += 1
@@ -165,8 +166,8 @@ class Trainer:
         self.log.step(**so_far, **figures, seconds=progress.elapsed)
         count_still(progress, found.loss, found.norm, self.gpt.config.vocab_size)
 
-    def micro_batches(self, step: int, rows: list[Row]) -> tuple[list[Batch], int]:
-        """Returns this rank's share of these rows, and how many tokens of all of them train; seeds the step's dropout.
+    def micro_batches(self, step: int, rows: list[Row]) -> list[Batch]:
+        """Returns this rank's share of these rows; seeds the step's dropout.
 
         What is random in a step follows from its number, so that a resumed run draws the same.
         """
@@ -177,7 +178,7 @@ class Trainer:
         layout = lay_out(range(len(rows)), lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
         shares = ([rows[i] for i in micro] for micro in layout)
         batches = [collate(share, *frame) if share else idle(rows[0], *frame) for share in shares]
-        return [batch.to(fabric.device) for batch in batches], sum(sum(row.trained) for row in rows)
+        return [batch.to(fabric.device) for batch in batches]
 
     def stop_votes(self) -> list[float]:
         """Returns 1 for each reason that this rank has to stop: the signals, then max_time."""

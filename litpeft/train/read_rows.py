@@ -17,6 +17,8 @@ from litpeft.train.budget import Budget, fitting_warmup
 from litpeft.train.optim import total_steps
 from litpeft.train.settings import Finetune
 
+ALONE = "warning: with train.batch_size 1 a step is one row, whose own weight cancels out; its messages' still count"
+
 
 def pin_rows(settings: Finetune) -> None:
     """Names the commits that sets of the hub have now in the settings, so that the run can be repeated."""
@@ -41,6 +43,8 @@ def read_rows(settings: Finetune, template: ChatTemplate, reach: int) -> tuple[D
         rows, stream = load_dataset(settings.data, template.tokenizer, template, reach), None
         steps = total_steps(len(rows.train), settings.train)
     say(str(rows.report))
+    if rows.report.weights.rows and settings.train.batch_size == 1:
+        say(ALONE)
     if settings.check_rows:
         check_rows(settings, rows, template.tokenizer)
     if settings.data.group_by_length:

@@ -34,11 +34,13 @@ class Size:
     tokens: int
     targets: int
     documents: int
+    weighted: bool = False
 
     @classmethod
     def of(cls, batch: Batch) -> "Size":
         tokens, targets = rounded_up(batch.tokens, LEAST, FINENESS), rounded_up(len(batch.at), LEAST, 2)
-        return cls(tokens, min(tokens, targets), rounded_up(len(batch.lengths) + 1, LEAST_DOCUMENTS, 1))
+        documents = rounded_up(len(batch.lengths) + 1, LEAST_DOCUMENTS, 1)
+        return cls(tokens, min(tokens, targets), documents, batch.weights is not None)
 
 
 def rounded_up(n: int, least: int, fineness: int) -> int:
@@ -57,6 +59,7 @@ class RecordedPass:
         self.model, self.size, self.replay = model, size, None
         self.ids, self.pos = (torch.zeros(1, size.tokens, dtype=torch.int64, device=device) for _ in range(2))
         self.at, self.targets = (torch.zeros(size.targets, dtype=torch.int64, device=device) for _ in range(2))
+        self.weights = torch.zeros(size.targets, dtype=torch.float64, device=device) if size.weighted else None
         self.starts = torch.zeros(size.documents + 1, dtype=torch.int32, device=device)
         self.factor = torch.zeros((), device=device)
         self.loss = torch.zeros((), device=device)
@@ -74,6 +77,8 @@ class RecordedPass:
         self.ids[:, tokens:] = 0
         self.at[:targets].copy_(batch.at, non_blocking=True)
         self.targets[:targets].copy_(batch.targets, non_blocking=True)
+        if self.weights is not None:
+            self.weights[:targets].copy_(batch.weights, non_blocking=True)
         if missing:  # at different positions, since atomic additions to one position are slow
             self.at[targets:] = torch.arange(missing, device=self.at.device) % size.tokens
             self.targets[targets:] = -1
@@ -83,7 +88,8 @@ class RecordedPass:
         """Computes the loss and adds its gradient times `factor` to the gradients."""
         bounds = (self.size.tokens, *(0 for _ in range(self.size.documents - 1)))  # `starts` has the true offsets
         ctx = Context(self.pos, Documents(bounds, self.starts))
-        loss = self.model(self.ids, ctx, at=self.at, targets=self.targets)
+        weights = None if self.weights is None else lambda: self.weights
+        loss = self.model(self.ids, ctx, at=self.at, targets=self.targets, weights=weights)
         (loss * self.factor).backward()
         self.loss.copy_(loss.detach())
 

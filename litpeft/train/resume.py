@@ -146,11 +146,12 @@ def check_saved(saved: Checkpoint) -> None:
 
 
 def rows_sha256(*groups: Rows) -> str:
-    """Returns the sha256 over the tokens and masks of all rows, in their order."""
+    """Returns the sha256 over the tokens, masks and weights of all rows, in their order."""
     digest = hashlib.sha256()
     for rows in groups:
-        digest.update(len(rows).to_bytes(8, "little") + rows.column("tokens").tobytes())  # so that no two are alike
-        for data in rows.tokens_and_masks():
+        sizes = rows.column("tokens").tobytes() + rows.column("weighted").tobytes()
+        digest.update(len(rows).to_bytes(8, "little") + sizes)  # so that no two data sets give the same bytes
+        for data in rows.trained_bytes():
             digest.update(data)
     return digest.hexdigest()
 
@@ -160,7 +161,7 @@ def rows_text_sha256(*groups: Rows) -> str:
     digest = hashlib.sha256()
     for rows in groups:
         for row in rows:
-            digest.update(repr((row.ids, row.trained)).encode())
+            digest.update(row.content)
         digest.update(b"next")
     return digest.hexdigest()
 
@@ -211,7 +212,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         lines = [line for line in changed(then["settings"], now["settings"]) if line.startswith("data.")]
         pairs = [(part, was, now["counts"].get(part)) for part, was in then.get("counts", {}).items()]
         lines += [f"{part}: {was} -> {there}" for part, was, there in pairs if was != there]
-        yield f"other rows: {'; '.join(lines) or 'as many rows and tokens, but other text or another order'}"
+        yield f"other rows: {'; '.join(lines) or 'as many rows and tokens, but other text, weights or order'}"
 
 
 def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str, ...]) -> list[str]:

@@ -23,7 +23,7 @@ Votes = Callable[[], list[float]]
 class Gradient:
     """What is known of a step's gradient, the same on every rank."""
 
-    loss: float  # nats per trained token
+    loss: float  # nats per trained token, by their weights
     norm: float  # before clipping
     votes: list[float]  # what each rank was asked, summed over the ranks
 
@@ -40,26 +40,27 @@ class Stepper:
     method: Method | None = None  # whose hooks are called
     steps: int = 0  # of the run
 
-    def step(self, batches: list[Batch], trained: int, lr: float, number: int, votes: Votes = list) -> Gradient:
+    def step(self, batches: list[Batch], weight: float, lr: float, number: int, votes: Votes = list) -> Gradient:
         """Takes optimizer step `number`; returns what `gradient` does."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
-        found = self.gradient(batches, trained, number, votes)
+        found = self.gradient(batches, weight, number, votes)
         self.optimizer.step()
         if self.method is not None and math.isfinite(found.norm):  # else the scaler of 16-mixed has skipped the step
             self.method.after_step(self.model.module, number, self.steps)
         self.optimizer.zero_grad()
         return found
 
-    def gradient(self, batches: list[Batch], trained: int, number: int, votes: Votes = list) -> Gradient:
-        """Leaves the gradient of the micro-batches in what trains; `trained` tokens train in those of all ranks.
+    def gradient(self, batches: list[Batch], weight: float, number: int, votes: Votes = list) -> Gradient:
+        """Leaves the gradient of the micro-batches in what trains.
 
-        The loss is the sum over the trained tokens of all micro-batches of all ranks, divided by their number: how the
-        rows of a step are spread changes nothing. What the method adds to it has a gradient, but is not told.
+        The loss is the weighted sum over the trained tokens of all micro-batches of all ranks, divided by the sum of
+        their weights, `weight`, which is their number where they have none: how the rows of a step are spread changes
+        nothing. What the method adds to it has a gradient, but is not told.
         """
         fabric, losses = self.fabric, []
         for micro, batch in enumerate(batches, 1):
-            loss = None if self.recorded is None else self.recorded(batch, 1 / trained)
+            loss = None if self.recorded is None else self.recorded(batch, 1 / weight)
             if loss is not None:
                 losses.append(loss)
                 continue
@@ -67,7 +68,7 @@ class Stepper:
             wait = micro < len(batches) and isinstance(fabric.strategy, DDPStrategy)
             with fabric.no_backward_sync(self.model, enabled=wait):
                 loss = summed_loss(self.model, batch)
-                scaled = loss * (fabric.world_size / trained)  # Fabric averages the gradients of the ranks
+                scaled = loss * (fabric.world_size / weight)  # Fabric averages the gradients of the ranks
                 last = micro == len(batches) and self.method is not None
                 penalty = self.method.penalty(self.model.module) if last else None
                 fabric.backward(scaled if penalty is None else scaled + penalty.to(scaled.device))
@@ -79,7 +80,7 @@ class Stepper:
         sums = fabric.all_reduce(sums, reduce_op="sum").tolist()
         if not (math.isfinite(sums[0]) and math.isfinite(sums[1])):  # of the sums, so that all ranks decide the same
             self.refuse_nonfinite(batches, losses, number)
-        return Gradient(sums[0] / trained, norm, sums[2:])
+        return Gradient(sums[0] / weight, norm, sums[2:])
 
     def refuse_nonfinite(self, batches: list[Batch], losses: list[torch.Tensor], step: int) -> None:
         """Raises on all ranks, naming what is not finite: what trains, the loss of some rows, or the first gradient.

@@ -45,14 +45,13 @@ class Chat:
         if not isinstance(record, dict) or self.key not in record:
             raise ValueError(f"{self.key} is missing")
         keys.refuse(record, more=OTHER_SHAPE, known=("tools", *keys.TOLD))
-        keys.refuse_switched_off(record)
         system, tools = optional(record, "system"), _tools(record.get("tools"))
         turns = self.listed(self._messages(record), self.key)
         if system and turns[0].role in ("system", "developer") and turns[0].content != system:
             raise ValueError(f"system and {self.key}[0] are two system messages: keep one of them")
         if system and turns[0].role not in ("system", "developer"):
             turns = [Turn("system", system), *turns]
-        return [replace(turns[0], tools=tools, told=keys.told(record)), *turns[1:]]
+        return keys.weighted([replace(turns[0], tools=tools, told=keys.told(record)), *turns[1:]], record)
 
     def asked(self, record: Any) -> list[Turn]:
         """Returns the turns of a record to answer."""
@@ -103,10 +102,12 @@ class Chat:
         if said not in self.roles:
             raise ValueError(f"{name}.{self.role} must be one of {', '.join(self.roles)}, got {quoted(said)}")
         keys.refuse(message, f"{name}.", known=(*OF_TOOLS, *(keys.THINKING if self.roles[said] == "assistant" else ())))
-        role, train = self.roles[said], keys.switch(message, f"{name}.")
+        role, weight = self.roles[said], keys.switch(message, f"{name}.")
+        train = None if weight is None else weight > 0
         if train and role != "assistant":
-            key = next(key for key in keys.SWITCHES if message.get(key) is not None)
-            raise ValueError(f"{name}.{key} can be true for the assistant only, not for the {said}")
+            key = next(key for key in keys.SWITCHES if message.get(key) not in keys.NOTHING)
+            on = "above 0" if key == "weight" else "true"
+            raise ValueError(f"{name}.{key} can be {on} for the assistant only, not for the {said}")
         calls = _calls(message.get("tool_calls"), f"{name}.tool_calls", role)
         trained = role == "assistant" and train is not False and not calls
         content = _content(message, self.content, f"{name}.{self.content}", trained, bool(calls))
@@ -117,7 +118,7 @@ class Chat:
         if message.get("tool_call_id") and role != "tool":
             raise ValueError(f"{name}.tool_call_id belongs to a message of the role tool, not of {said}")
         thinking = keys.thoughts(message, content, f"{name}.")
-        return Turn(role, content, train, calls=calls, more=more, thinking=thinking)
+        return Turn(role, content, train, calls=calls, more=more, thinking=thinking, weight=weight or 1.0)
 
     def _names(self, *roles: str) -> list[str]:
         """Returns what the rows call these roles."""

@@ -1,7 +1,8 @@
 """Rows with columns of one's own, mapped by a setting: {"user": "question", "assistant": "{answer}, says {author}"}.
 
 A value is the name of a column, or a text with names of columns in braces. `messages` maps a list of messages, with
-`role` and `content` inside it or, as in ShareGPT's, `from` and `value`; `text` a document.
+`role` and `content` inside it or, as in ShareGPT's, `from` and `value`; `text` a document. `weight` maps the column
+of a row's weight in the loss.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from litpeft.data.formats.chat import Chat
 from litpeft.data.formats.document import Document
 from litpeft.data.formats.turn import Turn
 
-PARTS = ("system", "user", "input", "thinking", "assistant")
+PARTS = ("system", "user", "input", "thinking", "assistant", "weight")
 SHAPES = (("messages",), ("messages", "system"), ("text",))
 
 
@@ -24,7 +25,7 @@ def mapped(columns: Mapping[str, str], option: str = "columns") -> "Columns":
     wrong = [key for key in columns if key not in (*PARTS, "messages", "text")]
     if wrong:
         raise ValueError(f"{option} maps {', '.join((*PARTS, 'messages', 'text'))}; got {quoted(wrong[0])}")
-    if "user" not in columns and tuple(sorted(columns)) not in SHAPES:
+    if "user" not in columns and tuple(sorted({*columns} - {"weight"})) not in SHAPES:
         got = some(list(columns)) or "nothing"
         raise ValueError(f"{option} needs user and assistant, or messages, or text; got {got}")
     if "user" in columns and {"messages", "text"} & set(columns):
@@ -50,14 +51,15 @@ class Columns:
         """Returns whether a row, or one to answer, has the columns that are mapped."""
         if not isinstance(record, dict):
             return False
-        needed = (value for part, value in self.parts if part != "assistant" or not to_answer)
+        needed = (value for part, value in self.parts if part not in ("assistant", "weight") or not to_answer)
         return all(name in record for value in needed for name in _names(record, value))
 
     def turns(self, record: Any) -> list[Turn]:
         """Returns the turns of a record; raises ValueError naming the column that is wrong."""
         if not {part for part, _ in self.parts} & {"assistant", "messages", "text"}:
             raise ValueError("no column is mapped to assistant: there is nothing to learn")
-        return self._read(record, "turns")
+        turns = self._read(record, "turns")
+        return keys.weighted(turns, {"weight": self._weight(record)})
 
     def asked(self, record: Any) -> list[Turn]:
         """Returns the turns of a record to answer."""
@@ -71,7 +73,7 @@ class Columns:
         if not isinstance(record, dict):
             raise ValueError(f"a row must be an object, got {type(record).__name__}")
         keys.refuse({key: value for key, value in record.items() if key not in self._used(record)})
-        parts = dict(self.parts)
+        parts = {part: value for part, value in self.parts if part != "weight"}
         if "text" in parts:
             return getattr(Document("text"), method)({"text": self._value(record, "text", parts["text"])})
         if "messages" in parts:
@@ -90,6 +92,14 @@ class Columns:
             return chat
         thinking = keys.thoughts({"thinking": said.get("thinking", "")}, said["assistant"])
         return [*chat, Turn("assistant", said["assistant"], thinking=thinking)]
+
+    def _weight(self, record: dict[str, Any]) -> float | None:
+        """Returns the weight of a row in the loss, None if it has none; raises ValueError if the cell holds another."""
+        value = dict(self.parts).get("weight")
+        said = self._value(record, "weight", value) if value else ""
+        if said and keys.weight_of(said) is None:
+            raise ValueError(f"{value} must be {keys.ALLOWED}, got {quoted(said)}")
+        return keys.weight_of(said)
 
     def _used(self, record: dict[str, Any]) -> set[str]:
         """Returns the columns that the parts name."""

@@ -35,11 +35,9 @@ class Document:
         """Returns the one turn of a record; raises ValueError naming the key that is wrong."""
         if not isinstance(record, dict):
             raise ValueError(f"a row must be an object, got {type(record).__name__}")
-        keys.refuse(
-            record, more={"parent_id": "the text is a message of a tree; data.path openassistant reads such trees"}
-        )
-        keys.refuse_switched_off(record)
-        return [Turn(PLAIN, text(record, self.key, self.key, empty=False))]
+        tree = {"parent_id": "the text is a message of a tree; data.path openassistant reads such trees"}
+        keys.refuse(record, more=tree)
+        return keys.weighted([Turn(PLAIN, text(record, self.key, self.key, empty=False))], record)
 
     def asked(self, record: Any) -> list[Turn]:
         """Raises ValueError: a document has no question."""

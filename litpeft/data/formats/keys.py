@@ -3,9 +3,11 @@
 import json
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from litpeft.core.errors import counted, quoted, some
+from litpeft.data.formats.turn import Turn
 
 TOOLS = "only a list of messages may have tools, tool_calls and tool_call_id"
 THOUGHTS = "only an answer of the assistant has thoughts"
@@ -29,10 +31,9 @@ REFUSED = {
     **dict.fromkeys(("loss_mask", "mask", "train_detail", "training_detail"), PARTS),
 }
 SWITCHES = ("train", "training", "trainable", "loss", "weight")  # names for: this answer is trained
-UNWANTED = {
-    "label": "completion",
-    "kto_tag": "",
-}  # false: the answer is a bad one, where the row has the other key, too
+UNWANTED = {"label": "completion", "kto_tag": ""}  # false: the answer is bad, where the row has the other key too
+LEAST, MOST = 1e-6, 1000  # of a weight that is not 0; smaller ones could vanish in float32
+ALLOWED = f"0, or a number from {LEAST:f} to {MOST}"
 NOTHING = (None, "", [], {})  # values that data made from a table has where a row lacks the key
 
 
@@ -51,20 +52,37 @@ def refuse(
             )
 
 
-def switch(record: dict[str, Any], place: str = "") -> bool | None:
-    """Returns whether a row or message asks to be trained, None if it does not say; raises ValueError if unclear."""
-    said: dict[str, bool] = {}
+def switch(record: dict[str, Any], place: str = "") -> float | None:
+    """Returns the weight in the loss that a row or message asks for, 0 if it is not to be trained, None if it does not
+    say; raises ValueError if that is unclear."""
+    said: dict[str, float] = {}
     for key in SWITCHES:
         value = record.get(key)
-        if value is None:
-            continue
-        if value not in (0, 1) or isinstance(value, bool) == (key == "weight"):
-            allowed = "0 or 1" if key == "weight" else "true or false"
-            raise ValueError(f"{place}{key} must be {allowed}, got {quoted(value)}")
-        said[key] = bool(value)
-    if len(set(said.values())) > 1:
+        if value is not None and value != "":
+            read, allowed = (weight_of, ALLOWED) if key == "weight" else (_flag, "true or false")
+            said[key] = read(value)
+            if said[key] is None:
+                raise ValueError(f"{place}{key} must be {allowed}, got {quoted(value)}")
+    if len({weight > 0 for weight in said.values()}) > 1:
         raise ValueError(f"{place}{' and '.join(said)} contradict each other")
-    return next(iter(said.values()), None)
+    return said.get("weight", next(iter(said.values()), None))
+
+
+def weight_of(value: Any) -> float | None:
+    """Returns a weight in the loss, which a cell of a table holds as text; None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        weight = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return weight if weight == 0 or LEAST <= weight <= MOST else None
+
+
+def _flag(value: Any) -> float | None:
+    """Returns what true or false means; a cell of a table holds them as text."""
+    value = {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else value
+    return float(value) if isinstance(value, bool) else None
 
 
 def thoughts(record: dict[str, Any], answer: str, place: str = "") -> str:
@@ -101,11 +119,16 @@ def told(record: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple((found if switch_ is None else found | {TOLD[1]: switch_}).items())
 
 
-def refuse_switched_off(record: dict[str, Any]) -> None:
-    """Raises ValueError for a row that is not to be trained: only messages may be switched off."""
-    if switch(record) is False:
-        key = next(key for key in SWITCHES if record.get(key) is not None)
+def weighted(turns: list[Turn], record: dict[str, Any]) -> list[Turn]:
+    """Returns the turns of a row, whose weight multiplies their own; raises ValueError for a row that is not trained.
+
+    Only messages may be switched off.
+    """
+    weight = switch(record)
+    if weight == 0:
+        key = next(key for key in SWITCHES if record.get(key) not in NOTHING)
         raise ValueError(f"{key} says that the row is not to be trained: leave it out")
+    return turns if weight in (None, 1) else [replace(turn, weight=weight * turn.weight) for turn in turns]
 
 
 def unread(record: dict[str, Any], known: Collection[str], to_answer: bool) -> set[str]:

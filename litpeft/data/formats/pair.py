@@ -42,16 +42,15 @@ class Pair:
         """Returns the turns of a record; raises ValueError naming the key that is wrong."""
         if not isinstance(record, dict):
             raise ValueError(f"a row must be an object, got {type(record).__name__}")
-        keys.refuse_switched_off(record)
         given = [key for key in self.answers if record.get(key) not in keys.NOTHING]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} could both be the answer: keep one of them")
         before, answer = self.asked(record), next((k for k in (*given, *self.answers) if k in record), self.answers[0])
         if isinstance(record.get(answer), list):
             keys.refuse({key: record[key] for key in keys.THINKING if key in record})
-            return _joined(before, LIST.listed(record[answer], answer))
+            return keys.weighted(_joined(before, LIST.listed(record[answer], answer)), record)
         said = text(record, answer, answer, empty=False)
-        return [*before, Turn("assistant", said, thinking=keys.thoughts(record, said))]
+        return keys.weighted([*before, Turn("assistant", said, thinking=keys.thoughts(record, said))], record)
 
     def asked(self, record: Any) -> list[Turn]:
         """Returns the turns before the answer."""

@@ -31,8 +31,8 @@ class Preference(Pair):
         if pair.key in record or not isinstance(record.get("chosen"), list):
             return Pair.turns(pair, record)
         keys.refuse(record, known=("chosen", "rejected", *beside))
-        keys.refuse_switched_off(record)
-        return LIST.turns({"messages": record["chosen"]} | {k: record[k] for k in ("system", *beside) if k in record})
+        more = {key: record[key] for key in ("system", *keys.SWITCHES, *beside) if key in record}
+        return LIST.turns({"messages": record["chosen"]} | more)
 
     def unread(self, record: dict[str, Any], to_answer: bool = False) -> set[str]:
         """Returns the keys of a record that have no effect, `rejected` among them."""

@@ -21,6 +21,7 @@ class Turn:
     tools: tuple[Any, ...] = ()  # that the chat may call; they stand on its first turn
     told: tuple[tuple[str, Any], ...] = ()  # what the row tells the template, on its first turn: enable_thinking, ...
     thinking: str = ""  # what the assistant thought before its answer, where a key of the row holds it
+    weight: float = 1.0  # of its tokens in the loss, if they are trained
 
     @property
     def message(self) -> dict[str, Any]:
