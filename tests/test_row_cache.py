@@ -12,6 +12,7 @@ from chat_samples import write_folder
 
 from litpeft.core.errors import DataError
 from litpeft.data import cache
+from litpeft.data.report import Weights
 from litpeft.data.settings import Data
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet, load_dataset
@@ -37,7 +38,7 @@ def load(place: Path, now: datetime | None = None, **settings) -> DataSet:
 
 def content(data: DataSet) -> list:
     report = {key: value for key, value in vars(data.report).items() if key != "cache"}
-    fields = ("ids", "trained", "prompt_length", "source", "turns", "ended")
+    fields = ("ids", "trained", "prompt_length", "source", "turns", "ended", "weights")
     return [[[getattr(row, f) for f in fields] for row in part] for part in (data.train, data.validation)] + [report]
 
 
@@ -47,8 +48,9 @@ def files() -> list[Path]:
 
 def test_rows_from_the_cache_are_those_tokenised(place, tmp_path) -> None:
     bad = [{"output": "no question"}, {"instruction": "long", "output": "word " * 300}]
+    weighted = [{"instruction": "Count.", "output": f"{i}", "weight": i / 3} for i in range(1, 4)]
     with open(place / "rows.jsonl", "a") as handle:
-        handle.writelines(json.dumps(row) + "\n" for row in bad)
+        handle.writelines(json.dumps(row) + "\n" for row in bad + weighted)
     settings = {"bad_rows": "skip", "max_length": 150, "path": {str(place / "rows.jsonl"): 1.5}}
     for overlong in ("drop", "split"):
         fresh, again = (load(place, overlong=overlong, **settings) for _ in range(2))
@@ -58,6 +60,7 @@ def test_rows_from_the_cache_are_those_tokenised(place, tmp_path) -> None:
         )
         assert content(fresh) == content(again)
         assert again.rejected
+        assert again.report.weights == Weights(2, 1 / 3, 2 / 3)
     assert f"tokens      read from {again.report.cache} (data.cache)" in str(again.report)
 
 

@@ -30,8 +30,8 @@ def template(tmp_path_factory) -> ChatTemplate:
     return ChatTemplate(Tokenizer.load(write_folder(tmp_path_factory.mktemp("chatml"), "chatml")))
 
 
-def write(path: Path, count: int, first: int = 0) -> str:
-    rows = [{"prompt": f"What is {i}?", "completion": "x" * (1 + i % 50)} for i in range(first, first + count)]
+def write(path: Path, count: int, first: int = 0, **more: object) -> str:
+    rows = [{"prompt": f"What is {i}?", "completion": "x" * (1 + i % 50)} | more for i in range(first, first + count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -40,7 +40,7 @@ def write(path: Path, count: int, first: int = 0) -> str:
 def data(tmp_path_factory) -> Data:
     """Two files of rows, of which some are cut into pieces and one cannot be used."""
     there = tmp_path_factory.mktemp("rows")
-    paths = write(there / "a.jsonl", 23), write(there / "b.jsonl", 14, 23)
+    paths = write(there / "a.jsonl", 23), write(there / "b.jsonl", 14, 23, weight=0.3)
     with open(paths[0], "a") as handle:
         handle.write('{"prompt": "no answer"}\n')
     how = {"validation_split": 0.0, "bad_rows": "skip", "max_length": 70, "overlong": "split", "cache": False}
@@ -53,14 +53,14 @@ def stream_of(data: Data, template: ChatTemplate) -> Stream:
 
 def taken(stream: Stream, batch_size: int, step: int, known: list, count: int) -> list:
     return [
-        (epoch, [(r.source, r.ids) for r in rows])
+        (epoch, [(r.source, r.ids, r.weights) for r in rows])
         for epoch, rows in islice(stream.steps(batch_size, step, known), count)
     ]
 
 
 def test_an_epoch_of_a_stream_holds_the_rows_of_the_files_once_in_an_order_of_its_own(data, template) -> None:
     whole = load_dataset(data, template.tokenizer, template, 512)
-    expected = sorted((row.source, row.ids) for row in whole.train)
+    expected = sorted((row.source, row.ids, row.weights) for row in whole.train)
     steps = taken(stream := stream_of(data, template), 5, 0, [], 3 * -(-len(expected) // 5))
     epochs = [[row for at, rows in steps if at == epoch for row in rows] for epoch in range(3)]
     assert all(sorted(rows) == expected for rows in epochs)
@@ -75,7 +75,7 @@ def test_an_epoch_of_a_stream_holds_the_rows_of_the_files_once_in_an_order_of_it
 def test_a_stream_goes_on_from_any_step_as_if_it_had_not_stopped(batch_size, data, template) -> None:
     known, whole, snapshots = [], [], []
     for epoch, rows in islice(stream_of(data, template).steps(batch_size, 0, known), 2 + 130 // batch_size):
-        whole.append((epoch, [(row.source, row.ids) for row in rows]))
+        whole.append((epoch, [(row.source, row.ids, row.weights) for row in rows]))
         snapshots.append(copy.deepcopy(known))
     assert whole[-1][0] >= 1
     for step in sorted({1, 2, 5, len(whole) // 2, len(whole) - 1} & set(range(1, len(whole)))):
