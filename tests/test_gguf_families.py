@@ -32,6 +32,11 @@ def layout(model_type: str, **changes: object) -> Layout:
     return Layout(NameMap(*config_of(TINY | {"model_type": model_type} | changes, "config.json")))
 
 
+GEMMA3 = {"num_hidden_layers": 7, "sliding_window": 30, "head_dim": 32, "query_pre_attn_scalar": 32}
+SCALED_WINDOWS = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+}
 WINDOWS = r"computes with windows and positions in other layers \(config.json: layer_types, sliding_window\)"
 
 
@@ -54,7 +59,12 @@ WINDOWS = r"computes with windows and positions in other layers \(config.json: l
         ("cohere2", TURNS | {"sliding_window_pattern": 2}, WINDOWS),
         ("cohere2", {"sliding_window": 30}, WINDOWS),  # of two layers both have one
         ("cohere2", TURNS | {"attention_bias": True}, r"has True \(config.json: attention_bias\)"),
-        ("cohere2", TURNS | {"tie_word_embeddings": False}, "llama.cpp's cohere2 has no place for lm_head.weight"),
+        (
+            "cohere2",
+            TURNS | {"tie_word_embeddings": False},
+            r"no place for lm_head.weight, .* \(config.json: tie_word_emb",
+        ),
+        ("gemma3_text", GEMMA3 | {"rope_parameters": SCALED_WINDOWS}, WINDOWS),
         ("cohere", {"use_qk_norm": True}, r"qk_norm None, and this model has each \(config.json: use_qk_norm\)"),
         ("smollm3", {"num_hidden_layers": 5, "mlp_bias": True}, r"has True \(config.json: mlp_bias\)"),
     ],

@@ -16,7 +16,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from litpeft.core.errors import ConfigError, ModelError
+from litpeft.core.errors import ConfigError
 from litpeft.exchange.gguf.by_layer import divisors
 from litpeft.exchange.gguf.latent import joined, split_names, split_shapes
 from litpeft.model.config import ModelConfig
@@ -29,6 +29,8 @@ TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bflo
 CHUNK = 1 << 20  # weights that are quantised together
 IN_FLOAT32 = ("norm.weight", "position_embd.weight", "ffn_gate_inp.weight", ".bias")  # beside all vectors
 ENDS = ("token_embd.weight", "output.weight")  # kept in eight bits where the rest has four
+HEAD = "head.weight"
+HINT = "write safetensors, and convert them with llama.cpp's own script"
 DIVISORS = "rope_freqs.weight"
 LONGROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
 SCALED_IN = {"dynamic": (), "llama3": ("llama",), "longrope": ("llama", "phi3")}  # the others: everywhere
@@ -63,17 +65,18 @@ class Layout:
         self.parts: dict[str, list[str]] = {}
         for file, parts in names.parts.items():
             for part in parts:
-                for name in split_names(part) or [of_expert(part) or self._name(theirs, file)]:
+                for name in split_names(part) or [of_expert(part) or self._name(theirs, file, part)]:
                     self.parts.setdefault(name, []).append(part)
         if self.gguf.own_head and self.config.tie_embeddings:
             self.parts["output.weight"] = self.parts["token_embd.weight"]
 
-    def _name(self, theirs: gguf.TensorNameMap, file: str) -> str:
+    def _name(self, theirs: gguf.TensorNameMap, file: str, part: str) -> str:
         """Returns the name that llama.cpp has for a tensor of a Hugging Face folder."""
         spelt = f"{file.removesuffix('_bias')}.bias" if file.endswith("_bias") else file  # of a router's correction
         name = theirs.get_name(spelt, (".weight", ".bias"))
         if name is None:
-            raise ModelError(f"llama.cpp's {self.gguf.arch} has no place for {file}")
+            why = ", since it ties embedding and head (config.json: tie_word_embeddings)" if part == HEAD else ""
+            raise ConfigError(f"llama.cpp's {self.gguf.arch} has no place for {file}{why}", where="to", hint=HINT)
         return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 
     def join_queries(self, stored: Collection[str]) -> None:
@@ -150,11 +153,10 @@ class Layout:
 
 def known_family(names: NameMap) -> Gguf:
     """Returns how llama.cpp has a model's family; raises if it does not compute what the model does."""
-    hint = "write safetensors, and convert them with llama.cpp's own script"
     known = getattr(family(names.family), "GGUF", None)
     if known is None:
         have = ", ".join(name for name in FAMILIES if hasattr(family(name), "GGUF"))
-        raise ConfigError(f"{names.family} is not written as GGUF; {have} are", where="to", hint=hint)
+        raise ConfigError(f"{names.family} is not written as GGUF; {have} are", where="to", hint=HINT)
     free = SAID | {field for field, _ in map(known.key, known.keys)}
     for one in fields(ModelConfig):
         value, fine = getattr(names.config, one.name), allowed(known, names.config, one.name)
@@ -164,14 +166,14 @@ def known_family(names: NameMap) -> Gguf:
             spelt = {field.name for field in fields(family(names.family).Keys)} | {"head_dim"}
             keys = ", ".join(key for key in DECIDED_BY.get(one.name, ()) if key in spelt)
             what = f"llama.cpp's {known.arch} computes with {said}" + (f" (config.json: {keys})" if keys else "")
-            raise ConfigError(what, where="to", hint=hint)
+            raise ConfigError(what, where="to", hint=HINT)
     if why := known.refuses(names.config):
-        raise ConfigError(f"not written as GGUF: {why}", where="to", hint=hint)
-    check_rope(names.config, known, hint)
+        raise ConfigError(f"not written as GGUF: {why}", where="to", hint=HINT)
+    check_rope(names.config, known)
     return known
 
 
-def check_rope(config: ModelConfig, known: Gguf, hint: str) -> None:
+def check_rope(config: ModelConfig, known: Gguf) -> None:
     """Raises unless llama.cpp can rotate as this model does."""
     ropes = {layer.rope for layer in map(config.layer, range(config.n_layers)) if layer.rope is not None}
     kinds = {rope.scaling.kind for rope in ropes if rope.scaling is not None}
@@ -180,13 +182,13 @@ def check_rope(config: ModelConfig, known: Gguf, hint: str) -> None:
             only = (
                 f"llama.cpp has it for {', '.join(archs)} and not for {known.arch}" if archs else "llama.cpp has none"
             )
-            raise ConfigError(f"rope scaling {kind} is not written as GGUF: {only}", where="to", hint=hint)
+            raise ConfigError(f"rope scaling {kind} is not written as GGUF: {only}", where="to", hint=HINT)
     if "yarn" in kinds and len(ropes) > 1 and known.arch not in PLAIN_WINDOWS:
         what = "rope scaling yarn of some layers only is not written as GGUF: llama.cpp scales all alike"
-        raise ConfigError(what, where="to", hint=hint)
+        raise ConfigError(what, where="to", hint=HINT)
     if known.yarn_truncates and any(rope.scaling is not None and not rope.scaling.truncate for rope in ropes):
         what = "yarn with truncate false is not written as GGUF: llama.cpp rounds its bounds to whole dimensions"
-        raise ConfigError(what, where="to", hint=hint)
+        raise ConfigError(what, where="to", hint=HINT)
 
 
 def of_expert(ours: str) -> str | None:

@@ -15,6 +15,14 @@ NAMES = gemma2.NAMES | {
     "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
 }
 THETAS = {FULL: ("rope_theta", 1_000_000.0), SLIDING: ("rope_local_base_freq", 10_000.0)}
+
+
+def layers(config: ModelConfig) -> tuple[Any, ...]:
+    """Returns the layers that llama.cpp builds: those with a window rotate at their own theta, without a scaling."""
+    scaled = any(layer.window is not None and layer.rope.scaling is not None for layer in config.layers)
+    return ((),) if scaled else alternating(config, 6)
+
+
 GGUF = Gguf(
     "gemma3",
     norms=1.0,
@@ -27,7 +35,7 @@ GGUF = Gguf(
         "norms": ("around",),
         "qk_norm": ("head",),
         "score_scale": lambda config: gemma2.score_scales(config, 62),
-        "layers": lambda config: alternating(config, 6),
+        "layers": layers,
     },
 )
 
