@@ -31,6 +31,8 @@ DIRECTIONS = {
     "test_gguf_in": "from GGUF",
     "transformers_reads": "GGUF to transformers",
     "test_gguf_out": "GGUF to llama.cpp",
+    "test_gguf_tokenizers": "GGUF to llama.cpp",
+    "test_gguf_experts": "adapter to llama.cpp",
     "llama_cpp_computes_with_the_adapter": "adapter to llama.cpp",
     "mlx": "adapter to mlx-lm",
     "test_adapters_out": "refused, or checked",
@@ -39,7 +41,17 @@ DIRECTIONS = {
     "test_push": "to the hub",
 }
 # in the names of tests, and of their parameters
-OTHER_NAMES = {"neox": "gpt_neox", "smollm2": "llama", "gemma3": "gemma3_text", "mxfp4": "gpt_oss"}
+OTHER_NAMES = {
+    "neox": "gpt_neox",
+    "smollm2": "llama",
+    "gemma3": "gemma3_text",
+    "gemma_4": "gemma4_text",
+    "mxfp4": "gpt_oss",
+    "gpt-4o": "gpt_oss",
+    "tekken": "ministral3",
+    "deepseek-v3": "deepseek_v3",
+    "deepseek-llm": "deepseek_v2",
+}
 
 
 def family_of(test: str) -> str:

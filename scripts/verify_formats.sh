@@ -16,7 +16,7 @@ if [ ! -x .venv-mlx/bin/python ]; then
 fi
 tests=(tests/families)
 for name in hf_out generation_config peft_out peft_in peft_families peft_experts convert convert_bin convert_meta gguf_in gguf_out \
-    gguf_families gguf_tokenizers adapters_out push gguf_out_real convert_real; do
+    gguf_families gguf_tokenizers gguf_tokenizer_names gguf_experts adapters_out push gguf_out_real convert_real; do
     [ -f "tests/test_$name.py" ] && tests+=("tests/test_$name.py")
 done
 mkdir -p out

@@ -51,6 +51,7 @@ def no_gguf(config: ModelConfig) -> str | None:
 
 GGUF = Gguf(
     "gemma4",
+    ignores=("layer_inputs.project",),
     refuses=no_gguf,
     keys={
         "attention.sliding_window": ("layers", window_of),
