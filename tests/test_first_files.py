@@ -13,6 +13,8 @@ from litpeft.data.formats import FORMATS, detect
 from litpeft.data.report import Report
 from litpeft.data.settings import Data
 from litpeft.data.sources import find
+from litpeft.generate.engine import generate
+from litpeft.generate.settings import Generate, Sampling
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
@@ -108,8 +110,9 @@ def test_an_unknown_shape_is_told_a_mapping_that_then_reads_it(row, parts, tmp_p
 
 def test_rows_with_other_faults_are_not_told_to_map_their_columns(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "a", "answer": NaN}\n')
-    assert "to map them" not in refused(path).hint
+    for text in ('{"question": "a", "answer": NaN}\n', "{}\n"):
+        path.write_text(text)
+        assert "to map them" not in refused(path).hint
 
 
 @pytest.mark.parametrize(
@@ -151,3 +154,24 @@ def test_a_folder_of_mixed_files_is_told_a_glob_that_finds_some(tmp_path):
         (tmp_path / name).write_text("question,answer\na,b\n")
     glob = refused(tmp_path).hint.partition("name the files: ")[2].strip("'")
     assert [path.name for path in tmp_path.glob(Path(glob).name)] == ["a.csv"]
+
+
+def test_rows_that_differ_in_their_input_alone_are_no_near_duplicates(tiny_folder, tmp_path):
+    rows, found = tmp_path / "rows.jsonl", tmp_path / "found.json"
+    asked = {"instruction": "Is the review below a friendly one? Answer with yes or no.", "output": "yes"}
+    inputs = "the food was cold but the waiter was kind", "a wonderful film about a dog and his three cats"
+    rows.write_text("".join(json.dumps(asked | {"input": text}) + "\n" for text in (*inputs, inputs[0] + "!")))
+    check(Check(str(rows), model=str(tiny_folder), json=str(found)))
+    near = {one["name"]: one["rows"] for one in json.loads(found.read_text())["findings"]}["near_duplicate"]
+    assert [row["where"][-2:] for row in near] == [":3"]
+
+
+def test_rows_with_an_answer_are_answered_under_another_key(tiny_folder, tmp_path, capsys):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    given = [{"question": "a", "answer": "b"}, {"question": "c"}]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in given))
+    generate(Generate(str(tiny_folder), input=str(rows), output=str(out), sampling=Sampling(max_new_tokens=2)))
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{key: row[key] for key in row if key != "answer_2"} for row in written] == given
+    assert all(isinstance(row["answer_2"], str) for row in written)
+    assert "the rows have answers already; those of the model are called answer_2" in capsys.readouterr().err

@@ -304,7 +304,6 @@ def test_a_file_of_prompts_is_answered_in_its_own_order_whatever_the_batches(mod
         (b'{"prompt": 3}', "prompt must be a string"),
         (b'{"prompt": " "}', "prompt is empty"),
         (b'{"text": "x"}', "one of messages, conversations, instruction, prompt"),
-        (b'{"prompt": "x", "answer": "y"}', 'a key "answer"'),
         (b'{"prompt": "x"', "not JSON"),
         (b'{"prompt": "\xff"}', "not UTF-8"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "nothing to answer"),

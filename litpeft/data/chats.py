@@ -70,7 +70,7 @@ class Chats:
                 unread = form.unread(record.value)
             except ValueError as error:
                 report.rejected.append(Rejected(record.where, str(error)))
-                if not record.problem and isinstance(record.value, dict):
+                if not record.problem and isinstance(record.value, dict) and record.value:
                     came.append(dict.fromkeys(record.value) if came else record.value)
                 continue
             report.formats[name] += 1

@@ -16,6 +16,7 @@ from litpeft.data.duplicates import first_of_each, nearly_the_same
 from litpeft.data.formats.keys import listed
 from litpeft.data.readers.record import Rejected
 from litpeft.data.report import Weights
+from litpeft.data.rows import said
 from litpeft.data.sources import Source
 from litpeft.data.store import Rows
 from litpeft.data.tokenise import DataSet
@@ -154,11 +155,9 @@ def _duplicate(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rej
 
 
 def _near_duplicate(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    def text(at: int) -> str:
-        return "\n".join(turn.content for turn in data.train[at].turns)
-
     same = first_of_each(data.train.column("hash"))
-    return _repeats(data.train, np.where(same < 0, nearly_the_same(len(data.train), text), -1), "nearly the same as")
+    near = nearly_the_same(len(data.train), lambda at: said(data.train[at]))
+    return _repeats(data.train, np.where(same < 0, near, -1), "nearly the same as")
 
 
 def _repeats(rows: Rows, firsts: np.ndarray, what: str) -> list[Rejected]:

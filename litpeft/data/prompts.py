@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,6 @@ def content(row: Any, raw: bool, form: Format) -> str | list[Turn]:
     """Returns the prompt of a row: raw text, or messages; raises ValueError if it has none."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be an object, got {type(row).__name__}")
-    if "answer" in row:
-        raise ValueError('the row has a key "answer", where its answer would be written; rename it')
     if raw:
         for key in (*QUESTIONS, *BESIDE):
             if key in row and key != "prompt":
@@ -69,6 +68,12 @@ def content(row: Any, raw: bool, form: Format) -> str | list[Turn]:
         keys.refuse(row)
         return text(row, "prompt", "prompt", empty=False)
     return form.asked(row)
+
+
+def answer_key(prompts: list[Prompt], name: str) -> str:
+    """Returns the key under which answers are written: `name`, or another one if rows have it already."""
+    taken = {key for prompt in prompts for key in prompt.row}
+    return next(key for key in chain([name], (f"{name}_{number}" for number in count(2))) if key not in taken)
 
 
 def unread(prompts: list[Prompt]) -> Counter[str]:

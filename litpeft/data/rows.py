@@ -1,5 +1,6 @@
 """A row of the data set as tokens; splitting one, and showing one."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,16 @@ def pieces(row: Row, tokenizer: Tokenizer) -> Iterator[tuple[str, float, bool]]:
         text = tokenizer.decode(row.ids[:position], skip_special=False)
         yield text[len(done) :], weight, special is not None
         done = text
+
+
+def said(row: Row) -> str:
+    """Returns all that is said in a row, without what the template adds."""
+    return "\n".join(
+        part
+        for turn in row.turns
+        for part in (turn.content, turn.input, turn.thinking, *(json.dumps(call) for call in turn.calls))
+        if part
+    )
 
 
 def show(row: Row, tokenizer: Tokenizer, color: bool) -> str:

@@ -11,7 +11,7 @@ from litpeft.core.errors import counted
 from litpeft.core.terminal import clean
 from litpeft.data.check import CHECKS
 from litpeft.data.duplicates import nearly_the_same
-from litpeft.data.rows import Row
+from litpeft.data.rows import Row, said
 from litpeft.data.store import Rows
 from litpeft.data.tokenise import DataSet
 from litpeft.data.tokenizer import Tokenizer
@@ -76,4 +76,4 @@ def _sample(rows: Rows, numbers: np.ndarray | range, most: int, chance: random.R
 
 
 def _text(row: Row) -> str:
-    return "\n".join(turn.content for turn in row.turns)[:LETTERS]
+    return said(row)[:LETTERS]

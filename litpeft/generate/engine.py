@@ -14,7 +14,7 @@ from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import tell, write
 from litpeft.data.channels import decoder_for
 from litpeft.data.formats.keys import listed
-from litpeft.data.prompts import Prompt, new_file, read_prompts, typed_prompt, unread
+from litpeft.data.prompts import Prompt, answer_key, new_file, read_prompts, typed_prompt, unread
 from litpeft.data.sources import find_measured
 from litpeft.data.templates import with_system
 from litpeft.data.tokenizer import Tokenizer
@@ -179,10 +179,13 @@ def generate(settings: Generate) -> None:
         answers[name] = respond(loaded, prompts, settings, alone)
     if alone:
         return
+    key = answer_key(prompts, "answers" if len(names) > 1 else "answer")
+    if key not in ("answer", "answers"):
+        tell(f"the rows have answers already; those of the model are called {key}")
     with nullcontext() if output is None else atomic_file(output) as handle:
         for i, prompt in enumerate(prompts):
             texts = {name: of_one[i].text for name, of_one in answers.items()}
-            row = prompt.row | ({"answers": texts} if len(names) > 1 else {"answer": texts.popitem()[1]})
+            row = prompt.row | {key: texts if len(names) > 1 else texts.popitem()[1]}
             (write if handle is None else handle.write)(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
