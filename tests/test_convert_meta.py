@@ -98,6 +98,8 @@ def test_llama_2_gives_the_logits_of_transformers(tmp_path, files: int) -> None:
     model = llama(350, max_position_embeddings=4096)
     source = write_meta(tmp_path / "meta", model, files, by_rows=False, vocab_size=-1)
     (source / "tokenizer.model").write_bytes(sentencepiece_model())
+    if files == 2:
+        (source / "params.json").write_text(json.dumps({"model": json.loads((source / "params.json").read_text())}))
     convert(Convert(str(source), str(tmp_path / "hf")))
     read, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto"), torch.arange(60)[None]
     assert all(torch.equal(read.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
@@ -142,6 +144,19 @@ def test_the_inner_size_is_that_of_the_models_that_meta_published() -> None:
         Params(2048, 16, 32, 8, multiple_of=256, ffn_dim_multiplier=1.5).d_ff(),  # Llama 3.2 1B
     ]
     assert made == [11008, 28672, 14336, 8192]  # intermediate_size of their config.json
+
+
+def test_the_context_is_that_of_the_models_that_meta_published() -> None:
+    from litpeft.exchange.imports.meta import Params
+
+    made = [
+        Params(4096, 32, 32, norm_eps=1e-6),  # Llama 1 7B
+        Params(8192, 80, 64),  # 65B
+        Params(8192, 80, 64, 8),  # Llama 2 70B
+        Params(4096, 32, 32, 8, rope_theta=5e5),  # Llama 3 8B
+        Params(2048, 16, 32, 8, rope_theta=5e5, use_scaled_rope=True),  # Llama 3.2 1B
+    ]
+    assert [params.context() for params in made] == [2048, 2048, 4096, 8192, 131072]
 
 
 @pytest.mark.parametrize(

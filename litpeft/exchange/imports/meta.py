@@ -66,6 +66,7 @@ class Params:
     @classmethod
     def read(cls, path: Path) -> "Params":
         given = read_json(path, f"{PARAMS} of a model in Meta's layout")
+        given = inner if isinstance(inner := given.get("model"), dict) else given  # as some of its releases have it
         kinds = {field.name: field.type for field in fields(cls)}
         if odd := sorted(given.keys() - kinds.keys()):
             hint = "take the Hugging Face edition of the model"
@@ -88,7 +89,8 @@ class Params:
         if self.use_scaled_rope:
             return 131072
         known = {500_000.0: 8192, 1_000_000.0: 16384}  # Llama 3, Code Llama
-        return known.get(self.rope_theta, 2048 if self.norm_eps == 1e-6 else 4096)
+        first = self.norm_eps == 1e-6 or (self.dim == 8192 and self.n_kv_heads is None)  # Llama 1; its 65B
+        return known.get(self.rope_theta, 2048 if first else 4096)
 
     def scaling(self) -> dict[str, Any] | None:
         if not self.use_scaled_rope:
