@@ -37,7 +37,7 @@ DIRECTIONS = {
     "mlx": "adapter to mlx-lm",
     "test_adapters_out": "refused, or checked",
     "test_gguf_families": "refused, or checked",
-    "test_gguf_tokenizers": "GGUF to llama.cpp",
+    "test_gguf_tokenizer_names": "GGUF to llama.cpp",
     "test_push": "to the hub",
 }
 # in the names of tests, and of their parameters
