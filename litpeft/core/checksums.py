@@ -7,6 +7,7 @@ the same ones.
 import hashlib
 import json
 import os
+import re
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from litpeft.core.errors import ModelError, some
-from litpeft.core.json import read_json, write_json
+from litpeft.core.json import read_json, read_optional, write_json
 from litpeft.core.terminal import is_first, tell
 
 CHECKSUMS = "checksums.json"
@@ -23,6 +24,13 @@ CHECKSUMS = "checksums.json"
 def write_checksums(folder: Path, sums: dict[str, str], origin: str) -> None:
     """Writes the sha256 of each tensor, by its name in the files, and the origin of the weights."""
     write_json(folder / CHECKSUMS, {"of": origin, "tensors": dict(sorted(sums.items()))})
+
+
+def hub_origin(folder: Path) -> tuple[str, str] | None:
+    """Returns the hub's name and the commit of a model that `litpeft download` fetched from there."""
+    of = str(read_optional(folder / CHECKSUMS).get("of", ""))
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", of)
+    return (found[1], found[2]) if found else None
 
 
 def verify_sums(folder: Path, sums: dict[str, str], file_of: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants, errors
 from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
 
-from litpeft.core.checksums import CHECKSUMS
+from litpeft.core.checksums import hub_origin
 from litpeft.core.errors import ConfigError, ResourceError, scaled
 from litpeft.core.json import read_optional
 from litpeft.core.terminal import say
@@ -73,8 +73,8 @@ def figures(run: Run) -> dict[str, Any]:
 
 def origin(folder: Path) -> str | None:
     """Returns the hub's name of a model that `litpeft download` fetched from there."""
-    of = str(read_optional(folder / CHECKSUMS).get("of", ""))
-    return of.partition("@")[0] if re.fullmatch(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}", of) else None
+    found = hub_origin(folder)
+    return found[0] if found else None
 
 
 def read_text(path: Path) -> str:

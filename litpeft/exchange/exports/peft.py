@@ -5,7 +5,6 @@ one of peft's kinds. Of the base's weights none are read but the rows of tokens 
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litpeft.core.checksums import CHECKSUMS
+from litpeft.core.checksums import hub_origin
 from litpeft.core.errors import some
 from litpeft.core.exports import CannotExport
 from litpeft.core.folders import COMPANIONS
-from litpeft.core.json import read_json, read_optional, write_json
+from litpeft.core.json import read_json, write_json
 from litpeft.core.recognise import ADAPTER, ADAPTER_TENSORS
 from litpeft.core.safetensors import Weights, copy_companions, save_tensors
 from litpeft.data.tokenizer import write_added_tokens
@@ -69,9 +68,8 @@ def write_adapter(
 
 def base_name(base: Path) -> dict[str, Any]:
     """Returns the base's name and revision on the hub if `litpeft download` fetched it from there, or else its path."""
-    origin = re.fullmatch(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})", str(read_optional(base / CHECKSUMS).get("of", "")))
-    if origin:
-        return {"base_model_name_or_path": origin[1], "revision": origin[2]}
+    if origin := hub_origin(base):
+        return {"base_model_name_or_path": origin[0], "revision": origin[1]}
     return {"base_model_name_or_path": str(base.resolve()), "revision": None}
 
 

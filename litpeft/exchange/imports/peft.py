@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from litpeft.core.checksums import read_header
+from litpeft.core.checksums import hub_origin, read_header
 from litpeft.core.errors import ConfigError, ModelError, UserError
 from litpeft.core.recognise import ADAPTER, ADAPTER_TENSORS, refuse_other
 from litpeft.core.safetensors import DTYPES
@@ -65,6 +65,8 @@ class PeftRun(Run):
             if named and not moved_to and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", named):
                 hint += f"; if it is on the hub, `{command_line('download', named)}` fetches it"
             raise ModelError(what, where=self.folder / ADAPTER, hint=hint)
+        if not moved_to:
+            self._check_revision(folder)
         refuse_other(folder)
         _, weights, names = checked_files(folder)
         try:
@@ -73,6 +75,15 @@ class PeftRun(Run):
             what = error.what if isinstance(error, UserError) else str(error)
             raise ModelError(what, where=self.folder, hint=f"the base is {folder}; --base names another") from None
         return folder
+
+    def _check_revision(self, base: Path) -> None:
+        """Raises if the base was downloaded at another commit than the one that the config names."""
+        wanted, origin = self.keys.revision or "", hub_origin(base)
+        if origin and re.fullmatch(r"[0-9a-f]{40}", wanted) and origin[1] != wanted:
+            what = f"revision is {wanted} of {origin[0]}, and {base} holds {origin[1]}"
+            fetch = command_line("download", f"{origin[0]}@{wanted}", "--out", "FOLDER")
+            hint = f"`{fetch}` fetches it, then give --base FOLDER; --base {base} takes this one"
+            raise ModelError(what, where=self.folder / ADAPTER, hint=hint)
 
     def method(self, changes: Mapping[str, Any] | None = None) -> Method:
         if changes:

@@ -18,7 +18,7 @@ from litpeft.methods.lora import LARGEST_ALPHA, LARGEST_RANK
 IDLE = {  # how it was trained, and what peft puts right itself
     *("auto_mapping", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode", "init_ia3_weights"),
     *("lora_dropout", "lora_ga_config", "loftq_config", "megatron_core", "peft_version", "qalora_group_size"),
-    *("revision", "encoder_hidden_size", "encoder_dropout", "encoder_num_layers", "prefix_projection"),
+    *("encoder_hidden_size", "encoder_dropout", "encoder_num_layers", "prefix_projection"),
     *("encoder_reparameterization_type", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs"),
     *("tokenizer_name_or_path", "num_attention_heads", "num_layers", "token_dim", "d_initial"),
     *("vera_dropout", "projection_prng_key", "init_weights"),
@@ -37,6 +37,7 @@ class Keys:
 
     peft_type: str
     base_model_name_or_path: str | None = later(None)
+    revision: str | None = later(None)
     task_type: Literal["CAUSAL_LM"] | None = later(None)
 
 
