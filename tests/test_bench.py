@@ -136,6 +136,27 @@ def test_a_table_shows_medians_spread_and_what_failed() -> None:
     assert lines[3] == "| b |  | ; 1 of 1 rounds failed: exit code 1 |"
 
 
+def test_the_table_of_a_gpu_has_the_newest_of_each_row_beside_its_target() -> None:
+    from scripts.bench.gpu import TARGETS, table  # here, as it loads torch's compiler
+
+    row = {
+        "row": "train litpeft",
+        "tokens_per_second": 17260,
+        "peak_gb": 41.6,
+        "first_step_s": 1.5,
+        "card": "NVIDIA H200",
+    }
+    rows = [
+        {"row": "train litpeft", "failed": "exit code 1"},
+        row | {"torch": "2.11"},
+        {"row": "peft", "failed": "no liger"},
+    ]
+    card, _, _, _, first, second = table(rows).splitlines()
+    assert card == "NVIDIA H200, torch 2.11"
+    assert first == f"| train litpeft | 17,260 | 41.6 | first_step_s 1.5 | {TARGETS['train litpeft']} |"
+    assert second == "| peft |  |  | failed no liger |  |"
+
+
 def test_every_training_variant_becomes_a_command(prepared: Path, tmp_path: Path) -> None:
     names = [(v.what, v.name) for v in commands.VARIANTS]
     assert len(set(names)) == len(names)

@@ -1,17 +1,21 @@
 """One measurement on a GPU in a process of its own, as a line of JSON: scripts/bench_gpu.sh runs them all.
 
+Without a GPU it is a dry run: tiny shapes on the CPU, which show that everything starts and writes its row.
+
 gpu.py make FOLDER --tokenizer FOLDER      random weights of Llama-3.1-8B's shapes, as a Hugging Face folder
 gpu.py small FOLDER --tokenizer FOLDER     random weights of the shapes in the tokenizer folder's config.json
 gpu.py train FOLDER --tool litpeft         steps of LoRA on four documents of 2,048 tokens, all of them trained
 gpu.py short FOLDER --tokens 2048          steps of four passes over documents of 100 to 600 tokens
 gpu.py decode FOLDER --rows 1              answers, token by token
 gpu.py command ARGUMENTS                   the command `litpeft ARGUMENTS`
+gpu.py table FILE                          all measurements in FILE (gpu.jsonl) as a table, with the targets
 """
 
 import argparse
 import functools
 import inspect
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -21,12 +25,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.attention.varlen as varlen
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 32}
 LLAMA_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 LLAMA_8B |= {"max_position_embeddings": 131072, "dtype": "bfloat16"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ROWS, LENGTH, STEPS = 4, 2048, 8
+TARGETS = {
+    "train litpeft": "1.15 of unsloth: 18,012 tokens/s; 40 GB",
+    "train litpeft-nf4": "1.15 of unsloth: 17,672 tokens/s; 30 GB",
+    "train litpeft-fp8": "1.3 of our bf16; held-out loss within 0.01 nats",
+    "train litpeft-checkpointing": "13,000 tokens/s",
+    "short small 500": "13,200 tokens/s: 4 times what it was kernel by kernel",
+    "command": "8 s from the command to the first step",
+    "answers bf16 1": "0.85 of the bandwidth",
+    "answers bf16 16": "0.85 of the bandwidth",
+    "answers nf4 1": "0.6 of the bandwidth",
+}
+ROWS, LENGTH, LONGEST, STEPS, ANSWERED, BUFFER = 4, 2048, 600, 8, 40, 1 << 31
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    LLAMA_8B |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 1024}
+    LLAMA_8B |= {"vocab_size": 50000, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LENGTH, LONGEST, STEPS, ANSWERED, BUFFER = 32, 24, 3, 3, 1 << 20
 
 
 def suit_older_torch() -> None:
@@ -45,22 +66,28 @@ def make(folder: Path, tokenizer: Path, small: bool) -> None:
     """Writes random weights of Llama-3.1-8B's shapes, or of those in the tokenizer folder's config.json."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig.from_pretrained(tokenizer) if small else LlamaConfig(**LLAMA_8B)
+    own = small and DEVICE.type == "cuda"
+    config = LlamaConfig.from_pretrained(tokenizer) if own else LlamaConfig(**LLAMA_8B)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with DEVICE:
         LlamaForCausalLM(config).save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(tokenizer / file, folder / file)
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def timed(step: Callable[[], object], steps: int = STEPS) -> tuple[float, float]:
     """Returns the seconds of the first step and the median of those after the second."""
     seconds = []
     for _ in range(steps):
-        torch.cuda.synchronize()
+        synchronize()
         began = time.perf_counter()
         step()
-        torch.cuda.synchronize()
+        synchronize()
         seconds.append(time.perf_counter() - began)
     return seconds[0], statistics.median(seconds[2:])
 
@@ -86,8 +113,8 @@ def litpeft_model(folder: Path, quantize: str | None = None, lora: bool = True):
     from litpeft.train.fused_block import use_fused_step
 
     storage = None if quantize is None else Storage(quantize)
-    model = build(folder, torch.bfloat16, LoRA() if lora else None, torch.device("cuda"), storage)
-    use_fused_step(model, torch.device("cuda"))
+    model = build(folder, torch.bfloat16, LoRA() if lora else None, DEVICE, storage)
+    use_fused_step(model, DEVICE)
     return model
 
 
@@ -96,7 +123,7 @@ def batch(lengths: list[int], generator: torch.Generator):
     from litpeft.data.rows import Row
 
     ids = [torch.randint(100, 40000, (length,), generator=generator).tolist() for length in lengths]
-    return collate([Row(one, [False] + [True] * (len(one) - 1), 1, "random", []) for one in ids]).to("cuda")
+    return collate([Row(one, [False] + [True] * (len(one) - 1), 1, "random", []) for one in ids]).to(DEVICE)
 
 
 def train(folder: Path, tool: str) -> dict[str, object]:
@@ -111,18 +138,18 @@ def train(folder: Path, tool: str) -> dict[str, object]:
         step = optimized(model.parameters(), lambda: (summed_loss(model, rows) / len(rows.at)).backward())
     else:
         model = unsloth(folder, tool.endswith("nf4")) if tool.startswith("unsloth") else peft_with_liger(folder)
-        ids = torch.randint(100, 40000, (ROWS, LENGTH), generator=generator).cuda()
+        ids = torch.randint(100, 40000, (ROWS, LENGTH), generator=generator).to(DEVICE)
 
         def passes() -> None:
-            with torch.autocast("cuda", dtype=torch.bfloat16):
+            with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
                 model(input_ids=ids, labels=ids).loss.backward()
 
         step = optimized(model.parameters(), passes)
     loaded = time.perf_counter() - began
     first, median = timed(step)
-    peak = torch.cuda.max_memory_allocated() / 1e9
+    peak = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else 0.0
     figures = {"tokens_per_second": round(ROWS * LENGTH / median), "peak_gb": round(peak, 1)}
-    return {"tool": tool, **figures, "loaded_s": round(loaded, 1), "first_step_s": round(first, 1)}
+    return {"row": f"train {tool}", **figures, "loaded_s": round(loaded, 1), "first_step_s": round(first, 1)}
 
 
 def unsloth(folder: Path, nf4: bool) -> torch.nn.Module:
@@ -142,7 +169,7 @@ def peft_with_liger(folder: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     apply_liger_kernel_to_llama()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").to(DEVICE)
     model.config.use_cache = False
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).train()
 
@@ -153,10 +180,11 @@ def short(folder: Path, tokens: int) -> dict[str, object]:
     from litpeft.train.recorded_pass import RecordedPasses
 
     generator, batches = torch.Generator().manual_seed(0), []
+    most = tokens if DEVICE.type == "cuda" else tokens // 32
     for _ in range(4):
         lengths: list[int] = []
-        while sum(lengths) + 600 <= max(tokens, 600):
-            lengths.append(int(torch.randint(100, 600, (), generator=generator)))
+        while sum(lengths) + LONGEST <= max(most, LONGEST):
+            lengths.append(int(torch.randint(LONGEST // 6, LONGEST, (), generator=generator)))
         batches.append(batch(lengths, generator))
     model = litpeft_model(folder).train()
     recorded, total = RecordedPasses.of(model), sum(one.tokens for one in batches)
@@ -168,7 +196,7 @@ def short(folder: Path, tokens: int) -> dict[str, object]:
 
     _, median = timed(optimized(model.parameters(), passes))
     sizes = [one.tokens for one in batches]
-    return {"short": str(folder), "tokens": sizes, "tokens_per_second": round(total / median)}
+    return {"row": f"short {folder.name} {tokens}", "tokens": sizes, "tokens_per_second": round(total / median)}
 
 
 def decode(folder: Path, rows: int, quantize: str | None) -> dict[str, object]:
@@ -183,27 +211,47 @@ def decode(folder: Path, rows: int, quantize: str | None) -> dict[str, object]:
         for one in ids:
             one.append(7)
 
-    _, median = timed(step, 40)
+    _, median = timed(step, ANSWERED)
     read = sum(p.nbytes for p in model.parameters()) - model.embed.weight.nbytes
-    source, target = (torch.empty(1 << 31, dtype=torch.uint8, device="cuda") for _ in range(2))
+    source, target = (torch.empty(BUFFER, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     _, copying = timed(lambda: target.copy_(source))
-    figures = {"tokens_per_second": round(rows / median, 1), "weights_tb_per_s": round(read / median / 1e12, 2)}
-    return {
-        "decode": quantize or "bf16",
-        "rows": rows,
-        **figures,
-        "copy_tb_per_s": round(2 * source.nbytes / copying / 1e12, 2),
-    }
+    rate, copied = read / median / 1e12, 2 * source.nbytes / copying / 1e12
+    figures = {"tokens_per_second": round(rows / median, 1), "weights_tb_per_s": round(rate, 2)}
+    row = f"answers {quantize or 'bf16'} {rows}"
+    return {"row": row, **figures, "copy_tb_per_s": round(copied, 2), "of_the_bandwidth": round(rate / copied, 2)}
+
+
+def command(words: list[str]) -> dict[str, object]:
+    """Runs `litpeft WORDS` and measures it from BEGAN, the time at which the process was started."""
+    from litpeft.cli import main as litpeft
+
+    began, ends = float(os.environ["BEGAN"]), []
+    hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.time()))
+    litpeft(words)
+    hook.remove()
+    return {"row": "command", "first_step_s": round(ends[0] - began, 1), "in_all_s": round(time.time() - began, 1)}
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Returns the rows in Markdown, the newest of each name, beside their targets; a row may have `failed`."""
+    newest = {str(row["row"]): row for row in rows}
+    cards = sorted({f"{row['card']}, torch {row['torch']}" for row in newest.values() if "card" in row})
+    lines = ["; ".join(cards), "", "| | tokens/s | peak memory, GB | other figures | target |", "|---" * 5 + "|"]
+    for name, row in newest.items():
+        shown = [f"{row[key]:,}" if key in row else "" for key in ("tokens_per_second", "peak_gb")]
+        known = ("row", "tokens_per_second", "peak_gb", "card", "torch")
+        others = "; ".join(f"{key} {value}" for key, value in row.items() if key not in known)
+        lines.append(f"| {name} | {' | '.join(shown)} | {others} | {TARGETS.get(name, '')} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     suit_older_torch()
     if sys.argv[1] == "command":
-        from litpeft.cli import main as command
-
-        sys.exit(command(sys.argv[2:]))
+        print(json.dumps(command(sys.argv[2:])), flush=True)
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["make", "small", "train", "short", "decode"])
+    parser.add_argument("what", choices=["make", "small", "train", "short", "decode", "table"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--tool", default="litpeft")
@@ -211,6 +259,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--quantize")
     given = parser.parse_args()
+    if given.what == "table":
+        print(table([json.loads(line) for line in given.folder.read_text(encoding="utf-8").splitlines()]))
+        return
     if given.what in ("make", "small"):
         make(given.folder, given.tokenizer, given.what == "small")
         return
@@ -219,8 +270,8 @@ def main() -> None:
         "short": lambda: short(given.folder, given.tokens),
         "decode": lambda: decode(given.folder, given.rows, given.quantize),
     }
-    card = {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
-    print(json.dumps({**actions[given.what](), **card}), flush=True)
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "no GPU, a dry run of tiny shapes"
+    print(json.dumps({**actions[given.what](), "card": name, "torch": torch.__version__}), flush=True)
 
 
 if __name__ == "__main__":
