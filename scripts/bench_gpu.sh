@@ -7,7 +7,7 @@
 #
 # MODEL is a small Llama's folder, for its tokenizer and its shapes (its weights are not read). With ROWS the command
 # `litpeft finetune lora` is timed on them too. TOOLs: litpeft litpeft-nf4 litpeft-fp8 litpeft-checkpointing
-# unsloth unsloth-nf4 peft.
+# litpeft-offload litpeft-plain litpeft-cheap unsloth unsloth-nf4 peft.
 #
 #   PYTHON   the interpreter; default .venv/bin/python, or python3 where there is none
 #   WHEELS   a folder of wheels to install for this run, without a network; default wheels/, if it exists
@@ -16,7 +16,7 @@
 set -uo pipefail
 out=$1 model=$2 rows=${3:-} && shift $(($# < 3 ? $# : 3))
 tools=("$@")
-[ ${#tools[@]} -gt 0 ] || tools=(litpeft litpeft-nf4 litpeft-fp8 litpeft-checkpointing unsloth unsloth-nf4)
+[ ${#tools[@]} -gt 0 ] || tools=(litpeft litpeft-nf4 litpeft-fp8 litpeft-checkpointing litpeft-offload litpeft-cheap unsloth unsloth-nf4)
 python=${PYTHON:-.venv/bin/python}
 command -v "$python" >/dev/null || python=python3
 bench=$(dirname "$0")/bench

@@ -19,6 +19,7 @@ from litpeft.data.batches import Batch, collate
 from litpeft.data.rows import Row
 from litpeft.generate.load import load_model
 from litpeft.methods import METHODS
+from litpeft.methods.lora import LoRA
 from litpeft.model.attention import Documents, attend
 from litpeft.model.build import build
 from litpeft.model.delta import trainable
@@ -101,8 +102,42 @@ def test_every_method_learns_as_on_the_cpu(wide_folder: Path, name: str, dtype: 
     assert away(own, gradients) < limit
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_blocks_and_checkpointing(wide_folder: Path, recompute: bool) -> None:
+@pytest.mark.parametrize("method", [LoRA(), LoRA(dropout=0.2)], ids=["lora, fused blocks", "dropout"])
+def test_what_is_kept_changes_nothing(wide_folder: Path, method: LoRA) -> None:
+    model = build(wide_folder, torch.bfloat16, method, CUDA).train()
+    use_fused_step(model, CUDA)
+    for parameter in trainable(model).values():
+        parameter.data += 0.05 * torch.randn(parameter.shape).to(parameter)
+    batch, found = collate(rows(6)).to(CUDA), []
+    for mode in ("none", "cheap", "block", "offload", "offload"):  # the second time the host memory is there
+        model.recompute = mode
+        model.zero_grad()
+        torch.manual_seed(5)
+        loss = summed_loss(model, batch)
+        loss.backward()
+        found.append((loss.item(), {name: p.grad.double().cpu() for name, p in trainable(model).items()}))
+    for loss, own in found[1:]:
+        assert loss == found[0][0]
+        assert away(own, found[0][1]) < 1e-2  # kernels of attention add in an order that changes
+
+
+def test_less_is_held_on_the_gpu_from_mode_to_mode(wide_folder: Path) -> None:
+    model = build(wide_folder, torch.bfloat16, LoRA(dropout=0.2), CUDA).train()
+    batch, held = collate([Row([5] * 512, [False] + [True] * 511, 1, "r", [])] * 8).to(CUDA), []
+    for mode in ("none", "cheap", "block", "offload"):
+        model.recompute = mode
+        before = torch.cuda.memory_allocated()
+        loss = summed_loss(model, batch)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+        model.zero_grad()
+    assert held == sorted(held, reverse=True)
+    assert len(set(held)) == 4
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block", "offload"])
+def test_compiled_blocks_and_checkpointing(wide_folder: Path, recompute: str) -> None:
     want, gradients = learned(made(wide_folder, torch.float32, "lora", CUDA), CUDA)
     model = made(wide_folder, torch.float32, "lora", CUDA)
     model.recompute = recompute
@@ -148,9 +183,9 @@ def test_recorded_steps_write_what_the_others_write(wide_folder: Path, quantize:
     assert_recorded_steps_agree(load_model(str(wide_folder), precision="32-true", quantize=quantize).model, 1e-4)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_recorded_passes_learn_what_the_others_learn(wide_folder: Path, dtype: torch.dtype, recompute: bool) -> None:
+def test_recorded_passes_learn_what_the_others_learn(wide_folder: Path, dtype: torch.dtype, recompute: str) -> None:
     model = made(wide_folder, dtype, "lora", CUDA)
     model.recompute = recompute
     batches = [collate(rows(count)).to(CUDA) for count in (5, 3, 5, 7)]
@@ -179,6 +214,9 @@ def test_recorded_passes_learn_what_the_others_learn(wide_folder: Path, dtype: t
 def test_other_models_are_not_recorded(wide_folder: Path) -> None:
     for dtype, method in ((torch.float32, "lora"), (torch.bfloat16, "adapter"), (torch.bfloat16, "full")):
         assert RecordedPasses.of(made(wide_folder, dtype, method, CUDA)) is None
+    model = made(wide_folder, torch.bfloat16, "lora", CUDA)
+    model.recompute = "offload"
+    assert RecordedPasses.of(model) is None
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])

@@ -76,16 +76,19 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", METHODS)
-def test_it_learns_what_the_block_learns(folder: Path, name: str, recompute: bool) -> None:
+def test_it_learns_what_the_block_learns(folder: Path, name: str) -> None:
     want = learned(made(folder, torch.float64, False, METHODS[name]))
     model = made(folder, torch.float32, True, METHODS[name])
-    model.recompute = recompute
     got = learned(model)
     assert got.keys() == want.keys()
     for key in want:
         assert (got[key] - want[key]).norm() <= 2e-5 * want[key].norm(), key
+    for mode in ("block", "offload") if name == "one layer" else ("block",):  # it does under `none` what `cheap` does
+        model.recompute = mode
+        model.zero_grad()
+        again = learned(model)
+        assert all(torch.equal(again[key], got[key]) for key in got), mode
 
 
 @pytest.mark.parametrize("storage", [None, "nf4", "int8"])

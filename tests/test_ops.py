@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from litpeft.model import attention, loss
 from litpeft.model.attention import Documents
 from litpeft.model.kernels import ops
-from litpeft.model.kernels.ops import product, recompute_output, rms_norm, rotate, scaled, swiglu
+from litpeft.model.kernels.ops import product, rms_norm, rotate, scaled, swiglu
 from litpeft.model.loss import summed_cross_entropy
 from litpeft.model.slots import Delta, Linear
 
@@ -108,35 +107,6 @@ def test_a_rotation_is_the_product_with_a_complex_number(rotary_dim: int) -> Non
 
     cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
     assert same(gradients(lambda x: rotate(x, cos, sin), x), gradients(plain, x))
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 7), (1, 6, 7)])
-def test_what_is_made_again_is_not_kept_and_gives_the_same_gradients(shape: tuple[int, ...]) -> None:
-    x, weight = random(*shape).requires_grad_(), random(3, 7, seed=1).requires_grad_()
-    want = torch.autograd.grad(F.linear(x.exp(), weight).square().sum(), (x, weight))
-    y, times = Exp.apply(x), []
-    storage = StorageWeakRef(y.untyped_storage())
-    with recompute_output(y, lambda: times.append(1) or x.detach().exp()):
-        z = F.linear(y, weight)
-    del y
-    assert storage.expired()
-    assert not times
-    got = torch.autograd.grad(z.square().sum(), (x, weight))
-    assert times == [1]
-    assert all(map(torch.equal, got, want))
-
-
-class Exp(torch.autograd.Function):
-    """Keeps its input, as torch's own does not."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.exp()
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> Tensor:
-        return dy * ctx.saved_tensors[0].exp()
 
 
 @pytest.mark.parametrize("window", [None, 3])

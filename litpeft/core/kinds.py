@@ -6,6 +6,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from litpeft.core.errors import quoted
 
+Checkpointing = Literal["none", "cheap", "block", "offload"]  # what a block of the model keeps for its backward pass
+
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 

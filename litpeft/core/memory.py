@@ -19,7 +19,7 @@ SIGNS = (
     "can't start new thread",
 )
 HELPS = {
-    "finetune": "lower train.micro_tokens or data.max_length, or set train.activation_checkpointing true",
+    "finetune": "lower train.micro_tokens or data.max_length, or set train.activation_checkpointing block",
     "evaluate": "lower batch_size, or take quantize nf4 or precision bf16-true",
     "generate": "lower batch_size or sampling.max_new_tokens, or take quantize nf4 or precision bf16-true",
     "chat": "take quantize nf4 or precision bf16-true",

@@ -22,6 +22,7 @@ from litpeft.model.affine import Affine
 from litpeft.model.context import Context
 from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
+from litpeft.model.recompute import dropout
 from litpeft.model.slots import Delta, Linear, kaiming
 
 
@@ -57,7 +58,7 @@ class Decomposed(Delta):
     def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context | None) -> Tensor:
         if not (self.dropout and self.training):
             return super().forward(y, x, linear, ctx)
-        x = F.dropout(x, self.dropout)
+        x = dropout(x, self.dropout)
         z = linear.base(x)  # as in peft, the change of y is computed from the dropped x: y + (n - 1) W x + n s B A x
         return y - z + super().forward(z, x, linear, ctx)
 

@@ -5,6 +5,7 @@ G key/value heads, V vocabulary. Families differ in the switches of ModelConfig.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -16,17 +17,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from litpeft.core.errors import ModelError
+from litpeft.core.kinds import Checkpointing
 from litpeft.core.safetensors import Weights
 from litpeft.model.config import Layer, ModelConfig
 from litpeft.model.context import Context
 from litpeft.model.frequencies import token_frequencies
-from litpeft.model.kernels.ops import recompute_output, swiglu, use_eager
+from litpeft.model.kernels.ops import swiglu, use_eager
 from litpeft.model.latent import LatentAttention
 from litpeft.model.layer_inputs import LayerInput, LayerTable
 from litpeft.model.loss import finished, summed_cross_entropy
 from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
 from litpeft.model.norms import make_norm
+from litpeft.model.recompute import Offloaded, Recomputed, again, is_marking
 from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
 
 ACTIVATIONS = {
@@ -56,19 +59,20 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context | None) -> Tensor:
         if self.gate is None:
-            return self.down(self.act(self.up(x, ctx)), ctx)
+            return self.down(again(self.act, self.up(x, ctx)), ctx)
         gate, up = project(x, ctx, self.gate, self.up)
+        if self.act is not F.silu or use_eager() or is_marking() or ctx is None or ctx.recompute:
+            return self.down(again(self.gated, gate, up), ctx)
+        with Recomputed(marks=False) as kept:  # saves a fifth of activation memory
+            return self.down(kept.run(swiglu, gate, up), ctx)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Returns the activation of a gated MLP."""
         if self.clamped is not None:
             slope, limit = self.clamped.slope, self.clamped.limit
             gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-            return self.down((up + 1) * gate * torch.sigmoid(slope * gate), ctx)
-        if self.act is not F.silu:
-            return self.down(self.act(gate) * up, ctx)
-        y = swiglu(gate, up)
-        if use_eager() or ctx is None or ctx.recompute:  # no backward pass, or checkpointed
-            return self.down(y, ctx)
-        with recompute_output(y, partial(swiglu, gate.detach(), up.detach())):  # saves a fifth of activation memory
-            return self.down(y, ctx)
+            return (up + 1) * gate * torch.sigmoid(slope * gate)
+        return swiglu(gate, up) if self.act is F.silu else self.act(gate) * up
 
 
 class Block(nn.Module):
@@ -90,10 +94,10 @@ class Block(nn.Module):
         self.after_block = Slot()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        h = self.norm1(x)
+        h = again(self.norm1, x)
         y = self.added(x, self.attn(h, ctx), self.post_norm1, self.after_attn, h, ctx)
         if self.norm2 is not None:
-            h = self.norm2(x if self.parallel else y)
+            h = again(self.norm2, x if self.parallel else y)
         y = self.added(y, self.mlp(h, ctx), self.post_norm2, self.after_mlp, h, ctx)
         if self.input is not None:
             y = y + self.input(y, ctx)
@@ -103,7 +107,7 @@ class Block(nn.Module):
 
     def added(self, x: Tensor, y: Tensor, norm: nn.Module | None, slot: Slot, h: Tensor, ctx: Context) -> Tensor:
         """Returns x plus what comes of the output y of a sub-layer whose input is h."""
-        y = slot(y if norm is None else norm(y), h, ctx)
+        y = slot(y if norm is None else again(norm, y), h, ctx)
         return x + y if self.scale == 1 else x + y * self.scale
 
 
@@ -119,7 +123,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype: torch.dtype | None = None  # of frozen weights and activations; None = the embedding's
-        self.recompute = False  # activation checkpointing: keep only a block's input for the backward pass
+        self.recompute: Checkpointing = "none"  # activation checkpointing: what a block keeps for its backward pass
         self.compiled: Callable[[Block, Tensor, Context], Tensor] | None = None  # `run_block`, by train/compiled.py
         self.fused: Callable[[Block, Tensor, Context], Tensor | None] | None = None  # by train/fused_block.py, on GPUs
         self.files: Weights | None = None  # that the weights were read from; set by build.py
@@ -193,27 +197,35 @@ class GPT(nn.Module):
                 what = f"{ctx.reach()} tokens are more than the {self.config.max_positions} positions of this model"
                 raise ModelError(what, hint="give it shorter texts")
             x = x + self.positions(ctx.pos).to(x.dtype)
-        ctx.recompute, ctx.shared = self.recompute and torch.is_grad_enabled(), {}
+        mode = self.recompute if torch.is_grad_enabled() else "none"
+        ctx.recompute, ctx.shared = mode in ("block", "offload"), {}
         inputs = None if self.layer_inputs is None else self.layer_inputs(ids, x, ctx)
         contexts = [ctx, *(copy(ctx) for _ in self.kinds[1:])]
         for one, kind in zip(contexts, self.kinds, strict=True):
             self.complete(one, kind, x)
-        for layer, (block, number) in enumerate(zip(self.blocks, self.kind_of, strict=True)):
-            ctx = contexts[number]
-            if inputs is not None:  # a context of its own: checkpointing reads it again
-                ctx = replace(ctx, layer_input=inputs[:, :, layer])
-            fused = self.fused(block, x, ctx) if self.fused is not None and torch.is_grad_enabled() else None
-            if fused is not None:
-                x = fused
-                continue
-            # only an x with a gradient: evaluation, and the first block above a frozen embedding, would compile anew
-            step = self.compiled if self.compiled is not None and x.requires_grad else run_block
-            x = checkpoint(step, block, x, ctx, use_reentrant=False) if ctx.recompute else step(block, x, ctx)
+        with Offloaded(x) if mode == "offload" else nullcontext():
+            for layer, (block, number) in enumerate(zip(self.blocks, self.kind_of, strict=True)):
+                ctx = contexts[number]
+                if inputs is not None:  # a context of its own: checkpointing reads it again
+                    ctx = replace(ctx, layer_input=inputs[:, :, layer])
+                x = self.run(block, x, ctx, mode)
         x = self.norm(x if at is None else x.flatten(0, 1)[at])
         scale, cap = self.config.logit_scale, self.config.logit_cap
         if targets is None:
             return finished(self.head(x), scale, cap)
         return summed_cross_entropy(self.head, x, targets, scale, cap, None if weights is None else weights())
+
+    def run(self, block: Block, x: Tensor, ctx: Context, mode: Checkpointing) -> Tensor:
+        """Returns a block's output for x (B, T, d)."""
+        fused = self.fused(block, x, ctx) if self.fused is not None and torch.is_grad_enabled() else None
+        if fused is not None:
+            return fused
+        # only an x with a gradient: evaluation, and the first block above a frozen embedding, would compile anew
+        step = self.compiled if self.compiled is not None and x.requires_grad else run_block
+        if ctx.recompute:
+            return checkpoint(step, block, x, ctx, use_reentrant=False)
+        with Recomputed() if mode == "cheap" and step is run_block else nullcontext():  # the compiler has its own way
+            return step(block, x, ctx)
 
     def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
         """Sets what a context has for layers of one kind: rotary positions, and the mask of a step with a cache."""

@@ -20,6 +20,7 @@ from litpeft.model.kernels.ops import rotate
 from litpeft.model.multi_head import Attention, Sdpa, halves
 from litpeft.model.norms import RMSNorm
 from litpeft.model.parts import LATENT_EPS
+from litpeft.model.recompute import again
 from litpeft.model.slots import Linear, project
 
 
@@ -54,10 +55,12 @@ class LatentAttention(Attention):
         sizes = self.sizes
         q, latent = project(x, ctx, *self.inputs()[0])
         if self.q_b is not None:
-            q = self.q_b(self.q_norm(q), ctx)
+            q = self.q_b(again(self.q_norm, q), ctx)
         latent, turning = latent.split((sizes.kv_rank, sizes.turning), -1)
         q_still, q_turning = self.heads(q).split((sizes.still, sizes.turning), -1)
-        both = self.kv_b(self.kv_norm(latent), ctx).unflatten(-1, (-1, sizes.still + sizes.values)).transpose(1, 2)
+        both = (
+            self.kv_b(again(self.kv_norm, latent), ctx).unflatten(-1, (-1, sizes.still + sizes.values)).transpose(1, 2)
+        )
         k_still, v = both.split((sizes.still, sizes.values), -1)
         k_turning = self.at_positions(turning[:, None], ctx).expand(-1, k_still.size(1), -1, -1)
         q = torch.cat((self.at_positions(q_turning, ctx), q_still), -1)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context
+from litpeft.model.recompute import again
 
 
 class Router(nn.Linear):
@@ -56,6 +57,16 @@ class Router(nn.Linear):
         return scores.topk(self.kind.active).indices
 
 
+def spread(rows: Tensor, order: Tensor, k: int) -> Tensor:
+    """Returns the row of each pair of token and expert (N k, d), in this order of the pairs."""
+    return rows[:, None].expand(-1, k, -1).flatten(0, 1)[order]
+
+
+def unsorted(outputs: Tensor, order: Tensor) -> Tensor:
+    """Returns what the experts made of each pair (N k, d), in the order of the tokens."""
+    return torch.empty_like(outputs).index_copy(0, order, outputs)
+
+
 class Mixture(nn.Module):
     """Experts in place of an MLP, one after the other, each on the tokens that chose it."""
 
@@ -72,10 +83,10 @@ class Mixture(nn.Module):
         shares, chosen = self.router(rows)
         order = chosen.flatten().argsort(stable=True)  # the N k pairs of token and expert, by expert
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
-        inputs = rows[:, None].expand(-1, chosen.size(1), -1).flatten(0, 1)[order].split(counts)
+        inputs = again(spread, rows, order, chosen.size(1)).split(counts)
         trains, pairs = torch.is_grad_enabled(), zip(self.experts, inputs, strict=True)
         pairs = [(expert, part) for expert, part in pairs if len(part) or trains]
         outputs = torch.cat([expert(part if len(part) else zeros, None)[: len(part)] for expert, part in pairs])
-        y = torch.empty_like(outputs).index_copy(0, order, outputs).view(*chosen.shape, -1)
+        y = again(unsorted, outputs, order).view(*chosen.shape, -1)
         y = (shares[..., None] * y).sum(1).view(x.shape)
         return y if self.shared is None else y + self.shared(x, ctx)

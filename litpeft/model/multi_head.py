@@ -3,6 +3,7 @@
 Letters: B rows, T new tokens, D head size, d model width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context
 from litpeft.model.kernels.ops import rotate
 from litpeft.model.norms import RMS, make_qk_norm
+from litpeft.model.recompute import again
 from litpeft.model.slots import Linear, Slot, project
 
 
@@ -79,6 +81,10 @@ class Attention(nn.Module):
         x = x if norm is None else self.normed(x, norm)
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
+    def marked(self, f: Callable[..., Tensor], x: Tensor, norm: nn.Module | None, *rest: Context) -> Tensor:
+        """Returns f(x, norm, ...), by `again` if that saves memory: a rotation alone keeps no more than its result."""
+        return f(x, norm, *rest) if norm is None and self.clip is None else again(f, x, norm, *rest)
+
     def turned(self, x: Tensor, norm: nn.Module | None, ctx: Context) -> Tensor:
         """Returns queries or keys (B, heads, T, D), with their positions, of x (B, T, heads * D)."""
         x = self.heads(self.sized(x, norm))
@@ -86,21 +92,24 @@ class Attention(nn.Module):
             return x
         return rotate(halves(x, self.paired) if self.paired else x, *ctx.rope)
 
+    def queries(self, x: Tensor, norm: nn.Module | None, ctx: Context) -> Tensor:
+        """Returns queries as `turned` does, scaled."""
+        q = self.turned(x, norm, ctx)
+        q = q if self.query_scale is None else q * self.query_scale
+        return q if ctx.query_growth is None else q * ctx.query_growth
+
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, *own = project(x, ctx, *self.inputs()[0])
-        q = self.turned(q, self.q_norm, ctx)
+        q = self.marked(self.queries, q, self.q_norm, ctx)
         if own:
-            k, v = self.turned(own[0], self.k_norm, ctx), self.heads(self.sized(own[-1], self.v_norm))
+            k = self.marked(self.turned, own[0], self.k_norm, ctx)
+            v = self.heads(self.marked(self.sized, own[-1], self.v_norm))
             if ctx.cache is not None:
                 k, v = ctx.cache[self.layer].update(k, v, ctx)
             if self.lends:
                 ctx.shared[self.layer] = k, v
         else:
             k, v = ctx.shared[self.keys_of]
-        if self.query_scale is not None:
-            q = q * self.query_scale
-        if ctx.query_growth is not None:
-            q = q * ctx.query_growth
         return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2), ctx)
 
 

@@ -14,6 +14,7 @@ from litpeft.model.affine import Affine
 from litpeft.model.context import Context
 from litpeft.model.kernels.low_rank import Factors, add_updates, apply_affines
 from litpeft.model.kernels.ops import product
+from litpeft.model.recompute import dropout
 
 Start = float | Callable[[Tensor], object]  # of a tensor: the number that it is filled with, or a function that does
 
@@ -239,7 +240,7 @@ class Linear(nn.Linear):
             if factors is None:
                 y = delta(y, x, self, ctx)
             else:
-                y = add_updates([y], F.dropout(x, delta.dropout, delta.training), [factors])[0]
+                y = add_updates([y], dropout(x, delta.dropout, delta.training), [factors])[0]
         return y
 
     def forward(self, x: Tensor, ctx: Context | None = None) -> Tensor:

@@ -117,8 +117,17 @@ class RecordedPasses:
 
     @classmethod
     def of(cls, model: GPT) -> "RecordedPasses | None":
-        """Returns the passes of a model if it is on a GPU and all its blocks are fused, else None."""
-        fused = type(model) is GPT and model.fused is fused_step and model.dtype in HALF and kernels() is not None
+        """Returns the passes of a model if it is on a GPU and all its blocks are fused, else None.
+
+        One that keeps activations in host memory is not recorded: a graph cannot allocate that.
+        """
+        fused = (
+            model.recompute != "offload"
+            and type(model) is GPT
+            and model.fused is fused_step
+            and model.dtype in HALF
+            and kernels() is not None
+        )
         plain = is_empty(model.head.slot) and is_empty(model.after_embed) and model.head.bias is None
         rotates = model.positions is None and model.config.rotary_size == model.config.head_dim
         rotates = rotates and model.config.turning_length is None  # the lengths of a pass's documents are not its own

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from litpeft.core.kinds import check_choices, check_least
+from litpeft.core.errors import quoted
+from litpeft.core.kinds import Checkpointing, check_choices, check_least
 from litpeft.core.typed import LATER
 from litpeft.data.settings import Data
 from litpeft.model.quantize import DOUBLE, STORAGES
@@ -68,8 +69,10 @@ class Train:
     """Decoupled weight decay, of all that trains but vectors: norms and biases keep their size."""
     max_norm: float | None = 1.0
     """Largest norm of the gradient; a larger one is scaled down. null = no limit."""
-    activation_checkpointing: bool = False
-    """Keep only the input of each block and compute the rest again in the backward pass: less memory, more time."""
+    activation_checkpointing: Checkpointing | bool = "none"
+    """What blocks keep for the backward pass, which computes the rest again. none: everything; cheap: all but norms,
+    activations, dropout and casts; block: each block's input only; offload: that in host memory, on a GPU. Older files
+    say true (block) and false (none)."""
     compile: bool = False
     """Have torch compile the blocks, which takes up to a minute at the start. Meant for GPUs: on a CPU with AVX-512
     BF16 litpeft's own code is faster."""
@@ -79,6 +82,12 @@ class Train:
     def __post_init__(self) -> None:
         check_least(self, "train.", batch_size=1, micro_tokens=1, micro_batch_size=1, epochs=1, max_steps=1)
         check_least(self, "train.", warmup_steps=0, weight_decay=0, min_lr=0)
+        if isinstance(self.activation_checkpointing, bool):
+            self.activation_checkpointing = "block" if self.activation_checkpointing else "none"
+        if self.activation_checkpointing not in get_args(Checkpointing):
+            known = ", ".join(get_args(Checkpointing))
+            got = quoted(self.activation_checkpointing)
+            raise ValueError(f"train.activation_checkpointing must be one of {known}, got {got}")
         for name in ("lr", "min_lr", "max_time", "max_norm", "weight_decay"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):

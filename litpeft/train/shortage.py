@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from litpeft.core.errors import ResourceError, UserError, scaled
+from litpeft.core.kinds import Checkpointing
 from litpeft.core.memory import asked_for
 from litpeft.core.precision import Precision
 from litpeft.model.delta import Method, trainable
 from litpeft.model.gpt import GPT
+from litpeft.model.known_block import at_defaults
 from litpeft.model.loss import CHUNK
 from litpeft.model.slots import Delta
+from litpeft.train.activations import Kept, copies
+from litpeft.train.fused_block import SWITCHES, groups_of
 from litpeft.train.micro_tokens import MOST, SHARE
 from litpeft.train.settings import Finetune
 
@@ -104,15 +108,29 @@ class Shortage:
         """Returns the bytes of the logits that exist at one time; `activations` has them in it."""
         return 2 * min(tokens, CHUNK) * self.shapes.config.vocab_size * 4
 
-    def activations(self, tokens: int, recompute: bool | None = None) -> int:
-        """Returns the bytes of the logits and of what is kept for the backward pass of so many tokens."""
-        config = self.shapes.config
-        recompute = self.settings.train.activation_checkpointing if recompute is None else recompute
-        heads = 2 * config.n_heads * config.head_dim + 2 * config.n_kv_heads * config.head_dim  # q and answers, k and v
-        layer = 4 * config.d_model + heads + config.active_d_ff * (3 if config.gated_mlp else 2)
-        kept = config.n_layers * config.d_model + layer if recompute else config.n_layers * layer
+    def activations(self, tokens: int, mode: Checkpointing | None = None) -> int:
+        """Returns the bytes of the logits and of what the device keeps for the backward pass of so many tokens."""
+        config, blocks = self.shapes.config, self.shapes.blocks
+        mode = mode or self.settings.train.activation_checkpointing
         size = 2 if self.precision.name.startswith(("bf16", "16")) else self.precision.weights.itemsize
-        return tokens * kept * size + 2 * min(tokens, CHUNK) * config.vocab_size * 4
+        fused, cheap = self.fused(size), mode == "cheap"
+        kept_by = Kept(cheap or fused, size, self.gpu, self.longest)
+        each, copied = [kept_by.of(block) for block in blocks], [copies(block, size, cheap) for block in blocks]
+        kept, others = sum(each), sum(copied)
+        if mode in ("block", "offload"):  # of the others their inputs; of one all, while it is computed again
+            kept, others = max(each) + config.n_layers * config.d_model * (1 + fused), max(copied)
+        if mode == "offload" and self.gpu:
+            kept = max(each) + 2 * config.d_model  # the input of a block, and that of the next
+        ends = 3 * config.d_model  # the embedded text, the input of the head and its gradient
+        ends += 0 if config.layer_inputs is None else 2 * config.n_layers * config.layer_inputs.size
+        if self.shapes.head.dense().requires_grad:  # its gradient is computed in the forward pass
+            others += 4 * config.d_model * config.vocab_size
+        return int(tokens * (kept + ends) * size) + others + self.logits(tokens)
+
+    def fused(self, size: int) -> bool:
+        """Returns whether all blocks are computed by train/fused_block.py."""
+        fits = self.gpu and size == 2 and at_defaults(self.shapes.config, SWITCHES)
+        return fits and all(groups_of(block) is not None for block in self.shapes.blocks)
 
     def savings(self) -> dict[str, int]:
         """Returns settings, as text, with the bytes that each would save."""
@@ -120,8 +138,9 @@ class Shortage:
         tokens, trained, frozen = self.tokens(), self.trained(), self.frozen()
         now, half = self.activations(tokens), self.activations(max(1, tokens // 2))
         found: dict[str, int] = {}
-        if not train.activation_checkpointing:
-            found["train.activation_checkpointing true"] = now - self.activations(tokens, recompute=True)
+        modes = {"none": ("cheap", "block"), "cheap": ("block",), "block": ("offload",), "offload": ()}
+        for mode in modes[train.activation_checkpointing]:
+            found[f"train.activation_checkpointing {mode}"] = now - self.activations(tokens, mode)
         if not settings.data.packing and train.micro_batch_size > 1:
             found[f"train.micro_batch_size {train.micro_batch_size // 2}"] = now - half
         elif settings.data.packing and tokens > self.longest:

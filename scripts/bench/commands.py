@@ -57,7 +57,7 @@ PACKED = {"packing": True, "packing_strategy": "bfd"}
 VARIANTS = [
     Variant("litpeft", "litpeft", "lora", "defaults: bf16-true, packed", {}),
     Variant("litpeft compiled", "litpeft", "lora", "blocks compiled", {"train.compile": True}),
-    Variant("litpeft ac", "litpeft", "lora", "activation checkpointing", {"train.activation_checkpointing": True}),
+    Variant("litpeft ac", "litpeft", "lora", "activation checkpointing", {"train.activation_checkpointing": "block"}),
     Variant(
         "litgpt defaults", "litgpt", "lora", "precision left open (bf16-mixed), micro-batch 4", {"precision": None}
     ),

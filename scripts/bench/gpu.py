@@ -127,13 +127,18 @@ def batch(lengths: list[int], generator: torch.Generator):
 
 
 def train(folder: Path, tool: str) -> dict[str, object]:
-    """Measures litpeft, litpeft-nf4, litpeft-fp8, litpeft-checkpointing, peft (with liger), unsloth or unsloth-nf4."""
+    """Measures peft (with liger), unsloth, unsloth-nf4, litpeft, or litpeft with -nf4, -fp8, -checkpointing, -offload.
+
+    Fused blocks keep under `none` what they keep under `cheap`: litpeft-plain and litpeft-cheap are without them.
+    """
     began, generator = time.perf_counter(), torch.Generator().manual_seed(1)
     if tool.startswith("litpeft"):
         from litpeft.model.objective import summed_loss
 
         model = litpeft_model(folder, next((name for name in ("nf4", "fp8") if tool.endswith(name)), None)).train()
-        model.recompute = tool.endswith("checkpointing")
+        modes = {"checkpointing": "block", "offload": "offload", "cheap": "cheap"}
+        model.recompute = modes.get(tool.rpartition("-")[2], "none")
+        model.fused = None if tool.endswith(("plain", "cheap")) else model.fused
         rows = batch([LENGTH] * ROWS, generator)
         step = optimized(model.parameters(), lambda: (summed_loss(model, rows) / len(rows.at)).backward())
     else:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from litpeft.model.affine import Affine
 from litpeft.model.kernels import native
 from litpeft.model.kernels.library import LAYERS, Library
 from litpeft.model.kernels.ops import product, scaled, use_eager
+from litpeft.model.recompute import again
 
 SMALL_BATCH = 32  # rows up to which a CPU computes thin products faster in float32 than in half precision
 THICK = 64  # rank above which torch's products are faster than the C++ kernel
@@ -21,7 +23,7 @@ Factors = tuple[Tensor, Tensor]  # A (r, in), and B (out, r) with the scale of t
 
 def apply_affines(ys: Sequence[Tensor], x: Tensor, affines: Sequence[Affine]) -> list[Tensor]:
     """Returns gain * y + B A x + shift for the y (..., out) of each of the layers, which read the same x (..., in)."""
-    ys = [scaled(y, affine.gain, affine.shift) for y, affine in zip(ys, affines, strict=True)]
+    ys = [again(scaled, y, affine.gain, affine.shift) for y, affine in zip(ys, affines, strict=True)]
     low_rank = [n for n, affine in enumerate(affines) if affine.A is not None]
     if low_rank:
         updated = add_updates([ys[n] for n in low_rank], x, [(affines[n].A, affines[n].B) for n in low_rank])
@@ -61,6 +63,8 @@ class Updates(torch.autograd.Function):
         library = ctx.library = _library(ctx.ranks, rows, *flat)
         if library is not None:
             h = library.low_rank(rows, a, bs, flat)
+            for y in flat:
+                increment_version(y)  # as torch's own functions do that write over a tensor
         else:
             h = product(rows, a)  # (N, R)
             for y, part, b in zip(flat, h.split(ctx.ranks, 1), bs, strict=True):

@@ -3,15 +3,15 @@
 Autograd would keep every intermediate of these formulas; each function here keeps its inputs only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from litpeft.model.kernels import fused, native
+from litpeft.model.recompute import again
 
 CHUNK = 1 << 18  # numbers whose float32 copies fit a CPU's cache: norms are memory-bound
 CAST_CHUNK = 1 << 20  # numbers of a weight that are cast at a time, for the same reason
@@ -39,7 +39,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         in_parts = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if in_parts and x.dtype.itemsize > weight.dtype.itemsize:
             return _cast_in_parts(x, weight, bias)
-        weight = weight.to(x.dtype)
+        weight = again(Tensor.to, weight, x.dtype)
     float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if not (x.is_cpu and float32 and x.dim() > 1 and x.numel()) or torch.compiler.is_compiling() or not has_onednn():
         return F.linear(x, weight, bias)
@@ -179,27 +179,6 @@ class _SwiGLU(torch.autograd.Function):
         if library is not None:
             return library.swiglu_backward(dy.contiguous(), gate.contiguous(), up.contiguous())
         return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
-
-
-class recompute_output(saved_tensors_hooks):
-    """Within the `with` block, autograd does not keep the tensor `y`: the backward pass recomputes it by `make`."""
-
-    def __init__(self, y: Tensor, make: Callable[[], Tensor]):
-        def place(x: Tensor) -> tuple[int, int, int]:
-            return x.untyped_storage()._cdata, x.storage_offset(), x.numel()
-
-        here = place(y)
-
-        def pack(kept: Tensor) -> Tensor | torch.Size:
-            return kept.shape if place(kept) == here else kept
-
-        def unpack(kept: Tensor | torch.Size) -> Tensor:
-            if not isinstance(kept, torch.Size):
-                return kept
-            with torch.no_grad():
-                return make().view(kept)
-
-        super().__init__(pack, unpack)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
