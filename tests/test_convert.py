@@ -154,7 +154,7 @@ def test_the_sentencepiece_tokenizer_gives_the_ids_of_sentencepiece(tmp_path, pr
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architecture": "gemma4"}, "architecture 'gemma4' is not supported; convert reads llama, qwen2, "),
+        ({"architecture": "gemma3n"}, "architecture 'gemma3n' is not supported; convert reads llama, qwen2, "),
         ({"architecture": "gemma"}, "gemma.block_count must be an integer from 1 to "),
         ({"tokenizer.ggml.pre": "smolm"}, 'did you mean "smollm"'),
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert' is not supported; convert reads gpt2"),

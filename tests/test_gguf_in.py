@@ -93,6 +93,8 @@ OTHERWISE = {
     "gpt_neox": dict.fromkeys(("attention.head_count_kv", "attention.key_length")),
     "phi3": {"attention.sliding_window": 100, "context_length": 512, "rope.scaling.original_context_length": 512},
     "gemma3_text": {"rope.freq_base_swa": None},
+    "gemma4_text": {"attention.head_count_kv": [2, 2, 2, 2], "rope.freq_base_swa": None},
+    "deepseek_v2": dict.fromkeys(("expert_gating_func", "expert_group_count", "expert_weights_norm")),
     "granite": {"expert_count": 0, "rope.scaling.type": "none"},
 }
 
@@ -114,6 +116,7 @@ def test_headers_as_llama_cpp_writes_them_say_the_same(tmp_path_factory, name: s
         ({"general.architecture": "mamba"}, "architecture 'mamba' is not supported; convert reads llama, qwen2, "),
         ({"qwen2.expert_shared_count": 2}, "Qwen2ForCausalLM cannot express qwen2.expert_shared_count = 2"),
         ({"qwen2.attention.value_length": 8}, "qwen2.attention.value_length = 8: Qwen2ForCausalLM needs it to be 16"),
+        ({"general.architecture": "deepseek2"}, "deepseek2.block_count must be an integer"),
         ({"qwen2.rope.freq_base": "high"}, "qwen2.rope.freq_base must be a positive number, got high"),
     ],
 )
@@ -121,3 +124,25 @@ def test_what_a_header_may_not_say_is_refused(tmp_path_factory, changes: dict, s
     file = GgufFile(made(tmp_path_factory, "qwen2")[1])
     with pytest.raises(ModelError, match=said):
         hf_config(file.values | changes, file.stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("deepseek_v2", {"deepseek2.attention.key_length_mla": None}, "deepseek2.attention.key_length_mla is missing"),
+        ("deepseek_v2", {"deepseek2.rope.dimension_count": 64}, "64 dimensions of a head of 24 cannot rotate"),
+        (
+            "deepseek_v2",
+            {"deepseek2.expert_group_count": 2},
+            "expert_group_count = 2: Deepseek.* needs it to be 1",
+        ),
+        ("gemma4_text", {"gemma4.attention.head_count_kv": [2, 2]}, "head_count_kv must be 4 of int, got .2, 2."),
+        ("gemma4_text", {"gemma4.attention.sliding_window_pattern": [True] * 4}, "the last with a window: True"),
+        ("gemma4_text", {"gemma4.expert_count": 4}, "Gemma4ForCausalLM cannot express gemma4.expert_count = 4"),
+    ],
+)
+def test_what_a_header_of_layers_that_differ_may_not_say(tmp_path_factory, name: str, changes: dict, said: str) -> None:
+    file = GgufFile(made(tmp_path_factory, name)[1])
+    values = {key: value for key, value in (file.values | changes).items() if value is not None}
+    with pytest.raises(ModelError, match=said):
+        hf_config(values, file.stored)

@@ -61,7 +61,7 @@ def sizes(given: Any, known: dict[str, Any]) -> dict[str, Any]:
             "intermediate_size": widths[0],
             "use_double_wide_mlp": widths[-1] == 2 * widths[0],
             "hidden_size_per_layer_input": given.own.get("embedding_length_per_layer_input", 0),
-            "vocab_size_per_layer_input": 1 if inputs is None else int(inputs.shape[1]),
+            "vocab_size_per_layer_input": 1 if inputs is None else int(inputs.shape[-1]),
         }
     )
 

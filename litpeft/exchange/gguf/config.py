@@ -171,7 +171,8 @@ def sizes(given: Header, keys: type) -> dict[str, Any]:
     layers = given.number("block_count", int)
     if layers > len(given.stored):
         raise ModelError(f"{len(given.stored)} tensors cannot be {layers} layers")
-    by_layer = "attention.key_length_swa" in given
+    spelt = {field.name: field.type for field in fields(keys)}
+    by_layer = "num_kv_shared_layers" in spelt
     width, heads = given.number("embedding_length", int), given.number("attention.head_count", int)
     kv_heads = heads if by_layer else given.number("attention.head_count_kv", int, heads)
     usual = max(width // heads, 1)
@@ -185,7 +186,6 @@ def sizes(given: Header, keys: type) -> dict[str, Any]:
         raise ModelError(
             f"{given.arch}.expert_count {experts} is more than {MOST_EXPERTS}", hint="the header is damaged"
         )
-    spelt = {field.name: field.type for field in fields(keys)}
     found = {}
     for key, (kind, *names) in KEYS.items():
         name = next((name for name in names if name in spelt), None)
