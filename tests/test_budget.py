@@ -112,6 +112,15 @@ def test_a_run_with_its_own_budget_resumes_to_the_same_bits(tiny_folder, tmp_pat
     assert_same(resume(tiny_folder, part, own), whole)
 
 
+def test_a_run_with_one_sample_asks_and_answers_at_its_end(tiny_folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("litpeft.train.budget.SAMPLED", 0.6)  # room for one sample, not for two
+    own = {"train.epochs": 6, "validation.sample_tokens": 64, "validation.interval": "null"}
+    run = train(tiny_folder, tmp_path / "run", own)
+    assert "sample answers at the end" in capsys.readouterr().out
+    samples = json.loads((run / "report.json").read_text())["samples"]
+    assert [sample["before"] for sample in samples] == [None] * len(samples)
+
+
 def test_the_parts_of_a_runs_time_add_up_to_all_of_it(tiny_folder, tmp_path, capsys) -> None:
     began = time.perf_counter()
     run = finetune(tiny_folder, tmp_path)

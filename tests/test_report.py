@@ -161,6 +161,13 @@ def test_the_three_answers_stand_side_by_side_and_whole():
     assert "".join(after) == "x" * 90
 
 
+def test_a_run_too_short_for_a_sample_at_its_start_shows_that_of_its_end():
+    text = markdown(replace(FACTS, samples=[Sample("q", "yes", None, "no")]), None)
+    table = next(words for kind, words in outline(text) if "┌" in words)
+    assert [cell.strip() for cell in table.splitlines()[1].strip("│").split("│")] == ["expected", "after"]
+    assert "answered with what was learned" in text
+
+
 def test_the_best_measurement_is_the_one_that_patience_waits_from():
     def told(**changes) -> str:
         return next(line for line in summary_lines(replace(FACTS, **changes)) if line.startswith("validation"))

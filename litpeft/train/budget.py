@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from litpeft.core.errors import counted
 from litpeft.data.rows import Row
 from litpeft.train.settings import Finetune, Validation
 
@@ -77,10 +78,10 @@ class Budget:
             return ""
         lacks = []
         if self.rows < held_out or self.interval > (validation.interval or tenth(self.steps)):
-            of = f"all {held_out:,}" if self.rows == held_out else f"{self.rows:,} of {held_out:,}"
+            of = f"{self.rows:,} of {counted(held_out, 'held-out row')}"
             often = self.interval < self.steps
             when = f"every {self.interval:,} of {self.steps:,} steps" if often else "at start and end"
-            lacks.append(f"measured {when}, on {of} held-out rows (validation.interval, validation.max_rows)")
+            lacks.append(f"measured {when}, on {of} (validation.interval, validation.max_rows)")
         if self.sample_tokens < validation.sample_tokens:
             only = "" if self.sample_first else " at the end"
             what = f"sample answers{only} of up to {self.sample_tokens} tokens" if self.sample_tokens else "no samples"
