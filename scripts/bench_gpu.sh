@@ -33,7 +33,7 @@ fi
 limited() {
     local left=$((${SECONDS_IN_ALL:-570} - SECONDS)) most=${SECONDS_A_ROW:-90}
     [ "$left" -gt 5 ] || { echo "no time left" >"$out/last.log"; return 1; }
-    timeout $((left < most ? left : most)) "$@"
+    timeout -k 5 $((left < most ? left : most)) "$@"
 }
 
 # row NAME SCRIPT ARGUMENTS...: a measurement; one that fails has a row too, and the others go on
@@ -45,6 +45,7 @@ row() {
     grep '^{"row"' "$out/row" | tee -a "$out/gpu.jsonl"
     [ $code -ne 0 ] || return 0
     tail -n 3 "$out/last.log" >&2
+    [ $code -eq 124 ] && echo "not done in time" >>"$out/last.log"
     grep -q '^{"row"' "$out/row" || failed "$name" "exit code $code, $(tail -n 1 "$out/last.log")"
 }
 failed() {
