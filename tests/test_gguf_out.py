@@ -370,6 +370,7 @@ def test_the_modelfile_of_a_run_has_its_system_message(tmp_path) -> None:
         ),
         (CASES["deepseek_v2, groups, plain queries"] | {"num_hidden_layers": 27}, "experts .*groups=1.*groups=4"),
         (CASES["deepseek_v3"] | {"q_lora_rank": None}, "takes 26 and 27 layers .*; this has 2 and no q_lora_rank"),
+        (CASES["deepseek_v3"] | {"topk_group": 4}, "topk_group is n_group, with which llama.cpp stops"),
         (CASES["deepseek_v3"] | {"rope_interleave": False}, "deepseek2 computes with rope_pairs True"),
         (CASES["deepseek_v3"] | {"rms_norm_eps": 1e-5}, "deepseek2 computes with norm_eps 1e-06"),
         (CASES["deepseek_v3"] | {"rope_parameters": YARN | {"mscale": 0.7}}, "mscale that is not its mscale_all_dim"),

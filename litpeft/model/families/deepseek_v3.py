@@ -57,6 +57,8 @@ def no_gguf(config: ModelConfig) -> str | None:
     scaling, lite = config.rope_scaling, config.n_layers in (26, 27)
     if scaling is not None and (config.score_scale is None or not math.isclose(scaling.attention_factor, 1)):
         return "this model has yarn with an mscale that is not its mscale_all_dim; llama.cpp takes both for the same"
+    if config.experts.groups == config.experts.active_groups > 1:
+        return "topk_group is n_group, with which llama.cpp stops; write 1 for both in config.json: that is the same"
     if lite != (config.latent.q_rank is None):
         this = f"this has {config.n_layers} and {'no' if config.latent.q_rank is None else 'a'} q_lora_rank"
         return f"llama.cpp takes 26 and 27 layers for a model without q_lora_rank; {this}"
