@@ -13,6 +13,8 @@ from litpeft.data.formats import FORMATS, detect
 from litpeft.data.report import Report
 from litpeft.data.settings import Data
 from litpeft.data.sources import find
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenizer import Tokenizer
 from litpeft.generate.engine import generate
 from litpeft.generate.settings import Generate, Sampling
 
@@ -135,6 +137,32 @@ def test_rows_with_other_faults_are_not_told_to_map_their_columns(tmp_path):
 def test_what_is_wrong_with_a_file_is_said_in_its_own_words(name, content, told, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert told in str(refused(tmp_path / name))
+
+
+def test_the_line_with_which_excel_names_the_separator_is_no_header(tmp_path):
+    (tmp_path / "faq.csv").write_text("sep=;\r\nquestion;answer\r\na, b;c\r\n")
+    _, [[question, answer]] = read(tmp_path / "faq.csv")
+    assert (question.content, answer.content) == ("a, b", "c")
+    (tmp_path / "bad.csv").write_text("sep=;\nquestion;answer\na\n")
+    assert "bad.csv:3: it has 1 cell" in str(refused(tmp_path / "bad.csv"))
+
+
+def test_a_call_of_a_tool_that_the_row_does_not_offer_is_refused(tiny_folder):
+    said = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls | default([]) | tojson }}\n{% endfor %}"
+    source = "{{ tools | tojson }}" + said
+    template = ChatTemplate(replace(Tokenizer.load(tiny_folder), chat_template=source))
+    row = {
+        "tools": [{"type": "function", "function": {"name": "weather"}}],
+        "messages": [USER, ANSWER | {"content": ""}],
+    }
+    for name in ("weather", "whether"):
+        row["messages"][1]["tool_calls"] = [{"function": {"name": name, "arguments": {}}}]
+        turns = FORMATS["messages"].turns(row)
+        if name == "weather":
+            assert name in template.spans(turns).text
+        else:
+            with pytest.raises(ValueError, match="calls 'whether', which is not among the row's tools"):
+                template.spans(turns)
 
 
 def test_a_title_above_the_header_of_a_sheet_is_told_where_names_belong(tmp_path):

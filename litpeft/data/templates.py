@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from litpeft.core.errors import ConfigError, ModelError, quoted, some
 from litpeft.data.answers import Messages, ask, beside, find_answers, prompt_difference
 from litpeft.data.builtin import BUILT_IN, GENERATION, with_defaults
-from litpeft.data.formats.turn import PLAIN, Turn
+from litpeft.data.formats.turn import PLAIN, Turn, unknown_call
 from litpeft.data.marks import restore, shield, texts
 from litpeft.data.sandbox import LimitError, Task, Template, TooLong
 from litpeft.data.thinking import MESSAGE_KEYS, after_prompt, split_message, thoughts_of, with_thoughts
@@ -190,6 +190,8 @@ class ChatTemplate:
         for what, value in (("a tool's description", tools), ("what the row tells the template", told)):
             if any(self.tokenizer.special_pattern.search(text) for text in texts(value)):
                 raise ValueError(f"{what} spells a special token")
+        if tools and not told and (unknown := unknown_call(own, tools)):  # it may be told of tools of its own
+            raise ValueError(f"the assistant calls {quoted(unknown)}, which is not among the row's tools")
         if tools:
             messages, told = self.messages(turns), told | {"tools": tools}
             if (yield from beside(told | {"tools": None}, self._text(messages))) == (

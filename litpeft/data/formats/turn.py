@@ -1,6 +1,6 @@
 """The turns of a chat: every format turns a row into a list of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,3 +49,11 @@ def text(record: Mapping[Any, Any], key: Any, name: str, *, empty: bool = True) 
 def optional(record: Mapping[str, Any], key: str) -> str:
     """Returns the string `record[key]`, an empty one if there is none."""
     return text(record, key, key) if record.get(key) is not None else ""
+
+
+def unknown_call(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> str | None:
+    """Returns the name of a call that none of the tools has; None if all calls are of one of them."""
+    known = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
+    names = [tool.get("name") for tool in known]
+    called = (call["function"]["name"] for turn in turns for call in turn.calls)
+    return next((name for name in called if name not in names), None)

@@ -1,6 +1,7 @@
 """CSV and TSV: a header with the names of the columns, then the rows. A quoted cell may have line breaks."""
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import BinaryIO
@@ -24,6 +25,8 @@ def read(handle: BinaryIO, place: str, separator: str = "") -> Iterator[Record]:
     refuse_binary(handle, place, "CSV")
     csv.field_size_limit(LONGEST)
     head = handle.readline()
+    if said := re.fullmatch(rb"sep=([,;|\t])\s*", head, re.IGNORECASE):  # Excel writes and reads such a line
+        separator, head = said[1].decode(), b"\n"
     separator = separator or next((one for one in SEPARATORS if one.encode() in head), ",")
     names: list[str] = []
     for first, cells, problem in _rows(chain([head], handle), separator, place):
