@@ -175,3 +175,21 @@ def test_the_bytes_that_are_told_are_those_that_a_model_holds(
     optimizer.step()
     moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
     assert moments == told.moments() * told.trained()
+
+
+def test_it_offers_to_keep_less_on_a_gpu(tmp_path) -> None:
+    base, kept = make_folder(tmp_path / "base", num_hidden_layers=6), {}
+    for method in (LoRA(), LoRA(dropout=0.1)):
+        settings = Finetune(Base(str(base)), Data("d"), "o", Train(micro_tokens=512))
+        _, shapes = check_run(settings, method, PRECISIONS["bf16-true"], torch.device("cpu"))
+        told = Shortage(settings, method, shapes, PRECISIONS["bf16-true"], longest=128, gpu=True)
+        kept[method.dropout] = {mode: told.activations(512, mode) for mode in ("none", "cheap", "block", "offload")}
+        offered = {"none": {"cheap", "block"}, "cheap": {"block"}, "block": {"offload"}, "offload": set()}
+        for mode, others in offered.items():
+            settings.train.activation_checkpointing = mode
+            texts = {text: saved for text, saved in told.savings().items() if "checkpointing" in text}
+            assert {text.split()[1] for text in texts} == others
+            for text, saved in texts.items():
+                assert saved == kept[method.dropout][mode] - kept[method.dropout][text.split()[1]]
+    assert kept[0.0]["none"] == kept[0.0]["cheap"] > kept[0.0]["block"] > kept[0.0]["offload"]  # its blocks are fused
+    assert kept[0.1]["none"] > kept[0.1]["cheap"] > kept[0.1]["block"] > kept[0.1]["offload"]

@@ -130,6 +130,7 @@ class Shortage:
     def fused(self, size: int) -> bool:
         """Returns whether all blocks are computed by train/fused_block.py."""
         fits = self.gpu and size == 2 and at_defaults(self.shapes.config, SWITCHES)
+        fits = fits and not any(isinstance(module, Delta) and module.dropout for module in self.shapes.modules())
         return fits and all(groups_of(block) is not None for block in self.shapes.blocks)
 
     def savings(self) -> dict[str, int]:
