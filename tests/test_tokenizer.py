@@ -6,8 +6,12 @@ import re
 
 import pytest
 from chat_samples import CORPUS, STYLES, bpe, sentencepiece_model, write_folder
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from litpeft.core.errors import ModelError, UserError
+from litpeft.data.formats.turn import PLAIN, Turn
+from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import StreamDecoder, Tokenizer
 
 TEXTS = [*CORPUS[:30], "", " ", "  lead", "trail \n\n", "日本語 🙂🙂 e\u0301\u0301", "a\u2028b\x07"]
@@ -87,8 +91,6 @@ def test_sentencepiece_keeps_special_tokens_in_plain_spans_as_text(pieces):
 
 
 def test_spaces_belong_to_their_token_even_if_the_file_trims_offsets(tmp_path):
-    from tokenizers import processors
-
     folder = write_folder(tmp_path, "chatml")
     inner = bpe(STYLES["chatml"][1])
     inner.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -98,6 +100,21 @@ def test_spaces_belong_to_their_token_even_if_the_file_trims_offsets(tmp_path):
     ids, offsets = Tokenizer.load(folder).encode_batch(["the cat fox  dog the cat"], [[]])[0]
     assert [a for a, _ in offsets[1:]] == [b for _, b in offsets[:-1]]
     assert offsets[-1][1] == 24
+
+
+def test_text_without_a_template_begins_with_all_tokens_that_the_file_puts_first(tmp_path):
+    folder, begin = write_folder(tmp_path, "chatml"), ["<|im_start|>", "<|im_end|>"]  # as GLM's [gMASK]<sop>
+    inner = bpe(STYLES["chatml"][1])
+    known = [(token, inner.token_to_id(token)) for token in begin]
+    inner.post_processor = processors.TemplateProcessing(single=f"{begin[0]} {begin[1]} $A", special_tokens=known)
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer, text = Tokenizer.load(folder), "the cat fox"
+    theirs = AutoTokenizer.from_pretrained(folder)(text).input_ids
+    assert (tokenizer.opening, tokenizer.adds_bos, theirs[:2]) == ("".join(begin), False, [i for _, i in known])
+    document = ChatTemplate(tokenizer, "chatml").spans([Turn(PLAIN, text)])
+    assert tokenizer.encode(document.text)[: len(theirs)] == theirs
+    assert document.text[slice(*document.trained[0])].startswith(text)
 
 
 def test_a_stream_gives_the_same_text_and_never_half_a_character(chatml, pieces):

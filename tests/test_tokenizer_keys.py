@@ -117,7 +117,10 @@ def same_or_refused(folder: Path, key: str) -> str:
         assert ours.encode(text) == ids, (key, text)
         assert ours.decode(ids, skip_special=False) == theirs.decode(ids), (key, text)
     if (folder / "tokenizer.json").exists():
-        assert ours.adds_bos == (theirs.encode("the")[:1] == [theirs.bos_token_id])
+        begun, opening = theirs.encode("the"), ours.encode(ours.opening)
+        assert ours.adds_bos == (begun[:1] == [theirs.bos_token_id])
+        assert begun[: len(opening)] == opening
+        assert opening or begun[:1] == ours.encode("the")[:1]
     return "equal"
 
 

@@ -175,7 +175,7 @@ class ChatTemplate:
 
     def _document(self, content: str) -> Rendered:
         """Returns a document between the tokens that begin and end a text, all of it trained."""
-        begin = (self.tokenizer.bos or "") if self.tokenizer.adds_bos else ""
+        begin = self.tokenizer.opening
         words = [match.span() for match in self.tokenizer.special_pattern.finditer(content)]
         text = begin + content + (self.tokenizer.eos or self.end_of_turn)
         return Rendered(text, [(len(begin), len(text))], [(len(begin) + a, len(begin) + b) for a, b in words])

@@ -27,6 +27,7 @@ class Tokenizer:
     adds_bos: bool  # text without a template starts with BOS
     chat_template: str | None  # source of the model's own template
     where: str  # the file, for errors
+    prefix: str = ""  # what text without a template starts with in place of BOS alone: GLM's [gMASK]<sop>
 
     def __post_init__(self) -> None:
         self.bos, self.eos = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
@@ -50,12 +51,17 @@ class Tokenizer:
             for number in declared[f"{key}_id"][:1]:
                 if number in backend.names:
                     names.setdefault(key, backend.names[number])
-        backend.make_special([token for token in (*names.values(), *files.special) if token in backend.ids])
+        before = [] if files.adds_bos is not None else [backend.names[number] for number in backend.before]
+        backend.make_special([token for token in (*names.values(), *files.special, *before) if token in backend.ids])
         stop = {*declared["eos_token_id"], *([backend.ids[names["eos_token"]]] if "eos_token" in names else [])}
-        adds_bos = "bos_token" in names and files.adds_bos
-        if adds_bos is None:
-            adds_bos = backend.first == [backend.ids.get(names["bos_token"])]
-        return cls(backend, names, tuple(sorted(stop)), adds_bos, _chat_template(folder, files.config), where)
+        adds_bos = "bos_token" in names and (files.adds_bos is True or before == [names["bos_token"]])
+        prefix = "" if adds_bos else "".join(before)
+        return cls(backend, names, tuple(sorted(stop)), adds_bos, _chat_template(folder, files.config), where, prefix)
+
+    @property
+    def opening(self) -> str:
+        """Returns the special tokens that text without a template starts with."""
+        return (self.bos or "") if self.adds_bos else self.prefix
 
     @property
     def template_where(self) -> str:

@@ -4,6 +4,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import takewhile
 from typing import NamedTuple
 
 import tokenizers
@@ -25,6 +26,15 @@ def overlaps(spans: list[Span], start: int, end: int) -> bool:
     return begun > 0 and spans[begun - 1][1] > start
 
 
+def _before(inner: tokenizers.Tokenizer) -> list[int]:
+    """Returns the special tokens that the file puts before a text."""
+    marked = inner.encode("a", add_special_tokens=True)
+    return [
+        number
+        for number, _ in takewhile(lambda pair: pair[1], zip(marked.ids, marked.special_tokens_mask, strict=True))
+    ]
+
+
 class Backend:
     """A tokenizer of the library without truncation, padding and added tokens. `make_special` comes before encoding."""
 
@@ -32,7 +42,7 @@ class Backend:
         self.inner = inner
         self.inner.no_truncation()
         self.inner.no_padding()
-        self.first = self.inner.encode("", add_special_tokens=True).ids[:1]  # what the file puts before a text
+        self.before = _before(inner)
         # A post-processor adds tokens, which templates do, and may trim spaces off the offsets.
         self.inner.post_processor = None
         self._read_ids()

@@ -215,8 +215,8 @@ def prompt_ids(loaded: Loaded, prompt: Prompt, system: str | None) -> list[int]:
     try:
         if not isinstance(prompt.content, str):
             return loaded.template.prompt(with_system(prompt.content, system), prompt.where)
-        ids = tokenizer.encode(prompt.content)  # raw: BOS first if the model saw plain text so
-        return [tokenizer.bos_id, *ids] if tokenizer.adds_bos and ids[:1] != [tokenizer.bos_id] else ids
+        ids, opening = tokenizer.encode(prompt.content), tokenizer.encode(tokenizer.opening)
+        return ids if ids[: len(opening)] == opening else [*opening, *ids]
     except ValueError as error:
         raise DataError(str(error), where=prompt.where) from None
 
