@@ -5,7 +5,8 @@
                                                     W_k (heads * D, hidden) and b_k of each block's keys, or values
 
 Prefix tuning https://arxiv.org/abs/2101.00190. P_k are not rotated: they are keys as attention reads them, the same
-numbers as in other tools. The text begins at position n. Of a network a run's result keeps what it computes, P.
+numbers as in peft. A model that norms, clamps or scales its keys does so with P_k, too, and then peft's differ. The
+text begins at position n. Of a network a run's result keeps what it computes, P.
 Trains layers * 2 * prompt_length * key/value heads * D parameters; with `hidden` those of the network,
 prompt_length * d + hidden (d + 1) + layers * 2 * key/value heads * D (hidden + 1). Does not fold: attention reads the
 keys and values. In peft: PREFIX_TUNING.

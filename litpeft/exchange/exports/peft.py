@@ -27,6 +27,7 @@ from litpeft.exchange.exports.peft_base import WRAPPED, Adapter, add_base, plain
 from litpeft.exchange.exports.peft_tokens import add_rows, note_ids, taken_out
 from litpeft.exchange.result import Run
 from litpeft.model.build import deltas_alone
+from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method
 from litpeft.model.families import split_name
 from litpeft.model.families.names import NameMap
@@ -135,6 +136,8 @@ def prompt(model: GPT, said: Mapping[str, Said], base: Mapping[str, Tensor]) -> 
     if "after_embed" not in said:
         if [*said] != keys:
             raise CannotExport("keys and values stand before the text in some blocks only")
+        if (step := step_of_keys(config)) is not None:
+            raise CannotExport(f"its keys and values go through {step} of this model, and those of peft come after it")
         kind, width, heads = "PREFIX_TUNING", config.n_kv_heads * config.head_dim, config.n_kv_heads
     if any(one.size(1) != width for one in vectors):
         raise CannotExport("keys and values are not of one size in all blocks, and peft has one for all")
@@ -148,6 +151,17 @@ def prompt(model: GPT, said: Mapping[str, Said], base: Mapping[str, Tensor]) -> 
     }
     facts |= {"prefix_projection": False, "encoder_hidden_size": width} if kind == "PREFIX_TUNING" else {}
     return Adapter(facts, {"prompt_embeddings": torch.cat(vectors, 1)})
+
+
+def step_of_keys(config: ModelConfig) -> str | None:
+    """Returns what keys and values go through, beside their positions, before attention reads them; None: nothing."""
+    if config.qk_norm is not None or config.value_norm:
+        return "norms"
+    if config.clip_qkv is not None:
+        return "a clamp"
+    ropes = [config.layer(layer).rope for layer in range(config.n_layers)]
+    scalings = [rope.scaling for rope in ropes if rope is not None and rope.scaling is not None]
+    return "a scale of rotary positions" if any(one.attention_factor != 1 for one in scalings) else None
 
 
 def beside_layers(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from litpeft.core.errors import some
 from litpeft.core.safetensors import Weights
-from litpeft.exchange.exports.peft import SHARED, WRAPPED, as_lora
+from litpeft.exchange.exports.peft import SHARED, WRAPPED, as_lora, step_of_keys
 from litpeft.exchange.exports.peft_tokens import TOKEN_ROWS
 from litpeft.exchange.imports.peft_keys import Ia3Keys, Keys, LayerKeys, LoraKeys, NormKeys, PromptKeys, VeraKeys, fits
 from litpeft.methods.dora import DoRA
@@ -235,6 +235,9 @@ def before_text(keys: PromptKeys, tensors: Mapping[str, Tensor], names: NameMap)
         raise ValueError(f"there must be one tensor, prompt_embeddings, got {some(sorted(tensors))}")
     config, count, vectors = names.config, keys.num_virtual_tokens, tensors["prompt_embeddings"]
     if keys.peft_type == "PREFIX_TUNING":
+        if (step := step_of_keys(config)) is not None:
+            what = f"peft_type PREFIX_TUNING is not read for this base: keys and values go through {step} in it"
+            raise ValueError(f"{what}, and those of peft come after it")
         method, width = Prefix(prompt_length=count), config.n_kv_heads * config.head_dim
         places = [f"blocks.{layer}.attn.{leaf}.slot" for layer in range(config.n_layers) for leaf in "kv"]
     else:
