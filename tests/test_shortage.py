@@ -61,3 +61,12 @@ def test_where_the_tokens_of_a_pass_are_left_open_they_are_as_many_as_fit(free: 
     percent, tokens = re.search(r"(\d+)% of .+ with ([\d,]+) tokens", said).groups()
     assert int(percent) <= 100 * SHARE
     assert (tokens == "8,192") == (free == 100e9)
+
+
+@pytest.mark.parametrize(
+    ("storage", "mode", "measured"), [(None, "none", 41.6), ("nf4", "none", 31.4), (None, "block", 21.5)]
+)
+def test_eight_billion_weights_need_what_was_measured_on_a_gpu(storage: str | None, mode: str, measured: float) -> None:
+    """The figures, in GB, are those of an H200 in tutorials/performance.md."""
+    told = told_of(LLAMA_8B, storage, micro_tokens=8192, batch_size=16, activation_checkpointing=mode)
+    assert sum(told.held().values()) / 1e9 == pytest.approx(measured, rel=0.03)

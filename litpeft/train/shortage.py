@@ -112,7 +112,7 @@ class Shortage:
         """Returns the bytes of the logits and of what the device keeps for the backward pass of so many tokens."""
         config, blocks = self.shapes.config, self.shapes.blocks
         mode = mode or self.settings.train.activation_checkpointing
-        size = 2 if self.precision.name.startswith(("bf16", "16")) else self.precision.weights.itemsize
+        size = self.precision.weights.itemsize
         fused, cheap = self.fused(size), mode == "cheap"
         kept_by = Kept(cheap or fused, size, self.gpu, self.longest)
         each, copied = [kept_by.of(block) for block in blocks], [copies(block, size, cheap) for block in blocks]
