@@ -67,6 +67,12 @@ def test_a_row_is_known_by_its_keys_and_trains_what_the_plain_chat_trains(name, 
     assert f"{form} (1 row{note})" in str(data.report) or form == "messages"
 
 
+def test_other_services_answer_as_the_assistant() -> None:
+    for name in ("gpt", "chatgpt", "bing", "bard", "model"):
+        chat = [{"from": "human", "value": "a"}, {"from": name, "value": "b"}]
+        assert [turn.role for turn in FORMATS["sharegpt"].turns({"conversations": chat})] == ["user", "assistant"]
+
+
 @pytest.mark.parametrize(
     ("record", "told"),
     [

@@ -15,7 +15,8 @@ OTHER_SHAPE = dict.fromkeys(
 OF_TOOLS = ("tool_calls", "tool_call_id")
 CALL = "function_call"  # a role of ShareGPT's: the assistant, whose text is a call
 SHARED_ROLES = {"human": "user", "gpt": "assistant", "system": "system", CALL: "assistant", "observation": "tool"}
-SHARED_ROLES |= {name: name for name in ("user", "assistant", "tool")}
+SHARED_ROLES |= {"user": "user", "assistant": "assistant", "tool": "tool", "function_response": "tool"}
+SHARED_ROLES |= dict.fromkeys(("chatgpt", "bing", "bard", "model"), "assistant")  # of chats with other services
 
 
 @dataclass(frozen=True)
