@@ -118,6 +118,9 @@ def test_a_workbook_is_read_sheet_by_sheet_as_it_is_shown(tmp_path: Path) -> Non
     first["B5"].value, first["B5"].number_format = 0.25, "0%"
     for row in ([], ["question", "note", "answer"], ["sure?", None, True], ["sum?", "x", "=1+1"], ["a", "b", "c", "d"]):
         second.append(row)
+    for name, cell in (("Old", "left over"), ("Empty", None)):
+        book.create_sheet(name).append([cell])
+        book[name].sheet_state = "hidden"
     book.save(path)
     assert values(path) == {
         "Sheet:2": {"question": "1 + 1?", "answer": "2"},
@@ -126,6 +129,7 @@ def test_a_workbook_is_read_sheet_by_sheet_as_it_is_shown(tmp_path: Path) -> Non
         "More:3": {"question": "sure?", "answer": "TRUE"},
         "More:4": "cell C4 is a formula without a value: save the workbook in a spreadsheet program",
         "More:5": "cell D5 stands in a column without a name: row 2 has the names of the columns",
+        "Old": "the sheet is hidden: show it to train on its rows, or delete it",
     }
     (tmp_path / "no.xlsx").write_text("x")
     with pytest.raises(DataError, match=r"no.xlsx: this is no workbook that openpyxl reads"):

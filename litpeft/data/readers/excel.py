@@ -21,6 +21,11 @@ def read(handle: BinaryIO, place: str) -> Iterator[Record]:
         raise DataError(what, where=place, hint="save it as .xlsx, or as .csv in UTF-8") from None
     for sheet, formulas in zip(*(book.worksheets for book in books), strict=True):
         where, names = f"{place}:{sheet.title}", {}
+        if sheet.sheet_state != "visible":
+            what = "the sheet is hidden: show it to train on its rows, or delete it"
+            if any(cell.value not in (None, "") for cells in sheet.iter_rows() for cell in cells):
+                yield Record(where, problem=what)
+            continue
         for number, (cells, written) in enumerate(zip(sheet.iter_rows(), formulas.iter_rows(), strict=True), 1):
             filled = {at: cell for at, cell in enumerate(cells) if cell.value not in (None, "")}
             both = zip(cells, written, strict=True)
