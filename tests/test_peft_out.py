@@ -121,7 +121,7 @@ def test_peft_computes_what_the_run_computes(case: str, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("family", "name", "settings", "told"),
     [
-        ("llama", "adapter", {}, "peft has nothing like PromptAttention at blocks.0.attn.core"),
+        ("llama", "adapter", {}, "peft's adaption prompt has one gate for all heads of a layer, without tanh"),
         ("llama", "bitfit", {"add_missing": True}, "it changes attention_bias, mlp_bias in config.json"),
         ("gpt2", "bitfit", {}, "peft has nothing like Shift at blocks.0.attn.q.slot"),
         ("llama", "bottleneck", {}, "peft has nothing like "),

@@ -35,6 +35,7 @@ class PromptAttention(Delta):
     """
 
     claims = "the attention"
+    unlike_peft = "peft's adaption prompt has one gate for all heads of a layer, without tanh, and this has one a head"
 
     def __init__(self, width: int, heads: int, prompt_length: int):
         super().__init__()

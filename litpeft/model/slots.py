@@ -65,6 +65,7 @@ class Delta(Stated):
     infix_tokens: int = 0  # and positions between its prompt and its answer
     at_prompt: bool = False  # whether where it acts depends on the length of the prompt
     stretch: float = 1.0  # in GPT.rope: how many times as many tokens the model can read
+    unlike_peft: ClassVar[str] = ""  # in words: how peft's method of this kind differs, where there is one
     vanishes: ClassVar[bool] = False  # outside of training it does nothing but what `Method.configure` writes down
 
     def factors(self) -> Factors | None:

@@ -113,7 +113,8 @@ def spoken(place: str, slot: Slot, storage: Storage | None) -> tuple[Said, float
             raise CannotExport(f"its base is held in {storage.name} with codes that were chosen for what it learned")
     found = [delta.peft() for delta in deltas]
     if None in found:
-        raise CannotExport(f"peft has nothing like {type(deltas[found.index(None)]).__name__} at {place}")
+        other = type(deltas[found.index(None)])
+        raise CannotExport(other.unlike_peft or f"peft has nothing like {other.__name__} at {place}")
     if len(found) > 1:
         if any(parts.keys() != LORA for parts in found):
             what = f"{' and '.join(slot.deltas)} act on the same layer, {place}"
