@@ -22,7 +22,7 @@ from litpeft.model.fold import unfoldable
 from litpeft.model.quantize import STORAGES, Storage
 
 IDS = torch.randint(0, TINY["vocab_size"], (2, 30), generator=torch.Generator().manual_seed(5))
-LEARN = "--train.epochs", "3", "--train.lr", "1e-2"
+LEARN = "--train.epochs", "3", "--train.lr", "1e-2", "--validation.max_rows", "100"  # all that are held out
 
 
 def fails(capsys, *argv: str) -> tuple[int, str]:
