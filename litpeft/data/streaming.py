@@ -35,7 +35,7 @@ from litpeft.data.tokenise import DataSet, Tokeniser, load_dataset
 
 SAMPLES, SAMPLE = 64, 1 << 20  # parts of a large file that stand for it, and their bytes
 OF_THE_FIRST = (
-    *("formats", "unread", "weights", "straddling", "unlike", "difference"),
+    *("formats", "unread", "thoughts", "weights", "straddling", "unlike", "difference"),
     *("split_rows", "split_pieces", "empty_pieces"),
 )
 Windows = list[list[int]]  # by epoch: the rows of each window

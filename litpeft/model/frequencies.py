@@ -19,7 +19,7 @@ def rope_frequencies(
     factor, original = scaling.factor, scaling.original_positions
     if scaling.kind == "dynamic":
         stretch = factor * torch.tensor(max(length, original), device=device) / original - (factor - 1)
-        return 1.0 / (theta * stretch ** (size / (size - 2))) ** exponent
+        return 1.0 / (theta * stretch ** (size / max(size - 2, 1))) ** exponent  # of size 2 the one frequency is 1
     if scaling.kind == "longrope":
         divisors = scaling.long_factors if length > original else scaling.short_factors
         return 1.0 / (torch.tensor(divisors, device=device) * theta**exponent)
