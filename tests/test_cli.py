@@ -119,7 +119,10 @@ def test_wrong_words_are_named_with_the_nearest_right_one(argv: list[str], messa
     assert message in f"{line}\n"
 
 
-@pytest.mark.parametrize("name", ["finetune lora", "finetune full", "generate", "merge", "evaluate"])
+FULL = pytest.param("finetune full", marks=pytest.mark.full)  # its settings are those of lora, but the method's
+
+
+@pytest.mark.parametrize("name", ["finetune lora", FULL, "generate", "merge", "evaluate"])
 def test_a_value_of_another_type_is_told_in_plain_words_with_its_key(name: str, tmp_path, capsys) -> None:
     wrong = {key: kind for key, kind in kinds(name).items() if str not in alternatives(kind)}
     assert len(wrong) > 1

@@ -34,9 +34,14 @@ def loss(model: GPT, lengths: tuple[int, ...]) -> torch.Tensor:
     return model(ids, context, at=torch.arange(ids.numel() - 1), targets=ids[0, 1:])
 
 
-@pytest.mark.slow
+# Their blocks compute what those of lora, of prefix and of prompt do.
+ALIKE = "lora_fa", "pissa", "loftq", "eva", "lora_ga", "lq_lora", "ptuning_v2", "ptuning"
+
+
 @needs_compiler
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in ALIKE else pytest.mark.slow) for name in METHODS]
+)
 def test_every_method_learns_the_same(tiny_folder: Path, name: str) -> None:
     plain, compiled = make(tiny_folder, name), make(tiny_folder, name)
     compile_blocks(compiled, CPU)
