@@ -42,8 +42,11 @@ def test_a_run_resumed_after_any_step_is_the_same_run(method, layout, steps, tin
         assert_same(resume(tiny_folder, cut(whole, step, tmp_path / f"after-{step}"), settings, name), whole)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "number"), [("lora", 20), ("full", 15), ("adapter", 15)])
+ADAPTER = pytest.param("adapter", 15, marks=pytest.mark.full)  # it saves as lora does
+LORA, FULL = (pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", 20), ("full", 15)))
+
+
+@pytest.mark.parametrize(("method", "number"), [LORA, FULL, ADAPTER])
 def test_a_run_killed_again_and_again_is_lost_in_no_part(method: str, number: int, tiny_folder, tmp_path: Path) -> None:
     whole = train(tiny_folder, tmp_path / "whole", LONG, method)
     kills(tiny_folder, whole, tmp_path, number, LONG, method, seed=1)
