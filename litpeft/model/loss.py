@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from litpeft.model.kernels import fused
-from litpeft.model.kernels.ops import product
-from litpeft.model.slots import Linear, is_empty, product_dtype
+from litpeft.model.kernels.ops import product, product_dtype
+from litpeft.model.slots import Linear, is_empty
 
 CHUNK = 256  # positions whose logits exist at one time
 SOFTMAX_CHUNK = 1 << 21  # logits whose softmax a CPU computes at once: their float32 copy fits its cache

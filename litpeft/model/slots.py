@@ -189,13 +189,6 @@ def is_empty(module: nn.Module) -> bool:
     return type(module) is Slot and not module.deltas
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Returns the type in which a product with x is computed: that of x, unless autocast says otherwise."""
-    device = x.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
-
-
 class Linear(nn.Linear):
     """y = slot(W x + b). A storage class (a quantised weight) overrides `base` and `dense` only."""
 

@@ -29,6 +29,13 @@ def has_onednn() -> bool:
     return operators and torch.backends.mkldnn.is_available()
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Returns the type in which a product with x is computed: that of x, unless autocast says otherwise."""
+    device = x.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns W x + b: (..., in) -> (..., out). A weight of another type is cast to that of x.
 

@@ -9,6 +9,7 @@ QLoRA https://arxiv.org/abs/2305.14314. The bytes are those of bitsandbytes.
 import torch
 from torch import Tensor
 
+from litpeft.model.kernels.ops import product_dtype
 from litpeft.model.quantize.codes import (
     BLOCK,
     GROUP,
@@ -20,7 +21,6 @@ from litpeft.model.quantize.codes import (
     quantize_absmax,
 )
 from litpeft.model.quantize.quantized import Quantized
-from litpeft.model.slots import product_dtype
 
 
 class FourBit(Quantized):

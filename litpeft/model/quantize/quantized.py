@@ -8,9 +8,9 @@ from torch import Tensor
 
 from litpeft.model.affine import Affine
 from litpeft.model.gpt import GPT
-from litpeft.model.kernels.ops import product
+from litpeft.model.kernels.ops import product, product_dtype
 from litpeft.model.quantize import storage_class
-from litpeft.model.slots import Linear, product_dtype
+from litpeft.model.slots import Linear
 
 
 class Product(torch.autograd.Function):
