@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import in_float64, make_folder
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from random_adapter import write_adapter
 from safetensors.torch import load_file
 from short_runs import QUIET, Settings, assert_same, cut, newest, train
 from transformers import AutoModelForCausalLM
@@ -53,14 +54,7 @@ def test_a_run_begins_where_another_ended_and_its_resume_is_the_same_run(method:
 
 def make_adapter(base: Path, folder: Path, **keys: object) -> Path:
     """Writes an adapter of peft with random tensors; returns its folder."""
-    torch.manual_seed(7)
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=7, **keys)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    write_adapter(base, folder, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=7, **keys))
     return folder
 
 

@@ -2,33 +2,21 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from chat_samples import bpe
 from conftest import finetune, make_folder
 from families.tiny_families import make_family
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig
+from random_adapter import write_adapter
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
 from litpeft.core.errors import ModelError
 from litpeft.core.exports import EXPORTS
 from litpeft.exchange.diff import opened
 from litpeft.exchange.inspect import as_text, facts
-
-
-def write_adapter(base: Path, folder: Path, config: object) -> torch.nn.Module:
-    torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return model
 
 
 @torch.no_grad()
