@@ -5,10 +5,13 @@
     P = W_2 relu(W_1 LSTM(E))                       with encoder lstm: two layers in both directions, `hidden` wide
 
 P-tuning https://arxiv.org/abs/2103.10385. Of the network a run's result keeps what it computes, T and U.
-Trains E, with n d parameters, and the network. With h = `hidden` the network has
+Trains E and the network. E has n d parameters. With h = `hidden` the network has, for `encoder` mlp,
 
-    mlp     (d h + h) + (h^2 + h) + (h d + d)
-    lstm    8 h (d + h + 2) + 8 h (3 h + 2)  in the two layers of the LSTM, and (4 h^2 + 2 h) + (2 h d + d)
+    W_1 (d h + h),  W_2 (h^2 + h),  W_3 (h d + d)
+
+and for lstm
+
+    first LSTM layer 8 h (d + h + 2),  second 8 h (3 h + 2),  W_1 (4 h^2 + 2 h),  W_2 (2 h d + d)
 
 Does not fold: the vectors are part of what is read. For peft it is prompt tuning if none stand after the prompt.
 """

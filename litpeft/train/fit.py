@@ -126,7 +126,7 @@ class Trainer:
         progress, settings, vocabulary = self.progress, self.settings, self.gpt.config.vocab_size
         check_moved(progress, self.before, trainable(self.gpt).values(), self.fabric)
         held_out = [loss for _, loss in progress.validations]
-        # a loss that fell from below that of a guess shows without a gradient that something was learned
+        # the model was better than a guess, and its loss fell: it has learned, and no gradient has to be computed
         fell = len(held_out) > 1 and held_out[-1] < held_out[0] < math.log(vocabulary)
         if progress.step > SHORT or fell:
             check_loss(progress, progress.losses[-1], vocabulary)

@@ -156,7 +156,10 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
 
 
 def rows_identity(rows: DataSet, stream: Stream | None, saved: Checkpoint | None) -> str:
-    """Returns what stands for the rows: of a run that an earlier version began, what that version took for them."""
+    """Returns a hash of the rows, or of a stream's files.
+
+    Earlier versions hashed the rows in another way. If a saved run has that hash of the same rows, it is returned.
+    """
     if stream is not None:
         return stream.sha256(rows.validation)
     groups = rows.train, rows.validation
