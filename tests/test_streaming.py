@@ -105,7 +105,7 @@ def test_files_that_changed_are_an_error_and_not_other_rows(tmp_path, template) 
 def test_the_memory_of_a_stream_is_that_of_a_window(tmp_path, template, monkeypatch) -> None:
     monkeypatch.setattr(tokenise, "CHUNK", 20)
     held = []
-    for count in (40, 40, 320):  # the first warms up
+    for count in (40, 40, 2040):  # the first warms up
         stream = stream_of(Data(write(tmp_path / "r.jsonl", count), None, 0.0, streaming=True, window=40), template)
         tracemalloc.start()
         steps = stream.steps(8, 0, [])
@@ -113,7 +113,7 @@ def test_the_memory_of_a_stream_is_that_of_a_window(tmp_path, template, monkeypa
         gc.collect()
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
-    assert held[2] - held[1] < 280 * 20  # bytes
+    assert held[2] - held[1] < 2000 * 20  # bytes; a thread may be amid the next window, of some 10 kB
 
 
 def test_a_streamed_run_resumed_after_any_step_is_the_same_run(tiny_folder, tmp_path) -> None:
