@@ -26,7 +26,7 @@ from litpeft.model.known_block import at_defaults  # noqa: E402
 from litpeft.model.objective import summed_loss  # noqa: E402
 from litpeft.model.quantize import Storage  # noqa: E402
 from litpeft.model.slots import Delta  # noqa: E402
-from litpeft.train.fused_block import SWITCHES, groups_of, handles, run  # noqa: E402
+from litpeft.train.fused_block import SWITCHES, groups_of, handles, lay_together, run  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Triton's interpreter takes the bits of a bfloat16 in tl.dot for a whole number
@@ -52,6 +52,8 @@ def made(folder: Path, dtype: torch.dtype, fused: bool, method: LoRA, storage: S
     for parameter in trainable(model).values():  # what starts at zero would have no gradient behind it
         parameter.data += 0.1 * torch.randn(parameter.shape).to(parameter)
     model.fused = step if fused else None
+    if fused:
+        lay_together(model)
     return model.train()
 
 
@@ -99,6 +101,26 @@ def test_in_half_precision_too(folder: Path, storage: str | None) -> None:
     for key in want:
         error, allowed = ((x[key] - want[key]).norm() for x in (fused, plain))
         assert error <= 1.5 * allowed + 0.01 * want[key].norm(), key
+
+
+@pytest.mark.parametrize("storage", [None, "nf4", "fp8"])
+def test_weights_that_lie_together_are_the_layers_own(folder: Path, storage: str | None) -> None:
+    apart, model = (build(folder, HALF, None, DEVICE, storage and Storage(storage)) for _ in range(2))
+    want = {name: tensor.clone() for name, tensor in apart.state_dict().items()}
+    before = sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
+    lay_together(model)
+    assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    assert sum(storages.values()) == before
+    for there, block in zip(apart.blocks, model.blocks, strict=True):
+        for group, alone in zip(groups_of(block), groups_of(there), strict=True):
+            assert bool(group.stacked) == (storage != "nf4")
+            assert len(group.layers) == 1 or not alone.stacked
+            assert torch.equal(group.weight(HALF), torch.cat([layer.dense().to(HALF) for layer in alone.layers]))
+            assert torch.equal(group.weight(HALF), alone.weight(HALF))
+    block = model.blocks[0]  # a weight that is replaced is seen, and what others hold is not read in its place
+    block.attn.k.weight = torch.nn.Parameter(block.attn.k.weight.detach().clone(), requires_grad=False)
+    assert groups_of(block)[0].stacked == ()
 
 
 def test_a_second_backward_pass_is_refused(folder: Path) -> None:

@@ -28,21 +28,21 @@ from litpeft.model.delta import attach, trainable  # noqa: E402
 from litpeft.model.gpt import GPT, Block  # noqa: E402
 from litpeft.model.kernels import triton as kernels  # noqa: E402
 from litpeft.model.kernels import triton_block  # noqa: E402, F401 (its kernels are made before operators are watched)
-from litpeft.train.fused_block import groups_of, run  # noqa: E402
+from litpeft.train.fused_block import groups_of, lay_together, run  # noqa: E402
 from litpeft.train.recorded_pass import RecordedPass, Size  # noqa: E402
 
 HALF = torch.float16  # Triton's interpreter takes the bits of a bfloat16 in tl.dot for a whole number
 D, HEADS, HEAD, WIDTH, RANK, TOKENS = 64, 4, 16, 96, 4, 16
 CONFIG = ModelConfig(320, D, 1, HEADS, HEADS, HEAD, d_ff=WIDTH, max_positions=64)
 
-# Of one block with LoRA on its seven layers. Products with frozen weights, two of them added to the residual stream;
-# with the A of four inputs; with the B of v. Then our kernels, and what is small: scale times B, and casts to half.
-FORWARD = Counter(mm=5 + 4, addmm_=2 + 1, _rms_norm=2, _rotate=2, _swiglu=1, _add=2, attention=1)
+# Of one block with LoRA on its seven layers. Products with frozen weights, of the layers that read the same input in
+# one, two of the four added to the residual stream; with the A of four inputs; with the B of v. Then our kernels, and what is small: scale times B, and casts to half.
+FORWARD = Counter(mm=2 + 4, addmm_=2 + 1, _rms_norm=2, _rotate=2, _swiglu=1, _add=2, attention=1)
 FORWARD += Counter(mul=7, cat=2, _to_copy=4 + 7)
 # Products for the gradient of down's input, of A x and B in seven layers, and of A of four inputs; the gradients of the
-# other three inputs begin with that of A x, to which the products of six layers are added.
-BACKWARD = Counter(mm=1 + 7 + 7 + 4 + 3, addmm_=6, _rms_norm_backward=2, _rotate=2, _swiglu_backward=1, attention=1)
-BACKWARD += Counter(mul=7 + 4, cat=2, clone=1, _to_copy=14 + 2)
+# other three inputs begin with that of A x, to which a product is added. That of v is copied beside those of q and k.
+BACKWARD = Counter(mm=1 + 7 + 7 + 4 + 3, addmm_=3, _rms_norm_backward=2, _rotate=2, _swiglu_backward=1, attention=1)
+BACKWARD += Counter(mul=7 + 4, cat=2, copy_=1, clone=1, _to_copy=14 + 2)
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount", "item"}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "_unsafe_view"}
@@ -95,6 +95,7 @@ def model() -> GPT:
     attach(model, LoRA(rank=RANK))
     for parameter in trainable(model).values():
         parameter.data = 0.1 * torch.randn(parameter.shape)
+    lay_together(model)
     return model.train()
 
 

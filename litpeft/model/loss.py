@@ -10,7 +10,13 @@ from litpeft.model.kernels.ops import product, product_dtype
 from litpeft.model.slots import Linear, is_empty
 
 CHUNK = 256  # positions whose logits exist at one time
+GPU_CHUNK = 512  # on a GPU, where each chunk reads the head from memory: 9 % faster than 256, for an 8B on an H200
 SOFTMAX_CHUNK = 1 << 21  # logits whose softmax a CPU computes at once: their float32 copy fits its cache
+
+
+def chunk(device: torch.device) -> int:
+    """Returns the positions whose logits exist at one time."""
+    return GPU_CHUNK if device.type == "cuda" else CHUNK
 
 
 def finished(logits: Tensor, scale: float, cap: float | None) -> Tensor:
@@ -37,8 +43,9 @@ def summed_cross_entropy(
     if len(targets) and is_empty(head.slot) and head.bias is None and cap is None and dtype != torch.float16:
         return _Summed.apply(x if scale == 1 else x * scale, head.dense(), targets, dtype, weights)
     total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    for start in range(0, max(1, len(targets)), CHUNK):  # without targets one pass: a zero whose gradient is zeros
-        part = slice(start, start + CHUNK)
+    size = chunk(x.device)
+    for start in range(0, max(1, len(targets)), size):  # without targets one pass: a zero whose gradient is zeros
+        part = slice(start, start + size)
         given = head, x[part], targets[part], scale, cap, None if weights is None else weights[part]
         if torch.is_grad_enabled():
             random = not is_empty(head.slot)  # as dropout is; the state of a GPU's generator cannot be recorded
@@ -77,8 +84,9 @@ class _Summed(torch.autograd.Function):
         dweight = torch.zeros(weight.shape, dtype=wide, device=x.device) if ctx.needs_input_grad[1] else None
         weight, rows = weight.to(dtype), x.to(dtype)
         factors = None if weights is None else weights.to(wide)[:, None]  # (N, 1)
-        for start in range(0, len(targets), CHUNK):
-            at = slice(start, start + CHUNK)
+        size = chunk(x.device)
+        for start in range(0, len(targets), size):
+            at = slice(start, start + size)
             part, factor = rows[at], None if factors is None else factors[at]
             logits = product(part, weight)
             total += _losses(logits, targets[at], wide, any(ctx.needs_input_grad), factor)

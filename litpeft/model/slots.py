@@ -192,6 +192,7 @@ def is_empty(module: nn.Module) -> bool:
 class Linear(nn.Linear):
     """y = slot(W x + b). A storage class (a quantised weight) overrides `base` and `dense` only."""
 
+    stacks: ClassVar[tuple[str, ...]] = ("weight",)  # tensors with a row an output, from which `multiply` computes
     packed_in: Any = None  # a PackedLinears of generate/cpu, set there; layers that read the same input share one
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
@@ -212,10 +213,16 @@ class Linear(nn.Linear):
         """Returns the weight (out, in) that `base` multiplies with."""
         return self.weight
 
-    def multiply(self, x: Tensor, back: bool = False) -> Tensor | None:
+    def write_dense(self, out: Tensor) -> None:
+        """Writes the weight over `out` (out, in)."""
+        out.copy_(self.dense())
+
+    @classmethod
+    def multiply(cls, x: Tensor, stacked: tuple[Tensor, ...], back: bool = False) -> Tensor | None:
         """Returns W x (..., out) without autograd; with `back`, the gradient (..., in) of x where x is that of W x.
 
-        For storages with a product of their own. None: the caller multiplies with `dense`.
+        `stacked` are the tensors called `stacks` of one layer, or of several one after the other. For storages with a
+        product of their own. None: the caller multiplies with `dense`.
         """
         return None
 

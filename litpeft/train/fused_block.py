@@ -7,12 +7,10 @@ Letters: N tokens, d model width, F width of the MLP, r rank, R sum of the ranks
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
@@ -23,47 +21,10 @@ from litpeft.model.gpt import GPT, Block
 from litpeft.model.kernels import gpu_kernels
 from litpeft.model.known_block import READ, at_defaults, is_llama
 from litpeft.model.norms import RMSNorm
-from litpeft.model.slots import Linear, is_empty
+from litpeft.train.group import Group, parts_of
 
-THICK = 64  # rank above which an update is better two products of its own
 SWITCHES = READ | {"qkv_bias"}  # of the model, that are heeded here
 HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass
-class Group:
-    """Layers that read the same x, and the factors A (r, in) and B (out, r) of their updates: all A, then all B."""
-
-    layers: Sequence[Linear]
-    factors: list[Tensor | None]
-
-    @classmethod
-    def of(cls, *layers: Linear) -> "Group | None":
-        """Returns the group, or None if a layer trains, or its slot does something else than a low-rank update."""
-        pairs: list[tuple[Tensor | None, Tensor | None]] = []
-        for layer in layers:
-            pair = (None, None) if is_empty(layer.slot) else layer.slot.factors()
-            trains = any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
-            if trains or pair is None or (pair[0] is not None and len(pair[0]) > THICK):
-                return None
-            pairs.append(pair)
-        return cls(layers, [a for a, _ in pairs] + [b for _, b in pairs])
-
-    def cast(self, factors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """Returns A of all layers (R, in) and B (out, r) of each, in the type of the products; r is 0 for no update."""
-        as_, bs = factors[: len(self.layers)], factors[len(self.layers) :]
-        first, device = self.layers[0], self.layers[0].weight.device
-        given = [a for a in as_ if a is not None]
-        given = given or [torch.empty(0, first.in_features, dtype=dtype, device=device)]
-        a = _joined(given, 0).to(dtype)
-        sizes = [layer.out_features for layer in self.layers]
-        empty = (torch.empty(size, 0, dtype=dtype, device=device) for size in sizes)
-        return a, [e if b is None else b.to(dtype) for b, e in zip(bs, empty, strict=True)]
-
-    def gradients(self, da: Tensor, dbs: Sequence[Tensor], types: Sequence[torch.dtype | None]) -> list[Tensor | None]:
-        """Returns the gradients in the order of the factors and in their types; None where there is no update."""
-        das = da.split([db.size(1) for db in dbs])
-        return [None if t is None else d.to(t) for d, t in zip([*das, *dbs], types, strict=True)]
 
 
 Groups = tuple[Group, Group, Group, Group]  # q, k, v; o; gate, up; down
@@ -88,8 +49,19 @@ def fused_step(block: Block, x: Tensor, ctx: Context) -> Tensor | None:
 
 def use_fused_step(model: GPT, device: torch.device) -> None:
     """Has a model train by `fused_step` where it lies on a GPU and has no switch that this file does not name."""
-    if device.type == "cuda" and at_defaults(model.config, SWITCHES):
-        model.fused = fused_step
+    if device.type != "cuda" or not at_defaults(model.config, SWITCHES):
+        return
+    model.fused = fused_step
+    lay_together(model)
+
+
+def lay_together(model: GPT) -> None:
+    """Moves weights that are multiplied with the same x, one after the other in memory; their layers hold views."""
+    for block in model.blocks:
+        for group in groups_of(block) or ():
+            group.lay_together()
+        if model.embed.weight.is_cuda:
+            torch.cuda.empty_cache()  # each of the former weights has left a hole of its size
 
 
 def handles(block: Block, x: Tensor, ctx: Context) -> bool:
@@ -130,53 +102,13 @@ def _attention(block: Block, x: Tensor, ctx: Context, qkv: Group, o: Group) -> T
     return _Output.apply(y, rows, o, *o.factors).view(x.shape)
 
 
-def _linear(layer: Linear, x: Tensor) -> Tensor:
-    """Returns W x + b (N, out)."""
-    bias, y = None if layer.bias is None else layer.bias.to(x.dtype), layer.multiply(x)
-    if y is None:
-        return F.linear(x, layer.dense().to(x.dtype), bias)
-    return y if bias is None else y.add_(bias)
-
-
-def _sum(x: Tensor, t: Tensor, b: Tensor, y: Tensor, layer: Linear) -> Tensor:
-    """Returns x + t b^T + W y (N, out)."""
-    updated, product = kernels().updated(x, t, b) if b.size(1) else None, layer.multiply(y)
+def _sum(x: Tensor, t: Tensor, b: Tensor, y: Tensor, group: Group) -> Tensor:
+    """Returns x + t b^T + W y (N, out) of a group of one layer."""
+    updated, product = kernels().updated(x, t, b) if b.size(1) else None, group.own_product(y)
     if product is not None:
         return product.add_(x if updated is None else updated)
-    weight = layer.dense().to(x.dtype).T
+    weight = group.weight(x.dtype).T
     return torch.addmm(x, y, weight) if updated is None else updated.addmm_(y, weight)
-
-
-def _add_back(dx: Tensor | None, dy: Tensor, layer: Linear) -> Tensor:
-    """Returns dx + W^T dy (N, in), written over dx; without dx, W^T dy."""
-    product = layer.multiply(dy, back=True)
-    if product is not None:
-        return product if dx is None else dx.add_(product)
-    weight = layer.dense().to(dy.dtype)
-    return dy @ weight if dx is None else dx.addmm_(dy, weight)
-
-
-def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _parts(t: Tensor, bs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Returns for each layer its columns of t (N, R), beside its B."""
-    return list(zip(t.split([b.size(1) for b in bs], 1), bs, strict=True))
-
-
-def _thin(dys: Sequence[Tensor], parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    """Returns the gradients of t (N, R) and of each B, of the updates t b^T."""
-    dt = _joined([dy @ b for dy, (_, b) in zip(dys, parts, strict=True)], 1)
-    return dt, [dy.T @ t for dy, (t, _) in zip(dys, parts, strict=True)]
-
-
-def _spread(dt: Tensor, a: Tensor, dys: Sequence[Tensor], layers: Sequence[Linear]) -> Tensor:
-    """Returns the gradient (N, in) of what the layers read. Each product adds to the one before as it is written."""
-    dx = dt @ a if len(a) else None
-    for dy, layer in zip(dys, layers, strict=True):
-        dx = _add_back(dx, dy, layer)
-    return dx
 
 
 def _normed(dt: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
@@ -193,11 +125,11 @@ class _Input(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, norm: RMSNorm, group: Group, rope: tuple[Tensor, Tensor], *factors: Tensor | None):
-        a, bs = group.cast(factors, x.dtype)
+        a, bs = group.cast(x.dtype, factors)
         h, scale = kernels().rms_norm(x, norm.weight, norm.eps)
         t = h @ a.T
-        q, k, v = (_linear(layer, h) for layer in group.layers)
-        of_q, of_k, (tv, bv) = _parts(t, bs)
+        q, k, v = group.product(h).split(group.sizes, 1)
+        of_q, of_k, (tv, bv) = parts_of(t, bs)
         kernels().rotate(q, of_q, *rope)
         kernels().rotate(k, of_k, *rope)
         if bv.size(1):
@@ -210,11 +142,15 @@ class _Input(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor, dx: Tensor):
         x, scale, t, a, cos, sin, *bs = ctx.saved_tensors
-        dys = [kernels().rotated_back(dq, cos, sin), kernels().rotated_back(dk, cos, sin), dv]
-        dt, dbs = _thin(dys, _parts(t, bs))
+        dy = x.new_empty(len(x), sum(ctx.group.sizes))
+        to_q, to_k, to_v = dy.split(ctx.group.sizes, 1)
+        kernels().rotate_back(dq, cos, sin, to_q)
+        kernels().rotate_back(dk, cos, sin, to_k)
+        to_v.copy_(dv)
+        dt, dbs = ctx.group.thin(dy, parts_of(t, bs))
         gradients = ctx.group.gradients(_normed(dt, x, scale, ctx.norm.weight), dbs, ctx.types)
         if ctx.needs_input_grad[0]:
-            dh = _spread(dt, a, dys, ctx.group.layers)
+            dh = ctx.group.spread(dt, a, dy)
             dx = kernels().rms_norm_backward(dh, x, ctx.norm.weight, scale, dx)
         return dx, None, None, None, *gradients
 
@@ -224,19 +160,19 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, x: Tensor, group: Group, *factors: Tensor | None) -> Tensor:
-        a, (b,) = group.cast(factors, x.dtype)
+        a, (b,) = group.cast(x.dtype, factors)
         t = y @ a.T
         ctx.group, ctx.types = group, _types(factors)
         ctx.save_for_backward(y, t, a, b)
-        return _sum(x, t, b, y, group.layers[0])
+        return _sum(x, t, b, y, group)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         y, t, a, b = ctx.saved_tensors
-        dt, dbs = _thin([dy], [(t, b)])
+        dt, dbs = ctx.group.thin(dy, [(t, b)])
         gradients = ctx.group.gradients(dt.T @ y, dbs, ctx.types)
-        return _spread(dt, a, [dy], ctx.group.layers), dy, None, *gradients
+        return ctx.group.spread(dt, a, dy), dy, None, *gradients
 
 
 class _MLP(torch.autograd.Function):
@@ -245,40 +181,38 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, norm: RMSNorm, group: Group, below: Group, recompute: bool, *factors: Tensor | None):
         count = len(group.factors)
-        a, bs = group.cast(factors[:count], x.dtype)
-        ad, (bd,) = below.cast(factors[count:], x.dtype)
-        gate, up, t, scale = _MLP.middle(x, norm, group, a)
-        y = kernels().swiglu(gate, up, _parts(t, bs))
+        a, bs = group.cast(x.dtype, factors[:count])
+        ad, (bd,) = below.cast(x.dtype, factors[count:])
+        both, t, scale = _MLP.middle(x, norm, group, a)
+        y = kernels().swiglu(*both.chunk(2, 1), parts_of(t, bs))
         td = y @ ad.T
         ctx.norm, ctx.group, ctx.below = norm, group, below
         ctx.types = _types(factors[:count]), _types(factors[count:])
-        ctx.save_for_backward(x, td, a, *bs, ad, bd, *(() if recompute else (gate, up, t, scale)))
-        return _sum(x, td, bd, y, below.layers[0])
+        ctx.save_for_backward(x, td, a, *bs, ad, bd, *(() if recompute else (both, t, scale)))
+        return _sum(x, td, bd, y, below)
 
     @staticmethod
-    def middle(x: Tensor, norm: RMSNorm, group: Group, a: Tensor) -> tuple[Tensor, ...]:
-        """Returns gate and up (N, F) without their updates, t (N, R) of these, and the scale (N,) of the norm."""
+    def middle(x: Tensor, norm: RMSNorm, group: Group, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns gate and up (N, 2 F) without their updates, t (N, R) of these, and the scale (N,) of the norm."""
         h, scale = kernels().rms_norm(x, norm.weight, norm.eps)
-        gate, up = (_linear(layer, h) for layer in group.layers)
-        return gate, up, h @ a.T, scale
+        return group.product(h), h @ a.T, scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         x, td, a, bg, bu, ad, bd, *kept = ctx.saved_tensors
-        gate, up, t, scale = kept or _MLP.middle(x, ctx.norm, ctx.group, a)
-        parts = _parts(t, (bg, bu))
-        dtd, dbd = _thin([dy], [(td, bd)])
-        y = _add_back(None, dy, ctx.below.layers[0])
-        kernels().swiglu_backward(y, gate, up, parts, (dtd, ad.T.contiguous()))  # which writes over its first three
-        for tensor in kept[:2]:
-            increment_version(tensor)  # so that a second backward pass fails
+        both, t, scale = kept or _MLP.middle(x, ctx.norm, ctx.group, a)
+        parts = parts_of(t, (bg, bu))
+        dtd, dbd = ctx.below.thin(dy, [(td, bd)])
+        y = ctx.below.add_back(None, dy)
+        kernels().swiglu_backward(y, *both.chunk(2, 1), parts, (dtd, ad.T.contiguous()))  # writes over the first three
+        increment_version(both)  # so that a second backward pass fails
         of_down = ctx.below.gradients(dtd.T @ y, dbd, ctx.types[1])
         del y
-        dt, dbs = _thin([gate, up], parts)
+        dt, dbs = ctx.group.thin(both, parts)
         of_gate_up = ctx.group.gradients(_normed(dt, x, scale, ctx.norm.weight), dbs, ctx.types[0])
         dx = None
         if ctx.needs_input_grad[0]:
-            dh = _spread(dt, a, [gate, up], ctx.group.layers)
+            dh = ctx.group.spread(dt, a, both)
             dx = kernels().rms_norm_backward(dh, x, ctx.norm.weight, scale, dy)
         return dx, None, None, None, None, *of_gate_up, *of_down

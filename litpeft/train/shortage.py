@@ -10,7 +10,7 @@ from litpeft.core.precision import Precision
 from litpeft.model.delta import Method, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.known_block import at_defaults
-from litpeft.model.loss import CHUNK
+from litpeft.model.loss import CHUNK, GPU_CHUNK
 from litpeft.model.slots import Delta
 from litpeft.train.activations import Kept, copies
 from litpeft.train.fused_block import SWITCHES, groups_of
@@ -106,7 +106,7 @@ class Shortage:
 
     def logits(self, tokens: int) -> int:
         """Returns the bytes of the logits that exist at one time; `activations` has them in it."""
-        return 2 * min(tokens, CHUNK) * self.shapes.config.vocab_size * 4
+        return 2 * min(tokens, GPU_CHUNK if self.gpu else CHUNK) * self.shapes.config.vocab_size * 4
 
     def activations(self, tokens: int, mode: Checkpointing | None = None) -> int:
         """Returns the bytes of the logits and of what the device keeps for the backward pass of so many tokens."""

@@ -83,7 +83,7 @@ def cases() -> Iterator[tuple[str, float, Callable[[], object]]]:
     hidden = x.float() if not GPU else x.clone().requires_grad_()
     head = head if GPU else head.float()
     for chunk in CHUNKS:
-        loss.CHUNK = chunk
+        loss.CHUNK = loss.GPU_CHUNK = chunk
         yield (
             f"loss in chunks of {chunk}",
             4 * V * D * N / chunk,

@@ -11,6 +11,7 @@ from torch import Tensor
 SIZE = 1024  # numbers that one program takes
 HEADS = 8  # heads that one program rotates
 CLASSES = 4096  # logits, or numbers of a row, that a program reads at a time
+ROW = 32768  # numbers of a row that a program holds while it rounds them
 TILE = 64  # rows and columns that one program transposes
 
 
@@ -58,13 +59,14 @@ def _rotate(x, y, cos, sin, x_head, x_token, y_head, y_token, heads, half, direc
     tl.store(y + half, (second * c + first * s).to(y.dtype.element_ty), mask=mask)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int, y: Tensor | None = None) -> Tensor:
     """Returns x (1, heads, T, D) with its first R numbers rotated forwards (1) or back (-1).
 
-    cos and sin (1, 1, T, R) are those of ops.rotate.
+    cos and sin (1, 1, T, R) are those of ops.rotate. With R = D the result may be written over a given y.
     """
     heads, tokens, half = x.size(1), x.size(2), cos.size(-1) // 2
-    y = torch.empty_like(x) if x.size(3) == 2 * half else x.clone()
+    if y is None:
+        y = torch.empty_like(x) if x.size(3) == 2 * half else x.clone()
     strides = (x.stride(1), x.stride(2), y.stride(1), y.stride(2))
     sizes = (HEADS, triton.next_power_of_2(half))
     _rotate[tokens, triton.cdiv(heads, HEADS)](x, y, cos, sin, *strides, heads, half, direction, sizes)
@@ -102,27 +104,29 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @triton.jit
-def _quantize_rows(x, factors, codes, scales, n, stride, scaled: tl.constexpr, size: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+def _scaled(x, factors, at, n, scaled: tl.constexpr):
+    part = tl.load(x + at, mask=at < n, other=0).to(tl.float32)
+    return part * tl.load(factors + at, mask=at < n, other=0) if scaled else part
+
+
+@triton.jit
+def _quantize_rows(x, factors, codes, scales, n, stride, scaled: tl.constexpr, whole: tl.constexpr, size: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, size)
     x += row * stride
-    largest = 0.0
-    for start in range(0, n, size):
-        at = start + tl.arange(0, size)
-        part = tl.load(x + at, mask=at < n, other=0).to(tl.float32)
-        if scaled:
-            part *= tl.load(factors + at, mask=at < n, other=0)
-        largest = tl.maximum(largest, tl.max(tl.abs(part), 0))
-    scale = (
-        tl.maximum(largest, 1.1754943508222875e-38) / 448
-    )  # of float32's normal numbers the smallest; e4m3's largest
+    part = _scaled(x, factors, at, n, scaled)
+    largest = tl.max(tl.abs(part), 0)
+    if not whole:
+        for start in range(size, n, size):
+            largest = tl.maximum(largest, tl.max(tl.abs(_scaled(x, factors, start + at, n, scaled)), 0))
+    # of float32's normal numbers the smallest; e4m3's largest
+    scale = tl.maximum(largest, 1.1754943508222875e-38) / 448
     tl.store(scales + row, scale)
-    for start in range(0, n, size):
-        at = start + tl.arange(0, size)
-        part = tl.load(x + at, mask=at < n, other=0).to(tl.float32)
-        if scaled:
-            part *= tl.load(factors + at, mask=at < n, other=0)
-        part = tl.minimum(tl.maximum(part / scale, -448.0), 448.0)
-        tl.store(codes + row * n + at, part.to(codes.dtype.element_ty), mask=at < n)
+    codes += row * n
+    for start in range(0, size if whole else n, size):
+        if not whole:
+            part = _scaled(x, factors, start + at, n, scaled)
+        rounded = tl.minimum(tl.maximum(part / scale, -448.0), 448.0).to(codes.dtype.element_ty)
+        tl.store(codes + start + at, rounded, mask=start + at < n)
 
 
 def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -130,8 +134,10 @@ def quantize_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Ten
     x = x if x.stride(1) == 1 else x.contiguous()
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    width = triton.next_power_of_2(x.size(1))
+    size = min(width, ROW)
     given = (x, x if factors is None else factors, codes, scales, x.size(1), x.stride(0), factors is not None)
-    _quantize_rows[len(x),](*given, CLASSES, num_warps=8)
+    _quantize_rows[len(x),](*given, width <= ROW, size, num_warps=max(1, min(16, size // 1024)))
     return codes, scales
 
 

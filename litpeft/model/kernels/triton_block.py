@@ -17,8 +17,8 @@ SMALLEST = 16  # size that tl.dot takes; smaller factors are padded with zeros
 
 
 @triton.jit
-def _updated(y, t, b, row, column, n, width, t_row, r, at, mask, R: tl.constexpr):
-    """Returns the tile y + t b^T in float32; t is (N, r), b is (width, r)."""
+def _updated(y, t, b, row, column, n, width, t_row: tl.constexpr, r: tl.constexpr, at, mask, R: tl.constexpr):
+    """Returns the tile y + t b^T in float32; t is (N, r), b is (width, r). R is r, padded."""
     x = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
     if R > 0:
         k = tl.arange(0, R)
@@ -29,7 +29,7 @@ def _updated(y, t, b, row, column, n, width, t_row, r, at, mask, R: tl.constexpr
 
 
 @triton.jit
-def _add(y, t, b, out, n, width, t_row, r, R: tl.constexpr, tile: tl.constexpr):
+def _add(y, t, b, out, n, width, t_row: tl.constexpr, r: tl.constexpr, R: tl.constexpr, tile: tl.constexpr):
     row = tl.program_id(1).to(tl.int64) * tile[0] + tl.arange(0, tile[0])
     column = tl.program_id(0) * tile[1] + tl.arange(0, tile[1])
     at, mask = row[:, None] * width + column[None, :], (row < n)[:, None] & (column < width)[None, :]
@@ -88,40 +88,47 @@ def _warps(size: int) -> int:
 
 @triton.jit
 def _swiglu(
-    gate, up, y, tg, bg, tu, bu, n, width, t_row, rg, ru, RG: tl.constexpr, RU: tl.constexpr, tile: tl.constexpr
-):
+    gate, up, y, tg, bg, tu, bu, n, width, y_row, t_row: tl.constexpr,
+    rg: tl.constexpr, ru: tl.constexpr, RG: tl.constexpr, RU: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * tile[0] + tl.arange(0, tile[0])
     column = tl.program_id(0) * tile[1] + tl.arange(0, tile[1])
-    at, mask = row[:, None] * width + column[None, :], (row < n)[:, None] & (column < width)[None, :]
+    at, mask = row[:, None] * y_row + column[None, :], (row < n)[:, None] & (column < width)[None, :]
     g = _updated(gate, tg, bg, row, column, n, width, t_row, rg, at, mask, RG)
     u = _updated(up, tu, bu, row, column, n, width, t_row, ru, at, mask, RU)
+    at = row[:, None] * width + column[None, :]
     tl.store(y + at, (g * u / (1 + tl.exp(-g))).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _swiglu_backward(
-    dy, gate, up, tg, bg, tu, bu, td, ad, n, width, t_row, d_row, rg, ru, rd,
+    dy, gate, up, tg, bg, tu, bu, td, ad, n, width, y_row, t_row: tl.constexpr, d_row: tl.constexpr,
+    rg: tl.constexpr, ru: tl.constexpr, rd: tl.constexpr,
     RG: tl.constexpr, RU: tl.constexpr, RD: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * tile[0] + tl.arange(0, tile[0])
     column = tl.program_id(0) * tile[1] + tl.arange(0, tile[1])
-    at, mask = row[:, None] * width + column[None, :], (row < n)[:, None] & (column < width)[None, :]
+    at, mask = row[:, None] * y_row + column[None, :], (row < n)[:, None] & (column < width)[None, :]
+    dense = row[:, None] * width + column[None, :]
     g = _updated(gate, tg, bg, row, column, n, width, t_row, rg, at, mask, RG)
     u = _updated(up, tu, bu, row, column, n, width, t_row, ru, at, mask, RU)
-    d = _updated(dy, td, ad, row, column, n, width, d_row, rd, at, mask, RD)
+    d = _updated(dy, td, ad, row, column, n, width, d_row, rd, dense, mask, RD)
     s = 1 / (1 + tl.exp(-g))
     tl.store(gate + at, (d * u * s * (1 + g * (1 - s))).to(gate.dtype.element_ty), mask=mask)
     tl.store(up + at, (d * g * s).to(up.dtype.element_ty), mask=mask)
-    tl.store(dy + at, (g * s * u).to(dy.dtype.element_ty), mask=mask)
+    tl.store(dy + dense, (g * s * u).to(dy.dtype.element_ty), mask=mask)
 
 
 def swiglu(gate: Tensor, up: Tensor, updates: tuple[tuple[Tensor, Tensor], ...]) -> Tensor:
-    """Returns silu(gate + t b^T) * (up + t b^T) of gate and up (N, F), each with an update (t (N, r), b (F, r))."""
-    y, (n, width) = torch.empty_like(gate), gate.shape
-    (tg, bg), (tu, bu) = updates
-    ranks = [bg.size(1), bu.size(1)]
+    """Returns silu(gate + t b^T) * (up + t b^T) of gate and up (N, F), each with an update (t (N, r), b (F, r)).
+
+    The rows of gate and of up may lie apart in memory, at the same distance.
+    """
+    (n, width), (tg, bg), (tu, bu) = gate.shape, *updates
+    y, ranks = gate.new_empty(n, width), [bg.size(1), bu.size(1)]
     grid = (triton.cdiv(width, COLUMNS), triton.cdiv(n, ROWS))
-    _swiglu[grid](gate, up, y, tg, bg, tu, bu, n, width, tg.stride(0), *ranks, *map(_padded, ranks), (ROWS, COLUMNS))
+    strides = (gate.stride(0), tg.stride(0))
+    _swiglu[grid](gate, up, y, tg, bg, tu, bu, n, width, *strides, *ranks, *map(_padded, ranks), (ROWS, COLUMNS))
     return y
 
 
@@ -130,12 +137,12 @@ def swiglu_backward(
 ) -> None:
     """Writes the gradients of gate and up over them, and the output of `swiglu` over dy (N, F).
 
-    The gradient of that output is dy + t a^T, where `below` is t (N, r) and a (F, r).
+    The gradient of that output is dy + t a^T, where `below` is t (N, r) and a (F, r). Rows lie as for `swiglu`.
     """
     (n, width), (tg, bg), (tu, bu), (td, ad) = gate.shape, *updates, below
     ranks = [bg.size(1), bu.size(1), ad.size(1)]
     grid = (triton.cdiv(width, COLUMNS), triton.cdiv(n, ROWS))
-    given = (dy, gate, up, tg, bg, tu, bu, td, ad, n, width, tg.stride(0), td.stride(0))
+    given = (dy, gate, up, tg, bg, tu, bu, td, ad, n, width, gate.stride(0), tg.stride(0), td.stride(0))
     _swiglu_backward[grid](*given, *ranks, *map(_padded, ranks), (ROWS, COLUMNS))
 
 
@@ -145,11 +152,13 @@ def _padded(rank: int) -> int:
 
 
 @triton.jit
-def _rotate(x, t, b, cos, sin, n, width, t_row, r, half, R: tl.constexpr, tile: tl.constexpr):
+def _rotate(
+    x, t, b, cos, sin, n, width, x_row, t_row: tl.constexpr, r: tl.constexpr, half, R: tl.constexpr, tile: tl.constexpr
+):
     row = tl.program_id(1).to(tl.int64) * tile[0] + tl.arange(0, tile[0])
     i = tl.arange(0, tile[1])
     column, fits = tl.program_id(0) * 2 * half + i, (row < n)[:, None] & (i < half)[None, :]
-    at, angle = row[:, None] * width + column[None, :], row[:, None] * 2 * half + half + i[None, :]
+    at, angle = row[:, None] * x_row + column[None, :], row[:, None] * 2 * half + half + i[None, :]
     first = _updated(x, t, b, row, column, n, width, t_row, r, at, fits, R)
     second = _updated(x + half, t, b + half * r, row, column, n, width - half, t_row, r, at, fits, R)
     c = tl.load(cos + angle, mask=fits, other=0.0).to(tl.float32)
@@ -159,15 +168,18 @@ def _rotate(x, t, b, cos, sin, n, width, t_row, r, half, R: tl.constexpr, tile: 
 
 
 def rotate(x: Tensor, update: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor) -> None:
-    """Writes x + t b^T, rotated, over x (N, H * D); cos and sin (1, 1, N, D) are those of ops.rotate."""
+    """Writes x + t b^T, rotated, over x (N, H * D); cos and sin (1, 1, N, D) are those of ops.rotate.
+
+    The rows of x may lie apart in memory.
+    """
     (n, width), (t, b), size = x.shape, update, cos.size(-1)
     tile = (ROWS, max(SMALLEST, triton.next_power_of_2(size // 2)))
     grid = (width // size, triton.cdiv(n, tile[0]))
     rank = b.size(1)
-    _rotate[grid](x, t, b, cos, sin, n, width, t.stride(0), rank, size // 2, _padded(rank), tile)
+    _rotate[grid](x, t, b, cos, sin, n, width, x.stride(0), t.stride(0), rank, size // 2, _padded(rank), tile)
 
 
-def rotated_back(dy: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns the gradient (N, H * D) of the input of `rotate`, from that of its output."""
-    heads = dy.view(1, len(dy), -1, cos.size(-1)).transpose(1, 2)
-    return kernels.rotate(heads, cos, sin, -1).transpose(1, 2).reshape(dy.shape)
+def rotate_back(dy: Tensor, cos: Tensor, sin: Tensor, dx: Tensor) -> None:
+    """Writes the gradient of the input of `rotate`, from that of its output, over dx; both are (N, H * D)."""
+    dy, dx = (x.view(1, len(x), -1, cos.size(-1)).transpose(1, 2) for x in (dy, dx))
+    kernels.rotate(dy, cos, sin, -1, dx)

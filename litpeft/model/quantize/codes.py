@@ -196,10 +196,10 @@ def dequantize_4bit(
     dtype: torch.dtype,
 ) -> Tensor:
     """Returns the weight (out, in); with `scale` and `offset` the absmax are 8-bit codes themselves."""
-    ours = gpu_kernels() if codes.is_cuda else None
-    if ours is not None and dtype in KNOWN:
-        table, weight = code_table(kind, codes.device), torch.empty(shape, dtype=dtype, device=codes.device)
-        return ours.dequantize_4bit(codes, absmax, scale, offset, table, dynamic_codes(codes.device), weight)
+    if codes.is_cuda:
+        weight = torch.empty(shape, dtype=dtype, device=codes.device)
+        if _filled(weight, codes, absmax, scale, offset, kind):
+            return weight
     kernels = has_kernels(codes.device.type)
     if scale is not None:
         if kernels:
@@ -221,6 +221,25 @@ def dequantize_4bit(
 @dequantize_4bit.register_fake
 def _(codes: Tensor, absmax: Tensor, scale: Tensor, offset: Tensor, shape: list[int], kind: str, dtype: torch.dtype):
     return codes.new_empty(shape, dtype=dtype)
+
+
+def _filled(
+    weight: Tensor, codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, kind: str
+) -> bool:
+    """Fills a weight by the project's own kernel, if that can be used; returns whether it could."""
+    ours = gpu_kernels() if codes.is_cuda else None
+    if ours is None or weight.dtype not in KNOWN or not weight.is_contiguous():
+        return False
+    table = code_table(kind, codes.device)
+    ours.dequantize_4bit(codes, absmax, scale, offset, table, dynamic_codes(codes.device), weight)
+    return True
+
+
+def fill_4bit(weight: Tensor, packed: tuple[Tensor, ...], kind: str) -> None:
+    """Writes the weight of packed tensors over `weight` (out, in); without autograd."""
+    codes, absmax, scale, offset = packed if len(packed) == 4 else (*packed, None, None)
+    if not _filled(weight, codes, absmax, scale, offset, kind):
+        weight.copy_(dequantize_4bit(codes, absmax, scale, offset, weight.shape, kind, weight.dtype))
 
 
 def product_4bit(x: Tensor, packed: tuple[Tensor, ...], outputs: int, kind: str, bias: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from litpeft.model.quantize.codes import (
     GROUP,
     absmax_in_torch,
     dequantize_4bit,
+    fill_4bit,
     has_product,
     product_4bit,
     quantize_4bit,
@@ -32,6 +33,9 @@ class FourBit(Quantized):
     def unpack(cls, packed: tuple[Tensor, ...], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         codes, absmax, scale, offset = packed if len(packed) == 4 else (*packed, None, None)
         return dequantize_4bit(codes, absmax, scale, offset, shape, cls.kind, dtype)
+
+    def write_dense(self, out: Tensor) -> None:
+        fill_4bit(out, tuple(self.packed().values()), self.kind)
 
     def base(self, x: Tensor) -> Tensor:
         x = x.to(product_dtype(x))

@@ -73,6 +73,8 @@ class RoundedProduct(torch.autograd.Function):
 class FP8(Quantized):
     """Weights as numbers of e4m3 times a scale of their row."""
 
+    stacks = ("weight", "scale")
+
     @classmethod
     def why_not(cls, device: torch.device) -> str | None:
         if device.type != "cuda" or torch.cuda.get_device_capability(device) >= CAPABILITY:
@@ -86,18 +88,20 @@ class FP8(Quantized):
         codes, scale = packed
         return (codes.view(E4M3).float() * scale[:, None]).to(dtype)
 
-    def has_product(self, x: Tensor) -> bool:
-        """Returns whether the device multiplies x with the codes."""
-        fits = self.in_features % MULTIPLE == 0 and self.out_features % MULTIPLE == 0
-        return x.is_cuda and x.dtype == torch.bfloat16 and fits and self.why_not(x.device) is None
+    @classmethod
+    def has_product(cls, x: Tensor, shape: tuple[int, int]) -> bool:
+        """Returns whether the device multiplies x with the codes (out, in)."""
+        fits = shape[0] % MULTIPLE == 0 and shape[1] % MULTIPLE == 0
+        return x.is_cuda and x.dtype == torch.bfloat16 and fits and cls.why_not(x.device) is None
 
-    def multiply(self, x: Tensor, back: bool = False) -> Tensor | None:
-        if not self.has_product(x):
+    @classmethod
+    def multiply(cls, x: Tensor, stacked: tuple[Tensor, ...], back: bool = False) -> Tensor | None:
+        if not cls.has_product(x, stacked[0].shape):
             return None
-        return (multiply_back if back else multiply)(x, self.weight, self.scale)
+        return (multiply_back if back else multiply)(x, *stacked)
 
     def base(self, x: Tensor) -> Tensor:
-        if not self.has_product(x):
+        if not self.has_product(x, self.weight.shape):
             return super().base(x)
         return RoundedProduct.apply(x, None if self.bias is None else self.bias.to(x.dtype), self.weight, self.scale)
 

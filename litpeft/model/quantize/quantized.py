@@ -41,6 +41,7 @@ class Quantized(Linear):
     All packed tensors are ordinary parameters that do not train: FSDP shards them, state dicts and files hold them.
     """
 
+    stacks = ()
     dtype: torch.dtype  # of `dense`
     double_quantize: bool
     packed_names: tuple[str, ...]  # of the parameters that hold the weight
