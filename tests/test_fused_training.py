@@ -26,7 +26,7 @@ from litpeft.model.known_block import at_defaults  # noqa: E402
 from litpeft.model.objective import summed_loss  # noqa: E402
 from litpeft.model.quantize import Storage  # noqa: E402
 from litpeft.model.slots import Delta  # noqa: E402
-from litpeft.train.fused_block import SWITCHES, groups_of, handles, lay_together, run  # noqa: E402
+from litpeft.train.fused_block import SWITCHES, FusedStep, groups_of, handles, lay_together, run  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Triton's interpreter takes the bits of a bfloat16 in tl.dot for a whole number
@@ -51,17 +51,20 @@ def made(folder: Path, dtype: torch.dtype, fused: bool, method: LoRA, storage: S
     model = build(folder, dtype, method, DEVICE, storage)
     for parameter in trainable(model).values():  # what starts at zero would have no gradient behind it
         parameter.data += 0.1 * torch.randn(parameter.shape).to(parameter)
-    model.fused = step if fused else None
+    model.fused = Anywhere(model) if fused else None
     if fused:
         lay_together(model)
     return model.train()
 
 
-def step(block: Block, x: Tensor, ctx: Context) -> Tensor:
-    groups = groups_of(block)
-    assert groups is not None
-    assert handles(block, x, ctx)
-    return run(block, x, ctx, groups)
+class Anywhere(FusedStep):
+    """A fused step on any device and in any type."""
+
+    def __call__(self, block: Block, x: Tensor, ctx: Context) -> Tensor:
+        groups = self.groups(block, x.dtype, ctx.shared)
+        assert groups is not None
+        assert handles(block, x, ctx)
+        return run(block, x, ctx, groups)
 
 
 def learned(model: GPT) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from litpeft.model.delta import attach, trainable  # noqa: E402
 from litpeft.model.gpt import GPT, Block  # noqa: E402
 from litpeft.model.kernels import triton as kernels  # noqa: E402
 from litpeft.model.kernels import triton_block  # noqa: E402, F401 (its kernels are made before operators are watched)
-from litpeft.train.fused_block import groups_of, lay_together, run  # noqa: E402
+from litpeft.train.fused_block import FusedStep, lay_together, run  # noqa: E402
 from litpeft.train.recorded_pass import RecordedPass, Size  # noqa: E402
 
 HALF = torch.float16  # Triton's interpreter takes the bits of a bfloat16 in tl.dot for a whole number
@@ -36,13 +36,14 @@ D, HEADS, HEAD, WIDTH, RANK, TOKENS = 64, 4, 16, 96, 4, 16
 CONFIG = ModelConfig(320, D, 1, HEADS, HEADS, HEAD, d_ff=WIDTH, max_positions=64)
 
 # Of one block with LoRA on its seven layers. Products with frozen weights, of the layers that read the same input in
-# one, two of the four added to the residual stream; with the A of four inputs; with the B of v. Then our kernels, and what is small: scale times B, and casts to half.
+# one, two of the four added to the residual stream; with the A of four inputs; with the B of v. Then our kernels, and what
+# is small: scale times B, and one cast of all A and B of all blocks.
 FORWARD = Counter(mm=2 + 4, addmm_=2 + 1, _rms_norm=2, _rotate=2, _swiglu=1, _add=2, attention=1)
-FORWARD += Counter(mul=7, cat=2, _to_copy=4 + 7)
+FORWARD += Counter(mul=7, _foreach_copy_=1)
 # Products for the gradient of down's input, of A x and B in seven layers, and of A of four inputs; the gradients of the
 # other three inputs begin with that of A x, to which a product is added. That of v is copied beside those of q and k.
 BACKWARD = Counter(mm=1 + 7 + 7 + 4 + 3, addmm_=3, _rms_norm_backward=2, _rotate=2, _swiglu_backward=1, attention=1)
-BACKWARD += Counter(mul=7 + 4, cat=2, copy_=1, clone=1, _to_copy=14 + 2)
+BACKWARD += Counter(mul=7 + 4, cat=2, copy_=1, clone=1, _to_copy=2, _foreach_copy_=1)
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount", "item"}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "_unsafe_view"}
@@ -81,8 +82,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield mode.counts
 
 
-def step(block: Block, x: Tensor, ctx: Context) -> Tensor:
-    return run(block, x, ctx, groups_of(block))
+class Anywhere(FusedStep):
+    def __call__(self, block: Block, x: Tensor, ctx: Context) -> Tensor:
+        return run(block, x, ctx, self.groups(block, x.dtype, ctx.shared))
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def model() -> GPT:
     model = GPT(CONFIG).to(HALF)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model.dtype, model.fused = HALF, step
+    model.dtype, model.fused = HALF, Anywhere(model)
     attach(model, LoRA(rank=RANK))
     for parameter in trainable(model).values():
         parameter.data = 0.1 * torch.randn(parameter.shape)
@@ -104,7 +106,7 @@ def test_a_block_launches_no_more_kernels_than_these(model: GPT, monkeypatch: py
     x = torch.randn(1, TOKENS, D, dtype=HALF, requires_grad=True)
     model.complete(ctx, model.kinds[0], x)
     with counted(monkeypatch) as forward:
-        y = step(model.blocks[0], x, ctx)
+        y = model.fused(model.blocks[0], x, ctx)
     dy = torch.ones_like(y)
     with counted(monkeypatch) as backward:
         y.backward(dy)
@@ -125,7 +127,7 @@ def test_a_block_keeps_these_numbers_of_each_token(model: GPT) -> None:
         return kept
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
-        y = step(model.blocks[0], x, ctx)
+        y = model.fused(model.blocks[0], x, ctx)
     y.sum().backward()
     halves = 2 * D + 4 * HEADS * HEAD + 2 * WIDTH + 7 * RANK  # x and the sum after attention; q, k, v, y; gate, up; A x
     singles = 2 + HEADS  # of both norms; the logarithm of attention's sums

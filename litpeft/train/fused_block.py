@@ -21,8 +21,9 @@ from litpeft.model.gpt import GPT, Block
 from litpeft.model.kernels import gpu_kernels
 from litpeft.model.known_block import READ, at_defaults, is_llama
 from litpeft.model.norms import RMSNorm
-from litpeft.train.group import Group, parts_of
+from litpeft.train.group import Group, cast_together, parts_of
 
+TOGETHER = 4  # blocks whose factors are cast at once
 SWITCHES = READ | {"qkv_bias"}  # of the model, that are heeded here
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,18 +41,37 @@ def kernels() -> ModuleType | None:
     return block_kernels
 
 
-def fused_step(block: Block, x: Tensor, ctx: Context) -> Tensor | None:
-    """Returns what the block makes of x (1, N, d), or None where `Block.forward` has to do it."""
-    fits = x.is_cuda and x.dtype in HALF and handles(block, x, ctx) and kernels() is not None
-    groups = groups_of(block) if fits else None
-    return None if groups is None else run(block, x, ctx, groups)
+class FusedStep:
+    """What computes the blocks of a model on a GPU, if they are known."""
+
+    def __init__(self, model: GPT):
+        self.blocks = list(model.blocks)
+
+    def __call__(self, block: Block, x: Tensor, ctx: Context) -> Tensor | None:
+        """Returns what the block makes of x (1, N, d), or None where `Block.forward` has to do it."""
+        fits = x.is_cuda and x.dtype in HALF and handles(block, x, ctx) and kernels() is not None
+        groups = self.groups(block, x.dtype, ctx.shared) if fits else None
+        return None if groups is None else run(block, x, ctx, groups)
+
+    def groups(self, block: Block, dtype: torch.dtype, shared: dict) -> Groups | None:
+        """Returns the groups of a block, made with those of the blocks after it, so that their factors are cast at once.
+
+        Not of all blocks: the GPU would wait for the first.
+        """
+        made: dict[Block, Groups | None] = shared.setdefault(FusedStep, {})
+        if block not in made:
+            first = self.blocks.index(block)
+            found = {one: groups_of(one) for one in self.blocks[first : first + TOGETHER]}
+            cast_together([group for groups in found.values() for group in groups or ()], dtype)
+            made.update(found)
+        return made[block]
 
 
 def use_fused_step(model: GPT, device: torch.device) -> None:
-    """Has a model train by `fused_step` where it lies on a GPU and has no switch that this file does not name."""
+    """Has a model train by a FusedStep where it lies on a GPU and has no switch that this file does not name."""
     if device.type != "cuda" or not at_defaults(model.config, SWITCHES):
         return
-    model.fused = fused_step
+    model.fused = FusedStep(model)
     lay_together(model)
 
 
@@ -104,11 +124,11 @@ def _attention(block: Block, x: Tensor, ctx: Context, qkv: Group, o: Group) -> T
 
 def _sum(x: Tensor, t: Tensor, b: Tensor, y: Tensor, group: Group) -> Tensor:
     """Returns x + t b^T + W y (N, out) of a group of one layer."""
-    updated, product = kernels().updated(x, t, b) if b.size(1) else None, group.own_product(y)
+    product = group.own_product(y)
     if product is not None:
-        return product.add_(x if updated is None else updated)
+        return kernels().updated(x, t, b, product) if b.size(1) else product.add_(x)
     weight = group.weight(x.dtype).T
-    return torch.addmm(x, y, weight) if updated is None else updated.addmm_(y, weight)
+    return kernels().updated(x, t, b).addmm_(y, weight) if b.size(1) else torch.addmm(x, y, weight)
 
 
 def _normed(dt: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
@@ -204,8 +224,8 @@ class _MLP(torch.autograd.Function):
         both, t, scale = kept or _MLP.middle(x, ctx.norm, ctx.group, a)
         parts = parts_of(t, (bg, bu))
         dtd, dbd = ctx.below.thin(dy, [(td, bd)])
-        y = ctx.below.add_back(None, dy)
-        kernels().swiglu_backward(y, *both.chunk(2, 1), parts, (dtd, ad.T.contiguous()))  # writes over the first three
+        y = ctx.below.product_back(dy)
+        kernels().swiglu_backward(y, *both.chunk(2, 1), parts, (dtd, ad))  # which writes over its first three
         increment_version(both)  # so that a second backward pass fails
         of_down = ctx.below.gradients(dtd.T @ y, dbd, ctx.types[1])
         del y

@@ -12,9 +12,11 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from litpeft.model.slots import Linear, is_empty
 
+ALIGNED = 8  # numbers of two bytes at which a tensor begins, so that products and kernels read 16 bytes at a time
 THICK = 64  # rank above which an update is better two products of its own
 
 
@@ -107,22 +109,21 @@ class Group:
         """Returns what `Linear.multiply` makes of x, if it does something."""
         return self.layers[0].multiply(x, self.stacked, back) if self.stacked else None
 
-    def add_back(self, dx: Tensor | None, dy: Tensor) -> Tensor:
-        """Returns dx + W^T dy (N, in) of dy (N, out), written over dx; without dx, W^T dy."""
+    def product_back(self, dy: Tensor) -> Tensor:
+        """Returns W^T dy (N, in) of dy (N, out)."""
         product = self.own_product(dy, back=True)
-        if product is not None:
-            return product if dx is None else dx.add_(product)
-        weight = self.weight(dy.dtype)
-        return dy @ weight if dx is None else dx.addmm_(dy, weight)
+        return dy @ self.weight(dy.dtype) if product is None else product
 
     def cast(self, dtype: torch.dtype, factors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-        """Returns A of all layers (R, in) and B (out_i, r) of each, in the type of the products; no update has r = 0."""
+        """Returns A of all layers (R, in) and B (out_i, r) of each, in the type of the products; r is 0 for no update."""
         as_, bs = factors[: len(self.layers)], factors[len(self.layers) :]
         first, device = self.layers[0], self.layers[0].weight.device
         given = [a for a in as_ if a is not None]
         given = given or [torch.empty(0, first.in_features, dtype=dtype, device=device)]
         empty = (torch.empty(size, 0, dtype=dtype, device=device) for size in self.sizes)
-        return joined(given, 0).to(dtype), [e if b is None else b.to(dtype) for b, e in zip(bs, empty, strict=True)]
+        a = as_one(given)
+        a = torch.cat(given) if a is None else a
+        return a.to(dtype), [e if b is None else b.to(dtype) for b, e in zip(bs, empty, strict=True)]
 
     def gradients(self, da: Tensor, dbs: Sequence[Tensor], types: Sequence[torch.dtype | None]) -> list[Tensor | None]:
         """Returns the gradients in the order of the factors and in their types; None where there is no update."""
@@ -137,7 +138,43 @@ class Group:
 
     def spread(self, dt: Tensor, a: Tensor, dy: Tensor) -> Tensor:
         """Returns the gradient (N, in) of x, from that of t (N, R) and of the outputs (N, out)."""
-        return self.add_back(dt @ a if len(a) else None, dy)
+        product = self.own_product(dy, back=True)
+        if product is not None:
+            return product.addmm_(dt, a) if len(a) else product
+        weight = self.weight(dy.dtype)
+        return (dt @ a).addmm_(dy, weight) if len(a) else dy @ weight  # the product adds as it is written
+
+
+class _Cast(torch.autograd.Function):
+    """Copies of tensors in another type, one after the other in memory, by few kernels for all of them."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.types = [tensor.dtype for tensor in tensors]
+        return tuple(_Cast.copies(tensors, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        return None, *_Cast.copies(gradients, ctx.types[0])
+
+    @staticmethod
+    def copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        sizes = [-(-tensor.numel() // ALIGNED) * ALIGNED for tensor in tensors]
+        parts = torch.empty(sum(sizes), dtype=dtype, device=tensors[0].device).split(sizes)
+        parts = [part[: tensor.numel()].view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+        torch._foreach_copy_(parts, list(tensors))
+        return parts
+
+
+def cast_together(groups: Sequence[Group], dtype: torch.dtype) -> None:
+    """Replaces the factors of groups by their copies in `dtype`: a kernel for each would take longer than its copy."""
+    factors = [factor for group in groups for factor in group.factors if factor is not None]
+    if len({factor.dtype for factor in factors}) != 1:
+        return  # each group casts its own
+    copies = iter(_Cast.apply(dtype, *factors))
+    for group in groups:
+        group.factors = [None if factor is None else next(copies) for factor in group.factors]
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -19,7 +19,7 @@ from litpeft.model.context import Context
 from litpeft.model.delta import Method, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import is_empty
-from litpeft.train.fused_block import HALF, fused_step, groups_of, kernels
+from litpeft.train.fused_block import HALF, FusedStep, groups_of, kernels
 
 LEAST, LEAST_DOCUMENTS = 128, 8  # of the smallest size class
 FINENESS = 8  # size classes from a number of tokens to twice that
@@ -124,7 +124,7 @@ class RecordedPasses:
         fused = (
             model.recompute != "offload"
             and type(model) is GPT
-            and model.fused is fused_step
+            and isinstance(model.fused, FusedStep)
             and model.dtype in HALF
             and kernels() is not None
         )

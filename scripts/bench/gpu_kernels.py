@@ -55,7 +55,7 @@ def cases() -> Iterator[tuple[str, float, Callable[[], object]]]:
     yield "copy", 2 * thin, lambda: y.copy_(x)
     yield "rms_norm", 2 * thin, lambda: block.rms_norm(x, weight, 1e-5)
     yield "rms_norm_backward", 4 * thin, lambda: block.rms_norm_backward(y, x, weight, scale, x)
-    t, b, bf = random(N, RANK), random(D, RANK), random(F, RANK)
+    t, b, bf, af = random(N, RANK), random(D, RANK), random(F, RANK), random(RANK, F)
     cos, sin = (random(1, 1, N, 128 if GPU else 16) for _ in range(2))
     yield "rotate", 2 * thin, lambda: block.rotate(y, (t, b), cos, sin)
     gate, up, dy = (random(N, F) for _ in range(3))
@@ -65,7 +65,7 @@ def cases() -> Iterator[tuple[str, float, Callable[[], object]]]:
         tile = f"{rows} x {columns}"
         yield f"updated {tile}", 2 * thin, lambda: block.updated(x, t, b)
         yield f"swiglu {tile}", 3 * large, lambda: block.swiglu(gate, up, both)
-        yield f"swiglu_backward {tile}", 6 * large, lambda: block.swiglu_backward(dy, gate, up, both, (t, bf))
+        yield f"swiglu_backward {tile}", 6 * large, lambda: block.swiglu_backward(dy, gate, up, both, (t, af))
     block.ROWS, block.COLUMNS = TILES[0]
     yield "A x", thin, lambda: x @ b
     yield "dy B and dy^T t", large, lambda: (dy @ bf, dy.T @ t)  # each reads dy: twice the bytes of one pass

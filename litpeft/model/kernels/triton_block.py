@@ -17,31 +17,42 @@ SMALLEST = 16  # size that tl.dot takes; smaller factors are padded with zeros
 
 
 @triton.jit
-def _updated(y, t, b, row, column, n, width, t_row: tl.constexpr, r: tl.constexpr, at, mask, R: tl.constexpr):
-    """Returns the tile y + t b^T in float32; t is (N, r), b is (width, r). R is r, padded."""
+def _updated(
+    y, t, b, row, column, n, width, t_row: tl.constexpr, r: tl.constexpr, at, mask, R: tl.constexpr,
+    across: tl.constexpr = False,
+):  # fmt: skip
+    """Returns the tile y + t b^T in float32; t is (N, r), b is (width, r), or (r, width) if `across`. R is r, padded."""
     x = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
     if R > 0:
         k = tl.arange(0, R)
         t_ = tl.load(t + row[:, None] * t_row + k[None, :], mask=(row < n)[:, None] & (k < r)[None, :], other=0.0)
-        b_ = tl.load(b + column[None, :] * r + k[:, None], mask=(column < width)[None, :] & (k < r)[:, None], other=0.0)
+        places = k[:, None].to(tl.int64) * width + column[None, :] if across else column[None, :] * r + k[:, None]
+        b_ = tl.load(b + places, mask=(column < width)[None, :] & (k < r)[:, None], other=0.0)
         x = tl.dot(t_, b_, x, input_precision="ieee")
     return x
 
 
 @triton.jit
-def _add(y, t, b, out, n, width, t_row: tl.constexpr, r: tl.constexpr, R: tl.constexpr, tile: tl.constexpr):
+def _add(
+    y, t, b, z, out, n, width, t_row: tl.constexpr, r: tl.constexpr, R: tl.constexpr, adds: tl.constexpr,
+    tile: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * tile[0] + tl.arange(0, tile[0])
     column = tl.program_id(0) * tile[1] + tl.arange(0, tile[1])
     at, mask = row[:, None] * width + column[None, :], (row < n)[:, None] & (column < width)[None, :]
     x = _updated(y, t, b, row, column, n, width, t_row, r, at, mask, R)
+    if adds:
+        x += tl.load(z + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, x.to(out.dtype.element_ty), mask=mask)
 
 
-def updated(y: Tensor, t: Tensor, b: Tensor) -> Tensor:
-    """Returns y + t b^T of y (N, width), t (N, r) and b (width, r)."""
-    out, (n, width), rank = torch.empty_like(y), y.shape, b.size(1)
+def updated(y: Tensor, t: Tensor, b: Tensor, z: Tensor | None = None) -> Tensor:
+    """Returns y + t b^T of y (N, width), t (N, r) and b (width, r); with z (N, width) z + y + t b^T, written over z."""
+    (n, width), rank = y.shape, b.size(1)
+    out = torch.empty_like(y) if z is None else z
     grid = (triton.cdiv(width, COLUMNS), triton.cdiv(n, ROWS))
-    _add[grid](y, t, b, out, n, width, t.stride(0), rank, _padded(rank), (ROWS, COLUMNS))
+    ranks = (t.stride(0), rank, _padded(rank))
+    _add[grid](y, t, b, out, out, n, width, *ranks, z is not None, (ROWS, COLUMNS))
     return out
 
 
@@ -112,7 +123,7 @@ def _swiglu_backward(
     dense = row[:, None] * width + column[None, :]
     g = _updated(gate, tg, bg, row, column, n, width, t_row, rg, at, mask, RG)
     u = _updated(up, tu, bu, row, column, n, width, t_row, ru, at, mask, RU)
-    d = _updated(dy, td, ad, row, column, n, width, d_row, rd, dense, mask, RD)
+    d = _updated(dy, td, ad, row, column, n, width, d_row, rd, dense, mask, RD, True)
     s = 1 / (1 + tl.exp(-g))
     tl.store(gate + at, (d * u * s * (1 + g * (1 - s))).to(gate.dtype.element_ty), mask=mask)
     tl.store(up + at, (d * g * s).to(up.dtype.element_ty), mask=mask)
@@ -137,10 +148,10 @@ def swiglu_backward(
 ) -> None:
     """Writes the gradients of gate and up over them, and the output of `swiglu` over dy (N, F).
 
-    The gradient of that output is dy + t a^T, where `below` is t (N, r) and a (F, r). Rows lie as for `swiglu`.
+    The gradient of that output is dy + t a, where `below` is t (N, r) and a (r, F). Rows lie as for `swiglu`.
     """
     (n, width), (tg, bg), (tu, bu), (td, ad) = gate.shape, *updates, below
-    ranks = [bg.size(1), bu.size(1), ad.size(1)]
+    ranks = [bg.size(1), bu.size(1), len(ad)]
     grid = (triton.cdiv(width, COLUMNS), triton.cdiv(n, ROWS))
     given = (dy, gate, up, tg, bg, tu, bu, td, ad, n, width, gate.stride(0), tg.stride(0), td.stride(0))
     _swiglu_backward[grid](*given, *ranks, *map(_padded, ranks), (ROWS, COLUMNS))
