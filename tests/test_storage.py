@@ -8,7 +8,7 @@ from packed_layers import KEYS, make
 
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.model.affine import Affine
-from litpeft.model.quantize import DOUBLE, STORAGES, grouped, int8, storage_class
+from litpeft.model.quantize import DOUBLE, STORAGES, storage_class
 from litpeft.model.quantize import codes as kernels
 from litpeft.model.quantize.bits import pack_bits, unpack_bits
 from litpeft.model.slots import Linear
@@ -56,8 +56,6 @@ def test_packing_piece_by_piece_gives_the_same_bytes(name: str, double: bool, mo
     weight = torch.randn(129, 62)
     want = make(name, double, weight).packed()
     monkeypatch.setattr(kernels, "CHUNK", 256)
-    monkeypatch.setattr(int8, "CHUNK", 256)
-    monkeypatch.setattr(grouped, "CHUNK", 256)
     got = make(name, double, weight).packed()
     assert all(torch.equal(got[key], want[key]) for key in want)
 

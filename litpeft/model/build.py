@@ -13,6 +13,7 @@ from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights, is_finite
 from litpeft.core.terminal import is_first
+from litpeft.core.to_device import on_device
 from litpeft.model.added_rows import TABLES, with_rows
 from litpeft.model.added_tokens import grown
 from litpeft.model.config import ModelConfig
@@ -122,29 +123,34 @@ def _fill(
     cached, packed = None if cache is None else cache.tensors(), {}
     writes, starts = cache is not None and cached is None and is_first(), method.defines("start")
     changed = False  # whether the method has given another weight than that of the base
-    for ours in names.ours:
-        module, _, leaf = ours.rpartition(".")
-        layer = model.get_submodule(module)
-        stored = leaf == "weight" and isinstance(layer, Quantized)
-        codes = None
-        if stored and cached is not None and module not in others:
-            codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
-        tensor = read_finite(names, model.files, ours).to(device) if codes is None or starts else None
-        if ours in TABLES:
-            tensor = with_rows(tensor, model.config.vocab_size)
-        values = {leaf: tensor}
-        if leaf == "weight" and isinstance(layer, Linear):
-            packing = Packing(layer, tensor, codes)
-            mine = method.start(module, layer, tensor, packing.held, delta)
-            values, changed = packing.pack(mine), changed or mine is not tensor
-        elif layer is model.embed:
-            method.start_embedding(model, tensor)
-        values = {f"{module}.{key}": value for key, value in values.items()}
-        for key, value in values.items():
-            _place(model, key, value)
-        if stored and writes:
-            packed |= values
-        model.files.drop_pages(sum(value.nbytes for value in values.values()))  # each is read once
+    in_cache: set[str] = set()
+    if cached is not None:
+        layers = (name for name, layer in model.named_modules() if isinstance(layer, Quantized))
+        in_cache = {f"{name}.weight" for name in layers if name not in others}
+    read = [ours for ours in names.ours if starts or ours not in in_cache]
+    with on_device(model.files, names.plain(model.files, read), device) as files:
+        for ours in names.ours:
+            module, _, leaf = ours.rpartition(".")
+            layer = model.get_submodule(module)
+            codes = None
+            if ours in in_cache:
+                codes = {key: cached.get_tensor(f"{module}.{key}").to(device) for key in layer.packed_names}
+            tensor = _alone(read_finite(names, files, ours).to(device)) if codes is None or starts else None
+            if ours in TABLES:
+                tensor = with_rows(tensor, model.config.vocab_size)
+            values = {leaf: tensor}
+            if leaf == "weight" and isinstance(layer, Linear):
+                packing = Packing(layer, tensor, codes)
+                mine = method.start(module, layer, tensor, packing.held, delta)
+                values, changed = packing.pack(mine), changed or mine is not tensor
+            elif layer is model.embed:
+                method.start_embedding(model, tensor)
+            values = {f"{module}.{key}": value for key, value in values.items()}
+            for key, value in values.items():
+                _place(model, key, value)
+            if writes and leaf == "weight" and isinstance(layer, Quantized):
+                packed |= values
+            model.files.drop_pages(sum(value.nbytes for value in values.values()))  # each is read once
     if packed and not changed and not others:
         cache.write(packed)
 
@@ -176,6 +182,11 @@ def read_finite(names: NameMap, weights: Weights, ours: str) -> Tensor:
         hint = "take the model's files again, or another precision"
         raise ModelError(f"{name} holds numbers that are not finite", where=str(file), hint=hint)
     return tensor
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Returns a tensor on a GPU that holds no more of its memory than itself; one of a mapped file as it is."""
+    return tensor.clone() if tensor.is_cuda and tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _place(model: GPT, name: str, tensor: Tensor) -> None:

@@ -77,6 +77,11 @@ class NameMap:
             tensor = tensor.t() if place.transposed else tensor
         return (self._rows(parts, tensor)[ours] if len(parts) > 1 else tensor).contiguous()
 
+    def plain(self, weights: Weights, ours: Iterable[str]) -> list[str]:
+        """Returns the name of each parameter's tensor in the files, without those that are packed there."""
+        names = [self._spelt(weights, self.file_name(one)) for one in ours]
+        return [name for name in names if name in weights.file_of and not packed_parts(weights, name, ())]
+
     def rows(self, theirs: str, tensor: Tensor) -> dict[str, Tensor]:
         """Returns the rows of each parameter of a tensor with a row for each output of a file's tensor."""
         return self._rows(self.parts[theirs], tensor)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from litpeft.model.kernels import gpu_kernels
-from litpeft.model.quantize.codes import CHUNK
+from litpeft.model.quantize.codes import chunk
 from litpeft.model.quantize.quantized import Quantized
 
 E4M3 = torch.float8_e4m3fn
@@ -110,7 +110,7 @@ class FP8(Quantized):
         return {"weight": codes, "scale": torch.empty(self.out_features, dtype=torch.float32, device="meta")}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        rows = max(1, CHUNK // weight.size(1))  # at a time: no float32 copy of the full weight
+        rows = max(1, chunk(weight) // weight.size(1))  # at a time
         parts = [quantize_rows(part.detach()) for part in weight.split(rows)]
         codes, scale = (torch.cat(some) for some in zip(*parts, strict=True))
         return {"weight": codes.view(torch.uint8), "scale": scale[:, 0]}

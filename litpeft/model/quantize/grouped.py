@@ -13,7 +13,7 @@ from torch import Tensor
 from litpeft.core.errors import ModelError
 from litpeft.model.affine import Affine
 from litpeft.model.quantize.bits import pack_bits, unpack_bits
-from litpeft.model.quantize.codes import CHUNK
+from litpeft.model.quantize.codes import chunk
 from litpeft.model.quantize.quantized import Quantized
 
 GROUP = 32  # inputs that share a scale; the last group of a row may have fewer
@@ -49,7 +49,7 @@ class Grouped(Quantized):
         return {"weight": codes, "scale": constants, "shift": constants.clone()}
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        rows, parts = max(1, CHUNK // weight.size(1)), []  # at a time: no float32 copy of the full weight
+        rows, parts = max(1, chunk(weight) // weight.size(1)), []  # at a time
         for part in weight.detach().split(rows):
             x, top = grouped(part.float()), 2**self.bits - 1
             low, high = x.aminmax(dim=-1)

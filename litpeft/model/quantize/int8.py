@@ -10,7 +10,7 @@ few rows with the codes themselves, and scales the result.
 import torch
 from torch import Tensor
 
-from litpeft.model.quantize.codes import CHUNK
+from litpeft.model.quantize.codes import chunk
 from litpeft.model.quantize.quantized import Quantized
 
 SMALL_BATCH = 256  # rows up to which the kernel is faster than unpacking the weight
@@ -49,7 +49,7 @@ class Int8(Quantized):
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         absmax = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
         codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        rows = max(1, CHUNK // weight.size(1))  # at a time: no float32 copy of the full weight
+        rows = max(1, chunk(weight) // weight.size(1))  # at a time
         for start in range(0, len(weight), rows):
             x = weight[start : start + rows].detach().float()
             largest = absmax[start : start + rows] = x.abs().amax(1)
