@@ -9,7 +9,8 @@ import json
 import os
 import re
 import struct
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,42 @@ def tell_unverified(folder: Path) -> None:
 
 def tensor_sums(path: Path, threads: int = 1) -> dict[str, str]:
     """Returns the sha256 of each tensor in a safetensors file; cached until the file changes."""
+    begin_sums([path], threads)
+    return {name: digest.result() for name, digest in _sums(path, _state(path)).items()}
+
+
+def begin_sums(paths: Iterable[Path], threads: int) -> None:
+    """Begins to compute what `tensor_sums` will return for these files, in threads; returns at once."""
+    spans: list[tuple[int, Path, int, Future[str]]] = []
+    for path in paths:
+        header, digests = read_header(path), _sums(path, _state(path))
+        for name, digest in digests.items():
+            if not digest.running() and not digest.done():
+                digest.set_running_or_notify_cancel()
+                first, last = header[name]["data_offsets"]
+                spans.append((last - first, path, first, digest))
+    pool = ThreadPoolExecutor(threads)
+    for span in sorted(spans, key=lambda span: -span[0]):  # no thread is left with a large one at the end
+        pool.submit(_sum, *span)
+    pool.shutdown(wait=False)
+
+
+def _state(path: Path) -> tuple[int, ...]:
     state = path.stat()
-    return _tensor_sums(path, (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns), threads)
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 @lru_cache(maxsize=1024)
-def _tensor_sums(path: Path, state: tuple[int, ...], threads: int) -> dict[str, str]:
-    spans = {name: entry["data_offsets"] for name, entry in read_header(path).items()}
-    with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(spans, pool.map(lambda span: file_sha256(path, *span), spans.values()), strict=True))
+def _sums(path: Path, state: tuple[int, ...]) -> dict[str, Future[str]]:
+    """Returns where the sha256 of each tensor in a file will be."""
+    return {name: Future() for name in read_header(path)}
+
+
+def _sum(size: int, path: Path, first: int, digest: Future[str]) -> None:
+    try:
+        digest.set_result(file_sha256(path, first, first + size))
+    except Exception as error:
+        digest.set_exception(error)
 
 
 def file_sha256(path: Path, first: int = 0, last: int | None = None) -> str:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litpeft.core.checksums import read_header, tensor_sums, verify_sums, write_checksums
+from litpeft.core.checksums import begin_sums, read_header, tensor_sums, verify_sums, write_checksums
 from litpeft.core.errors import ModelError, ResourceError, some
 from litpeft.core.folders import COMPANIONS
 from litpeft.core.json import read_shards, write_json
@@ -95,11 +95,16 @@ class Weights:
 
     def verified_sums(self) -> dict[str, str]:
         """Returns the sha256 of every tensor; raises if they are not those of the folder's checksums.json."""
-        # the files are read, not mapped, to keep no pages in memory
-        found = [tensor_sums(self.folder / file, torch.get_num_threads()) for file in self.headers]
+        self.begin_sums()
+        found = [tensor_sums(self.folder / file) for file in self.headers]
         sums = {name: digest for part in found for name, digest in part.items()}
         verify_sums(self.folder, sums, self.file_of)
         return sums
+
+    def begin_sums(self) -> None:
+        """Begins to compute the `verified_sums`, in threads: they take a second for 3 GB and a processor's core."""
+        # the files are read, not mapped, to keep no pages in memory
+        begin_sums((self.folder / file for file in self.headers), torch.get_num_threads())
 
     def drop_pages(self, read_bytes: int = MAPPED_BYTES) -> None:
         """Drops the files' pages from this process's memory; they are read again when they are used.

@@ -1,7 +1,6 @@
 """Builds a model from a folder. Training, generation and merging all use this one order of steps."""
 
 from collections.abc import Callable, Container
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +54,8 @@ def build(
     `delta` is what a run saved: the caller loads it afterwards, and the method restores here what it does not hold.
     """
     config, weights, names = checked_files(folder)
-    verified = ThreadPoolExecutor(1).submit(weights.verified_sums) if is_first() else None  # beside what follows
+    if is_first():
+        weights.begin_sums()  # beside what follows
     with torch.device("meta"):  # 1. shapes
         model = GPT(grown(config, method))
     model.dtype, model.files = dtype, weights
@@ -83,9 +83,13 @@ def build(
     if shard is not None:  # 5. each rank has memory for its share
         shard(model)
     cache = Cache(folder, storage.key, weights.fingerprint()) if storage is not None and storage.cache else None
-    _fill(model, names, method, device, cache, delta, others)  # 6. the base's weights
-    if verified is not None:
-        verified.result()
+    try:
+        _fill(model, names, method, device, cache, delta, others)  # 6. the base's weights
+    except ModelError:
+        weights.verified_sums()  # damage may be the cause
+        raise
+    if is_first():
+        weights.verified_sums()
     return model
 
 

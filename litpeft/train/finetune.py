@@ -71,6 +71,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     shard = sharder(settings, run.precision, fabric)
     saved = run.init.delta if run.init else None if run.saved is None else run.saved.tensors("delta")
     model = build(base, run.precision.weights, method, device, storage, shard, saved)
+    run.facts["base"] = model.files.fingerprint()  # at once: its sums are known
     if run.init is not None:
         copy_into(model, run.init.delta)
         run.init.delta.clear()  # it may be large

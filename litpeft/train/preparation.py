@@ -93,6 +93,7 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     pin_rows(settings)
     method, init, template = read_texts(settings, method, saved)
     weights, shapes = check_run(settings, method, precision, device)
+    weights.begin_sums()
     reading = time.perf_counter()
     rows, stream, steps = read_rows(settings, template, shapes.reach)
     reading = time.perf_counter() - reading
@@ -103,10 +104,11 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     neutral = neutral_rows(settings.ending.neutral, template, shapes.reach, "ending.neutral")
     check_held_out(settings, len(rows.validation), len(questions), method)
     check_room(settings, method, shapes, precision, bool(rows.validation), saved is not None)
+    alone = saved is None and not settings.dry_run and settings.devices * settings.num_nodes == 1
     facts = {
         "method": name,
         "settings": jsonable(asdict(settings) | {"method": asdict(method)}),
-        "base": weights.fingerprint(),  # which compares the files with their checksums
+        "base": "" if alone else weights.fingerprint(),  # or known once the model is built: it takes seconds
         "reads": {
             "config": config_identity(Path(settings.base.dir)),
             "tokenizer": tokenizer_identity(template),
@@ -126,9 +128,9 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
         init.check(shapes, facts["reads"]["tokenizer"])
     if saved is not None and not goes_on(settings, saved, facts, steps):
         return None
-    longest = int(rows.train.column("tokens").max())
-    memory = Shortage(settings, method, shapes, precision, longest, gpu=device.type == "cuda")
-    if device.type == "cuda":
+    longest, gpu = int(rows.train.column("tokens").max()), device.type == "cuda"
+    memory = Shortage(settings, method, shapes, precision, longest, gpu=gpu)
+    if gpu:
         say(memory.expected(torch.cuda.get_device_name(device), *torch.cuda.mem_get_info(device)))
     if settings.dry_run:
         dry_run(name, shapes, rows, template.tokenizer, steps)
