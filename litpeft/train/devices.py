@@ -7,14 +7,13 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.precision import Precision
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import storage_class
+from litpeft.train.fabric import DDPStrategy, Fabric, ModelParallelStrategy, Strategy
 from litpeft.train.settings import Finetune
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 
 from litpeft.data.rows import Row
 from litpeft.data.store import Rows
@@ -21,6 +20,7 @@ from litpeft.model.delta import trainable, without_delta
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import MICRO_TOKENS, mean_loss, row_losses
 from litpeft.train.budget import STEP
+from litpeft.train.fabric import Fabric
 from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.row_losses import RowLoss, RowLosses, told_apart, write_rows

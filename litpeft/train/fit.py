@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.distributed
-from lightning.fabric import Fabric
 
 from litpeft.core.distributed import gather
 from litpeft.core.errors import NumericError
@@ -21,6 +20,7 @@ from litpeft.model.objective import MICRO_TOKENS, mean_loss
 from litpeft.train.budget import fitting_warmup, tenth
 from litpeft.train.checkpoints import STATE, Checkpoint
 from litpeft.train.ending import Ending
+from litpeft.train.fabric import Fabric
 from litpeft.train.learned import check_learned, check_loss, check_moved, count_still, sums
 from litpeft.train.log import Log
 from litpeft.train.optim import lr_at

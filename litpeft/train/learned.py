@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from litpeft.core.distributed import is_sharded
 from litpeft.core.errors import NumericError, UserError
+from litpeft.train.fabric import Fabric
 from litpeft.train.progress import Progress
 
 STILL = 5  # steps in a row without a gradient that end a run

@@ -4,13 +4,13 @@ How a step's rows are spread over passes changes only the last bits of its sums.
 """
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from litpeft.data.batches import collate
 from litpeft.data.rows import Row
 from litpeft.model.delta import trainable
 from litpeft.model.objective import summed_loss
+from litpeft.train.fabric import Fabric
 
 ON_A_CPU = 2048  # tokens; more make nothing faster there
 MOST = 8192  # tokens that keep a GPU busy with any model

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
-from lightning.fabric import Fabric
-
 from litpeft.core.errors import DataError, UserError
 from litpeft.data.batches import plan_epoch
 from litpeft.data.rows import Row
 from litpeft.data.streaming import Stream
+from litpeft.train.fabric import Fabric
 from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.rejected import add_rejected

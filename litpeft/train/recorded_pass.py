@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from litpeft.data.batches import Batch
@@ -19,6 +18,7 @@ from litpeft.model.context import Context
 from litpeft.model.delta import Method, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import is_empty
+from litpeft.train.fabric import Fabric
 from litpeft.train.fused_block import HALF, FusedStep, groups_of, kernels
 
 LEAST, LEAST_DOCUMENTS = 128, 8  # of the smallest size class

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from lightning.fabric import Fabric
 
 from litpeft.data.rows import Row
 from litpeft.data.templates import ChatTemplate
@@ -11,6 +10,7 @@ from litpeft.generate.engine import answer
 from litpeft.generate.evaluate import Exchange, exactly
 from litpeft.generate.load import Loaded
 from litpeft.generate.settings import Sampling
+from litpeft.train.fabric import Fabric
 from litpeft.train.log import Log
 from litpeft.train.progress import Progress
 from litpeft.train.report import Sample

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
 
 from litpeft.core.distributed import gather
 from litpeft.core.errors import NumericError, some
 from litpeft.data.batches import Batch
 from litpeft.model.delta import Method, trainable
 from litpeft.model.objective import summed_loss
+from litpeft.train.fabric import DDPStrategy, Fabric
 from litpeft.train.recorded_pass import RecordedPasses
 
 Votes = Callable[[], list[float]]

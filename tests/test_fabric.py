@@ -1,0 +1,34 @@
+"""Fabric is imported alone, and the rest of Lightning is there for those who ask for it."""
+
+import subprocess
+import sys
+
+import pytest
+
+ALONE = """
+import sys
+import litpeft.train.finetune
+from litpeft.train.fabric import Fabric
+loaded = [name for name in ("lightning.pytorch", "torchmetrics", "scipy", "matplotlib") if name in sys.modules]
+assert not loaded, loaded
+"""
+
+
+@pytest.mark.parametrize(
+    "afterwards",
+    [
+        "import lightning; assert lightning.Fabric is Fabric is lightning.fabric.Fabric; lightning.Trainer",
+        "from lightning import Trainer, fabric; import torchmetrics; assert fabric.Fabric is Fabric",
+        "import lightning.pytorch; assert lightning.pytorch.Trainer is lightning.Trainer",
+        "import lightning; assert not hasattr(lightning, '__wrapped__'); assert 'torchmetrics' not in sys.modules",
+        "Fabric(accelerator='cpu', devices=1).launch(); assert 'lightning.pytorch' not in sys.modules",
+    ],
+)
+def test_fabric_alone_and_all_of_lightning_later(afterwards: str) -> None:
+    done = subprocess.run([sys.executable, "-c", ALONE + afterwards], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lightning_that_is_imported_first_is_used_as_it_is() -> None:
+    code = "import lightning; import litpeft.train.fabric as ours; assert ours.Fabric is lightning.Fabric"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
