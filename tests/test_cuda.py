@@ -1,7 +1,6 @@
 """What only a GPU can show: its kernels, its types and its recorded steps against the same on the processor."""
 
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,15 +11,10 @@ import torch
 import torch.nn.functional as F
 from conftest import document_mask, finetune, make_folder, method_of, read_metrics, write_rows
 from lightning.fabric import Fabric
-from safetensors.torch import load_file, save_file
 from short_runs import assert_same, cut, delta, resume, same_tensors, train
 from test_generate import assert_recorded_steps_agree
 
 from litpeft.cli import main
-from litpeft.core import to_device
-from litpeft.core.errors import ModelError
-from litpeft.core.safetensors import Weights
-from litpeft.core.to_device import OnDevice
 from litpeft.data.batches import Batch, collate
 from litpeft.data.rows import Row
 from litpeft.generate.load import load_model
@@ -151,39 +145,6 @@ def test_compiled_blocks_and_checkpointing(wide_folder: Path, recompute: str) ->
     loss, own = learned(model, CUDA)
     assert loss == pytest.approx(want, rel=1e-4)
     assert away(own, gradients) < 1e-4
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [1000, 1 << 23])
-def test_weights_that_threads_read_are_those_of_the_file(
-    wide_folder: Path, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(to_device, "CHUNK", chunk)
-    monkeypatch.setattr(to_device, "AHEAD", 20 * chunk)
-    want, found = (build(wide_folder, dtype, device=device).state_dict() for device in ("cpu", CUDA))
-    assert all(tensor.is_cuda and torch.equal(tensor.cpu(), want[name]) for name, tensor in found.items())
-
-
-def test_a_tensor_is_not_written_over_while_kernels_still_read_it(tmp_path: Path) -> None:
-    tensors = {f"t{n:02}": torch.randint(0, 1 << 31, (1 << 22,)).float() for n in range(40)}  # of 16 MB
-    save_file(tensors, tmp_path / "model.safetensors")
-    delay, sums = torch.randn(4096, 4096, device=CUDA), []
-    with OnDevice(Weights(tmp_path), tensors, CUDA) as files:
-        for name in tensors:
-            delay = (delay @ delay).clamp(-1, 1)
-            sums.append(files.read(name).double().sum())  # the tensor is let go before its sum is computed
-    assert [float(one) for one in sums] == [float(tensor.double().sum()) for tensor in tensors.values()]
-
-
-def test_numbers_that_are_not_finite_are_found_on_the_gpu(wide_folder: Path, tmp_path: Path) -> None:
-    for value in ("nan", "inf", "-inf"):
-        folder = tmp_path / value
-        shutil.copytree(wide_folder, folder)
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.layers.1.mlp.up_proj.weight"][7, 5] = float(value)
-        save_file(tensors, folder / "model.safetensors")
-        with pytest.raises(ModelError, match=r"model.safetensors: model.layers.1.mlp.up_proj.weight holds numbers"):
-            build(folder, torch.bfloat16, device=CUDA)
 
 
 @pytest.mark.parametrize("name", STORAGES)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_folder
 from families.tiny_families import make_family
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,7 +21,7 @@ from litpeft.model import build as building
 from litpeft.model.build import build, checked_files
 from litpeft.model.quantize import Storage
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 
 
@@ -101,3 +103,42 @@ def test_a_model_that_threads_have_read_is_the_mapped_one(family, storage, tmp_p
     assert all(torch.equal(tensor, want[name]) for name, tensor in found.items())
     _, weights, names = checked_files(tmp_path)
     assert sorted(read) == sorted(set(names.plain(weights, names.ours)))  # each once, though some hold several
+
+
+@pytest.fixture
+def wide_folder(tmp_path: Path) -> Path:
+    if not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU")
+    return make_folder(tmp_path / "wide", hidden_size=128, intermediate_size=256, vocab_size=512)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1000, 1 << 23])
+def test_on_a_gpu_are_the_numbers_of_the_file(chunk: int, dtype: torch.dtype, wide_folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(to_device, "CHUNK", chunk)
+    monkeypatch.setattr(to_device, "AHEAD", 20 * chunk)
+    want, found = (build(wide_folder, dtype, device=device).state_dict() for device in (CPU, CUDA))
+    assert all(tensor.is_cuda and torch.equal(tensor.cpu(), want[name]) for name, tensor in found.items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_a_tensor_is_not_written_over_while_kernels_still_read_it(tmp_path) -> None:
+    tensors = {f"t{n:02}": torch.randint(0, 1 << 31, (1 << 22,)).float() for n in range(40)}  # of 16 MB
+    save_file(tensors, tmp_path / "model.safetensors")
+    delay, sums = torch.randn(4096, 4096, device=CUDA), []
+    with OnDevice(Weights(tmp_path), tensors, CUDA) as files:
+        for name in tensors:
+            delay = (delay @ delay).clamp(-1, 1)
+            sums.append(files.read(name).double().sum())  # the tensor is let go before its sum is computed
+    assert [float(one) for one in sums] == [float(tensor.double().sum()) for tensor in tensors.values()]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_that_are_not_finite_are_found_on_the_gpu(value: str, wide_folder: Path, tmp_path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(wide_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][7, 5] = float(value)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"model.safetensors: model.layers.1.mlp.up_proj.weight holds numbers"):
+        build(folder, torch.bfloat16, device=CUDA)
