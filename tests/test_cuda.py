@@ -17,6 +17,8 @@ from test_generate import assert_recorded_steps_agree
 from litpeft.cli import main
 from litpeft.data.batches import Batch, collate
 from litpeft.data.rows import Row
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.gpu.fused_block import FusedBlock, fuse_blocks
 from litpeft.generate.load import load_model
 from litpeft.methods import METHODS
 from litpeft.methods.lora import LoRA
@@ -181,6 +183,31 @@ def test_products_with_four_bits(wide_folder: Path, name: str, double_quantize: 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 def test_recorded_steps_write_what_the_others_write(wide_folder: Path, quantize: str | None) -> None:
     assert_recorded_steps_agree(load_model(str(wide_folder), precision="32-true", quantize=quantize).model, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_blocks_write_what_the_others_write(wide_folder: Path, dtype: torch.dtype) -> None:
+    """Recorded steps of one new token and of guessed ones, beyond the cache's first length, against the modules'."""
+    plain, fused = (build(wide_folder, dtype, device=CUDA).eval().requires_grad_(False) for _ in range(2))
+    fuse_blocks(fused)
+    assert all(type(block) is FusedBlock for block in fused.blocks)
+    caches, rows = (TokenCache(fused), TokenCache(plain)), [list(range(5, 5 + n)) for n in (9, 30, 220)]
+    caches[1].records, shapes = False, set()
+    for number in range(52):
+        new = 1 if number <= 40 else 4
+        logits, want = (cache.logits(rows, new).double() for cache in caches)
+        assert (logits - want).norm() <= 2e-2 * want.norm()
+        two = want.topk(2).values
+        clear = two[:, 0] - two[:, 1] > 2 * (logits - want).abs().max()
+        assert torch.equal(logits.argmax(-1)[clear], want.argmax(-1)[clear])
+        shapes |= {shape for shape, step in caches[0].recorded.items() if step is not None}
+        if number == 40:
+            rows = rows[2:]
+            for cache in caches:
+                cache.keep([2])
+        tokens = want[new - 1 :: new].argmax(-1).tolist()[-len(rows) :]
+        rows = [row + [token] * (1 if number < 40 else 4) for row, token in zip(rows, tokens, strict=True)]
+    assert shapes == {(3, 1), (1, 16)}
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])

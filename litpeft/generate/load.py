@@ -15,6 +15,7 @@ from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import Run, build_run, find_run, tell_progress
 from litpeft.generate.cpu.fused_block import fuse_blocks
 from litpeft.generate.cpu.pack import pack_weights
+from litpeft.generate.gpu.fused_block import fuse_blocks as fuse_gpu_blocks
 from litpeft.generate.settings import Answering
 from litpeft.model.build import build
 from litpeft.model.gpt import GPT
@@ -89,6 +90,8 @@ def load_model(
         share(model, other.model)
     if device.type == "cpu":
         fuse_blocks(model)
+    elif device.type == "cuda":
+        fuse_gpu_blocks(model)
     tokenizer.check_vocabulary(model.config.vocab_size)
     return Loaded(model, tokenizer, template, run.system if run else None, run)
 

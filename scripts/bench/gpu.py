@@ -207,8 +207,11 @@ def short(folder: Path, tokens: int) -> dict[str, object]:
 def decode(folder: Path, rows: int, quantize: str | None) -> dict[str, object]:
     """Measures tokens of answers to prompts of 64 tokens, and the share of the time that reading the weights takes."""
     from litpeft.generate.cache import TokenCache
+    from litpeft.generate.gpu.fused_block import fuse_blocks
 
-    model = litpeft_model(folder, quantize, lora=False).eval()
+    model = litpeft_model(folder, quantize, lora=False).eval().requires_grad_(False)
+    if DEVICE.type == "cuda":
+        fuse_blocks(model)
     cache, ids = TokenCache(model), [list(range(5, 69)) for _ in range(rows)]
 
     def step() -> None:

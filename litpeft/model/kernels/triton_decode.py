@@ -28,10 +28,10 @@ class Tile(NamedTuple):
 
 # of each product for one token, by sums, and for more, by tensor cores
 TILES = {
-    "qkv": (Tile(4, 512, 4, 1), Tile(16, 256, 4, 4)),
-    "gate_up": (Tile(4, 512, 4, 1), Tile(16, 256, 4, 4)),
-    "o": (Tile(8, 512, 4, 1), Tile(32, 256, 4, 4)),
-    "down": (Tile(8, 512, 4, 1), Tile(32, 256, 4, 4)),
+    "qkv": (Tile(2, 1024, 4, 1), Tile(16, 256, 4, 4)),
+    "gate_up": (Tile(2, 1024, 4, 1), Tile(16, 256, 4, 4)),
+    "o": (Tile(4, 1024, 4, 1), Tile(32, 256, 4, 4)),
+    "down": (Tile(4, 1024, 4, 1), Tile(32, 256, 4, 4)),
 }
 KEYS = 64  # that a program of attention reads at a time
 SPAN = 256  # keys of a cache for each of the programs that share a head
@@ -120,6 +120,8 @@ def _gate_up(
     both = tl.arange(0, 2 * N)
     row = tl.minimum(tl.program_id(0) * N + both // 2, width - 1).to(tl.int64)
     w = tl.where(both % 2 == 0, gate + row * d, up + row * d)
+    if even:
+        w = tl.multiple_of(w, 16)  # bytes
     g, u = tl.split(tl.reshape(_product(x, norm, eps, w, rows, d, R, K, stages, even), (R, N, 2)))
     token, column = tl.arange(0, R)[:, None], tl.program_id(0) * N + tl.arange(0, N)[None, :]
     y = (g * u / (1 + tl.exp(-g))).to(out.dtype.element_ty)
