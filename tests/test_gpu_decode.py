@@ -4,6 +4,8 @@ Where there is no GPU, Triton's interpreter computes its kernels on the processo
 """
 
 import copy
+import functools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -24,6 +26,9 @@ from litpeft.model.context import Context, KVCache  # noqa: E402
 from litpeft.model.delta import attach  # noqa: E402
 from litpeft.model.gpt import GPT  # noqa: E402
 from litpeft.model.kernels import triton_decode as kernels  # noqa: E402
+from litpeft.model.quantize import storage_class  # noqa: E402
+from litpeft.model.quantize.codes import CODES, dequantize_in_torch  # noqa: E402
+from litpeft.model.slots import Linear  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -38,6 +43,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles and parts also of the small shapes here."""
     small = kernels.Tile(4, 64, 4, 1), kernels.Tile(16, 64, 4, 2)
     monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, small))
+    monkeypatch.setattr(kernels, "CODED_TILES", dict.fromkeys(kernels.TILES, small))
     monkeypatch.setattr(kernels, "KEYS", 16)
     monkeypatch.setattr(kernels, "SPAN", 32)
     monkeypatch.setattr(fused_block, "kernels", lambda: kernels)
@@ -78,12 +84,33 @@ def ran(model: GPT, cache: list[KVCache], pos: Tensor, fused: bool) -> Tensor:
     return x
 
 
-def assert_alike(config: ModelConfig, dtype: torch.dtype, pos: Tensor, length: int = 128) -> None:
-    """The output and all of the cache are those of the plain block in float64, as near as those of `dtype` can be."""
+def in_codes(model: GPT, kind: str, double_quantize: bool) -> tuple[GPT, GPT]:
+    """Returns the model with its weights in codes, and one with the same weights unpacked."""
+    coded, plain = copy.deepcopy(model), copy.deepcopy(model).double()
+    for name, layer in model.blocks.named_modules():
+        if type(layer) is Linear:
+            other = coded.blocks.get_submodule(name)
+            other.__class__ = storage_class(kind)
+            other.convert(model.dtype, double_quantize)
+            for key, tensor in other.pack(layer.weight).items():
+                setattr(other, key, nn.Parameter(tensor, False))
+            shape = [layer.out_features, layer.in_features]
+            weight = dequantize_in_torch(other.weight, other.blocks(), shape, kind, torch.float64)
+            plain.blocks.get_submodule(name).weight.data = weight
+    return coded, plain
+
+
+def assert_alike(
+    config: ModelConfig, dtype: torch.dtype, pos: Tensor, length: int = 128, kind: str = "", nested: bool = False
+) -> None:
+    """The output and all of the cache are those of the plain block in float64, as near as those of `dtype` can be.
+
+    With a `kind`, weights are in codes.
+    """
     plain, pos = made(config, dtype), pos.to(DEVICE)
-    fused = copy.deepcopy(plain)
+    fused, plain = in_codes(plain, kind, nested) if kind else (copy.deepcopy(plain), plain)
     fuse_blocks(fused)
-    given = filled(plain, len(pos), length)
+    given = filled(fused, len(pos), length)
     found, wide = copy.deepcopy(given), copy.deepcopy(given)
     for layer in wide:
         layer.k, layer.v = layer.k.double(), layer.v.double()
@@ -130,6 +157,57 @@ def test_of_every_shape(name: str, rows: int) -> None:
 @pytest.mark.parametrize("last", [0, 1, 15, 16, 63, 127])
 def test_at_any_position(last: int) -> None:
     assert_alike(replace(LLAMA, n_layers=1), torch.float32, torch.tensor([[last], [127 - last]]))
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (3, 1), (1, 16)])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_weights_in_codes(kind: str, nested: bool, rows: int, tokens: int) -> None:
+    for dtype in (torch.float32, HALF):
+        assert_alike(LLAMA, dtype, positions(rows, tokens), kind=kind, nested=nested)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_ptx_unpacks_every_byte(kind: str) -> None:
+    byte = list(range(256))
+    for first in range(0, 256, 4):
+        registers = executed(kernels.unpacking(CODES[kind]), int.from_bytes(bytes(byte[first : first + 4]), "little"))
+        got = torch.tensor(registers, dtype=torch.int64).to(torch.int32).view(torch.float32)
+        code = [CODES[kind][b >> 4] for b in byte[first : first + 4]] + [
+            CODES[kind][b & 15] for b in byte[first : first + 4]
+        ]
+        want = torch.tensor(code).bfloat16().float()
+        assert (got - want).abs().max() <= 2**-23
+        assert torch.equal(got == 0, want == 0)
+
+
+def executed(ptx: str, given: int) -> list[int]:
+    """Returns what the registers $0 to $7 hold after these instructions on $8, as signed 32-bit numbers."""
+    held = {"$8": given}
+    for line in ptx.splitlines():
+        if not (found := re.fullmatch(r"(and|shr|shl|prmt|lop3)\.\w+ (.*);", line)):
+            assert line in "{}" or line.startswith(".reg")
+            continue
+        out, *names = found[2].split(", ")
+        a, b, *more = (held[name] if name in held else int(name, 0) for name in names)
+        match found[1]:
+            case "and":
+                held[out] = a & b
+            case "shr":
+                held[out] = a >> b
+            case "shl":
+                held[out] = a << b & 0xFFFFFFFF
+            case "prmt":
+                pool, picks = (a | b << 32).to_bytes(8, "little"), [more[0] >> 4 * i & 15 for i in range(4)]
+                made = [(255 if pool[p & 7] > 127 else 0) if p & 8 else pool[p & 7] for p in picks]
+                held[out] = int.from_bytes(bytes(made), "little")
+            case "lop3":
+                at = [(more[1] >> n & 1, n) for n in range(8)]
+                parts = [
+                    [x if n >> i & 1 else ~x for i, x in ((2, a), (1, b), (0, more[0]))] for is_on, n in at if is_on
+                ]
+                held[out] = functools.reduce(lambda y, p: y | p[0] & p[1] & p[2], parts, 0) & 0xFFFFFFFF
+    return [x - (1 << 32) if x >> 31 else x for x in (held[f"${n}"] for n in range(8))]
 
 
 def test_sums_do_not_change_from_time_to_time_or_with_the_rows_beside() -> None:

@@ -13,10 +13,13 @@ from litpeft.model.context import Context
 from litpeft.model.gpt import GPT, Block
 from litpeft.model.kernels import gpu_kernels
 from litpeft.model.known_block import READ, at_defaults, is_llama
+from litpeft.model.quantize.codes import BLOCK, CODES, code_table, dynamic_codes
+from litpeft.model.quantize.four_bit import FP4, NF4, FourBit
 from litpeft.model.slots import Linear, is_empty
 
 SWITCHES = READ | {"qkv_bias"}  # of the model, that are heeded here
 HALF = (torch.bfloat16, torch.float16)
+FOUR_BITS = (NF4, FP4)
 
 
 @cache
@@ -43,34 +46,58 @@ def handles(block: FusedBlock, x: Tensor, ctx: Context) -> bool:
     """Returns whether all that the block would do with x (B, T, d) is done by `step`."""
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or ctx.cache is None or ctx.rope is None:
         return False
-    held, few = ctx.cache[block.layer], x.size(0) * x.size(1) <= kernels().TOKENS
-    alike = {x.dtype, held.k.dtype, ctx.rope[0].dtype} == {x.dtype} and ctx.rope[0].size(-1) == block.attn.head_dim
-    contiguous = all(tensor.is_contiguous() for tensor in (x, ctx.pos, *ctx.rope, held.k, held.v))
+    cache, few = ctx.cache[block.layer], x.size(0) * x.size(1) <= kernels().TOKENS
+    alike = {x.dtype, cache.k.dtype, ctx.rope[0].dtype} == {x.dtype} and ctx.rope[0].size(-1) == block.attn.head_dim
+    contiguous = all(tensor.is_contiguous() for tensor in (x, ctx.pos, *ctx.rope, cache.k, cache.v))
     return few and alike and contiguous and takes(block, x.dtype)
 
 
 def takes(block: FusedBlock, dtype: torch.dtype) -> bool:
-    """Returns whether the linear layers have plain weights of this type, no biases but of q, k and v, and no deltas."""
+    """Returns whether the linear layers have weights that the kernels read, no biases but of q, k, v, and no deltas."""
     attn, mlp = block.attn, block.mlp
     layers = (attn.q, attn.k, attn.v, attn.o, mlp.gate, mlp.up, mlp.down)
     slots = (*(layer.slot for layer in layers), block.after_attn, block.after_mlp, block.after_block)
-    if not all(map(is_empty, slots)) or attn.core.deltas:
+    if not all(map(is_empty, slots)) or attn.core.deltas or len({type(layer) for layer in layers}) > 1:
         return False
-    plain = all(type(layer) is Linear and layer.weight.dtype == dtype for layer in layers)
-    biases = {layer.bias is None for layer in layers[:3]}
-    return plain and len(biases) == 1 and all(layer.bias is None for layer in layers[3:])
+    if any((layer.bias is None) != (attn.q.bias is None) for layer in layers[:3]) or any(
+        layer.bias is not None for layer in layers[3:]
+    ):
+        return False
+    if any(layer.weight.data_ptr() % 16 for layer in layers):
+        return False
+    if type(attn.q) is Linear:
+        return all(layer.weight.dtype == dtype for layer in layers)
+    coded = type(attn.q) in FOUR_BITS and len({layer.double_quantize for layer in layers}) == 1
+    norms = {block.norm1.weight.dtype, block.norm2.weight.dtype} == {dtype}
+    return coded and norms and all(layer.in_features % BLOCK == 0 for layer in layers)
+
+
+def held(layer: Linear) -> tuple[Tensor | None, ...]:
+    """Returns what holds a layer's weight, as the kernels take it."""
+    tensors = tuple(layer.packed().values()) if isinstance(layer, FourBit) else (layer.weight,)
+    return *tensors, *(None for _ in range(4 - len(tensors)))
+
+
+def codes_of(layer: Linear) -> object | None:
+    """Returns what the codes of a layer's weight stand for; None if it has none."""
+    if not isinstance(layer, FourBit):
+        return None
+    device = layer.weight.device
+    asm = kernels().unpacking(CODES[layer.kind]) if device.type == "cuda" else None  # the interpreter knows no PTX
+    return kernels().Codes(code_table(layer.kind, device), dynamic_codes(device), asm)
 
 
 def step(block: FusedBlock, x: Tensor, ctx: Context) -> Tensor:
     """Returns the block's output (B, T, d), and writes the new keys and values into the cache."""
-    attn, mlp, held = block.attn, block.mlp, ctx.cache[block.layer]
-    (norm1, norm2), layers, cached = (block.norm1, block.norm2), (attn.q, attn.k, attn.v), (held.k, held.v)
-    weights, biases = tuple(layer.weight for layer in layers), tuple(layer.bias for layer in layers)
-    q = kernels().queries(x, norm1.weight, norm1.eps, weights, biases, ctx.rope, ctx.pos, cached)
+    attn, mlp, cache = block.attn, block.mlp, ctx.cache[block.layer]
+    norm1, norm2, layers, cached = block.norm1, block.norm2, (attn.q, attn.k, attn.v), (cache.k, cache.v)
+    codes, heads = codes_of(attn.q), attn.q.out_features // attn.head_dim
+    weights, biases = tuple(map(held, layers)), tuple(layer.bias for layer in layers)
+    q = kernels().queries(x, norm1.weight, norm1.eps, heads, weights, biases, ctx.rope, ctx.pos, cached, codes)
     y = kernels().attended(q, ctx.pos, cached, block.attn.window)
-    x = kernels().added(x, y.flatten(1), attn.o.weight, "o")
-    y = kernels().swiglu(x, norm2.weight, norm2.eps, mlp.gate.weight, mlp.up.weight)
-    return kernels().added(x, y, mlp.down.weight, "down")
+    x = kernels().added(x, y.flatten(1), held(attn.o), "o", codes)
+    y = kernels().swiglu(x, norm2.weight, norm2.eps, held(mlp.gate), held(mlp.up), mlp.gate.out_features, codes)
+    return kernels().added(x, y, held(mlp.down), "down", codes)
 
 
 def fuse_blocks(model: GPT) -> None:
