@@ -4,8 +4,8 @@ Where there is no GPU, Triton's interpreter computes its kernels on the processo
 """
 
 import copy
-import functools
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -169,23 +169,29 @@ def test_weights_in_codes(kind: str, nested: bool, rows: int, tokens: int) -> No
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_ptx_unpacks_every_byte(kind: str) -> None:
-    byte = list(range(256))
+    words = kernels.lookup_words(CODES[kind])
+    unpacks, multiplies = kernels.unpacking(words)
+    code, given = torch.tensor(CODES[kind]).bfloat16().double(), {f"${10 + n}": word for n, word in enumerate(words)}
     for first in range(0, 256, 4):
-        registers = executed(kernels.unpacking(CODES[kind]), int.from_bytes(bytes(byte[first : first + 4]), "little"))
-        got = torch.tensor(registers, dtype=torch.int64).to(torch.int32).view(torch.float32)
-        code = [CODES[kind][b >> 4] for b in byte[first : first + 4]] + [
-            CODES[kind][b & 15] for b in byte[first : first + 4]
-        ]
-        want = torch.tensor(code).bfloat16().float()
+        byte = torch.arange(first, first + 4)
+        word, want = int.from_bytes(bytes(byte.tolist()), "little"), torch.stack((code[byte >> 4], code[byte & 15]))
+        held = executed(unpacks, {"$8": word})
+        got = torch.tensor([as_float(held[f"${n}"]) for n in range(8)], dtype=torch.float64).view(2, 4)
         assert (got - want).abs().max() <= 2**-23
         assert torch.equal(got == 0, want == 0)
+        x = torch.arange(1, 9).double()
+        held = executed(multiplies, {"$1": word, **given, **{f"${2 + n}": float(x[n]) for n in range(8)}})
+        assert held["$0"] == pytest.approx(float(want.T.flatten() @ x), abs=1e-5)
 
 
-def executed(ptx: str, given: int) -> list[int]:
-    """Returns what the registers $0 to $7 hold after these instructions on $8, as signed 32-bit numbers."""
-    held = {"$8": given}
+def as_float(bits: int) -> float:
+    return struct.unpack("f", struct.pack("I", bits))[0]
+
+
+def executed(ptx: str, held: dict[str, float]) -> dict[str, float]:
+    """Returns what the registers hold after these instructions; a float in those that hold a sum, else 32 bits."""
     for line in ptx.splitlines():
-        if not (found := re.fullmatch(r"(and|shr|shl|prmt|lop3)\.\w+ (.*);", line)):
+        if not (found := re.fullmatch(r"(and|shr|shl|prmt|lop3|mul|fma)\.\S+ (.*);", line)):
             assert line in "{}" or line.startswith(".reg")
             continue
         out, *names = found[2].split(", ")
@@ -202,12 +208,12 @@ def executed(ptx: str, given: int) -> list[int]:
                 made = [(255 if pool[p & 7] > 127 else 0) if p & 8 else pool[p & 7] for p in picks]
                 held[out] = int.from_bytes(bytes(made), "little")
             case "lop3":
-                at = [(more[1] >> n & 1, n) for n in range(8)]
-                parts = [
-                    [x if n >> i & 1 else ~x for i, x in ((2, a), (1, b), (0, more[0]))] for is_on, n in at if is_on
-                ]
-                held[out] = functools.reduce(lambda y, p: y | p[0] & p[1] & p[2], parts, 0) & 0xFFFFFFFF
-    return [x - (1 << 32) if x >> 31 else x for x in (held[f"${n}"] for n in range(8))]
+                one, two, three = a, b, more[0]
+                assert more[1] == 0xD8
+                held[out] = (three & two) | (~three & one)
+            case "mul" | "fma":
+                held[out] = as_float(a) * b + sum(more)
+    return held
 
 
 def test_sums_do_not_change_from_time_to_time_or_with_the_rows_beside() -> None:

@@ -78,20 +78,18 @@ def held(layer: Linear) -> tuple[Tensor | None, ...]:
     return *tensors, *(None for _ in range(4 - len(tensors)))
 
 
-def codes_of(layer: Linear) -> object | None:
-    """Returns what the codes of a layer's weight stand for; None if it has none."""
-    if not isinstance(layer, FourBit):
-        return None
-    device = layer.weight.device
-    asm = kernels().unpacking(CODES[layer.kind]) if device.type == "cuda" else None  # the interpreter knows no PTX
-    return kernels().Codes(code_table(layer.kind, device), dynamic_codes(device), asm)
+@cache
+def codes_of(kind: str, device: torch.device) -> object:
+    """Returns what codes of a kind stand for."""
+    return kernels().codes_of(CODES[kind], code_table(kind, device), dynamic_codes(device))
 
 
 def step(block: FusedBlock, x: Tensor, ctx: Context) -> Tensor:
     """Returns the block's output (B, T, d), and writes the new keys and values into the cache."""
     attn, mlp, cache = block.attn, block.mlp, ctx.cache[block.layer]
     norm1, norm2, layers, cached = block.norm1, block.norm2, (attn.q, attn.k, attn.v), (cache.k, cache.v)
-    codes, heads = codes_of(attn.q), attn.q.out_features // attn.head_dim
+    codes = codes_of(attn.q.kind, x.device) if isinstance(attn.q, FourBit) else None
+    heads = attn.q.out_features // attn.head_dim
     weights, biases = tuple(map(held, layers)), tuple(layer.bias for layer in layers)
     q = kernels().queries(x, norm1.weight, norm1.eps, heads, weights, biases, ctx.rope, ctx.pos, cached, codes)
     y = kernels().attended(q, ctx.pos, cached, block.attn.window)

@@ -7,8 +7,8 @@ Letters: N new tokens of all rows, d model width, F width of the MLP, H query he
 S length of the cache.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -37,14 +37,14 @@ TILES = {
 }
 # the same for weights in codes of four bits, of which a thread takes 32 at a time
 CODED_TILES = {
-    "qkv": (Tile(4, 1024, 1, 1), Tile(32, 128, 4, 3)),
-    "gate_up": (Tile(4, 1024, 1, 1), Tile(32, 128, 4, 3)),
+    "qkv": (Tile(2, 1024, 1, 1), Tile(32, 128, 4, 3)),
+    "gate_up": (Tile(2, 1024, 1, 1), Tile(32, 128, 4, 3)),
     "o": (Tile(4, 1024, 1, 1), Tile(32, 128, 4, 3)),
     "down": (Tile(4, 1024, 1, 1), Tile(32, 128, 4, 3)),
 }
 KEYS = 64  # that a program of attention reads at a time
 SPAN = 256  # keys of a cache for each of the programs that share a head
-REGISTERS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r")  # four bytes make twice four numbers
+THREADS = tl.constexpr(256)  # of a program that unpacks codes for one token, at most
 PROGRAMS = 256  # of attention, above which heads are not shared further
 
 
@@ -106,8 +106,88 @@ def _numbers(byte, table, asm: tl.constexpr):
         byte = byte.to(tl.int32)
         return tl.load(table + (byte >> 4)), tl.load(table + (byte & 15))
     else:
-        first, second = tl.inline_asm_elementwise(asm, REGISTERS, [byte], (tl.int32, tl.int32), True, 4)
+        registers: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r"  # four bytes make twice four numbers
+        first, second = tl.inline_asm_elementwise(asm[0], registers, [byte], (tl.int32, tl.int32), True, 4)
         return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _four(words, t):
+    one, two = tl.load(words + t), tl.load(words + THREADS + t)
+    three, four = tl.load(words + 2 * THREADS + t), tl.load(words + 3 * THREADS + t)
+    return one[None, :, None], two[None, :, None], three[None, :, None], four[None, :, None]
+
+
+@triton.jit
+def _eight(word, table, x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, w5, w6, w7, asm: tl.constexpr):
+    """Returns the product of eight numbers with those that four bytes of codes stand for, in float32."""
+    if asm is None:
+        high, low = (word >> 4) & 0x0F0F0F0F, word & 0x0F0F0F0F
+        y = x0 * tl.load(table + (high & 15)) + x1 * tl.load(table + (low & 15))
+        y += x2 * tl.load(table + ((high >> 8) & 15)) + x3 * tl.load(table + ((low >> 8) & 15))
+        y += x4 * tl.load(table + ((high >> 16) & 15)) + x5 * tl.load(table + ((low >> 16) & 15))
+        y += x6 * tl.load(table + ((high >> 24) & 15)) + x7 * tl.load(table + ((low >> 24) & 15))
+    else:
+        given = [word, x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, w5, w6, w7]
+        y = tl.inline_asm_elementwise(asm[1], "=f,r,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r", given, tl.float32, True, 1)
+    return y
+
+
+@triton.jit
+def _largest(absmax, scale, offset, dynamic, block, mask, other):
+    """Returns the absmax of blocks of codes; with a scale they are codes themselves."""
+    largest = tl.load(absmax + block, mask=mask, other=other)
+    if scale is not None:
+        largest = tl.load(dynamic + largest.to(tl.int32))
+        largest = largest * tl.load(scale + (block >> 8), mask=mask, other=other) + tl.load(offset)
+    return largest
+
+
+@triton.jit
+def _coded_product_of_one(
+    x, norm, eps, w, absmax, scale, offset, row, table, words, dynamic, d,
+    K: tl.constexpr, stages: tl.constexpr, even: tl.constexpr, dtype: tl.constexpr, asm: tl.constexpr,
+):  # fmt: skip
+    """As `_coded_product` for one x; w are integers of four bytes, of which a thread reads four: half of a block."""
+    M: tl.constexpr = row.shape[0]
+    T: tl.constexpr = K // 32
+    w += row[:, None, None] * (d // 8)
+    if even:
+        w = tl.multiple_of(w, (16, 16, 16))  # bytes
+    t = tl.arange(0, T)
+    word = t[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    pair = tl.arange(0, K // 2)
+    # each thread loads them for itself, so that they stay in its registers: as constants, or known to be alike in all
+    # threads, they would be copied for each use
+    w0, w1, w2, w3 = _four(words, t)
+    w4, w5, w6, w7 = _four(words + 4 * THREADS, t)
+    squares, y = tl.zeros((K // 2,), tl.float32), tl.zeros((M, T), tl.float32)
+    for start in tl.range(0, d, K, num_stages=stages):
+        mask_w = None if even else start // 8 + word < d // 8
+        mask_t = None if even else (start + t * 32 < d)[None, :]
+        mask = None if even else start // 2 + pair < d // 2
+        other = None if even else 0
+        codes = tl.load(w + start // 8 + word, mask=mask_w, other=other)
+        block = row[:, None] * (d // 64) + ((start >> 6) + (t >> 1))[None, :]
+        largest = _largest(absmax, scale, offset, dynamic, block, mask_t, other)
+        first, second = _halves(tl.load(x + start // 2 + pair, mask=mask, other=other), dtype)
+        if norm is not None:
+            squares += first * first + second * second
+            one, two = _halves(tl.load(norm + start // 2 + pair, mask=mask, other=other), dtype)
+            first, second = first * one, second * two
+        # of eight numbers in turn, first holds 0, 2, 4 and 6
+        a, b = tl.split(tl.reshape(first, (1, T, 4, 2, 2)))
+        x0, x4 = tl.split(a)
+        x2, x6 = tl.split(b)
+        a, b = tl.split(tl.reshape(second, (1, T, 4, 2, 2)))
+        x1, x5 = tl.split(a)
+        x3, x7 = tl.split(b)
+        given = (x0, x1, x2, x3, x4, x5, x6, x7, w0, w1, w2, w3, w4, w5, w6, w7)
+        y += tl.sum(_eight(codes, table, *given, asm), 2) * largest
+    y = tl.sum(y, 1)[None, :]
+    if norm is not None:
+        y *= 1 / tl.sqrt_rn(tl.sum(squares, 0) / d + eps)
+    return y
 
 
 @triton.jit
@@ -121,56 +201,49 @@ def _coded_product(
     """
     M: tl.constexpr = row.shape[0]
     T: tl.constexpr = K // 32
-    scaled: tl.constexpr = norm is not None and R > 1 and dtype == tl.float16
-    x += tl.minimum(tl.arange(0, R), rows - 1)[:, None, None] * (d // 2)
+    scaled: tl.constexpr = norm is not None and dtype == tl.float16
+    x += tl.minimum(tl.arange(0, R), rows - 1)[:, None] * (d // 2)
     w += row[:, None, None] * (d // 2)
     if even:
         w = tl.multiple_of(w, (16, 16, 16))  # bytes
-    t, byte = tl.arange(0, T), tl.arange(0, T)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
-    squares = tl.zeros((R, T, 16), tl.float32)
+    t, pair = tl.arange(0, T), tl.arange(0, K // 2)[None, :]
+    byte = t[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+    squares = tl.zeros((R, K // 2), tl.float32)
     if scaled:
         for start in range(0, d // 2, K // 2):
-            mask = None if even else start + byte < d // 2
-            first, second = _halves(tl.load(x + start + byte, mask=mask, other=None if even else 0), dtype)
+            mask = None if even else start + pair < d // 2
+            first, second = _halves(tl.load(x + start + pair, mask=mask, other=None if even else 0), dtype)
             squares += first * first + second * second
-        factor = 1 / tl.sqrt_rn(tl.sum(tl.sum(squares, 2), 1)[:, None, None] / d + eps)
-    y = tl.zeros((M, T) if R == 1 else (R, M), tl.float32)
+        factor = 1 / tl.sqrt_rn(tl.sum(squares, 1)[:, None] / d + eps)
+    y = tl.zeros((R, M), tl.float32)
     for start in tl.range(0, d // 2, K // 2, num_stages=stages):
-        mask = None if even else start + byte < d // 2
+        mask_w = None if even else start + byte < d // 2
         mask_t = None if even else (start + t * 16 < d // 2)[None, :]
+        mask = None if even else start + pair < d // 2
         other = None if even else 0
-        codes = tl.load(w + start + byte, mask=mask, other=other)
+        codes = tl.load(w + start + byte, mask=mask_w, other=other)
         block = row[:, None] * (d // 64) + ((start >> 5) + (t >> 1))[None, :]
-        largest = tl.load(absmax + block, mask=mask_t, other=other)
-        if scale is not None:
-            largest = tl.load(dynamic + largest.to(tl.int32))
-            largest = largest * tl.load(scale + (block >> 8), mask=mask_t, other=other) + tl.load(offset)
-        first, second = _halves(tl.load(x + start + byte, mask=mask, other=other), dtype)
+        largest = _largest(absmax, scale, offset, dynamic, block, mask_t, other)[:, :, None]
+        first, second = _halves(tl.load(x + start + pair, mask=mask, other=other), dtype)
         if norm is not None:
-            one, two = _halves(tl.load(norm + start + byte, mask=mask, other=other), dtype)
+            one, two = _halves(tl.load(norm + start + pair, mask=mask, other=other), dtype)
             if scaled:
                 first, second = first * factor * one, second * factor * two
             else:
                 squares += first * first + second * second
                 first, second = first * one, second * two
         high, low = _numbers(codes, table, asm)
-        if R == 1:
-            y += tl.sum(high * first + low * second, 2) * largest
-        else:
-            high, low = (high * largest[:, :, None]).to(dtype), (low * largest[:, :, None]).to(dtype)
-            first, second = tl.reshape(first.to(dtype), (R, K // 2)), tl.reshape(second.to(dtype), (R, K // 2))
-            y = tl.dot(first, tl.trans(tl.reshape(high, (M, K // 2))), y, input_precision="ieee")
-            y = tl.dot(second, tl.trans(tl.reshape(low, (M, K // 2))), y, input_precision="ieee")
-    if R == 1:
-        y = tl.sum(y, 1)[None, :]
+        high, low = (high * largest).to(dtype), (low * largest).to(dtype)
+        y = tl.dot(first.to(dtype), tl.trans(tl.reshape(high, (M, K // 2))), y, input_precision="ieee")
+        y = tl.dot(second.to(dtype), tl.trans(tl.reshape(low, (M, K // 2))), y, input_precision="ieee")
     if norm is not None and not scaled:
-        y *= 1 / tl.sqrt_rn(tl.sum(tl.sum(squares, 2), 1)[:, None] / d + eps)
+        y *= 1 / tl.sqrt_rn(tl.sum(squares, 1)[:, None] / d + eps)
     return y
 
 
 @triton.jit
 def _product(
-    x, norm, eps, w, absmax, scale, offset, row, table, dynamic, rows, d,
+    x, norm, eps, w, absmax, scale, offset, row, table, words, dynamic, rows, d,
     R: tl.constexpr, K: tl.constexpr, stages: tl.constexpr, even: tl.constexpr, dtype: tl.constexpr, asm: tl.constexpr,
 ):  # fmt: skip
     """Returns x W^T (R, M) in float32, of x (rows, d), normed if there is a norm (d,), and the rows (M,) of W.
@@ -183,6 +256,9 @@ def _product(
         if even:
             w = tl.multiple_of(w, 16)  # bytes
         y = _dense_product(x, norm, eps, w, rows, d, R, K, stages, even, dtype)
+    elif R == 1:
+        given = (w, absmax, scale, offset, row, table, words, dynamic, d)
+        y = _coded_product_of_one(x, norm, eps, *given, K, stages, even, dtype, asm)
     else:
         given = (w, absmax, scale, offset, row, table, dynamic, rows, d)
         y = _coded_product(x, norm, eps, *given, R, K, stages, even, dtype, asm)
@@ -192,13 +268,17 @@ def _product(
 @triton.jit
 def _one_of(q, k, v, is_q, turns):
     """Returns the pointer for queries, keys or values."""
-    return None if q is None else tl.where(is_q, q, tl.where(turns, k, v))
+    if q is None:  # noqa: SIM108  Triton before 3.7 takes no None in a conditional expression
+        one = None
+    else:
+        one = tl.where(is_q, q, tl.where(turns, k, v))
+    return one
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _qkv(
-    x, norm, eps, wq, aq, sq, oq, wk, ak, sk, ok, wv, av, sv, ov, table, dynamic, bq, bk, bv, cos, sin, pos, q, k, v,
-    rows, tokens, d, heads, kv_heads, length,
+    x, norm, eps, wq, aq, sq, oq, wk, ak, sk, ok, wv, av, sv, ov, table, words, dynamic, bq, bk, bv, cos, sin, pos,
+    q, k, v, rows, tokens, d, heads, kv_heads, length,
     D: tl.constexpr, R: tl.constexpr, N: tl.constexpr, K: tl.constexpr, stages: tl.constexpr, even: tl.constexpr,
     asm: tl.constexpr,
 ):  # fmt: skip
@@ -212,7 +292,7 @@ def _qkv(
     both = tl.arange(0, 2 * N)
     i = tl.minimum(tl.program_id(0) * N + both // 2, half - 1)
     row = (head * D + i + both % 2 * half).to(tl.int64)
-    given = (w, absmax, scale, offset, row, table, dynamic, rows, d)
+    given = (w, absmax, scale, offset, row, table, words, dynamic, rows, d)
     y = _product(x, norm, eps, *given, R, K, stages, even, q.dtype.element_ty, asm)
     first, second = tl.split(tl.reshape(y, (R, N, 2)))
     token, i = tl.arange(0, R)[:, None], tl.program_id(0) * N + tl.arange(0, N)[None, :]
@@ -231,7 +311,7 @@ def _qkv(
 
 @triton.jit(do_not_specialize=["rows"])
 def _gate_up(
-    x, norm, eps, wg, ag, sg, og, wu, au, su, ou, table, dynamic, out, rows, d, width,
+    x, norm, eps, wg, ag, sg, og, wu, au, su, ou, table, words, dynamic, out, rows, d, width,
     R: tl.constexpr, N: tl.constexpr, K: tl.constexpr, stages: tl.constexpr, even: tl.constexpr, asm: tl.constexpr,
 ):  # fmt: skip
     both = tl.arange(0, 2 * N)
@@ -241,7 +321,7 @@ def _gate_up(
         w, absmax = w[:, None, None], tl.where(is_gate, ag, au)[:, None]
     if sg is not None:
         scale, offset = tl.where(is_gate, sg, su)[:, None], tl.where(is_gate, og, ou)[:, None]
-    given = (w, absmax, scale, offset, row, table, dynamic, rows, d)
+    given = (w, absmax, scale, offset, row, table, words, dynamic, rows, d)
     y = _product(x, norm, eps, *given, R, K, stages, even, out.dtype.element_ty, asm)
     g, u = tl.split(tl.reshape(y, (R, N, 2)))
     token, column = tl.arange(0, R)[:, None], tl.program_id(0) * N + tl.arange(0, N)[None, :]
@@ -251,11 +331,11 @@ def _gate_up(
 
 @triton.jit(do_not_specialize=["rows"])
 def _add(
-    x, residual, w, absmax, scale, offset, table, dynamic, out, rows, d, width,
+    x, residual, w, absmax, scale, offset, table, words, dynamic, out, rows, d, width,
     R: tl.constexpr, N: tl.constexpr, K: tl.constexpr, stages: tl.constexpr, even: tl.constexpr, asm: tl.constexpr,
 ):  # fmt: skip
     row = tl.minimum(tl.program_id(0) * N + tl.arange(0, N), width - 1).to(tl.int64)
-    given = (w, absmax, scale, offset, row, table, dynamic, rows, d)
+    given = (w, absmax, scale, offset, row, table, words, dynamic, rows, d)
     y = _product(x, None, None, *given, R, K, stages, even, out.dtype.element_ty, asm)
     token, column = tl.arange(0, R)[:, None], tl.program_id(0) * N + tl.arange(0, N)[None, :]
     at, fits = token * width + column, (token < rows) & (column < width)
@@ -322,53 +402,78 @@ class Codes:
 
     table: Tensor  # (16,) float32
     dynamic: Tensor  # (256,) float32: the codes of an absmax, with double quantisation
-    asm: str | None  # PTX that unpacks four bytes; None: the table is read
+    words: Tensor  # (8, THREADS) int32, what the PTX looks codes up in, for each thread
+    asm: tuple[str, str] | None  # PTX that reads them; None: the table is read
 
 
 Weight = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # dense, or codes, absmax, and its scale and offset
 
 
-@cache
-def unpacking(numbers: tuple[float, ...]) -> str:
-    """Returns PTX that turns four bytes into the float32 of the codes in their high halves, and in their low ones.
+def lookup_words(numbers: tuple[float, ...]) -> list[int]:
+    """Returns the upper bytes of the 16 numbers, rounded to bfloat16, in four words, then the lower ones in four more.
 
-    prmt picks bytes from eight by three bits of a code: the upper two bytes of the number (it is rounded to bfloat16)
-    if the code's fourth bit is 0, and if it is 1. The lower two bytes of the number are its sign: all ones for a
-    negative number, whose upper half is one less for that.
+    Negative numbers are one less in size, since all ones follow.
     """
-    halves = [0 if x == 0 else _bfloat16(x) - (x < 0) for x in numbers]
-    sides = {"h": [x >> 8 for x in halves], "l": [x & 255 for x in halves]}
-    words = {side: [int.from_bytes(bytes(x[i : i + 4]), "little") for i in (0, 4, 8, 12)] for side, x in sides.items()}
-    lines = ["{", ".reg .b32 s, t, u, m, n, a, b, h, l;"]
-    lines += ["and.b32 s, $8, 0x77777777;", "shr.u32 t, s, 16;", "shl.b32 u, $8, 4;"]
-    lines += ["prmt.b32 m, u, $8, 0xD9C8;", "prmt.b32 n, u, $8, 0xFBEA;"]  # the fourth bit of each code, eight times
-    for part, (code, mask) in enumerate((("s", "m"), ("t", "n"))):
-        for side, word in words.items():
-            low, high = (", ".join(f"0x{x:08X}" for x in word[at : at + 2]) for at in (0, 2))
-            lines += [f"prmt.b32 a, {low}, {code};", f"prmt.b32 b, {high}, {code};"]
-            lines += [f"lop3.b32 {side}, a, b, {mask}, 0xD8;"]
-        for i in range(4):
-            out = 2 * part + i // 2 + (0 if i % 2 else 4)
-            lines.append(f"prmt.b32 ${out}, l, h, 0x{4 + i:X}{i:X}{12 + i:X}{12 + i:X};")
-    return "\n".join([*lines, "}"])
+    halves = [0 if x == 0 else (int(torch.tensor(x).bfloat16().view(torch.int16)) & 0xFFFF) - (x < 0) for x in numbers]
+    sides = [x >> 8 for x in halves], [x & 255 for x in halves]
+    return [int.from_bytes(bytes(side[i : i + 4]), "little") for side in sides for i in (0, 4, 8, 12)]
 
 
-def _bfloat16(x: float) -> int:
-    return int(torch.tensor(x).bfloat16().view(torch.int16)) & 0xFFFF
+def codes_of(numbers: tuple[float, ...], table: Tensor, dynamic: Tensor) -> Codes:
+    """Returns what codes of four bits stand for; `table` (16,) holds the same numbers."""
+    words = lookup_words(numbers)
+    asm = unpacking(words) if table.is_cuda else None  # Triton's interpreter knows no PTX
+    words = torch.tensor(words).to(torch.int32)[:, None].expand(-1, int(THREADS)).contiguous()
+    return Codes(table, dynamic, words.to(table.device), asm)
+
+
+def unpacking(words: Sequence[int]) -> tuple[str, str]:
+    """Returns PTX that turns four bytes of codes into float32, and PTX that multiplies these with eight numbers.
+
+    The first takes the bytes from $8 and writes the numbers of their high halves to $0 to $3, of the low halves to $4
+    to $7. The second takes the bytes from $1, the numbers from $2 to $9, and `words` from $10 to $17. prmt picks bytes
+    from eight by three bits of a code, which is done for both values of its fourth bit. Below the upper two bytes of
+    a number come two of its sign: all ones if it is negative.
+    """
+
+    def lines(word: str, words: Sequence[str], write: Callable[[int, str], list[str]]) -> str:
+        """`write` takes the number of a code, the high half of a byte first, and the operands that make its number."""
+        made = ["{", ".reg .b32 s, t, u, m, n, a, b, h, l;", ".reg .f32 x;"]
+        made += [f"and.b32 s, {word}, 0x77777777;", "shr.u32 t, s, 16;", f"shl.b32 u, {word}, 4;"]
+        # the fourth bit of each code, eight times
+        made += [f"prmt.b32 m, u, {word}, 0xD9C8;", f"prmt.b32 n, u, {word}, 0xFBEA;"]
+        for part, (code, mask) in enumerate((("s", "m"), ("t", "n"))):
+            for side, four in (("h", words[:4]), ("l", words[4:])):
+                made += [f"prmt.b32 a, {four[0]}, {four[1]}, {code};", f"prmt.b32 b, {four[2]}, {four[3]}, {code};"]
+                made += [f"lop3.b32 {side}, a, b, {mask}, 0xD8;"]
+            for i in range(4):
+                made += write(4 * part + (i ^ 1), f"l, h, 0x{4 + i:X}{i:X}{12 + i:X}{12 + i:X}")
+        return "\n".join([*made, "}"])
+
+    def added(at: int, made: str) -> list[str]:
+        step = "mul.rn.f32 $0, x" if at == 1 else "fma.rn.f32 $0, x"
+        return [f"prmt.b32 x, {made};", f"{step}, ${2 + at}{'' if at == 1 else ', $0'};"]
+
+    alone = lines("$8", [f"0x{w:08X}" for w in words], lambda at, made: [f"prmt.b32 ${at // 2 + at % 2 * 4}, {made};"])
+    return alone, lines("$1", [f"${10 + i}" for i in range(8)], added)
 
 
 def _given(name: str, rows: int, d: int, weight: Weight, codes: Codes | None) -> dict[str, object]:
     """Returns the tile of a product, and how codes are unpacked, as its kernel's arguments."""
     tile = (TILES if weight[1] is None else CODED_TILES)[name][rows > 1]
     given = {"R": 1 if rows == 1 else TOKENS, "N": tile.outputs, "K": tile.inputs, "stages": tile.stages}
-    table, dynamic, asm = (None, None, None) if codes is None else (codes.table, codes.dynamic, codes.asm)
-    given |= {"even": d % tile.inputs == 0, "num_warps": tile.warps}
-    return given | {"table": table, "dynamic": dynamic, "asm": asm}
+    held = vars(codes) if codes is not None else dict.fromkeys(("table", "dynamic", "words", "asm"))
+    return given | {"even": d % tile.inputs == 0, "num_warps": tile.warps} | held
 
 
 def _read(x: Tensor, weight: Weight) -> Tensor:
     """Returns x as a product with the weight reads it: two numbers at once, if the weight is in codes."""
     return x if weight[1] is None else x.view(torch.int32 if x.itemsize == 2 else torch.int64)
+
+
+def _held(weight: Weight, rows: int) -> Weight:
+    """Returns a weight as a product reads it: codes for one token four bytes at once."""
+    return (weight[0].view(torch.int32), *weight[1:]) if weight[1] is not None and rows == 1 else weight
 
 
 def queries(
@@ -390,12 +495,14 @@ def queries(
     (count, tokens, d), (k, v) = x.shape, cache
     rows, (kv_heads, length, size) = count * tokens, k.shape[1:]
     q, given = x.new_empty(rows, heads, size), _given("qkv", rows, d, weights[0], codes)
-    read, matrices = (_read(x, weights[0]), _read(norm, weights[0]), eps), [t for one in weights for t in one]
-    names = ("wq", "aq", "sq", "oq", "wk", "ak", "sk", "ok", "wv", "av", "sv", "ov")
-    given |= dict(zip(names, matrices, strict=True)) | dict(zip(("bq", "bk", "bv"), biases, strict=True))
+    names = ("wq", "aq", "sq", "oq", "wk", "ak", "sk", "ok", "wv", "av", "sv", "ov", "bq", "bk", "bv")
+    held = [tensor for weight in weights for tensor in _held(weight, rows)]
+    given |= dict(zip(names, (*held, *biases), strict=True))
     given |= {"cos": rope[0], "sin": rope[1], "pos": pos, "q": q, "k": k, "v": v, "rows": rows, "tokens": tokens}
     given |= {"d": d, "heads": heads, "kv_heads": kv_heads, "length": length, "D": size}
-    _qkv[triton.cdiv(size // 2, given["N"]), heads + 2 * kv_heads](*read, **given)
+    _qkv[triton.cdiv(size // 2, given["N"]), heads + 2 * kv_heads](
+        _read(x, weights[0]), _read(norm, weights[0]), eps, **given
+    )
     return q
 
 
@@ -422,7 +529,7 @@ def added(x: Tensor, y: Tensor, weight: Weight, name: str, codes: Codes | None =
     """Returns x + W y of x (..., width), y (N, d) and a weight (width, d); `name` says which product it is."""
     (rows, d), width, out = y.shape, x.size(-1), torch.empty_like(x)
     given = _given(name, rows, d, weight, codes) | {"out": out, "rows": rows, "d": d, "width": width}
-    _add[triton.cdiv(width, given["N"]),](_read(y, weight), x, *weight, **given)
+    _add[triton.cdiv(width, given["N"]),](_read(y, weight), x, *_held(weight, rows), **given)
     return out
 
 
@@ -434,5 +541,7 @@ def swiglu(
     rows = x.numel() // d
     out, given = x.new_empty(rows, width), _given("gate_up", rows, d, gate, codes)
     given |= {"out": out, "rows": rows, "d": d, "width": width}
-    _gate_up[triton.cdiv(width, given["N"]),](_read(x, gate), _read(norm, gate), eps, *gate, *up, **given)
+    _gate_up[triton.cdiv(width, given["N"]),](
+        _read(x, gate), _read(norm, gate), eps, *_held(gate, rows), *_held(up, rows), **given
+    )
     return out
