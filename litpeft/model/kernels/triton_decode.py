@@ -268,11 +268,7 @@ def _product(
 @triton.jit
 def _one_of(q, k, v, is_q, turns):
     """Returns the pointer for queries, keys or values."""
-    if q is None:  # noqa: SIM108  Triton before 3.7 takes no None in a conditional expression
-        one = None
-    else:
-        one = tl.where(is_q, q, tl.where(turns, k, v))
-    return one
+    return tl.where(is_q, q, tl.where(turns, k, v))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -284,9 +280,11 @@ def _qkv(
 ):  # fmt: skip
     head, half = tl.program_id(1), D // 2
     turns, is_q = head < heads + kv_heads, head < heads
-    w, absmax = _one_of(wq, wk, wv, is_q, turns), _one_of(aq, ak, av, is_q, turns)
-    scale, offset = _one_of(sq, sk, sv, is_q, turns), _one_of(oq, ok, ov, is_q, turns)
-    b, out = _one_of(bq, bk, bv, is_q, turns), _one_of(q, k, v, is_q, turns)
+    w, out, absmax, scale, offset = _one_of(wq, wk, wv, is_q, turns), _one_of(q, k, v, is_q, turns), None, None, None
+    if aq is not None:
+        absmax = _one_of(aq, ak, av, is_q, turns)
+    if sq is not None:
+        scale, offset = _one_of(sq, sk, sv, is_q, turns), _one_of(oq, ok, ov, is_q, turns)
     head = tl.where(is_q, head, tl.where(turns, head - heads, head - heads - kv_heads))
     # dimensions i and i + D / 2 rotate together
     both = tl.arange(0, 2 * N)
@@ -297,7 +295,8 @@ def _qkv(
     first, second = tl.split(tl.reshape(y, (R, N, 2)))
     token, i = tl.arange(0, R)[:, None], tl.program_id(0) * N + tl.arange(0, N)[None, :]
     fits, at = (token < rows) & (i < half), token * D + half + i
-    if b is not None:
+    if bq is not None:
+        b = _one_of(bq, bk, bv, is_q, turns)
         first += tl.load(b + head * D + i, mask=i < half, other=0.0).to(tl.float32)
         second += tl.load(b + head * D + half + i, mask=i < half, other=0.0).to(tl.float32)
     c = tl.where(turns, tl.load(cos + at, mask=fits, other=0.0).to(tl.float32), 1.0)
