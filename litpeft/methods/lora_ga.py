@@ -16,7 +16,6 @@ from functools import partial
 from itertools import islice
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from litpeft.core.kinds import check_least
@@ -26,6 +25,7 @@ from litpeft.model.delta import Held
 from litpeft.model.gpt import GPT
 from litpeft.model.kernels.low_rank import Factors
 from litpeft.model.objective import summed_loss
+from litpeft.model.singular import singular_parts
 from litpeft.model.slots import Linear
 
 
@@ -64,7 +64,7 @@ class LoRAGA(PiSSA):
         for name, gradient in sums.items():
             _, (_, out, rank, scale, _) = shapes[name]
             rank = min(rank, min(gradient.shape) // self.vectors)
-            u, _, v = torch.svd_lowrank(gradient, min(*gradient.shape, 4 * rank), niter=16)
+            u, _, v = singular_parts(gradient, min(*gradient.shape, 4 * rank))
             c = scale**0.5 * out**0.25 / self.gamma**0.5
             self.found[name] = c * v[:, :rank].T, c * u[:, rank : 2 * rank]
 
