@@ -36,8 +36,8 @@ D, HEADS, HEAD, WIDTH, RANK, TOKENS = 64, 4, 16, 96, 4, 16
 CONFIG = ModelConfig(320, D, 1, HEADS, HEADS, HEAD, d_ff=WIDTH, max_positions=64)
 
 # Of one block with LoRA on its seven layers. Products with frozen weights, of the layers that read the same input in
-# one, two of the four added to the residual stream; with the A of four inputs; with the B of v. Then our kernels, and what
-# is small: scale times B, and one cast of all A and B of all blocks.
+# one, two of the four added to the residual stream; with the A of four inputs; with the B of v. Then our kernels, and
+# what is small: scale times B, and one cast of all A and B of all blocks.
 FORWARD = Counter(mm=2 + 4, addmm_=2 + 1, _rms_norm=2, _rotate=2, _swiglu=1, _add=2, attention=1)
 FORWARD += Counter(mul=7, _foreach_copy_=1)
 # Products for the gradient of down's input, of A x and B in seven layers, and of A of four inputs; the gradients of the

@@ -54,7 +54,7 @@ class FusedStep:
         return None if groups is None else run(block, x, ctx, groups)
 
     def groups(self, block: Block, dtype: torch.dtype, shared: dict) -> Groups | None:
-        """Returns the groups of a block, made with those of the blocks after it, so that their factors are cast at once.
+        """Returns the groups of a block, made with those of the next blocks, so that their factors are cast at once.
 
         Not of all blocks: the GPU would wait for the first.
         """

@@ -115,7 +115,7 @@ class Group:
         return dy @ self.weight(dy.dtype) if product is None else product
 
     def cast(self, dtype: torch.dtype, factors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
-        """Returns A of all layers (R, in) and B (out_i, r) of each, in the type of the products; r is 0 for no update."""
+        """Returns A of all layers (R, in) and B (out_i, r) of each, in the products' type; r is 0 for no update."""
         as_, bs = factors[: len(self.layers)], factors[len(self.layers) :]
         first, device = self.layers[0], self.layers[0].weight.device
         given = [a for a in as_ if a is not None]

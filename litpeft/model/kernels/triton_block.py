@@ -21,7 +21,7 @@ def _updated(
     y, t, b, row, column, n, width, t_row: tl.constexpr, r: tl.constexpr, at, mask, R: tl.constexpr,
     across: tl.constexpr = False,
 ):  # fmt: skip
-    """Returns the tile y + t b^T in float32; t is (N, r), b is (width, r), or (r, width) if `across`. R is r, padded."""
+    """Returns the tile y + t b^T in float32: t (N, r), b (width, r), or (r, width) if `across`; R is r, padded."""
     x = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
     if R > 0:
         k = tl.arange(0, R)
