@@ -43,7 +43,7 @@ FORWARD += Counter(mul=7, _foreach_copy_=1)
 # Products for the gradient of down's input, of A x and B in seven layers, and of A of four inputs; the gradients of the
 # other three inputs begin with that of A x, to which a product is added. That of v is copied beside those of q and k.
 BACKWARD = Counter(mm=1 + 7 + 7 + 4 + 3, addmm_=3, _rms_norm_backward=2, _rotate=2, _swiglu_backward=1, attention=1)
-BACKWARD += Counter(mul=7 + 4, cat=2, copy_=1, clone=1, _to_copy=2, _foreach_copy_=1)
+BACKWARD += Counter(mul=7 + 4, cat=2, copy_=1, clone=1, _to_copy=2, _foreach_copy_=1, _transpose=2)
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount", "item"}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh", "_unsafe_view"}

@@ -15,14 +15,16 @@ PACKAGE, UNUSED = "lightning", "torchmetrics"
 class Package(ModuleType):
     """A package whose own contents are imported when they are used first; its submodules need not wait for them."""
 
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if (submodule := sys.modules.get(f"{self.__name__}.{name}")) is not None:  # one that is still being imported
+    def __getattr__(self, attribute: str) -> object:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        if (
+            submodule := sys.modules.get(f"{self.__name__}.{attribute}")
+        ) is not None:  # one that is still being imported
             return submodule
         self.__class__ = ModuleType
         self.__spec__.loader.exec_module(self)
-        return getattr(self, name)
+        return getattr(self, attribute)
 
 
 def import_fabric() -> None:

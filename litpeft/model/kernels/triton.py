@@ -151,7 +151,7 @@ def _transpose(x, y, rows, columns, size: tl.constexpr):
 
 
 def transposed(x: Tensor) -> Tensor:
-    """Returns bytes x (n, m) as (m, n), contiguous; torch's copy reads or writes them one at a time."""
+    """Returns x (n, m) as (m, n), contiguous; torch's copy reads or writes its numbers one at a time."""
     y = torch.empty(x.size(1), x.size(0), dtype=x.dtype, device=x.device)
     _transpose[triton.cdiv(x.size(0), TILE), triton.cdiv(x.size(1), TILE)](x, y, *x.shape, TILE)
     return y
