@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "num_hidden_layers": 32}
 LLAMA_8B |= {"num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 LLAMA_8B |= {"max_position_embeddings": 131072, "dtype": "bfloat16"}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGETS = {
     "train litpeft": "1.15 of unsloth: 18,012 tokens/s; 40 GB",
     "train litpeft-nf4": "1.15 of unsloth: 17,672 tokens/s; 30 GB",
@@ -162,7 +162,7 @@ def unsloth(folder: Path, nf4: bool) -> torch.nn.Module:
 
     options = {"max_seq_length": LENGTH, "dtype": torch.bfloat16, "load_in_4bit": nf4, "local_files_only": True}
     model, _ = FastLanguageModel.from_pretrained(str(folder), **options)
-    options = {"r": 8, "lora_alpha": 16, "lora_dropout": 0, "bias": "none", "target_modules": TARGETS}
+    options = {"r": 8, "lora_alpha": 16, "lora_dropout": 0, "bias": "none", "target_modules": LAYERS}
     model = FastLanguageModel.get_peft_model(model, **options, use_gradient_checkpointing=False)
     FastLanguageModel.for_training(model, use_gradient_checkpointing=False)
     return model
@@ -176,7 +176,7 @@ def peft_with_liger(folder: Path) -> torch.nn.Module:
     apply_liger_kernel_to_llama()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").to(DEVICE)
     model.config.use_cache = False
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)).train()
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=LAYERS)).train()
 
 
 def short(folder: Path, tokens: int) -> dict[str, object]:
