@@ -102,7 +102,7 @@ class Weights:
         return sums
 
     def begin_sums(self) -> None:
-        """Begins to compute the `verified_sums`, in threads: they take a second for 3 GB and a processor's core."""
+        """Begins to compute the `verified_sums`, in threads: those of a large base take seconds."""
         # the files are read, not mapped, to keep no pages in memory
         begin_sums((self.folder / file for file in self.headers), torch.get_num_threads())
 
