@@ -26,6 +26,8 @@ from litpeft.model.context import Context, KVCache  # noqa: E402
 from litpeft.model.delta import attach  # noqa: E402
 from litpeft.model.gpt import GPT  # noqa: E402
 from litpeft.model.kernels import triton_decode as kernels  # noqa: E402
+from litpeft.model.kernels import triton_decode_attention as attention  # noqa: E402
+from litpeft.model.kernels.triton_decode_codes import lookup_words, unpacking  # noqa: E402
 from litpeft.model.quantize import storage_class  # noqa: E402
 from litpeft.model.quantize.codes import CODES, dequantize_in_torch  # noqa: E402
 from litpeft.model.slots import Linear  # noqa: E402
@@ -44,8 +46,8 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     small = kernels.Tile(4, 64, 4, 1), kernels.Tile(16, 64, 4, 2)
     monkeypatch.setattr(kernels, "TILES", dict.fromkeys(kernels.TILES, small))
     monkeypatch.setattr(kernels, "CODED_TILES", dict.fromkeys(kernels.TILES, small))
-    monkeypatch.setattr(kernels, "KEYS", 16)
-    monkeypatch.setattr(kernels, "SPAN", 32)
+    monkeypatch.setattr(attention, "KEYS", 16)
+    monkeypatch.setattr(attention, "SPAN", 32)
     monkeypatch.setattr(fused_block, "kernels", lambda: kernels)
     return
 
@@ -169,8 +171,8 @@ def test_weights_in_codes(kind: str, nested: bool, rows: int, tokens: int) -> No
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_ptx_unpacks_every_byte(kind: str) -> None:
-    words = kernels.lookup_words(CODES[kind])
-    unpacks, multiplies = kernels.unpacking(words)
+    words = lookup_words(CODES[kind])
+    unpacks, multiplies = unpacking(words)
     code, given = torch.tensor(CODES[kind]).bfloat16().double(), {f"${10 + n}": word for n, word in enumerate(words)}
     for first in range(0, 256, 4):
         byte = torch.arange(first, first + 4)

@@ -72,10 +72,9 @@ def takes(block: FusedBlock, dtype: torch.dtype) -> bool:
     return coded and norms and all(layer.in_features % BLOCK == 0 for layer in layers)
 
 
-def held(layer: Linear) -> tuple[Tensor | None, ...]:
+def held(layer: Linear) -> object:
     """Returns what holds a layer's weight, as the kernels take it."""
-    tensors = tuple(layer.packed().values()) if isinstance(layer, FourBit) else (layer.weight,)
-    return *tensors, *(None for _ in range(4 - len(tensors)))
+    return kernels().Weight(*(layer.packed().values() if isinstance(layer, FourBit) else (layer.weight,)))
 
 
 @cache
