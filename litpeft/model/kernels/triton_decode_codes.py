@@ -99,14 +99,14 @@ def _halves(word, dtype: tl.constexpr):
 
 
 @triton.jit
-def _numbers(byte, table, asm: tl.constexpr):
+def _numbers(byte, table, plan: tl.constexpr):
     """Returns the two numbers that a byte of codes stands for, in float32: of its high half, then of its low half."""
-    if asm is None:
+    if plan.asm is None:
         byte = byte.to(tl.int32)
         return tl.load(table + (byte >> 4)), tl.load(table + (byte & 15))
     else:
         registers: tl.constexpr = "=r,=r,=r,=r,=r,=r,=r,=r,r"  # four bytes make twice four numbers
-        first, second = tl.inline_asm_elementwise(asm[0], registers, [byte], (tl.int32, tl.int32), True, 4)
+        first, second = tl.inline_asm_elementwise(plan.asm[0], registers, [byte], (tl.int32, tl.int32), True, 4)
         return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
 
 
@@ -118,16 +118,16 @@ def _four(words, t):
 
 
 @triton.jit
-def _eight(word, numbers, x, words, asm: tl.constexpr):
+def _eight(word, numbers, x, words, plan: tl.constexpr):
     """Returns the product of eight x with the numbers that four bytes of codes stand for, in float32."""
-    if asm is None:
+    if plan.asm is None:
         y = x[0] * tl.load(numbers + ((word >> 4) & 15)) + x[1] * tl.load(numbers + (word & 15))
         for i in tl.static_range(1, 4):
             y += x[2 * i] * tl.load(numbers + ((word >> (8 * i + 4)) & 15))
             y += x[2 * i + 1] * tl.load(numbers + ((word >> (8 * i)) & 15))
     else:
         given = (word,) + x + words  # noqa: RUF005, as Triton knows no star here
-        y = tl.inline_asm_elementwise(asm[1], "=f,r,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r", given, tl.float32, True, 1)
+        y = tl.inline_asm_elementwise(plan.asm[1], "=f,r,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r,r", given, tl.float32, True, 1)
     return y
 
 
@@ -182,7 +182,7 @@ def coded_product_of_one(x, norm, eps, weight, row, tables, d, plan: tl.constexp
         x0, x2, x4, x6 = _apart(first, T)
         x1, x3, x5, x7 = _apart(second, T)
         numbers = (x0, x1, x2, x3, x4, x5, x6, x7)
-        y += tl.sum(_eight(codes, tables.numbers, numbers, upper + lower, plan.asm), 2) * largest
+        y += tl.sum(_eight(codes, tables.numbers, numbers, upper + lower, plan), 2) * largest
     y = tl.sum(y, 1)[None, :]
     if norm is not None:
         y *= 1 / tl.sqrt_rn(tl.sum(squares, 0) / d + eps)
@@ -211,7 +211,7 @@ def coded_product(x, weight, row, tables, rows, d, plan: tl.constexpr, dtype: tl
         block = row[:, None] * (d // 64) + ((start >> 5) + (t >> 1))[None, :]
         largest = _largest(weight, tables, block, mask_t, other)[:, :, None]
         first, second = _halves(tl.load(x + start + pair, mask=mask, other=other), dtype)
-        high, low = _numbers(codes, tables.numbers, plan.asm)
+        high, low = _numbers(codes, tables.numbers, plan)
         high, low = (high * largest).to(dtype), (low * largest).to(dtype)
         y = tl.dot(first.to(dtype), tl.trans(tl.reshape(high, (M, K // 2))), y, input_precision="ieee")
         y = tl.dot(second.to(dtype), tl.trans(tl.reshape(low, (M, K // 2))), y, input_precision="ieee")
