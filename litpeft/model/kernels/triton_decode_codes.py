@@ -55,7 +55,8 @@ def unpacking(words: Sequence[int]) -> tuple[str, str]:
 
     A table in memory would cost a load for each number: compiled for sm_90, the loop for one token gets 17 to 35 %
     more instructions, and six times the loads. Here the 16 numbers are in eight registers, `words`, as bfloat16: four
-    hold upper bytes and four lower bytes, of codes 0 to 3, 4 to 7 and so on. The instruction prmt picks four bytes at once from two registers, by three bits of four codes. So:
+    hold upper bytes and four lower bytes, of codes 0 to 3, 4 to 7 and so on. The instruction prmt picks four bytes at
+    once from two registers, by three bits of four codes. So:
     1. `and` leaves the lower three bits of each code; `shr` moves the upper four codes to where prmt looks.
     2. Two prmt spread the fourth bit of each code over a byte, once for either four codes. To do so they repeat the
        sign of a byte, which is the fourth bit of its high code; `shl` makes it that of its low code, too.
