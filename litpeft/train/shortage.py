@@ -106,7 +106,8 @@ class Shortage:
 
     def logits(self, tokens: int) -> int:
         """Returns the bytes of the logits that exist at one time; `activations` has them in it."""
-        return 2 * min(tokens, GPU_CHUNK if self.gpu else CHUNK) * self.shapes.config.vocab_size * 4
+        chunk, size = (GPU_CHUNK, self.precision.weights.itemsize) if self.gpu else (CHUNK, 4)
+        return 2 * min(tokens, chunk) * self.shapes.config.vocab_size * size
 
     def activations(self, tokens: int, mode: Checkpointing | None = None) -> int:
         """Returns the bytes of the logits and of what the device keeps for the backward pass of so many tokens."""
