@@ -24,7 +24,7 @@ from litpeft.model.delta import attach, trainable  # noqa: E402
 from litpeft.model.gpt import GPT, Block, Context  # noqa: E402
 from litpeft.model.known_block import at_defaults  # noqa: E402
 from litpeft.model.objective import summed_loss  # noqa: E402
-from litpeft.model.quantize import Storage  # noqa: E402
+from litpeft.model.quantize import STORAGES, Storage  # noqa: E402
 from litpeft.model.slots import Delta  # noqa: E402
 from litpeft.train.fused_block import SWITCHES, FusedStep, groups_of, handles, lay_together, run  # noqa: E402
 
@@ -96,7 +96,7 @@ def test_it_learns_what_the_block_learns(folder: Path, name: str) -> None:
         assert all(torch.equal(again[key], got[key]) for key in got), mode
 
 
-@pytest.mark.parametrize("storage", [None, "nf4", "int8"])
+@pytest.mark.parametrize("storage", [None, "nf4", "nf3", "int8"])
 def test_in_half_precision_too(folder: Path, storage: str | None) -> None:
     held = storage and Storage(storage)
     want = learned(made(folder, torch.float64, False, METHODS["all layers"], held))
@@ -106,7 +106,7 @@ def test_in_half_precision_too(folder: Path, storage: str | None) -> None:
         assert error <= 1.5 * allowed + 0.01 * want[key].norm(), key
 
 
-@pytest.mark.parametrize("storage", [None, "nf4", "fp8"])
+@pytest.mark.parametrize("storage", [None, *STORAGES])
 def test_weights_that_lie_together_are_the_layers_own(folder: Path, storage: str | None) -> None:
     apart, model = (build(folder, HALF, None, DEVICE, storage and Storage(storage)) for _ in range(2))
     want = {name: tensor.clone() for name, tensor in apart.state_dict().items()}
@@ -117,7 +117,7 @@ def test_weights_that_lie_together_are_the_layers_own(folder: Path, storage: str
     assert sum(storages.values()) == before
     for there, block in zip(apart.blocks, model.blocks, strict=True):
         for group, alone in zip(groups_of(block), groups_of(there), strict=True):
-            assert bool(group.stacked) == (storage != "nf4")
+            assert bool(group.stacked) == (storage in (None, "fp8"))
             assert len(group.layers) == 1 or not alone.stacked
             assert torch.equal(group.weight(HALF), torch.cat([layer.dense().to(HALF) for layer in alone.layers]))
             assert torch.equal(group.weight(HALF), alone.weight(HALF))

@@ -31,7 +31,7 @@ class OnDevice(Weights):
 
     def __init__(self, weights: Weights, uses: Iterable[str], device: torch.device):
         vars(self).update(vars(weights))
-        self.device, self.gpu, self.left = device, device.type == "cuda", Counter(uses)
+        self.device, self.gpu, self.left = device, device.type == "cuda", Counter(iter(uses))
         self.waiting, self.bytes_ahead = deque(self.left), 0
         self.begun: dict[str, tuple[Tensor, list[Future]]] = {}  # with the parts of which nobody has waited for
         self.handles = {file: os.open(self.folder / file, os.O_RDONLY) for file in self.headers}

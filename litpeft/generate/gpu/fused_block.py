@@ -38,7 +38,9 @@ class FusedBlock(Block):
     layer: int
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        fits = x.is_cuda and x.dtype in HALF and kernels() is not None
+        # the numbers of codes are looked up in 16 bits, as exact as bfloat16 but not as float16
+        types = (torch.bfloat16,) if isinstance(self.attn.q, FourBit) else HALF
+        fits = x.is_cuda and x.dtype in types and kernels() is not None
         return step(self, x, ctx) if fits and handles(self, x, ctx) else super().forward(x, ctx)
 
 

@@ -31,6 +31,9 @@ class FewBits(FourBit):
     def base(self, x: Tensor) -> Tensor:
         return Quantized.base(self, x)  # no kernel multiplies with these codes
 
+    def write_dense(self, out: Tensor) -> None:
+        Quantized.write_dense(self, out)  # nor unpacks them
+
     def layout(self) -> dict[str, Tensor]:
         layout, n = super().layout(), self.in_features * self.out_features
         return layout | {"weight": torch.empty(-(-n // 8) * self.bits, dtype=torch.uint8, device="meta")}

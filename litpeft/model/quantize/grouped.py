@@ -54,7 +54,8 @@ class Grouped(Quantized):
             x, top = grouped(part.float()), 2**self.bits - 1
             low, high = x.aminmax(dim=-1)
             shift = low.half()
-            scale = ((high - shift) / top).clamp(min=0).half()
+            # by a tensor: a GPU multiplies with the reciprocal of a number, and half of the last bits would be others
+            scale = ((high - shift) / torch.full_like(high, top)).clamp(min=0).half()
             if not (scale.isfinite() & shift.isfinite()).all():
                 what = f"a weight is beyond {torch.finfo(torch.float16).max:.0f}, the largest number of float16"
                 raise ModelError(what, where="base.quantize", hint="take nf4 or int8")
