@@ -25,7 +25,7 @@ fi
 install_litpeft "[test]"
 if .venv/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     echo "== pytest, with the GPU"
-    .venv/bin/python -m pytest tests/test_cuda.py tests/test_native_gpu.py
+    .venv/bin/python -m pytest tests/test_{cuda,native_gpu,fused_training,fp8,gpu_decode,to_device}.py
 fi
 cores=$(getconf _NPROCESSORS_ONLN)
 workers=$((cores < 4 ? cores : 4)) # each needs some 2 GB
