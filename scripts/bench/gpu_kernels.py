@@ -24,6 +24,7 @@ from litpeft.model.slots import Linear  # noqa: E402
 DEVICE, HALF = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float16)  # the interpreter has no bfloat16 products
 N, D, F, V, RANK = (8192, 4096, 14336, 128256, 8) if GPU else (32, 64, 96, 512, 8)
 TILES = ((32, 64), (32, 128), (64, 64), (64, 128), (16, 256)) if GPU else ((32, 64),)
+SUMS = ((4, 512, 2), (4, 1024, 4), (4, 256, 1), (2, 512, 2)) if GPU else ((4, 64, 2),)  # and warps
 CHUNKS = (256, 512, 1024, 2048) if GPU else (16,)
 
 
@@ -60,6 +61,7 @@ def cases() -> Iterator[tuple[str, float, Callable[[], object]]]:
     yield "rotate", 2 * thin, lambda: block.rotate(y, (t, b), cos, sin)
     gate, up, dy = (random(N, F) for _ in range(3))
     both = (t, bf), (t, bf)
+    few, block.FEW = block.FEW, 0  # first without sums for small ranks
     for rows, columns in TILES:
         block.ROWS, block.COLUMNS = rows, columns
         tile = f"{rows} x {columns}"
@@ -67,6 +69,10 @@ def cases() -> Iterator[tuple[str, float, Callable[[], object]]]:
         yield f"swiglu {tile}", 3 * large, lambda: block.swiglu(gate, up, both)
         yield f"swiglu_backward {tile}", 6 * large, lambda: block.swiglu_backward(dy, gate, up, both, (t, af))
     block.ROWS, block.COLUMNS = TILES[0]
+    block.FEW = few
+    for tile in SUMS:
+        block.FEW_TILE = tile
+        yield f"swiglu_backward by sums {tile}", 6 * large, lambda: block.swiglu_backward(dy, gate, up, both, (t, af))
     yield "A x", thin, lambda: x @ b
     yield "dy B and dy^T t", large, lambda: (dy @ bf, dy.T @ t)  # each reads dy: twice the bytes of one pass
     codes, absmax = torch.zeros(F * D // 2, dtype=torch.uint8, device=DEVICE), torch.rand(F * D // 64, device=DEVICE)
