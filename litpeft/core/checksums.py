@@ -9,10 +9,13 @@ import json
 import os
 import re
 import struct
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from litpeft.core.errors import ModelError, some
@@ -77,10 +80,9 @@ def begin_sums(paths: Iterable[Path], threads: int) -> None:
                 digest.set_running_or_notify_cancel()
                 first, last = header[name]["data_offsets"]
                 spans.append((last - first, path, first, digest))
-    pool = ThreadPoolExecutor(threads)
-    for span in sorted(spans, key=lambda span: -span[0]):  # no thread is left with a large one at the end
-        pool.submit(_sum, *span)
-    pool.shutdown(wait=False)
+    left = deque(sorted(spans, key=lambda span: -span[0]))  # no thread is left with a large one at the end
+    for _ in range(min(threads, len(left))):
+        Thread(target=_work, args=(left,), daemon=True).start()  # a run that ends early does not wait for them
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -94,11 +96,14 @@ def _sums(path: Path, state: tuple[int, ...]) -> dict[str, Future[str]]:
     return {name: Future() for name in read_header(path)}
 
 
-def _sum(size: int, path: Path, first: int, digest: Future[str]) -> None:
-    try:
-        digest.set_result(file_sha256(path, first, first + size))
-    except Exception as error:
-        digest.set_exception(error)
+def _work(left: deque[tuple[int, Path, int, Future[str]]]) -> None:
+    with suppress(IndexError):
+        while True:
+            size, path, first, digest = left.popleft()
+            try:
+                digest.set_result(file_sha256(path, first, first + size))
+            except Exception as error:
+                digest.set_exception(error)
 
 
 def file_sha256(path: Path, first: int = 0, last: int | None = None) -> str:

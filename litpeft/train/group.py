@@ -1,7 +1,7 @@
 """Linear layers that read the same x as one layer with all their outputs, and their low-rank updates.
 
 One product of a GPU with the weights of several layers is faster than several: forward it reads x once, backward the
-gradient of x is summed in one product, 8 % faster for Llama-3.1-8B's gate and up on an H200.
+gradient of x is summed in one product; together 5 % fewer milliseconds for Llama-3.1-8B on an H200.
 Letters: N tokens, r rank, R sum of the ranks, out_i of one layer, out of all.
 """
 
