@@ -23,17 +23,13 @@ THICK = 64  # rank above which an update is better two products of its own
 def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     """Returns tensors as their concatenation, without a copy, or None if they do not lie one after the other."""
     first = tensors[0]
-    end = first.data_ptr()
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     for tensor in tensors:
         alike = tensor.dtype == first.dtype and tensor.shape[1:] == first.shape[1:] and tensor.is_contiguous()
-        if not alike or tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != start_of(first):
+        if not alike or tensor.data_ptr() != end or tensor.untyped_storage().data_ptr() != storage:
             return None
         end += tensor.nbytes
     return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
-
-
-def start_of(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 @dataclass
@@ -57,7 +53,7 @@ class Group:
 
     def lay_together(self) -> None:
         """Moves the layers' weights, so that they lie one after the other; the layers hold views of them."""
-        if len({type(layer) for layer in self.layers}) > 1:
+        if len(self.layers) == 1 or len({type(layer) for layer in self.layers}) > 1:
             return
         for name in self.layers[0].stacks:
             parameters = [getattr(layer, name) for layer in self.layers]
