@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from litpeft.core.errors import ConfigError, counted
-from litpeft.core.folders import check_disk, check_place, refuse_existing, remove_leftovers
+from litpeft.core.folders import check_place, refuse_existing, remove_leftovers
 from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.safetensors import Weights
@@ -24,7 +24,7 @@ from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_identity, tokenizer_identity
 from litpeft.model.added_tokens import grown, note_tokens
 from litpeft.model.build import checked_files
-from litpeft.model.delta import Method, attach, delta_state, trainable, training_state
+from litpeft.model.delta import Method, attach, trainable
 from litpeft.model.families.read import read_config
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize.quantized import store
@@ -45,6 +45,7 @@ from litpeft.train.resume import (
     rows_sha256,
     rows_text_sha256,
 )
+from litpeft.train.room import check_room
 from litpeft.train.samples import SHOWN, Question, askable
 from litpeft.train.settings import Finetune, Validation
 from litpeft.train.shortage import Shortage
@@ -253,36 +254,6 @@ def check_held_out(settings: Finetune, held_out: int, askable: int, method: Meth
             what = f"{value} is of no use: no row is held out, so nothing is measured"
             hint = "name rows with data.validation_path or raise data.validation_split, or leave it out"
             raise ConfigError(what, where=f"validation.{key}", hint=hint)
-
-
-def check_room(
-    settings: Finetune, method: Method, shapes: GPT, precision: Precision, held_out: bool, resumes: bool
-) -> None:
-    """Raises if the disk has no room for what the run will write."""
-    if not is_first():
-        return
-    dtype = method.trained_dtype(precision.weights)
-    trained = dtype.itemsize * sum(p.numel() for p in trainable(shapes).values())
-    state = sum(tensor.nbytes for tensor in training_state(shapes).values())
-    held = dtype.itemsize * sum(tensor.numel() for tensor in delta_state(shapes).values())
-    result = held if method.writes_model else 2 * held  # final/ says it for peft, too
-    needed = bytes_needed(settings, 2 * trained + held + state, result, held_out, resumes)
-    hint = "make room, set `out` to another disk, lower checkpoint.keep_last, or train less (a smaller method.rank)"
-    check_disk(Path(settings.out), needed, "the checkpoints", hint)
-
-
-def bytes_needed(settings: Finetune, each: int, result: int, held_out: bool, resumes: bool) -> int:
-    """Returns the room on disk for the checkpoints that are kept, the one being written, and the result.
-
-    `each` are the bytes of a checkpoint: what is learned, two moments for each parameter, and what the method keeps
-    from step to step. `result` are those of final/. A run that `resumes` has a part of its checkpoints already.
-    """
-    best = settings.checkpoint.keep_best and held_out
-    if settings.checkpoint.interval == 0 and not best:
-        return each + result  # one more, where the run is stopped: those that are there stay beside it
-    kept = settings.checkpoint.keep_last + best + 1
-    there = (Path(settings.out) / "checkpoints").rglob("*") if resumes else ()
-    return each * kept + result - sum(p.stat().st_size for p in there)
 
 
 def dry_run(name: str, shapes: GPT, rows: DataSet, tokenizer: Tokenizer, steps: int) -> None:
