@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import litpeft.core.safetensors
-import litpeft.train.preparation
+import litpeft.train.room
 from litpeft.core.errors import ModelError, NumericError, ResourceError, UserError
 from litpeft.core.folders import check_disk
 from litpeft.exchange.identity import changed, checksum
@@ -458,7 +458,7 @@ def test_the_room_is_that_of_the_checkpoints_that_can_come_to_be(
     tiny_folder, tmp_path, monkeypatch, argv: tuple[str, ...], kept: int
 ) -> None:
     asked = []
-    monkeypatch.setattr(litpeft.train.preparation, "check_disk", lambda folder, needed, *said: asked.append(needed))
+    monkeypatch.setattr(litpeft.train.room, "check_disk", lambda folder, needed, *said: asked.append(needed))
     data = write_rows(tmp_path)
     held_out = "--data.validation_split" not in argv
     run = finetune(tiny_folder, tmp_path, "--data.path", str(data if held_out else data / "train.jsonl"), *argv)
