@@ -13,7 +13,7 @@ from litpeft.model.context import Context
 from litpeft.model.gpt import GPT, Block
 from litpeft.model.kernels import gpu_kernels
 from litpeft.model.known_block import READ, at_defaults, is_llama
-from litpeft.model.quantize.codes import BLOCK, CODES, code_table, dynamic_codes
+from litpeft.model.quantize.codes import BLOCK, code_table, dynamic_codes
 from litpeft.model.quantize.four_bit import FP4, NF4, FourBit
 from litpeft.model.slots import Linear, is_empty
 
@@ -38,9 +38,7 @@ class FusedBlock(Block):
     layer: int
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        # the numbers of codes are looked up in 16 bits, as exact as bfloat16 but not as float16
-        types = (torch.bfloat16,) if isinstance(self.attn.q, FourBit) else HALF
-        fits = x.is_cuda and x.dtype in types and kernels() is not None
+        fits = x.is_cuda and x.dtype in HALF and kernels() is not None
         return step(self, x, ctx) if fits and handles(self, x, ctx) else super().forward(x, ctx)
 
 
@@ -79,24 +77,20 @@ def held(layer: Linear) -> object:
     return kernels().Weight(*(layer.packed().values() if isinstance(layer, FourBit) else (layer.weight,)))
 
 
-@cache
-def codes_of(kind: str, device: torch.device) -> object:
-    """Returns what codes of a kind stand for."""
-    return kernels().codes_of(CODES[kind], code_table(kind, device), dynamic_codes(device))
-
-
 def step(block: FusedBlock, x: Tensor, ctx: Context) -> Tensor:
     """Returns the block's output (B, T, d), and writes the new keys and values into the cache."""
     attn, mlp, cache = block.attn, block.mlp, ctx.cache[block.layer]
     norm1, norm2, layers, cached = block.norm1, block.norm2, (attn.q, attn.k, attn.v), (cache.k, cache.v)
-    codes = codes_of(attn.q.kind, x.device) if isinstance(attn.q, FourBit) else None
+    tables = None
+    if isinstance(attn.q, FourBit):
+        tables = kernels().Tables(code_table(attn.q.kind, x.device), dynamic_codes(x.device))
     heads = attn.q.out_features // attn.head_dim
     weights, biases = tuple(map(held, layers)), tuple(layer.bias for layer in layers)
-    q = kernels().queries(x, norm1.weight, norm1.eps, heads, weights, biases, ctx.rope, ctx.pos, cached, codes)
+    q = kernels().queries(x, norm1.weight, norm1.eps, heads, weights, biases, ctx.rope, ctx.pos, cached, tables)
     y = kernels().attended(q, ctx.pos, cached, block.attn.window)
-    x = kernels().added(x, y.flatten(1), held(attn.o), "o", codes)
-    y = kernels().swiglu(x, norm2.weight, norm2.eps, held(mlp.gate), held(mlp.up), mlp.gate.out_features, codes)
-    return kernels().added(x, y, held(mlp.down), "down", codes)
+    x = kernels().added(x, y.flatten(1), held(attn.o), "o", tables)
+    y = kernels().swiglu(x, norm2.weight, norm2.eps, held(mlp.gate), held(mlp.up), mlp.gate.out_features, tables)
+    return kernels().added(x, y, held(mlp.down), "down", tables)
 
 
 def fuse_blocks(model: GPT) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from litpeft.model.kernels.triton_block import rms_norm
 from litpeft.model.kernels.triton_decode_attention import attended as attended
-from litpeft.model.kernels.triton_decode_codes import Codes
-from litpeft.model.kernels.triton_decode_codes import codes_of as codes_of
+from litpeft.model.kernels.triton_decode_codes import Tables
 from litpeft.model.kernels.triton_decode_products import Plan, Weight, product
 
 TOKENS = 16  # new tokens, at most: the rows of a tensor core's product
@@ -125,12 +124,11 @@ def _add(x, residual, weight, tables, out, rows, d, width, plan: tl.constexpr):
     tl.store(out + at, y.to(out.dtype.element_ty), mask=fits)
 
 
-def _plan(name: str, rows: int, d: int, weight: Weight, codes: Codes | None) -> tuple[Plan, int]:
+def _plan(name: str, rows: int, d: int, weight: Weight) -> tuple[Plan, int]:
     """Returns how a product is computed, and by how many warps."""
     tile = (TILES if weight.absmax is None else CODED_TILES)[name][rows > 1]
-    asm = None if codes is None else codes.asm
     tokens, even = 1 if rows == 1 else TOKENS, d % tile.inputs == 0
-    return Plan(tokens, tile.outputs, tile.inputs, tile.stages, even, asm), tile.warps
+    return Plan(tokens, tile.outputs, tile.inputs, tile.stages, even), tile.warps
 
 
 def _normed(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
@@ -139,9 +137,9 @@ def _normed(x: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor | None]
     return (x, norm) if len(x) == 1 else (rms_norm(x, norm, eps)[0], None)
 
 
-def _read(x: Tensor | None, weight: Weight) -> Tensor | None:
-    """Returns x as a product with the weight reads it: two numbers at once, if the weight is in codes."""
-    pairs = weight.absmax is not None and x is not None
+def _read(x: Tensor | None, weight: Weight, rows: int) -> Tensor | None:
+    """Returns x as a product with the weight reads it: one token's two numbers at once, if the weight is in codes."""
+    pairs = x is not None and weight.absmax is not None and rows == 1
     return x.view(torch.int32 if x.itemsize == 2 else torch.int64) if pairs else x
 
 
@@ -160,39 +158,40 @@ def queries(
     rope: tuple[Tensor, Tensor],
     pos: Tensor,
     cache: tuple[Tensor, Tensor],
-    codes: Codes | None = None,
+    tables: Tables | None = None,
 ) -> Tensor:
     """Returns the rotated queries (N, H, D) of x (B, T, d); writes keys and values into the cache (B, G, S, D) each.
 
     Weights are (out, d), `heads` is H, cos and sin are those of ops.rotate, (B, 1, T, D), and pos (B, T) is int64.
     """
-    (count, tokens, d), (k, v), tables = x.shape, cache, None if codes is None else codes.tables
+    (count, tokens, d), (k, v) = x.shape, cache
     rows, (kv_heads, length, size) = count * tokens, k.shape[1:]
-    q, (plan, warps) = x.new_empty(rows, heads, size), _plan("qkv", rows, d, weights[0], codes)
+    q, (plan, warps) = x.new_empty(rows, heads, size), _plan("qkv", rows, d, weights[0])
     x, norm = _normed(x, norm, eps)
-    x, norm, held = _read(x, weights[0]), _read(norm, weights[0]), (_held(weight, rows) for weight in weights)
+    x, norm = _read(x, weights[0], rows), _read(norm, weights[0], rows)
+    held = [_held(weight, rows) for weight in weights]
     sizes = rows, tokens, d, heads, kv_heads, length, size
     grid = triton.cdiv(size // 2, plan.outputs), heads + 2 * kv_heads
     _qkv[grid](x, norm, eps, *held, tables, biases, rope, pos, q, k, v, *sizes, plan, num_warps=warps)
     return q
 
 
-def added(x: Tensor, y: Tensor, weight: Weight, name: str, codes: Codes | None = None) -> Tensor:
+def added(x: Tensor, y: Tensor, weight: Weight, name: str, tables: Tables | None = None) -> Tensor:
     """Returns x + W y of x (..., width), y (N, d) and a weight (width, d); `name` says which product it is."""
-    (rows, d), width, out, tables = y.shape, x.size(-1), torch.empty_like(x), None if codes is None else codes.tables
-    plan, warps = _plan(name, rows, d, weight, codes)
-    given = _read(y, weight), x, _held(weight, rows), tables, out
+    (rows, d), width, out = y.shape, x.size(-1), torch.empty_like(x)
+    plan, warps = _plan(name, rows, d, weight)
+    given = _read(y, weight, rows), x, _held(weight, rows), tables, out
     _add[triton.cdiv(width, plan.outputs),](*given, rows, d, width, plan, num_warps=warps)
     return out
 
 
 def swiglu(
-    x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight, width: int, codes: Codes | None = None
+    x: Tensor, norm: Tensor, eps: float, gate: Weight, up: Weight, width: int, tables: Tables | None = None
 ) -> Tensor:
     """Returns silu(W x) * (V x) (N, width), with x (..., d) normed, of weights (width, d)."""
     x, norm = _normed(x, norm, eps)
-    (rows, d), tables = x.shape, None if codes is None else codes.tables
-    out, (plan, warps) = x.new_empty(rows, width), _plan("gate_up", rows, d, gate, codes)
-    given = _read(x, gate), _read(norm, gate), eps, _held(gate, rows), _held(up, rows), tables, out
+    rows, d = x.shape
+    out, (plan, warps) = x.new_empty(rows, width), _plan("gate_up", rows, d, gate)
+    given = _read(x, gate, rows), _read(norm, gate, rows), eps, _held(gate, rows), _held(up, rows), tables, out
     _gate_up[triton.cdiv(width, plan.outputs),](*given, rows, d, width, plan, num_warps=warps)
     return out

@@ -29,7 +29,6 @@ class Plan(NamedTuple):
     inputs: int  # read at a time
     stages: int  # loads that are under way at once
     even: bool  # the weight's width is a multiple of `inputs`
-    asm: tuple[str, str] | None  # PTX that unpacks codes
 
 
 @triton.jit
@@ -76,5 +75,5 @@ def product(x, norm, eps, weight, row, tables, rows, d, plan: tl.constexpr, dtyp
     elif plan.tokens == 1:
         y = coded_product_of_one(x, norm, eps, weight, row, tables, d, plan, dtype)
     else:
-        y = coded_product(x, weight, row, tables, rows, d, plan, dtype)
+        y = coded_product(x, weight, row, tables, rows, d, plan)
     return y
