@@ -1,8 +1,8 @@
 """Products of a few tokens with a weight in codes of four bits: NF4, FP4, with or without double quantisation.
 
 A thread reads 16 bytes at once, half of a block of 64 codes, and the absmax of the block. Each thread of a warp holds
-one of the 16 numbers, and `tl.gather` takes a code's number from the thread that has it: one instruction a code, where
-a table in memory would cost a load from a place of its own for each thread.
+one of the 16 numbers, and `tl.gather` takes a code's number from the thread that has it, in three instructions: shift,
+mask, shuffle. From a table in memory each thread would load from a place of its own.
 """
 
 from typing import NamedTuple
@@ -41,13 +41,22 @@ def _apart(x, T: tl.constexpr):
 
 
 @triton.jit
-def _largest(weight, tables, block, mask, other):
-    """Returns the absmax of blocks of codes; with a scale they are codes themselves."""
-    largest = tl.load(weight.absmax + block, mask=mask, other=other)
+def _largest(weight, tables, absmax, block, mask, other):
+    """Returns the largest magnitude of blocks of codes; with a scale, `absmax` holds codes of them."""
     if weight.scale is not None:
         scale = tl.load(weight.scale + (block >> 8), mask=mask, other=other)
-        largest = tl.load(tables.absmax + largest.to(tl.int32)) * scale + tl.load(weight.offset)
-    return largest
+        absmax = tl.load(tables.absmax + absmax.to(tl.int32)) * scale + tl.load(weight.offset)
+    return absmax
+
+
+@triton.jit
+def _read(w, absmax, block, start, word, t, d, plan: tl.constexpr):
+    """Returns words of codes and the absmax of their blocks from `start` on."""
+    mask_w = None if plan.even else start // 8 + word < d // 8
+    mask_t = None if plan.even else (start + t * 32 < d)[None, :]
+    other = None if plan.even else 0
+    codes = tl.load(w + start // 8 + word, mask=mask_w, other=other)
+    return codes, tl.load(absmax + block + start // 64, mask=mask_t, other=other)
 
 
 @triton.jit
@@ -67,16 +76,20 @@ def coded_product_of_one(x, norm, eps, weight, row, tables, d, plan: tl.constexp
     word = t[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
     pair = tl.arange(0, K // 2)
     numbers = tl.load(tables.numbers + tl.arange(0, LANES) % CODES)[None, None, :, None]
-    numbers = tl.broadcast_to(numbers, (M, T // L, LANES, 4))
+    numbers = tl.broadcast_to(numbers, (T // L, M, LANES, 4))
     squares, y = tl.zeros((K // 2,), tl.float32), tl.zeros((M, T), tl.float32)
+    block = row[:, None] * (d // 64) + (t >> 1)[None, :]
+    next_codes, next_absmax = _read(w, weight.absmax, block, 0, word, t, d, plan)
     for start in tl.range(0, d, K, num_stages=plan.stages):
-        mask_w = None if plan.even else start // 8 + word < d // 8
+        codes, absmax = next_codes, next_absmax
+        # memory answers while this step computes; the last step reads its own again, which is near
+        following = tl.minimum(start + K, (d - 1) // K * K)
+        next_codes, next_absmax = _read(w, weight.absmax, block, following, word, t, d, plan)
         mask_t = None if plan.even else (start + t * 32 < d)[None, :]
         mask = None if plan.even else start // 2 + pair < d // 2
         other = None if plan.even else 0
-        codes = tl.reshape(tl.load(w + start // 8 + word, mask=mask_w, other=other), (M, T // L, L, 4))
-        block = row[:, None] * (d // 64) + ((start >> 6) + (t >> 1))[None, :]
-        largest = _largest(weight, tables, block, mask_t, other)
+        codes = tl.permute(tl.reshape(codes, (M, T // L, L, 4)), (1, 0, 2, 3))  # warps come first, as Triton has them
+        largest = _largest(weight, tables, absmax, block + start // 64, mask_t, other)
         first, second = _halves(tl.load(x + start // 2 + pair, mask=mask, other=other), dtype)
         if norm is not None:
             squares += first * first + second * second
@@ -90,7 +103,7 @@ def coded_product_of_one(x, norm, eps, weight, row, tables, d, plan: tl.constexp
         for i in tl.static_range(8):
             # the shift leaves a bit of the next code: 32 threads hold the 16 numbers twice, so it does not matter
             found = tl.gather(numbers, (codes >> (4 * i)) & (LANES - 1), 2)
-            products += eight[i] * tl.reshape(found, (M, T, 4))
+            products += eight[i] * tl.reshape(tl.permute(found, (1, 0, 2, 3)), (M, T, 4))
         y += tl.sum(products, 2) * largest
     y = tl.sum(y, 1)[None, :]
     if norm is not None:
@@ -122,7 +135,8 @@ def coded_product(x, weight, row, tables, rows, d, plan: tl.constexpr):
         other = None if plan.even else 0
         codes = tl.load(w + start // 2 + byte, mask=mask_w, other=other).to(tl.int32)
         block = row[:, None] * (d // 64) + ((start >> 6) + (t >> 1))[None, :]
-        largest = _largest(weight, tables, block, mask_t, other)[:, :, None]
+        absmax = tl.load(weight.absmax + block, mask=mask_t, other=other)
+        largest = _largest(weight, tables, absmax, block, mask_t, other)[:, :, None]
         x_ = tl.load(x + k, mask=mask, other=other)
         codes = tl.permute(tl.reshape(codes, (M // G, G, T, 16)), (0, 3, 1, 2))
         codes = tl.reshape(codes, (M // G * 16, LANES))
