@@ -100,7 +100,7 @@ def _gate_up(x, norm, eps, gate, up, tables, out, rows, d, width, plan: tl.const
     row, is_gate = tl.minimum(tl.program_id(0) * N + both // 2, width - 1).to(tl.int64), both % 2 == 0
     w, absmax, scale, offset = tl.where(is_gate, gate.w, up.w), None, None, None
     if gate.absmax is not None:
-        w, absmax = w[:, None, None], tl.where(is_gate, gate.absmax, up.absmax)[:, None]
+        w, absmax = w[:, None], tl.where(is_gate, gate.absmax, up.absmax)[:, None]
     if gate.scale is not None:
         scale = tl.where(is_gate, gate.scale, up.scale)[:, None]
         offset = tl.where(is_gate, gate.offset, up.offset)[:, None]

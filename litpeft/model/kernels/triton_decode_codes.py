@@ -69,12 +69,10 @@ def coded_product_of_one(x, norm, eps, weight, row, tables, d, plan: tl.constexp
     K: tl.constexpr = plan.inputs
     T: tl.constexpr = K // 32
     L: tl.constexpr = min(T, LANES)
-    w = weight.w + row[:, None, None] * (d // 8)
+    w = weight.w + row[:, None] * (d // 8)
     if plan.even:
-        w = tl.multiple_of(w, (16, 16, 16))  # bytes
-    t = tl.arange(0, T)
-    word = t[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    pair = tl.arange(0, K // 2)
+        w = tl.multiple_of(w, (16, 16))  # bytes
+    t, word, pair = tl.arange(0, T), tl.arange(0, K // 8)[None, :], tl.arange(0, K // 2)
     numbers = tl.load(tables.numbers + tl.arange(0, LANES) % CODES)[None, None, :, None]
     numbers = tl.broadcast_to(numbers, (T // L, M, LANES, 4))
     squares, y = tl.zeros((K // 2,), tl.float32), tl.zeros((M, T), tl.float32)
@@ -120,11 +118,10 @@ def coded_product(x, weight, row, tables, rows, d, plan: tl.constexpr):
     T: tl.constexpr = K // 32
     G: tl.constexpr = LANES // T  # rows of which a warp reads codes at once
     x += tl.minimum(tl.arange(0, R), rows - 1)[:, None] * d
-    w = weight.w + row[:, None, None] * (d // 2)
+    w = weight.w + row[:, None] * (d // 2)
     if plan.even:
-        w = tl.multiple_of(w, (16, 16, 16))  # bytes
-    t, k = tl.arange(0, T), tl.arange(0, K)[None, :]
-    byte = t[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+        w = tl.multiple_of(w, (16, 16))  # bytes
+    t, byte, k = tl.arange(0, T), tl.arange(0, K // 2)[None, :], tl.arange(0, K)[None, :]
     numbers = tl.load(tables.numbers + tl.arange(0, LANES) % CODES)[None, :]
     numbers = tl.broadcast_to(numbers, (M // G * 16, LANES))
     y = tl.zeros((R, M), tl.float32)
