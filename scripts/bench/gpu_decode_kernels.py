@@ -20,7 +20,7 @@ Tile = decode.Tile
 # of one token's sums, then of several tokens' products; `outputs` are pairs in qkv and gate_up
 DENSE = (
     (Tile(2, 1024, 4, 3), Tile(4, 1024, 4, 1), Tile(4, 512, 2, 1), Tile(8, 512, 4, 1), Tile(2, 2048, 4, 1)),
-    (Tile(8, 256, 2, 5), Tile(16, 256, 2, 5), Tile(16, 128, 4, 5), Tile(32, 128, 4, 4), Tile(16, 256, 4, 4)),
+    (Tile(8, 256, 2, 5), Tile(16, 256, 4, 5), Tile(32, 256, 4, 5), Tile(32, 128, 4, 5), Tile(64, 128, 4, 5)),
 )
 CODED = (
     (Tile(1, 1024, 1, 1), Tile(2, 1024, 1, 1), Tile(4, 1024, 1, 1), Tile(2, 2048, 2, 1), Tile(2, 1024, 1, 2)),
