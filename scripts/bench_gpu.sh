@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What one GPU does, in under ten minutes: training, short steps and answers with Llama-3.1-8B's shapes and random
+# What one GPU does, in under ten minutes: start, training, short steps and answers with Llama-3.1-8B's shapes and random
 # weights, beside the other tools that are installed. A line of JSON for each row in OUT/gpu.jsonl, and at the end the
 # table with the targets, OUT/gpu.md. Without a GPU it is a dry run: tiny shapes on the CPU, to see that every row starts.
 #
@@ -55,17 +55,23 @@ failed() {
 
 [ -d "$out/8b" ] || limited "$python" "$bench/gpu.py" make "$out/8b" --tokenizer "$model"
 [ -d "$out/small" ] || limited "$python" "$bench/gpu.py" small "$out/small" --tokenizer "$model"
+# first what was measured least
+for quantize in "" nf4; do
+    row "load ${quantize:-bf16}" gpu_start.py load "$out/8b" ${quantize:+--quantize $quantize}
+    row "first_answer ${quantize:-bf16}" gpu_start.py first_answer "$out/8b" ${quantize:+--quantize $quantize}
+done
+row "documents 8b" gpu_documents.py "$out/8b"
+row "answers nf4 16" gpu.py decode "$out/8b" --rows 16 --quantize nf4
+row "documents small" gpu_documents.py "$out/small"
+row "load bf16 cold" gpu_start.py load "$out/8b" --cold
 for tool in "${tools[@]}"; do row "train $tool" gpu.py train "$out/8b" --tool "$tool"; done
 for tokens in 500 2048; do row "short small $tokens" gpu.py short "$out/small" --tokens $tokens; done
 row "short 8b 2048" gpu.py short "$out/8b" --tokens 2048
-for quantize in "" nf4; do
-    for count in 1 16; do
-        row "answers ${quantize:-bf16} $count" gpu.py decode "$out/8b" --rows $count ${quantize:+--quantize $quantize}
-    done
-done
+for count in 1 16; do row "answers bf16 $count" gpu.py decode "$out/8b" --rows $count; done
+row "answers nf4 1" gpu.py decode "$out/8b" --quantize nf4
 if [ -n "$rows" ]; then
     options=(--base.dir "$out/8b" --data.path "$rows" --out "$out/run" --train.batch_size 64 --train.max_steps 10 --overwrite true)
-    row command gpu.py command finetune lora "${options[@]}"
+    row command gpu_start.py command finetune lora "${options[@]}"
 fi
 row "kernels" gpu_kernels.py
 "$python" "$bench/gpu.py" table "$out/gpu.jsonl" | tee "$out/gpu.md"

@@ -1,7 +1,10 @@
 """The parts of the benchmark that count: FLOPs and bytes from shapes, the same rows for every tool, the tables."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +158,26 @@ def test_the_table_of_a_gpu_has_the_newest_of_each_row_beside_its_target() -> No
     assert card == "NVIDIA H200, torch 2.11"
     assert first == f"| train litpeft | 17,260 | 41.6 | first_step_s 1.5 | {TARGETS['train litpeft']} |"
     assert second == "| peft |  |  | failed no liger |  |"
+
+
+@pytest.mark.parametrize(
+    ("script", "figures"),
+    [
+        ("gpu_start.py load", {"row": "load bf16", "gb": 0.0}),
+        ("gpu_start.py first_answer", {"row": "first_answer bf16", "tokens": 64}),
+        ("gpu_documents.py", {"row": "documents tiny-llama", "auto": 2048}),
+    ],
+    ids=["load", "first_answer", "documents"],
+)
+def test_what_comes_before_the_first_step_is_a_row_of_figures(tiny_folder: Path, script: str, figures: dict) -> None:
+    root, (name, *words) = Path(__file__).parents[1], script.split()
+    own = {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "BEGAN": str(time.time())}
+    command = [sys.executable, str(root / "scripts/bench" / name), *words, str(tiny_folder)]
+    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert row | figures == row
+    assert all(value > 0 for key, value in row.items() if key in ("imports_s", "answer_s", "tokens_per_second"))
 
 
 def test_every_training_variant_becomes_a_command(prepared: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from short_runs import cut, resume, train
 from transformers import AutoModelForCausalLM
 
 from litpeft.cli import main
+from litpeft.core.json import read_json
+from litpeft.exchange import identity
 from litpeft.exchange.identity import checksum
 from litpeft.generate.load import load_model
 
@@ -223,3 +225,33 @@ def test_a_checkpoint_of_before_resumes(run, base, tmp_path) -> None:
         manifest.write_text(json.dumps(record | {"checksum": checksum(record)}))
     resume(base, old)
     assert (old / "final" / "delta.safetensors").read_bytes() == (run / "final" / "delta.safetensors").read_bytes()
+
+
+def test_what_a_tokenizer_holds_is_computed_once_for_each_content(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(identity, "KEPT_FROM", 0)
+    path, parsed = tmp_path / "tokenizer.json", []
+    shutil.copy(tiny_folder / "tokenizer.json", path)
+    monkeypatch.setattr(identity, "read_json", lambda *given: parsed.append(given) or read_json(*given))
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key not in identity.UNUSED}
+    assert [identity.content_sum(path) for _ in range(3)] == 3 * [checksum(content)]
+    assert len(parsed) == 1
+    edit(path, swap)
+    assert identity.content_sum(path) != checksum(content)
+    edit(path, swap, indent=4)
+    assert identity.content_sum(path) == checksum(content)
+    assert len(parsed) == 3
+    for damaged in ("", "x", f"{'0' * 64} {'1' * 64}\n", "\N{SNOWMAN}"):
+        for kept in (tmp_path / "cache" / "litpeft" / "tokenizers").iterdir():
+            kept.write_text(damaged, encoding="utf-8")
+        assert identity.content_sum(path) == checksum(content)
+    assert len(parsed) == 7
+
+
+def test_without_a_place_to_keep_it_what_a_tokenizer_holds_is_computed_each_time(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(identity, "KEPT_FROM", 0)
+    path = tiny_folder / "tokenizer.json"
+    content = {key: value for key, value in json.loads(path.read_text()).items() if key not in identity.UNUSED}
+    assert [identity.content_sum(path) for _ in range(2)] == 2 * [checksum(content)]

@@ -196,6 +196,7 @@ def dispatch(argv: list[str], debug: list[str], began: float) -> None:
         code = launch(given, settings.devices, settings.num_nodes)
         if code is not None:
             sys.exit(code)
+    begin_early(command, settings)
     function = load(command.function, called(name))
     if not gc.isenabled():  # see __main__.py
         gc.freeze()  # imported modules stay: never scan them
@@ -205,6 +206,18 @@ def dispatch(argv: list[str], debug: list[str], began: float) -> None:
     except UserError as error:  # add the file and line of the key that it names
         error.where = f"{lines[error.where]}: {error.where}" if error.where in lines else error.where
         raise
+
+
+def begin_early(command: Command, settings: Any) -> None:
+    """Begins what takes long and needs no lock of Python's, beside the imports of the command."""
+    if hasattr(settings, "compared"):
+        from litpeft.core.early_sums import begin_folders
+
+        begin_folders(settings.compared)
+    if command.method is not None:  # whose settings have imported torch
+        from litpeft.core.precision import start_device
+
+        start_device()
 
 
 def usage(prefix: str) -> None:

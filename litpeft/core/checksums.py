@@ -23,6 +23,7 @@ from litpeft.core.json import read_json, read_optional, write_json
 from litpeft.core.terminal import is_first, tell
 
 CHECKSUMS = "checksums.json"
+BLOCK = 1 << 23  # bytes that are read and hashed at a time: threads wait for Python's lock between them
 
 
 def write_checksums(folder: Path, sums: dict[str, str], origin: str) -> None:
@@ -37,11 +38,19 @@ def hub_origin(folder: Path) -> tuple[str, str] | None:
     return (found[1], found[2]) if found else None
 
 
+def has_checksums(folder: Path) -> bool:
+    """Returns whether damage of a folder's weights would be noticed; says so once if not."""
+    if (folder / CHECKSUMS).is_file():
+        return True
+    tell_unverified(folder)
+    return False
+
+
 def verify_sums(folder: Path, sums: dict[str, str], file_of: dict[str, str]) -> None:
     """Raises if a tensor does not have its sha256 of checksums.json; without that file says so once."""
+    if not has_checksums(folder):
+        return
     path = folder / CHECKSUMS
-    if not path.is_file():
-        return tell_unverified(folder)
     known = read_json(path, CHECKSUMS).get("tensors")
     hint = f"take the model again; if you changed its weights yourself, delete {path}"
     if not isinstance(known, dict) or not all(isinstance(value, str) for value in known.values()):
@@ -97,19 +106,20 @@ def _sums(path: Path, state: tuple[int, ...]) -> dict[str, Future[str]]:
 
 
 def _work(left: deque[tuple[int, Path, int, Future[str]]]) -> None:
+    block = memoryview(bytearray(BLOCK))
     with suppress(IndexError):
         while True:
             size, path, first, digest = left.popleft()
             try:
-                digest.set_result(file_sha256(path, first, first + size))
+                digest.set_result(file_sha256(path, first, first + size, block))
             except Exception as error:
                 digest.set_exception(error)
 
 
-def file_sha256(path: Path, first: int = 0, last: int | None = None) -> str:
-    """Returns the sha256 of a file, or of its bytes from `first` up to `last`."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+def file_sha256(path: Path, first: int = 0, last: int | None = None, block: memoryview | None = None) -> str:
+    """Returns the sha256 of a file, or of its bytes from `first` up to `last`; they are read into `block`."""
     size = (path.stat().st_size if last is None else last) - first
+    digest, block = hashlib.sha256(), memoryview(bytearray(min(size, BLOCK))) if block is None else block
     with open(path, "rb", buffering=0) as handle:
         handle.seek(first)
         while size and (count := handle.readinto(block[:size])):

@@ -1,7 +1,9 @@
 """The dtypes of the frozen weights and of the computation. Trained parameters are float32."""
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Thread
 
 import torch
 
@@ -48,3 +50,15 @@ def pick_device() -> torch.device:
     """Returns this process's GPU if there are GPUs, else the CPU."""
     rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
     return torch.device("cuda", int(rank)) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start_device() -> None:
+    """Begins to start this process's GPU, if it has one, in a thread: its driver needs no lock of Python's for that."""
+    device = pick_device()
+    if device.type == "cuda":
+        Thread(target=_touch, args=(device,), daemon=True).start()
+
+
+def _touch(device: torch.device) -> None:
+    with suppress(Exception):  # whoever uses the device next meets the same error
+        torch.zeros(1, device=device)

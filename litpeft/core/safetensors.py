@@ -18,7 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from litpeft.core.checksums import begin_sums, read_header, tensor_sums, verify_sums, write_checksums
+from litpeft.core.checksums import (
+    begin_sums,
+    has_checksums,
+    read_header,
+    tensor_sums,
+    verify_sums,
+    write_checksums,
+)
 from litpeft.core.errors import ModelError, ResourceError, some
 from litpeft.core.folders import COMPANIONS
 from litpeft.core.json import read_shards, write_json
@@ -100,6 +107,11 @@ class Weights:
         sums = {name: digest for part in found for name, digest in part.items()}
         verify_sums(self.folder, sums, self.file_of)
         return sums
+
+    def verify(self) -> None:
+        """Raises if a tensor's sha256 is not that of the folder's checksums.json; without that file says so once."""
+        if has_checksums(self.folder):
+            self.verified_sums()
 
     def begin_sums(self) -> None:
         """Begins to compute the `verified_sums`, in threads: those of a large base take seconds."""

@@ -6,12 +6,16 @@ effect.
 
 import hashlib
 import json
+import os
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from litpeft.core.errors import ResourceError
+from litpeft.core.folders import atomic_file
 from litpeft.core.json import jsonable, read_json
 from litpeft.data.templates import ChatTemplate
 from litpeft.model.config import ModelConfig
@@ -20,6 +24,7 @@ from litpeft.model.families.read import read_config
 # Its ids show what settings of a tokenizer do: to spaces, digits, special tokens, other scripts.
 PROBE = " Hello,  world!\n\n\tIt's 12345.67 [x] <s>naïve</s> Straße 你好 \N{SLIGHTLY SMILING FACE}\u2581e\u0301 end "
 UNUSED = ("version", "truncation", "padding", "post_processor")  # keys of tokenizer.json without effect in litpeft
+KEPT_FROM = 1 << 20  # bytes of a tokenizer.json whose sum is kept
 MEANINGS = {  # field of TokenizerIdentity -> what a difference in it means
     "file": "its file holds another one",
     "vocabulary": "other tokens are added or special",
@@ -49,16 +54,35 @@ def tokenizer_identity(template: ChatTemplate) -> dict[str, Any]:
     """Returns the TokenizerIdentity of a template's tokenizer, as a dict."""
     tokenizer = template.tokenizer
     backend, path = tokenizer.backend, Path(tokenizer.where)
-    if path.suffix == ".json":
-        file = checksum({key: value for key, value in read_json(path, path.name).items() if key not in UNUSED})
-    else:
-        file = hashlib.sha256(path.read_bytes()).hexdigest()
+    file = content_sum(path) if path.suffix == ".json" else hashlib.sha256(path.read_bytes()).hexdigest()
     text = "".join(f"{PROBE}{token}" for token in ["", *sorted(backend.added)])
     named = tokenizer.special_tokens
     used = {k: named[k] for k in named if k in template.source or (k == "bos_token" and tokenizer.adds_bos)}
     vocabulary = checksum([sorted(backend.names.items()), sorted(backend.specials)])
     probe = checksum(backend.encode([text])[0].ids)
     return asdict(TokenizerIdentity(file, vocabulary, probe, used, tokenizer.adds_bos, template.stop_ids))
+
+
+def content_sum(path: Path) -> str:
+    """Returns the sha256 of what a tokenizer.json holds, without UNUSED keys.
+
+    That takes a second for the 17 MB of Llama 3.1's, so it is kept in ~/.cache/litpeft, by the sha256 of the bytes.
+    """
+    kept = None
+    with suppress(OSError, RuntimeError, ValueError):  # there is none yet; or no home, or it is damaged
+        if path.stat().st_size >= KEPT_FROM:
+            name = hashlib.sha256(repr(UNUSED).encode() + path.read_bytes()).hexdigest()
+            kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litpeft" / "tokenizers" / name
+            value, check = kept.read_text(encoding="ascii").split()
+            if check == checksum([name, value]):
+                return value
+    value = checksum({key: value for key, value in read_json(path, path.name).items() if key not in UNUSED})
+    if kept is not None:
+        with suppress(OSError, ResourceError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(kept) as file:
+                file.write(f"{value} {checksum([kept.name, value])}\n")
+    return value
 
 
 def config_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

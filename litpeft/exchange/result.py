@@ -118,6 +118,12 @@ class Run:
 
     def base_folder(self, moved_to: str | None = None) -> Path:
         """Returns the base model's folder, after checking that its weights and config are those of the training."""
+        folder = self.find_base(moved_to)
+        self.check_base(folder)
+        return folder
+
+    def find_base(self, moved_to: str | None = None) -> Path:
+        """Returns the base model's folder, whose config is that of the training; begins what `check_base` compares."""
         saved = self.facts["base"]
         folder = Path(moved_to) if moved_to else Path(saved["path"])
         if not os.path.isdir(folder):  # Path.is_dir would raise for a name that is too long
@@ -125,12 +131,16 @@ class Run:
             raise ModelError(f"the run's base model is not at {folder}", where=self.folder, hint=hint)
         refuse_other(folder)
         self.check_config(folder)
-        fingerprint = Weights(folder).fingerprint()
-        if fingerprint != saved["fingerprint"]:
-            prints = f"{folder} has fingerprint {fingerprint[:12]}, the run's base {saved['fingerprint'][:12]}"
+        Weights(folder).begin_sums()
+        return folder
+
+    def check_base(self, folder: Path) -> None:
+        """Raises unless the weights of a folder are those of the training."""
+        fingerprint, known = Weights(folder).fingerprint(), self.facts["base"]["fingerprint"]
+        if fingerprint != known:
+            prints = f"{folder} has fingerprint {fingerprint[:12]}, the run's base {known[:12]}"
             what = f"the run was trained on other weights: {prints}"
             raise ModelError(what, where=self.folder, hint="say where the right base is with --base")
-        return folder
 
     def check_config(self, folder: Path) -> None:
         """Raises unless the model's config is that of the training; format 2 does not record it."""

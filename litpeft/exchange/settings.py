@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 from math import isfinite
+from pathlib import Path
 from typing import Literal
 
+from litpeft.core.early_sums import compared
 from litpeft.core.exports import EXPORTS
 from litpeft.core.kinds import check_choices, check_least
 
@@ -95,6 +97,11 @@ class Merge:
         check_choices(self)
         if not self.shard_size > 0:
             raise ValueError(f"shard_size must be above 0, got {self.shard_size}")
+
+    @property
+    def compared(self) -> list[Path]:
+        """Returns the folders whose weights' sums the command compares."""
+        return compared(self.run, self.base)
 
 
 @dataclass

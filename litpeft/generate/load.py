@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litpeft.core.errors import ConfigError
-from litpeft.core.precision import pick_device, pick_precision
+from litpeft.core.errors import ConfigError, UserError
+from litpeft.core.precision import pick_device, pick_precision, start_device
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import Run, build_run, find_run, tell_progress
@@ -54,6 +54,7 @@ def load_model(
     of a run's method that are to have other values; `template_options` is what its chat template is told. What is the
     same in a model that is loaded already, `beside`, is held once.
     """
+    start_device()  # beside the tokenizer
     device = pick_device()
     dtype = pick_precision(precision, device).weights
     run = find_run(Path(path))
@@ -74,13 +75,18 @@ def load_model(
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate(tokenizer, options=template_options, is_setting=False)
     else:
-        folder = run.base_folder(base) if has_delta else run.model_folder()
+        folder = run.find_base(base) if has_delta else run.model_folder()
         tokenizer, template = run.tokenizer_and_template(folder, template_options)
     if has_delta:
         storage = run.storage
         if storage is not None:  # an existing cache is read, none is written
             storage = replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
-        model = build_run(run, folder, dtype, device, storage, method)
+        try:
+            model = build_run(run, folder, dtype, device, storage, method)
+        except UserError:
+            run.check_base(folder)  # another base may be the cause
+            raise
+        run.check_base(folder)
     else:
         model = build(folder, dtype, device=device, storage=None if quantize is None else Storage(quantize))
     model.eval().requires_grad_(False)

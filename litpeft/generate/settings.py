@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 from math import inf
+from pathlib import Path
 from typing import Any, Literal
 
+from litpeft.core.early_sums import compared
 from litpeft.core.errors import quoted
 from litpeft.core.kinds import check_choices, check_least
 from litpeft.data.settings import Format, Thinking, check_columns
@@ -31,6 +33,11 @@ class Answering:
 
     def __post_init__(self) -> None:
         check_choices(self)
+
+    @property
+    def compared(self) -> list[Path]:
+        """Returns the folders whose weights' sums the command compares."""
+        return [folder for path in (self.model, *self.also) for folder in compared(path, self.base)]
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from litpeft.core.checksums import has_checksums
 from litpeft.core.distributed import copy_shard
 from litpeft.core.errors import ModelError
 from litpeft.core.safetensors import Weights, is_finite
@@ -54,7 +55,7 @@ def build(
     `delta` is what a run saved: the caller loads it afterwards, and the method restores here what it does not hold.
     """
     config, weights, names = checked_files(folder)
-    if is_first():
+    if is_first() and has_checksums(folder):
         weights.begin_sums()  # beside what follows
     with torch.device("meta"):  # 1. shapes
         model = GPT(grown(config, method))
@@ -86,10 +87,10 @@ def build(
     try:
         _fill(model, names, method, device, cache, delta, others)  # 6. the base's weights
     except ModelError:
-        weights.verified_sums()  # damage may be the cause
+        weights.verify()  # damage may be the cause
         raise
     if is_first():
-        weights.verified_sums()
+        weights.verify()
     return model
 
 

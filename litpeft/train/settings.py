@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from litpeft.core.errors import quoted
@@ -197,6 +198,11 @@ class Finetune:
     Trains nothing, writes nothing, reads no weights but their headers."""
     overwrite: bool = False
     """Replace the run that `out` holds."""
+
+    @property
+    def compared(self) -> list[Path]:
+        """Returns the folders whose weights' sums the command compares."""
+        return [Path(self.base.dir)]
 
     def __post_init__(self) -> None:
         train, default = self.train, Train()

@@ -54,7 +54,10 @@ class PeftRun(Run):
     def progress(self) -> None:
         """Nothing is known of its training."""
 
-    def base_folder(self, moved_to: str | None = None) -> Path:
+    def check_base(self, folder: Path) -> None:
+        """Nothing is known of the base's weights."""
+
+    def find_base(self, moved_to: str | None = None) -> Path:
         """Returns the base's folder: `moved_to`, or where the config says, or where `litpeft download` puts it."""
         named = self.keys.base_model_name_or_path
         places = [moved_to] if moved_to else [named, f"checkpoints/{named}"] if named else []
