@@ -91,6 +91,7 @@ def test_a_merge_that_loses_what_was_learned_says_so_and_one_that_adds_noise_doe
     }
     for lr, word in words.items():
         run = finetune(base, tmp_path, "--train.lr", lr, "--train.schedule", "constant", out=lr)
+        (run / "run.yaml").rename(tmp_path / f"{lr}.yaml")  # without it no held-out rows tell
         capsys.readouterr()
         main(["merge", str(run)])
         said = capsys.readouterr().out
