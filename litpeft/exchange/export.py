@@ -30,8 +30,13 @@ def export(settings: Convert) -> None:
     source = Path(settings.source)
     run = find_run(source)
     if run is None or run.is_model:
-        what = f"this is a model folder, and {settings.to} is for what a run learned beside its base"
-        raise ConfigError(what, where=source, hint="name the run: the `--out` of `litpeft finetune`")
+        of = f"{settings.to} is for what a run learned beside its base"
+        if run is None:
+            what, hint = f"this is a model folder, and {of}", "name the run: the `--out` of `litpeft finetune`"
+        else:
+            what = f"this run trained the model itself, and {of}"
+            hint = f"{run.folder} is an ordinary Hugging Face folder; `--to gguf` makes a file for llama.cpp of it"
+        raise ConfigError(what, where=source, hint=hint)
     out = Path(settings.out) if settings.out else run.place / settings.to
     check_place(out)
     check_repo(settings.push)
