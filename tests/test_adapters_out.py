@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -69,6 +70,23 @@ def test_an_adapter_that_is_not_the_run_is_refused(tmp_path, monkeypatch, to: st
         adapter(run, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
     adapter(run, tmp_path / "out", to, no_verify=True)
+
+
+@pytest.mark.parametrize("method", ["pissa", "lora_ga"])
+def test_what_was_taken_out_of_weights_that_were_then_rounded_is_exported(method: str, tmp_path, capsys) -> None:
+    base = write_bpe(make_folder(tmp_path / "base", dtype="bfloat16"))
+    run = finetune(base, tmp_path, *LEARN, "--base.precision", "bf16-true", method=method)
+    capsys.readouterr()
+    for to in ("peft", "gguf-adapter", "mlx"):
+        adapter(run, tmp_path / to, to)
+        found = re.search(r"the run, its weights in bfloat16 +differs by (\S+), .*allowed: (\S+)\n", said(capsys))
+        assert 0 < float(found[1]) < float(found[2])
+    exact, read = (load_model(str(one), precision="32-true").model for one in (run, tmp_path / "peft"))
+    assert torch.allclose(of_model(read, PROMPT), of_model(exact, PROMPT), atol=1e-4)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
 
 
 def test_the_mlx_adapter_is_what_mlx_lm_reads(tmp_path, capsys) -> None:

@@ -171,7 +171,7 @@ YAML = "base: {dir: b}\ndata: {path: d}\nout: o\n"
         ("", None, "the file must hold keys and values"),
         (YAML + "train: 3\n", 4, '"train" must hold keys and values'),
         (YAML.replace("path: d", "path: d, mask_prompt: null"), 2, '"data.mask_prompt" must not be null'),
-        (YAML + "train.lr: 1\n", 4, 'there is no key "train.lr"'),
+        (YAML + "train.lr: 1\n", 4, 'there is no key "train.lr"; in a file it stands below train, as train: {lr: ...}'),
         (YAML + "config: other.yaml\n", 4, 'there is no key "config"'),
         (YAML + "train: &t {optimizer_args: *t}\n", 4, '"train.optimizer_args" holds itself'),
         (YAML + "train: {max_time: .inf}\n", 4, "train.max_time must be a finite number"),

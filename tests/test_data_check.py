@@ -1,6 +1,7 @@
 """`litpeft data show` and `litpeft data check`: rows as the model sees them, and what is wrong with a data set."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,13 @@ def test_a_histogram_counts_every_row_once() -> None:
         lines = histogram(sorted(lengths))
         assert sum(int(line.split()[-1]) for line in lines) == len(lengths)
         assert len(lines) <= 12
+
+
+def test_no_percentile_of_few_rows_is_below_their_median(tiny_folder, rows, capsys) -> None:
+    rows.write_text("".join(json.dumps({"prompt": "a", "completion": "bc" * n}) + "\n" for n in (1, 20)))
+    check(Check(str(rows), model=str(tiny_folder)))
+    assert (found := re.search(r"length +median (\d+); 95% up to (\d+); longest (\d+)", capsys.readouterr().out))
+    assert found[1] == found[2] == found[3]
 
 
 def test_every_check_is_in_the_tutorial() -> None:

@@ -277,10 +277,10 @@ def test_a_table_trains_evaluates_and_answers(tiny_folder, tmp_path, capsys) -> 
     assert "train       12 rows" in told
     main(["evaluate", str(run), str(rows), "--max_new_tokens", "2", "--columns", json.dumps(columns)])
     assert "6 rows" in capsys.readouterr().out
-    out = ["--output", str(tmp_path / "o"), "--sampling.max_new_tokens", "2"]
+    out = ["--output", str(tmp_path / "o.jsonl"), "--sampling.max_new_tokens", "2"]
     main(["generate", str(run), "--input", str(rows), "--columns", '{"user": "frage"}', *out])
     assert "antwort (6 rows)" in capsys.readouterr().err
-    assert list(json.loads((tmp_path / "o").read_text().splitlines()[0])) == ["frage", "antwort", "answer"]
+    assert list(json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0])) == ["frage", "antwort", "answer"]
 
 
 def test_plain_text_trains_and_is_measured_by_its_loss_alone(tiny_folder, tmp_path, capsys) -> None:

@@ -13,6 +13,7 @@ from conftest import make_folder
 from transformers import LlamaForCausalLM
 from transformers.generation import logits_process as theirs
 
+from litpeft.cli import dispatch
 from litpeft.core.errors import UserError
 from litpeft.data.prompts import read_prompts
 from litpeft.data.tokenizer import Tokenizer
@@ -324,3 +325,17 @@ def test_lines_of_a_text_file_are_prompts(tmp_path):
     path.write_bytes("\N{ZERO WIDTH NO-BREAK SPACE}one\r\n\n two\N{LINE SEPARATOR}still two".encode())
     prompts = read_prompts(str(path), raw=True)
     assert [(p.content, p.where) for p in prompts] == [("one", f"{path}:1"), (" two\u2028still two", f"{path}:3")]
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "data check"])
+def test_rows_are_not_written_to_a_file_that_would_be_read_as_something_else(command, tiny_folder, tmp_path) -> None:
+    (rows := tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 1}\n')
+    table = str(tmp_path / "answers.csv")
+    argv = {
+        "generate": [str(tiny_folder), "--input", str(rows), "--output", table],
+        "evaluate": [str(tiny_folder), str(rows), "--output", table],
+        "data check": [str(rows), "--model", "there is none, and it is not looked for", "--fix", table],
+    }[command]
+    with pytest.raises(UserError, match=r"to a file that ends in \.jsonl") as error:
+        dispatch([*command.split(), *argv], [], 0.0)
+    assert (error.value.where, error.value.hint) == (table, "call it answers.jsonl")

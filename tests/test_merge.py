@@ -91,6 +91,7 @@ def test_a_merge_that_loses_what_was_learned_says_so_and_one_that_adds_noise_doe
     }
     for lr, word in words.items():
         run = finetune(base, tmp_path, "--train.lr", lr, "--train.schedule", "constant", out=lr)
+        (run / "run.yaml").rename(tmp_path / f"{lr}.yaml")  # without it no held-out rows tell
         capsys.readouterr()
         main(["merge", str(run)])
         said = capsys.readouterr().out
@@ -98,6 +99,9 @@ def test_a_merge_that_loses_what_was_learned_says_so_and_one_that_adds_noise_doe
         assert word in said
         assert (float(found[2]) < 90) == ("lost" in word)
         assert float(found[1]) > 10
+        (tmp_path / f"{lr}.yaml").rename(run / "run.yaml")  # with it the loss of those rows is the only verdict
+        main(["merge", str(run), "--overwrite"])
+        assert re.search("relative error of the update, .*\nloss on .*\n  so rounding costs", capsys.readouterr().out)
         main(["merge", str(run), "--dtype", "float32", "--overwrite"])
         said = capsys.readouterr().out
         assert "rounded to float32: 0.0%; kept along its own direction: 100.0%" in said

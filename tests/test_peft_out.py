@@ -224,6 +224,10 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict, told: str)
 def test_a_model_folder_is_not_exported(tiny_folder, tmp_path) -> None:
     with pytest.raises(ConfigError, match="this is a model folder, and peft is for what a run learned"):
         convert(Convert(str(tiny_folder), str(tmp_path / "peft"), to="peft"))
+    run = finetune(tiny_folder, tmp_path, "--train.max_steps", "1", method="full")
+    with pytest.raises(ConfigError, match="this run trained the model itself") as error:
+        convert(Convert(str(run), to="peft"))
+    assert error.value.hint.startswith(f"{run / 'final'} is an ordinary Hugging Face folder")
 
 
 def test_the_base_is_called_by_its_name_on_the_hub_if_it_came_from_there(tmp_path) -> None:

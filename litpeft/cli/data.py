@@ -127,7 +127,7 @@ class Check(Seen):
 
 def check(settings: Check) -> None:
     """The command `litpeft data check`."""
-    written, clean = new_file(settings.json), new_file(settings.fix)
+    written, clean = new_file(settings.json), new_file(settings.fix, ".jsonl")
     data, tokenizer, longest = settings.load()
     checked = checks_of(data, settings.named, longest, tokenizer, settings.limits)
     say(str(checked))

@@ -133,7 +133,9 @@ def _walk(node: yaml.MappingNode, prefix: str, file: str, options: dict[str, Any
             raise ConfigError(f'the key "{key}" stands twice', where=where)
         seen.add(key_node.value)
         if not free and ((key not in options and not group) or "." in key_node.value):
-            raise ConfigError(f'there is no key "{key}"{_unknown(key, options)}', where=where)
+            group_of, _, leaf = key_node.value.rpartition(".")
+            nested = f"; in a file it stands below {group_of}, as {group_of}: {{{leaf}: ...}}" if key in options else ""
+            raise ConfigError(f'there is no key "{key}"{nested or _unknown(key, options)}', where=where)
         if not value.tag.startswith("tag:yaml.org,2002:") or "python" in value.tag:
             raise ConfigError(f'the tag {value.tag} of "{key}" is not plain YAML', where=where)
         if group and not isinstance(value, yaml.MappingNode):

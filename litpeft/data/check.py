@@ -4,12 +4,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from litpeft.core.errors import ConfigError, some
+from litpeft.core.errors import some
 from litpeft.core.folders import atomic_file
 from litpeft.data.batches import bin_pack
 from litpeft.data.duplicates import first_of_each, nearly_the_same
@@ -60,7 +61,7 @@ class Checked:
     def __str__(self) -> str:
         """Returns the report."""
         ordered = sorted(self.lengths)
-        middle, most = ordered[len(ordered) // 2], ordered[int(0.95 * (len(ordered) - 1))]
+        middle, most = ordered[len(ordered) // 2], ordered[ceil(0.95 * len(ordered)) - 1]
         lines = [
             f"files       {self.files}",
             f"format      {listed(Counter(self.formats))}",
@@ -210,8 +211,6 @@ def write_clean(out: Path, sources: Sequence[Source], documents: Any, checked: C
 
     Returns how many are in each.
     """
-    if out.suffix != ".jsonl":
-        raise ConfigError("the clean copy is a .jsonl file", where="fix", hint=f"call it {out.stem}.jsonl")
     reasons: dict[str, str] = {}
     for one in checked.findings:
         reasons |= {bad.where: bad.reason for bad in one.rows if one.limit < 1 and bad.where not in reasons}

@@ -96,11 +96,14 @@ def typed_prompt(typed: str | None, raw: bool) -> Prompt:
         raise ConfigError(str(error), where=where) from None
 
 
-def new_file(name: str | None) -> Path | None:
-    """Returns the path of a file that can be written and does not exist yet."""
+def new_file(name: str | None, suffix: str = "") -> Path | None:
+    """Returns the path of a file that can be written and does not exist yet; its name must end in `suffix`."""
     if name is None:
         return None
     path = Path(name)
+    if not path.name.endswith(suffix):  # commands that read rows go by the name
+        hint = f"call it {path.stem}{suffix}"
+        raise ConfigError(f"rows are written as JSON Lines, to a file that ends in {suffix}", where=name, hint=hint)
     try:
         taken = path.exists()
     except OSError as error:  # the name is too long, say

@@ -9,12 +9,12 @@ from litpeft.core.folders import atomic_folder, check_place, locked, refuse_exis
 from litpeft.core.terminal import command_line, say
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.compare import PROMPTS, in_float32, logits_of
+from litpeft.exchange.exports.low_rank import wanted
 from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.result import Run
 from litpeft.exchange.run import build_run, find_run, tell_progress
 from litpeft.exchange.settings import Convert
 from litpeft.model.fold import unfoldable
-from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear
 
 TOLERANCE = 1e-5  # of a logit, relative to the largest one
@@ -30,8 +30,13 @@ def export(settings: Convert) -> None:
     source = Path(settings.source)
     run = find_run(source)
     if run is None or run.is_model:
-        what = f"this is a model folder, and {settings.to} is for what a run learned beside its base"
-        raise ConfigError(what, where=source, hint="name the run: the `--out` of `litpeft finetune`")
+        of = f"{settings.to} is for what a run learned beside its base"
+        if run is None:
+            what, hint = f"this is a model folder, and {of}", "name the run: the `--out` of `litpeft finetune`"
+        else:
+            what = f"this run trained the model itself, and {of}"
+            hint = f"{run.folder} is an ordinary Hugging Face folder; `--to gguf` makes a file for llama.cpp of it"
+        raise ConfigError(what, where=source, hint=hint)
     out = Path(settings.out) if settings.out else run.place / settings.to
     check_place(out)
     check_repo(settings.push)
@@ -63,24 +68,20 @@ def export(settings: Convert) -> None:
 def read_as_run(folder: Path, run: Run, base: Path) -> str:
     """Reads an adapter back that is a run for litpeft; raises unless it computes what the run does."""
     prompts = [Tokenizer.load(base).encode(text) for text in PROMPTS]
-    want = logits_of(model_of(run, base, run), prompts)
+    want, dtype = wanted(run, base, prompts)
     back = find_run(folder)
     back.base_folder(str(base))
-    off = float((logits_of(model_of(back, base, run), prompts) - want).abs().max() / want.abs().max())
+    got = logits_of(in_float32(build_run(back, base, dtype, storage=run.storage)), prompts)
+    off = float((got - want).abs().max() / want.abs().max())
     if not off <= TOLERANCE:
         what = f"logits of the files, read back, are off by {off:.1e} of the largest: nothing was written"
         raise ModelError(what, where=run.place)
     return f"read back: logits at {len(want)} positions differ by {off:.1e} of the largest"
 
 
-def model_of(run: Run, base: Path, original: Run) -> GPT:
-    """Returns a run's model on the base as the original run held it, computing in float32."""
-    return in_float32(build_run(run, base, original.dtype, storage=original.storage))
-
-
 def another_way(run: Run, base: Path, to: str, more: list[str]) -> str:
     """Returns the command that makes something of a run which a format has no kind for; `more` are its other words."""
-    model, place = model_of(run, base, run), run.place
+    model, place = build_run(run, base, run.dtype, storage=run.storage), run.place
     if unfoldable(model):
         return f"generate and chat take the run as it is: {command_line('chat', place, *more)}"
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}

@@ -132,6 +132,7 @@ def merge(settings: Merge) -> None:
             hint = f"train longer, or write {result.exact}"
             raise ModelError("no weight changed: the merged model would be the base", where=settings.run, hint=hint)
         cost: list[str] = []
+        held = None
         if settings.no_verify:
             said = "the logits of the files, and of the folded weights, against those of base + delta"
             say(f"{NOT_CHECKED} {said}, and the loss on held-out rows")
@@ -142,7 +143,7 @@ def merge(settings: Merge) -> None:
             answers = out if layout is None else None
             cost = _compare(model, result, prompts, folder, settings.run, other, held, answers)
         say(f"weights changed: {rounding.changed:,} of {rounding.total:,}")
-        say("\n".join([*rounding.lines(result.name, result.exact), *cost]))
+        say("\n".join([*rounding.lines(result.name, result.exact, isinstance(held, HeldOut)), *cost]))
     if settings.push:
         push(out, settings.push)
     if layout is None:

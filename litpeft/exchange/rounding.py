@@ -41,10 +41,15 @@ class Rounding:
         """How much of the update is kept along its own direction; at 1 the error is only noise."""
         return 1 + self.along / self.update if self.update else 1.0
 
-    def lines(self, dtype: str, exact: str) -> list[str]:
-        """Returns the error, and what it means for the result, as lines to print; the option `exact` avoids it."""
+    def lines(self, dtype: str, exact: str, measured: bool) -> list[str]:
+        """Returns the error as lines to print; the option `exact` avoids it.
+
+        What it means for the result is a guess, left out where it was measured on held-out rows.
+        """
         kept = f"kept along its own direction: {self.kept:.1%}"
         said = [f"relative error of the update, rounded to {dtype}: {self.error:.1%}; {kept}"]
+        if measured:
+            return said
         if self.kept < 0.9:
             said.append(f"  so a part of what was learned is lost: {exact} keeps it")
         elif self.error > 0.1:

@@ -162,7 +162,7 @@ def stream(
 
 def generate(settings: Generate) -> None:
     """The command. Answers go to stdout, or to `output`; figures to stderr."""
-    output = new_file(settings.output)
+    output = new_file(settings.output, ".jsonl")
     if settings.input is None:
         prompts = [typed_prompt(settings.prompt, settings.raw)]
     else:

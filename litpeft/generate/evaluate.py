@@ -125,7 +125,7 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
 
 def evaluate(settings: Evaluate) -> None:
     """The command `litpeft evaluate`."""
-    output = new_file(settings.output)
+    output = new_file(settings.output, ".jsonl")
     names = named(settings)
     rows, scores = measure(settings)
     if len(names) > 1:
