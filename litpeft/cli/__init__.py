@@ -234,6 +234,7 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     from litpeft.cli.help import help_text, wanted
+    from litpeft.cli.paths import expand_paths
     from litpeft.cli.yaml_keys import check_options, check_yaml, in_plain_words
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -256,7 +257,9 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
     printed = io.StringIO()  # by --print_config
     try:
         with redirect_stdout(printed):
-            parsed = parser.instantiate(parser.parse_args(argv))
+            given = parser.parse_args(argv)
+            expand_paths(given)
+            parsed = parser.instantiate(given)
         settings = cls(**{field.name: parsed[field.name] for field in fields(cls)})
     except (ArgumentError, TypeError, ValueError) as error:
         text = in_plain_words(" ".join(str(getattr(error, "message", None) or error).split()), parser)
