@@ -4,17 +4,18 @@ import logging
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from litpeft.core.errors import ConfigError
 from litpeft.core.precision import Precision
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import storage_class
-from litpeft.train.fabric import DDPStrategy, Fabric, ModelParallelStrategy, Strategy
 from litpeft.train.settings import Finetune
+
+if TYPE_CHECKING:
+    from litpeft.train.fabric import Fabric
 
 
 def check_devices(settings: Finetune, precision: Precision, device: torch.device) -> None:
@@ -31,13 +32,15 @@ def check_devices(settings: Finetune, precision: Precision, device: torch.device
         raise ConfigError(what, where="base.precision", hint=hint)
 
 
-def make_fabric(settings: Finetune, precision: Precision, device: torch.device, idle_parts: bool = False) -> Fabric:
+def make_fabric(settings: Finetune, precision: Precision, device: torch.device, idle_parts: bool = False) -> "Fabric":
     """Returns Fabric on the devices of the settings, with the run's processes connected.
 
     With `idle_parts` a step may leave some of what trains without a gradient, on all ranks.
     """
+    from litpeft.train.fabric import DDPStrategy, Fabric, ModelParallelStrategy
+
     world, timeout = settings.devices * settings.num_nodes, timedelta(seconds=settings.timeout)
-    strategy: Strategy | str = "auto"
+    strategy: Any = "auto"
     if settings.strategy == "fsdp":  # model/build.py shards the model, Fabric does not
         strategy = ModelParallelStrategy(lambda model, mesh: model, world, 1, timeout=timeout)
     elif world > 1:  # the ranks build the same model from the same files and seed: no initial broadcast,
@@ -64,7 +67,7 @@ def make_fabric(settings: Finetune, precision: Precision, device: torch.device, 
     return fabric
 
 
-def check_agreement(fabric: Fabric, facts: dict[str, Any]) -> None:
+def check_agreement(fabric: "Fabric", facts: dict[str, Any]) -> None:
     """Raises on every rank if these facts differ between ranks, as files on different machines may."""
     if fabric.world_size == 1:
         return
@@ -76,10 +79,12 @@ def check_agreement(fabric: Fabric, facts: dict[str, Any]) -> None:
         raise ConfigError(f"the ranks differ in {', '.join(differ)}", where="devices", hint=hint)
 
 
-def sharder(settings: Finetune, precision: Precision, fabric: Fabric) -> Callable[[GPT], None] | None:
+def sharder(settings: Finetune, precision: Precision, fabric: "Fabric") -> Callable[[GPT], None] | None:
     """Returns a function that shards a model while it is built, or None if every rank holds all of it."""
     if settings.strategy != "fsdp":
         return None
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     mixed = precision.fabric == "bf16-mixed" and settings.base.quantize is None  # constants of 4 bits stay float32
     half = torch.bfloat16 if mixed else None
     policy = MixedPrecisionPolicy(half, torch.float32 if mixed else None, cast_forward_inputs=False)

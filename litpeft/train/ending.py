@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ from litpeft.model.delta import trainable, without_delta
 from litpeft.model.gpt import GPT
 from litpeft.model.objective import MICRO_TOKENS, mean_loss, row_losses
 from litpeft.train.budget import STEP
-from litpeft.train.fabric import Fabric
 from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.row_losses import RowLoss, RowLosses, told_apart, write_rows
+
+if TYPE_CHECKING:
+    from litpeft.train.fabric import Fabric
 
 ROWS_SHARE = 0.03  # of the training's time, for the losses of rows
 NEUTRAL_SHARE = 0.02  # and for that of neutral text
@@ -67,7 +70,7 @@ class Ending:
     run: Preparation
     model: torch.nn.Module  # as Fabric wraps it
     gpt: GPT
-    fabric: Fabric
+    fabric: "Fabric"
 
     @property
     def trains_base(self) -> bool:

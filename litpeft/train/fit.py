@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed
@@ -20,7 +21,6 @@ from litpeft.model.objective import MICRO_TOKENS, mean_loss
 from litpeft.train.budget import fitting_warmup, tenth
 from litpeft.train.checkpoints import STATE, Checkpoint
 from litpeft.train.ending import Ending
-from litpeft.train.fabric import Fabric
 from litpeft.train.learned import check_learned, check_loss, check_moved, count_still, sums
 from litpeft.train.log import Log
 from litpeft.train.optim import lr_at
@@ -33,6 +33,9 @@ from litpeft.train.samples import exact_share, show_sample
 from litpeft.train.signals import NAMES, StopSignals, exit_code
 from litpeft.train.step import Stepper
 
+if TYPE_CHECKING:
+    from litpeft.train.fabric import Fabric
+
 DONE = "all steps done"
 SHORT = 20  # steps up to which one gradient more at the end shows what a longer run shows by itself
 
@@ -41,7 +44,7 @@ SHORT = 20  # steps up to which one gradient more at the end shows what a longer
 class Trainer:
     """A run with its model and optimiser, and where they have got to."""
 
-    fabric: Fabric
+    fabric: "Fabric"
     model: torch.nn.Module  # as Fabric wraps it
     optimizer: torch.optim.Optimizer
     run: Preparation

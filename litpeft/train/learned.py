@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from litpeft.core.distributed import is_sharded
 from litpeft.core.errors import NumericError, UserError
-from litpeft.train.fabric import Fabric
 from litpeft.train.progress import Progress
+
+if TYPE_CHECKING:
+    from litpeft.train.fabric import Fabric
 
 STILL = 5  # steps in a row without a gradient that end a run
 LEARNED = 1e-3  # nats per token; at a smaller loss there may be nothing left to learn
@@ -71,7 +74,7 @@ def check_loss(progress: Progress, loss: float, vocabulary: int) -> None:
 
 
 def check_moved(
-    progress: Progress, start: list[tuple[float, float]], parameters: Iterable[Tensor], fabric: Fabric
+    progress: Progress, start: list[tuple[float, float]], parameters: Iterable[Tensor], fabric: "Fabric"
 ) -> None:
     """Raises if nothing that trains has changed; `start` are its sums before the first step."""
     moved = torch.tensor(float(sums(parameters) != start), device=fabric.device)

@@ -3,6 +3,8 @@
 How a step's rows are spread over passes changes only the last bits of its sums.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from litpeft.data.batches import collate
 from litpeft.data.rows import Row
 from litpeft.model.delta import trainable
 from litpeft.model.objective import summed_loss
-from litpeft.train.fabric import Fabric
+
+if TYPE_CHECKING:
+    from litpeft.train.fabric import Fabric
 
 ON_A_CPU = 2048  # tokens; more make nothing faster there
 MOST = 8192  # tokens that keep a GPU busy with any model
@@ -21,7 +25,7 @@ SHARE = 0.9  # of the free memory; the rest is for differences between passes
 MOMENTS = 8  # bytes of optimizer state for each trained number
 
 
-def fitting_tokens(model: torch.nn.Module, fabric: Fabric, recorded: float = 0) -> int:
+def fitting_tokens(model: torch.nn.Module, fabric: "Fabric", recorded: float = 0) -> int:
     """Returns the tokens of a forward pass of `model`, as Fabric wraps it, that fit on every rank.
 
     On a GPU it runs three small forward and backward passes, and leaves no gradient behind. Passes of up to `recorded`
@@ -53,7 +57,7 @@ def most_tokens(peaks: list[float], free: float, recorded: float = 0) -> int:
     return int(min(MOST, max(STEP, fitting // STEP * STEP)))
 
 
-def _peak(model: torch.nn.Module, fabric: Fabric, tokens: int) -> float:
+def _peak(model: torch.nn.Module, fabric: "Fabric", tokens: int) -> float:
     """Returns the peak of additional memory, in bytes, of a pass of so many tokens."""
     row = Row([1] * DOCUMENT, [False] + [True] * (DOCUMENT - 1), 1, "a probe", [])
     batch = collate([row] * (tokens // DOCUMENT)).to(fabric.device)

@@ -103,8 +103,11 @@ def make_optimizer(
 def check_optimizer(train: Train, model: nn.Module, dtype: torch.dtype, device: torch.device, scaled: bool) -> None:
     """Raises unless `make_optimizer` accepts the trained parameters of `model`, which may be on the meta device.
 
-    It is tried on the smallest parameter of each number of dimensions; only these are allocated.
+    It is tried on the smallest parameter of each number of dimensions; only these are allocated. The usual one is not:
+    it takes whatever trains, and to make it imports torch's compiler, which can be done while the base is read.
     """
+    if train.optimizer == Train.optimizer and not train.optimizer_args:
+        return
     falling = sorted(trainable(model).values(), key=lambda p: p.numel(), reverse=True)
     smallest = {p.ndim: p for p in falling}  # of each number of dimensions the last
     tried = {str(n): nn.Parameter(torch.zeros(p.shape, dtype=dtype, device=device)) for n, p in smallest.items()}

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 from litpeft.core.errors import DataError, UserError
 from litpeft.data.batches import plan_epoch
 from litpeft.data.rows import Row
 from litpeft.data.streaming import Stream
-from litpeft.train.fabric import Fabric
 from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.rejected import add_rejected
 
+if TYPE_CHECKING:
+    from litpeft.train.fabric import Fabric
+
 
 def planned_steps(
-    run: Preparation, progress: Progress, fabric: Fabric, keep: Callable[[], None]
+    run: Preparation, progress: Progress, fabric: "Fabric", keep: Callable[[], None]
 ) -> Iterator[list[Row]]:
     """Yields the rows of each optimizer step that is still to be done; `keep` saves what was learned so far."""
     if run.stream is not None:
@@ -33,7 +36,7 @@ def planned_steps(
 
 
 def _streamed(
-    stream: Stream, run: Preparation, progress: Progress, fabric: Fabric, keep: Callable[[], None]
+    stream: Stream, run: Preparation, progress: Progress, fabric: "Fabric", keep: Callable[[], None]
 ) -> Iterator[list[Row]]:
     """Yields the same of a stream, whose files may hold an error that nobody has seen yet."""
     told = len(run.rows.rejected)

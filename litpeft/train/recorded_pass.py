@@ -7,6 +7,7 @@ ignored; these add zeros to the loss and to the gradients.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from litpeft.model.context import Context
 from litpeft.model.delta import Method, trainable
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import is_empty
-from litpeft.train.fabric import Fabric
 from litpeft.train.fused_block import HALF, FusedStep, groups_of, kernels
+
+if TYPE_CHECKING:
+    from litpeft.train.fabric import Fabric
 
 LEAST, LEAST_DOCUMENTS = 128, 8  # of the smallest size class
 FINENESS = 8  # size classes from a number of tokens to twice that
@@ -108,7 +111,7 @@ class RecordedPasses:
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
 
     @classmethod
-    def of_run(cls, model: GPT, fabric: Fabric, method: Method) -> "RecordedPasses | None":
+    def of_run(cls, model: GPT, fabric: "Fabric", method: Method) -> "RecordedPasses | None":
         """Returns the passes of a run on one GPU in which each pass is as the one that was recorded, else None."""
         alone = fabric.world_size == 1 and fabric.device.type == "cuda"
         unscaled = alone and fabric.strategy.precision.precision == "32-true"  # nothing scales or casts

@@ -1,6 +1,7 @@
 """Held-out rows as questions: sample answers during a run, and the share that is answered exactly."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,10 +11,12 @@ from litpeft.generate.engine import answer
 from litpeft.generate.evaluate import Exchange, exactly
 from litpeft.generate.load import Loaded
 from litpeft.generate.settings import Sampling
-from litpeft.train.fabric import Fabric
 from litpeft.train.log import Log
 from litpeft.train.progress import Progress
 from litpeft.train.report import Sample
+
+if TYPE_CHECKING:
+    from litpeft.train.fabric import Fabric
 
 ANSWERED_AT_ONCE = 16
 SHOWN = 2  # questions whose answers the report shows
@@ -22,7 +25,7 @@ Question = tuple[Exchange, list[int]]  # with the ids of its prompt
 
 @torch.no_grad()
 def show_sample(
-    fabric: Fabric, loaded: Loaded, questions: list[Question], tokens: int, log: Log, progress: Progress
+    fabric: "Fabric", loaded: Loaded, questions: list[Question], tokens: int, log: Log, progress: Progress
 ) -> None:
     """Answers the first two questions and shows the first; `progress.samples` keeps the first and last answers."""
     if not tokens or not questions:
@@ -45,7 +48,7 @@ def show_sample(
 
 
 @torch.no_grad()
-def exact_share(fabric: Fabric, loaded: Loaded, questions: list[Question]) -> float:
+def exact_share(fabric: "Fabric", loaded: Loaded, questions: list[Question]) -> float:
     """Returns the share of the questions whose greedy answer is exactly the expected one."""
     expected = [exchange.expected for exchange, _ in questions]
     longest = max(len(loaded.tokenizer.encode(one.whole)) for one, _ in questions)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed
@@ -12,8 +13,10 @@ from litpeft.core.errors import NumericError, some
 from litpeft.data.batches import Batch
 from litpeft.model.delta import Method, trainable
 from litpeft.model.objective import summed_loss
-from litpeft.train.fabric import DDPStrategy, Fabric
 from litpeft.train.recorded_pass import RecordedPasses
+
+if TYPE_CHECKING:
+    from litpeft.train.fabric import Fabric
 
 Votes = Callable[[], list[float]]
 
@@ -31,7 +34,7 @@ class Gradient:
 class Stepper:
     """Takes optimizer steps with this rank's micro-batches."""
 
-    fabric: Fabric
+    fabric: "Fabric"
     model: torch.nn.Module  # as Fabric wraps it
     optimizer: torch.optim.Optimizer
     max_norm: float | None = None  # to which gradients are clipped
@@ -57,6 +60,8 @@ class Stepper:
         their weights, `weight`, which is their number where they have none: how the rows of a step are spread changes
         nothing. What the method adds to it has a gradient, but is not told.
         """
+        from litpeft.train.fabric import DDPStrategy
+
         fabric, losses = self.fabric, []
         for micro, batch in enumerate(batches, 1):
             loss = None if self.recorded is None else self.recorded(batch, 1 / weight)

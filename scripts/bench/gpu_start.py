@@ -59,10 +59,22 @@ def load(folder: Path, quantize: str | None, cold: bool) -> dict[str, object]:
     GB/s are those of the weights' files: `weights` while the model is built, beside the checksums; `plain` into host
     memory, with as many threads; `read` onto the device; `sums` of the checksums. `cold`: from the disk each time.
     """
+    from litpeft.core.early_sums import begin_folders
+
+    def fresh() -> None:
+        if cold:
+            drop_pages(folder)
+
+    fresh()
+    begin_folders([folder])
     import litpeft.train.finetune  # noqa: F401
 
-    gc.enable()
     figures: dict[str, object] = {"imports_s": round(time.time() - BEGAN, 1)}
+    began = time.perf_counter()  # the command does this while it reads the weights
+    import litpeft.train.fabric  # noqa: F401
+
+    figures["fabric_s"] = round(time.perf_counter() - began, 1)
+    gc.enable()
 
     import torch
 
@@ -77,17 +89,13 @@ def load(folder: Path, quantize: str | None, cold: bool) -> dict[str, object]:
             for name in weights.file_of:
                 files.read(name).to(DEVICE, copy=DEVICE.type == "cpu")
 
-    def fresh() -> None:
-        if cold:
-            drop_pages(folder)
-
-    fresh()
     _, seconds = clocked(lambda: torch.ones(1, device=DEVICE) + 1)
     figures["cuda_s"] = round(seconds, 2)
     watch = Watch()
     watch.on(build, "_fill")
     watch.on(Weights, "verified_sums")
     model, seconds = clocked(lambda: litpeft_model(folder, quantize))
+    seconds += clocked(model.files.fingerprint)[1]
     read, waited = watch.seconds["_fill"], watch.seconds["verified_sums"]
     figures |= {"model_s": round(seconds - read - waited, 2), "weights_s": round(read, 2)}
     figures["wait_for_sums_s"] = round(waited, 2)
