@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -34,25 +33,3 @@ def test_fabric_alone_and_all_of_lightning_later(afterwards: str) -> None:
 def test_lightning_that_is_imported_first_is_used_as_it_is() -> None:
     code = "import lightning; import litpeft.train.fabric as ours; assert ours.Fabric is lightning.Fabric"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_a_plain_model_is_built_without_an_import_that_could_meet_fabrics(tiny_folder: Path) -> None:
-    """The two happen at once, and threads whose imports need each other may see half of a module."""
-    code = """
-import sys
-from pathlib import Path
-import torch
-from litpeft.methods.lora import LoRA
-from litpeft.model.build import build, checked_files
-import litpeft.train.finetune
-folder = Path(sys.argv[1])
-checked_files(folder)  # as check_run does
-with torch.device("meta"):
-    before = set(sys.modules)
-build(folder, torch.bfloat16, LoRA())
-assert set(sys.modules) == before
-import litpeft.train.fabric
-assert not {name for name in set(sys.modules) - before if name.startswith("litpeft.")} - {"litpeft.train.fabric"}
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tiny_folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -1,12 +1,9 @@
 """The command `litpeft finetune METHOD`: settings in, a folder with what was learned out."""
 
-import gc
 import sys
 import time
-from contextlib import ExitStack, suppress
-from importlib import import_module
+from contextlib import ExitStack
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -62,21 +59,16 @@ def finetune(settings: Finetune, name: str, method: Method, began: float | None 
 def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     """Builds the model, trains it, and writes the run's files; `began` is the time at which the command began."""
     settings, method, out = run.settings, run.method, Path(run.settings.out)
-    held, device, fabric = settings.base, pick_device(), None
-    storage = None if held.quantize is None else Storage(held.quantize, held.double_quantize, held.cache)
-    if settings.devices * settings.num_nodes > 1 or settings.strategy == "fsdp":
-        fabric = make_fabric(settings, run.precision, device, method.idle_parts)
-        check_agreement(fabric, run.agreed())
-    elif device.type == "cuda":
-        torch.cuda.set_device(device)
+    fabric = make_fabric(settings, run.precision, pick_device(), method.idle_parts)
+    check_agreement(fabric, run.agreed())
     # 1. the model, with the method at its start
-    calibrate(run, device)
-    if fabric is None and storage is None and not method.defines("start"):
-        Thread(target=import_fabric, daemon=True).start()
+    calibrate(run, fabric.device)
     torch.manual_seed(settings.train.seed)
-    device = torch.device("cpu") if settings.cpu_offload else device
+    held = settings.base
+    storage = None if held.quantize is None else Storage(held.quantize, held.double_quantize, held.cache)
+    device = torch.device("cpu") if settings.cpu_offload else fabric.device
     base = Path(settings.base.dir)
-    shard = None if fabric is None else sharder(settings, run.precision, fabric)
+    shard = sharder(settings, run.precision, fabric)
     saved = run.init.delta if run.init else None if run.saved is None else run.saved.tensors("delta")
     model = build(base, run.precision.weights, method, device, storage, shard, saved)
     run.facts["base"] = model.files.fingerprint()  # at once: its sums are known
@@ -84,7 +76,6 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
         copy_into(model, run.init.delta)
         run.init.delta.clear()  # it may be large
     model.recompute = settings.train.activation_checkpointing
-    fabric = fabric or make_fabric(settings, run.precision, device, method.idle_parts)
     if shard is None:
         use_fused_step(model, device)
     if settings.train.compile:
@@ -131,17 +122,6 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
             raise lost
     fabric.barrier()
     return progress
-
-
-def import_fabric() -> None:
-    """Imports Fabric, and with it torch's compiler: seconds in which another thread waits for the base's weights.
-
-    That thread must import nothing meanwhile, since two could wait for each other.
-    """
-    gc.disable()  # see __main__.py
-    with suppress(Exception):  # the one who uses it meets the same error
-        import_module("litpeft.train.fabric")
-    gc.enable()
 
 
 def calibrate(run: Preparation, device: torch.device) -> None:

@@ -104,7 +104,7 @@ def check_optimizer(train: Train, model: nn.Module, dtype: torch.dtype, device: 
     """Raises unless `make_optimizer` accepts the trained parameters of `model`, which may be on the meta device.
 
     It is tried on the smallest parameter of each number of dimensions; only these are allocated. The usual one is not:
-    it takes whatever trains, and to make it imports torch's compiler, which can be done while the base is read.
+    it takes whatever trains, and to make it imports torch's compiler, for which no error of a setting should wait.
     """
     if train.optimizer == Train.optimizer and not train.optimizer_args:
         return
