@@ -74,4 +74,5 @@ if [ -n "$rows" ]; then
     row command gpu_start.py command finetune lora "${options[@]}"
 fi
 row "kernels" gpu_kernels.py
+row "decode kernels" gpu_decode_kernels.py
 "$python" "$bench/gpu.py" table "$out/gpu.jsonl" | tee "$out/gpu.md"
