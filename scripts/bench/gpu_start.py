@@ -70,7 +70,7 @@ def load(folder: Path, quantize: str | None, cold: bool) -> dict[str, object]:
     import litpeft.train.finetune  # noqa: F401
 
     figures: dict[str, object] = {"imports_s": round(time.time() - BEGAN, 1)}
-    began = time.perf_counter()  # the command does this while it reads the weights
+    began = time.perf_counter()  # the command does this once its rows are read
     import litpeft.train.fabric  # noqa: F401
 
     figures["fabric_s"] = round(time.perf_counter() - began, 1)
