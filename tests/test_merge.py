@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import resource
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, finetune, make_folder
+from llama_cpp import write_bpe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,6 +120,27 @@ def test_an_output_that_exists_is_refused_or_replaced(tiny_folder, tmp_path, cap
     main(["merge", str(run), "--overwrite"])
     assert not (run / "merged" / "vocab.json").exists()
     assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("to", ["safetensors", "gguf"])
+def test_a_disk_without_room_is_told_with_the_output_that_was_asked_for(to: str, tmp_path, capsys, monkeypatch) -> None:
+    base, out = make_folder(tmp_path / "base"), tmp_path / "asked"
+    write_bpe(base)
+    run = learnt(base, tmp_path)
+    argv = ["merge", str(run), "--to", to, "--out", str(out)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, before[1]))  # enough for the header
+    try:
+        code, said = fails(capsys, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 6
+    assert f"error: {out}: the disk is full (File too large)\nhint: free some space" in said
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, said = fails(capsys, *argv)
+    assert code == 6
+    assert re.search(rf"error: {out}: the weights need [\d.]+ kB, the disk has 1.0 kB left.*\nhint: free some", said)
+    assert sorted(path.name for path in tmp_path.iterdir() if "asked" in path.name) == []
 
 
 def test_a_merge_that_changes_nothing_fails_and_leaves_nothing(tiny_folder, tmp_path, capsys) -> None:

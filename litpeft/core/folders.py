@@ -33,6 +33,8 @@ COMPANIONS = (
 RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard", *EXPORTS)
 REPORTS = ("rows.csv", "report.md", "report.json", "loss.png")
 RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", *REPORTS, *RUN_FOLDERS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a file that has no room to grow
+FREE_SPACE = "free some space, or give another --out"
 LONGEST_NAME = 255  # bytes, of the file systems in use
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them marks a complete folder
 EXPORTED = [file for export in EXPORTS.values() for file in export.files] + ["README.md"]  # the last is the model card
@@ -54,7 +56,7 @@ def disk_fault(error: BaseException, folder: Path) -> UserError | None:
     """Returns the UserError for an error of the local disk, None for any other error."""
     number = getattr(error, "errno", None)
     barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if number in FULL:
         hint = "free some space and run the same command again, or give another --out"
         return ResourceError(f"the disk is full ({os.strerror(number)})", where=folder, hint=hint)
     if number in (*barred, errno.EIO):
@@ -75,13 +77,23 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Does the same, but replaces whatever is at `path`."""
+    """Does the same, but replaces whatever is at `path`.
+
+    An error of the disk names `path`, since the user does not know the folder beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
     temporary.mkdir()
     try:
         yield temporary
         _commit(temporary, path)
+    except OSError as error:
+        if error.errno in FULL:
+            raise disk_fault(error, path) from None
+        raise
+    except ResourceError as error:
+        error.where = str(path) if Path(error.where).is_relative_to(temporary) else error.where
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
