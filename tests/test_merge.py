@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import warnings
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +121,29 @@ def test_an_output_that_exists_is_refused_or_replaced(tiny_folder, tmp_path, cap
     main(["merge", str(run), "--overwrite"])
     assert not (run / "merged" / "vocab.json").exists()
     assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_merged_model_of_a_run_that_was_trained_further_is_told_to_be_old(tiny_folder, tmp_path, capsys) -> None:
+    run = finetune(tiny_folder, tmp_path, "--train.max_steps", "1", "--train.lr", "1e-2")
+    merged = run / "merged"
+    main(["merge", str(run)])
+    old = "the run was trained further since it was made"
+    uses = [["generate", str(merged), "--prompt", "hi", "--sampling.max_new_tokens", "1"]]
+    uses += [["data", "parity", str(run)]] if find_spec("transformers") else []
+    for argv in uses:
+        main(argv)
+        assert old not in capsys.readouterr().err
+    more = ["--resume", "--train.max_steps", "2", "--resume_changed", '["train.*"]']
+    finetune(tiny_folder, tmp_path, "--train.lr", "1e-2", *more)
+    for argv in uses:
+        main(argv)
+        said = capsys.readouterr().err
+        assert f"warning: {merged}: {old}; `litpeft merge {run} --overwrite` makes it anew" in said
+    assert (
+        f"the output exists, and {old}\nhint: name another, or say --overwrite" in fails(capsys, "merge", str(run))[1]
+    )
+    main(["merge", str(run), "--overwrite"])
+    assert old not in fails(capsys, "merge", str(run))[1]
 
 
 @pytest.mark.parametrize("to", ["safetensors", "gguf"])
