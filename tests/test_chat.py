@@ -349,3 +349,11 @@ def test_runs_on_one_base_hold_its_memory_once_and_answer_as_before(base, run, p
         assert torch.equal(again.model(ids), logits)
         assert torch.equal(plain.model(ids), load_model(str(base), precision=precision).model(ids))
         assert torch.equal(first.model(ids), logits)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as in a UTF-8 locale, and as in that called C
+def test_input_in_another_encoding_is_told_as_generate_tells_it(errors: str, base, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Größe\n".encode("cp1252")), "utf-8", errors))
+    with pytest.raises(UserError, match="this is not UTF-8") as error:
+        chat(Chat(str(base), sampling=SHORT))
+    assert error.value.where == "standard input"

@@ -351,8 +351,9 @@ def test_rows_without_anything_to_train_are_bad_rows(tmp_path, tokenizer, templa
     assert "nothing in it is trained" in data.rejected[0].reason
     with pytest.raises(UserError, match="nothing in it is trained"):
         read(tokenizer, template, path)
-    with pytest.raises(UserError, match="no row is left to train on: 2 rejected"):
+    with pytest.raises(UserError, match="no row is left to train on: 2 rejected") as error:
         read(tokenizer, template, write_jsonl(tmp_path / "none.jsonl", [untrained, [USER]]), bad_rows="skip")
+    assert error.value.hint == "put the rejected rows right, or take another template"
 
 
 def test_an_error_names_five_bad_rows_and_counts_the_others(tmp_path, tokenizer, template):
@@ -441,8 +442,9 @@ def test_rows_that_are_too_long_are_dropped_and_counted(long_rows, tokenizer, te
     for seed in range(9):  # in the file's order, though a split has taken them apart
         data = read(tokenizer, template, long_rows, max_length=100, overlong="drop", validation_split=0.5, seed=seed)
         assert [bad.where for bad in data.rejected] == [where for where, n in whole.items() if n > 100]
-    with pytest.raises(UserError, match="no row is left to train on: 0 rejected, 9 longer than 10 tokens"):
+    with pytest.raises(UserError, match="no row is left to train on: 0 rejected, 9 longer than 10 tokens") as error:
         read(tokenizer, template, long_rows, max_length=10, overlong="drop")
+    assert error.value.hint == "raise data.max_length, or say data.overlong split"
 
 
 @pytest.mark.parametrize("length", [17, 40, 64, 100])

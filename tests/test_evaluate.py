@@ -133,7 +133,7 @@ def test_a_name_that_no_file_can_have_is_a_mistake_of_the_user(tiny_folder, tmp_
             (evaluate if isinstance(settings, Evaluate) else generate)(settings)
         assert error.value.exit_code == 4
     with pytest.raises(UserError, match="File name too long") as error:  # before an hour of answers
-        generate(Generate(str(tiny_folder), "hi", output=name))
+        generate(Generate(str(tiny_folder), "hi", output=f"{name}.jsonl"))
     assert error.value.exit_code == 2
 
 

@@ -112,7 +112,9 @@ def test_an_unknown_shape_is_told_a_mapping_that_then_reads_it(row, parts, tmp_p
 
 def test_rows_with_other_faults_are_not_told_to_map_their_columns(tmp_path):
     path = tmp_path / "rows.jsonl"
-    for text in ('{"question": "a", "answer": NaN}\n', "{}\n"):
+    image = {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}
+    rows = {"question": "a", "answer": None}, {"messages": None}, image, {"text": None}
+    for text in ('{"question": "a", "answer": NaN}\n', "{}\n", *map(json.dumps, rows)):
         path.write_text(text)
         assert "to map them" not in refused(path).hint
 
@@ -125,6 +127,7 @@ def test_rows_with_other_faults_are_not_told_to_map_their_columns(tmp_path):
             "question;answer\nWie groß?;klein\n".encode("cp1252"),
             "where Windows-1252 has 'ß': save the file as",
         ),
+        ("rows.jsonl", json.dumps({"text": "a"}, indent=2).encode(), "one row stands on one line of a .jsonl file"),
         ("rows.json", b'{"version": 1, "data": [{"text": "a"}]}', "an object with the keys 'version', 'data'"),
         ("rows.jsonl", b'[{"question": "a", "answer": "b"}]\n', "the line is a list of rows: give the file a name"),
         (

@@ -339,3 +339,43 @@ def test_rows_are_not_written_to_a_file_that_would_be_read_as_something_else(com
     with pytest.raises(UserError, match=r"to a file that ends in \.jsonl") as error:
         dispatch([*command.split(), *argv], [], 0.0)
     assert (error.value.where, error.value.hint) == (table, "call it answers.jsonl")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, RuntimeError])
+def test_answers_given_before_the_command_is_stopped_are_kept(
+    command, fault, tiny_folder, tmp_path, capsys, monkeypatch
+) -> None:
+    texts = ["a long question", "b", "c c"]
+    (rows := tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"prompt": text, "completion": text}) + "\n" for text in texts)
+    )
+    words = [str(rows)] if command == "evaluate" else ["--input", str(rows), "--sampling.max_new_tokens", "4"]
+    words = [command, str(tiny_folder), *words, "--batch_size", "1"]
+    out, left = tmp_path / "out.jsonl", iter([None, None])  # the third batch is stopped
+
+    def stopped(*given: object) -> object:
+        try:
+            next(left)
+        except StopIteration:
+            raise fault from None
+        return answer(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("litpeft.generate.engine.answer", stopped)
+        with pytest.raises(fault):
+            dispatch([*words, "--output", str(out)], [], 0.0)
+    part = tmp_path / "out.part"
+    assert f"2 answers kept in {part}" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds answers of a run that was stopped"):
+        dispatch([*words, "--output", str(out)], [], 0.0)
+    early = [json.loads(row) for row in part.read_text().splitlines()]
+    part.unlink()
+    dispatch([*words, "--output", str(out)], [], 0.0)
+    whole = [json.loads(row) for row in out.read_text().splitlines()]
+    assert sorted(tmp_path.iterdir()) == [out, rows]
+
+    def text(row: dict) -> str:
+        return row["answer"] if command == "generate" else row["model"]["answer"]
+
+    assert [text(row) for row in early] == [text(whole[i]) for i in (0, 2)]

@@ -3,12 +3,16 @@
 import json
 import os
 import re
+import resource
 import shutil
 import warnings
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, finetune, make_folder
+from llama_cpp import write_bpe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,6 +121,50 @@ def test_an_output_that_exists_is_refused_or_replaced(tiny_folder, tmp_path, cap
     main(["merge", str(run), "--overwrite"])
     assert not (run / "merged" / "vocab.json").exists()
     assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_merged_model_of_a_run_that_was_trained_further_is_told_to_be_old(tiny_folder, tmp_path, capsys) -> None:
+    run = finetune(tiny_folder, tmp_path, "--train.max_steps", "1", "--train.lr", "1e-2")
+    merged = run / "merged"
+    main(["merge", str(run)])
+    old = "the run was trained further since it was made"
+    uses = [["generate", str(merged), "--prompt", "hi", "--sampling.max_new_tokens", "1"]]
+    uses += [["data", "parity", str(run)]] if find_spec("transformers") else []
+    for argv in uses:
+        main(argv)
+        assert old not in capsys.readouterr().err
+    more = ["--resume", "--train.max_steps", "2", "--resume_changed", '["train.*"]']
+    finetune(tiny_folder, tmp_path, "--train.lr", "1e-2", *more)
+    for argv in uses:
+        main(argv)
+        said = capsys.readouterr().err
+        assert f"warning: {merged}: {old}; `litpeft merge {run} --overwrite` makes it anew" in said
+    assert (
+        f"the output exists, and {old}\nhint: name another, or say --overwrite" in fails(capsys, "merge", str(run))[1]
+    )
+    main(["merge", str(run), "--overwrite"])
+    assert old not in fails(capsys, "merge", str(run))[1]
+
+
+@pytest.mark.parametrize("to", ["safetensors", "gguf"])
+def test_a_disk_without_room_is_told_with_the_output_that_was_asked_for(to: str, tmp_path, capsys, monkeypatch) -> None:
+    base, out = make_folder(tmp_path / "base"), tmp_path / "asked"
+    write_bpe(base)
+    run = learnt(base, tmp_path)
+    argv = ["merge", str(run), "--to", to, "--out", str(out)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, before[1]))  # enough for the header
+    try:
+        code, said = fails(capsys, *argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 6
+    assert f"error: {out}: the disk is full (File too large)\nhint: free some space" in said
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    code, said = fails(capsys, *argv)
+    assert code == 6
+    assert re.search(rf"error: {out}: the weights need [\d.]+ kB, the disk has 1.0 kB left.*\nhint: free some", said)
+    assert sorted(path.name for path in tmp_path.iterdir() if "asked" in path.name) == []
 
 
 def test_a_merge_that_changes_nothing_fails_and_leaves_nothing(tiny_folder, tmp_path, capsys) -> None:

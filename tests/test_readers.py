@@ -64,7 +64,9 @@ def test_whatever_a_csv_holds_every_row_comes_back_with_its_line(tmp_path: Path)
             values(path)
 
 
-@pytest.mark.parametrize(("name", "separator"), [("rows.tsv", "\t"), ("rows.csv", ";"), ("rows.csv", "\t")])
+@pytest.mark.parametrize(
+    ("name", "separator"), [("rows.tsv", "\t"), ("rows.csv", ";"), ("rows.csv", "\t"), ("rows.csv", "|")]
+)
 def test_other_separators_are_seen_from_the_header(tmp_path: Path, name: str, separator: str) -> None:
     (tmp_path / name).write_text(f"question{separator}answer\na, b{separator}c\n")
     assert values(tmp_path / name) == {"2": {"question": "a, b", "answer": "c"}}

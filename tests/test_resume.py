@@ -266,3 +266,11 @@ def test_a_template_that_prints_the_time_gives_the_tokens_of_the_first_day(tmp_p
     short = {"train.micro_tokens": 70}
     whole = train(base, tmp_path / "whole", short)
     assert_same(resume(base, cut(whole, 2, tmp_path / "run"), short), whole)
+
+
+def test_a_setting_that_may_differ_and_does_not_exist_is_refused(tiny_folder, tmp_path, capsys) -> None:
+    run = cut(train(tiny_folder, tmp_path / "whole"), 2, tmp_path / "run")
+    capsys.readouterr()
+    code, said = refusal(capsys, tiny_folder, run, {"resume_changed": '["train.*", "train.max_step"]'})
+    assert code == 2
+    assert "resume_changed: there is no setting 'train.max_step' (did you mean \"train.max_steps\"?)" in said

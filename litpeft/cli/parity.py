@@ -19,7 +19,7 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.thinking import thoughts_of
 from litpeft.data.tokenise import load_dataset
 from litpeft.data.tokenizer import Tokenizer
-from litpeft.exchange.run import find_run
+from litpeft.exchange.run import find_run, tell_outdated
 
 AROUND = 6  # tokens that are shown before and after the first difference
 SHOWN = 5  # differences that are told
@@ -131,7 +131,9 @@ def _read(settings: Parity) -> tuple[Data, Tokenizer, ChatTemplate, Path]:
         folder = run.model_folder() if run.is_model else run.base_folder(settings.base)
         tokenizer, template = run.tokenizer_and_template(folder)
         merged = run.place / "merged"
-        folder = merged if merged.is_dir() else folder
+        if merged.is_dir():
+            tell_outdated(merged)
+            folder = merged
     return data, tokenizer, template, Path(settings.folder) if settings.folder else folder
 
 

@@ -33,6 +33,9 @@ COMPANIONS = (
 RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard", *EXPORTS)
 REPORTS = ("rows.csv", "report.md", "report.json", "loss.png")
 RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", *REPORTS, *RUN_FOLDERS)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a file that has no room to grow
+FREE_SPACE = "free some space, or give another --out"
+OUTDATED = "the run was trained further since it was made"
 LONGEST_NAME = 255  # bytes, of the file systems in use
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them marks a complete folder
 EXPORTED = [file for export in EXPORTS.values() for file in export.files] + ["README.md"]  # the last is the model card
@@ -54,7 +57,7 @@ def disk_fault(error: BaseException, folder: Path) -> UserError | None:
     """Returns the UserError for an error of the local disk, None for any other error."""
     number = getattr(error, "errno", None)
     barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if number in FULL:
         hint = "free some space and run the same command again, or give another --out"
         return ResourceError(f"the disk is full ({os.strerror(number)})", where=folder, hint=hint)
     if number in (*barred, errno.EIO):
@@ -75,13 +78,23 @@ def atomic_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Does the same, but replaces whatever is at `path`."""
+    """Does the same, but replaces whatever is at `path`.
+
+    An error of the disk names `path`, since the user does not know the folder beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
     temporary.mkdir()
     try:
         yield temporary
         _commit(temporary, path)
+    except OSError as error:
+        if error.errno in FULL:
+            raise disk_fault(error, path) from None
+        raise
+    except ResourceError as error:
+        error.where = str(path) if Path(error.where).is_relative_to(temporary) else error.where
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -185,7 +198,8 @@ def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not overwrite:
-        raise ConfigError("the output exists", where=path, hint="name another, or say --overwrite")
+        what = f"the output exists{f', and {OUTDATED}' if is_outdated(path) else ''}"
+        raise ConfigError(what, where=path, hint="name another, or say --overwrite")
     entries = [path] if not path.is_dir() else list(path.iterdir())
     half = [".tmp-*", ".lock-*", *(f"{name}.part" for name in RUN_FILES)]  # left by a killed process
     ours = ("*.safetensors", *half)
@@ -193,6 +207,18 @@ def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:
     if foreign or path.is_symlink():
         what = f"the output holds {some(foreign)}, which litpeft did not write: it is not replaced"
         raise ConfigError(what, where=path, hint="name another")
+
+
+def is_outdated(path: Path) -> bool:
+    """Returns whether a folder in a run, as merged/ is, is older than the run's result, since it was trained further.
+
+    The times are those of the files, which a copy may not keep: nothing is refused for it.
+    """
+    result, files = path.parent / "final" / "delta.json", path.glob("*")
+    if path.name not in RUN_FOLDERS or path.name == "final" or not result.is_file():
+        return False
+    times = [file.stat().st_mtime_ns for file in files if file.is_file()]
+    return bool(times) and max(times) < result.stat().st_mtime_ns
 
 
 def has_result(path: Path) -> bool:

@@ -27,7 +27,7 @@ from litpeft.core.checksums import (
     write_checksums,
 )
 from litpeft.core.errors import ModelError, ResourceError, some
-from litpeft.core.folders import COMPANIONS
+from litpeft.core.folders import COMPANIONS, FREE_SPACE, check_disk, disk_fault
 from litpeft.core.json import read_shards, write_json
 from litpeft.core.recognise import convert_hint, refuse_other
 
@@ -168,13 +168,18 @@ class _Shard:
             while len(view):  # one call writes at most 2 GiB
                 view = view[self.handle.write(view) :]
         except OSError as error:
-            raise ResourceError(f"cannot be written: {error.strerror or error}", where=self.path.parent) from None
+            raise disk_fault(error, self.path.parent) or error from None
 
     def finish(self) -> None:
         """Writes the header, padded with spaces up to the first tensor."""
         header = json.dumps({"__metadata__": {"format": "pt"}} | self.entries).encode().ljust(HEADER_BYTES)
         self.handle.seek(0)
         self.write(struct.pack("<Q", len(header)) + header)
+
+
+def check_room(folder: Path, shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> None:
+    """Raises if the disk of `folder` has no room for tensors of these shapes."""
+    check_disk(folder, dtype.itemsize * sum(map(math.prod, shapes)), "the weights", FREE_SPACE)
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:

@@ -62,6 +62,7 @@ class Chats:
         own = source.preset.columns if source.preset and data.format == "auto" else None
         choose = chosen(data.format, data.columns or own)
         for record in source.records(data.documents):
+            form = None
             try:
                 if record.problem:
                     raise ValueError(record.problem)
@@ -70,7 +71,8 @@ class Chats:
                 unread = form.unread(record.value)
             except ValueError as error:
                 report.rejected.append(Rejected(record.where, str(error)))
-                if not record.problem and isinstance(record.value, dict) and record.value:
+                is_row = not record.problem and isinstance(record.value, dict) and record.value
+                if is_row and (form is None or not form.fits(record.value)):  # its keys are to blame, not a value
                     came.append(dict.fromkeys(record.value) if came else record.value)
                 continue
             report.formats[name] += 1

@@ -90,7 +90,9 @@ def chosen_rows(rows: Rows, sources: Sequence[Source], apart: bool, chats: int, 
         what = f"no row is left to train on: {len(report.rejected)} rejected"
         what += f", {len(report.dropped)} longer than {report.max_length} tokens" if report.dropped else ""
         what += f"; {report.rejected[0].where}: {report.rejected[0].reason}" if report.rejected else ""
-        raise DataError(what, where=data.named, hint=f"see {data.prefix}max_length, {data.prefix}bad_rows")
+        advice = [f"raise {data.prefix}max_length, or say {data.prefix}overlong split"] if report.dropped else []
+        advice += ["put the rejected rows right, or take another template"] if report.rejected else []
+        raise DataError(what, where=data.named, hint="; ".join(advice))
     known, held_out = np.unique(train.column("hash")), validation.column("hash")
     report.duplicates = int((known[np.searchsorted(known[:-1], held_out)] == held_out).sum())
     report.repeated = len(train) - len(known)

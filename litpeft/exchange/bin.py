@@ -14,7 +14,7 @@ from torch import Tensor
 
 from litpeft.core.errors import ModelError, counted, some
 from litpeft.core.json import read_shards
-from litpeft.core.safetensors import DTYPES, copy_companions, is_finite, write_safetensors
+from litpeft.core.safetensors import DTYPES, check_room, copy_companions, is_finite, write_safetensors
 from litpeft.exchange.run import write_config
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import left_out, read_config
@@ -48,6 +48,7 @@ class BinFolder:
         copy_companions(self.folder, folder)
         if dtype is not None:
             write_config(folder, dtype)
+            check_room(folder, NameMap(self.family, self.config).shapes.values(), dtype)
         write_safetensors(folder, self.tensors(dtype))
 
     def tensors(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.folders import COMPANIONS, atomic_folder, check_place, locked, refuse_existing, sync_files
 from litpeft.core.json import read_json
-from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, copy_companions, write_safetensors
+from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, check_room, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer, write_added_tokens
@@ -100,6 +100,8 @@ def merge(settings: Merge) -> None:
     note_tokens(method, tokenizer)
     names = _names(method, base)
     layout = Layout(names) if settings.to == "gguf" else None  # which refuses some before the model is built
+    if layout is None:
+        check_room(out, names.shapes.values(), dtype)
     model, rounding = _trained(run, base, storage), Rounding()
     with locked(out), atomic_folder(out, settings.overwrite) as folder:
         try:

@@ -15,11 +15,11 @@ from litpeft.core.checksums import file_sha256
 from litpeft.core.distributed import gather
 from litpeft.core.errors import ConfigError, ModelError, NumericError
 from litpeft.core.exports import CannotExport
-from litpeft.core.folders import atomic_folder, checkpoint_steps
+from litpeft.core.folders import OUTDATED, atomic_folder, checkpoint_steps, is_outdated
 from litpeft.core.json import read_json, write_json
 from litpeft.core.recognise import is_peft, refuse_file, refuse_other
 from litpeft.core.safetensors import copy_companions, save_tensors, write_safetensors
-from litpeft.core.terminal import tell
+from litpeft.core.terminal import command_line, tell
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.chat_template import write_template
@@ -59,6 +59,13 @@ def find_run(path: Path) -> Run | None:
     refuse_other(path)
     read_json(path / "config.json", "config.json of a model")
     return None
+
+
+def tell_outdated(folder: Path) -> None:
+    """Tells the user if a folder was made of an earlier state of the run that it lies in."""
+    if is_outdated(folder):
+        words = ["merge", folder.parent] if folder.name == "merged" else ["convert", folder.parent, "--to", folder.name]
+        tell(f"warning: {folder}: {OUTDATED}; `{command_line(*words, '--overwrite')}` makes it anew")
 
 
 def tell_progress(run: Run | None) -> None:

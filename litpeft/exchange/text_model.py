@@ -9,7 +9,7 @@ from torch import Tensor
 from litpeft.core.errors import ModelError, counted, some
 from litpeft.core.json import read_json, read_optional, write_json
 from litpeft.core.recognise import refuse_other
-from litpeft.core.safetensors import Weights, copy_companions, write_safetensors
+from litpeft.core.safetensors import DTYPES, Weights, check_room, copy_companions, write_safetensors
 from litpeft.exchange.run import write_config
 from litpeft.model.families import FAMILIES
 from litpeft.model.families.names import NameMap
@@ -48,6 +48,7 @@ class TextModel:
         write_json(folder / "config.json", self.hf)
         if dtype is not None:
             write_config(folder, dtype)
+        check_room(folder, self.names.shapes.values(), dtype or DTYPES[self.weights.dtype(next(self.places())[0])])
         write_safetensors(folder, self.tensors(dtype))
 
     def places(self) -> Iterator[tuple[str, str]]:

@@ -54,9 +54,11 @@ def read_message(session: Session, terminal: bool) -> str:
                 break
         while terminal and select.select([sys.stdin], [], [], PASTED_WITHIN)[0]:  # nobody types so fast: it was pasted
             lines.append(input())
-    except UnicodeDecodeError as error:
+        message = "\n".join(lines).strip()
+        message.encode()  # under some locales Python reads bytes of another encoding as lone surrogates
+    except UnicodeError as error:
         raise DataError(f"this is not UTF-8: {error}", where="standard input") from None
-    return "\n".join(lines).strip()
+    return message
 
 
 def respond(session: Session, message: str, terminal: bool) -> None:

@@ -1,11 +1,11 @@
 """Generation, token by token until an answer ends; and the command `litpeft generate`."""
 
-import json
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import find_run
 from litpeft.exchange.trained_rows import shape_of
 from litpeft.generate.cache import TokenCache
+from litpeft.generate.kept import kept, line
 from litpeft.generate.load import Loaded, load_one, named
 from litpeft.generate.sampling import next_tokens
 from litpeft.generate.settings import Generate, Sampling
@@ -35,6 +36,9 @@ class Answer:
     ids: list[int]
     text: str
     reason: str  # stop | length | string | interrupted
+
+
+Came = Callable[[int, Answer], None]  # is told of an answer, with the number of its prompt
 
 
 class Draft:
@@ -172,24 +176,32 @@ def generate(settings: Generate) -> None:
         if more := unread(prompts):
             tell(f"not read, but copied to the answers: {listed(more)}")
     names, alone = named(settings), settings.input is None and output is None
-    answers: dict[str, list[Answer]] = {}
-    for name, path in names.items():
-        loaded = load_one(settings, path)
-        write(f"{name}:\n" if alone and len(names) > 1 else "")
-        answers[name] = respond(loaded, prompts, settings, alone)
-    if alone:
-        return
     key = answer_key(prompts, "answers" if len(names) > 1 else "answer")
-    if key not in ("answer", "answers"):
+    if not alone and key not in ("answer", "answers"):
         tell(f"the rows have answers already; those of the model are called {key}")
-    with nullcontext() if output is None else atomic_file(output) as handle:
-        for i, prompt in enumerate(prompts):
-            texts = {name: of_one[i].text for name, of_one in answers.items()}
-            row = prompt.row | {key: texts if len(names) > 1 else texts.popitem()[1]}
-            (write if handle is None else handle.write)(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+    def answered(prompt: Prompt, texts: dict[str, str]) -> dict[str, Any]:
+        return prompt.row | {key: texts if len(names) > 1 else next(iter(texts.values()))}
+
+    answers: dict[str, list[Answer]] = {}
+    with kept(output) as keep:
+        for name, path in names.items():
+            loaded = load_one(settings, path)
+            write(f"{name}:\n" if alone and len(names) > 1 else "")
+
+            def came(i: int, answer: Answer, name: str = name) -> None:
+                keep(answered(prompts[i], {name: answer.text}))
+
+            answers[name] = respond(loaded, prompts, settings, alone, came)
+        if alone:
+            return
+        with nullcontext() if output is None else atomic_file(output) as handle:
+            for i, prompt in enumerate(prompts):
+                row = answered(prompt, {name: of_one[i].text for name, of_one in answers.items()})
+                (write if handle is None else handle.write)(line(row))
 
 
-def respond(loaded: Loaded, prompts: Sequence[Prompt], settings: Generate, shown: bool) -> list[Answer]:
+def respond(loaded: Loaded, prompts: Sequence[Prompt], settings: Generate, shown: bool, came: Came) -> list[Answer]:
     """Returns a model's answers to all prompts; with `shown`, the only one is written to stdout as it comes."""
     system = loaded.system if settings.system is None else settings.system
     ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]
@@ -204,7 +216,7 @@ def respond(loaded: Loaded, prompts: Sequence[Prompt], settings: Generate, shown
         write("\n")
         answers = [only]
     else:
-        answers = answer_all(loaded, ids, settings.batch_size, settings.sampling, stop_ids)
+        answers = answer_all(loaded, ids, settings.batch_size, settings.sampling, stop_ids, came)
     tell(figures(answers, time.perf_counter() - began))
     return answers
 
@@ -222,9 +234,17 @@ def prompt_ids(loaded: Loaded, prompt: Prompt, system: str | None) -> list[int]:
 
 
 def answer_all(
-    loaded: Loaded, ids: list[list[int]], batch_size: int, sampling: Sampling, stop_ids: Collection[int]
+    loaded: Loaded,
+    ids: list[list[int]],
+    batch_size: int,
+    sampling: Sampling,
+    stop_ids: Collection[int],
+    came: Came = lambda i, answer: None,
 ) -> list[Answer]:
-    """Returns the answers to all prompts, in their order; those of like length are answered together, longest first."""
+    """Returns the answers to all prompts, in their order; those of like length are answered together, longest first.
+
+    `came` is told of each as soon as its batch has ended.
+    """
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
@@ -232,6 +252,8 @@ def answer_all(
         seeds = [sampling.seed + i for i in batch]
         done = answer(loaded.model, [ids[i] for i in batch], loaded.tokenizer, sampling, stop_ids, seeds)
         answers |= zip(batch, done, strict=True)
+        for i in batch:
+            came(i, answers[i])
         tell(f"{len(answers)} of {len(ids)} prompts answered")
     return [answers[i] for i in range(len(ids))]
 

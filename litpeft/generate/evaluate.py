@@ -1,6 +1,5 @@
 """Measure a model on rows with known answers, and a run beside its base: loss, and answers that match exactly."""
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,8 @@ from litpeft.data.thinking import answer_of, block, parted, thoughts_of
 from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
 from litpeft.exchange.trained_rows import shape_of
-from litpeft.generate.engine import Answer, answer_all
+from litpeft.generate.engine import Answer, Came, answer_all
+from litpeft.generate.kept import Keep, kept, line
 from litpeft.generate.load import Loaded, load_model, load_one, named
 from litpeft.generate.settings import Evaluate, Sampling
 from litpeft.model.delta import without_delta
@@ -30,11 +30,16 @@ SHOWN = 240  # characters of a text in the terminal
 
 
 def exactly(
-    loaded: Loaded, prompts: list[list[int]], expected: list[str], max_new_tokens: int, batch_size: int
+    loaded: Loaded,
+    prompts: list[list[int]],
+    expected: list[str],
+    max_new_tokens: int,
+    batch_size: int,
+    came: Came = lambda i, answer: None,
 ) -> tuple[list[Answer], list[bool]]:
     """Returns the greedy answers, and whether each is the expected one; thoughts and spaces around it do not count."""
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    answers = answer_all(loaded, prompts, batch_size, sampling, loaded.template.stop_ids)
+    answers = answer_all(loaded, prompts, batch_size, sampling, loaded.template.stop_ids, came)
     return answers, [parted(a.text)[1].strip() == want.strip() for a, want in zip(answers, expected, strict=True)]
 
 
@@ -98,8 +103,8 @@ class Exchange:
         return "\n\n".join(filter(None, (self.before[-1].content, self.before[-1].input))) if self.before else ""
 
 
-def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Score:
-    """Returns the loss and the greedy answers of a model."""
+def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate, keep: Keep) -> Score:
+    """Returns the loss and the greedy answers of a model; `keep` is given each answer with its row."""
     began = time.perf_counter()
     loss = mean_loss(loaded.model, rows, MICRO_TOKENS, loaded.model.embed.weight.device)
     exchanges = [Exchange.of(row) for row in rows]
@@ -111,8 +116,13 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate) -> Sco
         except ValueError as error:
             raise DataError(f"the row cannot be asked: {error}", where=rows[i].source) from None
     expected = [exchanges[i].expected for i in numbers]
+
+    def came(number: int, answer: Answer) -> None:
+        row = {"folder": settings.model, "source": rows[numbers[number]].source, "expected": expected[number]}
+        keep(row | {name: {"answer": answer.text.strip()}})
+
     asked = time.perf_counter()
-    found, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size)
+    found, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size, came)
     ended = time.perf_counter()
     speed = sum(len(answer.ids) for answer in found) / (ended - asked)
     answers = dict(zip(numbers, zip((answer.text.strip() for answer in found), exact, strict=True), strict=True))
@@ -127,23 +137,27 @@ def evaluate(settings: Evaluate) -> None:
     """The command `litpeft evaluate`."""
     output = new_file(settings.output, ".jsonl")
     names = named(settings)
-    rows, scores = measure(settings)
-    if len(names) > 1:
-        scores[-1].name = next(iter(names))
-    for name, path in list(names.items())[1:]:
-        (score,) = measure(replace(settings, model=path, compare_base=False, method={}))[1]
-        scores.append(replace(score, name=name))
-    say(table(scores, rows, settings.samples))
-    if output is not None:
-        with atomic_file(output) as handle:
-            for i, row in enumerate(rows):
-                record = {"source": row.source, "expected": Exchange.of(row).expected}
-                record |= {s.name: {"answer": s.answers[i], "exact": s.exact[i]} for s in scores}
-                handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+    with kept(output) as keep:
+        rows, scores = measure(settings, keep)
+        if len(names) > 1:
+            scores[-1].name = next(iter(names))
+        for name, path in list(names.items())[1:]:
+            (score,) = measure(replace(settings, model=path, compare_base=False, method={}), keep)[1]
+            scores.append(replace(score, name=name))
+        say(table(scores, rows, settings.samples))
+        if output is not None:
+            with atomic_file(output) as handle:
+                for i, row in enumerate(rows):
+                    record = {"source": row.source, "expected": Exchange.of(row).expected}
+                    record |= {s.name: {"answer": s.answers[i], "exact": s.exact[i]} for s in scores}
+                    handle.write(line(record))
 
 
-def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
-    """Returns the rows, and the results of the model on them; before those of a run stand its base's, if asked for."""
+def measure(settings: Evaluate, keep: Keep = lambda row: None) -> tuple[list[Row], list[Score]]:
+    """Returns the rows, and the results of the model on them; before those of a run stand its base's, if asked for.
+
+    `keep` is given each answer as it comes.
+    """
     run = find_run(Path(settings.model))
     apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
     loaded = load_one(replace(settings, base=None) if apart else settings, settings.model)
@@ -163,14 +177,14 @@ def measure(settings: Evaluate) -> tuple[list[Row], list[Score]]:
 
     shots = read([shots_file(settings)], [])[: settings.shots] if settings.shots else []
     rows = read(find_measured(settings.data), shots)[: settings.max_rows]
-    scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings)]
+    scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings, keep)]
     if loaded.run and settings.compare_base:
         if not loaded.has_delta:  # the run's result is a model of its own: load the base in its place
             loaded.model = load_model(
                 str(loaded.run.base_folder(settings.base)), precision=settings.precision, quantize=settings.quantize
             ).model
         with without_delta(loaded.model):
-            scores.insert(0, score("base", loaded, rows, settings))
+            scores.insert(0, score("base", loaded, rows, settings, keep))
     return rows, scores
 
 

@@ -12,7 +12,7 @@ from litpeft.core.errors import ConfigError, UserError
 from litpeft.core.precision import pick_device, pick_precision, start_device
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
-from litpeft.exchange.run import Run, build_run, find_run, tell_progress
+from litpeft.exchange.run import Run, build_run, find_run, tell_outdated, tell_progress
 from litpeft.generate.cpu.fused_block import fuse_blocks
 from litpeft.generate.cpu.pack import pack_weights
 from litpeft.generate.gpu.fused_block import fuse_blocks as fuse_gpu_blocks
@@ -59,6 +59,7 @@ def load_model(
     dtype = pick_precision(precision, device).weights
     run = find_run(Path(path))
     tell_progress(run)
+    tell_outdated(Path(path))
     has_delta = run is not None and not run.is_model
     if base is not None and not has_delta:
         raise ConfigError("base is for a run with a delta, and this is a model by itself", where="base")

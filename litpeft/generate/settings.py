@@ -96,7 +96,8 @@ class Generate(Answering):
     """Columns of your own, as for `litpeft finetune`: {"user": "question"}; default: those of a run, if the
     rows have them."""
     output: str | None = None
-    """Write .jsonl rows with the answers to this new file instead of printing them."""
+    """Write .jsonl rows with the answers to this new file instead of printing them. A .part file beside it keeps
+    those that have come until it is whole."""
     batch_size: int = 16
     """Prompts of the file that are answered at once."""
     raw: bool = False
@@ -155,7 +156,7 @@ class Evaluate(Answering):
     neutral: str = "none"
     """Measure the loss on text that shows what was forgotten, too: auto (a page of plain English), or a .txt file."""
     output: str | None = None
-    """Write every row's answers and scores here, as .jsonl."""
+    """Write every row's answers and scores here, as .jsonl. A .part file beside it keeps the answers until then."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

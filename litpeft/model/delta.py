@@ -1,5 +1,6 @@
 """What all methods share: to attach one, list what it trains, save it, switch it off and fold it."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -143,7 +144,10 @@ def matching(names: Iterable[str], glob: str, kind: str, key: str) -> list[str]:
     hits = [name for name in names if fnmatchcase(name, glob)]
     if not hits:
         patterns = list(dict.fromkeys(map(pattern, names)))
-        what = f'"{glob}" matches no {kind}; the model has {", ".join(patterns)}{nearest(glob, patterns)}'
+        words = re.split(r"[^a-z0-9]+", glob.lower())  # those of q_proj, as others call attn.q, are q and proj
+        spelt = next((one for one in patterns if one.rpartition(".")[2] in words), None)
+        near = nearest(glob, patterns) or (f' (did you mean "{spelt}"?)' if spelt else "")
+        what = f'"{glob}" matches no {kind}; the model has {", ".join(patterns)}{near}'
         raise ConfigError(what, where=key)
     return hits
 

@@ -14,14 +14,14 @@ from typing import Any, Literal
 import torch
 
 from litpeft import __version__
-from litpeft.core.errors import ConfigError, ModelError
+from litpeft.core.errors import ConfigError, ModelError, nearest, quoted
 from litpeft.core.folders import has_result
 from litpeft.core.json import jsonable
 from litpeft.core.terminal import say
 from litpeft.core.typed import LATER, later, typed
 from litpeft.data.settings import Data
 from litpeft.data.store import Rows
-from litpeft.exchange.identity import TokenizerIdentity, changed, config_changes, tokenizer_changes
+from litpeft.exchange.identity import TokenizerIdentity, changed, config_changes, flat, tokenizer_changes
 from litpeft.exchange.record import InitRecord, check_reads, check_sha256
 from litpeft.exchange.run import find_run
 from litpeft.methods import METHODS, method_class
@@ -225,6 +225,10 @@ def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str,
     then = later(Finetune) | saved.facts["settings"]
     then = then | {"method": later(method_class(facts["method"])) | then["method"], "data": later(Data) | then["data"]}
     lines = changed(then, facts["settings"], FREE)
+    keys = list(flat(then) | flat(facts["settings"]))
+    if unknown := [glob for glob in allowed if not any(fnmatchcase(key, glob) for key in keys)]:
+        what = f"there is no setting {quoted(unknown[0])}{nearest(unknown[0], keys)}"
+        raise ConfigError(what, where="resume_changed", hint="the run's run.yaml lists them, as groups: train.lr")
     refused = [line for line in lines if not any(fnmatchcase(line.split(":")[0], glob) for glob in allowed)]
     if refused:
         what = f"the run began with other settings: {'; '.join(refused)}"

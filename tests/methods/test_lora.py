@@ -1,5 +1,7 @@
 """LoRA against peft: the same tensors give the same logits and the same gradients."""
 
+import re
+
 import pytest
 import torch
 from conftest import TINY, in_float64
@@ -140,6 +142,15 @@ def test_rslora_keeps_the_size_of_the_inner_activations_whatever_the_rank() -> N
         inner = float((delta.A.detach() @ x).square().sum())
         assert delta.scale**2 * inner == pytest.approx(theory, rel=3 / rank**0.5)
         assert (16 / rank) ** 2 * inner == pytest.approx(theory / plain, rel=3 / rank**0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("q_proj", "*.attn.q"), ("*.self_attn.o_proj", "*.attn.o"), ("down_proj", "*.mlp.down"), ("*.atn.q", "*.attn.q")],
+)
+def test_targets_as_other_programs_name_them_are_told_ours(given: str, meant: str, tiny_folder) -> None:
+    with pytest.raises(UserError, match=re.escape(f'(did you mean "{meant}"?)')):
+        build(tiny_folder, torch.float32, LoRA(targets=(given,)))
 
 
 def test_ranks_and_scales_follow_the_last_glob_that_matches(tiny_folder) -> None:

@@ -26,6 +26,9 @@ def read(handle: BinaryIO, place: str) -> Iterator[Record]:
         if number == 1 and text.lstrip() == "[":
             hint = "one row stands on one line of a .jsonl file; a list of rows belongs into a .json file"
             raise DataError("this is a JSON list, not JSON Lines", where=where, hint=hint)
+        if number == 1 and text.lstrip() == "{":
+            hint = "one row stands on one line of a .jsonl file: `jq -c . OLD > NEW` writes them so"
+            raise DataError("a JSON object spread over lines is not JSON Lines", where=where, hint=hint)
         try:
             value, end, flaw = decode(text, skip(text, 0))
             if not flaw and end < len(text):

@@ -11,7 +11,7 @@ from litpeft.data.readers.bytes import not_utf8, refuse_binary
 from litpeft.data.readers.record import Record
 from litpeft.data.readers.table import checked_names
 
-SEPARATORS = ",;\t"  # of a .csv file: the first of them that its header has
+SEPARATORS = ",;\t|"  # of a .csv file: the first of them that its header has
 LONGEST = 1 << 30  # characters of a cell
 
 

@@ -4,13 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, scaled
-from litpeft.core.folders import check_disk, check_place, disk_fault, locked
+from litpeft.core.folders import FREE_SPACE, check_disk, check_place, disk_fault, locked
 from litpeft.core.hub import HubFile, Repository, difference, transfer
 from litpeft.core.terminal import command_line, say
 from litpeft.data.hub.address import Address
 from litpeft.data.hub.fetch import Found
 from litpeft.data.sources import found_parts
-from litpeft.exchange.download.folder import FREE_SPACE
 from litpeft.exchange.download.hub import tell_files
 from litpeft.exchange.settings import Download
 

@@ -12,7 +12,6 @@ from litpeft.core.json import read_json, read_shards
 
 STANDARD_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
-FREE_SPACE = "free some space, or give another --out"
 INDEX = ".index.json"  # NAME.safetensors.index.json tells which shard holds which tensor
 
 

@@ -11,9 +11,9 @@ import zlib
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, scaled
-from litpeft.core.folders import check_disk, check_place, disk_fault, locked
+from litpeft.core.folders import FREE_SPACE, check_disk, check_place, disk_fault, locked
 from litpeft.core.terminal import say
-from litpeft.exchange.download.folder import FREE_SPACE, check_folder, keep_checksums, model_files
+from litpeft.exchange.download.folder import check_folder, keep_checksums, model_files
 from litpeft.exchange.settings import Download
 
 REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(==[A-Za-z0-9][A-Za-z0-9.!+_-]*)?")

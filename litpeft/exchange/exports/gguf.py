@@ -15,7 +15,7 @@ from litpeft.exchange.gguf.files import MODEL, OF_DTYPE, GgufFolder
 from litpeft.exchange.gguf.layout import Layout
 from litpeft.exchange.merge import NOT_CHECKED, main_dtype, merge
 from litpeft.exchange.push import check_repo, push, write_card
-from litpeft.exchange.run import find_run, tell_progress
+from litpeft.exchange.run import find_run, tell_outdated, tell_progress
 from litpeft.exchange.settings import Convert, Merge
 from litpeft.model.build import build, checked_files, read_finite
 
@@ -35,6 +35,7 @@ def export(settings: Convert) -> None:
         tell_progress(run)
     folder = source if run is None else run.model_folder()
     if run is None:
+        tell_outdated(folder)
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate(tokenizer, is_setting=False)
     else:

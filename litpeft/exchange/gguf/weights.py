@@ -13,7 +13,7 @@ from torch import Tensor
 
 from litpeft.core.errors import ModelError, counted, located
 from litpeft.core.json import write_json
-from litpeft.core.safetensors import write_safetensors
+from litpeft.core.safetensors import check_room, write_safetensors
 from litpeft.exchange.gguf.config import hf_config
 from litpeft.exchange.gguf.layout import DIVISORS, LONGROPE, Layout
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
@@ -107,6 +107,7 @@ class GgufFile:
         self.tokenizer.write(folder, self._size("context_length"))
         layout = Layout(NameMap(*read_config(folder)))
         layout.join_queries(self.stored)
+        check_room(folder, layout.names.shapes.values(), dtype)
         write_safetensors(folder, self.tensors(layout, dtype))
 
     def tensors(self, layout: Layout, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,8 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from litpeft.core.errors import ModelError, ResourceError
+from litpeft.core.errors import ModelError
+from litpeft.core.folders import FREE_SPACE, check_disk, disk_fault
 from litpeft.core.safetensors import is_finite
 from litpeft.exchange.gguf.latent import joined, split, split_names
 from litpeft.exchange.gguf.layout import Layout, decode, encode, row_bytes
@@ -100,9 +101,10 @@ class _Slots:
             writer.write_ti_data_to_file()
             [self.file] = writer.fout
             start = -(-self.file.tell() // writer.data_alignment) * writer.data_alignment
+            check_disk(writer.path.parent, start + end, "the weights", FREE_SPACE)
             self.file.truncate(start + end)
         except OSError as error:
-            raise ResourceError(f"cannot be written: {error.strerror or error}", where=writer.path.parent) from None
+            raise disk_fault(error, writer.path.parent) or error from None
         self.start, self.writer = start, writer
 
     def __enter__(self) -> "_Slots":
@@ -119,10 +121,9 @@ class _Slots:
         data = rows.contiguous().view(-1).numpy()
         try:
             self.file.seek(self.start + self.starts[name] + at)
-            data.tofile(self.file)
+            self.file.write(data)  # unlike data.tofile, its error has a number
         except OSError as error:
-            what = f"cannot be written: {error.strerror or error}"
-            raise ResourceError(what, where=self.writer.path.parent) from None
+            raise disk_fault(error, self.writer.path.parent) or error from None
         self.left[name] -= data.nbytes
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from litpeft.core.errors import ModelError, counted, some
 from litpeft.core.json import read_json, write_json
-from litpeft.core.safetensors import write_safetensors
+from litpeft.core.safetensors import check_room, write_safetensors
 from litpeft.core.terminal import say
 from litpeft.exchange.bin import check_numbers, read_bin
 from litpeft.exchange.gguf.layout import rows_in_halves
@@ -137,6 +137,7 @@ class MetaFolder:
         guess = f"{PARAMS} does not say it, models of these sizes have it"
         say(f"config.json: max_position_embeddings {length:,}{rope}: {guess}")
         names = NameMap(*read_config(folder))
+        check_room(folder, names.shapes.values(), dtype or self.states[0][EMBEDDING].dtype)
         write_safetensors(folder, self.tensors(names, dtype))
 
     def tensors(self, names: NameMap, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
