@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ON_CODES_ONLY, calibrated, make_folder, method_of, storage_of
+from conftest import ON_CODES_ONLY
+from saved_runs import HELD, TYPES, base_reads, make_base, save_run
 
-from litpeft.core.safetensors import Weights
-from litpeft.data.templates import ChatTemplate
-from litpeft.data.tokenizer import Tokenizer
-from litpeft.exchange.identity import config_identity, tokenizer_identity
-from litpeft.exchange.run import base_facts, find_run, save_result
+from litpeft.exchange.run import find_run
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.engine import answer
 from litpeft.generate.load import Loaded, load_model
@@ -19,40 +16,21 @@ from litpeft.generate.settings import Sampling
 from litpeft.methods import METHODS
 from litpeft.model.build import build
 from litpeft.model.context import Context
-from litpeft.model.delta import load_delta, trainable, without_delta
+from litpeft.model.delta import load_delta, without_delta
 from litpeft.model.gpt import GPT
-from litpeft.model.quantize import Storage
 
-HELD = {  # precision, storage and the largest difference from the plain model, relative
-    "float64": ("64-true", None, 1e-10),
-    "float32": ("32-true", None, 5e-6),
-    "bf16": ("bf16-true", None, 3e-2),
-    "nf4": ("bf16-true", "nf4", 3e-2),
-}
-TYPES = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16}
 IDS = torch.randint(0, 250, (2, 21), generator=torch.Generator().manual_seed(0))
 PROMPTS = [[5, 9, 14], [7, 8, 7, 8, 7], [40, 41, 42, 43, 44, 45, 46]]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 2}
-    folder = tmp_path_factory.mktemp("models") / "base"
-    return make_folder(folder, seed=7, initializer_range=0.1, num_key_value_heads=1, **sizes)
+    return make_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")
 def reads(base: Path) -> tuple[dict, tuple]:
-    """What all runs record alike: their chat template, and what identifies their base."""
-    template = ChatTemplate(Tokenizer.load(base), is_setting=False)
-    identity = Weights(base).fingerprint(), config_identity(base), tokenizer_identity(template)
-    return {"name": template.name, "sha256": template.tokenizer.template_hash, "system": None}, identity
-
-
-def trains_weights(folder: Path, name: str) -> bool:
-    """Returns whether the method trains weights of linear layers, which codes cannot."""
-    model = build(folder, torch.float32, method_of(name), storage=storage_of(name))
-    return any(key in model.base_keys and "norm" not in key for key in trainable(model))
+    return base_reads(base)
 
 
 @pytest.fixture(scope="module", params=[(name, kind) for name in METHODS for kind in HELD], ids="-".join)
@@ -60,30 +38,12 @@ def run(request, base: Path, reads: tuple, tmp_path_factory: pytest.TempPathFact
     """A run whose delta is far from its start: as the plain model, as `load` makes it, and how far they may differ."""
     name, kind = request.param
     precision, quantize, limit = HELD[kind]
-    storage, dtype = quantize and Storage(quantize, cache=False), TYPES[precision]
-    method = calibrated(method_of(name), base)
-    storage = storage_of(name) if storage and name in ON_CODES_ONLY else storage
-    if name in ON_CODES_ONLY and not quantize:
-        pytest.skip("wants codes")
-    if quantize and trains_weights(base, name):
-        pytest.skip("codes cannot train")
-    torch.manual_seed(1)
-    model = build(base, dtype, method, storage=storage)
-    for parameter in trainable(model).values():
-        parameter.data += (0.5 / parameter.size(-1) ** 0.5 * torch.randn(parameter.shape)).to(parameter)
-    template, identity = reads
-    facts = {
-        "base": base_facts(base, storage, *identity),
-        "template": template,
-        "precision": precision,
-        **{"step": 1, "finished": True, "steps_done": 1, "steps_planned": 1},
-    }
-    folder = tmp_path_factory.mktemp("run")
-    save_result(folder / "final", model, name, method, base, facts)
-    if method.writes_model:
+    folder, dtype = tmp_path_factory.mktemp("run"), TYPES[precision]
+    storage = save_run(folder, name, kind, base, reads)
+    found = find_run(folder)
+    if found.is_model:
         plain = build(folder / "final", dtype)
     else:
-        found = find_run(folder)
         delta = found.delta()
         plain = build(base, dtype, found.method(), storage=storage, delta=delta)
         load_delta(plain, delta, "test")

@@ -97,6 +97,12 @@ COMMANDS = {
         'out/mine --prompt "What is the colour of the sky?"',
     ),
     "chat": Command("generate.settings", "generate.chat", "Talk with a model in the terminal.", "out/mine"),
+    "serve": Command(
+        "generate.settings",
+        "generate.serve",
+        "Answer OpenAI's API over HTTP, with many runs at once.",
+        "out/mine --also '[out/other]'",
+    ),
 }
 
 

@@ -24,11 +24,13 @@ class TokenCache:
     Valid even after an interrupt: `rows` never names a token whose keys may have been overwritten.
     """
 
-    def __init__(self, model: GPT):
-        self.model = model
+    def __init__(self, model: GPT, capacity: int | None = None):
+        """`capacity` is the number of rows that it has memory for; None: those of the first call."""
+        self.model, self.capacity = model, capacity
         self.layers: list[KVCache] = []
         self.rows: list[list[int]] = []
         self.prompts: list[int] = []  # length of each row's prompt, in tokens
+        self.adapters: list[int] = []  # number of each row's run, where several are beside one base
         self.edits = False  # whether a method acts at positions that depend on `prompts`
         self.turn = model.config.turning_length  # beyond it the keys of all earlier tokens are others
         # FSDP's class gathers weights at every step; a recorded step knows neither the length of its text nor how many
@@ -38,31 +40,36 @@ class TokenCache:
         self.recorded: dict[tuple[int, int], RecordedStep | None] = {}  # steps over the `layers` of now
 
     @torch.inference_mode()
-    def logits(self, rows: Sequence[Sequence[int]], last: int = 1, prompts: Sequence[int] | None = None) -> Tensor:
+    def logits(
+        self, rows: Sequence[Sequence[int]], last: int = 1, prompts: Sequence[int] | None = None, first: int = 0
+    ) -> Tensor:
         """Returns the logits (B * last, V) after the last tokens of each row; computes only tokens not in the cache.
 
         Shorter rows are padded at the end; keys of padding are overwritten before any token sees their positions.
         Placeholders for virtual tokens come before each row and after its prompt. `prompts` are the lengths of the
-        rows' prompts; without them nothing stands after one.
+        rows' prompts; without them nothing stands after one. The rows are those from `first` on of the cache, which
+        has as many already.
         """
         before, after = self.model.frame
         ends, after = (prompts, after) if prompts else ([0] * len(rows), 0)
         rows = [framed(row, end, before, after) for row, end in zip(rows, ends, strict=True)]
         prompts = [before + n + after for n in prompts] if prompts else [0] * len(rows)
-        held = self.rows if self.layers else [[] for _ in rows]
-        if prompts != self.prompts:
+        here = slice(first, first + len(rows))
+        held = self.rows[here] if self.layers else [[] for _ in rows]
+        if prompts != self.prompts[here]:
             slots = [module for module in self.model.modules() if isinstance(module, Slot)]
             self.edits = any(delta.at_prompt for slot in slots for delta in slot.deltas.values())
             held = [[] for _ in rows] if self.edits else held
-            self.prompts = prompts
+            self.prompts[here] = prompts
         if self.turn is not None and max(map(len, held)) <= self.turn < max(map(len, rows)):
             held = [[] for _ in rows]
         starts = [min(common_prefix(old, new), len(new) - last) for old, new in zip(held, rows, strict=True)]
         new = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
-        self.reserve(len(rows), max(starts) + self.width(max(map(len, new)), max(starts)))
-        self.rows = [list(row[:start]) for row, start in zip(rows, starts, strict=True)]
-        logits = [self.read(part, new[part], starts[part], last) for part in self.parts([len(row) for row in new])]
-        self.rows = rows
+        self.reserve(self.capacity or len(rows), max(starts) + self.width(max(map(len, new)), max(starts)))
+        self.rows[here] = [list(row[:start]) for row, start in zip(rows, starts, strict=True)]
+        parts = self.parts([len(row) for row in new])
+        logits = [self.read(first, part, new[part], starts[part], last) for part in parts]
+        self.rows[here] = rows
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def parts(self, tokens: Sequence[int]) -> list[slice]:
@@ -80,20 +87,27 @@ class TokenCache:
                 start, width = row, count
         return [*parts, slice(start, len(tokens))]
 
-    def read(self, part: slice, new: Sequence[Sequence[int]], starts: Sequence[int], last: int) -> Tensor:
-        """Reads the new tokens of some rows, which begin at `starts`; returns the logits after the last tokens."""
+    def read(self, first: int, part: slice, new: Sequence[Sequence[int]], starts: Sequence[int], last: int) -> Tensor:
+        """Reads the new tokens of some rows after `first`, which begin at `starts`; returns the last ones' logits."""
         width, device = self.width(max(map(len, new)), max(starts)), self.model.embed.weight.device
         ids = torch.tensor([[*row, *(0 for _ in range(width - len(row)))] for row in new], device=device)  # (B, T)
         pos = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
         ends = torch.tensor([i * width + len(row) for i, row in enumerate(new)], device=device)
         at = (ends[:, None] + torch.arange(-last, 0, device=device)).flatten()
-        prompts = torch.tensor(self.prompts[part], device=device)[:, None] if self.edits else None  # (B, 1)
-        step = self.step(len(new), width)
+        here = slice(first + part.start, first + part.stop)
+        prompts = torch.tensor(self.prompts[here], device=device)[:, None] if self.edits else None  # (B, 1)
+        adapter = torch.tensor(self.adapters[here], device=device) if self.adapters else None
+        step = self.step(len(new), width) if here.start == 0 else None
         if step is not None:
-            return step(ids, pos, prompts).flatten(0, 1)[at]
-        layers = self.layers if len(new) == len(self.rows) else [layer.of_rows(part) for layer in self.layers]
+            return step(ids, pos, prompts, adapter).flatten(0, 1)[at]
         start = starts[0] if len(set(starts)) == 1 else None
-        return self.model(ids, Context(pos, None, prompts, cache=layers, end=max(starts) + width, start=start), at=at)
+        ctx = Context(pos, None, prompts, adapter, self.of_rows(here), max(starts) + width, start)
+        return self.model(ids, ctx, at=at)
+
+    def of_rows(self, here: slice) -> list[KVCache]:
+        """Returns the layers of some rows."""
+        every = here.start == 0 and here.stop == self.layers[0].k.size(0)
+        return self.layers if every else [layer.of_rows(here) for layer in self.layers]
 
     def width(self, tokens: int, start: int) -> int:
         """Returns how many tokens of each row a step computes: rounded up to a width that can be recorded, if any."""
@@ -101,7 +115,7 @@ class TokenCache:
         return fitting[0] if self.records and fitting else tokens
 
     def step(self, rows: int, width: int) -> RecordedStep | None:
-        """Returns the recorded step for `width` new tokens of each row, or None if the step is to run eagerly.
+        """Returns the recorded step for `width` new tokens of the first rows; None if the step is to run eagerly.
 
         The first call of a shape runs eagerly: it warms the kernels up.
         """
@@ -111,7 +125,7 @@ class TokenCache:
         if shape not in self.recorded:
             self.recorded[shape] = None
         elif self.recorded[shape] is None:
-            self.recorded[shape] = RecordedStep(self.model, self.layers, shape)
+            self.recorded[shape] = RecordedStep(self.model, self.of_rows(slice(0, rows)), shape)
         return self.recorded[shape]
 
     def reserve(self, rows: int, length: int) -> None:
@@ -138,6 +152,17 @@ class TokenCache:
             layer.k, layer.v = layer.k[chosen], layer.v[chosen]
         self.rows, self.prompts = ([held[number] for number in numbers] for held in (self.rows, self.prompts))
         self.recorded = {}
+
+    @torch.inference_mode()
+    def swap(self, one: int, other: int) -> None:
+        """Lets two rows change places."""
+        length = max(len(self.rows[one]), len(self.rows[other]))
+        for tensor in (tensor for layer in self.layers for tensor in (layer.k, layer.v)):
+            part = tensor[:, :, :length]
+            part[[one, other]] = part[[other, one]]
+        for held in (self.rows, self.prompts, self.adapters):
+            if held:
+                held[one], held[other] = held[other], held[one]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -25,20 +25,23 @@ class RecordedStep:
         device = model.embed.weight.device
         self.ids, self.pos = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
         self.prompts = torch.zeros(shape[0], 1, dtype=torch.int64, device=device)
+        self.adapter = torch.zeros(shape[0], dtype=torch.int64, device=device)
         end = min(layers[0].k.size(2), model.max_positions)
         self.logits: Tensor | None = None
 
         def step() -> None:
-            self.logits = model(self.ids, Context(self.pos, None, self.prompts, cache=layers, end=end))
+            self.logits = model(self.ids, Context(self.pos, None, self.prompts, self.adapter, layers, end))
 
         self.replay = record(step)
 
-    def __call__(self, ids: Tensor, pos: Tensor, prompts: Tensor | None) -> Tensor:
+    def __call__(self, ids: Tensor, pos: Tensor, prompts: Tensor | None, adapter: Tensor | None) -> Tensor:
         """Returns the logits (B, T, V) after each token of ids (B, T); the next call writes over them."""
         self.ids.copy_(ids)
         self.pos.copy_(pos)
         if prompts is not None:
             self.prompts.copy_(prompts)
+        if adapter is not None:
+            self.adapter.copy_(adapter)
         self.replay()
         return self.logits
 

@@ -90,17 +90,23 @@ def load_model(
         run.check_base(folder)
     else:
         model = build(folder, dtype, device=device, storage=None if quantize is None else Storage(quantize))
+    make_fast(model, beside)
+    tokenizer.check_vocabulary(model.config.vocab_size)
+    return Loaded(model, tokenizer, template, run.system if run else None, run)
+
+
+def make_fast(model: GPT, beside: Sequence[Loaded] = ()) -> None:
+    """Prepares a model for answers, in place; what is the same in those `beside` is held once."""
     model.eval().requires_grad_(False)
-    if device.type == "cpu":
+    kind = model.embed.weight.device.type
+    if kind == "cpu":
         pack_weights(model)
     for other in beside:
         share(model, other.model)
-    if device.type == "cpu":
+    if kind == "cpu":
         fuse_blocks(model)
-    elif device.type == "cuda":
+    elif kind == "cuda":
         fuse_gpu_blocks(model)
-    tokenizer.check_vocabulary(model.config.vocab_size)
-    return Loaded(model, tokenizer, template, run.system if run else None, run)
 
 
 def share(model: GPT, other: GPT) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the commands that let a model write: generate, chat, evaluate."""
+"""Settings of the commands that let a model write: generate, chat, serve, evaluate."""
 
 from dataclasses import dataclass, field
 from math import inf
@@ -123,6 +123,32 @@ class Chat(Answering):
     system: str | None = None
     """System message."""
     sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.9, max_new_tokens=512))
+
+
+@dataclass
+class Serve(Answering):
+    """Answer requests of OpenAI's chat and completion API, for a base and any number of runs at once."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. One that other machines reach wants a key, in the environment variable LITPEFT_API_KEY."""
+    port: int = 8000
+    """Port to listen at; 0 = a free one."""
+    batch_size: int = 16
+    """Answers of one model and its runs that are written at once; further requests wait."""
+    max_waiting: int = 256
+    """Answers that may wait; further requests are refused with status 429."""
+    max_length: int = 8192
+    """Longest conversation, in tokens, answer included. Memory for keys and values grows up to batch_size times it."""
+    system: str | None = None
+    """System message, for every chat that has none of its own."""
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.9, max_new_tokens=512))
+    """What holds where a request does not say otherwise; without a seed of its own each draws differently."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, port=0, batch_size=1, max_waiting=0, max_length=2)
+        if self.port > 65535:
+            raise ValueError(f"port must be at most 65535, got {self.port}")
 
 
 @dataclass

@@ -64,6 +64,7 @@ class Context:
     pos: Tensor  # (B, T) position of each token in its document
     documents: Documents | None = None  # of the one packed row; None = every row is one document
     prompt_lengths: Tensor | None = None  # (B, T) or (B, 1) tokens before the first answer of each token's document
+    adapter: Tensor | None = None  # (B,) the number of each row's run, where several are beside one base; 0 = none
     cache: list[KVCache] | None = None  # one for each layer, while generating
     end: int = 0  # with a cache: one more than the highest position of this call
     start: int | None = None  # with a cache: the position of every row's first token, if they are all the same

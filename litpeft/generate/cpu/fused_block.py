@@ -3,6 +3,8 @@
 Looking up and calling a block's modules and slots takes a third of the time of a token on a CPU.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,7 @@ from litpeft.model.kernels.ops import rotate
 from litpeft.model.known_block import BIASES, READ, at_defaults, is_llama
 from litpeft.model.slots import OFF
 
+Acting = Literal["none", "all", "some", "by row"]  # deltas: by row, where several runs are beside the base
 NATIVE_TOKENS = 512  # tokens of all rows that decode.cpp takes at once; for far more torch's attention is faster
 
 
@@ -32,14 +35,16 @@ class FusedBlock(Block):
     products: tuple[PackedLinears, ...]  # q, k, v; o; gate, up; down
     filled: PackedLinears | None  # the first with a delta; deltas are switched on and off in all slots alike
     wide_norms: list[Tensor]  # the weights of both in float32, for `native`
-    native: dict[bool, BlockStruct] | None  # the block as decode.cpp takes it, by whether its deltas are on
+    native: dict[Acting, BlockStruct]  # the block as decode.cpp takes it, where that can compute it
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        if self.filled is not None and not self.filled.covers_deltas:  # some deltas are on and some off
+        acting = self.acting(ctx)
+        native = self.native.get(acting) if ctx.cache is not None and x.numel() <= NATIVE_TOKENS * x.size(-1) else None
+        if native is not None:
+            cache, own = ctx.cache[self.layer], ctx.adapter if acting == "by row" else None
+            return library().block(native, x, cache.k, cache.v, ctx.pos, ctx.rope, own)
+        if self.filled is not None and not self.filled.covers_deltas:
             return super().forward(x, ctx)
-        if self.native is not None and ctx.cache is not None and x.numel() <= NATIVE_TOKENS * x.size(-1):
-            cache, on = ctx.cache[self.layer], self.filled is not None and self.filled.slot.deltas is not OFF
-            return library().block(self.native[on], x, cache.k, cache.v, ctx.pos, *ctx.rope)
         (norm1, norm2), (qkv, o, gate_up, down) = self.norms, self.products
         heads, kv_heads, size = self.sizes
         y = qkv.answer(_norm(x, *norm1)).view(*x.shape[:-1], heads + 2 * kv_heads, size).transpose(1, 2)
@@ -52,17 +57,30 @@ class FusedBlock(Block):
         gate, up = gate_up.answer(_norm(x, *norm2)).split_with_sizes(gate_up.sizes, -1)
         return x + down.answer(F.silu(gate).mul_(up))
 
+    def acting(self, ctx: Context) -> Acting:
+        """Returns which deltas act in a call."""
+        if self.filled is None or self.filled.slot.deltas is OFF:
+            return "none"
+        if self.filled.by_row and self.filled.slot.deltas is self.filled.deltas:
+            return "none" if ctx.adapter is None else "by row"
+        return "all" if self.filled.covers_deltas else "some"
 
-def _native(block: FusedBlock, rotary_size: int) -> dict[bool, BlockStruct] | None:
-    """Returns the block as decode.cpp takes it, with its deltas off and on, or None if that cannot compute it."""
+
+def _native(block: FusedBlock, rotary_size: int) -> dict[Acting, BlockStruct]:
+    """Returns the block as decode.cpp takes it, by the deltas that act; none if that cannot compute it."""
     size = block.sizes[2]
     if size % 32 or size > 256 or not all(isinstance(packed, NativeLinears) for packed in block.products):
-        return None
+        return {}
     block.wide_norms = [norm.weight.detach().float() for norm in (block.norm1, block.norm2)]
     rest = [norm.data_ptr() for norm in block.wide_norms]
     rest += [block.norm1.eps, block.norm2.eps, *block.sizes, rotary_size, block.window or ALL]
-    structs = {False: [packed.base for packed in block.products], True: [packed.tuned for packed in block.products]}
-    return {on: BlockStruct(*products, *rest) for on, products in structs.items()}
+    structs = {"none": [packed.base for packed in block.products]}
+    if block.filled is not None and block.filled.by_row:
+        number = len(block.filled.by_row) - 1
+        structs["by row"] = [packed.of_runs(number) for packed in block.products]
+    else:
+        structs["all"] = [packed.tuned for packed in block.products]
+    return {acting: BlockStruct(*products, *rest) for acting, products in structs.items()}
 
 
 def _norm(x: Tensor, weight_twice: Tensor, eps: float) -> Tensor:
@@ -99,4 +117,5 @@ def _products(block: Block) -> tuple[PackedLinears, ...] | None:
     linears = groups(block)
     products = tuple(group[0].packed_in for group in linears)
     pairs = zip(products, linears, strict=True)
-    return products if all(p is not None and p.covers_deltas and p.layers == group for p, group in pairs) else None
+    known = (p is not None and (p.covers_deltas or p.by_row) and p.layers == group for p, group in pairs)
+    return products if all(known) else None

@@ -6,6 +6,7 @@ With eight bits a strip holds the even input of all outputs and then the odd one
 """
 
 from collections.abc import Sequence
+from ctypes import Array, addressof
 from functools import cached_property
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from litpeft.generate.cpu.packed_weights import PackedLinears
 from litpeft.model.affine import Affine
 from litpeft.model.kernels import library
-from litpeft.model.kernels.library import PackedLinearsStruct
+from litpeft.model.kernels.library import AffineStruct, PackedLinearsStruct
 from litpeft.model.quantize.codes import BLOCK, code_table
 from litpeft.model.quantize.four_bit import FourBit
 from litpeft.model.quantize.grouped import GROUP, Grouped
@@ -34,6 +35,7 @@ class NativeLinears(PackedLinears):
         first = layers[0]
         self.inputs, self.span = first.in_features, first.in_features
         self.scale = self.shift = self.codes = None
+        self.affines: list[Array[AffineStruct]] = []
         if isinstance(first, Int8):
             self.scale = torch.cat([layer.absmax.detach() for layer in layers])[None] / 127
         elif isinstance(first, FourBit):
@@ -51,16 +53,20 @@ class NativeLinears(PackedLinears):
         if self.merged is not None and torch.equal(self.weight, self.merged.weight):
             self.merged.weight = self.weight
         bias = Affine(shift=super().bias(torch.float32))
-        affine = bias if self.affine is None else self.affine.after(bias)
-        self.kept = [self._tensors(one) for one in (bias, affine)]
+        maps = self.by_row[1:] or [Affine() if self.affine is None else self.affine]
+        self.kept = [self._tensors(one) for one in (bias, *(one.after(bias) for one in maps))]
 
     @cached_property  # not before: `share` may put another tensor in the weight's place
     def base(self) -> PackedLinearsStruct:
-        return self._struct(self.kept[0])
+        return self._struct(self.kept[:1])
 
     @cached_property
     def tuned(self) -> PackedLinearsStruct:
-        return self._struct(self.kept[1]) if self.merged is None else self.merged.base
+        return self._struct(self.kept[1:]) if self.merged is None else self.merged.base
+
+    def of_runs(self, number: int) -> PackedLinearsStruct:
+        """Returns the layers with the affine maps of the base and of `number` runs."""
+        return self._struct(self.kept if self.by_row else self.kept[:1] * (1 + number))
 
     @staticmethod
     def takes(layer: Linear) -> bool:
@@ -81,15 +87,19 @@ class NativeLinears(PackedLinears):
 
     @staticmethod
     def _tensors(affine: Affine) -> list[Tensor | None]:
-        """Returns the tensors of PackedLinearsStruct that are applied to W x."""
+        """Returns the tensors of AffineStruct."""
         tensors = affine.gain, affine.shift, affine.A, None if affine.B is None else affine.B.t()
         return [None if tensor is None else tensor.float().contiguous() for tensor in tensors]
 
-    def _struct(self, tensors: list[Tensor | None]) -> PackedLinearsStruct:
-        held = self.weight, self.scale, self.shift, self.codes, *tensors
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in held]
-        numbers = self.inputs, sum(self.sizes), self.span, 0 if tensors[2] is None else len(tensors[2])
-        return PackedLinearsStruct(*pointers, KINDS[self.weight.dtype], *numbers)
+    def _struct(self, maps: list[list[Tensor | None]]) -> PackedLinearsStruct:
+        ranks = (0 if a is None else len(a) for _, _, a, _ in maps)
+        affines = (AffineStruct * len(maps))(
+            *(AffineStruct(*_pointers(tensors), rank) for tensors, rank in zip(maps, ranks, strict=True))
+        )
+        self.affines.append(affines)  # the struct has no more than their address
+        held = _pointers((self.weight, self.scale, self.shift, self.codes))
+        kind, outputs = KINDS[self.weight.dtype], sum(self.sizes)
+        return PackedLinearsStruct(*held, addressof(affines), kind, self.inputs, outputs, self.span)
 
     def product(self, x: Tensor) -> Tensor:
         return library().product(self.base, x) if x.dtype == torch.bfloat16 else self.unpacked_product(x)
@@ -111,6 +121,10 @@ class NativeLinears(PackedLinears):
         values = self.codes.float().repeat_interleave(STRIP, 0).gather(1, codes.long())
         dense = values.view(outputs, -1, self.span) * self.scale.t()[..., None]
         return (dense if self.shift is None else dense + self.shift.t()[..., None]).bfloat16().view(outputs, -1)
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

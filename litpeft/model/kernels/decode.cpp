@@ -80,16 +80,18 @@ constexpr decltype(&attend<1>) ATTEND[MOST_HEADS] = {attend<1>, attend<2>, atten
 
 // 2. called from Python
 
-// y (M, N) = gain W x + b + update, for x (M, K)
+// y (M, N) = W x with the first of the affine maps, for x (M, K)
 extern "C" void product(const PackedLinears* linears, const bf16* x, bf16* y, Long M, Long threads) {
 #pragma omp parallel num_threads(threads)
-    multiply(*linears, x, M, [&](Long m, Long n, __m512 sum) { narrow(y + m * linears->outputs + n, sum); });
+    multiply(*linears, x, {M, 1, nullptr}, [&](Long m, Long n, __m512 sum) { narrow(y + m * linears->outputs + n, sum); });
 }
 
 // y (B, T, d) = a block's output for x (B, T, d), whose tokens are at `positions` (B, T); cos and sin are (B, T, R).
-// Their keys and values are written into the cache, k and v (B, G, length, D).
+// Their keys and values are written into the cache, k and v (B, G, length, D). `affine` (B,) are the numbers of the texts'
+// affine maps in each product, or null.
 extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, const Long* positions, const bf16* cos,
-                      const bf16* sin, Long B, Long T, Long length, Long threads) {
+                      const bf16* sin, const Long* affine, Long B, Long T, Long length, Long threads) {
+    const Rows rows{B, T, affine};
     const Long M = B * T, H = b->heads, G = b->kv_heads, D = b->size, R = b->rotary_dim;
     const Long d = b->qkv.inputs, all = b->qkv.outputs, middle = b->down.inputs;
     const Floats wide(new float[M * std::max(all, 2 * middle)]);
@@ -102,7 +104,7 @@ extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, 
     {
         norm(x, b->norm1, b->eps1, M, d, normed.get());
 #pragma omp barrier
-        multiply(b->qkv, normed.get(), M, keep(all));
+        multiply(b->qkv, normed.get(), rows, keep(all));
 #pragma omp barrier
         const auto [first, last] = share(M * (H + 2 * G));
         for (Long i = first; i < last; i++) {
@@ -126,13 +128,13 @@ extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, 
             }
         }
 #pragma omp barrier
-        multiply(b->o, heads.get(), M, [&](Long m, Long n, __m512 sum) {
+        multiply(b->o, heads.get(), rows, [&](Long m, Long n, __m512 sum) {
             narrow(y + m * d + n, _mm512_add_ps(widen(x + m * d + n), sum));
         });
 #pragma omp barrier
         norm(y, b->norm2, b->eps2, M, d, normed.get());
 #pragma omp barrier
-        multiply(b->gate_up, normed.get(), M, keep(2 * middle));
+        multiply(b->gate_up, normed.get(), rows, keep(2 * middle));
 #pragma omp barrier
         const auto [start, stop] = share(M * middle / 16);
         for (Long i = start; i < stop; i++) {
@@ -141,7 +143,7 @@ extern "C" void block(const Block* b, const bf16* x, bf16* y, bf16* k, bf16* v, 
             narrow(&inside[16 * i], _mm512_mul_ps(_mm512_mul_ps(g, sigmoid(g)), up));
         }
 #pragma omp barrier
-        multiply(b->down, inside.get(), M, [&](Long m, Long n, __m512 sum) {
+        multiply(b->down, inside.get(), rows, [&](Long m, Long n, __m512 sum) {
             narrow(y + m * d + n, _mm512_add_ps(widen(y + m * d + n), sum));
         });
     }

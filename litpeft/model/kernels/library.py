@@ -23,12 +23,18 @@ def _numbers(*names: str) -> list[tuple[str, type]]:
     return [(name, c_int64) for name in names]
 
 
+class AffineStruct(Structure):
+    """`Affine` of products.h."""
+
+    _fields_ = [*_pointers("gain", "bias", "a", "b"), *_numbers("rank")]
+
+
 class PackedLinearsStruct(Structure):
     """`PackedLinears` of products.h."""
 
     _fields_ = [
-        *_pointers("weight", "scale", "shift", "codes", "gain", "bias", "a", "b"),
-        *_numbers("kind", "inputs", "outputs", "span", "rank"),
+        *_pointers("weight", "scale", "shift", "codes", "affines"),
+        *_numbers("kind", "inputs", "outputs", "span"),
     ]
 
 
@@ -73,7 +79,7 @@ class Library:
         library, pointer, number = ctypes.CDLL(str(file)), c_void_p, c_int64
         arguments = {
             "product": [POINTER(PackedLinearsStruct), *[pointer] * 2, *[number] * 2],
-            "block": [POINTER(BlockStruct), *[pointer] * 7, *[number] * 4],
+            "block": [POINTER(BlockStruct), *[pointer] * 8, *[number] * 4],
             "attention": [POINTER(AttentionStruct), number],
             "low_rank": [POINTER(LowRankStruct), *[number] * 2],
             "swiglu": [*[pointer] * 3, *[number] * 2],
@@ -91,22 +97,31 @@ class Library:
     # 1. decoding
 
     def product(self, linears: PackedLinearsStruct, x: Tensor) -> Tensor:
-        """Returns gain W x + b + update for x (..., in): (..., out)."""
+        """Returns W x with the first of the affine maps, for x (..., in): (..., out)."""
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], linears.outputs))
         self._product(linears, x.data_ptr(), y.data_ptr(), x.numel() // linears.inputs, torch.get_num_threads())
         return y
 
     def block(
-        self, block: BlockStruct, x: Tensor, k: Tensor, v: Tensor, positions: Tensor, cos: Tensor, sin: Tensor
+        self,
+        block: BlockStruct,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        rope: tuple[Tensor, Tensor],
+        affine: Tensor | None = None,
     ) -> Tensor:
         """Returns a block's output for x (B, T, d), whose tokens are at `positions` (B, T), in int64.
 
-        cos and sin are those of ops.rotate, (B, 1, T, R); new keys and values are written into k and v (B, G, S, D).
+        `rope` is cos and sin of ops.rotate, (B, 1, T, R); new keys and values are written into k and v (B, G, S, D).
+        `affine` (B,), in int64, are the numbers of the rows' affine maps in each product; None: the first for all.
         """
         y, (rows, tokens, _) = torch.empty_like(x), x.shape
-        tensors = (t.data_ptr() for t in (x, y, k, v, positions, cos, sin))
-        self._block(block, *tensors, rows, tokens, k.size(2), torch.get_num_threads())
+        tensors = (t.data_ptr() for t in (x, y, k, v, positions, *rope))
+        numbers = None if affine is None else affine.data_ptr()
+        self._block(block, *tensors, numbers, rows, tokens, k.size(2), torch.get_num_threads())
         return y
 
     # 2. training

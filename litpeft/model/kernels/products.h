@@ -7,17 +7,30 @@
 
 #include "tiles.h"
 
+// what is applied to W x: gain W x + bias + b^T a x
+struct Affine {
+    const float* gain;    // (N,), or null
+    const float* bias;    // (N,), or null
+    const float* a;       // (rank, K) and
+    const float* b;       // (rank, N): a low-rank update
+    Long rank;
+};
+
 // W (N, K) of layers that read the same input; generate/cpu/native_weights.py describes the layout
 struct PackedLinears {
     const uint8_t* weight;
     const float* scale;   // (K / span, N), or null: factors of the sums over `span` inputs
     const float* shift;   // (K / span, N), or null: what is added to the weights of `span` inputs, a multiple of 32
     const bf16* codes;    // (N / 16, 32): the 16 values of a strip's four-bit codes, twice; null for other kinds
-    const float* gain;    // (N,), or null: factors of W x
-    const float* bias;    // (N,), or null
-    const float* a;       // (rank, K) and
-    const float* b;       // (rank, N): a low-rank update b^T a x
-    Long kind, inputs, outputs, span, rank;
+    const Affine* affines;
+    Long kind, inputs, outputs, span;
+};
+
+// rows of texts, of `tokens` rows each, and which of the affine maps each text has: the first, if that is null
+struct Rows {
+    Long texts, tokens;
+    const Long* affine;  // (texts,), or null
+    Long count() const { return texts * tokens; }
 };
 
 // A kind of weight: the bytes of two inputs of 16 outputs, and how to load four inputs of each as bfloat16.
@@ -121,26 +134,32 @@ constexpr Tiles TILES = {
 
 static const Tiles* const KINDS[] = {&TILES<Bfloat16>, &TILES<Int8>, &TILES<FourBit>};
 
-// h (M, rank) = a x
-static std::unique_ptr<float[]> inner(const PackedLinears& linears, const bf16* x, Long M) {
-    const Long K = linears.inputs;
-    std::unique_ptr<float[]> h(new float[M * linears.rank]);
+// h (M, most), of which each row has a x of its own rank first
+static std::unique_ptr<float[]> inner(const Affine* const* own, const bf16* x, Long M, Long K, Long most) {
+    std::unique_ptr<float[]> h(new float[M * most]);
     for (Long m = 0; m < M; m++)
-        for (Long r = 0; r < linears.rank; r++) {
+        for (Long r = 0; r < own[m]->rank; r++) {
             __m512 sum = _mm512_setzero_ps();
             for (Long k = 0; k < K; k += 16)
-                sum = _mm512_fmadd_ps(widen(x + m * K + k), _mm512_loadu_ps(linears.a + r * K + k), sum);
-            h[m * linears.rank + r] = _mm512_reduce_add_ps(sum);
+                sum = _mm512_fmadd_ps(widen(x + m * K + k), _mm512_loadu_ps(own[m]->a + r * K + k), sum);
+            h[m * most + r] = _mm512_reduce_add_ps(sum);
         }
     return h;
 }
 
-// calls store(m, n, y) for each 16 outputs from n on of gain W x + b + update, for x (M, K); threads share the outputs
+// calls store(m, n, y) for each 16 outputs from n on of gain W x + bias + update, for x (M, K); threads share the outputs
 template <class Store>
-static void multiply(const PackedLinears& linears, const bf16* x, Long M, const Store& store) {
+static void multiply(const PackedLinears& linears, const bf16* x, const Rows& rows, const Store& store) {
     const Tiles& tiles = *KINDS[linears.kind];
-    const Long K = linears.inputs, near = std::max<Long>(4, CACHE / (K / 2 * tiles.bytes) / 4 * 4);
-    const auto h = inner(linears, x, M);
+    const Long M = rows.count(), K = linears.inputs;
+    const Long near = std::max<Long>(4, CACHE / (K / 2 * tiles.bytes) / 4 * 4);
+    const std::unique_ptr<const Affine*[]> own(new const Affine*[M]);
+    Long most = 0;
+    for (Long m = 0; m < M; m++) {
+        own[m] = linears.affines + (rows.affine ? rows.affine[m / rows.tokens] : 0);
+        most = std::max(most, own[m]->rank);
+    }
+    const auto h = inner(own.get(), x, M, K, most);
     const auto [begin, end] = share(linears.outputs / 16);
     alignas(64) float y[MOST * 16 * 4];
     for (Long from = begin; from < end; from += near)
@@ -153,12 +172,13 @@ static void multiply(const PackedLinears& linears, const bf16* x, Long M, const 
                 for (Long i = 0; i < count; i++)
                     for (Long s = 0; s < strips; s++) {
                         const Long n = 16 * (strip + s);
+                        const Affine& affine = *own[m + i];
                         __m512 sum = _mm512_load_ps(y + 16 * (i * strips + s));
-                        if (linears.gain) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(linears.gain + n));
-                        if (linears.bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(linears.bias + n));
-                        for (Long r = 0; r < linears.rank; r++) {
-                            const __m512 factor = _mm512_set1_ps(h[(m + i) * linears.rank + r]);
-                            sum = _mm512_fmadd_ps(factor, _mm512_loadu_ps(linears.b + r * linears.outputs + n), sum);
+                        if (affine.gain) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(affine.gain + n));
+                        if (affine.bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(affine.bias + n));
+                        for (Long r = 0; r < affine.rank; r++) {
+                            const __m512 factor = _mm512_set1_ps(h[(m + i) * most + r]);
+                            sum = _mm512_fmadd_ps(factor, _mm512_loadu_ps(affine.b + r * linears.outputs + n), sum);
                         }
                         store(m + i, n, sum);
                     }

@@ -1,0 +1,203 @@
+"""What `litpeft serve` understands of OpenAI's API, https://platform.openai.com/docs/api-reference, and its replies.
+
+A key that would change the answer and that we do not have is refused by name, unless it asks for nothing.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from litpeft.core.errors import nearest, quoted
+from litpeft.data.formats import FORMATS
+from litpeft.data.formats.turn import Turn
+from litpeft.generate.settings import Sampling
+
+MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 16, 16, 1000
+SAMPLED = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float, "seed": int}
+LENGTHS = ("max_tokens", "max_completion_tokens")
+READ = ("model", "n", "stop", "stream", "stream_options", *SAMPLED, *LENGTHS)
+WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+NOTHING: dict[str, tuple[Any, ...]] = {  # keys that we do not have, and the values by which they ask for nothing
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+
+
+class Refused(Exception):
+    """A request that gets an error of this HTTP status; `key` is what is wrong in it."""
+
+    def __init__(self, what: str, key: str | None = None, status: int = 400, code: str | None = None):
+        super().__init__(what)
+        self.what, self.key, self.status, self.code = what, key, status, code
+
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.what, "type": kind, "param": self.key, "code": self.code}}
+
+
+@dataclass
+class Ask:
+    """A request: which model is to continue which prompts, and how the reply is written."""
+
+    model: str
+    prompts: list[list[Turn] | str]  # one chat, or texts
+    sampling: Sampling
+    choices: int  # answers to each prompt
+    stream: bool
+    with_usage: bool  # at the end of a stream
+    chat: bool
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def parse(body: bytes, chat: bool, defaults: Sampling) -> Ask:
+    """Returns the request of a body; raises Refused, which names the key that is wrong."""
+    try:
+        record = json.loads(body)
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # no NaN, and no half of a surrogate pair
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the body is no JSON: {str(error)[:200]}") from None
+    if not isinstance(record, dict):
+        raise Refused(f"the body must be a JSON object, got {type(record).__name__}")
+    record = {key: value for key, value in record.items() if value is not None}
+    asked = "messages" if chat else "prompt"
+    for key, value in record.items():
+        if key in NOTHING and not any(value == nothing and type(value) is type(nothing) for nothing in NOTHING[key]):
+            raise Refused(f"{key} is not supported; leave it out, or give {json.dumps(NOTHING[key][0])}", key)
+        known = [asked, *READ, *WITHOUT_EFFECT, *NOTHING]
+        if key not in known:
+            raise Refused(f"{quoted(key)} is no key of this request{nearest(key, known)}", key[:80])
+    prompts = [turns(record)] if chat else texts(record)
+    options = take(record, "stream_options", dict, {})
+    return Ask(
+        take(record, "model", str, ""),
+        prompts,
+        sampling(record, defaults),
+        within("n", take(record, "n", int, 1), 1, MOST_CHOICES),
+        take(record, "stream", bool, False),
+        take(options, "include_usage", bool, False, "stream_options."),
+        chat,
+    )
+
+
+def take(record: Mapping[str, Any], key: str, kind: type, default: Any, group: str = "") -> Any:
+    """Returns a value of a type, or the default if there is none."""
+    value = record.get(key)
+    if value is None:
+        return default
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false", dict: "an object"}
+        raise Refused(f"{group}{key} must be {names[kind]}, got {quoted(value)}", f"{group}{key}")
+    return value
+
+
+def within(key: str, value: int, least: int, most: int) -> int:
+    if not least <= value <= most:
+        raise Refused(f"{key} must be at least {least} and at most {most:,}, got {quoted(value)}", key)
+    return value
+
+
+def turns(record: Mapping[str, Any]) -> list[Turn]:
+    """Returns the chat of a request."""
+    try:
+        return FORMATS["messages"].asked({"messages": record.get("messages")})
+    except ValueError as error:
+        raise Refused(str(error), "messages") from None
+
+
+def texts(record: Mapping[str, Any]) -> list[str]:
+    """Returns the texts that are to be continued."""
+    prompt = record.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) and text for text in prompts):
+        raise Refused("prompt must be a string or a list of strings, none of them empty", "prompt")
+    within("prompt", len(prompts), 1, MOST_CHOICES)
+    return prompts
+
+
+def sampling(record: Mapping[str, Any], defaults: Sampling) -> Sampling:
+    """Returns how the next token is chosen."""
+    given = {key: take(record, key, kind, None) for key, kind in SAMPLED.items() if key in record}
+    lengths = [take(record, key, int, None) for key in LENGTHS if key in record]
+    if len(set(lengths)) > 1:
+        raise Refused("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
+    if lengths:
+        given["max_new_tokens"] = lengths[0]
+    if "stop" in record:
+        stop = record["stop"]
+        given["stop"] = tuple([stop] if isinstance(stop, str) else stop if isinstance(stop, list) else [None])
+        if not all(isinstance(one, str) and 0 < len(one) <= LONGEST_STOP for one in given["stop"]):
+            raise Refused("stop must be a string or a list of strings, none of them empty", "stop")
+        within("stop", len(given["stop"]), 0, MOST_STOPS)
+    given.setdefault("seed", secrets.randbits(32))
+    try:
+        return replace(defaults, **given)
+    except ValueError as error:  # it names the key as `litpeft generate` does
+        key = next((one.name for one in fields(Sampling) if f"sampling.{one.name} " in str(error)), None)
+        raise Refused(str(error).removeprefix("sampling."), key) from None
+
+
+REASONS = {"stop": "stop", "string": "stop", "length": "length", "interrupted": "length"}
+
+
+def usage(prompt: int, answer: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+def reply(ask: Ask, answers: list[tuple[str, str]], used: dict[str, int]) -> dict[str, Any]:
+    """Returns the whole reply; answers are a text and the reason of its end each."""
+    choices = []
+    for index, (text, reason) in enumerate(answers):
+        said = {"message": {"role": "assistant", "content": text}} if ask.chat else {"text": text}
+        choices.append({"index": index, **said, "logprobs": None, "finish_reason": REASONS[reason]})
+    return {**head(ask, "chat.completion" if ask.chat else "text_completion"), "choices": choices, "usage": used}
+
+
+def piece(ask: Ask, index: int, text: str | None, reason: str | None = None, first: bool = False) -> dict[str, Any]:
+    """Returns a part of a streamed reply: new text of a choice, or the reason of its end."""
+    if ask.chat:
+        said = {"delta": ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})}
+    else:
+        said = {"text": text or ""}
+    choice = {"index": index, **said, "logprobs": None, "finish_reason": reason and REASONS[reason]}
+    return {**head(ask, "chat.completion.chunk" if ask.chat else "text_completion"), "choices": [choice]}
+
+
+def last_piece(ask: Ask, used: dict[str, int]) -> dict[str, Any]:
+    """Returns the part of a streamed reply that says how many tokens were used."""
+    return {**head(ask, "chat.completion.chunk" if ask.chat else "text_completion"), "choices": [], "usage": used}
+
+
+def head(ask: Ask, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{ask.id}",
+        "object": kind,
+        "created": ask.created,
+        "model": ask.model,
+    }
+
+
+def models(names: Mapping[str, Any] | list[str], created: int) -> dict[str, Any]:
+    """Returns the list of the models."""
+    return {"object": "list", "data": [model(name, created) for name in names]}
+
+
+def model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "litpeft"}

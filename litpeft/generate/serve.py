@@ -1,0 +1,262 @@
+"""The command `litpeft serve`: a base and any number of runs answer requests of OpenAI's API over HTTP."""
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from litpeft.core.errors import ConfigError, DataError, ResourceError, UserError, brief, counted, quoted
+from litpeft.core.terminal import tell
+from litpeft.data.prompts import Prompt
+from litpeft.generate.batch import Request, Worker
+from litpeft.generate.engine import Draft, prompt_ids
+from litpeft.generate.protocol import Ask, Refused, last_piece, model, models, parse, piece, reply, usage
+from litpeft.generate.served import Served, load_served
+from litpeft.generate.settings import Serve
+
+LARGEST_BODY = 10 << 20  # bytes
+SLOWEST_BODY = 60  # seconds
+KEY = "LITPEFT_API_KEY"
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
+QUIET = logging.getLogger("litpeft.http")  # what a broken request makes aiohttp say: its sender has the answer
+QUIET.addHandler(logging.NullHandler())
+QUIET.propagate = False
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Came = tuple[int, str | None, Exception | None]  # the number of an answer, and new text of it, or an error, or its end
+
+
+def serve(settings: Serve) -> None:
+    """The command. It runs until Ctrl-C or SIGTERM; what it does is told on stderr."""
+    key = os.environ.get(KEY)
+    if not is_local(settings.host) and not key:
+        what = f"other machines may reach {settings.host}, and anyone there could ask"
+        raise ConfigError(what, where="host", hint=f"set the environment variable {KEY} to a key that clients send")
+    place = bound(settings.host, settings.port)  # before the weights are read, in case the port is taken
+    asyncio.run(Server(settings, load_served(settings), key).run(place))
+
+
+def is_local(host: str) -> bool:
+    """Returns whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """Returns a socket that is bound to an address, and does not listen yet."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        place = socket.socket(family, kind, protocol)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(address)
+    except (OSError, UnicodeError) as error:
+        what = f"cannot listen at {quoted(host)}, port {port}: {getattr(error, 'strerror', None) or error}"
+        raise ResourceError(what, where="port", hint="--port 0 takes a free one") from None
+    return place
+
+
+class Server:
+    """The HTTP side: it reads requests, hands them to the thread that computes, and writes what comes."""
+
+    def __init__(self, settings: Serve, served: dict[str, Served], key: str | None):
+        self.settings, self.served, self.key = settings, served, key
+        batches = list({id(one.batch): one.batch for one in served.values()}.values())
+        self.worker = Worker(batches, lambda error: tell(f"error: {type(error).__name__}: {brief(str(error))}"))
+        self.renderer = ThreadPoolExecutor(1)  # one at a time: a template is rendered by one process
+        self.began = int(time.time())
+
+    async def run(self, place: socket.socket) -> None:
+        """Answers requests until a signal comes."""
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        runner = web.AppRunner(
+            self.application(), handler_cancellation=True, access_log=None, logger=QUIET, shutdown_timeout=5
+        )
+        await runner.setup()
+        await web.SockSite(runner, place).start()
+        self.worker.start()
+        host, port = place.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        tell(f"{counted(len(self.served), 'model')}: {', '.join(self.served)}")
+        tell(f"http://{host}:{port}/v1 answers; Ctrl-C ends it")
+        await stop.wait()
+        await asyncio.to_thread(self.worker.stop)
+        await runner.cleanup()
+
+    def application(self) -> web.Application:
+        application = web.Application(client_max_size=LARGEST_BODY, middlewares=[self.guard])
+        application.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/v1/models", self.list_models),
+                web.get("/v1/models/{name}", self.one_model),
+                web.post("/v1/chat/completions", lambda request: self.complete(request, chat=True)),
+                web.post("/v1/completions", lambda request: self.complete(request, chat=False)),
+            ]
+        )
+        return application
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Lets a request through that may ask, and turns errors into JSON."""
+        try:
+            self.check(request)
+            return await handler(request)
+        except Refused as error:
+            return web.json_response(error.body(), status=error.status)
+        except web.HTTPException as error:
+            paths = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health"
+            what = f"{error.reason}; there is {paths}" if error.status in (404, 405) else error.reason
+            return web.json_response(Refused(what, status=error.status).body(), status=error.status)
+        except UserError as error:  # of a model's files: the sender can do nothing
+            tell(str(error))
+            return web.json_response(Refused(error.what, status=500).body(), status=500)
+
+    def check(self, request: web.Request) -> None:
+        """Raises Refused for a request that another web page makes in a browser here, or that lacks the key."""
+        if is_local(self.settings.host) and urlsplit(f"//{request.host}").hostname not in LOCAL:
+            raise Refused(f"this server is called localhost, not {quoted(request.host)}", status=403)
+        if self.key is not None and request.path != "/health":
+            given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self.key.encode()):
+                raise Refused(f"the request needs the header Authorization: Bearer KEY, with that of {KEY}", status=401)
+        if request.method == "POST" and request.content_type != "application/json":
+            raise Refused("the request needs the header Content-Type: application/json", status=415)
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        return web.json_response(models(list(self.served), self.began))
+
+    async def one_model(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        self.find(name)
+        return web.json_response(model(name, self.began))
+
+    def find(self, name: str) -> Served:
+        """Returns what answers for a model."""
+        if name not in self.served:
+            what = f"there is no model {quoted(name)}; there is {', '.join(self.served)}"
+            raise Refused(what, "model", status=404, code="model_not_found")
+        return self.served[name]
+
+    async def complete(self, request: web.Request, chat: bool) -> web.StreamResponse:
+        """Answers a request for completions."""
+        try:
+            body = await asyncio.wait_for(request.read(), SLOWEST_BODY)
+        except asyncio.TimeoutError:
+            raise Refused("the request did not come to its end", status=408) from None
+        ask = parse(body, chat, self.settings.sampling)
+        served = self.find(ask.model)
+        ids = [await self.tokens(served, content) for content in ask.prompts]
+        came: asyncio.Queue[Came] = asyncio.Queue()
+        requests = [self.wanted(ask, served, prompt, i, came) for i, prompt in enumerate(self.each(ask, ids))]
+        self.admit(served, requests)
+        began, prompt = time.perf_counter(), sum(map(len, ids))
+        try:
+            if ask.stream:
+                return await self.streamed(request, ask, requests, came, prompt)
+            async for _ in self.pieces(requests, came):
+                pass
+            answers = [one.draft.answer for one in requests]
+            used = usage(prompt, sum(len(one.ids) for one in answers))
+            return web.json_response(reply(ask, [(one.text, one.reason) for one in answers], used))
+        finally:
+            for one in requests:
+                one.cancelled = True
+            written = sum(len(one.draft.answer.ids) for one in requests)
+            tell(f"{ask.model}: {prompt} + {written} tokens in {time.perf_counter() - began:.1f} s")
+
+    def each(self, ask: Ask, ids: list[list[int]]) -> list[list[int]]:
+        """Returns the prompt of each answer: those of one prompt come one after the other."""
+        return [prompt for prompt in ids for _ in range(ask.choices)]
+
+    async def tokens(self, served: Served, content: Any) -> list[int]:
+        """Returns the tokens of a prompt, which leaves room for an answer."""
+        loaded, settings = served.loaded, self.settings
+        system = loaded.system if settings.system is None else settings.system
+        prompt = Prompt({}, content, "messages")
+        try:
+            loop = asyncio.get_running_loop()
+            ids = await loop.run_in_executor(self.renderer, prompt_ids, loaded, prompt, system)
+        except DataError as error:  # the template refuses it
+            raise Refused(error.what, "messages") from None
+        most = min(loaded.model.reach, settings.max_length)
+        if not ids:
+            raise Refused("the prompt is empty: there is no token to continue from", "prompt")
+        if len(ids) >= most:
+            what = f"the prompt has {counted(len(ids), 'token')}; {most:,} are read here, answer included"
+            raise Refused(what, "messages", code="context_length_exceeded")
+        return ids
+
+    def wanted(self, ask: Ask, served: Served, prompt: list[int], index: int, came: asyncio.Queue[Came]) -> Request:
+        """Returns an answer's request, which puts what comes into the queue."""
+        loaded, loop = served.loaded, asyncio.get_running_loop()
+        sampling = replace(ask.sampling, seed=(ask.sampling.seed + index) % 2**62)
+        most = min(loaded.model.reach, self.settings.max_length) - len(prompt)
+        stop_ids = loaded.template.stop_ids if ask.chat else loaded.tokenizer.stop_ids
+        draft = Draft(prompt, loaded.tokenizer, sampling, stop_ids, min(sampling.max_new_tokens, most))
+
+        def put(text: str | None, error: Exception | None = None) -> None:
+            loop.call_soon_threadsafe(came.put_nowait, (index, text, error))
+
+        return Request(draft, sampling, served.adapter, put, lambda error: put(None, error))
+
+    def admit(self, served: Served, requests: list[Request]) -> None:
+        """Hands requests to the thread that computes, unless too many wait."""
+        batch = served.batch
+        if batch.count + len(requests) > batch.capacity + self.settings.max_waiting:
+            raise Refused("too many requests wait; try again later", status=429)
+        self.worker.add(batch, requests)
+
+    async def pieces(self, requests: list[Request], came: asyncio.Queue[Came]) -> AsyncIterator[tuple[int, str | None]]:
+        """Yields each answer's number with its new text, and with None at its end."""
+        left = len(requests)
+        while left:
+            index, text, error = await came.get()
+            if error is not None:
+                what = error.what if isinstance(error, UserError) else "the server failed to compute the answer"
+                raise Refused(what, status=500)
+            left -= text is None
+            yield index, text
+
+    async def streamed(
+        self, request: web.Request, ask: Ask, requests: list[Request], came: asyncio.Queue[Came], prompt: int
+    ) -> web.StreamResponse:
+        """Writes the answers as they come, as events."""
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        await response.prepare(request)
+
+        async def send(event: dict[str, Any]) -> None:
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+
+        with suppress(ConnectionError):  # the client has gone
+            try:
+                for index in range(len(requests)):
+                    await send(piece(ask, index, "", first=True))
+                async for index, text in self.pieces(requests, came):
+                    await send(piece(ask, index, text, None if text else requests[index].draft.answer.reason))
+                if ask.with_usage:
+                    await send(last_piece(ask, usage(prompt, sum(len(one.draft.answer.ids) for one in requests))))
+                await response.write(b"data: [DONE]\n\n")
+            except Refused as error:  # after the status was sent
+                await send(error.body())
+        return response

@@ -1,0 +1,80 @@
+"""The models that a server answers for: runs beside their base, as far as one pass can compute them all."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from litpeft.core.precision import pick_device, pick_precision, start_device
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.result import Run
+from litpeft.exchange.run import find_run, tell_outdated, tell_progress
+from litpeft.generate.batch import Batch
+from litpeft.generate.load import Loaded, load_one, make_fast, named
+from litpeft.generate.settings import Serve
+from litpeft.model.build import build
+from litpeft.model.by_row import add_by_row, affine_maps
+from litpeft.model.quantize import Storage
+from litpeft.model.quantize.cache import Cache
+
+
+@dataclass
+class Served:
+    """A model that requests name, and the batch that computes its answers."""
+
+    loaded: Loaded
+    batch: Batch
+    adapter: int = 0  # the number of its run, where several are beside one base
+
+
+def load_served(settings: Serve) -> dict[str, Served]:
+    """Returns what the settings name, by the folders' names, and the bases that are held for runs.
+
+    Runs of one base are computed beside it if all they do is an affine map in linear layers. Every other run is a model
+    of its own, whose weights are held once where they are the base's.
+    """
+    start_device()
+    paths, served = named(settings), {}
+    runs = {name: run for name, path in paths.items() if (run := find_run(Path(path))) is not None and not run.is_model}
+    bases: dict[tuple[Path, Storage | None], dict[str, Run]] = {}
+    for name, run in runs.items():
+        if settings.method and paths[name] == settings.model:
+            continue
+        folder = run.find_base(settings.base)
+        storage = None if run.storage is None else replace(run.storage, cache=False)
+        bases.setdefault((folder.resolve(), storage), {})[name] = run
+    for (folder, storage), of_base in bases.items():
+        served |= load_beside(folder, storage, of_base, settings, paths.keys() | served.keys())
+    for name, path in paths.items():
+        if name not in served:
+            loaded = load_one(settings, path, [one.loaded for one in served.values()])
+            served[name] = Served(loaded, Batch(loaded.model, settings.batch_size))
+    return {name: served[name] for name in (*paths, *(served.keys() - paths.keys()))}
+
+
+def load_beside(
+    folder: Path, storage: Storage | None, runs: dict[str, Run], settings: Serve, taken: set[str]
+) -> dict[str, Served]:
+    """Returns those of the `runs` that can be computed beside their base, and the base, named like its folder."""
+    device = pick_device()
+    held = None if storage is None else replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
+    model = build(folder, pick_precision(settings.precision, device).weights, device=device, storage=held)
+    maps = {name: affine_maps(model, run.method(), storage, run.delta()) for name, run in runs.items()}
+    maps = {name: found for name, found in maps.items() if found is not None}
+    if not maps:
+        return {}
+    add_by_row(model, list(maps.values()))
+    make_fast(model)
+    batch, served = Batch(model, settings.batch_size), {}
+    for number, name in enumerate(maps, 1):
+        run = runs[name]
+        run.check_base(folder)
+        tell_progress(run)
+        tell_outdated(run.place)
+        tokenizer, template = run.tokenizer_and_template(folder, settings.template_options)
+        tokenizer.check_vocabulary(model.config.vocab_size)
+        served[name] = Served(Loaded(model, tokenizer, template, run.system, run), batch, number)
+    if folder.name not in taken:
+        tokenizer = Tokenizer.load(folder)
+        template = ChatTemplate(tokenizer, options=settings.template_options, is_setting=False)
+        served[folder.name] = Served(Loaded(model, tokenizer, template, None, None), batch)
+    return served

@@ -1,0 +1,123 @@
+"""Several runs beside one base: each row of a call has the deltas of one of them, or none.
+
+    y[row] <- gain[n] * y[row] + B[n] A[n] x[row] + shift[n]        n = ctx.adapter[row], 0 for the base
+
+The base's products, which take most of the time, are computed for all rows together. S-LoRA https://arxiv.org/abs/2311.03285
+does so for LoRA; here every method does of which each Delta is an affine map in a linear layer of a block.
+
+Letters: N runs and the base, B rows, T tokens, r the largest of the runs' ranks.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from litpeft.model.affine import Affine
+from litpeft.model.build import deltas_alone
+from litpeft.model.context import Context
+from litpeft.model.delta import Method, load_delta
+from litpeft.model.gpt import GPT
+from litpeft.model.quantize import Storage
+from litpeft.model.slots import Delta, Linear, Slot
+
+NAME = "runs"  # of the Delta in its slot
+
+
+class ByRow(Delta):
+    """What each of several runs does in one linear layer."""
+
+    claims = "all rows"
+
+    def __init__(self, maps: Sequence[Affine], linear: Linear, like: Tensor):
+        """`maps` are those of runs 1, 2, ...; they are held as `like`, a tensor of a type on a device."""
+        super().__init__()
+        ranks = [0 if one.A is None else len(one.A) for one in maps]
+        rows, outputs, most = len(maps) + 1, linear.out_features, max(ranks)
+        scaled, shifted = (any(getattr(one, key) is not None for one in maps) for key in ("gain", "shift"))
+        held = {
+            "gain": like.new_ones(rows, outputs) if scaled else None,
+            "A": like.new_zeros(rows, most, linear.in_features) if most else None,
+            "B": like.new_zeros(rows, outputs, most) if most else None,
+            "shift": like.new_zeros(rows, outputs) if shifted else None,
+        }
+        self.maps = [Affine()]  # of the base, and of each run as it is held here
+        for number, (one, rank) in enumerate(zip(maps, ranks, strict=True), 1):
+            terms = {}
+            for key in [key for key in held if getattr(one, key) is not None]:
+                row = held[key][number]
+                terms[key] = row[:rank] if key == "A" else row[:, :rank] if key == "B" else row
+                terms[key].copy_(getattr(one, key))
+            self.maps.append(Affine(**terms))
+        for key, tensor in held.items():
+            self.register_buffer(key, tensor, persistent=False)
+
+    def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context) -> Tensor:
+        """y is (B, T, out), x (B, T, in)."""
+        if ctx.adapter is None:
+            return y
+        wide, own = next(held.dtype for held in self.buffers()), ctx.adapter
+        z = y.to(wide)
+        if self.gain is not None:
+            z = z * self.gain[own][:, None]
+        if self.A is not None:
+            z = torch.baddbmm(z, x.to(wide) @ self.A[own].mT, self.B[own].mT)
+        if self.shift is not None:
+            z = z + self.shift[own][:, None]
+        return z.to(y.dtype)
+
+
+def add_by_row(model: GPT, runs: Sequence[Mapping[str, Affine]]) -> None:
+    """Lets the rows of a model without deltas have those of `runs`, which `affine_maps` gave: 1 for the first run."""
+    weight = model.embed.weight
+    wide = model.dtype if weight.is_cuda else torch.promote_types(model.dtype, torch.float32)
+    like = torch.empty(0, dtype=wide, device=weight.device)
+    for name in sorted({name for maps in runs for name in maps}):
+        linear = model.get_submodule(name)
+        delta = ByRow([maps.get(name, Affine()) for maps in runs], linear, like)
+        linear.slot.add(NAME, delta.eval().requires_grad_(False))
+
+
+@torch.no_grad()
+def affine_maps(
+    model: GPT, method: Method, storage: Storage | None, delta: dict[str, Tensor]
+) -> dict[str, Affine] | None:
+    """Returns what a run does to the output of a base's linear layers, by their names; None if it does anything else.
+
+    `model` is its base, without deltas, held in `storage`; `delta` is what the run saved.
+    """
+    if method.add_tokens or method.unfreeze or method.defines("choose"):
+        return None
+    alone = deltas_alone(model.config, method, storage, delta)
+    if any(name in alone.base_keys for name in delta):
+        return None
+    slots = {name: module for name, module in alone.named_modules() if isinstance(module, Slot) and module.deltas}
+    layers = {name.removesuffix(".slot"): slot for name, slot in slots.items()}
+    if not all(is_given_context(name) and isinstance(alone.get_submodule(name), Linear) for name in layers):
+        return None
+    for slot in slots.values():
+        slot.to(model.embed.weight.device)
+    if method.defines("start"):
+        for name in layers:
+            weight = model.get_submodule(name).dense()
+            if method.start(name, alone.get_submodule(name), weight, lambda own: own, delta) is not weight:
+                return None  # the run's base has other weights
+        load_delta(alone, delta, "delta")  # over what `start` has written
+    maps = {name: slot.frozen(model.get_submodule(name)) for name, slot in layers.items()}
+    return None if None in maps.values() else maps
+
+
+def is_given_context(name: str) -> bool:
+    """Returns whether a linear layer knows the rows of a call: neither the head does, nor an expert."""
+    return name.startswith("blocks.") and ".experts." not in name
+
+
+def maps_of_runs(layers: Sequence[Linear]) -> list[Affine]:
+    """Returns the maps of the base and of each run, for layers that read the same x; none if other deltas are there."""
+    deltas = [layer.slot.deltas for layer in layers]
+    held = next((one[NAME] for one in deltas if NAME in one), None)
+    if held is None or any(one.keys() - {NAME} for one in deltas):
+        return []
+    sizes = [layer.out_features for layer in layers]
+    parts = ([one[NAME].maps[n] if NAME in one else Affine() for one in deltas] for n in range(len(held.maps)))
+    return [Affine.concatenate(part, sizes) for part in parts]

@@ -1,0 +1,160 @@
+"""Several runs beside one base in one pass: every row gets what its own run gives it alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_folder
+from saved_runs import HELD, base_reads, make_base, save_run
+
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.cpu.fused_block import FusedBlock
+from litpeft.generate.load import load_model
+from litpeft.generate.served import Served, load_served
+from litpeft.generate.settings import Serve
+from litpeft.methods import METHODS
+from litpeft.methods.lora import LoRA
+from litpeft.model.added_tokens import note_tokens
+from litpeft.model.affine import Affine
+from litpeft.model.build import build
+from litpeft.model.by_row import ByRow, affine_maps
+from litpeft.model.context import Context
+from litpeft.model.delta import delta_state
+from litpeft.model.kernels import library
+from litpeft.model.slots import Linear
+
+APART = {  # what has no place beside the base, or another base
+    "weights of its own": {"full", "selective"},
+    "norms": {"adapter_v2"},
+    "other weights in the base": {"pissa", "lora_ga", "loftq", "lq_lora"},
+    "other slots": {"long_lora", "adapter", "bottleneck", "adapter_drop", "reft", "combo"}
+    | {"prefix", "ptuning_v2", "prompt", "ptuning", "pre_embed", "pre_layer"},
+}
+TOGETHER = set(METHODS) - set().union(*APART.values())
+
+
+def rows_for(names: list[str]) -> list[list[int]]:
+    torch.manual_seed(3)
+    return [torch.randint(0, 250, (5 + 3 * number,)).tolist() for number in range(len(names))]
+
+
+@pytest.fixture(scope="module", params=HELD)
+def served(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Served]]:
+    kind, folder = request.param, tmp_path_factory.mktemp("runs")
+    base, saved = make_base(folder / "base"), []
+    reads = base_reads(base)
+    for name in METHODS:
+        try:
+            save_run(folder / name, name, kind, base, reads)
+        except pytest.skip.Exception:
+            continue
+        saved.append(name)
+    first, *others = [str(folder / name) for name in saved]
+    settings = Serve(first, also=tuple(others), precision=HELD[kind][0], batch_size=len(saved))
+    return kind, folder, load_served(settings)
+
+
+def test_a_run_is_beside_its_base_if_all_it_does_is_an_affine_map_in_linear_layers(served) -> None:
+    kind, _, models = served
+    beside = {name for name, one in models.items() if one.adapter}
+    assert beside == TOGETHER & models.keys()
+    assert models["base"].adapter == 0
+    assert models["base"].batch is models["lora"].batch
+    apart = [one.batch for name, one in models.items() if name not in {*beside, "base"}]
+    assert len({id(batch) for batch in [*apart, models["lora"].batch]}) == len(apart) + 1
+    assert len(models) == 1 + len(METHODS) - {"float64": 3, "float32": 3, "bf16": 3, "nf4": 2}[kind]
+
+
+def test_rows_of_all_methods_in_one_pass_get_the_logits_of_their_runs_alone(served) -> None:
+    kind, folder, models = served
+    precision, _, limit = HELD[kind]
+    batch = models["lora"].batch
+    names = [name for name, one in models.items() if one.batch is batch and name != "base"]
+    cache, rows = TokenCache(batch.model), rows_for(names)
+    cache.adapters = [models[name].adapter for name in names]
+    alone = [TokenCache(load_model(str(folder / name), precision=precision).model) for name in names]
+    for _ in range(3):
+        got = cache.logits(rows)
+        for number, name in enumerate(names):
+            (want,) = alone[number].logits([rows[number]])
+            assert (got[number] - want).norm() <= 2 * limit * want.norm(), name  # both are within it of the plain model
+        rows = [[*row, 7 + number] for number, row in enumerate(rows)]
+    cache.adapters = [models[names[0]].adapter] * len(names)  # the rows are the same, the runs are not
+    cache.rows = [[] for _ in names]
+    others = cache.logits(rows)
+    assert all((others[n] - got[n]).norm() > 3 * limit * got[n].norm() for n in range(1, len(names)))
+
+
+def test_rows_of_the_base_get_the_logits_of_the_base(served) -> None:
+    kind, folder, models = served
+    precision, quantize, limit = HELD[kind]
+    model = models["base"].batch.model
+    plain = load_model(str(folder / "base"), precision=precision, quantize=quantize).model
+    rows = rows_for(["", "", ""])
+    want = TokenCache(plain).logits(rows)
+    for adapters in ([0, 0, 0], []):
+        cache = TokenCache(model)
+        cache.adapters = adapters
+        assert (cache.logits(rows) - want).norm() <= limit * want.norm()
+
+
+@pytest.mark.skipif(library() is None, reason="this machine has no AVX-512 BF16 or no g++")
+@pytest.mark.parametrize(
+    ("kind", "names"), [("bf16", ["lora", "dora", "ia3", "eva", "bitfit"]), ("nf4", ["lora", "dora", "eva"])]
+)
+def test_rows_of_several_runs_have_the_bits_of_each_run_alone(kind: str, names: list[str], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    base = make_folder(tmp_path / "base", initializer_range=0.1, **sizes)
+    reads = base_reads(base)
+    for name in names:
+        save_run(tmp_path / name, name, kind, base, reads)
+    first, *others = [str(tmp_path / name) for name in names]
+    models = load_served(Serve(first, also=tuple(others), precision="bf16-true"))
+    model = models["base"].batch.model
+    assert all(type(block) is FusedBlock and "by row" in block.native for block in model.blocks)
+    cache, rows = TokenCache(model), rows_for(names)
+    cache.adapters = [models[name].adapter for name in names]
+    alone = [TokenCache(load_model(str(tmp_path / name), precision="bf16-true").model) for name in names]
+    for _ in range(3):
+        got = cache.logits(rows)
+        for number, name in enumerate(names):
+            assert torch.equal(got[number], alone[number].logits([rows[number]])[0]), name
+        rows = [[*row, 7 + number] for number, row in enumerate(rows)]
+
+
+def test_a_run_with_more_than_affine_maps_in_layers_that_know_their_row_is_apart(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    model = build(base, torch.float32)
+    for method in (
+        LoRA(targets=("*.q", "head")),
+        LoRA(unfreeze=("norm.weight",)),
+        LoRA(add_tokens=("<|new|>",)),
+        LoRA(targets=("*.q",)),
+    ):
+        if method.add_tokens:
+            note_tokens(method, Tokenizer.load(base))
+        tuned = build(base, torch.float32, method)
+        maps = affine_maps(model, method, None, delta_state(tuned))
+        assert (maps is not None) == (method.targets == ("*.q",)), method
+    assert set(maps) == {f"blocks.{layer}.attn.q" for layer in range(len(model.blocks))}
+
+
+def test_a_map_of_a_smaller_rank_or_with_fewer_terms_changes_nothing_else() -> None:
+    torch.manual_seed(0)
+    linear = Linear(6, 5).double()
+    wide = Affine(torch.randn(5), torch.randn(4, 6), torch.randn(5, 4), torch.randn(5))
+    thin = Affine(None, torch.randn(1, 6), torch.randn(5, 1), None)
+    delta = ByRow([wide, Affine(), thin], linear, torch.empty(0, dtype=torch.float64))
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    y = linear(x)
+    ctx = Context.rows(torch.zeros(4, 3))
+    ctx.adapter = torch.tensor([3, 0, 1, 2])
+    got = delta(y, x, linear, ctx)
+    update = [x[n] @ one.A.double().T @ one.B.double().T for n, one in ((0, thin), (2, wide))]
+    torch.testing.assert_close(got[0], y[0] + update[0], rtol=1e-12, atol=0)
+    torch.testing.assert_close(got[2], wide.gain * y[2] + update[1] + wide.shift, rtol=1e-12, atol=1e-12)
+    assert torch.equal(got[1], y[1])
+    assert torch.equal(got[3], y[3])
+    ctx.adapter = None
+    assert delta(y, x, linear, ctx) is y
