@@ -6,8 +6,8 @@ A key that would change the answer and that we do not have is refused by name, u
 import json
 import secrets
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from litpeft.core.errors import nearest, quoted
@@ -117,7 +117,7 @@ def within(key: str, value: int, least: int, most: int) -> int:
 def turns(record: Mapping[str, Any]) -> list[Turn]:
     """Returns the chat of a request."""
     try:
-        return FORMATS["messages"].asked({"messages": record.get("messages")})
+        return FORMATS["messages"].asked({key: record[key] for key in ("messages",) if key in record})
     except ValueError as error:
         raise Refused(str(error), "messages") from None
 
@@ -150,8 +150,9 @@ def sampling(record: Mapping[str, Any], defaults: Sampling) -> Sampling:
     try:
         return replace(defaults, **given)
     except ValueError as error:  # it names the key as `litpeft generate` does
-        key = next((one.name for one in fields(Sampling) if f"sampling.{one.name} " in str(error)), None)
-        raise Refused(str(error).removeprefix("sampling."), key) from None
+        key, _, rest = str(error).removeprefix("sampling.").partition(" ")
+        key = next((one for one in LENGTHS if one in record), key) if key == "max_new_tokens" else key
+        raise Refused(f"{key} {rest}", key) from None
 
 
 REASONS = {"stop": "stop", "string": "stop", "length": "length", "interrupted": "length"}
@@ -194,7 +195,7 @@ def head(ask: Ask, kind: str) -> dict[str, Any]:
     }
 
 
-def models(names: Mapping[str, Any] | list[str], created: int) -> dict[str, Any]:
+def models(names: Iterable[str], created: int) -> dict[str, Any]:
     """Returns the list of the models."""
     return {"object": "list", "data": [model(name, created) for name in names]}
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,7 +48,15 @@ def serve(settings: Serve) -> None:
         what = f"other machines may reach {settings.host}, and anyone there could ask"
         raise ConfigError(what, where="host", hint=f"set the environment variable {KEY} to a key that clients send")
     place = bound(settings.host, settings.port)  # before the weights are read, in case the port is taken
-    asyncio.run(Server(settings, load_served(settings), key).run(place))
+    asyncio.run(until_signal(Server(settings, load_served(settings), key), place))
+
+
+async def until_signal(server: "Server", place: socket.socket) -> None:
+    """Lets a server answer until Ctrl-C or SIGTERM."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await server.run(place, stop)
 
 
 def is_local(host: str) -> bool:
@@ -81,11 +90,8 @@ class Server:
         self.renderer = ThreadPoolExecutor(1)  # one at a time: a template is rendered by one process
         self.began = int(time.time())
 
-    async def run(self, place: socket.socket) -> None:
-        """Answers requests until a signal comes."""
-        loop, stop = asyncio.get_running_loop(), asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
+    async def run(self, place: socket.socket, stop: asyncio.Event) -> None:
+        """Answers requests until `stop` is set; those that are being answered then fail with status 503."""
         runner = web.AppRunner(
             self.application(), handler_cancellation=True, access_log=None, logger=QUIET, shutdown_timeout=5
         )
@@ -98,7 +104,10 @@ class Server:
         tell(f"http://{host}:{port}/v1 answers; Ctrl-C ends it")
         await stop.wait()
         await asyncio.to_thread(self.worker.stop)
+        for request in (request for batch in self.worker.batches for request in batch.clear()):
+            request.ended(Refused("the server is being stopped", status=503))
         await runner.cleanup()
+        self.renderer.shutdown()
 
     def application(self) -> web.Application:
         application = web.Application(client_max_size=LARGEST_BODY, middlewares=[self.guard])
@@ -107,8 +116,8 @@ class Server:
                 web.get("/health", self.health),
                 web.get("/v1/models", self.list_models),
                 web.get("/v1/models/{name}", self.one_model),
-                web.post("/v1/chat/completions", lambda request: self.complete(request, chat=True)),
-                web.post("/v1/completions", lambda request: self.complete(request, chat=False)),
+                web.post("/v1/chat/completions", partial(self.complete, chat=True)),
+                web.post("/v1/completions", partial(self.complete, chat=False)),
             ]
         )
         return application
@@ -125,9 +134,10 @@ class Server:
             paths = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health"
             what = f"{error.reason}; there is {paths}" if error.status in (404, 405) else error.reason
             return web.json_response(Refused(what, status=error.status).body(), status=error.status)
-        except UserError as error:  # of a model's files: the sender can do nothing
-            tell(str(error))
-            return web.json_response(Refused(error.what, status=500).body(), status=500)
+        except Exception as error:  # ours, not the sender's: it is told here, and the server lives on
+            tell(f"error: {type(error).__name__}: {brief(str(error))}")
+            what = error.what if isinstance(error, UserError) else "the server failed"
+            return web.json_response(Refused(what, status=500).body(), status=500)
 
     def check(self, request: web.Request) -> None:
         """Raises Refused for a request that another web page makes in a browser here, or that lacks the key."""
@@ -135,7 +145,7 @@ class Server:
             raise Refused(f"this server is called localhost, not {quoted(request.host)}", status=403)
         if self.key is not None and request.path != "/health":
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self.key.encode()):
+            if not hmac.compare_digest(*(os.fsencode(text) for text in (given, self.key))):  # both may be no UTF-8
                 raise Refused(f"the request needs the header Authorization: Bearer KEY, with that of {KEY}", status=401)
         if request.method == "POST" and request.content_type != "application/json":
             raise Refused("the request needs the header Content-Type: application/json", status=415)
@@ -144,7 +154,7 @@ class Server:
         return web.json_response({"status": "ok"})
 
     async def list_models(self, request: web.Request) -> web.Response:
-        return web.json_response(models(list(self.served), self.began))
+        return web.json_response(models(self.served, self.began))
 
     async def one_model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
@@ -232,6 +242,8 @@ class Server:
         left = len(requests)
         while left:
             index, text, error = await came.get()
+            if isinstance(error, Refused):
+                raise error
             if error is not None:
                 what = error.what if isinstance(error, UserError) else "the server failed to compute the answer"
                 raise Refused(what, status=500)
