@@ -80,7 +80,7 @@ def test_download_and_a_misspelt_command_start_without_torch(tmp_path) -> None:
         (["lora", "--out", "x"], "there is no command 'lora' (did you mean \"finetune lora\"?)"),
         (["fintune", "lora"], "there is no command 'fintune' (did you mean \"finetune lora\"?)"),
         (["finetune", "lorra"], "there is no command 'finetune lorra' (did you mean \"finetune lora\"?)"),
-        (["serve"], "there is no command 'serve'\n"),
+        (["study"], "there is no command 'study'\n"),
         (["train"], "there is no command 'train' (did you mean \"finetune lora\"?)"),
         (["infer"], "there is no command 'infer' (did you mean \"generate\"?)"),
         (["mrge"], "there is no command 'mrge' (did you mean \"merge\"?)"),

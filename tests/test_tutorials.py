@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ SHORTER = {
     "evaluate": "--max_rows 2 --max_new_tokens 2",
     "generate": "--sampling.max_new_tokens 2",
     "chat": "--sampling.max_new_tokens 2",
+    "serve": "--port 0",
 }
 OF_THE_MACHINE = ("precision ",)  # lines that another machine may write otherwise
 
@@ -170,6 +172,12 @@ class Here:
         return output.getvalue()
 
 
+def stop_once_it_answers(said: str) -> None:
+    """Presses Ctrl-C when `serve` says that it answers."""
+    if "Ctrl-C ends it" in said:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 def plain(line: str, exact: bool) -> str:
     """Returns a line without its spaces and, unless it has to be exact, without the values and units of its numbers."""
     line = " ".join(line.split())
@@ -183,6 +191,7 @@ def follow(page: str, here: Here, monkeypatch, exact: bool = False) -> int:
         if block.info:
             continue
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+        monkeypatch.setattr("litpeft.generate.serve.tell", stop_once_it_answers)
         said = [here.run(rest) for words in block.commands if (rest := litpeft(words)) is not None]
         untouched = exact and all("--dry_run" in words for words in block.commands)
         lines = iter([plain(line, untouched) for text in said for line in text.splitlines()])

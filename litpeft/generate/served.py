@@ -1,5 +1,6 @@
 """The models that a server answers for: runs beside their base, as far as one pass can compute them all."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,14 +66,18 @@ def load_beside(
     add_by_row(model, list(maps.values()))
     make_fast(model)
     batch, served = Batch(model, settings.batch_size), {}
+    texts: dict[str, tuple[Tokenizer, ChatTemplate]] = {}  # of what the runs recorded: most have the same
     for number, name in enumerate(maps, 1):
         run = runs[name]
         run.check_base(folder)
         tell_progress(run)
         tell_outdated(run.place)
-        tokenizer, template = run.tokenizer_and_template(folder, settings.template_options)
-        tokenizer.check_vocabulary(model.config.vocab_size)
-        served[name] = Served(Loaded(model, tokenizer, template, run.system, run), batch, number)
+        said = run.facts["template"] | {"system": None}, run.facts["base"].get("tokenizer")
+        recorded = json.dumps([str(run.texts(folder)), *said])
+        if recorded not in texts:
+            texts[recorded] = run.tokenizer_and_template(folder, settings.template_options)
+            texts[recorded][0].check_vocabulary(model.config.vocab_size)
+        served[name] = Served(Loaded(model, *texts[recorded], run.system, run), batch, number)
     if folder.name not in taken:
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate(tokenizer, options=settings.template_options, is_setting=False)

@@ -11,6 +11,7 @@ Letters: N runs and the base, B rows, T tokens, r the largest of the runs' ranks
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from litpeft.model.affine import Affine
@@ -18,6 +19,7 @@ from litpeft.model.build import deltas_alone
 from litpeft.model.context import Context
 from litpeft.model.delta import Method, load_delta
 from litpeft.model.gpt import GPT
+from litpeft.model.mixture import Mixture
 from litpeft.model.quantize import Storage
 from litpeft.model.slots import Delta, Linear, Slot
 
@@ -92,8 +94,9 @@ def affine_maps(
     if any(name in alone.base_keys for name in delta):
         return None
     slots = {name: module for name, module in alone.named_modules() if isinstance(module, Slot) and module.deltas}
-    layers = {name.removesuffix(".slot"): slot for name, slot in slots.items()}
-    if not all(is_given_context(name) and isinstance(alone.get_submodule(name), Linear) for name in layers):
+    layers = {name.rpartition(".")[0]: slot for name, slot in slots.items()}
+    known = knowing_rows(alone)
+    if not all(isinstance(layer := alone.get_submodule(name), Linear) and layer in known for name in layers):
         return None
     for slot in slots.values():
         slot.to(model.embed.weight.device)
@@ -107,17 +110,20 @@ def affine_maps(
     return None if None in maps.values() else maps
 
 
-def is_given_context(name: str) -> bool:
-    """Returns whether a linear layer knows the rows of a call: neither the head does, nor an expert."""
-    return name.startswith("blocks.") and ".experts." not in name
+def knowing_rows(model: GPT) -> set[nn.Module]:
+    """Returns the layers that are told which rows a call has: neither the head is, nor an expert."""
+    experts = {layer for part in model.modules() if isinstance(part, Mixture) for layer in part.experts.modules()}
+    return {layer for block in model.blocks for layer in block.modules()} - experts
 
 
-def maps_of_runs(layers: Sequence[Linear]) -> list[Affine]:
-    """Returns the maps of the base and of each run, for layers that read the same x; none if other deltas are there."""
+def runs_of(layers: Sequence[Linear]) -> int:
+    """Returns how many runs layers that read the same x have by row; 0 if none or other deltas are in them."""
     deltas = [layer.slot.deltas for layer in layers]
     held = next((one[NAME] for one in deltas if NAME in one), None)
-    if held is None or any(one.keys() - {NAME} for one in deltas):
-        return []
-    sizes = [layer.out_features for layer in layers]
-    parts = ([one[NAME].maps[n] if NAME in one else Affine() for one in deltas] for n in range(len(held.maps)))
-    return [Affine.concatenate(part, sizes) for part in parts]
+    return 0 if held is None or any(one.keys() - {NAME} for one in deltas) else len(held.maps) - 1
+
+
+def maps_of(layers: Sequence[Linear], run: int) -> Affine:
+    """Returns what a run does to the outputs of layers that read the same x, one after the other."""
+    deltas, sizes = [layer.slot.deltas for layer in layers], [layer.out_features for layer in layers]
+    return Affine.concatenate([one[NAME].maps[run] if NAME in one else Affine() for one in deltas], sizes)

@@ -61,7 +61,7 @@ class FusedBlock(Block):
         """Returns which deltas act in a call."""
         if self.filled is None or self.filled.slot.deltas is OFF:
             return "none"
-        if self.filled.by_row and self.filled.slot.deltas is self.filled.deltas:
+        if self.filled.runs and self.filled.slot.deltas is self.filled.deltas:
             return "none" if ctx.adapter is None else "by row"
         return "all" if self.filled.covers_deltas else "some"
 
@@ -75,9 +75,8 @@ def _native(block: FusedBlock, rotary_size: int) -> dict[Acting, BlockStruct]:
     rest = [norm.data_ptr() for norm in block.wide_norms]
     rest += [block.norm1.eps, block.norm2.eps, *block.sizes, rotary_size, block.window or ALL]
     structs = {"none": [packed.base for packed in block.products]}
-    if block.filled is not None and block.filled.by_row:
-        number = len(block.filled.by_row) - 1
-        structs["by row"] = [packed.of_runs(number) for packed in block.products]
+    if block.filled is not None and block.filled.runs:
+        structs["by row"] = [packed.of_runs(block.filled.runs) for packed in block.products]
     else:
         structs["all"] = [packed.tuned for packed in block.products]
     return {acting: BlockStruct(*products, *rest) for acting, products in structs.items()}
@@ -117,5 +116,5 @@ def _products(block: Block) -> tuple[PackedLinears, ...] | None:
     linears = groups(block)
     products = tuple(group[0].packed_in for group in linears)
     pairs = zip(products, linears, strict=True)
-    known = (p is not None and (p.covers_deltas or p.by_row) and p.layers == group for p, group in pairs)
+    known = (p is not None and (p.covers_deltas or p.runs) and p.layers == group for p, group in pairs)
     return products if all(known) else None

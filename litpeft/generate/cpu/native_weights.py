@@ -14,6 +14,7 @@ from torch import Tensor
 
 from litpeft.generate.cpu.packed_weights import PackedLinears
 from litpeft.model.affine import Affine
+from litpeft.model.by_row import maps_of
 from litpeft.model.kernels import library
 from litpeft.model.kernels.library import AffineStruct, PackedLinearsStruct
 from litpeft.model.quantize.codes import BLOCK, code_table
@@ -53,7 +54,9 @@ class NativeLinears(PackedLinears):
         if self.merged is not None and torch.equal(self.weight, self.merged.weight):
             self.merged.weight = self.weight
         bias = Affine(shift=super().bias(torch.float32))
-        maps = self.by_row[1:] or [Affine() if self.affine is None else self.affine]
+        maps = (maps_of(layers, run) for run in range(1, 1 + self.runs))
+        if not self.runs:
+            maps = [Affine() if self.affine is None else self.affine]
         self.kept = [self._tensors(one) for one in (bias, *(one.after(bias) for one in maps))]
 
     @cached_property  # not before: `share` may put another tensor in the weight's place
@@ -66,7 +69,7 @@ class NativeLinears(PackedLinears):
 
     def of_runs(self, number: int) -> PackedLinearsStruct:
         """Returns the layers with the affine maps of the base and of `number` runs."""
-        return self._struct(self.kept if self.by_row else self.kept[:1] * (1 + number))
+        return self._struct(self.kept if self.runs else self.kept[:1] * (1 + number))
 
     @staticmethod
     def takes(layer: Linear) -> bool:

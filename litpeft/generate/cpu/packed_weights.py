@@ -13,7 +13,7 @@ from torch import Tensor
 
 from litpeft.generate.cpu.merged import merged
 from litpeft.model.affine import Affine
-from litpeft.model.by_row import maps_of_runs
+from litpeft.model.by_row import runs_of
 from litpeft.model.kernels.low_rank import apply_affines
 from litpeft.model.kernels.ops import has_onednn, product
 from litpeft.model.quantize.codes import BLOCK, CODES, has_kernels
@@ -39,7 +39,7 @@ class PackedLinears:
         self.biased = layers[0].bias is not None
         self.slot = next((layer.slot for layer in layers if layer.slot.deltas), None)  # the first that is filled
         self.deltas = None if self.slot is None else self.slot.deltas
-        self.by_row = maps_of_runs(layers)  # of the base and of several runs; a row has one of them
+        self.runs = runs_of(layers)  # of which a row has one, or none
         parts = [layer.slot.frozen(layer) for layer in layers] if self.slot else []
         are_affine = bool(parts) and None not in parts
         plain = merged(layers, parts) if are_affine else None
