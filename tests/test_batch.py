@@ -9,9 +9,11 @@ from conftest import make_folder
 
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.generate import batch as module
-from litpeft.generate.batch import Batch, Request, Worker
-from litpeft.generate.engine import Answer, Draft, answer
+from litpeft.generate.batch import Batch, Request
+from litpeft.generate.draft import Answer, Draft
+from litpeft.generate.engine import answer
 from litpeft.generate.settings import Sampling
+from litpeft.generate.worker import Worker
 from litpeft.model.build import build
 from litpeft.model.gpt import GPT
 
@@ -36,10 +38,10 @@ def tokenizer(folder: Path) -> Tokenizer:
 class Wanted(Request):
     """A request that keeps what it is told."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling, adapter: int = 0):
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling):
         draft = Draft(prompt, tokenizer, sampling, (), sampling.max_new_tokens)
         self.texts, self.ends = [], []
-        super().__init__(draft, sampling, adapter, self.texts.append, self.ends.append)
+        super().__init__(draft, sampling, 0, self.texts.append, self.ends.append)
 
     @property
     def answer(self) -> Answer:
@@ -57,15 +59,14 @@ def samplings(count: int) -> list[Sampling]:
 
 
 @pytest.mark.parametrize("records", [False, True])
-@pytest.mark.parametrize("part", [4, 512])
+@pytest.mark.parametrize("part", [4, 40, None])
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_requests_that_come_and_go_get_the_answers_that_they_get_alone(
-    model: GPT, tokenizer: Tokenizer, rows: int, part: int, records: bool, monkeypatch: pytest.MonkeyPatch
+    model: GPT, tokenizer: Tokenizer, rows: int, part: int | None, records: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PART", part)
     monkeypatch.setattr("litpeft.generate.cuda_graph.record", lambda step: step)
     requests = [Wanted(tokenizer, *pair) for pair in zip(PROMPTS, samplings(len(PROMPTS)), strict=True)]
-    batch, coming = Batch(model, rows), list(requests)
+    batch, coming = Batch(model, rows, part), list(requests)
     batch.cache.records = records  # as on a GPU
     while coming or batch.count:
         if coming:
@@ -81,7 +82,7 @@ def test_requests_that_come_and_go_get_the_answers_that_they_get_alone(
 
 
 def test_the_next_turn_of_a_chat_reads_only_what_is_new(model: GPT, tokenizer: Tokenizer) -> None:
-    batch, read = Batch(model, 3), []
+    batch, read = Batch(model, 3, 512), []
     greedy = Sampling(max_new_tokens=4, lookup=0)
 
     def asked(prompt: list[int]) -> Wanted:
@@ -106,7 +107,7 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(model: GPT, tokenizer: T
 def test_what_is_cancelled_leaves_at_the_next_step_and_the_others_go_on(model: GPT, tokenizer: Tokenizer) -> None:
     long = Sampling(max_new_tokens=60, lookup=0)
     stays, goes, waits, reads = (Wanted(tokenizer, prompt, long) for prompt in PROMPTS[:4])
-    batch = Batch(model, 2)
+    batch = Batch(model, 2, 512)
     batch.waiting.extend([goes, stays, waits, reads])
     for _ in range(5):
         batch.step()
@@ -125,7 +126,7 @@ def test_what_is_cancelled_leaves_at_the_next_step_and_the_others_go_on(model: G
 def test_an_answer_that_fails_ends_alone(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = Sampling(max_new_tokens=9, lookup=0)
     requests = [Wanted(tokenizer, prompt, greedy) for prompt in PROMPTS[:3]]
-    batch, logits = Batch(model, 3), module.TokenCache.logits
+    batch, logits = Batch(model, 3, 512), module.TokenCache.logits
 
     def spoilt(cache: module.TokenCache, rows: list, *rest) -> torch.Tensor:
         got = logits(cache, rows, *rest).clone()
@@ -146,7 +147,7 @@ def test_an_answer_that_fails_ends_alone(model: GPT, tokenizer: Tokenizer, monke
 
 def test_the_thread_answers_all_batches_and_outlives_a_failure(model: GPT, tokenizer: Tokenizer) -> None:
     greedy, failures, ended = Sampling(max_new_tokens=6, lookup=0), [], threading.Semaphore(0)
-    batches = Batch(model, 2), Batch(model, 2)
+    batches = Batch(model, 2, 512), Batch(model, 2, 512)
     worker = Worker(batches, failures.append)
     worker.start()
 

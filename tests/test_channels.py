@@ -14,7 +14,7 @@ from litpeft.data.formats.turn import Turn
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.thinking import closed, parted
 from litpeft.data.tokenizer import Tokenizer
-from litpeft.generate.engine import Draft
+from litpeft.generate.draft import Draft
 from litpeft.generate.load import load_model
 from litpeft.generate.session import Session
 from litpeft.generate.settings import Sampling

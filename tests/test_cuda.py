@@ -218,7 +218,7 @@ def test_fused_blocks_write_what_the_others_write(wide_folder: Path, dtype: torc
         if number == 40:
             rows = rows[2:]
             for cache in caches:
-                cache.keep([2])
+                cache.swap(0, 2)
         tokens = want[new - 1 :: new].argmax(-1).tolist()[-len(rows) :]
         rows = [row + [token] * (1 if number < 40 else 4) for row, token in zip(rows, tokens, strict=True)]
     assert shapes == {(3, 1), (1, 16)}

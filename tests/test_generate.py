@@ -17,6 +17,7 @@ from litpeft.cli import dispatch
 from litpeft.core.errors import UserError
 from litpeft.data.prompts import read_prompts
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.generate.batch import Batch
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.engine import answer, generate, stream
 from litpeft.generate.sampling import distribution, next_tokens, penalised
@@ -102,7 +103,7 @@ def assert_recorded_steps_agree(model: GPT, limit: float) -> None:
         if step == 40:
             rows = [rows[0], rows[2]]
             for cache in caches:
-                cache.keep([0, 2])
+                cache.swap(1, 2)
     assert all(step is not None for step in caches[0].recorded.values())
     assert {width for _, width in caches[0].recorded} == {1, 16}
     assert not caches[1].recorded
@@ -208,7 +209,7 @@ def test_a_text_is_never_shown_beyond_a_stop_string_that_comes_split(model, toke
     printable = max(re.findall(r"[ -~]{4,}", free.text), key=len)
     stops = (printable[1:4], "never")  # every byte is a token, so this one comes in three
     sampling = Sampling(temperature=1.2, max_new_tokens=60, stop=stops)
-    stopped, pieces = stream(TokenCache(model), PROMPTS[0], tokenizer, sampling, ())
+    stopped, pieces = stream(Batch(model, 1), PROMPTS[0], tokenizer, sampling, ())
     shown = list(pieces)
     assert stopped.reason == "string"
     assert stopped.text == free.text[: free.text.index(stops[0])] == "".join(shown)
@@ -224,7 +225,7 @@ def test_text_that_only_looks_like_a_stop_string_is_shown_in_full(model, tokeniz
 
 def test_a_stream_gives_the_same_text_as_a_batch(model, tokenizer):
     sampling = Sampling(temperature=0.9, max_new_tokens=50, seed=4)
-    streamed, pieces = stream(TokenCache(model), PROMPTS[0], tokenizer, sampling, (40, 41))
+    streamed, pieces = stream(Batch(model, 1), PROMPTS[0], tokenizer, sampling, (40, 41))
     assert "".join(pieces) == answer(model, PROMPTS, tokenizer, sampling, (40, 41))[0].text == streamed.text
 
 
@@ -352,17 +353,17 @@ def test_answers_given_before_the_command_is_stopped_are_kept(
     )
     words = [str(rows)] if command == "evaluate" else ["--input", str(rows), "--sampling.max_new_tokens", "4"]
     words = [command, str(tiny_folder), *words, "--batch_size", "1"]
-    out, left = tmp_path / "out.jsonl", iter([None, None])  # the third batch is stopped
+    out, left, place = tmp_path / "out.jsonl", iter([None, None]), Batch.place  # the third one is stopped
 
-    def stopped(*given: object) -> object:
+    def stopped(*given: object) -> None:
         try:
             next(left)
         except StopIteration:
             raise fault from None
-        return answer(*given)
+        place(*given)
 
     with monkeypatch.context() as patched:
-        patched.setattr("litpeft.generate.engine.answer", stopped)
+        patched.setattr(Batch, "place", stopped)
         with pytest.raises(fault):
             dispatch([*words, "--output", str(out)], [], 0.0)
     part = tmp_path / "out.part"

@@ -8,7 +8,8 @@ from conftest import make_folder
 
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.packed_weights import can_pack
-from litpeft.generate.engine import Answer, answer
+from litpeft.generate.draft import Answer
+from litpeft.generate.engine import answer
 from litpeft.generate.load import load_model
 from litpeft.generate.settings import Sampling
 from litpeft.generate.speculate import Lookup

@@ -1,12 +1,11 @@
-"""Answers to several requests, written at once, a token of each in a step; requests come and go between the steps.
+"""Answers that are written at once, a token of each in a step; requests for them come and go between the steps.
 
 A step reads every weight once for all answers (continuous batching: https://www.usenix.org/conference/osdi22/presentation/yu).
 """
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,35 +14,38 @@ from litpeft.core.errors import UserError
 from litpeft.data.batches import framed
 from litpeft.generate.cache import TokenCache, common_prefix
 from litpeft.generate.cpu.fused_block import NATIVE_TOKENS
-from litpeft.generate.engine import Draft
+from litpeft.generate.draft import Draft
 from litpeft.generate.sampling import next_tokens
 from litpeft.generate.settings import Sampling
+from litpeft.generate.speculate import Lookup
 from litpeft.model.gpt import GPT
 
-PART = NATIVE_TOKENS  # tokens of prompts that are read in a step, while no answer goes on
+PART = NATIVE_TOKENS  # tokens of prompts that a server reads in a step, while no answer goes on
+
+
+def raised(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 @dataclass(eq=False)
 class Request:
-    """An answer that is wanted. `came` is told each new text of it, `ended` that it has ended, or why it failed.
-
-    Both are called by the thread that computes.
-    """
+    """An answer that is wanted. `came` is told each new text of it, `ended` that it has ended, or why it failed."""
 
     draft: Draft
     sampling: Sampling
-    adapter: int  # the number of its run, where several are beside one base; 0: the base
-    came: Callable[[str], None]
-    ended: Callable[[Exception | None], None]
+    adapter: int = 0  # the number of its run, where several are beside one base; 0: the base
+    came: Callable[[str], None] = lambda text: None
+    ended: Callable[[Exception | None], None] = raised
     cancelled: bool = False  # set by the one who no longer wants it
     generator: torch.Generator | None = None
-    prompt: int = field(init=False)  # tokens
 
     def __post_init__(self) -> None:
-        self.prompt = len(self.draft.ids)
+        self.prompt = len(self.draft.ids)  # tokens
+        self.lookup = Lookup(self.sampling.lookup)
 
-    def advance(self, logits: Tensor) -> None:
-        """Takes the next token from logits (1, V); a failure ends this answer alone."""
+    def advance(self, logits: Tensor) -> int | None:
+        """Takes the next token from logits (1, V), and returns it; None if that failed, which ends the answer."""
         if self.generator is None:
             self.generator = torch.Generator(logits.device).manual_seed(self.sampling.seed)
         try:
@@ -51,11 +53,12 @@ class Request:
         except UserError as error:
             self.draft.ended = True
             self.ended(error)
-            return
+            return None
         if text := self.draft.add(token):
             self.came(text)
         if self.draft.ended:
             self.ended(None)
+        return token
 
 
 class Batch:
@@ -64,19 +67,21 @@ class Batch:
     The rows after them keep what earlier requests read: the next turn of a chat does not read it again.
     """
 
-    def __init__(self, model: GPT, rows: int):
-        self.model = model
+    def __init__(self, model: GPT, rows: int, part: int | None = None):
+        """`rows` answers are written at once; a step reads `part` tokens of prompts, or all that have a row."""
+        self.model, self.part = model, part
         # beyond a length the keys of all tokens of all rows would be others
         self.capacity = rows if model.config.turning_length is None else 1
         self.waiting: deque[Request] = deque()
+        self.writing: list[Request] = []  # row by row
+        self.reading: list[Request] = []  # their prompts are read into the next rows
         self.clear()
 
     def clear(self) -> list[Request]:
         """Forgets everything; returns the requests that had not ended."""
-        left = [*getattr(self, "writing", ()), *getattr(self, "reading", ()), *self.waiting]
+        left = [*self.writing, *self.reading, *self.waiting]
         self.waiting.clear()
-        self.writing: list[Request] = []  # row by row
-        self.reading: list[Request] = []  # one at most: its prompt is read into the next row
+        self.writing, self.reading = [], []
         self.cache = TokenCache(self.model, self.capacity)
         self.cache.rows = [[] for _ in range(self.capacity)]
         self.cache.prompts, self.cache.adapters = [0] * self.capacity, [0] * self.capacity
@@ -88,28 +93,33 @@ class Batch:
         return len(self.writing) + len(self.reading) + len(self.waiting)
 
     def step(self) -> None:
-        """Writes a token of each answer, and reads prompts while there is room."""
+        """Writes a token of each answer, and reads prompts if there is room."""
         self.drop(row for row, request in enumerate(self.writing) if request.cancelled)
         if self.writing:
             self.write()
-        left = PART
-        while left > 0 and len(self.writing) < self.capacity and (self.reading or self.waiting):
-            if not self.reading:
-                self.begin(self.waiting.popleft())
-            left -= self.read(left)
+        if not self.reading:
+            self.begin()
+        if self.reading:
+            self.read()
 
     def write(self) -> None:
-        """Writes the next token of each answer."""
-        cache, padding = self.cache, self.padding()
+        """Writes the next token of each answer; of one by itself some more, if they are guessed."""
+        cache, live, padding = self.cache, list(self.writing), self.padding()
         kept = [cache.rows[row] for row in padding]
-        rows = [request.draft.ids for request in self.writing] + [[*row, 0] for row in kept]
-        prompts = [request.prompt for request in self.writing] + [cache.prompts[row] for row in padding]
-        logits = cache.logits(rows, 1, prompts)
+        guess = live[0].lookup.guess(live[0].draft.ids, live[0].draft.left - 1) if len(live) == 1 else []
+        rows = [[*request.draft.ids, *guess] for request in live] + [[*row, 0] for row in kept]
+        prompts = [request.prompt for request in live] + [cache.prompts[row] for row in padding]
+        logits = cache.logits(rows, len(guess) + 1, prompts)
         for row, tokens in zip(padding, kept, strict=True):
             cache.rows[row] = tokens
-        for row, request in enumerate(self.writing):
-            request.advance(logits[row : row + 1])
-        self.drop(row for row, request in enumerate(self.writing) if request.draft.ended)
+        for right, guessed in enumerate([*guess, None]):  # the next logits count if this token is the guessed one
+            after = logits[right :: len(guess) + 1]
+            tokens = [request.advance(after[row : row + 1]) for row, request in enumerate(live)]
+            if tokens != [guessed] or live[0].draft.ended:
+                break
+        if guess:
+            live[0].lookup.learn(right)
+        self.drop(row for row, request in enumerate(live) if request.draft.ended)
 
     def padding(self) -> range:
         """Returns the idle rows of a step, whose results are not used: on a GPU steps are recorded for few numbers.
@@ -121,34 +131,46 @@ class Batch:
             return range(live, live)
         return range(live, min(self.capacity, 1 << (live - 1).bit_length()))
 
-    def begin(self, request: Request) -> None:
+    def begin(self) -> None:
+        """Gives rows to requests that wait: as many as there are rows, and as their prompts are read in one step."""
+        most = 0
+        while self.waiting and len(self.writing) + len(self.reading) < self.capacity:
+            request = self.waiting[0]
+            most = max(most, request.prompt)
+            if self.reading and self.part is not None and most * (len(self.reading) + 1) > self.part:
+                return
+            self.waiting.popleft()
+            if not request.cancelled:
+                self.place(request)
+                self.reading.append(request)
+
+    def place(self, request: Request) -> None:
         """Gives a request the row that holds most of its prompt already; of several the one that is idle longest."""
-        first, cache = len(self.writing), self.cache
+        next_row, cache = len(self.writing) + len(self.reading), self.cache
         prompt = framed(request.draft.ids, request.prompt, *self.model.frame)
 
         def known(row: int) -> int:
             return common_prefix(cache.rows[row], prompt) if cache.adapters[row] == request.adapter else 0
 
-        cache.swap(first, max(range(first, self.capacity), key=lambda row: (known(row), row)))
-        if cache.adapters[first] != request.adapter:
-            cache.adapters[first], cache.rows[first] = request.adapter, []
-        self.reading = [request]
+        cache.swap(next_row, max(range(next_row, self.capacity), key=lambda row: (known(row), row)))
+        if cache.adapters[next_row] != request.adapter:
+            cache.adapters[next_row], cache.rows[next_row] = request.adapter, []
 
-    def read(self, most: int) -> int:
-        """Reads a part of a prompt, of `most` tokens or less; returns how many. The last one begins the answer."""
-        (request,), row = self.reading, len(self.writing)
-        if request.cancelled:
-            self.reading = []
-            return 0
-        tokens = request.draft.ids
-        done = 0 if any(self.model.frame) else common_prefix(self.cache.rows[row], tokens)
-        part = tokens if any(self.model.frame) else tokens[: max(done, 1) + most]
-        logits = self.cache.logits([part], 1, [request.prompt], row)
-        if len(part) == len(tokens):
-            self.reading = []
-            request.advance(logits)
-            self.writing += [] if request.draft.ended else [request]
-        return len(part) - done
+    def read(self) -> None:
+        """Reads prompts, a part of one that is longer than a step allows; the last token of each begins its answer."""
+        first, prompts = len(self.writing), [request.draft.ids for request in self.reading]
+        if len(prompts) == 1 and self.part is not None and not any(self.model.frame):
+            done = common_prefix(self.cache.rows[first], prompts[0])
+            prompts = [prompts[0][: max(done, 1) + self.part]]
+        logits = self.cache.logits(prompts, 1, [request.prompt for request in self.reading], first)
+        if len(prompts[-1]) < self.reading[-1].prompt:
+            self.reading = [request for request in self.reading if not request.cancelled]
+            return
+        live = list(self.reading)
+        self.writing, self.reading = self.writing + live, []
+        for row, request in enumerate(live):
+            request.advance(logits[row : row + 1])
+        self.drop(first + row for row, request in enumerate(live) if request.draft.ended)
 
     def drop(self, rows: Iterable[int]) -> None:
         """Takes rows out of the batch: the last one comes in the place of each."""
@@ -157,40 +179,3 @@ class Batch:
             self.cache.swap(row, last)
             self.writing[row] = self.writing[last]
             del self.writing[last]
-
-
-class Worker(threading.Thread):
-    """Computes the answers to what is added to its batches, by turns, until it is stopped."""
-
-    def __init__(self, batches: Sequence[Batch], failed: Callable[[Exception], None]):
-        """`failed` is told of an error that is not the fault of one request; all those of its batch have failed."""
-        super().__init__(name="answers", daemon=True)
-        self.batches, self.failed = batches, failed
-        self.changed = threading.Condition()
-        self.stopped = False
-
-    def add(self, batch: Batch, requests: Iterable[Request]) -> None:
-        with self.changed:
-            batch.waiting.extend(requests)
-            self.changed.notify()
-
-    def stop(self) -> None:
-        """Ends the thread after its step, and waits for that."""
-        with self.changed:
-            self.stopped = True
-            self.changed.notify()
-        self.join()
-
-    def run(self) -> None:
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.stopped or any(batch.count for batch in self.batches))
-                if self.stopped:
-                    return
-            for batch in self.batches:
-                try:
-                    batch.step()
-                except Exception as error:  # the server lives on: whoever waits is told
-                    self.failed(error)
-                    for request in batch.clear():
-                        request.ended(error)

@@ -31,7 +31,7 @@ class TokenCache:
         self.rows: list[list[int]] = []
         self.prompts: list[int] = []  # length of each row's prompt, in tokens
         self.adapters: list[int] = []  # number of each row's run, where several are beside one base
-        self.edits = False  # whether a method acts at positions that depend on `prompts`
+        self.edits: bool | None = None  # whether a method acts at positions that depend on `prompts`
         self.turn = model.config.turning_length  # beyond it the keys of all earlier tokens are others
         # FSDP's class gathers weights at every step; a recorded step knows neither the length of its text nor how many
         # tokens an expert has
@@ -57,15 +57,17 @@ class TokenCache:
         here = slice(first, first + len(rows))
         held = self.rows[here] if self.layers else [[] for _ in rows]
         if prompts != self.prompts[here]:
-            slots = [module for module in self.model.modules() if isinstance(module, Slot)]
-            self.edits = any(delta.at_prompt for slot in slots for delta in slot.deltas.values())
+            if self.edits is None:
+                slots = [module for module in self.model.modules() if isinstance(module, Slot)]
+                self.edits = any(delta.at_prompt for slot in slots for delta in slot.deltas.values())
             held = [[] for _ in rows] if self.edits else held
             self.prompts[here] = prompts
         if self.turn is not None and max(map(len, held)) <= self.turn < max(map(len, rows)):
             held = [[] for _ in rows]
         starts = [min(common_prefix(old, new), len(new) - last) for old, new in zip(held, rows, strict=True)]
         new = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
-        self.reserve(self.capacity or len(rows), max(starts) + self.width(max(map(len, new)), max(starts)))
+        self.capacity = self.capacity or len(rows)
+        self.reserve(self.capacity, max(starts) + self.width(max(map(len, new)), max(starts)))
         self.rows[here] = [list(row[:start]) for row, start in zip(rows, starts, strict=True)]
         parts = self.parts([len(row) for row in new])
         logits = [self.read(first, part, new[part], starts[part], last) for part in parts]
@@ -143,15 +145,6 @@ class TokenCache:
                 new.k[:, :, :have], new.v[:, :, :have] = layer.k, layer.v
             grown.append(new)
         self.layers, self.recorded = grown, {}
-
-    @torch.inference_mode()
-    def keep(self, numbers: Sequence[int]) -> None:
-        """Drops all rows but these."""
-        chosen = torch.tensor(numbers, device=self.model.embed.weight.device)
-        for layer in self.layers:
-            layer.k, layer.v = layer.k[chosen], layer.v[chosen]
-        self.rows, self.prompts = ([held[number] for number in numbers] for held in (self.rows, self.prompts))
-        self.recorded = {}
 
     @torch.inference_mode()
     def swap(self, one: int, other: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from litpeft.core.errors import ConfigError, DataError, UserError, nearest
 from litpeft.core.terminal import tell, write
-from litpeft.generate.engine import Answer
+from litpeft.generate.draft import Answer
 from litpeft.generate.load import load_models
 from litpeft.generate.session import Session
 from litpeft.generate.settings import Chat

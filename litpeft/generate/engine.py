@@ -1,18 +1,16 @@
-"""Generation, token by token until an answer ends; and the command `litpeft generate`."""
+"""Answers to prompts, many at once or one as it comes; and the command `litpeft generate`."""
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from litpeft.core.errors import DataError, counted
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import tell, write
-from litpeft.data.channels import decoder_for
 from litpeft.data.formats.keys import listed
 from litpeft.data.prompts import Prompt, answer_key, new_file, read_prompts, typed_prompt, unread
 from litpeft.data.sources import find_measured
@@ -20,82 +18,14 @@ from litpeft.data.templates import with_system
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import find_run
 from litpeft.exchange.trained_rows import shape_of
-from litpeft.generate.cache import TokenCache
+from litpeft.generate.batch import Batch, Request
+from litpeft.generate.draft import Answer, Draft
 from litpeft.generate.kept import kept, line
 from litpeft.generate.load import Loaded, load_one, named
-from litpeft.generate.sampling import next_tokens
 from litpeft.generate.settings import Generate, Sampling
-from litpeft.generate.speculate import Lookup
 from litpeft.model.gpt import GPT
 
-
-@dataclass
-class Answer:
-    """A model's answer to a prompt, without the token or the string that ended it."""
-
-    ids: list[int]
-    text: str
-    reason: str  # stop | length | string | interrupted
-
-
 Came = Callable[[int, Answer], None]  # is told of an answer, with the number of its prompt
-
-
-class Draft:
-    """An answer while it is written: which of its text may be shown, and whether it has ended."""
-
-    def __init__(
-        self, prompt: Sequence[int], tokenizer: Tokenizer, sampling: Sampling, stop_ids: Collection[int], limit: int
-    ):
-        self.ids = list(prompt)  # the prompt's tokens, then the answer's
-        self.answer = Answer([], "", "interrupted")
-        self.ended = False
-        self.stop, self.stop_ids, self.limit = sampling.stop, stop_ids, limit
-        self.decoder = decoder_for(tokenizer, prompt)
-        self.held = ""  # text that may be the beginning of a stop string
-
-    @property
-    def left(self) -> int:
-        """Returns how many more tokens the answer may have."""
-        return self.limit - len(self.answer.ids)
-
-    def add(self, token: int) -> str:
-        """Appends the next token; returns the text that can be shown now."""
-        if token in self.stop_ids:
-            return self.end("stop")
-        self.ids.append(token)
-        self.answer.ids.append(token)
-        shown = self.show(self.decoder.feed(token))
-        if not self.ended and not self.left:
-            shown += self.end("length")
-        return shown
-
-    def end(self, reason: str) -> str:
-        """Ends the answer; returns the rest of its text."""
-        shown = self.show(self.decoder.flush())
-        if self.ended:  # by a stop string in the rest
-            return shown
-        self.ended, self.answer.reason = True, reason
-        rest, self.held = self.held, ""
-        self.answer.text += rest
-        return shown + rest
-
-    def show(self, text: str) -> str:
-        text = self.held + text
-        found = min((at for at in map(text.find, self.stop) if at >= 0), default=-1)
-        if found >= 0:
-            self.ended, self.answer.reason = True, "string"
-            text, self.held = text[:found], ""
-        else:
-            split = len(text) - max((overlap(text, stop) for stop in self.stop), default=0)
-            text, self.held = text[:split], text[split:]
-        self.answer.text += text
-        return text
-
-
-def overlap(text: str, stop: str) -> int:
-    """Returns the length of the longest end of `text` with which a stop string begins, but does not end."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def answer_budget(model: GPT, prompt: Sequence[int], sampling: Sampling, where: str = "") -> int:
@@ -109,33 +39,6 @@ def answer_budget(model: GPT, prompt: Sequence[int], sampling: Sampling, where: 
     return min(sampling.max_new_tokens, reach - len(prompt))
 
 
-def decode(
-    cache: TokenCache, drafts: Sequence[Draft], sampling: Sampling, seeds: Sequence[int]
-) -> Iterator[tuple[int, str]]:
-    """Writes all drafts to their ends at once; yields (row, new text) as it comes. Ended rows leave the batch."""
-    device = cache.model.embed.weight.device
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    live, lookup = list(range(len(drafts))), Lookup(sampling.lookup)
-    prompts = [len(draft.ids) for draft in drafts]
-    while live:
-        history = [drafts[row].ids for row in live]
-        guess = lookup.guess(history[0], drafts[live[0]].left - 1) if len(live) == 1 else []
-        logits = cache.logits([ids + guess for ids in history], len(guess) + 1, [prompts[row] for row in live])
-        for right, guessed in enumerate([*guess, None]):  # the next logits count if this token is the guessed one
-            after = logits[right :: len(guess) + 1]
-            picked = next_tokens(after, history, sampling, [generators[row] for row in live]).tolist()
-            for row, token in zip(live, picked, strict=True):
-                yield row, drafts[row].add(token)
-            if picked != [guessed] or drafts[live[0]].ended:
-                break
-        if guess:
-            lookup.learn(right)
-        stay = [number for number, row in enumerate(live) if not drafts[row].ended]
-        if 0 < len(stay) < len(live):
-            cache.keep(stay)
-        live = [live[number] for number in stay]
-
-
 def answer(
     model: GPT,
     prompts: Sequence[Sequence[int]],
@@ -143,25 +46,51 @@ def answer(
     sampling: Sampling,
     stop_ids: Collection[int],
     seeds: Sequence[int] | None = None,
+    came: Came = lambda i, answer: None,
+    rows: int | None = None,
 ) -> list[Answer]:
-    """Returns the answer to each prompt, all written in one batch.
+    """Returns the answer to each prompt; `rows` of them are written at once, or all.
 
-    Row i draws with seed `sampling.seed + i`, or `seeds[i]`. After Ctrl-C the error carries on; nothing is returned.
+    Row i draws with seed `sampling.seed + i`, or `seeds[i]`. `came` is told of each answer as soon as it has ended.
+    After Ctrl-C the error carries on; nothing is returned.
     """
-    drafts = [Draft(p, tokenizer, sampling, stop_ids, answer_budget(model, p, sampling)) for p in prompts]
     seeds = [sampling.seed + row for row in range(len(prompts))] if seeds is None else seeds
-    for _ in decode(TokenCache(model), drafts, sampling, seeds):
-        pass
-    return [draft.answer for draft in drafts]
+    batch, answers = Batch(model, rows or len(prompts)), []
+    for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        draft = Draft(prompt, tokenizer, sampling, stop_ids, answer_budget(model, prompt, sampling))
+        answers.append(draft.answer)
+        batch.waiting.append(Request(draft, replace(sampling, seed=seed), ended=partial(told, came, i, draft.answer)))
+    while batch.count:
+        batch.step()
+    return answers
+
+
+def told(came: Came, i: int, answer: Answer, error: Exception | None) -> None:
+    """Tells of an answer; raises the error if it failed."""
+    if error is not None:
+        raise error
+    came(i, answer)
 
 
 def stream(
-    cache: TokenCache, prompt: Sequence[int], tokenizer: Tokenizer, sampling: Sampling, stop_ids: Collection[int]
+    batch: Batch, prompt: Sequence[int], tokenizer: Tokenizer, sampling: Sampling, stop_ids: Collection[int]
 ) -> tuple[Answer, Iterator[str]]:
     """Returns an answer, which holds all that has come so far, and its text as it comes."""
-    draft = Draft(prompt, tokenizer, sampling, stop_ids, answer_budget(cache.model, prompt, sampling))
-    pieces = decode(cache, [draft], sampling, [sampling.seed])
-    return draft.answer, (text for _, text in pieces if text)
+    draft = Draft(prompt, tokenizer, sampling, stop_ids, answer_budget(batch.model, prompt, sampling))
+    texts: list[str] = []
+    request = Request(draft, sampling, came=texts.append)
+
+    def pieces() -> Iterator[str]:
+        batch.waiting.append(request)
+        try:
+            while not draft.ended:
+                batch.step()
+                yield from texts
+                texts.clear()
+        finally:
+            request.cancelled = True  # after Ctrl-C, say
+
+    return draft.answer, pieces()
 
 
 def generate(settings: Generate) -> None:
@@ -210,7 +139,7 @@ def respond(loaded: Loaded, prompts: Sequence[Prompt], settings: Generate, shown
     stop_ids = loaded.tokenizer.stop_ids if settings.raw else loaded.template.stop_ids
     began = time.perf_counter()
     if shown:
-        only, pieces = stream(TokenCache(loaded.model), ids[0], loaded.tokenizer, settings.sampling, stop_ids)
+        only, pieces = stream(Batch(loaded.model, 1), ids[0], loaded.tokenizer, settings.sampling, stop_ids)
         for text in pieces:
             write(text)
         write("\n")
@@ -241,21 +170,24 @@ def answer_all(
     stop_ids: Collection[int],
     came: Came = lambda i, answer: None,
 ) -> list[Answer]:
-    """Returns the answers to all prompts, in their order; those of like length are answered together, longest first.
+    """Returns the answers to all prompts, in their order; `batch_size` are written at once, the longest prompts first.
 
-    `came` is told of each as soon as its batch has ended.
+    `came` is told of each as soon as it has ended.
     """
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
-    answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        seeds = [sampling.seed + i for i in batch]
-        done = answer(loaded.model, [ids[i] for i in batch], loaded.tokenizer, sampling, stop_ids, seeds)
-        answers |= zip(batch, done, strict=True)
-        for i in batch:
-            came(i, answers[i])
-        tell(f"{len(answers)} of {len(ids)} prompts answered")
-    return [answers[i] for i in range(len(ids))]
+    ended = 0
+
+    def ended_one(number: int, answer: Answer) -> None:
+        nonlocal ended
+        ended += 1
+        came(order[number], answer)
+        if ended % batch_size == 0 or ended == len(ids):
+            tell(f"{ended} of {len(ids)} prompts answered")
+
+    prompts, seeds = [ids[i] for i in order], [sampling.seed + i for i in order]
+    rows = min(batch_size, len(ids))
+    answers = answer(loaded.model, prompts, loaded.tokenizer, sampling, stop_ids, seeds, ended_one, rows)
+    return [one for _, one in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
 
 def figures(answers: list[Answer], seconds: float) -> str:

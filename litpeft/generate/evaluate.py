@@ -19,7 +19,8 @@ from litpeft.data.thinking import answer_of, block, parted, thoughts_of
 from litpeft.data.tokenise import load_dataset
 from litpeft.exchange.run import find_run
 from litpeft.exchange.trained_rows import shape_of
-from litpeft.generate.engine import Answer, Came, answer_all
+from litpeft.generate.draft import Answer
+from litpeft.generate.engine import Came, answer_all
 from litpeft.generate.kept import Keep, kept, line
 from litpeft.generate.load import Loaded, load_model, load_one, named
 from litpeft.generate.settings import Evaluate, Sampling

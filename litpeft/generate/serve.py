@@ -22,11 +22,13 @@ from aiohttp import web
 from litpeft.core.errors import ConfigError, DataError, ResourceError, UserError, brief, counted, quoted
 from litpeft.core.terminal import tell
 from litpeft.data.prompts import Prompt
-from litpeft.generate.batch import Request, Worker
-from litpeft.generate.engine import Draft, prompt_ids
+from litpeft.generate.batch import Request
+from litpeft.generate.draft import Draft
+from litpeft.generate.engine import prompt_ids
 from litpeft.generate.protocol import Ask, Refused, last_piece, model, models, parse, piece, reply, usage
 from litpeft.generate.served import Served, load_served
 from litpeft.generate.settings import Serve
+from litpeft.generate.worker import Worker
 
 LARGEST_BODY = 10 << 20  # bytes
 SLOWEST_BODY = 60  # seconds

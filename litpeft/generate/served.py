@@ -9,7 +9,7 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.result import Run
 from litpeft.exchange.run import find_run, tell_outdated, tell_progress
-from litpeft.generate.batch import Batch
+from litpeft.generate.batch import PART, Batch
 from litpeft.generate.load import Loaded, load_one, make_fast, named
 from litpeft.generate.settings import Serve
 from litpeft.model.build import build
@@ -48,7 +48,7 @@ def load_served(settings: Serve) -> dict[str, Served]:
     for name, path in paths.items():
         if name not in served:
             loaded = load_one(settings, path, [one.loaded for one in served.values()])
-            served[name] = Served(loaded, Batch(loaded.model, settings.batch_size))
+            served[name] = Served(loaded, Batch(loaded.model, settings.batch_size, PART))
     return {name: served[name] for name in (*paths, *(served.keys() - paths.keys()))}
 
 
@@ -65,7 +65,7 @@ def load_beside(
         return {}
     add_by_row(model, list(maps.values()))
     make_fast(model)
-    batch, served = Batch(model, settings.batch_size), {}
+    batch, served = Batch(model, settings.batch_size, PART), {}
     texts: dict[str, tuple[Tokenizer, ChatTemplate]] = {}  # of what the runs recorded: most have the same
     for number, name in enumerate(maps, 1):
         run = runs[name]

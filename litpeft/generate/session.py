@@ -12,8 +12,9 @@ from litpeft.core.folders import atomic_file
 from litpeft.data.formats.turn import Turn
 from litpeft.data.templates import with_system
 from litpeft.data.thinking import closed
-from litpeft.generate.cache import TokenCache
-from litpeft.generate.engine import Answer, stream
+from litpeft.generate.batch import Batch
+from litpeft.generate.draft import Answer
+from litpeft.generate.engine import stream
 from litpeft.generate.load import Loaded
 from litpeft.generate.settings import Sampling
 from litpeft.model.delta import without_delta
@@ -33,7 +34,7 @@ class Session:
         self.given = system  # the system message; None: the one that the model was trained with
         self.turns: list[Turn] = []  # user and assistant by turns
         self.on_base = False
-        self.caches: dict[tuple[str, bool], TokenCache] = {}  # keys differ from model to model
+        self.batches: dict[tuple[str, bool], Batch] = {}  # keys differ from model to model
         self.written: Path | None = None  # the last file that was saved
 
     @property
@@ -59,8 +60,8 @@ class Session:
             raise DataError(what, hint="/reset starts anew, /undo drops the last exchange")
         sampling = replace(self.sampling, seed=self.sampling.seed + len(self.turns) // 2)
         stop_ids = self.loaded.template.stop_ids
-        cache = self.caches.setdefault((self.name, self.on_base), TokenCache(self.loaded.model))
-        answer, pieces = stream(cache, prompt, self.loaded.tokenizer, sampling, stop_ids)
+        batch = self.batches.setdefault((self.name, self.on_base), Batch(self.loaded.model, 1))
+        answer, pieces = stream(batch, prompt, self.loaded.tokenizer, sampling, stop_ids)
         try:
             with without_delta(self.loaded.model) if self.on_base else nullcontext():
                 for piece in pieces:

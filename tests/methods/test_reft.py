@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from litpeft.core.errors import UserError
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.generate.cache import TokenCache
-from litpeft.generate.engine import Draft, decode
+from litpeft.generate.engine import answer
 from litpeft.generate.settings import Sampling
 from litpeft.methods.reft import Edit, ReFT
 from litpeft.model.build import build
@@ -132,7 +132,7 @@ def test_answers_from_the_cache_edit_the_prompt_and_nothing_after_it(tiny_folder
         want = [model(ids, asked(ids, [n]))[0, -last:] for ids, n in zip(map(row_of, rows), prompts, strict=True)]
         assert (got - torch.cat(want)).abs().max() <= 1e-10 * got.abs().max()
         rows = [[*row, *range(30 + step, 30 + step + (4 if step == 1 else 1))] for row in rows]
-    cache.keep([1])
+    cache.swap(0, 1)
     got, ids = cache.logits(rows[1:2], 1, [20]), row_of(rows[1])
     assert torch.allclose(got, model(ids, asked(ids, [20]))[0, -1:], atol=1e-10)
     got = cache.logits(rows[1:2], 1, [22])  # the prompt of the next turn of a chat: other tokens are edited
@@ -156,9 +156,8 @@ def test_greedy_answers_in_a_batch_or_alone_are_those_of_whole_forward_passes(ti
         want.append(ids)
     sampling = Sampling(max_new_tokens=12, lookup=lookup)
     for batch in ([0, 1, 2], [0], [1]):
-        drafts = [Draft(prompts[i], tokenizer, sampling, (), 12) for i in batch]
-        list(decode(TokenCache(model), drafts, sampling, [0] * len(batch)))
-        assert [draft.ids for draft in drafts] == [want[i] for i in batch]
+        answers = answer(model, [prompts[i] for i in batch], tokenizer, sampling, ())
+        assert [prompts[i] + one.ids for i, one in zip(batch, answers, strict=True)] == [want[i] for i in batch]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
