@@ -99,6 +99,25 @@ def test_rows_of_the_base_get_the_logits_of_the_base(served) -> None:
         assert (cache.logits(rows) - want).norm() <= limit * want.norm()
 
 
+def test_a_recorded_step_has_the_runs_of_its_rows(served, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, _, models = served
+    batch, limit = models["lora"].batch, HELD[kind][2]
+    monkeypatch.setattr("litpeft.generate.cuda_graph.record", lambda step: step)
+    caches, rows = (TokenCache(batch.model, 3), TokenCache(batch.model, 3)), rows_for(["", "", ""])
+    caches[0].records = True  # as on a GPU
+    for step in range(4):
+        for cache in caches:
+            if step == 2:  # other runs in the rows of a step that has been recorded
+                cache.rows, cache.adapters = [[], [], []], [models[name].adapter for name in ("ia3", "base", "lora")]
+            elif not step:
+                cache.adapters = [models[name].adapter for name in ("lora", "dora", "base")]
+        got, want = (cache.logits(rows) for cache in caches)
+        assert (got - want).norm() <= limit * want.norm()
+        rows = [[*row, 7 + step] for row in rows]
+    assert caches[0].recorded
+    assert not caches[1].recorded
+
+
 @pytest.mark.skipif(library() is None, reason="this machine has no AVX-512 BF16 or no g++")
 @pytest.mark.parametrize(
     ("kind", "names"), [("bf16", ["lora", "dora", "ia3", "eva", "bitfit"]), ("nf4", ["lora", "dora", "eva"])]
