@@ -18,7 +18,7 @@ from litpeft.methods.lora import LoRA
 from litpeft.model.added_tokens import note_tokens
 from litpeft.model.affine import Affine
 from litpeft.model.build import build
-from litpeft.model.by_row import ByRow, affine_maps
+from litpeft.model.by_row import ByRow, affine_maps, deltas_beside
 from litpeft.model.context import Context
 from litpeft.model.delta import delta_state
 from litpeft.model.kernels import library
@@ -154,8 +154,10 @@ def test_a_run_with_more_than_affine_maps_in_layers_that_know_their_row_is_apart
         if method.add_tokens:
             note_tokens(method, Tokenizer.load(base))
         tuned = build(base, torch.float32, method)
-        maps = affine_maps(model, method, None, delta_state(tuned))
-        assert (maps is not None) == (method.targets == ("*.q",)), method
+        delta = delta_state(tuned)
+        alone = deltas_beside(model.config, method, None, delta)
+        assert (alone is not None) == (method.targets == ("*.q",)), method
+    maps = affine_maps(model, alone, method, delta)
     assert set(maps) == {f"blocks.{layer}.attn.q" for layer in range(len(model.blocks))}
 
 
@@ -177,3 +179,16 @@ def test_a_map_of_a_smaller_rank_or_with_fewer_terms_changes_nothing_else() -> N
     assert torch.equal(got[3], y[3])
     ctx.adapter = None
     assert delta(y, x, linear, ctx) is y
+
+
+def test_a_base_that_is_named_is_the_one_that_is_held_for_its_runs(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    save_run(tmp_path / "lora", "lora", "float32", base, base_reads(base))
+    save_run(tmp_path / "prefix", "prefix", "float32", base, base_reads(base))
+    others = (str(tmp_path / "lora"), str(tmp_path / "prefix"))
+    models = load_served(Serve(str(base), also=others, precision="32-true"))
+    assert list(models) == ["base", "lora", "prefix"]
+    assert [models[name].adapter for name in models] == [0, 1, 0]
+    assert models["base"].batch is models["lora"].batch
+    assert models["base"].batch is not models["prefix"].batch
+    assert list(load_served(Serve(others[1], precision="32-true"))) == ["prefix"]

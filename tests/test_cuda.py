@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import document_mask, finetune, make_folder, method_of, read_metrics, storage_of, write_rows
 from lightning.fabric import Fabric
+from saved_runs import base_reads, save_run
 from short_runs import assert_same, cut, delta, resume, same_tensors, train
 from test_generate import assert_recorded_steps_agree
 
@@ -20,6 +21,8 @@ from litpeft.data.rows import Row
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.gpu.fused_block import FusedBlock, fuse_blocks
 from litpeft.generate.load import load_model
+from litpeft.generate.served import load_served
+from litpeft.generate.settings import Serve
 from litpeft.methods import METHODS
 from litpeft.methods.lora import LoRA
 from litpeft.model.attention import Documents, attend
@@ -222,6 +225,27 @@ def test_fused_blocks_write_what_the_others_write(wide_folder: Path, dtype: torc
         tokens = want[new - 1 :: new].argmax(-1).tolist()[-len(rows) :]
         rows = [row + [token] * (1 if number < 40 else 4) for row, token in zip(rows, tokens, strict=True)]
     assert shapes == {(3, 1), (1, 16)}
+
+
+@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+def test_rows_of_several_runs_get_in_one_pass_what_each_gets_alone(
+    wide_folder: Path, kind: str, tmp_path: Path
+) -> None:
+    reads, names = base_reads(wide_folder), ["lora", "dora", "ia3", "vera"]
+    for name in names:
+        save_run(tmp_path / name, name, kind, wide_folder, reads)
+    first, *others = [str(tmp_path / name) for name in names]
+    models = load_served(Serve(first, also=tuple(others), precision="bf16-true"))
+    cache, rows = TokenCache(models["lora"].batch.model), [list(range(5, 5 + n)) for n in (9, 30, 220, 4)]
+    cache.adapters = [models[name].adapter for name in names]
+    assert sorted(cache.adapters) == [1, 2, 3, 4]
+    alone = [TokenCache(load_model(str(tmp_path / name), precision="bf16-true").model) for name in names]
+    for step in range(4):
+        got = cache.logits(rows).double()
+        want = torch.cat([one.logits([row]) for one, row in zip(alone, rows, strict=True)]).double()
+        assert ((got - want).norm(dim=1) <= 6e-2 * want.norm(dim=1)).all()
+        rows = [[*row, 7 + step] for row in rows]
+    assert any(step is not None for step in cache.recorded.values())
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])

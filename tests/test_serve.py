@@ -244,6 +244,7 @@ def test_keys_that_ask_for_nothing_are_no_fault(running: Running) -> None:
         ("POST", CHAT, {"Content_Type": "text/plain"}, 415),
         ("POST", CHAT, {"Host": "evil.example"}, 403),
         ("POST", CHAT, {"Host": "127.0.0.1.evil.example:80"}, 403),
+        ("POST", CHAT, {"Host": "[::1"}, 403),
         ("GET", CHAT, {}, 405),
         ("OPTIONS", CHAT, {"Origin": "http://evil.example"}, 405),
         ("GET", "/", {}, 404),

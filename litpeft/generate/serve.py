@@ -69,6 +69,14 @@ def is_local(host: str) -> bool:
         return False
 
 
+def hostname(address: str) -> str | None:
+    """Returns the name in a `Host` header."""
+    try:
+        return urlsplit(f"//{address}").hostname
+    except ValueError:
+        return None
+
+
 def bound(host: str, port: int) -> socket.socket:
     """Returns a socket that is bound to an address, and does not listen yet."""
     try:
@@ -143,7 +151,7 @@ class Server:
 
     def check(self, request: web.Request) -> None:
         """Raises Refused for a request that another web page makes in a browser here, or that lacks the key."""
-        if is_local(self.settings.host) and urlsplit(f"//{request.host}").hostname not in LOCAL:
+        if is_local(self.settings.host) and hostname(request.host) not in LOCAL:
             raise Refused(f"this server is called localhost, not {quoted(request.host)}", status=403)
         if self.key is not None and request.path != "/health":
             given = request.headers.get("Authorization", "").removeprefix("Bearer ")

@@ -13,7 +13,8 @@ from litpeft.generate.batch import PART, Batch
 from litpeft.generate.load import Loaded, load_one, make_fast, named
 from litpeft.generate.settings import Serve
 from litpeft.model.build import build
-from litpeft.model.by_row import add_by_row, affine_maps
+from litpeft.model.by_row import add_by_row, affine_maps, deltas_beside
+from litpeft.model.families.read import read_config
 from litpeft.model.quantize import Storage
 from litpeft.model.quantize.cache import Cache
 
@@ -43,23 +44,32 @@ def load_served(settings: Serve) -> dict[str, Served]:
         folder = run.find_base(settings.base)
         storage = None if run.storage is None else replace(run.storage, cache=False)
         bases.setdefault((folder.resolve(), storage), {})[name] = run
+    wanted = settings.quantize and Storage(settings.quantize).key
     for (folder, storage), of_base in bases.items():
-        served |= load_beside(folder, storage, of_base, settings, paths.keys() | served.keys())
+        same = (storage and storage.key) == wanted
+        named_so = (name for name, path in paths.items() if same and Path(path).resolve() == folder)
+        base = next(named_so, folder.name if folder.name not in {*paths, *served} else None)
+        served |= load_beside(folder, storage, of_base, settings, base)
     for name, path in paths.items():
         if name not in served:
             loaded = load_one(settings, path, [one.loaded for one in served.values()])
             served[name] = Served(loaded, Batch(loaded.model, settings.batch_size, PART))
-    return {name: served[name] for name in (*paths, *(served.keys() - paths.keys()))}
+    return {name: served[name] for name in (*paths, *(name for name in served if name not in paths))}
 
 
 def load_beside(
-    folder: Path, storage: Storage | None, runs: dict[str, Run], settings: Serve, taken: set[str]
+    folder: Path, storage: Storage | None, runs: dict[str, Run], settings: Serve, base: str | None
 ) -> dict[str, Served]:
-    """Returns those of the `runs` that can be computed beside their base, and the base, named like its folder."""
+    """Returns those of the `runs` that can be computed beside their base, and the base by the name `base`, if given."""
+    _, config = read_config(folder)
+    saved = {name: (run.method(), run.delta()) for name, run in runs.items()}
+    alone = {name: deltas_beside(config, method, storage, delta) for name, (method, delta) in saved.items()}
+    if not any(alone.values()):
+        return {}
     device = pick_device()
     held = None if storage is None else replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
     model = build(folder, pick_precision(settings.precision, device).weights, device=device, storage=held)
-    maps = {name: affine_maps(model, run.method(), storage, run.delta()) for name, run in runs.items()}
+    maps = {name: affine_maps(model, deltas, *saved[name]) for name, deltas in alone.items() if deltas is not None}
     maps = {name: found for name, found in maps.items() if found is not None}
     if not maps:
         return {}
@@ -78,8 +88,8 @@ def load_beside(
             texts[recorded] = run.tokenizer_and_template(folder, settings.template_options)
             texts[recorded][0].check_vocabulary(model.config.vocab_size)
         served[name] = Served(Loaded(model, *texts[recorded], run.system, run), batch, number)
-    if folder.name not in taken:
+    if base is not None:
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate(tokenizer, options=settings.template_options, is_setting=False)
-        served[folder.name] = Served(Loaded(model, tokenizer, template, None, None), batch)
+        served[base] = Served(Loaded(model, tokenizer, template, None, None), batch)
     return served

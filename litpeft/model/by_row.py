@@ -16,6 +16,7 @@ from torch import Tensor
 
 from litpeft.model.affine import Affine
 from litpeft.model.build import deltas_alone
+from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context
 from litpeft.model.delta import Method, load_delta
 from litpeft.model.gpt import GPT
@@ -80,25 +81,32 @@ def add_by_row(model: GPT, runs: Sequence[Mapping[str, Affine]]) -> None:
         linear.slot.add(NAME, delta.eval().requires_grad_(False))
 
 
-@torch.no_grad()
-def affine_maps(
-    model: GPT, method: Method, storage: Storage | None, delta: dict[str, Tensor]
-) -> dict[str, Affine] | None:
-    """Returns what a run does to the output of a base's linear layers, by their names; None if it does anything else.
+def deltas_beside(config: ModelConfig, method: Method, storage: Storage | None, delta: dict[str, Tensor]) -> GPT | None:
+    """Returns a model with nothing but a run's deltas; None if they act elsewhere than in layers that know their row.
 
-    `model` is its base, without deltas, held in `storage`; `delta` is what the run saved.
+    `storage` is how its base is held, `delta` what the run saved.
     """
     if method.add_tokens or method.unfreeze or method.defines("choose"):
         return None
-    alone = deltas_alone(model.config, method, storage, delta)
+    alone = deltas_alone(config, method, storage, delta)
     if any(name in alone.base_keys for name in delta):
         return None
     slots = {name: module for name, module in alone.named_modules() if isinstance(module, Slot) and module.deltas}
-    layers = {name.rpartition(".")[0]: slot for name, slot in slots.items()}
     known = knowing_rows(alone)
-    if not all(isinstance(layer := alone.get_submodule(name), Linear) and layer in known for name in layers):
-        return None
-    for slot in slots.values():
+    layers = [alone.get_submodule(name.rpartition(".")[0]) for name in slots]
+    return alone if all(isinstance(layer, Linear) and layer in known for layer in layers) else None
+
+
+@torch.no_grad()
+def affine_maps(model: GPT, alone: GPT, method: Method, delta: dict[str, Tensor]) -> dict[str, Affine] | None:
+    """Returns what a run does to the output of its base's linear layers, by their names; None if it does more.
+
+    `model` is the base, without deltas; `alone` holds those of the run, as `deltas_beside` gave them.
+    """
+    layers = {
+        name: layer.slot for name, layer in alone.named_modules() if isinstance(layer, Linear) and layer.slot.deltas
+    }
+    for slot in layers.values():
         slot.to(model.embed.weight.device)
     if method.defines("start"):
         for name in layers:
