@@ -104,6 +104,16 @@ def test_the_next_turn_of_a_chat_reads_only_what_is_new(model: GPT, tokenizer: T
             chats[number] = [*chat, *request.answer.ids, 90, 91, 92, 93, 94]
 
 
+def test_prompts_of_one_beginning_are_each_read_whole_where_answers_must_not_depend_on_it(
+    model: GPT, tokenizer: Tokenizer
+) -> None:
+    read, prompts = [], [[*range(40, 80), last] for last in range(5)]
+    hook = model.embed.register_forward_hook(lambda embed, args, out: read.append(args[0].numel()))
+    answer(model, prompts, tokenizer, Sampling(max_new_tokens=1), (), rows=2)
+    hook.remove()
+    assert sum(read) == sum(map(len, prompts))
+
+
 def test_what_is_cancelled_leaves_at_the_next_step_and_the_others_go_on(model: GPT, tokenizer: Tokenizer) -> None:
     long = Sampling(max_new_tokens=60, lookup=0)
     stays, goes, waits, reads = (Wanted(tokenizer, prompt, long) for prompt in PROMPTS[:4])

@@ -67,9 +67,13 @@ class Batch:
     The rows after them keep what earlier requests read: the next turn of a chat does not read it again.
     """
 
-    def __init__(self, model: GPT, rows: int, part: int | None = None):
-        """`rows` answers are written at once; a step reads `part` tokens of prompts, or all that have a row."""
-        self.model, self.part = model, part
+    def __init__(self, model: GPT, rows: int, part: int | None = None, keeps: bool = True):
+        """`rows` answers are written at once; a step reads `part` tokens of prompts, or all that have a row.
+
+        Without `keeps` every prompt is read whole: then an answer does not depend on what was read before, whose keys
+        may be rounded otherwise.
+        """
+        self.model, self.part, self.keeps = model, part, keeps
         # beyond a length the keys of all tokens of all rows would be others
         self.capacity = rows if model.config.turning_length is None else 1
         self.waiting: deque[Request] = deque()
@@ -152,8 +156,9 @@ class Batch:
         def known(row: int) -> int:
             return common_prefix(cache.rows[row], prompt) if cache.adapters[row] == request.adapter else 0
 
-        cache.swap(next_row, max(range(next_row, self.capacity), key=lambda row: (known(row), row)))
-        if cache.adapters[next_row] != request.adapter:
+        if self.keeps:
+            cache.swap(next_row, max(range(next_row, self.capacity), key=lambda row: (known(row), row)))
+        if not self.keeps or cache.adapters[next_row] != request.adapter:
             cache.adapters[next_row], cache.rows[next_row] = request.adapter, []
 
     def read(self) -> None:

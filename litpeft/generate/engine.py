@@ -55,7 +55,7 @@ def answer(
     After Ctrl-C the error carries on; nothing is returned.
     """
     seeds = [sampling.seed + row for row in range(len(prompts))] if seeds is None else seeds
-    batch, answers = Batch(model, rows or len(prompts)), []
+    batch, answers = Batch(model, rows or len(prompts), keeps=False), []
     for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
         draft = Draft(prompt, tokenizer, sampling, stop_ids, answer_budget(model, prompt, sampling))
         answers.append(draft.answer)
