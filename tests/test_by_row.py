@@ -8,11 +8,14 @@ from conftest import make_folder
 from saved_runs import HELD, base_reads, make_base, save_run
 
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.generate.batch import Batch, Request
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import FusedBlock
+from litpeft.generate.draft import Draft
+from litpeft.generate.engine import answer
 from litpeft.generate.load import load_model
 from litpeft.generate.served import Served, load_served
-from litpeft.generate.settings import Serve
+from litpeft.generate.settings import Sampling, Serve
 from litpeft.methods import METHODS
 from litpeft.methods.lora import LoRA
 from litpeft.model.added_tokens import note_tokens
@@ -97,6 +100,28 @@ def test_rows_of_the_base_get_the_logits_of_the_base(served) -> None:
         cache = TokenCache(model)
         cache.adapters = adapters
         assert (cache.logits(rows) - want).norm() <= limit * want.norm()
+
+
+@pytest.mark.parametrize("part", [3, 512])
+def test_requests_that_come_and_go_get_the_answers_of_their_runs(served, part: int) -> None:
+    kind, folder, models = served
+    if kind in ("bf16", "nf4"):
+        pytest.skip("near ties fall as a type rounds")
+    names = ["lora", "ia3", "base", "dora", "lora", "bitfit", "base", "ia3"]
+    batch, requests = Batch(models["lora"].batch.model, 3, part), []
+    for number, (name, prompt) in enumerate(zip(names, rows_for(names), strict=True)):
+        sampling = Sampling(temperature=0.5 * (number % 2), max_new_tokens=2 + 5 * (number % 3), seed=number)
+        draft = Draft(prompt, models[name].loaded.tokenizer, sampling, (), sampling.max_new_tokens)
+        requests.append(Request(draft, sampling, models[name].adapter))
+    coming = list(requests)
+    while coming or batch.count:
+        batch.waiting.extend(coming[:1])
+        del coming[:1]
+        batch.step()
+    for name, prompt, request in zip(names, rows_for(names), requests, strict=True):
+        one = load_model(str(folder / name), precision=HELD[kind][0])
+        seeds = [request.sampling.seed]
+        assert answer(one.model, [prompt], one.tokenizer, request.sampling, (), seeds) == [request.draft.answer], name
 
 
 def test_a_recorded_step_has_the_runs_of_its_rows(served, monkeypatch: pytest.MonkeyPatch) -> None:

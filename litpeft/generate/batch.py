@@ -184,3 +184,5 @@ class Batch:
             self.cache.swap(row, last)
             self.writing[row] = self.writing[last]
             del self.writing[last]
+            if self.reading:  # of several steps: its row follows those of the answers
+                self.cache.swap(last, last + 1)
