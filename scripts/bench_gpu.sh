@@ -62,6 +62,7 @@ for quantize in "" nf4; do
 done
 row "documents 8b" gpu_documents.py "$out/8b"
 row "answers nf4 16" gpu.py decode "$out/8b" --rows 16 --quantize nf4
+row "answers bf16 16 of 4 runs" gpu.py decode "$out/8b" --rows 16 --runs 4
 row "documents small" gpu_documents.py "$out/small"
 row "load bf16 cold" gpu_start.py load "$out/8b" --cold
 for tool in "${tools[@]}"; do row "train $tool" gpu.py train "$out/8b" --tool "$tool"; done

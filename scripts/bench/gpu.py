@@ -6,7 +6,7 @@ gpu.py make FOLDER --tokenizer FOLDER      random weights of Llama-3.1-8B's shap
 gpu.py small FOLDER --tokenizer FOLDER     random weights of the shapes in the tokenizer folder's config.json
 gpu.py train FOLDER --tool litpeft         steps of LoRA on four documents of 2,048 tokens, all of them trained
 gpu.py short FOLDER --tokens 2048          steps of four passes over documents of 100 to 600 tokens
-gpu.py decode FOLDER --rows 1              answers, token by token
+gpu.py decode FOLDER --rows 1              answers, token by token; --runs 4: rows of several runs
 gpu.py table FILE                          all measurements in FILE (gpu.jsonl) as a table, with the targets
 """
 
@@ -217,15 +217,21 @@ def short(folder: Path, tokens: int) -> dict[str, object]:
     return {"row": f"short {folder.name} {tokens}", "tokens": sizes, "tokens_per_second": round(total / median)}
 
 
-def decode(folder: Path, rows: int, quantize: str | None) -> dict[str, object]:
-    """Measures tokens of answers to prompts of 64 tokens, and the share of the time that reading the weights takes."""
+def decode(folder: Path, rows: int, quantize: str | None, runs: int) -> dict[str, object]:
+    """Measures tokens of answers to prompts of 64 tokens, and the share of the time that reading the weights takes.
+
+    With `runs` the rows have the base and so many runs of LoRA by turns.
+    """
     from litpeft.generate.cache import TokenCache
     from litpeft.generate.gpu.fused_block import fuse_blocks
 
     model = litpeft_model(folder, quantize, lora=False).eval().requires_grad_(False)
+    if runs:
+        add_runs(model, runs)
     if DEVICE.type == "cuda":
         fuse_blocks(model)
     cache, ids = TokenCache(model), [list(range(5, 69)) for _ in range(rows)]
+    cache.adapters = [row % (runs + 1) for row in range(rows)] if runs else []
 
     def step() -> None:
         cache.logits(ids)
@@ -238,8 +244,23 @@ def decode(folder: Path, rows: int, quantize: str | None) -> dict[str, object]:
     _, copying = timed(lambda: target.copy_(source))
     rate, copied = read / median / 1e12, 2 * source.nbytes / copying / 1e12
     figures = {"tokens_per_second": round(rows / median, 1), "weights_tb_per_s": round(rate, 2)}
-    row = f"answers {quantize or 'bf16'} {rows}"
+    row = f"answers {quantize or 'bf16'} {rows}" + (f" of {runs} runs" if runs else "")
     return {"row": row, **figures, "copy_tb_per_s": round(copied, 2), "of_the_bandwidth": round(rate / copied, 2)}
+
+
+def add_runs(model: torch.nn.Module, number: int) -> None:
+    """Puts runs of LoRA of rank 8 with random numbers beside the linear layers of the blocks."""
+    from litpeft.model.affine import Affine
+    from litpeft.model.by_row import add_by_row
+    from litpeft.model.delta import linears
+
+    layers, like = linears(model, ("*.attn.*", "*.mlp.*")), {"dtype": model.dtype, "device": DEVICE}
+
+    def update(layer: torch.nn.Linear) -> Affine:
+        inputs, outputs = layer.in_features, layer.out_features
+        return Affine(A=torch.randn(8, inputs, **like) / inputs, B=torch.randn(outputs, 8, **like))
+
+    add_by_row(model, [{name: update(layer) for name, layer in layers.items()} for _ in range(number)])
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -265,6 +286,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--quantize")
+    parser.add_argument("--runs", type=int, default=0)
     given = parser.parse_args()
     if given.what == "table":
         print(table([json.loads(line) for line in given.folder.read_text(encoding="utf-8").splitlines()]))
@@ -275,7 +297,7 @@ def main() -> None:
     actions = {
         "train": lambda: train(given.folder, given.tool),
         "short": lambda: short(given.folder, given.tokens),
-        "decode": lambda: decode(given.folder, given.rows, given.quantize),
+        "decode": lambda: decode(given.folder, given.rows, given.quantize, given.runs),
     }
     print(json.dumps(on_card(actions[given.what]())), flush=True)
 
