@@ -108,7 +108,10 @@ def in_mode(forward: Callable, mode: Callable[[], TorchFunctionMode]) -> Callabl
     return wide
 
 
-NEEDED = {"bitfit": {"add_missing": True}}  # what a method has to be told for a model like the tiny one
+NEEDED = {  # what a method has to be told for a model like the tiny one
+    "bitfit": {"add_missing": True},
+    "glora": {"population": 4, "generations": 2},  # its search, of 64 paths, would take longer than the run
+}
 
 
 ON_CODES_ONLY = {"loftq", "lq_lora", "qa_lora"}  # methods that want a quantised base

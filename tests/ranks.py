@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from litpeft import cli
 from litpeft.cli import help, yaml_keys  # noqa: F401 - forked ranks have them already
-from litpeft.train import finetune, loss_figure  # noqa: F401 - the same
+from litpeft.train import fabric, finetune, loss_figure  # noqa: F401 - the same
 from litpeft.train.launch import PARENT, free_port, watch
 
 Hook = Callable[[int], object]  # done in each rank before its command, e.g. to let it fail at some place
