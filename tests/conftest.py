@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # ranks that are forked cannot use their parent's pool of compilers
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # plain C++: each process would try out four kinds of vectors, in 15 s
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs are computed on the processor; read when Triton is imported
 torch.set_num_threads(1)
