@@ -9,7 +9,8 @@
 #
 #   bash scripts/test.sh --parity
 #
-# Two cores and more run a file each; `-n 0` runs one after the other, as a debugger needs.
+# Two cores and more share the tests; `-n 0` runs one after the other, as a debugger needs. What they write lies in the
+# machine's memory where there is room for it: a checkpoint waits for the disk, and these are tens of thousands.
 # Where there is a GPU, what only it can show is tested first; all else is of the processor.
 
 source "$(dirname "$0")/environment.sh"
@@ -30,4 +31,8 @@ fi
 cores=$(getconf _NPROCESSORS_ONLN)
 workers=$((cores < 4 ? cores : 4)) # each needs some 2 GB
 echo "== pytest, $workers at a time"
-OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' exec .venv/bin/python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
+room=$(df -Pk /dev/shm 2>/dev/null | awk 'END { print $4 }' || true) # KiB
+if [ "${room:-0}" -gt $((4 << 20)) ]; then
+    export PYTEST_DEBUG_TEMPROOT=${PYTEST_DEBUG_TEMPROOT:-/dev/shm}
+fi
+OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' exec .venv/bin/python -m pytest -n "$workers" --dist worksteal "$@"

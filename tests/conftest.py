@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # ranks that are forked cannot use their parent's pool of compilers
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"  # plain C++: each process would try out four kinds of vectors, in 15 s
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for GPUs are computed on the processor; read when Triton is imported
 torch.set_num_threads(1)
@@ -105,7 +109,10 @@ def in_mode(forward: Callable, mode: Callable[[], TorchFunctionMode]) -> Callabl
     return wide
 
 
-NEEDED = {"bitfit": {"add_missing": True}}  # what a method has to be told for a model like the tiny one
+NEEDED = {  # what a method has to be told for a model like the tiny one
+    "bitfit": {"add_missing": True},
+    "glora": {"population": 4, "generations": 2},  # its search, of 64 paths, would take longer than the run
+}
 
 
 ON_CODES_ONLY = {"loftq", "lq_lora", "qa_lora"}  # methods that want a quantised base
@@ -175,21 +182,68 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "lemon": "yellow"}
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _savefig() -> Iterator[Callable[..., None]]:
-    """Runs leave an empty loss.png: drawing it takes as long as all else of a short run. Yields what draws."""
-    from matplotlib.figure import Figure
+class NoFigure:
+    """Stands for the picture of a run, and leaves an empty file."""
 
-    draw = Figure.savefig
+    def __init__(self, *figures: object):
+        pass
+
+    def savefig(self, file: Path) -> None:
+        Path(file).touch()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _figure() -> Iterator[Callable[..., Any]]:
+    """Runs leave an empty loss.png: drawing it takes as long as all else of a short run. Yields what draws."""
+    from litpeft.train import loss_figure
+
+    draw = loss_figure.loss_figure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, file: Path(file).touch())
+        patch.setattr(loss_figure, "loss_figure", NoFigure)
         yield draw
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _kept_parsers() -> Iterator[None]:
+    """The parser of a command is made once: making it takes as long as all steps of a short run."""
+    from litpeft import cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "parser_of", cache(cli.parser_of))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _kept_templates() -> Iterator[None]:
+    """A chat template is compiled once in a process: the process that renders it takes as long to start as a run."""
+    from litpeft.data import templates
+
+    compiled, kept = templates.Template, {}
+
+    def template(source: str, now: datetime, constants: dict[str, Any]) -> Any:
+        key = (os.getpid(), source, now if "strftime_now" in source else None, repr(constants))
+        if key not in kept:
+            kept[key] = compiled(source, now, constants)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(templates, "Template", template)
+        yield
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector of garbage need not look at it again and again."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture
-def drawn(_savefig: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn(_figure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Has pictures drawn, for tests that look at them."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", _savefig)
+    monkeypatch.setattr("litpeft.train.loss_figure.loss_figure", _figure)
 
 
 def write_rows(folder: Path) -> Path:

@@ -13,10 +13,13 @@ def pairs(cell: Cell) -> set[tuple]:
     return set(combinations(enumerate(cell), 2))
 
 
-def pairwise(*axes: Iterable[object]) -> list[Cell]:
-    """Returns the cells of the table: each is the cell of the product that shows most of the pairs not yet shown."""
+def pairwise(*axes: Iterable[object], shown: Iterable[Cell] = ()) -> list[Cell]:
+    """Returns the cells of the table: each is the cell of the product that shows most of the pairs not yet shown.
+
+    `shown` are cells that another test shows.
+    """
     cells = {cell: pairs(cell) for cell in product(*axes)}
-    left = set().union(*cells.values())
+    left = set().union(*cells.values()).difference(*map(pairs, shown))
     table = []
     while left:
         table.append(max(cells, key=lambda cell: len(left & cells[cell])))

@@ -16,8 +16,9 @@ import torch
 from conftest import read_metrics
 from safetensors.torch import load_file
 
-from litpeft.cli import help, main, yaml_keys  # noqa: F401 - forked ranks have them already
-from litpeft.train import finetune, loss_figure  # noqa: F401 - the same
+from litpeft import cli
+from litpeft.cli import help, yaml_keys  # noqa: F401 - forked ranks have them already
+from litpeft.train import fabric, finetune, loss_figure  # noqa: F401 - the same
 from litpeft.train.launch import PARENT, free_port, watch
 
 Hook = Callable[[int], object]  # done in each rank before its command, e.g. to let it fail at some place
@@ -84,12 +85,14 @@ def start(log: Path, *argv: object, world: int = 2, hook: Hook | None = None, **
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(world)}
     common[PARENT] = str(os.getpid())
     command = [*map(str, argv), "--devices", str(world)] if world > 1 else [*map(str, argv)]
+    name = " ".join(command[:2])
+    cli.parser_of(name, cli.COMMANDS[name])  # kept for the ranks; see conftest.py
 
     def action(rank: int) -> None:
         torch.set_num_threads(1)
         if hook is not None:
             hook(rank)
-        main(command)
+        cli.main(command)
 
     ranks = []
     for rank in range(world):

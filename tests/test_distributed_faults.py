@@ -131,9 +131,11 @@ def test_a_fault_on_one_rank_ends_both_and_the_run_goes_on(fault: str, folder: P
     check_fault(fault, "ddp", folder, tmp_path)
 
 
+OTHERS = [(fault, name) for fault in FAULTS for name in ("ddp", "fsdp") if name == "fsdp" or fault not in QUICK]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "strategy"), OTHERS)
 def test_every_fault_on_one_rank_ends_both(fault: str, strategy: str, folder: Path, tmp_path: Path) -> None:
     check_fault(fault, strategy, folder, tmp_path)
 
@@ -186,23 +188,21 @@ def test_an_error_that_all_ranks_find_is_told_once(
     assert "did not end by itself" not in said
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
     "argv",
     [("--validation.metric", "exact", "--validation.patience", 2), ("--validation.patience", 1, "--train.lr", 0.3)],
 )
-def test_ranks_agree_when_to_stop_and_which_step_was_best(
-    strategy: str, argv: tuple, folder: Path, tmp_path: Path
-) -> None:
+def test_ranks_agree_when_to_stop_and_which_step_was_best(argv: tuple, folder: Path, tmp_path: Path) -> None:
     argv = "--train.epochs", 20, "--validation.interval", 1, "--validation.final", "best", *argv
-    ended = [
-        run(tmp_path / "log", *command(folder, tmp_path / f"{world}", *argv, *more), world=world)
-        for world, more in ((1, ()), (2, ("--strategy", strategy)))
-    ]
-    why = r"no (better loss|more exact answers) than .* at step \d+ of 40"
-    reasons = [re.search(why, said)[0] for code, said in ended if code == 0]
-    assert reasons[0] == reasons[1]
-    assert Result.of(tmp_path / "1").apart(Result.of(tmp_path / "2")) <= 1e-6
+    reasons = []
+    for name, world in (("one", 1), ("ddp", 2), ("fsdp", 2)):
+        spread = () if world == 1 else ("--strategy", name)
+        code, said = run(tmp_path / "log", *command(folder, tmp_path / name, *argv, *spread), world=world)
+        assert code == 0, said
+        reasons.append(re.search(r"no (better loss|more exact answers) than .* at step \d+ of 40", said)[0])
+    assert reasons[0] == reasons[1] == reasons[2]
+    one = Result.of(tmp_path / "one")
+    assert all(Result.of(tmp_path / strategy).apart(one) <= 1e-6 for strategy in ("ddp", "fsdp"))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -232,7 +232,7 @@ def test_it_compiles_without_a_graph_break(tiny_folder, name: str) -> None:
     torch._dynamo.reset()
     model = make(tiny_folder, name)
     steps(model)
-    compiled = torch.compile(lambda ids: forward(model, ids), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda ids: forward(model, ids), backend="eager", fullgraph=True)
     assert torch.allclose(compiled(IDS), forward(model), atol=1e-10)
 
 

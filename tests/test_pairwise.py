@@ -27,3 +27,13 @@ def test_the_table_and_the_rest_are_the_product_and_a_new_method_is_in_it() -> N
     assert set(shown) == set(pairwise(*axes))
     assert {precision for name, precision, _ in shown if name == "a new one"} == set(axes[1])
     assert all(case.marks == (pytest.mark.full,) for case in found if case.values not in shown)
+
+
+def test_what_another_test_shows_need_not_be_in_the_table() -> None:
+    axes = "abcdefgh", range(4), range(7)
+    elsewhere = [(letter, 2, number) for letter in "abcdefgh" for number in (0, 1)]
+    table = pairwise(*axes, shown=elsewhere)
+    for first, second in combinations(range(3), 2):
+        found = {(cell[first], cell[second]) for cell in (*table, *elsewhere)}
+        assert found == set(product(axes[first], axes[second]))
+    assert len(table) < len(pairwise(*axes)) - 8

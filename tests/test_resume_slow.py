@@ -20,11 +20,12 @@ STEPS = range(1, 8)
 WITH_DROPOUT = [f"{name}, dropout" for name in METHODS if "dropout" in [f.name for f in fields(method_class(name))]]
 # Where a method has dropout the table has it on: that restores all that a run without it does, and the draws besides.
 SHOWN = [*WITH_DROPOUT, *(name for name in METHODS if f"{name}, dropout" not in WITH_DROPOUT)]
+IN_TEST_RESUME = list(itertools.product(SHOWN, ["packed, accumulated"], [1, 2]))
 
 
 def cases() -> list:
     """Returns what to resume: the steps of the pairwise table, and the others, which only `-m full` runs."""
-    table, found = pairwise(SHOWN, LAYOUTS, STEPS), []
+    table, found = pairwise(SHOWN, LAYOUTS, STEPS, shown=IN_TEST_RESUME), []
     for method, layout in itertools.product([*METHODS, *WITH_DROPOUT], LAYOUTS):
         shown = [step for step in STEPS if (method, layout, step) in table]
         for steps, mark in ((shown, pytest.mark.slow), ([s for s in STEPS if s not in shown], pytest.mark.full)):

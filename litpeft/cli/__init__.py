@@ -237,23 +237,13 @@ def usage(prefix: str) -> None:
 
 def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[str, str]]:
     """Returns the settings of a command, its method (for `finetune`), and `file:line` of each key in a YAML file."""
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentError
 
     from litpeft.cli.help import help_text, wanted
     from litpeft.cli.paths import expand_paths
     from litpeft.cli.yaml_keys import check_options, check_yaml, in_plain_words
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    cls = load(command.settings, called(name).capitalize())
-    example = f"litpeft {name} {command.example}"
-    parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, epilog=example, exit_on_error=False)
-    parser.add_argument("--config", action="config")
-    parser.add_class_arguments(cls, as_group=False, as_positional=not command.in_yaml)
-    if command.method is not None:
-        from litpeft.methods import PRESETS, method_class
-
-        parser.add_class_arguments(method_class(command.method), "method")
-        parser.set_defaults(PRESETS.get(command.method, {}))
+    parser = parser_of(name, command)
     group = wanted(argv, parser)
     if group is not None:
         say(help_text(parser, group), end="")
@@ -266,15 +256,39 @@ def parse(name: str, command: Command, argv: list[str]) -> tuple[Any, Any, dict[
             given = parser.parse_args(argv)
             expand_paths(given)
             parsed = parser.instantiate(given)
+        cls = settings_of(name, command)
         settings = cls(**{field.name: parsed[field.name] for field in fields(cls)})
     except (ArgumentError, TypeError, ValueError) as error:
         text = in_plain_words(" ".join(str(getattr(error, "message", None) or error).split()), parser)
-        hint = f"for example: {example}" if "are required" in text else ""
+        hint = f"for example: {parser.epilog}" if "are required" in text else ""
         where = next((at for key, at in lines.items() if key in text), "")
         raise ConfigError(text, where=where, hint=hint) from None
     finally:
         say(printed.getvalue(), end="")
     return settings, parsed.get("method"), lines
+
+
+def parser_of(name: str, command: Command) -> Any:
+    """Returns the jsonargparse.ArgumentParser of a command: its options, with their defaults and help."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    cls = settings_of(name, command)
+    example = f"litpeft {name} {command.example}"
+    parser = ArgumentParser(prog=f"litpeft {name}", description=cls.__doc__, epilog=example, exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(cls, as_group=False, as_positional=not command.in_yaml)
+    if command.method is not None:
+        from litpeft.methods import PRESETS, method_class
+
+        parser.add_class_arguments(method_class(command.method), "method")
+        parser.set_defaults(PRESETS.get(command.method, {}))
+    return parser
+
+
+def settings_of(name: str, command: Command) -> type:
+    """Returns the dataclass of a command's settings."""
+    return load(command.settings, called(name).capitalize())
 
 
 def called(name: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_origin
@@ -152,10 +153,16 @@ def base(folder: Path, name: str) -> dict[str, Any]:
     return {key: value for key, value in written.items() if key not in LISTS or key in sizes}
 
 
+@cache
+def noise() -> torch.Tensor:
+    """Returns normal numbers, more than a tiny model has: drawing them anew for each model would take a fifth of it."""
+    return torch.randn(1 << 22, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 def transformers_model(folder: Path, hf: dict[str, Any]) -> tuple[torch.nn.Module | None, torch.Tensor | None]:
     """Writes config.json; returns transformers' model with random weights and its logits, or None if it refuses."""
     (folder / "config.json").write_text(json.dumps(hf))
-    torch.manual_seed(0)
+    at = 0
     try:
         config = AutoConfig.from_pretrained(folder)
         config._experts_implementation = "eager"  # their fast ones take no float64
@@ -163,8 +170,10 @@ def transformers_model(folder: Path, hf: dict[str, Any]) -> tuple[torch.nn.Modul
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
         model.tie_weights()
         for name, parameter in model.named_parameters():
-            plain = parameter.dim() > 1 or name.endswith("bias")
-            torch.nn.init.normal_(parameter, 0.0 if plain else 1.0, 0.1 if parameter.dim() > 1 else 0.2)
+            plain, size = parameter.dim() > 1 or name.endswith("bias"), parameter.numel()
+            at = at if at + size <= len(noise()) else 0
+            drawn, at = noise()[at : at + size].view_as(parameter), at + size
+            parameter.data = drawn * (0.1 if parameter.dim() > 1 else 0.2) + (0.0 if plain else 1.0)
         with torch.no_grad():
             return model, in_float64(model).eval()(IDS, use_cache=False, return_dict=True).logits
     except Exception:  # of a dozen kinds: its checks are spread over the class, the model and torch
