@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -182,25 +183,25 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "lemon": "yellow"}
 
 
-class NoFigure:
-    """Stands for the picture of a run, and leaves an empty file."""
+class NoFigure(MagicMock):
+    """Stands for matplotlib's Figure, and leaves an empty file."""
 
-    def __init__(self, *figures: object):
-        pass
+    def subplots(self, number: int, **options: object) -> list[MagicMock]:
+        return [MagicMock() for _ in range(number)]
 
     def savefig(self, file: Path) -> None:
         Path(file).touch()
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _figure() -> Iterator[Callable[..., Any]]:
+def _figure() -> Iterator[type]:
     """Runs leave an empty loss.png: drawing it takes as long as all else of a short run. Yields what draws."""
     from litpeft.train import loss_figure
 
-    draw = loss_figure.loss_figure
+    figure = loss_figure.Figure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_figure, "loss_figure", NoFigure)
-        yield draw
+        patch.setattr(loss_figure, "Figure", NoFigure)
+        yield figure
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -241,9 +242,9 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture
-def drawn(_figure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn(_figure: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has pictures drawn, for tests that look at them."""
-    monkeypatch.setattr("litpeft.train.loss_figure.loss_figure", _figure)
+    monkeypatch.setattr("litpeft.train.loss_figure.Figure", _figure)
 
 
 def write_rows(folder: Path) -> Path:
