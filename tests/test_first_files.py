@@ -180,7 +180,9 @@ def test_a_title_above_the_header_of_a_sheet_is_told_where_names_belong(tmp_path
     )
 
 
-def test_a_folder_of_mixed_files_is_told_a_glob_that_finds_some(tmp_path):
+@pytest.mark.parametrize("name", ["rows", "a folder with a name that is as long as those of people's downloads " * 3])
+def test_a_folder_of_mixed_files_is_told_a_glob_that_finds_some(name, tmp_path):
+    (tmp_path := tmp_path / name).mkdir()
     for name in ("a.csv", "b.jsonl"):
         (tmp_path / name).write_text("question,answer\na,b\n")
     glob = refused(tmp_path).hint.partition("name the files: ")[2].strip("'")

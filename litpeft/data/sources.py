@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import glob, has_magic
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from litpeft.core.errors import DataError, quoted, some
+from litpeft.core.errors import DataError, some
 from litpeft.data.hub.address import Address, address, no_file
 from litpeft.data.hub.layout import HELD_OUT, TEST, TRAIN
 from litpeft.data.presets import Preset
@@ -204,7 +205,7 @@ def _word(path: Path) -> str:
 
 def _refuse_folder(folder: Path, found: list[Path]) -> NoReturn:
     what = f"no file called train in it, but {some([path.name for path in sorted(folder.iterdir())]) or 'nothing'}"
-    files = quoted(f"{folder}/*{''.join(kind(found[0]))}") if found else ""
+    files = shlex.quote(f"{folder}/*{''.join(kind(found[0]))}") if found else ""
     hint = f"call one of them train, as in train.jsonl, or name the files: {files}"
     raise DataError(what, where=folder, hint=hint if found else f"a data file ends in {ALL}")
 
