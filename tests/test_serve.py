@@ -232,6 +232,11 @@ def test_a_wrong_request_is_refused_with_its_key(
     assert word in reply["error"]["message"]
 
 
+def test_a_text_that_is_too_long_is_refused_as_the_prompt(running: Running) -> None:
+    status, reply = running.post(TEXT, model="lora", prompt="long " * 100)
+    assert (status, reply["error"]["param"], reply["error"]["code"]) == (400, "prompt", "context_length_exceeded")
+
+
 def test_keys_that_ask_for_nothing_are_no_fault(running: Running) -> None:
     nothing = {key: values[0] for key, values in NOTHING.items()}
     more = {"user": "me", "metadata": {"a": "b"}, "store": False, "logit_bias": None, "max_tokens": 1}

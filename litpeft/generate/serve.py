@@ -213,18 +213,18 @@ class Server:
         """Returns the tokens of a prompt, which leaves room for an answer."""
         loaded, settings = served.loaded, self.settings
         system = loaded.system if settings.system is None else settings.system
-        prompt = Prompt({}, content, "messages")
+        key = "prompt" if isinstance(content, str) else "messages"
         try:
             loop = asyncio.get_running_loop()
-            ids = await loop.run_in_executor(self.renderer, prompt_ids, loaded, prompt, system)
+            ids = await loop.run_in_executor(self.renderer, prompt_ids, loaded, Prompt({}, content, key), system)
         except DataError as error:  # the template refuses it
-            raise Refused(error.what, "messages") from None
+            raise Refused(error.what, key) from None
         most = min(loaded.model.reach, settings.max_length)
         if not ids:
-            raise Refused("the prompt is empty: there is no token to continue from", "prompt")
+            raise Refused("the prompt is empty: there is no token to continue from", key)
         if len(ids) >= most:
             what = f"the prompt has {counted(len(ids), 'token')}; {most:,} are read here, answer included"
-            raise Refused(what, "messages", code="context_length_exceeded")
+            raise Refused(what, key, code="context_length_exceeded")
         return ids
 
     def wanted(self, ask: Ask, served: Served, prompt: list[int], index: int, came: asyncio.Queue[Came]) -> Request:

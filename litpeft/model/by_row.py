@@ -106,8 +106,8 @@ def affine_maps(model: GPT, alone: GPT, method: Method, delta: dict[str, Tensor]
     layers = {
         name: layer.slot for name, layer in alone.named_modules() if isinstance(layer, Linear) and layer.slot.deltas
     }
-    for slot in layers.values():
-        slot.to(model.embed.weight.device)
+    for part in (*layers.values(), alone.banks):
+        part.to(model.embed.weight.device)
     if method.defines("start"):
         for name in layers:
             weight = model.get_submodule(name).dense()
