@@ -149,6 +149,8 @@ class TokenCache:
     @torch.inference_mode()
     def swap(self, one: int, other: int) -> None:
         """Lets two rows change places."""
+        if one == other:
+            return
         length = max(len(self.rows[one]), len(self.rows[other]))
         for tensor in (tensor for layer in self.layers for tensor in (layer.k, layer.v)):
             part = tensor[:, :, :length]

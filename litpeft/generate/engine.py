@@ -18,7 +18,7 @@ from litpeft.data.templates import with_system
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.run import find_run
 from litpeft.exchange.trained_rows import shape_of
-from litpeft.generate.batch import Batch, Request
+from litpeft.generate.batch import Batch, Request, raised
 from litpeft.generate.draft import Answer, Draft
 from litpeft.generate.kept import kept, line
 from litpeft.generate.load import Loaded, load_one, named
@@ -67,8 +67,7 @@ def answer(
 
 def told(came: Came, i: int, answer: Answer, error: Exception | None) -> None:
     """Tells of an answer; raises the error if it failed."""
-    if error is not None:
-        raise error
+    raised(error)
     came(i, answer)
 
 

@@ -117,7 +117,7 @@ def within(key: str, value: int, least: int, most: int) -> int:
 def turns(record: Mapping[str, Any]) -> list[Turn]:
     """Returns the chat of a request."""
     try:
-        return FORMATS["messages"].asked({key: record[key] for key in ("messages",) if key in record})
+        return FORMATS["messages"].asked({"messages": record["messages"]} if "messages" in record else {})
     except ValueError as error:
         raise Refused(str(error), "messages") from None
 
@@ -168,7 +168,7 @@ def reply(ask: Ask, answers: list[tuple[str, str]], used: dict[str, int]) -> dic
     for index, (text, reason) in enumerate(answers):
         said = {"message": {"role": "assistant", "content": text}} if ask.chat else {"text": text}
         choices.append({"index": index, **said, "logprobs": None, "finish_reason": REASONS[reason]})
-    return {**head(ask, "chat.completion" if ask.chat else "text_completion"), "choices": choices, "usage": used}
+    return {**head(ask), "choices": choices, "usage": used}
 
 
 def piece(ask: Ask, index: int, text: str | None, reason: str | None = None, first: bool = False) -> dict[str, Any]:
@@ -178,21 +178,19 @@ def piece(ask: Ask, index: int, text: str | None, reason: str | None = None, fir
     else:
         said = {"text": text or ""}
     choice = {"index": index, **said, "logprobs": None, "finish_reason": reason and REASONS[reason]}
-    return {**head(ask, "chat.completion.chunk" if ask.chat else "text_completion"), "choices": [choice]}
+    return {**head(ask, "chunk"), "choices": [choice]}
 
 
 def last_piece(ask: Ask, used: dict[str, int]) -> dict[str, Any]:
     """Returns the part of a streamed reply that says how many tokens were used."""
-    return {**head(ask, "chat.completion.chunk" if ask.chat else "text_completion"), "choices": [], "usage": used}
+    return {**head(ask, "chunk"), "choices": [], "usage": used}
 
 
-def head(ask: Ask, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{ask.id}",
-        "object": kind,
-        "created": ask.created,
-        "model": ask.model,
-    }
+def head(ask: Ask, part: str = "") -> dict[str, Any]:
+    """Returns what a reply begins with, or a part of a streamed one."""
+    name, kind = ("chatcmpl", "chat.completion") if ask.chat else ("cmpl", "text_completion")
+    kind = f"{kind}.{part}" if part and ask.chat else kind
+    return {"id": f"{name}-{ask.id}", "object": kind, "created": ask.created, "model": ask.model}
 
 
 def models(names: Iterable[str], created: int) -> dict[str, Any]:
