@@ -235,7 +235,7 @@ def test_rows_of_several_runs_get_in_one_pass_what_each_gets_alone(
     for name in names:
         save_run(tmp_path / name, name, kind, wide_folder, reads)
     first, *others = [str(tmp_path / name) for name in names]
-    models = load_served(Serve(first, also=tuple(others), precision="bf16-true"))
+    models, _ = load_served(Serve(first, also=tuple(others), precision="bf16-true"))
     cache, rows = TokenCache(models["lora"].batch.model), [list(range(5, 5 + n)) for n in (9, 30, 220, 4)]
     cache.adapters = [models[name].adapter for name in names]
     assert sorted(cache.adapters) == [1, 2, 3, 4]

@@ -1,6 +1,5 @@
 """`litpeft serve`: replies in OpenAI's shapes, the answers that `generate` gives, and senders of every kind."""
 
-import asyncio
 import http.client
 import json
 import random
@@ -17,56 +16,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_folder
+from running import CHAT, GREEDY, Running, wanted
 from saved_runs import base_reads, save_run
 
 from litpeft.core.errors import UserError
-from litpeft.data.formats.turn import Turn
 from litpeft.generate.engine import answer
 from litpeft.generate.load import Loaded, load_model
 from litpeft.generate.protocol import NOTHING, Ask, Refused, parse
-from litpeft.generate.serve import LARGEST_BODY, Server, bound, is_local, serve
-from litpeft.generate.served import load_served
+from litpeft.generate.serve import LARGEST_BODY, is_local, serve
 from litpeft.generate.settings import Sampling, Serve
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-GREEDY = {"temperature": 0, "max_tokens": 12}
-
-
-class Running:
-    """A server of this process, at a port of its own."""
-
-    def __init__(self, settings: Serve, key: str | None = None):
-        self.server, self.place = Server(settings, load_served(settings), key), bound(settings.host, 0)
-        self.port, self.ready = self.place.getsockname()[1], threading.Event()
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.run()))
-        self.thread.start()
-        self.ready.wait()
-
-    async def run(self) -> None:
-        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
-        self.loop.call_later(0, self.ready.set)
-        await self.server.run(self.place, self.stop)
-
-    def end(self) -> None:
-        self.loop.call_soon_threadsafe(self.stop.set)
-        self.thread.join()
-
-    def raw(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
-        """Returns status and body of a reply."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, body, {"Content-Type": "application/json"} | named)
-        reply = connection.getresponse()
-        status, text = reply.status, reply.read()
-        connection.close()
-        return status, text
-
-    def post(self, path: str, **body: Any) -> tuple[int, Any]:
-        status, text = self.raw("POST", path, json.dumps(body).encode())
-        return status, json.loads(text)
-
-    def ask(self, text: str, model: str = "lora", **more: Any) -> tuple[int, Any]:
-        return self.post(CHAT, model=model, messages=[{"role": "user", "content": text}], **more)
+TEXT = "/v1/completions"
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +56,6 @@ def running(settings: Serve) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> dict[str, Loaded]:
     return {name: load_model(str(folder / name), precision="32-true") for name in ("lora", "ia3", "prefix", "base")}
-
-
-def wanted(loaded: Loaded, text: str, **sampling: Any) -> tuple[str, int, int]:
-    """Returns what `generate` answers, and the tokens of prompt and answer."""
-    prompt = loaded.template.prompt([Turn("user", text)])
-    sampling = Sampling(**{"max_new_tokens": 12} | sampling)
-    (one,) = answer(loaded.model, [prompt], loaded.tokenizer, sampling, loaded.template.stop_ids, [sampling.seed])
-    return one.text, len(prompt), len(one.ids)
 
 
 def events(body: bytes) -> list[Any]:
@@ -347,7 +299,7 @@ def head(length: int) -> bytes:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_that_nobody_waits_for_is_not_written_to_its_end(running: Running, stream: bool) -> None:
-    batch = running.server.served["lora"].batch
+    batch = running.server.models.served["lora"].batch
     body = {"model": "lora", "messages": MESSAGES, "temperature": 0, "max_tokens": 180, "stream": stream, "n": 4}
     text = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", running.port)) as line:

@@ -91,6 +91,14 @@ class Batch:
         self.cache.prompts, self.cache.adapters = [0] * self.capacity, [0] * self.capacity
         return left
 
+    def forget(self, adapter: int, moved: bool) -> None:
+        """Forgets what was read for a run, whose number another run gets; `moved`: others' maps were, in memory."""
+        for row, number in enumerate(self.cache.adapters):
+            if number == adapter:
+                self.cache.rows[row] = []
+        if moved:
+            self.cache.recorded = {}
+
     @property
     def count(self) -> int:
         """Returns how many requests have not ended."""

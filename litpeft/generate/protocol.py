@@ -51,6 +51,10 @@ class Refused(Exception):
         return {"error": {"message": self.what, "type": kind, "param": self.key, "code": self.code}}
 
 
+def busy() -> Refused:
+    return Refused("too many requests wait; try again later", status=429)
+
+
 @dataclass
 class Ask:
     """A request: which model is to continue which prompts, and how the reply is written."""

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,10 +24,11 @@ from litpeft.core.errors import ConfigError, DataError, ResourceError, UserError
 from litpeft.core.terminal import tell
 from litpeft.data.prompts import Prompt
 from litpeft.generate.batch import Request
+from litpeft.generate.catalogue import Catalogue, RunFolder
 from litpeft.generate.draft import Draft
 from litpeft.generate.engine import prompt_ids
-from litpeft.generate.protocol import Ask, Refused, last_piece, model, models, parse, piece, reply, usage
-from litpeft.generate.served import Served, load_served
+from litpeft.generate.protocol import Ask, Refused, busy, last_piece, model, models, parse, piece, reply, usage
+from litpeft.generate.served import Base, Served, load_served
 from litpeft.generate.settings import Serve
 from litpeft.generate.worker import Worker
 
@@ -50,7 +52,7 @@ def serve(settings: Serve) -> None:
         what = f"other machines may reach {settings.host}, and anyone there could ask"
         raise ConfigError(what, where="host", hint=f"set the environment variable {KEY} to a key that clients send")
     place = bound(settings.host, settings.port)  # before the weights are read, in case the port is taken
-    asyncio.run(until_signal(Server(settings, load_served(settings), key), place))
+    asyncio.run(until_signal(Server(settings, *load_served(settings), key), place))
 
 
 async def until_signal(server: "Server", place: socket.socket) -> None:
@@ -93,10 +95,12 @@ def bound(host: str, port: int) -> socket.socket:
 class Server:
     """The HTTP side: it reads requests, hands them to the thread that computes, and writes what comes."""
 
-    def __init__(self, settings: Serve, served: dict[str, Served], key: str | None):
-        self.settings, self.served, self.key = settings, served, key
+    def __init__(self, settings: Serve, served: dict[str, Served], base: Base | None, key: str | None):
+        """`base` is that of the runs in `settings.runs`."""
+        self.settings, self.key = settings, key
         batches = list({id(one.batch): one.batch for one in served.values()}.values())
         self.worker = Worker(batches, lambda error: tell(f"error: {type(error).__name__}: {brief(str(error))}"))
+        self.models = Catalogue(served, base and RunFolder(Path(settings.runs), base, self.worker))
         self.renderer = ThreadPoolExecutor(1)  # one at a time: a template is rendered by one process
         self.began = int(time.time())
 
@@ -110,7 +114,7 @@ class Server:
         self.worker.start()
         host, port = place.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        tell(f"{counted(len(self.served), 'model')}: {', '.join(self.served)}")
+        tell(self.models.said())
         tell(f"http://{host}:{port}/v1 answers; Ctrl-C ends it")
         await stop.wait()
         await asyncio.to_thread(self.worker.stop)
@@ -118,6 +122,7 @@ class Server:
             request.ended(Refused("the server is being stopped", status=503))
         await runner.cleanup()
         self.renderer.shutdown()
+        self.models.close()
 
     def application(self) -> web.Application:
         application = web.Application(client_max_size=LARGEST_BODY, middlewares=[self.guard])
@@ -164,19 +169,12 @@ class Server:
         return web.json_response({"status": "ok"})
 
     async def list_models(self, request: web.Request) -> web.Response:
-        return web.json_response(models(self.served, self.began))
+        return web.json_response(models(self.models.names(), self.began))
 
     async def one_model(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
-        self.find(name)
+        self.models.check(name)
         return web.json_response(model(name, self.began))
-
-    def find(self, name: str) -> Served:
-        """Returns what answers for a model."""
-        if name not in self.served:
-            what = f"there is no model {quoted(name)}; there is {', '.join(self.served)}"
-            raise Refused(what, "model", status=404, code="model_not_found")
-        return self.served[name]
 
     async def complete(self, request: web.Request, chat: bool) -> web.StreamResponse:
         """Answers a request for completions."""
@@ -185,10 +183,29 @@ class Server:
         except asyncio.TimeoutError:
             raise Refused("the request did not come to its end", status=408) from None
         ask = parse(body, chat, self.settings.sampling)
-        served = self.find(ask.model)
+        served, release = await self.models.take(ask.model)
+        try:
+            return await self.answered(request, ask, served, release)
+        finally:
+            release()
+
+    async def answered(
+        self, request: web.Request, ask: Ask, served: Served, release: Callable[[], None]
+    ) -> web.StreamResponse:
+        """Returns the reply to a request; the model is released before the client has read it all."""
         ids = [await self.tokens(served, content) for content in ask.prompts]
         came: asyncio.Queue[Came] = asyncio.Queue()
-        requests = [self.wanted(ask, served, prompt, i, came) for i, prompt in enumerate(self.each(ask, ids))]
+        prompts = self.each(ask, ids)
+        left = len(prompts)
+
+        def arrive(index: int, text: str | None, error: Exception | None) -> None:
+            nonlocal left
+            came.put_nowait((index, text, error))
+            left -= text is None
+            if not left:
+                release()
+
+        requests = [self.wanted(ask, served, prompt, index, arrive) for index, prompt in enumerate(prompts)]
         self.admit(served, requests)
         began, prompt = time.perf_counter(), sum(map(len, ids))
         try:
@@ -227,8 +244,8 @@ class Server:
             raise Refused(what, key, code="context_length_exceeded")
         return ids
 
-    def wanted(self, ask: Ask, served: Served, prompt: list[int], index: int, came: asyncio.Queue[Came]) -> Request:
-        """Returns an answer's request, which puts what comes into the queue."""
+    def wanted(self, ask: Ask, served: Served, prompt: list[int], index: int, arrive: Callable[..., None]) -> Request:
+        """Returns an answer's request, which tells `arrive` what comes."""
         loaded, loop = served.loaded, asyncio.get_running_loop()
         sampling = replace(ask.sampling, seed=(ask.sampling.seed + index) % 2**62)
         most = min(loaded.model.reach, self.settings.max_length) - len(prompt)
@@ -236,7 +253,7 @@ class Server:
         draft = Draft(prompt, loaded.tokenizer, sampling, stop_ids, min(sampling.max_new_tokens, most))
 
         def put(text: str | None, error: Exception | None = None) -> None:
-            loop.call_soon_threadsafe(came.put_nowait, (index, text, error))
+            loop.call_soon_threadsafe(arrive, index, text, error)
 
         return Request(draft, sampling, served.adapter, put, lambda error: put(None, error))
 
@@ -244,7 +261,7 @@ class Server:
         """Hands requests to the thread that computes, unless too many wait."""
         batch = served.batch
         if batch.count + len(requests) > batch.capacity + self.settings.max_waiting:
-            raise Refused("too many requests wait; try again later", status=429)
+            raise busy()
         self.worker.add(batch, requests)
 
     async def pieces(self, requests: list[Request], came: asyncio.Queue[Came]) -> AsyncIterator[tuple[int, str | None]]:

@@ -1,22 +1,30 @@
 """The models that a server answers for: runs beside their base, as far as one pass can compute them all."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.precision import pick_device, pick_precision, start_device
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.result import Run
 from litpeft.exchange.run import find_run, tell_outdated, tell_progress
 from litpeft.generate.batch import PART, Batch
+from litpeft.generate.cpu.native_weights import NativeLinears
 from litpeft.generate.load import Loaded, load_one, make_fast, named
 from litpeft.generate.settings import Serve
+from litpeft.model.affine import Affine
 from litpeft.model.build import build
-from litpeft.model.by_row import add_by_row, affine_maps, deltas_beside
+from litpeft.model.by_row import add_by_row, affine_maps, deltas_beside, put_run
 from litpeft.model.families.read import read_config
 from litpeft.model.quantize import Storage
 from litpeft.model.quantize.cache import Cache
+from litpeft.model.slots import Linear
+
+Held = tuple[Path, Storage | None]  # a base's folder, and how its weights are held
+Maps = Mapping[str, Affine]  # what a run does, by the names of linear layers
 
 
 @dataclass
@@ -28,68 +36,138 @@ class Served:
     adapter: int = 0  # the number of its run, where several are beside one base
 
 
-def load_served(settings: Serve) -> dict[str, Served]:
-    """Returns what the settings name, by the folders' names, and the bases that are held for runs.
+class Base:
+    """A base that is held, and the runs beside it."""
+
+    def __init__(self, held: Held, settings: Serve):
+        (self.folder, self.storage), self.settings = held, settings
+        storage, device = self.storage, pick_device()
+        if storage is not None:
+            storage = replace(storage, cache=Cache(self.folder, storage.key, "").folder.is_dir())
+        dtype = pick_precision(settings.precision, device).weights
+        self.model = build(self.folder, dtype, device=device, storage=storage)
+        self.batch: Batch | None = None
+        self.places: Sequence[int] = ()  # numbers of runs that come later
+        self.texts: dict[str, tuple[Tokenizer, ChatTemplate]] = {}  # of what the runs recorded: most have the same
+
+    def begin(self, runs: Sequence[Maps], spare: int) -> None:
+        """Makes the model ready to answer for runs 1, 2, ..., and for as many as are spare that come later."""
+        add_by_row(self.model, runs, spare)
+        make_fast(self.model)
+        self.batch = Batch(self.model, self.settings.batch_size, PART)
+        self.places = range(len(runs) + 1, len(runs) + 1 + spare)
+
+    def read(self, path: Path) -> tuple[Loaded, Maps]:
+        """Returns a run that comes later; raises ModelError if it is not one that can be beside this base."""
+        run = find_run(path)
+        if run is None or run.is_model:
+            raise ModelError("it is a model by itself, and not beside a base", where=path, hint="name it with --also")
+        if base_of(run, self.settings) != (self.folder, self.storage):
+            other, here = (
+                " in ".join([str(folder), *([storage.key] if storage else [])])
+                for folder, storage in (base_of(run, self.settings), (self.folder, self.storage))
+            )
+            raise ModelError(f"its base is {other}, and runs of {here} are served here", where=path)
+        method, delta = run.method(), run.delta()
+        alone = deltas_beside(self.model.config, method, self.storage, delta)
+        maps = None if alone is None else affine_maps(self.model, alone, method, delta)
+        if maps is None:
+            what = f"{run.facts['method']} with these settings is not computed beside a base"
+            raise ModelError(what, where=path, hint="name it with --also")
+        return self.loaded(run), maps
+
+    def put(self, number: int, maps: Maps) -> None:
+        """Puts a run that was read in one of the `places`; the batch is between two steps, and none of it is its."""
+        moved = put_run(self.model, number, maps)
+        for packed in {layer.packed_in for layer in self.model.modules() if isinstance(layer, Linear)}:
+            if isinstance(packed, NativeLinears) and packed.runs:
+                packed.put(number)
+        self.batch.forget(number, moved)
+
+    def loaded(self, run: Run) -> Loaded:
+        """Returns a run with its tokenizer and template, after checking that it was trained on this base."""
+        run.check_base(self.folder)
+        tell_progress(run)
+        tell_outdated(run.place)
+        said = run.facts["template"] | {"system": None}, run.facts["base"].get("tokenizer")
+        recorded = json.dumps([str(run.texts(self.folder)), *said])
+        if recorded not in self.texts:
+            texts = run.tokenizer_and_template(self.folder, self.settings.template_options)
+            texts[0].check_vocabulary(self.model.config.vocab_size)
+            self.texts[recorded] = texts
+        return Loaded(self.model, *self.texts[recorded], run.system, run)
+
+    def alone(self) -> Loaded:
+        """Returns the base without a run."""
+        tokenizer = Tokenizer.load(self.folder)
+        template = ChatTemplate(tokenizer, options=self.settings.template_options, is_setting=False)
+        return Loaded(self.model, tokenizer, template, None, None)
+
+
+def load_served(settings: Serve) -> tuple[dict[str, Served], Base | None]:
+    """Returns what the settings name, by the folders' names, and the bases that are held for runs; and the one of those
+    to which the runs of the folder `runs` belong.
 
     Runs of one base are computed beside it if all they do is an affine map in linear layers. Every other run is a model
     of its own, whose weights are held once where they are the base's.
     """
+    if settings.runs is not None and not Path(settings.runs).is_dir():
+        raise ConfigError(f"there is no folder {settings.runs}", where="runs")
     start_device()
-    paths, served = named(settings), {}
-    runs = {name: run for name, path in paths.items() if (run := find_run(Path(path))) is not None and not run.is_model}
-    bases: dict[tuple[Path, Storage | None], dict[str, Run]] = {}
+    paths, served, grown = named(settings), {}, None
+    runs = {name: find_run(Path(path)) for name, path in paths.items()}
+    later = None if settings.runs is None else base_of(next(iter(runs.values())), settings)
+    groups: dict[Held, dict[str, Run]] = {} if later is None else {later: {}}
     for name, run in runs.items():
-        if settings.method and paths[name] == settings.model:
-            continue
-        folder = run.find_base(settings.base)
-        storage = None if run.storage is None else replace(run.storage, cache=False)
-        bases.setdefault((folder.resolve(), storage), {})[name] = run
+        changed = settings.method and paths[name] == settings.model
+        if run is not None and not run.is_model and not changed:
+            groups.setdefault(base_of(run, settings), {})[name] = run
     wanted = settings.quantize and Storage(settings.quantize).key
-    for (folder, storage), of_base in bases.items():
+    for held, of_base in groups.items():
+        folder, storage = held
         same = (storage and storage.key) == wanted
-        named_so = (name for name, path in paths.items() if same and Path(path).resolve() == folder)
-        base = next(named_so, folder.name if folder.name not in {*paths, *served} else None)
-        served |= load_beside(folder, storage, of_base, settings, base)
+        called = (name for name, path in paths.items() if same and Path(path).resolve() == folder)
+        name = next(called, folder.name if folder.name not in {*paths, *served} else None)
+        base, beside = load_beside(held, of_base, settings, name, settings.runs_held if held == later else 0)
+        served |= beside
+        grown = base if held == later else grown
     for name, path in paths.items():
         if name not in served:
             loaded = load_one(settings, path, [one.loaded for one in served.values()])
             served[name] = Served(loaded, Batch(loaded.model, settings.batch_size, PART))
-    return {name: served[name] for name in (*paths, *(name for name in served if name not in paths))}
+    return {name: served[name] for name in (*paths, *(name for name in served if name not in paths))}, grown
+
+
+def base_of(run: Run | None, settings: Serve) -> Held:
+    """Returns the base of a run; where that is none, or a model by itself, the model that answers."""
+    if run is None or run.is_model:
+        folder = Path(settings.model) if run is None else run.folder
+        return folder.resolve(), None if settings.quantize is None else Storage(settings.quantize)
+    storage = None if run.storage is None else replace(run.storage, cache=False)
+    return run.find_base(settings.base).resolve(), storage
 
 
 def load_beside(
-    folder: Path, storage: Storage | None, runs: dict[str, Run], settings: Serve, base: str | None
-) -> dict[str, Served]:
-    """Returns those of the `runs` that can be computed beside their base, and the base by the name `base`, if given."""
-    _, config = read_config(folder)
+    held: Held, runs: Mapping[str, Run], settings: Serve, name: str | None, spare: int
+) -> tuple[Base | None, dict[str, Served]]:
+    """Returns a base with those of the `runs` that can be computed beside it, and itself by `name`, if it has one.
+
+    None of them, and no base, if there would be no run beside it and no place is `spare`.
+    """
+    _, config = read_config(held[0])
     saved = {name: (run.method(), run.delta()) for name, run in runs.items()}
-    alone = {name: deltas_beside(config, method, storage, delta) for name, (method, delta) in saved.items()}
-    if not any(alone.values()):
-        return {}
-    device = pick_device()
-    held = None if storage is None else replace(storage, cache=Cache(folder, storage.key, "").folder.is_dir())
-    model = build(folder, pick_precision(settings.precision, device).weights, device=device, storage=held)
-    maps = {name: affine_maps(model, deltas, *saved[name]) for name, deltas in alone.items() if deltas is not None}
-    maps = {name: found for name, found in maps.items() if found is not None}
-    if not maps:
-        return {}
-    add_by_row(model, list(maps.values()))
-    make_fast(model)
-    batch, served = Batch(model, settings.batch_size, PART), {}
-    texts: dict[str, tuple[Tokenizer, ChatTemplate]] = {}  # of what the runs recorded: most have the same
-    for number, name in enumerate(maps, 1):
-        run = runs[name]
-        run.check_base(folder)
-        tell_progress(run)
-        tell_outdated(run.place)
-        said = run.facts["template"] | {"system": None}, run.facts["base"].get("tokenizer")
-        recorded = json.dumps([str(run.texts(folder)), *said])
-        if recorded not in texts:
-            texts[recorded] = run.tokenizer_and_template(folder, settings.template_options)
-            texts[recorded][0].check_vocabulary(model.config.vocab_size)
-        served[name] = Served(Loaded(model, *texts[recorded], run.system, run), batch, number)
-    if base is not None:
-        tokenizer = Tokenizer.load(folder)
-        template = ChatTemplate(tokenizer, options=settings.template_options, is_setting=False)
-        served[base] = Served(Loaded(model, tokenizer, template, None, None), batch)
-    return served
+    alone = {name: deltas_beside(config, method, held[1], delta) for name, (method, delta) in saved.items()}
+    if not any(alone.values()) and not spare:
+        return None, {}
+    base = Base(held, settings)
+    found = {
+        name: affine_maps(base.model, deltas, *saved[name]) for name, deltas in alone.items() if deltas is not None
+    }
+    maps = {name: one for name, one in found.items() if one is not None}
+    if not maps and not spare:
+        return None, {}
+    base.begin(list(maps.values()), spare)
+    served = {one: Served(base.loaded(runs[one]), base.batch, number) for number, one in enumerate(maps, 1)}
+    if name is not None:
+        served[name] = Served(base.alone(), base.batch)
+    return base, served

@@ -129,6 +129,11 @@ class Chat(Answering):
 class Serve(Answering):
     """Answer requests of OpenAI's chat and completion API, for a base and any number of runs at once."""
 
+    runs: str | None = None
+    """Folder of more runs of the same base, as `model` is or has: a request names one by its folder's name, and it is
+    loaded then. Runs that are trained while the server runs count."""
+    runs_held: int = 16
+    """Runs of that folder that are in memory at once; the one idle longest gives way to another."""
     host: str = "127.0.0.1"
     """Address to listen at. One that other machines reach wants a key, in the environment variable LITPEFT_API_KEY."""
     port: int = 8000
@@ -146,7 +151,7 @@ class Serve(Answering):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, port=0, batch_size=1, max_waiting=0, max_length=2)
+        check_least(self, port=0, batch_size=1, max_waiting=0, max_length=2, runs_held=1)
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535, got {self.port}")
 

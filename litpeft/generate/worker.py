@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 from litpeft.generate.batch import Batch, Request
 
@@ -15,11 +17,20 @@ class Worker(threading.Thread):
         self.batches, self.failed = batches, failed
         self.changed = threading.Condition()
         self.stopped = False
+        self.work: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
 
     def add(self, batch: Batch, requests: Iterable[Request]) -> None:
         with self.changed:
             batch.waiting.extend(requests)
             self.changed.notify()
+
+    def between_steps(self, work: Callable[[], None]) -> Future[None]:
+        """Lets the thread do something while no answer is being computed."""
+        with self.changed:
+            done: Future[None] = Future()
+            self.work.put((done, work))
+            self.changed.notify()
+        return done
 
     def stop(self) -> None:
         """Ends the thread after its step, and waits for that."""
@@ -27,13 +38,26 @@ class Worker(threading.Thread):
             self.stopped = True
             self.changed.notify()
         self.join()
+        while not self.work.empty():
+            self.work.get()[0].cancel()
+
+    def has_work(self) -> bool:
+        return self.stopped or not self.work.empty() or any(batch.count for batch in self.batches)
 
     def run(self) -> None:
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.stopped or any(batch.count for batch in self.batches))
+                self.changed.wait_for(self.has_work)
                 if self.stopped:
                     return
+            while not self.work.empty():
+                done, work = self.work.get()
+                if not done.set_running_or_notify_cancel():
+                    continue
+                try:
+                    done.set_result(work())
+                except Exception as error:
+                    done.set_exception(error)
             for batch in self.batches:
                 try:
                     batch.step()

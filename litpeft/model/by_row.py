@@ -5,7 +5,7 @@
 The base's products, which take most of the time, are computed for all rows together. S-LoRA https://arxiv.org/abs/2311.03285
 does so for LoRA; here every method does of which each Delta is an affine map in a linear layer of a block.
 
-Letters: N runs and the base, B rows, T tokens, r the largest of the runs' ranks.
+Letters: B rows, T tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,13 @@ from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context
 from litpeft.model.delta import Method, load_delta
 from litpeft.model.gpt import GPT
+from litpeft.model.kernels.low_rank import apply_affines
 from litpeft.model.mixture import Mixture
 from litpeft.model.quantize import Storage
 from litpeft.model.slots import Delta, Linear, Slot
 
 NAME = "runs"  # of the Delta in its slot
+TERMS = {"gain": 1.0, "A": 0.0, "B": 0.0, "shift": 0.0}  # of Affine, and the numbers with which they do nothing
 
 
 class ByRow(Delta):
@@ -32,53 +34,94 @@ class ByRow(Delta):
 
     claims = "all rows"
 
-    def __init__(self, maps: Sequence[Affine], linear: Linear, like: Tensor):
-        """`maps` are those of runs 1, 2, ...; they are held as `like`, a tensor of a type on a device."""
+    def __init__(self, places: int, like: Tensor):
+        """Maps of so many runs find a place; they are held as `like`, a tensor of a type on a device."""
         super().__init__()
-        ranks = [0 if one.A is None else len(one.A) for one in maps]
-        rows, outputs, most = len(maps) + 1, linear.out_features, max(ranks)
-        scaled, shifted = (any(getattr(one, key) is not None for one in maps) for key in ("gain", "shift"))
-        held = {
-            "gain": like.new_ones(rows, outputs) if scaled else None,
-            "A": like.new_zeros(rows, most, linear.in_features) if most else None,
-            "B": like.new_zeros(rows, outputs, most) if most else None,
-            "shift": like.new_zeros(rows, outputs) if shifted else None,
-        }
-        self.maps = [Affine()]  # of the base, and of each run as it is held here
-        for number, (one, rank) in enumerate(zip(maps, ranks, strict=True), 1):
-            terms = {}
-            for key in [key for key in held if getattr(one, key) is not None]:
-                row = held[key][number]
-                terms[key] = row[:rank] if key == "A" else row[:, :rank] if key == "B" else row
-                terms[key].copy_(getattr(one, key))
-            self.maps.append(Affine(**terms))
-        for key, tensor in held.items():
-            self.register_buffer(key, tensor, persistent=False)
+        self.maps = [Affine()] * (1 + places)  # of the base, and of runs 1, 2, ...
+        self.like = like
+
+    def put(self, number: int, one: Affine) -> bool:
+        """Holds the map of a run, in the place of what was there; returns whether other maps moved in memory."""
+        terms = {key: getattr(one, key) for key in TERMS}
+        self.maps[number] = Affine(**{key: None if term is None else term.to(self.like) for key, term in terms.items()})
+        return False
 
     def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context) -> Tensor:
         """y is (B, T, out), x (B, T, in)."""
         if ctx.adapter is None:
             return y
-        wide, own = next(held.dtype for held in self.buffers()), ctx.adapter
-        z = y.to(wide)
+        z, own = y.clone(), ctx.adapter.tolist()
+        for number in {*own} - {0}:
+            rows = [row for row, adapter in enumerate(own) if adapter == number]
+            z[rows] = apply_affines([y[rows]], x[rows], [self.maps[number]])[0]
+        return z
+
+
+class Stacked(ByRow):
+    """The same with the maps of all runs in one tensor, so that a GPU can repeat a step for other rows."""
+
+    def __init__(self, places: int, like: Tensor):
+        super().__init__(places, like)
+        for key in TERMS:
+            self.register_buffer(key, None, persistent=False)  # as in Affine, with N places before
+
+    def put(self, number: int, one: Affine) -> bool:
+        moved = False
+        for key, nothing in TERMS.items():
+            term, held = getattr(one, key), getattr(self, key)
+            if held is not None:
+                held[number] = nothing
+            if term is None:
+                continue
+            shape = (len(self.maps), *term.shape)
+            if held is None or held.shape < shape:  # only the rank differs
+                setattr(self, key, self.like.new_full(shape, nothing))
+                if held is not None:
+                    getattr(self, key)[tuple(map(slice, held.shape))] = held
+                moved = True
+            getattr(self, key)[number][tuple(map(slice, term.shape))] = term
+        return moved
+
+    def forward(self, y: Tensor, x: Tensor, linear: Linear, ctx: Context) -> Tensor:
+        """y is (B, T, out), x (B, T, in)."""
+        if ctx.adapter is None:
+            return y
+        z, own = y.to(self.like.dtype), ctx.adapter
         if self.gain is not None:
             z = z * self.gain[own][:, None]
         if self.A is not None:
-            z = torch.baddbmm(z, x.to(wide) @ self.A[own].mT, self.B[own].mT)
+            z = torch.baddbmm(z, x.to(self.like.dtype) @ self.A[own].mT, self.B[own].mT)
         if self.shift is not None:
             z = z + self.shift[own][:, None]
         return z.to(y.dtype)
 
 
-def add_by_row(model: GPT, runs: Sequence[Mapping[str, Affine]]) -> None:
-    """Lets the rows of a model without deltas have those of `runs`, which `affine_maps` gave: 1 for the first run."""
+def add_by_row(
+    model: GPT, runs: Sequence[Mapping[str, Affine]], spare: int = 0, kind: type[ByRow] | None = None
+) -> None:
+    """Lets the rows of a model without deltas have those of `runs`, which `affine_maps` gave: 1 for the first run.
+
+    After them are `spare` places for others, which `put_run` fills. `kind` is Stacked on a GPU.
+    """
     weight = model.embed.weight
+    kind = kind or (Stacked if weight.is_cuda else ByRow)
     wide = model.dtype if weight.is_cuda else torch.promote_types(model.dtype, torch.float32)
     like = torch.empty(0, dtype=wide, device=weight.device)
-    for name in sorted({name for maps in runs for name in maps}):
-        linear = model.get_submodule(name)
-        delta = ByRow([maps.get(name, Affine()) for maps in runs], linear, like)
-        linear.slot.add(NAME, delta.eval().requires_grad_(False))
+    known = knowing_rows(model)
+    named = (name for name, layer in model.named_modules() if isinstance(layer, Linear) and layer in known)
+    for name in list(named) if spare else sorted({name for maps in runs for name in maps}):
+        delta = kind(len(runs) + spare, like)
+        model.get_submodule(name).slot.add(NAME, delta.eval().requires_grad_(False))
+    for number, maps in enumerate(runs, 1):
+        put_run(model, number, maps)
+
+
+@torch.no_grad()
+def put_run(model: GPT, number: int, maps: Mapping[str, Affine]) -> bool:
+    """Puts a run in one of the places of `add_by_row`; returns whether others moved in memory."""
+    slots = {name: layer.slot.deltas for name, layer in model.named_modules() if isinstance(layer, Linear)}
+    moved = [held[NAME].put(number, maps.get(name, Affine())) for name, held in slots.items() if NAME in held]
+    return any(moved)
 
 
 def deltas_beside(config: ModelConfig, method: Method, storage: Storage | None, delta: dict[str, Tensor]) -> GPT | None:

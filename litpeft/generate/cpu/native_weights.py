@@ -35,7 +35,7 @@ class NativeLinears(PackedLinears):
         super().__init__(layers)
         first = layers[0]
         self.inputs, self.span = first.in_features, first.in_features
-        self.scale = self.shift = self.codes = None
+        self.scale = self.shift = self.values = None
         self.affines: list[Array[AffineStruct]] = []
         if isinstance(first, Int8):
             self.scale = torch.cat([layer.absmax.detach() for layer in layers])[None] / 127
@@ -43,21 +43,19 @@ class NativeLinears(PackedLinears):
             absmax = torch.cat([layer.blocks().detach() for layer in layers])
             self.scale = absmax.view(-1, self.inputs // BLOCK).t().contiguous()
             tables = [code_table(layer.kind, torch.device("cpu")) for layer in layers]
-            self.codes, self.span = self._tables(tables), BLOCK
+            self.values, self.span = self._tables(tables), BLOCK
         elif isinstance(first, Grouped):
             self.scale, self.shift = (
                 torch.cat([getattr(layer, name).detach().float() for layer in layers]).t().contiguous()
                 for name in ("scale", "shift")
             )
-            self.codes, self.span = self._tables([torch.arange(16)] * len(layers)), GROUP
+            self.values, self.span = self._tables([torch.arange(16)] * len(layers)), GROUP
+        self.codes = None if self.values is None else self.values.bfloat16()  # the kernels multiply with them rounded
         self.weight = _joined([_strips(layer) for layer in layers])
         if self.merged is not None and torch.equal(self.weight, self.merged.weight):
             self.merged.weight = self.weight
-        bias = Affine(shift=super().bias(torch.float32))
-        maps = (maps_of(layers, run) for run in range(1, 1 + self.runs))
-        if not self.runs:
-            maps = [Affine() if self.affine is None else self.affine]
-        self.kept = [self._tensors(one) for one in (bias, *(one.after(bias) for one in maps))]
+        maps = [maps_of(layers, run) for run in range(1, 1 + self.runs)] or [self.affine or Affine()]
+        self.kept = [self._tensors(one) for one in (Affine(), *maps)]
 
     @cached_property  # not before: `share` may put another tensor in the weight's place
     def base(self) -> PackedLinearsStruct:
@@ -68,8 +66,15 @@ class NativeLinears(PackedLinears):
         return self._struct(self.kept[1:]) if self.merged is None else self.merged.base
 
     def of_runs(self, number: int) -> PackedLinearsStruct:
-        """Returns the layers with the affine maps of the base and of `number` runs."""
+        """Returns the layers with the affine maps of the base and of `number` runs, which `put` changes."""
         return self._struct(self.kept if self.runs else self.kept[:1] * (1 + number))
+
+    def put(self, run: int) -> None:
+        """Takes over what is in a run's place now."""
+        self.kept[run] = self._tensors(maps_of(self.layers, run))
+        for affines in self.affines:
+            if len(affines) > run:
+                affines[run] = _affine_struct(self.kept[run])
 
     @staticmethod
     def takes(layer: Linear) -> bool:
@@ -85,20 +90,17 @@ class NativeLinears(PackedLinears):
 
     def _tables(self, values: list[Tensor]) -> Tensor:
         """Returns what the codes of each strip stand for (strips, 32), given the 16 values of each layer's."""
-        rows = [table.bfloat16().repeat(size // STRIP, 2) for table, size in zip(values, self.sizes, strict=True)]
+        rows = [table.float().repeat(size // STRIP, 2) for table, size in zip(values, self.sizes, strict=True)]
         return torch.cat(rows)
 
-    @staticmethod
-    def _tensors(affine: Affine) -> list[Tensor | None]:
-        """Returns the tensors of AffineStruct."""
+    def _tensors(self, affine: Affine) -> list[Tensor | None]:
+        """Returns the tensors of AffineStruct, with the layers' biases."""
+        affine = affine.after(Affine(shift=super().bias(torch.float32)))
         tensors = affine.gain, affine.shift, affine.A, None if affine.B is None else affine.B.t()
         return [None if tensor is None else tensor.float().contiguous() for tensor in tensors]
 
     def _struct(self, maps: list[list[Tensor | None]]) -> PackedLinearsStruct:
-        ranks = (0 if a is None else len(a) for _, _, a, _ in maps)
-        affines = (AffineStruct * len(maps))(
-            *(AffineStruct(*_pointers(tensors), rank) for tensors, rank in zip(maps, ranks, strict=True))
-        )
+        affines = (AffineStruct * len(maps))(*map(_affine_struct, maps))
         self.affines.append(affines)  # the struct has no more than their address
         held = _pointers((self.weight, self.scale, self.shift, self.codes))
         kind, outputs = KINDS[self.weight.dtype], sum(self.sizes)
@@ -121,13 +123,18 @@ class NativeLinears(PackedLinears):
             return (codes * self.scale.t()).bfloat16()
         pairs = weight.view(-1, self.inputs // 4, STRIP, 2).transpose(1, 2)
         codes = torch.stack((pairs & 15, pairs >> 4), 3).reshape(outputs, -1)
-        values = self.codes.float().repeat_interleave(STRIP, 0).gather(1, codes.long())
+        values = self.values.repeat_interleave(STRIP, 0).gather(1, codes.long())
         dense = values.view(outputs, -1, self.span) * self.scale.t()[..., None]
         return (dense if self.shift is None else dense + self.shift.t()[..., None]).bfloat16().view(outputs, -1)
 
 
 def _pointers(tensors: Sequence[Tensor | None]) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _affine_struct(tensors: Sequence[Tensor | None]) -> AffineStruct:
+    a = tensors[2]
+    return AffineStruct(*_pointers(tensors), 0 if a is None else len(a))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
