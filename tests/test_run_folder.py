@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_folder
+from peft import LoraConfig, get_peft_model
 from running import CHAT, GREEDY, Running, wanted
 from saved_runs import base_reads, save_run
+from transformers import AutoModelForCausalLM
 
 from litpeft.core.errors import UserError
 from litpeft.generate.load import Loaded, load_model
@@ -108,6 +110,26 @@ def test_a_run_that_is_trained_anew_answers_anew(folder: Path, loaded: dict[str,
         running.end()
 
 
+def test_an_adapter_of_peft_is_a_run_like_any_other(folder: Path, tmp_path: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(folder / "base")
+    tuned = get_peft_model(plain, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "out" / "theirs")
+    running = Running(serving(folder, runs=str(tmp_path / "out")))
+    try:
+        alone = load_model(str(tmp_path / "out" / "theirs"), base=str(folder / "base"), precision="32-true")
+        assert text(running.ask("Hello?", "theirs", **GREEDY)[1]) == wanted(alone, "Hello?")[0]
+        shutil.copytree(tmp_path / "out" / "theirs", tmp_path / "out" / "of another")
+        shutil.copytree(folder / "base", tmp_path / "base")
+        config = tmp_path / "out" / "of another" / "adapter_config.json"
+        keys = json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+        config.write_text(json.dumps(keys))
+        status, reply = running.ask("Hello?", "of another", **GREEDY)
+        assert status == 400
+        assert f"its base is {tmp_path / 'base'}" in reply["error"]["message"]
+    finally:
+        running.end()
+
+
 def test_a_run_that_cannot_be_beside_the_base_is_refused_and_takes_no_place(running: Running, folder: Path) -> None:
     out = folder / "out"
     other = make_folder(folder / "other", seed=8, vocab_size=258)
@@ -120,7 +142,7 @@ def test_a_run_that_cannot_be_beside_the_base_is_refused_and_takes_no_place(runn
         for name, what in {
             "prefix": "prefix with these settings is not computed beside a base",
             "full": "it is a model by itself",
-            "stranger": "its base is",
+            "stranger": "the run was trained on other weights",
             "broken": "sha256 mismatch",
         }.items():
             status, reply = running.ask("Hi", name, **GREEDY)

@@ -62,19 +62,21 @@ class Base:
         run = find_run(path)
         if run is None or run.is_model:
             raise ModelError("it is a model by itself, and not beside a base", where=path, hint="name it with --also")
-        if base_of(run, self.settings) != (self.folder, self.storage):
-            other, here = (
-                " in ".join([str(folder), *([storage.key] if storage else [])])
-                for folder, storage in (base_of(run, self.settings), (self.folder, self.storage))
-            )
-            raise ModelError(f"its base is {other}, and runs of {here} are served here", where=path)
+        if "fingerprint" in run.facts["base"]:  # the base is known by its contents, wherever it was in training
+            run.find_base(str(self.folder))
+        elif (named := run.find_base(self.settings.base)).resolve() != self.folder:
+            raise ModelError(f"its base is {named}, and the one here is {self.folder}", where=path)
+        if (held := held_in(run)) != self.storage:
+            was, here = (storage.key if storage else "plain weights" for storage in (held, self.storage))
+            raise ModelError(f"it was trained on a base in {was}, and the one here is in {here}", where=path)
+        loaded = self.loaded(run)
         method, delta = run.method(), run.delta()
         alone = deltas_beside(self.model.config, method, self.storage, delta)
         maps = None if alone is None else affine_maps(self.model, alone, method, delta)
         if maps is None:
             what = f"{run.facts['method']} with these settings is not computed beside a base"
             raise ModelError(what, where=path, hint="name it with --also")
-        return self.loaded(run), maps
+        return loaded, maps
 
     def put(self, number: int, maps: Maps) -> None:
         """Puts a run that was read in one of the `places`; the batch is between two steps, and none of it is its."""
@@ -143,8 +145,12 @@ def base_of(run: Run | None, settings: Serve) -> Held:
     if run is None or run.is_model:
         folder = Path(settings.model) if run is None else run.folder
         return folder.resolve(), None if settings.quantize is None else Storage(settings.quantize)
-    storage = None if run.storage is None else replace(run.storage, cache=False)
-    return run.find_base(settings.base).resolve(), storage
+    return run.find_base(settings.base).resolve(), held_in(run)
+
+
+def held_in(run: Run) -> Storage | None:
+    """Returns how a run's base is held."""
+    return None if run.storage is None else replace(run.storage, cache=False)
 
 
 def load_beside(

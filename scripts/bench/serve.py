@@ -3,7 +3,8 @@
     python -m scripts.bench.serve checkpoints/SmolLM2-135M-Instruct out/a out/b out/c --clients 16 --requests 32
 
 needs litpeft with its test extras. Requests take the base and the runs by turns; a client sends its next one as soon
-as it has the answer. Each round measures the base alone, the first run alone, and all together, and then peft with the
+as it has the answer. With `--held N` the runs are in one folder, and so many of them in memory at once. Each round
+measures the base alone, the first run alone, and all together, and then peft with the
 adapters that the runs hold, in batches of as many rows, in this process.
 """
 
@@ -28,6 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--held", type=int, help="runs in memory at once; all, if left out")
     return parser.parse_args()
 
 
@@ -51,10 +53,11 @@ class Served:
 
     def __init__(self, args: argparse.Namespace):
         first, *others = map(str, args.runs)
-        command = [sys.executable, "-m", "litpeft", "serve", first, "--also", json.dumps(others), "--port", "0"]
-        self.process = subprocess.Popen(
-            [*command, "--batch_size", str(args.clients)], stderr=subprocess.PIPE, text=True
-        )
+        models = [first, "--also", json.dumps(others)]
+        if args.held is not None:
+            models = [str(args.base), "--runs", str(args.runs[0].parent), "--runs_held", str(args.held)]
+        command = [sys.executable, "-m", "litpeft", "serve", *models, "--port", "0", "--batch_size", str(args.clients)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def __enter__(self) -> "Served":
         line = next(line for line in self.process.stderr if "/v1 answers" in line)
