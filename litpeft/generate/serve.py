@@ -195,7 +195,7 @@ class Server:
         """Returns the reply to a request; the model is released before the client has read it all."""
         ids = [await self.tokens(served, content) for content in ask.prompts]
         came: asyncio.Queue[Came] = asyncio.Queue()
-        prompts = self.each(ask, ids)
+        prompts = [prompt for prompt in ids for _ in range(ask.choices)]
         left = len(prompts)
 
         def arrive(index: int, text: str | None, error: Exception | None) -> None:
@@ -221,10 +221,6 @@ class Server:
                 one.cancelled = True
             written = sum(len(one.draft.answer.ids) for one in requests)
             tell(f"{ask.model}: {prompt} + {written} tokens in {time.perf_counter() - began:.1f} s")
-
-    def each(self, ask: Ask, ids: list[list[int]]) -> list[list[int]]:
-        """Returns the prompt of each answer: those of one prompt come one after the other."""
-        return [prompt for prompt in ids for _ in range(ask.choices)]
 
     async def tokens(self, served: Served, content: Any) -> list[int]:
         """Returns the tokens of a prompt, which leaves room for an answer."""
