@@ -351,7 +351,8 @@ def test_answers_given_before_the_command_is_stopped_are_kept(
     (rows := tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps({"prompt": text, "completion": text}) + "\n" for text in texts)
     )
-    words = [str(rows)] if command == "evaluate" else ["--input", str(rows), "--sampling.max_new_tokens", "4"]
+    drawn = ["--sampling.max_new_tokens", "4", "--sampling.temperature", "1"]  # as each row's number seeds it
+    words = [str(rows)] if command == "evaluate" else ["--input", str(rows), *drawn]
     words = [command, str(tiny_folder), *words, "--batch_size", "1"]
     out, left, place = tmp_path / "out.jsonl", iter([None, None]), Batch.place  # the third one is stopped
 
@@ -371,12 +372,31 @@ def test_answers_given_before_the_command_is_stopped_are_kept(
     with pytest.raises(UserError, match="holds answers of a run that was stopped"):
         dispatch([*words, "--output", str(out)], [], 0.0)
     early = [json.loads(row) for row in part.read_text().splitlines()]
-    part.unlink()
+    with part.open("a") as file:
+        file.write('{"half a li')  # of a kill
+    changed = ["--max_new_tokens", "5"] if command == "evaluate" else ["--sampling.seed", "7"]
+    with pytest.raises(UserError, match="none of its answers is what this command would write"):
+        dispatch([*words, "--output", str(out), "--resume", *changed], [], 0.0)
+    assert [json.loads(row) for row in part.read_text().splitlines()] == early
+    placed: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Batch, "place", lambda batch, request: [placed.append(request.prompt), place(batch, request)])
+        dispatch([*words, "--output", str(out), "--resume"], [], 0.0)
+    assert len(placed) == 1  # the one that was stopped
+    assert f"2 answers of 3 from {part}" in capsys.readouterr().err
+    resumed = out.read_text()
+    out.unlink()
+    assert sorted(tmp_path.iterdir()) == [rows]
     dispatch([*words, "--output", str(out)], [], 0.0)
-    whole = [json.loads(row) for row in out.read_text().splitlines()]
-    assert sorted(tmp_path.iterdir()) == [out, rows]
+    assert out.read_text() == resumed
+    out.unlink()
+    whole = [json.loads(row) for row in resumed.splitlines()]
 
     def text(row: dict) -> str:
         return row["answer"] if command == "generate" else row["model"]["answer"]
 
     assert [text(row) for row in early] == [text(whole[i]) for i in (0, 2)]
+    part.write_text("{}\n")
+    with pytest.raises(UserError, match="the line is none that") as error:
+        dispatch([*words, "--output", str(tmp_path / "out.jsonl"), "--resume"], [], 0.0)
+    assert error.value.where == f"{part}:1"

@@ -1,7 +1,7 @@
 """Answers to prompts, many at once or one as it comes; and the command `litpeft generate`."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from litpeft.exchange.run import find_run
 from litpeft.exchange.trained_rows import shape_of
 from litpeft.generate.batch import Batch, Request, raised
 from litpeft.generate.draft import Answer, Draft
-from litpeft.generate.kept import kept, line
+from litpeft.generate.kept import Kept, kept, line, marks
 from litpeft.generate.load import Loaded, load_one, named
 from litpeft.generate.settings import Generate, Sampling
 from litpeft.model.gpt import GPT
@@ -112,15 +112,15 @@ def generate(settings: Generate) -> None:
         return prompt.row | {key: texts if len(names) > 1 else next(iter(texts.values()))}
 
     answers: dict[str, list[Answer]] = {}
-    with kept(output) as keep:
+    with kept(output, settings.resume) as keep:
         for name, path in names.items():
             loaded = load_one(settings, path)
             write(f"{name}:\n" if alone and len(names) > 1 else "")
 
-            def came(i: int, answer: Answer, name: str = name) -> None:
-                keep(answered(prompts[i], {name: answer.text}))
+            def came(i: int, mark: str, answer: Answer, name: str = name) -> None:
+                keep.add(answered(prompts[i], {name: answer.text}), mark, answer)
 
-            answers[name] = respond(loaded, prompts, settings, alone, came)
+            answers[name] = respond(loaded, prompts, replace(settings, model=path), alone, keep, came)
         if alone:
             return
         with nullcontext() if output is None else atomic_file(output) as handle:
@@ -129,8 +129,18 @@ def generate(settings: Generate) -> None:
                 (write if handle is None else handle.write)(line(row))
 
 
-def respond(loaded: Loaded, prompts: Sequence[Prompt], settings: Generate, shown: bool, came: Came) -> list[Answer]:
-    """Returns a model's answers to all prompts; with `shown`, the only one is written to stdout as it comes."""
+def respond(
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    settings: Generate,
+    shown: bool,
+    keep: Kept,
+    came: Callable[[int, str, Answer], None],
+) -> list[Answer]:
+    """Returns a model's answers to all prompts; with `shown`, the only one is written to stdout as it comes.
+
+    `came` is told of each that `keep` does not have, with its mark there.
+    """
     system = loaded.system if settings.system is None else settings.system
     ids = [prompt_ids(loaded, prompt, system) for prompt in prompts]
     for tokens, prompt in zip(ids, prompts, strict=True):
@@ -142,10 +152,15 @@ def respond(loaded: Loaded, prompts: Sequence[Prompt], settings: Generate, shown
         for text in pieces:
             write(text)
         write("\n")
-        answers = [only]
+        new = answers = [only]
     else:
-        answers = answer_all(loaded, ids, settings.batch_size, settings.sampling, stop_ids, came)
-    tell(figures(answers, time.perf_counter() - began))
+        of = marks(settings, "raw" if settings.raw else "", loaded, ids, settings.sampling)
+        done = keep.done(of)
+        answers = answer_all(
+            loaded, ids, settings.batch_size, settings.sampling, stop_ids, lambda i, one: came(i, of[i], one), done
+        )
+        new = [one for i, one in enumerate(answers) if i not in done]
+    tell(figures(new, time.perf_counter() - began))
     return answers
 
 
@@ -168,13 +183,15 @@ def answer_all(
     sampling: Sampling,
     stop_ids: Collection[int],
     came: Came = lambda i, answer: None,
+    done: Mapping[int, Answer] | None = None,
 ) -> list[Answer]:
     """Returns the answers to all prompts, in their order; `batch_size` are written at once, the longest prompts first.
 
-    `came` is told of each as soon as it has ended.
+    `came` is told of each as soon as it has ended. Those that are `done`, by the numbers of their prompts, stay.
     """
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)
-    ended = 0
+    done = done or {}
+    order = sorted((i for i in range(len(ids)) if i not in done), key=lambda i: len(ids[i]), reverse=True)
+    ended = len(done)
 
     def ended_one(number: int, answer: Answer) -> None:
         nonlocal ended
@@ -184,9 +201,10 @@ def answer_all(
             tell(f"{ended} of {len(ids)} prompts answered")
 
     prompts, seeds = [ids[i] for i in order], [sampling.seed + i for i in order]
-    rows = min(batch_size, len(ids))
+    rows = max(1, min(batch_size, len(order)))
     answers = answer(loaded.model, prompts, loaded.tokenizer, sampling, stop_ids, seeds, ended_one, rows)
-    return [one for _, one in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
+    found = dict(done) | dict(zip(order, answers, strict=True))
+    return [found[i] for i in range(len(ids))]
 
 
 def figures(answers: list[Answer], seconds: float) -> str:

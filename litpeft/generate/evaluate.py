@@ -1,6 +1,7 @@
 """Measure a model on rows with known answers, and a run beside its base: loss, and answers that match exactly."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +22,7 @@ from litpeft.exchange.run import find_run
 from litpeft.exchange.trained_rows import shape_of
 from litpeft.generate.draft import Answer
 from litpeft.generate.engine import Came, answer_all
-from litpeft.generate.kept import Keep, kept, line
+from litpeft.generate.kept import Kept, kept, line, marks
 from litpeft.generate.load import Loaded, load_model, load_one, named
 from litpeft.generate.settings import Evaluate, Sampling
 from litpeft.model.delta import without_delta
@@ -37,10 +38,14 @@ def exactly(
     max_new_tokens: int,
     batch_size: int,
     came: Came = lambda i, answer: None,
+    done: Mapping[int, Answer] | None = None,
 ) -> tuple[list[Answer], list[bool]]:
-    """Returns the greedy answers, and whether each is the expected one; thoughts and spaces around it do not count."""
+    """Returns the greedy answers, and whether each is the expected one; thoughts and spaces around it do not count.
+
+    `came` is told of each answer but those that are `done`.
+    """
     sampling = Sampling(max_new_tokens=max_new_tokens)
-    answers = answer_all(loaded, prompts, batch_size, sampling, loaded.template.stop_ids, came)
+    answers = answer_all(loaded, prompts, batch_size, sampling, loaded.template.stop_ids, came, done)
     return answers, [parted(a.text)[1].strip() == want.strip() for a, want in zip(answers, expected, strict=True)]
 
 
@@ -104,8 +109,8 @@ class Exchange:
         return "\n\n".join(filter(None, (self.before[-1].content, self.before[-1].input))) if self.before else ""
 
 
-def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate, keep: Keep) -> Score:
-    """Returns the loss and the greedy answers of a model; `keep` is given each answer with its row."""
+def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate, keep: Kept) -> Score:
+    """Returns the loss and the greedy answers of a model, each of which is kept."""
     began = time.perf_counter()
     loss = mean_loss(loaded.model, rows, MICRO_TOKENS, loaded.model.embed.weight.device)
     exchanges = [Exchange.of(row) for row in rows]
@@ -120,12 +125,14 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate, keep: 
 
     def came(number: int, answer: Answer) -> None:
         row = {"folder": settings.model, "source": rows[numbers[number]].source, "expected": expected[number]}
-        keep(row | {name: {"answer": answer.text.strip()}})
+        keep.add(row | {name: {"answer": answer.text.strip()}}, of[number], answer)
 
     asked = time.perf_counter()
-    found, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size, came)
+    of = marks(settings, name, loaded, prompts, Sampling(max_new_tokens=settings.max_new_tokens))
+    done = keep.done(of)
+    found, exact = exactly(loaded, prompts, expected, settings.max_new_tokens, settings.batch_size, came, done)
     ended = time.perf_counter()
-    speed = sum(len(answer.ids) for answer in found) / (ended - asked)
+    speed = sum(len(answer.ids) for i, answer in enumerate(found) if i not in done) / (ended - asked)
     answers = dict(zip(numbers, zip((answer.text.strip() for answer in found), exact, strict=True), strict=True))
     texts, rights = zip(*(answers.get(i, ("", None)) for i in range(len(rows))), strict=True)
     texts_of = neutral_rows(settings.neutral, loaded.template, loaded.model.reach, "neutral")
@@ -138,7 +145,7 @@ def evaluate(settings: Evaluate) -> None:
     """The command `litpeft evaluate`."""
     output = new_file(settings.output, ".jsonl")
     names = named(settings)
-    with kept(output) as keep:
+    with kept(output, settings.resume) as keep:
         rows, scores = measure(settings, keep)
         if len(names) > 1:
             scores[-1].name = next(iter(names))
@@ -154,11 +161,12 @@ def evaluate(settings: Evaluate) -> None:
                     handle.write(line(record))
 
 
-def measure(settings: Evaluate, keep: Keep = lambda row: None) -> tuple[list[Row], list[Score]]:
+def measure(settings: Evaluate, keep: Kept | None = None) -> tuple[list[Row], list[Score]]:
     """Returns the rows, and the results of the model on them; before those of a run stand its base's, if asked for.
 
-    `keep` is given each answer as it comes.
+    `keep` keeps each answer as it comes.
     """
+    keep = keep or Kept()
     run = find_run(Path(settings.model))
     apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
     loaded = load_one(replace(settings, base=None) if apart else settings, settings.model)

@@ -98,6 +98,8 @@ class Generate(Answering):
     output: str | None = None
     """Write .jsonl rows with the answers to this new file instead of printing them. A .part file beside it keeps
     those that have come until it is whole."""
+    resume: bool = False
+    """Go on with the answers in the .part file of the same command, which was stopped."""
     batch_size: int = 16
     """Prompts of the file that are answered at once."""
     raw: bool = False
@@ -112,6 +114,7 @@ class Generate(Answering):
             raise ValueError("prompt and input exclude each other; the prompts come from one of them")
         if self.raw and self.system is not None:
             raise ValueError("raw and system exclude each other; raw text has no system message")
+        check_resumes(self)
         check_least(self, batch_size=1)
         check_columns(self)
 
@@ -188,6 +191,8 @@ class Evaluate(Answering):
     """Measure the loss on text that shows what was forgotten, too: auto (a page of plain English), or a .txt file."""
     output: str | None = None
     """Write every row's answers and scores here, as .jsonl. A .part file beside it keeps the answers until then."""
+    resume: bool = False
+    """Go on with the answers in the .part file of the same command, which was stopped."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,3 +200,9 @@ class Evaluate(Answering):
         check_columns(self)
         if self.shots_from is not None and not self.shots:
             raise ValueError("shots_from is used only with shots, which is 0")
+        check_resumes(self)
+
+
+def check_resumes(settings: Generate | Evaluate) -> None:
+    if settings.resume and settings.output is None:
+        raise ValueError("resume is used only with output, beside which the answers are kept")
