@@ -1,6 +1,8 @@
 """Blocks that torch has compiled learn what the same blocks learn step by step."""
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -34,18 +36,29 @@ def loss(model: GPT, lengths: tuple[int, ...]) -> torch.Tensor:
     return model(ids, context, at=torch.arange(ids.numel() - 1), targets=ids[0, 1:])
 
 
-# Their blocks compute what those of lora, of prefix and of prompt do.
-ALIKE = "lora_fa", "pissa", "loftq", "eva", "lora_ga", "lq_lora", "ptuning_v2", "ptuning"
+# Tracing takes half of the time and the C++ compiler the other half. Of these methods' blocks C++ is made;
+WHOLE = ("lora", "qlora", "dora", "ada_lora", "glora", "adapter", "prefix", "prompt", "reft", "long_lora", "qa_lora")
+# these compute in them what lora, prefix, prompt, or a model without deltas does; those of the others are only traced.
+ALIKE = ("lora_fa", "pissa", "loftq", "eva", "lora_ga", "lq_lora", "ptuning_v2", "ptuning", "full")
+TRACED = partial(torch.compile, backend="aot_eager_decomp_partition")  # forward, backward and what is kept between
+CASES = [
+    *(pytest.param(n, TRACED, id=n, marks=pytest.mark.slow) for n in METHODS if n not in (*WHOLE, *ALIKE)),
+    *(pytest.param(n, torch.compile, id=f"{n}, C++", marks=pytest.mark.slow) for n in WHOLE),
+    # `-m full` makes C++ of all.
+    *(pytest.param(n, torch.compile, id=f"{n}, C++", marks=pytest.mark.full) for n in METHODS if n not in WHOLE),
+]
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full if name in ALIKE else pytest.mark.slow) for name in METHODS]
-)
-def test_every_method_learns_the_same(tiny_folder: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "compile"), CASES)
+def test_every_method_learns_the_same(
+    tiny_folder: Path, name: str, compile: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", compile)
     plain, compiled = make(tiny_folder, name), make(tiny_folder, name)
     compile_blocks(compiled, CPU)
     assert steps(compiled) == pytest.approx(steps(plain), abs=1e-9)
+    assert compiled.compiled is not None
     state = delta_state(compiled)
     assert all(torch.allclose(state[key], tensor, atol=1e-7) for key, tensor in delta_state(plain).items())
 
