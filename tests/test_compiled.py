@@ -37,9 +37,22 @@ def loss(model: GPT, lengths: tuple[int, ...]) -> torch.Tensor:
 
 
 # Tracing takes half of the time and the C++ compiler the other half. Of these methods' blocks C++ is made;
-WHOLE = ("lora", "qlora", "dora", "ada_lora", "glora", "adapter", "prefix", "prompt", "reft", "long_lora", "qa_lora")
-# these compute in them what lora, prefix, prompt, or a model without deltas does; those of the others are only traced.
-ALIKE = ("lora_fa", "pissa", "loftq", "eva", "lora_ga", "lq_lora", "ptuning_v2", "ptuning", "full")
+WHOLE = (
+    "lora",
+    "qlora",
+    "dora",
+    "ada_lora",
+    "glora",
+    "adapter",
+    "prefix",
+    "prompt",
+    "reft",
+    "long_lora",
+    "qa_lora",
+    "full",
+)
+# these compute in them what lora, prefix or prompt does; those of the others are only traced.
+ALIKE = ("lora_fa", "pissa", "loftq", "eva", "lora_ga", "lq_lora", "ptuning_v2", "ptuning")
 TRACED = partial(torch.compile, backend="aot_eager_decomp_partition")  # forward, backward and what is kept between
 CASES = [
     *(pytest.param(n, TRACED, id=n, marks=pytest.mark.slow) for n in METHODS if n not in (*WHOLE, *ALIKE)),
