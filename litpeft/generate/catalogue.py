@@ -49,7 +49,7 @@ class RunFolder:
 
     def version(self, name: str) -> Version | None:
         """Returns what tells a run from another one that replaces it; None if there is no run of that name."""
-        if name in ("", ".", "..") or {*name} & {"/", os.sep, "\0"}:
+        if name == "" or name.startswith(".") or {*name} & {"/", os.sep, "\0"}:  # .tmp- is being written
             return None
         for record in RECORDS:
             try:
@@ -85,17 +85,16 @@ class RunFolder:
 
     async def load(self, name: str, version: Version) -> Held:
         """Loads a run into a place."""
-        loop = asyncio.get_running_loop()
+        loop, number = asyncio.get_running_loop(), None
         try:
             loaded, maps = await loop.run_in_executor(self.reader, self.base.read, self.folder / name)
-        except UserError as error:
-            raise Refused(f"{name} cannot be served: {error.what}", "model", code="model_not_found") from None
-        number = await self.place()
-        try:
+            number = await self.place()
             await asyncio.wrap_future(self.worker.between_steps(partial(self.base.put, number, maps)))
-        except BaseException:
-            self.free.append(number)
-            raise
+        except BaseException as error:
+            self.free += [] if number is None else [number]
+            if not isinstance(error, UserError):
+                raise
+            raise Refused(f"{name} cannot be served: {error.what}", "model", code="model_not_found") from None
         self.held[name, version] = held = Held(Served(loaded, self.base.batch, number))
         return held
 

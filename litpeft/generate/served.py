@@ -1,7 +1,7 @@
 """The models that a server answers for: runs beside their base, as far as one pass can compute them all."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,8 +57,11 @@ class Base:
         self.batch = Batch(self.model, self.settings.batch_size, PART)
         self.places = range(len(runs) + 1, len(runs) + 1 + spare)
 
-    def read(self, path: Path) -> tuple[Loaded, Maps]:
-        """Returns a run that comes later; raises ModelError if it is not one that can be beside this base."""
+    def read(self, path: Path) -> tuple[Loaded, Callable[[], Maps]]:
+        """Returns a run that comes later, and what computes its maps.
+
+        Both raise ModelError if it is not one that can be beside this base.
+        """
         run = find_run(path)
         if run is None or run.is_model:
             raise ModelError("it is a model by itself, and not beside a base", where=path, hint="name it with --also")
@@ -72,15 +75,22 @@ class Base:
         loaded = self.loaded(run)
         method, delta = run.method(), run.delta()
         alone = deltas_beside(self.model.config, method, self.storage, delta)
-        maps = None if alone is None else affine_maps(self.model, alone, method, delta)
-        if maps is None:
-            what = f"{run.facts['method']} with these settings is not computed beside a base"
-            raise ModelError(what, where=path, hint="name it with --also")
+
+        def maps() -> Maps:
+            found = None if alone is None else affine_maps(self.model, alone, method, delta)
+            if found is None:
+                what = f"{run.facts['method']} with these settings is not computed beside a base"
+                raise ModelError(what, where=path, hint="name it with --also")
+            return found
+
         return loaded, maps
 
-    def put(self, number: int, maps: Maps) -> None:
-        """Puts a run that was read in one of the `places`; the batch is between two steps, and none of it is its."""
-        moved = put_run(self.model, number, maps)
+    def put(self, number: int, maps: Callable[[], Maps]) -> None:
+        """Puts a run that was read in one of the `places`, which no answer is of that is being computed.
+
+        To be called between two steps, by the thread that computes them: nothing else computes on a GPU meanwhile.
+        """
+        moved = put_run(self.model, number, maps())
         for packed in {layer.packed_in for layer in self.model.modules() if isinstance(layer, Linear)}:
             if isinstance(packed, NativeLinears) and packed.runs:
                 packed.put(number)

@@ -96,15 +96,13 @@ class Stacked(ByRow):
         return z.to(y.dtype)
 
 
-def add_by_row(
-    model: GPT, runs: Sequence[Mapping[str, Affine]], spare: int = 0, kind: type[ByRow] | None = None
-) -> None:
+def add_by_row(model: GPT, runs: Sequence[Mapping[str, Affine]], spare: int = 0) -> None:
     """Lets the rows of a model without deltas have those of `runs`, which `affine_maps` gave: 1 for the first run.
 
-    After them are `spare` places for others, which `put_run` fills. `kind` is Stacked on a GPU.
+    After them are `spare` places for others, which `put_run` fills.
     """
     weight = model.embed.weight
-    kind = kind or (Stacked if weight.is_cuda else ByRow)
+    kind = Stacked if weight.is_cuda else ByRow
     wide = model.dtype if weight.is_cuda else torch.promote_types(model.dtype, torch.float32)
     like = torch.empty(0, dtype=wide, device=weight.device)
     known = knowing_rows(model)
