@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,8 @@ def test_many_at_once_wait_for_a_place_and_get_the_answers_of_their_runs(
     def ask(number: int) -> None:
         replies[number] = running.ask(texts[number], NAMES[number * 7 % 5], **GREEDY)
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(60)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(60) as pool:
+        list(pool.map(ask, range(60)))
     for number, (status, reply) in replies.items():
         assert status == 200
         assert text(reply) == wanted(loaded[NAMES[number * 7 % 5]], texts[number])[0]

@@ -49,7 +49,7 @@ class RunFolder:
 
     def version(self, name: str) -> Version | None:
         """Returns what tells a run from another one that replaces it; None if there is no run of that name."""
-        if name == "" or name.startswith(".") or {*name} & {"/", os.sep, "\0"}:  # .tmp- is being written
+        if name[:1] in ("", ".") or {*name} & {"/", os.sep, "\0"}:  # what begins with a dot is being written
             return None
         for record in RECORDS:
             try:
