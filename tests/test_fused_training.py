@@ -31,8 +31,8 @@ from litpeft.train.fused_block import SWITCHES, FusedStep, groups_of, handles, l
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Triton's interpreter takes the bits of a bfloat16 in tl.dot for a whole number
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-# tokens of documents: more than two tiles of 32 rows; the interpreter computes row after row
-LENGTHS = (40, 1, 90) if DEVICE.type == "cuda" else (20, 1, 45)
+# tokens of documents: more than a tile of 32 rows; the interpreter computes row after row
+LENGTHS = (40, 1, 90) if DEVICE.type == "cuda" else (12, 1, 24)
 SIZES = {"hidden_size": 72, "intermediate_size": 80, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 24}
 
 
