@@ -1,13 +1,16 @@
 """Short runs of a tiny model that are ended and resumed, and what tells whether that left a trace."""
 
 import multiprocessing
+import os
 import random
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import count
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import pytest
@@ -131,13 +134,25 @@ def told_and_run(argv: list[str], log: Path) -> None:
         main(argv)
 
 
-def start(argv: list[str], log: Path) -> multiprocessing.process.BaseProcess:
-    """Returns a process that runs the command; it is forked from one that has all imported, so it starts at once."""
+def forked(action: Callable[..., object], *args: object) -> multiprocessing.process.BaseProcess:
+    """Returns a process that does `action`, forked from a small one that has all imported: it starts at once.
+
+    To fork the process of the tests, which has grown by then, would take a tenth of a second.
+    """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["litpeft.train.finetune", "litpeft.methods.lora", "conftest", "short_runs"])
-    process = server.Process(target=told_and_run, args=(argv, log))
+    modules = ["litpeft.train.finetune", "litpeft.methods.lora", "conftest", "short_runs", "test_checkpoints"]
+    server.set_forkserver_preload(modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # of itself it finds no module of the tests
+        ensure_running()
+    process = server.Process(target=action, args=args)
     process.start()
     return process
+
+
+def start(argv: list[str], log: Path) -> multiprocessing.process.BaseProcess:
+    """Returns a process that runs the command."""
+    return forked(told_and_run, argv, log)
 
 
 def wait_for_step(run: Path, step: int, process: multiprocessing.process.BaseProcess) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import finetune, write_rows
 from safetensors.torch import load_file, save_file
+from short_runs import forked
 from torch import Tensor
 
 import litpeft.core.safetensors
@@ -72,34 +73,35 @@ def seed_of(checkpoint: Checkpoint) -> int:
 
 def killed(action: Callable[[], object], k: int) -> bool:
     """Runs `action` in a process that dies just before its k-th call of the file system; returns whether it died."""
-    child = os.fork()
-    if child:
-        status = os.waitpid(child, 0)[1]
-        assert status in (0, signal.SIGKILL)
-        return status == signal.SIGKILL
-    try:
-        numbers = itertools.count(1)
+    process = forked(die_at, action, k)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
 
-        def count() -> None:
-            if next(numbers) == k:
-                os.kill(os.getpid(), signal.SIGKILL)
 
-        def half_then_whole(named: dict[str, Tensor], path: Path, **more: object) -> None:
-            count()
-            save_file(named, path, **more)
-            content = path.read_bytes()
-            path.write_bytes(content[: len(content) // 2])
-            count()
-            path.write_bytes(content)
+def die_at(action: Callable[[], object], k: int) -> None:
+    numbers = itertools.count(1)
 
-        fsync = os.fsync
-        os.fsync = lambda handle: (count(), fsync(handle))
-        litpeft.core.safetensors.save_file = half_then_whole
-        sys.addaudithook(lambda event, args: event in CALLS and count())
-        action()
-        os._exit(0)
-    finally:
-        os._exit(1)
+    def count() -> None:
+        if next(numbers) == k:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_then_whole(named: dict[str, Tensor], path: Path, **more: object) -> None:
+        count()
+        save_file(named, path, **more)
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        count()
+        path.write_bytes(content)
+
+    torch.set_num_threads(1)
+    fsync = os.fsync
+    os.fsync = lambda handle: (count(), fsync(handle))
+    litpeft.core.safetensors.save_file = half_then_whole
+    seen = True
+    sys.addaudithook(lambda event, args: seen and event in CALLS and count())
+    action()
+    seen = False  # what follows is the end of the process
 
 
 def begin_and_save(folder: Path, step: int, seed: int) -> None:
