@@ -99,7 +99,7 @@ def test_a_batch_read_in_steps_and_guessed_tokens_get_the_logits_of_the_plain_mo
 @torch.inference_mode()
 def test_greedy_answers_alone_in_a_batch_and_with_guesses_are_those_of_the_plain_model(run) -> None:
     plain, loaded, limit = run
-    sampling = [Sampling(max_new_tokens=12, lookup=lookup) for lookup in (0, 8)]
+    sampling = [Sampling(max_new_tokens=8, lookup=lookup) for lookup in (0, 8)]
     alone, guessed = (
         [answer(loaded.model, [prompt], loaded.tokenizer, one, ())[0].ids for prompt in PROMPTS] for one in sampling
     )
