@@ -10,7 +10,6 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -183,11 +182,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 COLOURS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black", "blood": "red", "lemon": "yellow"}
 
 
-class NoFigure(MagicMock):
-    """Stands for matplotlib's Figure, and leaves an empty file."""
+class NoFigure:
+    """Stands for matplotlib's Figure and all its parts, which may be set and called, and leaves an empty file."""
 
-    def subplots(self, number: int, **options: object) -> list[MagicMock]:
-        return [MagicMock() for _ in range(number)]
+    def __init__(self, *args: object, **options: object):
+        pass
+
+    def __getattr__(self, name: str) -> "NoFigure":
+        return self
+
+    def __call__(self, *args: object, **options: object) -> "NoFigure":
+        return self
+
+    def __getitem__(self, key: object) -> "NoFigure":
+        return self
+
+    def subplots(self, number: int, **options: object) -> list["NoFigure"]:
+        return [self] * number
 
     def savefig(self, file: Path) -> None:
         Path(file).touch()
