@@ -24,6 +24,7 @@ AFTERWARDS = [
 ]
 EACH = """
 import multiprocessing
+import torch._dynamo, torch.distributed.fsdp  # what Lightning imports as well: once, not in each copy
 for code in sys.argv[1:]:
     process = multiprocessing.get_context("fork").Process(target=exec, args=(code, globals()))
     process.start()
