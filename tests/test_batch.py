@@ -133,6 +133,31 @@ def test_what_is_cancelled_leaves_at_the_next_step_and_the_others_go_on(model: G
         assert request.answer == alone(model, tokenizer, PROMPTS[number], long)
 
 
+def test_a_prompt_whose_reading_was_interrupted_is_not_read_on(
+    model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, read = Batch(model, 1), []
+    long, short = (Wanted(tokenizer, list(range(5, 5 + n)), Sampling(max_new_tokens=3)) for n in (60, 4))
+    logits = batch.cache.logits
+
+    def interrupted(rows: list[list[int]], *rest: object) -> torch.Tensor:
+        read.append(len(rows[0]))
+        if len(read) == 1:
+            raise KeyboardInterrupt
+        return logits(rows, *rest)
+
+    monkeypatch.setattr(batch.cache, "logits", interrupted)
+    batch.waiting.append(long)
+    with pytest.raises(KeyboardInterrupt):
+        batch.step()
+    long.cancelled = True
+    batch.waiting.append(short)
+    while batch.count:
+        batch.step()
+    assert read == [60, 4, 5, 6]
+    assert short.answer == alone(model, tokenizer, short.draft.ids[:4], Sampling(max_new_tokens=3))
+
+
 def test_an_answer_that_fails_ends_alone(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     greedy = Sampling(max_new_tokens=9, lookup=0)
     requests = [Wanted(tokenizer, prompt, greedy) for prompt in PROMPTS[:3]]

@@ -10,7 +10,7 @@ from conftest import finetune, write_rows
 
 from litpeft.cli import main
 from litpeft.core.errors import UserError
-from litpeft.core.folders import atomic_file, locked
+from litpeft.core.folders import atomic_file, check_place, locked
 
 
 def hold(path, pipe) -> None:
@@ -74,3 +74,10 @@ def test_a_file_may_have_the_longest_name_there_is(tmp_path: Path) -> None:
         assert not path.exists()
     assert path.read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_place(tmp_path / "new" / "run")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be written to"):
+        check_place(tmp_path / "new" / "run")

@@ -378,6 +378,10 @@ def test_answers_given_before_the_command_is_stopped_are_kept(
     with pytest.raises(UserError, match="none of its answers is what this command would write"):
         dispatch([*words, "--output", str(out), "--resume", *changed], [], 0.0)
     assert [json.loads(row) for row in part.read_text().splitlines()] == early
+    assert "goes on with them" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="no such folder"):
+        dispatch([*words, "--output", str(tmp_path / "new.jsonl"), "--also", str(tmp_path / "typo")], [], 0.0)
+    assert not (tmp_path / "new.part").exists()
     placed: list[int] = []
     with monkeypatch.context() as patched:
         patched.setattr(Batch, "place", lambda batch, request: [placed.append(request.prompt), place(batch, request)])
@@ -396,6 +400,12 @@ def test_answers_given_before_the_command_is_stopped_are_kept(
         return row["answer"] if command == "generate" else row["model"]["answer"]
 
     assert [text(row) for row in early] == [text(whole[i]) for i in (0, 2)]
+    mine, other = early[0], early[1] | {"kept": early[1]["kept"] | {"mark": "of another prompt"}}
+    part.write_text("".join(json.dumps(row) + "\n" for row in (mine, other)))
+    dispatch([*words, "--output", str(out), "--resume"], [], 0.0)
+    assert out.read_text() == resumed
+    assert f"warning: {part} stays: 1 line of it" in capsys.readouterr().err
+    out.unlink()
     part.write_text("{}\n")
     with pytest.raises(UserError, match="the line is none that") as error:
         dispatch([*words, "--output", str(tmp_path / "out.jsonl"), "--resume"], [], 0.0)

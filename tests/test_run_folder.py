@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,12 @@ from saved_runs import base_reads, save_run
 from transformers import AutoModelForCausalLM
 
 from litpeft.core.errors import UserError
+from litpeft.core.folders import replaced
+from litpeft.generate.catalogue import Catalogue, RunFolder
 from litpeft.generate.load import Loaded, load_model
 from litpeft.generate.served import load_served
 from litpeft.generate.settings import Serve
+from litpeft.generate.worker import Worker
 
 NAMES = ["lora", "ia3", "dora", "vera", "bitfit"]
 
@@ -102,6 +106,11 @@ def test_a_run_that_is_trained_anew_answers_anew(folder: Path, loaded: dict[str,
             shutil.rmtree(out / "mine", ignore_errors=True)
             shutil.copytree(folder / "out" / name, out / "mine")
             assert text(running.ask("Hello?", "mine", **GREEDY)[1]) == wanted(loaded[name], "Hello?")[0]
+        with suppress(KeyError), replaced(out / "mine", overwrite=True):  # as it is in training
+            assert text(running.ask("Hello?", "mine", **GREEDY)[1]) == wanted(loaded["ia3"], "Hello?")[0]
+            assert running.server.models.names() == ["base", "mine"]
+            raise KeyError
+        assert text(running.ask("Hello?", "mine", **GREEDY)[1]) == wanted(loaded["ia3"], "Hello?")[0]
         shutil.rmtree(out / "mine")
         assert running.ask("Hello?", "mine", **GREEDY)[0] == 404
     finally:
@@ -124,11 +133,19 @@ def test_an_adapter_of_peft_is_a_run_like_any_other(folder: Path, tmp_path: Path
         status, reply = running.ask("Hello?", "of another", **GREEDY)
         assert status == 400
         assert f"its base is {tmp_path / 'base'}" in reply["error"]["message"]
+        config.write_text(json.dumps(keys | {"base_model_name_or_path": "someone/base"}))  # as the hub calls it
+        assert text(running.ask("Hello?", "of another", **GREEDY)[1]) == wanted(alone, "Hello?")[0]
+        config.write_text(json.dumps(keys | {"base_model_name_or_path": "someone/else"}))
+        status, reply = running.ask("Hello?", "of another", **GREEDY)
+        assert status == 400
+        assert "say where it is with --base FOLDER" in reply["error"]["message"]
     finally:
         running.end()
 
 
-def test_a_run_that_cannot_be_beside_the_base_is_refused_and_takes_no_place(running: Running, folder: Path) -> None:
+def test_a_run_that_cannot_be_beside_the_base_is_refused_and_takes_no_place(
+    running: Running, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = folder / "out"
     other = make_folder(folder / "other", seed=8, vocab_size=258)
     save_run(out / "stranger", "lora", "float32", other, base_reads(other))
@@ -138,7 +155,7 @@ def test_a_run_that_cannot_be_beside_the_base_is_refused_and_takes_no_place(runn
         file.write(b"\x7f")
     try:
         for name, what in {
-            "prefix": "prefix with these settings is not computed beside a base",
+            "prefix": "its prefix is not computed beside a base; name it with --also",
             "full": "it is a model by itself",
             "stranger": "the run was trained on other weights",
             "broken": "sha256 mismatch",
@@ -147,6 +164,7 @@ def test_a_run_that_cannot_be_beside_the_base_is_refused_and_takes_no_place(runn
             assert status == 400
             assert reply["error"]["param"] == "model"
             assert what in reply["error"]["message"]
+            assert f"{name} cannot be served: " in capsys.readouterr().err
         assert len(running.server.models.folder.free) == 2
         assert running.ask("Hi", "lora", **GREEDY)[0] == 200
     finally:
@@ -215,3 +233,16 @@ def test_more_than_may_wait_for_a_place_are_told_to_come_later(folder: Path) -> 
 def test_a_folder_that_is_none_is_refused_before_anything_is_loaded(folder: Path) -> None:
     with pytest.raises(UserError, match="runs: there is no folder"):
         load_served(serving(folder, runs=str(folder / "nowhere")))
+    for name in ("out/lora", "out/lora/final", "base"):
+        with pytest.raises(UserError, match="is a run or a model itself"):
+            load_served(serving(folder, runs=str(folder / name)))
+
+
+def test_a_run_that_is_called_like_another_model_is_told(folder: Path, tmp_path: Path) -> None:
+    for name in ("base", "lora"):
+        shutil.copytree(folder / "out" / "lora", tmp_path / name)
+    served, base = load_served(serving(folder, runs=str(tmp_path)))
+    said = Catalogue(served, RunFolder(tmp_path, base, Worker([], print))).said().splitlines()
+    assert said[0] == "1 model: base"
+    assert said[1].endswith(": 2 runs now, at most 2 in memory")
+    assert said[2:] == ["warning: base is the model above, not the run in the folder"]

@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import TextIO
 
@@ -58,10 +59,11 @@ def disk_fault(error: BaseException, folder: Path) -> UserError | None:
     number = getattr(error, "errno", None)
     barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
     if number in FULL:
-        hint = "free some space and run the same command again, or give another --out"
+        hint = "free some space and run the same command again, or name another place (--out, --output)"
         return ResourceError(f"the disk is full ({os.strerror(number)})", where=folder, hint=hint)
     if number in (*barred, errno.EIO):
-        return ResourceError(f"cannot write there ({os.strerror(number)})", where=folder, hint="give another --out")
+        hint = "name another place (--out, --output)"
+        return ResourceError(f"cannot write there ({os.strerror(number)})", where=folder, hint=hint)
     return None
 
 
@@ -127,6 +129,11 @@ def replaced(path: Path, overwrite: bool, begun: Callable[[], bool] = lambda: Tr
     shutil.rmtree(old, ignore_errors=True)
 
 
+def moved_aside(path: Path) -> Path | None:
+    """Returns the old folder, which `replaced` has moved aside until there is a new one at `path`."""
+    return next(path.parent.glob(f".tmp-{escape(path.name)}-*-old"), None)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Locks `path` during the block; raises if another process holds the lock.
@@ -175,7 +182,7 @@ def _commit(temporary: Path, path: Path) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raises if `path` cannot be a folder: a name is too long, say, or a parent is a file."""
+    """Raises if `path` cannot be a folder: a name is too long, a parent is a file, or cannot be written to."""
     why = ""
     try:
         path.lstat()
@@ -184,6 +191,11 @@ def check_place(path: Path) -> None:
         why = "a name in it is too long" if max(len(os.fsencode(name)) for name in names) > LONGEST_NAME else ""
     except OSError as error:
         why = error.strerror
+    there = path.absolute().parent
+    while not why and not there.exists():
+        there = there.parent
+    if not why and not os.access(there, os.W_OK):
+        why = f"{there} cannot be written to"
     if why:
         raise ConfigError(f"this can be no folder: {why}", where=path, hint="name another")
 

@@ -107,6 +107,7 @@ class Batch:
     def step(self) -> None:
         """Writes a token of each answer, and reads prompts if there is room."""
         self.drop(row for row, request in enumerate(self.writing) if request.cancelled)
+        self.reading = [request for request in self.reading if not request.cancelled]  # it was alone, see `read`
         if self.writing:
             self.write()
         if not self.reading:
@@ -177,7 +178,6 @@ class Batch:
             prompts = [prompts[0][: max(done, 1) + self.part]]
         logits = self.cache.logits(prompts, 1, [request.prompt for request in self.reading], first)
         if len(prompts[-1]) < self.reading[-1].prompt:
-            self.reading = [request for request in self.reading if not request.cancelled]
             return
         live = list(self.reading)
         self.writing, self.reading = self.writing + live, []

@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from litpeft.core.errors import UserError, counted, quoted
+from litpeft.core.folders import moved_aside
+from litpeft.core.terminal import tell
 from litpeft.generate.protocol import Refused, busy
-from litpeft.generate.served import Base, Served
+from litpeft.generate.served import RECORDS, Base, Served
 from litpeft.generate.worker import Worker
 
-RECORDS = ("final/delta.json", "delta.json", "adapter_config.json")  # one of them is in the folder of a run
 MOST_NAMES = 20  # in an error
 Version = tuple[str, int, int, int]  # of a run: it may be trained again
 
@@ -53,11 +54,17 @@ class RunFolder:
             return None
         for record in RECORDS:
             try:
-                found = os.stat(self.folder / name / record)
+                found = os.stat(self.place_of(name) / record)
             except (OSError, ValueError):  # too long a name, or half of a surrogate pair
                 continue
             return record, found.st_ino, found.st_size, found.st_mtime_ns
         return None
+
+    def place_of(self, name: str) -> Path:
+        """Returns where a run is: while it is trained again, its old result is aside."""
+        folder = self.folder / name
+        whole = any((folder / record).exists() for record in RECORDS)
+        return folder if whole else moved_aside(folder) or folder
 
     async def take(self, name: str) -> Held:
         """Returns a run with one more user, which gives it back with `release`.
@@ -87,14 +94,16 @@ class RunFolder:
         """Loads a run into a place."""
         loop, number = asyncio.get_running_loop(), None
         try:
-            loaded, maps = await loop.run_in_executor(self.reader, self.base.read, self.folder / name)
+            loaded, maps = await loop.run_in_executor(self.reader, self.base.read, self.place_of(name))
             number = await self.place()
             await asyncio.wrap_future(self.worker.between_steps(partial(self.base.put, number, maps)))
         except BaseException as error:
             self.free += [] if number is None else [number]
             if not isinstance(error, UserError):
                 raise
-            raise Refused(f"{name} cannot be served: {error.what}", "model", code="model_not_found") from None
+            what = f"{name} cannot be served: {error.what}" + (f"; {error.hint}" if error.hint else "")
+            tell(f"{what} ({error.where})" if error.where else what)
+            raise Refused(what, "model") from None
         self.held[name, version] = held = Held(Served(loaded, self.base.batch, number))
         return held
 
@@ -128,8 +137,10 @@ class Catalogue:
         said = f"{counted(len(self.served), 'model')}: {', '.join(self.served)}"
         if self.folder is None:
             return said
-        now, most = counted(len(self.folder.names()), "run"), len(self.folder.base.places)
-        return f"{said}\nand the runs of {self.folder.folder}: {now} now, at most {most} in memory"
+        runs, most = self.folder.names(), len(self.folder.base.places)
+        said += f"\nand the runs of {self.folder.folder}: {counted(len(runs), 'run')} now, at most {most} in memory"
+        hidden = [name for name in runs if name in self.served]
+        return said + "".join(f"\nwarning: {name} is the model above, not the run in the folder" for name in hidden)
 
     def check(self, name: str) -> None:
         """Raises Refused unless there is a model of this name."""

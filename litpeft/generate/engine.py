@@ -160,7 +160,8 @@ def respond(
             loaded, ids, settings.batch_size, settings.sampling, stop_ids, lambda i, one: came(i, of[i], one), done
         )
         new = [one for i, one in enumerate(answers) if i not in done]
-    tell(figures(new, time.perf_counter() - began))
+    if new:
+        tell(figures(new, time.perf_counter() - began))
     return answers
 
 

@@ -48,8 +48,9 @@ class Kept:
     """The answers in such a file, by their marks; without one, none."""
 
     def __init__(self, part: Path | None = None):
-        self.part, self.found, self.count = part, {}, 0
-        self.used = False
+        self.part, self.count = part, 0
+        self.found: dict[str, Answer] = {}
+        self.used: set[str] = set()  # marks of those that belong to this command
 
     def read(self) -> None:
         """Reads the answers of a command that was stopped; half a line at the end, of a kill, is cut off."""
@@ -68,10 +69,10 @@ class Kept:
     def done(self, marks: Sequence[str]) -> dict[int, Answer]:
         """Returns the answers that are there already, by the numbers of the `marks`."""
         done = {number: self.found[mark] for number, mark in enumerate(marks) if mark in self.found}
-        if self.found and not done and not self.used:
+        self.used |= {mark for mark in marks if mark in self.found}
+        if self.found and not self.used:
             what = "none of its answers is what this command would write: the model, the prompts or settings are others"
             raise ConfigError(what, where=self.part, hint="move or remove it, or name another output")
-        self.used = True
         if done:
             tell(f"{counted(len(done), 'answer')} of {len(marks)} from {self.part}")
         return done
@@ -92,13 +93,13 @@ class Kept:
 def kept(output: Path | None, resume: bool) -> Iterator[Kept]:
     """Yields what keeps answers beside `output`, which the block writes at its end; with those of before to `resume`.
 
-    The file is removed if the block succeeds; else the user is told what it keeps.
+    The file is removed if the block succeeds and all that it keeps is in the output; else the user is told.
     """
     if output is None:
         yield Kept()
         return
     answers = Kept(output.with_suffix(".part"))  # no longer than `output`, whose name may be as long as a name can be
-    if answers.part.exists():
+    if answers.part.exists() and answers.part.stat().st_size:
         if not resume:
             what = f"{answers.part} holds answers of a run that was stopped"
             raise ConfigError(what, where="output", hint="--resume goes on with them; or move or remove the file")
@@ -106,8 +107,12 @@ def kept(output: Path | None, resume: bool) -> Iterator[Kept]:
     try:
         yield answers
     except BaseException:
-        if answers.count:
+        if answers.count and (answers.used or not answers.found):
             told = f"{counted(answers.count, 'answer')} kept in {answers.part}; {output} was not made"
             tell(f"{told}; the same command with --resume goes on with them")
         raise
-    answers.part.unlink(missing_ok=True)
+    if others := answers.found.keys() - answers.used:
+        of = "answers prompts or settings that this command does not have"
+        tell(f"warning: {answers.part} stays: {counted(len(others), 'line')} of it {of}")
+    else:
+        answers.part.unlink(missing_ok=True)

@@ -161,4 +161,6 @@ def named(settings: Answering) -> dict[str, str]:
             hint = "name each once; of two folders with one name rename one"
             raise ConfigError(f"{found[name]} and {path} are both called {name}", where="also", hint=hint)
         found[name] = path
+    for path in settings.also:
+        find_run(Path(path))  # what is none is refused before the first one has answered for hours
     return found

@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from litpeft.core.checksums import hub_origin
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.precision import pick_device, pick_precision, start_device
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.imports.peft import PeftRun
 from litpeft.exchange.result import Run
 from litpeft.exchange.run import find_run, tell_outdated, tell_progress
 from litpeft.generate.batch import PART, Batch
@@ -23,7 +25,9 @@ from litpeft.model.quantize import Storage
 from litpeft.model.quantize.cache import Cache
 from litpeft.model.slots import Linear
 
+RECORDS = ("final/delta.json", "delta.json", "adapter_config.json")  # one of them is in the folder of a run
 Held = tuple[Path, Storage | None]  # a base's folder, and how its weights are held
+APART = "name it with --also, which holds it all the time"
 Maps = Mapping[str, Affine]  # what a run does, by the names of linear layers
 
 
@@ -64,26 +68,38 @@ class Base:
         """
         run = find_run(path)
         if run is None or run.is_model:
-            raise ModelError("it is a model by itself, and not beside a base", where=path, hint="name it with --also")
+            raise ModelError("it is a model by itself, and not beside a base", where=path, hint=APART)
         if "fingerprint" in run.facts["base"]:  # the base is known by its contents, wherever it was in training
             run.find_base(str(self.folder))
-        elif (named := run.find_base(self.settings.base)).resolve() != self.folder:
+        elif (named := self.named_base(run)) != self.folder:
             raise ModelError(f"its base is {named}, and the one here is {self.folder}", where=path)
         if (held := held_in(run)) != self.storage:
             was, here = (storage.key if storage else "plain weights" for storage in (held, self.storage))
             raise ModelError(f"it was trained on a base in {was}, and the one here is in {here}", where=path)
-        loaded = self.loaded(run)
+        run.check_base(self.folder)
         method, delta = run.method(), run.delta()
         alone = deltas_beside(self.model.config, method, self.storage, delta)
+        apart = ModelError(f"its {run.facts['method']} is not computed beside a base", where=path, hint=APART)
+        if alone is None:
+            raise apart
 
         def maps() -> Maps:
-            found = None if alone is None else affine_maps(self.model, alone, method, delta)
+            found = affine_maps(self.model, alone, method, delta)
             if found is None:
-                what = f"{run.facts['method']} with these settings is not computed beside a base"
-                raise ModelError(what, where=path, hint="name it with --also")
+                raise apart
             return found
 
-        return loaded, maps
+        return self.loaded(run), maps
+
+    def named_base(self, run: PeftRun) -> Path:
+        """Returns the folder of the base that an adapter of peft names, if only as the hub calls it."""
+        try:
+            return run.find_base(self.settings.base).resolve()
+        except ModelError:
+            named, origin = run.keys.base_model_name_or_path or "", hub_origin(self.folder)
+            if named not in (self.folder.name, origin and origin[0]) and Path(named).name != self.folder.name:
+                raise
+            return run.find_base(str(self.folder)).resolve()
 
     def put(self, number: int, maps: Callable[[], Maps]) -> None:
         """Puts a run that was read in one of the `places`, which no answer is of that is being computed.
@@ -123,8 +139,8 @@ def load_served(settings: Serve) -> tuple[dict[str, Served], Base | None]:
     Runs of one base are computed beside it if all they do is an affine map in linear layers. Every other run is a model
     of its own, whose weights are held once where they are the base's.
     """
-    if settings.runs is not None and not Path(settings.runs).is_dir():
-        raise ConfigError(f"there is no folder {settings.runs}", where="runs")
+    if settings.runs is not None:
+        check_runs(Path(settings.runs))
     start_device()
     paths, served, grown = named(settings), {}, None
     runs = {name: find_run(Path(path)) for name, path in paths.items()}
@@ -148,6 +164,15 @@ def load_served(settings: Serve) -> tuple[dict[str, Served], Base | None]:
             loaded = load_one(settings, path, [one.loaded for one in served.values()])
             served[name] = Served(loaded, Batch(loaded.model, settings.batch_size, PART))
     return {name: served[name] for name in (*paths, *(name for name in served if name not in paths))}, grown
+
+
+def check_runs(folder: Path) -> None:
+    """Raises unless a folder may hold runs."""
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}", where="runs")
+    if any((folder / name).exists() for name in ("run.yaml", "config.json", *RECORDS)):
+        hint = "name the folder that it is in, or give it by --also"
+        raise ConfigError(f"{folder} is a run or a model itself", where="runs", hint=hint)
 
 
 def base_of(run: Run | None, settings: Serve) -> Held:

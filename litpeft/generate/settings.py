@@ -155,8 +155,9 @@ class Serve(Answering):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, port=0, batch_size=1, max_waiting=0, max_length=2, runs_held=1)
-        if self.port > 65535:
-            raise ValueError(f"port must be at most 65535, got {self.port}")
+        for key, most in {"port": 65535, "runs_held": 1000}.items():
+            if getattr(self, key) > most:
+                raise ValueError(f"{key} must be at most {most:,}, got {getattr(self, key):,}")
 
 
 @dataclass
