@@ -94,6 +94,7 @@ def test_a_bad_row_of_a_csv_is_named_with_its_line_and_the_next_one_is_read(tmp_
         (b'a,b\n1,2\n"3"x,4\n5,6\n', ":3: a quoted cell is wrong: ',' expected after '\"'"),
         (b"\xff\xfea\x00", ": the file is UTF-16, not CSV in UTF-8"),
         (b"\xff,b\n", ":1: not UTF-8 at byte 1 of line 1"),
+        (b"a,b\r1,2\r3,4\r", ":1: a line ends in a carriage return (\\r) alone"),
     ],
 )
 def test_what_makes_all_rows_of_a_csv_uncertain_is_an_error(tmp_path: Path, content: bytes, told: str) -> None:

@@ -58,6 +58,8 @@ class Compare:
         for name, keys in self.runs.items():
             if not name.replace("_", "").replace("-", "").replace(".", "").isalnum() or name.startswith("."):
                 raise ValueError(f"runs: {name!r} is no name of a folder: use letters, digits, -, _ and .")
+            if name == "base":
+                raise ValueError("runs: base is the row of the model without a run; call the run otherwise")
             if not isinstance(keys, dict):
                 raise ValueError(f"runs.{name} must be keys and values, {{}} for none")
             if keys.get("use", name) not in METHODS:

@@ -64,6 +64,9 @@ def _rows(lines: Iterable[bytes], separator: str, place: str) -> Iterator[tuple[
             if "end of data" in str(error):
                 what = "a quote opens in this row and is not closed"
             hint = "a quote inside a quoted cell is written twice"
+            if "new-line character" in str(error):
+                what = "a line ends in a carriage return (\\r) alone, as programs for an old Mac write it"
+                hint = "save it with line ends of Unix (\\n) or Windows (\\r\\n)"
             raise DataError(what, where=f"{place}:{first}", hint=hint) from None
         if cells is None:
             return
