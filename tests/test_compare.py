@@ -87,7 +87,9 @@ def test_a_run_that_fails_does_not_keep_the_others_from_the_table(file, capfd) -
         ({"mine": {}}, "runs.mine: its method must be one of lora, qlora"),
         ({"../lora": {"use": "lora"}}, "runs: '../lora' is no name of a folder"),
         ({"lora": 3}, "runs.lora must be keys and values"),
+        ({"base": {"use": "lora"}}, "runs: base is the row of the model without a run"),
         ({"lora": {}, "small": {"use": "lora", "method": {"rnk": 2}}}, 'there is no key "method.rnk"'),
+        ({"big": {"use": "lora", "method": {"rank": 10**6}}}, "runs.big: method.rank must be at least 1"),
     ],
 )
 def test_a_wrong_run_is_an_error_before_anything_is_trained(file, capsys, runs, message) -> None:
@@ -95,7 +97,9 @@ def test_a_wrong_run_is_an_error_before_anything_is_trained(file, capsys, runs, 
     with pytest.raises(SystemExit) as stop:
         main(["compare", "--config", str(file)])
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert str(file.parent / "out") not in said  # the keys are in the user's file, not in one of ours
     assert not (file.parent / "out" / "lora").exists()
 
 

@@ -158,8 +158,10 @@ def checked(settings: Compare, name: str, file: Path) -> Any:
     command = f"finetune {settings.runs[name].get('use', name)}"
     try:
         return parse(command, COMMANDS[command], ["--config", str(file), "--out", str(Path(settings.out) / name)])[0]
-    except UserError as error:
-        error.where = f"runs.{name}: {error.where}"
+    except UserError as error:  # of the file that was written, which the user has not
+        of_file, where = f"{file}:", str(error.where)
+        key = where.partition(": ")[2] if where.startswith(of_file) else where
+        error.where = f"runs.{name}.{key}" if key else f"runs.{name}"
         raise
 
 
