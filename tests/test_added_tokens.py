@@ -113,6 +113,25 @@ def test_a_run_is_answered_evaluated_and_merged_with_its_tokens(tied: bool, voca
     assert not torch.equal(after[FIRST], after[FIRST + 1])
 
 
+@pytest.mark.parametrize(("tokens", "lost"), [(["<call>", "<never>"], "<never>"), (["<call>", "<end of call>"], "")])
+def test_a_token_that_no_row_holds_is_told(tokens: list[str], lost: str, tiny_folder, tmp_path, capsys) -> None:
+    row = {"instruction": "Say <call>", "output": "x<end of call>"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    words = [
+        "--data.path",
+        str(tmp_path / "rows.jsonl"),
+        "--method.add_tokens",
+        json.dumps(tokens),
+        "--dry_run",
+        "true",
+    ]
+    main(["finetune", "lora", "--base.dir", str(tiny_folder), "--out", str(tmp_path / "run"), *words])
+    said = capsys.readouterr().out
+    assert (
+        f"of the first 10,000 rows to train on holds {lost}\n" in said if lost else "rows to train on holds" not in said
+    )
+
+
 def test_the_rows_alone_can_train(tiny_folder) -> None:
     method = Selective(norms=False, add_tokens=TOKENS)
     note_tokens(method, Tokenizer.load(tiny_folder))

@@ -1,14 +1,18 @@
 """The tokens that a method adds to a vocabulary: their ids, and the config with their rows (added_rows.py)."""
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from litpeft.core.errors import ConfigError
+from litpeft.data.rows import Row
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta import Method
 
 KEY = "method.add_tokens"
+SEARCHED = 10_000  # rows
 
 
 def note_tokens(method: Method, tokenizer: Tokenizer) -> None:
@@ -20,6 +24,17 @@ def note_tokens(method: Method, tokenizer: Tokenizer) -> None:
         raise ConfigError(what, where=KEY, hint="take another method; method.unfreeze trains more of the base")
     tokenizer.add(method.add_tokens, KEY)
     method.token_ids = tuple(tokenizer.backend.ids[token] for token in method.add_tokens)
+
+
+def unseen(method: Method, rows: Iterable[Row]) -> list[str]:
+    """Returns the tokens of a method that none of the first rows has; each of them would stay as it begins."""
+    left = dict(zip(method.token_ids, method.add_tokens, strict=True))
+    for row in islice(rows, SEARCHED if left else 0):
+        for number in left.keys() & set(row.ids):
+            del left[number]
+        if not left:
+            break
+    return list(left.values())
 
 
 def grown(config: ModelConfig, method: Method | None) -> ModelConfig:

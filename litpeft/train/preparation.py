@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from litpeft.core.errors import ConfigError, counted
+from litpeft.core.errors import ConfigError, counted, some
 from litpeft.core.folders import check_place, refuse_existing, remove_leftovers
 from litpeft.core.json import jsonable
 from litpeft.core.precision import Precision, pick_device, pick_precision
@@ -22,7 +22,7 @@ from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenise import DataSet
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.identity import config_identity, tokenizer_identity
-from litpeft.model.added_tokens import grown, note_tokens
+from litpeft.model.added_tokens import KEY, SEARCHED, grown, note_tokens, unseen
 from litpeft.model.build import checked_files
 from litpeft.model.delta import Method, attach, trainable
 from litpeft.model.families.read import read_config
@@ -97,6 +97,8 @@ def prepare(settings: Finetune, name: str, method: Method) -> Preparation | None
     weights.begin_sums()
     reading = time.perf_counter()
     rows, stream, steps = read_rows(settings, template, shapes.reach)
+    if lost := unseen(method, rows.train):
+        say(f"warning: {KEY}: none of the first {SEARCHED:,} rows to train on holds {some(lost)}")
     reading = time.perf_counter() - reading
     say(f"precision   {precision.name} on {device}, threads: {torch.get_num_threads()}")
     budget = fitting_budget(settings, rows, steps)
