@@ -243,11 +243,6 @@ def _kept_templates() -> Iterator[None]:
         yield
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs slow tests first: at the end of the others no core has to wait for one of them."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the collector of garbage need not look at it again and again."""
     gc.freeze()

@@ -131,10 +131,12 @@ def test_a_fault_on_one_rank_ends_both_and_the_run_goes_on(fault: str, folder: P
     check_fault(fault, "ddp", folder, tmp_path)
 
 
-OTHERS = [(fault, name) for fault in FAULTS for name in ("ddp", "fsdp") if name == "fsdp" or fault not in QUICK]
+OTHERS = [  # each fault once more, or the one time; `-m full` has those that are not in QUICK with both strategies
+    *(pytest.param(fault, "fsdp", marks=pytest.mark.slow if fault in QUICK else pytest.mark.full) for fault in FAULTS),
+    *(pytest.param(fault, "ddp", marks=pytest.mark.slow) for fault in FAULTS if fault not in QUICK),
+]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "strategy"), OTHERS)
 def test_every_fault_on_one_rank_ends_both(fault: str, strategy: str, folder: Path, tmp_path: Path) -> None:
     check_fault(fault, strategy, folder, tmp_path)
