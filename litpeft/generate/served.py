@@ -102,9 +102,9 @@ class Base:
             return run.find_base(str(self.folder)).resolve()
 
     def put(self, number: int, maps: Callable[[], Maps]) -> None:
-        """Puts a run that was read in one of the `places`, which no answer is of that is being computed.
+        """Puts a run that `read` returned in one of the `places`; the run that was there must have no open requests.
 
-        To be called between two steps, by the thread that computes them: nothing else computes on a GPU meanwhile.
+        Call it between two steps, in the thread that computes them: nothing else computes on a GPU meanwhile.
         """
         moved = put_run(self.model, number, maps())
         for packed in {layer.packed_in for layer in self.model.modules() if isinstance(layer, Linear)}:
@@ -113,8 +113,7 @@ class Base:
         self.batch.forget(number, moved)
 
     def loaded(self, run: Run) -> Loaded:
-        """Returns a run with its tokenizer and template, after checking that it was trained on this base."""
-        run.check_base(self.folder)
+        """Returns a run with its tokenizer and template; `run.check_base` has passed."""
         tell_progress(run)
         tell_outdated(run.place)
         said = run.facts["template"] | {"system": None}, run.facts["base"].get("tokenizer")
@@ -133,9 +132,9 @@ class Base:
 
 
 def load_served(settings: Serve) -> tuple[dict[str, Served], Base | None]:
-    """Returns what the settings name, by the folders' names, and the bases that are held for runs; and the one of those
-    to which the runs of the folder `runs` belong.
+    """Returns the models to answer for, by name, and the base of the runs in the folder `settings.runs`, if any.
 
+    The names are those of the folders that the settings name, and of the bases that are held for runs.
     Runs of one base are computed beside it if all they do is an affine map in linear layers. Every other run is a model
     of its own, whose weights are held once where they are the base's.
     """
@@ -176,7 +175,7 @@ def check_runs(folder: Path) -> None:
 
 
 def base_of(run: Run | None, settings: Serve) -> Held:
-    """Returns the base of a run; where that is none, or a model by itself, the model that answers."""
+    """Returns the base of a run. A model folder, or a run that is a whole model, is its own base."""
     if run is None or run.is_model:
         folder = Path(settings.model) if run is None else run.folder
         return folder.resolve(), None if settings.quantize is None else Storage(settings.quantize)
@@ -208,7 +207,10 @@ def load_beside(
     if not maps and not spare:
         return None, {}
     base.begin(list(maps.values()), spare)
-    served = {one: Served(base.loaded(runs[one]), base.batch, number) for number, one in enumerate(maps, 1)}
+    served = {}
+    for number, one in enumerate(maps, 1):
+        runs[one].check_base(base.folder)
+        served[one] = Served(base.loaded(runs[one]), base.batch, number)
     if name is not None:
         served[name] = Served(base.alone(), base.batch)
     return base, served
