@@ -24,7 +24,7 @@ from torch import Tensor
 import litpeft.core.safetensors
 import litpeft.train.room
 from litpeft.core.errors import ModelError, NumericError, ResourceError, UserError
-from litpeft.core.folders import check_disk
+from litpeft.core.place import check_disk
 from litpeft.exchange.identity import changed, checksum
 from litpeft.train.checkpoints import Checkpoint, Checkpoints
 

@@ -10,7 +10,8 @@ from conftest import finetune, write_rows
 
 from litpeft.cli import main
 from litpeft.core.errors import UserError
-from litpeft.core.folders import atomic_file, check_place, locked
+from litpeft.core.folders import atomic_file, locked
+from litpeft.core.place import check_place
 
 
 def hold(path, pipe) -> None:

@@ -1,6 +1,5 @@
 """Folders and files that appear complete or not at all, locks, and clean-up after killed processes."""
 
-import errno
 import fcntl
 import os
 import re
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import TextIO
 
 from litpeft.core.checksums import CHECKSUMS
-from litpeft.core.errors import ConfigError, ResourceError, UserError, scaled, some
+from litpeft.core.errors import ConfigError, ResourceError, some
 from litpeft.core.exports import EXPORTS
+from litpeft.core.place import FULL, disk_fault
 
 # the files of a model beside its weights, copied from folder to folder
 COMPANIONS = (
@@ -34,37 +34,11 @@ COMPANIONS = (
 RUN_FOLDERS = ("checkpoints", "final", "merged", "tensorboard", *EXPORTS)
 REPORTS = ("rows.csv", "report.md", "report.json", "loss.png")
 RUN_FILES = ("run.yaml", "metrics.csv", "rejected.jsonl", *REPORTS, *RUN_FOLDERS)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a file that has no room to grow
-FREE_SPACE = "free some space, or give another --out"
 OUTDATED = "the run was trained further since it was made"
-LONGEST_NAME = 255  # bytes, of the file systems in use
 FINISHED = ("final/delta.json", "delta.json", "config.json", "MANIFEST.json")  # one of them marks a complete folder
 EXPORTED = [file for export in EXPORTS.values() for file in export.files] + ["README.md"]  # the last is the model card
 # what --overwrite may remove
 OURS = (*COMPANIONS, *RUN_FILES, *EXPORTED, "delta.json", "model.safetensors.index.json", CHECKSUMS)
-
-
-def check_disk(folder: Path, needed: int, what: str, hint: str) -> None:
-    """Raises if the file system of `folder`, which need not exist yet, has fewer bytes free than `what` need."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        need, left, short = (scaled(count, "B") for count in (needed, free, needed - free))
-        what = f"{what} need {need}, the disk has {left} left: {short} too little"
-        raise ResourceError(what, where=folder, hint=hint)
-
-
-def disk_fault(error: BaseException, folder: Path) -> UserError | None:
-    """Returns the UserError for an error of the local disk, None for any other error."""
-    number = getattr(error, "errno", None)
-    barred = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY)
-    if number in FULL:
-        hint = "free some space and run the same command again, or name another place (--out, --output)"
-        return ResourceError(f"the disk is full ({os.strerror(number)})", where=folder, hint=hint)
-    if number in (*barred, errno.EIO):
-        hint = "name another place (--out, --output)"
-        return ResourceError(f"cannot write there ({os.strerror(number)})", where=folder, hint=hint)
-    return None
 
 
 @contextmanager
@@ -179,25 +153,6 @@ def _commit(temporary: Path, path: Path) -> None:
         if old.exists() and not path.exists():
             os.rename(old, path)
         raise ResourceError(f"cannot be written: {error.strerror or error}", where=path) from error
-
-
-def check_place(path: Path) -> None:
-    """Raises if `path` cannot be a folder: a name is too long, a parent is a file, or cannot be written to."""
-    why = ""
-    try:
-        path.lstat()
-    except FileNotFoundError:  # what is beside it while it is written has the longest name
-        names = (*path.parts, f".tmp-{path.name}-{os.getpid()}-old")
-        why = "a name in it is too long" if max(len(os.fsencode(name)) for name in names) > LONGEST_NAME else ""
-    except OSError as error:
-        why = error.strerror
-    there = path.absolute().parent
-    while not why and not there.exists():
-        there = there.parent
-    if not why and not os.access(there, os.W_OK):
-        why = f"{there} cannot be written to"
-    if why:
-        raise ConfigError(f"this can be no folder: {why}", where=path, hint="name another")
 
 
 def refuse_existing(path: Path, overwrite: bool, clear: bool = True) -> None:

@@ -18,7 +18,7 @@ from huggingface_hub.utils import logging
 
 from litpeft.core.checksums import file_sha256
 from litpeft.core.errors import DataError, ModelError, ResourceError, UserError
-from litpeft.core.folders import disk_fault
+from litpeft.core.place import disk_fault
 from litpeft.core.terminal import tell
 
 NO_ANSWER = (errors.HTTPError, OSError, ValueError, KeyError)  # the last two: the server is not a hub

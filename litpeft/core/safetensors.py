@@ -27,8 +27,9 @@ from litpeft.core.checksums import (
     write_checksums,
 )
 from litpeft.core.errors import ModelError, ResourceError, some
-from litpeft.core.folders import COMPANIONS, FREE_SPACE, check_disk, disk_fault
+from litpeft.core.folders import COMPANIONS
 from litpeft.core.json import read_shards, write_json
+from litpeft.core.place import FREE_SPACE, check_disk, disk_fault
 from litpeft.core.recognise import convert_hint, refuse_other
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

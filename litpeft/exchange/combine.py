@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError, ModelError
-from litpeft.core.folders import atomic_folder, check_place, locked, refuse_existing
+from litpeft.core.folders import atomic_folder, locked, refuse_existing
+from litpeft.core.place import check_place
 from litpeft.core.terminal import command_line, say
 from litpeft.exchange.imports.peft import PeftRun
 from litpeft.exchange.run import Run, build_run, find_run, save_result, tell_progress

@@ -8,7 +8,8 @@ import os
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, ModelError, UserError, scaled
-from litpeft.core.folders import atomic_folder, check_place, locked
+from litpeft.core.folders import atomic_folder, locked
+from litpeft.core.place import check_place
 from litpeft.core.recognise import refuse_other
 from litpeft.core.safetensors import RESULT_DTYPES, Weights, is_finite
 from litpeft.core.terminal import command_line, say

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.exports import EXPORTS, CannotExport
-from litpeft.core.folders import atomic_folder, check_place, locked, refuse_existing
+from litpeft.core.folders import atomic_folder, locked, refuse_existing
+from litpeft.core.place import check_place
 from litpeft.core.terminal import command_line, say
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.compare import PROMPTS, in_float32, logits_of

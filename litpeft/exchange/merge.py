@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from litpeft.core.errors import ConfigError, ModelError
-from litpeft.core.folders import COMPANIONS, atomic_folder, check_place, locked, refuse_existing, sync_files
+from litpeft.core.folders import COMPANIONS, atomic_folder, locked, refuse_existing, sync_files
 from litpeft.core.json import read_json
+from litpeft.core.place import check_place
 from litpeft.core.safetensors import DTYPES, RESULT_DTYPES, Weights, check_room, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
 from litpeft.data.templates import ChatTemplate

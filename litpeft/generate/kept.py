@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from litpeft.core.errors import ConfigError, DataError, counted
-from litpeft.core.folders import disk_fault
+from litpeft.core.place import disk_fault
 from litpeft.core.terminal import tell
 from litpeft.generate.draft import Answer
 from litpeft.generate.load import Loaded

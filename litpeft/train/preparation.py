@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from litpeft.core.errors import ConfigError, counted, some
-from litpeft.core.folders import check_place, refuse_existing, remove_leftovers
+from litpeft.core.folders import refuse_existing, remove_leftovers
 from litpeft.core.json import jsonable
+from litpeft.core.place import check_place
 from litpeft.core.precision import Precision, pick_device, pick_precision
 from litpeft.core.safetensors import Weights
 from litpeft.core.terminal import is_first, say

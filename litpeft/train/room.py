@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from litpeft.core.folders import check_disk
+from litpeft.core.place import check_disk
 from litpeft.core.precision import Precision
 from litpeft.core.terminal import is_first
 from litpeft.model.delta import Method, delta_state, trainable, training_state

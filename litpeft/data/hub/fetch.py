@@ -15,8 +15,9 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, WeakFileLock
 
 from litpeft.core.errors import ConfigError, DataError, UserError, counted, scaled
-from litpeft.core.folders import atomic_file, check_disk, disk_fault
+from litpeft.core.folders import atomic_file
 from litpeft.core.hub import NO_ANSWER, HubFile, Repository, difference, no_hub, transfer, tree
+from litpeft.core.place import check_disk, disk_fault
 from litpeft.core.terminal import is_first, tell
 from litpeft.data.hub.address import CONVERTED, Address
 from litpeft.data.hub.layout import Parts, card_configs, matches, parts_of, rows_files

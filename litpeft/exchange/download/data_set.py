@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, scaled
-from litpeft.core.folders import FREE_SPACE, check_disk, check_place, disk_fault, locked
+from litpeft.core.folders import locked
 from litpeft.core.hub import HubFile, Repository, difference, transfer
+from litpeft.core.place import FREE_SPACE, check_disk, check_place, disk_fault
 from litpeft.core.terminal import command_line, say
 from litpeft.data.hub.address import Address
 from litpeft.data.hub.fetch import Found

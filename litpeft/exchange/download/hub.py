@@ -10,8 +10,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from litpeft.core.checksums import CHECKSUMS
 from litpeft.core.errors import ConfigError, ModelError, UserError, counted, scaled
-from litpeft.core.folders import FREE_SPACE, check_disk, check_place, disk_fault, locked
+from litpeft.core.folders import locked
 from litpeft.core.hub import NO_ANSWER, HubFile, Repository, difference, no_hub, transfer, tree
+from litpeft.core.place import FREE_SPACE, check_disk, check_place, disk_fault
 from litpeft.core.terminal import say
 from litpeft.exchange.download.folder import check_folder, keep_checksums, model_files
 from litpeft.exchange.settings import Download

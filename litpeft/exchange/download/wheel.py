@@ -11,7 +11,8 @@ import zlib
 from pathlib import Path
 
 from litpeft.core.errors import ConfigError, ModelError, ResourceError, UserError, scaled
-from litpeft.core.folders import FREE_SPACE, check_disk, check_place, disk_fault, locked
+from litpeft.core.folders import locked
+from litpeft.core.place import FREE_SPACE, check_disk, check_place, disk_fault
 from litpeft.core.terminal import say
 from litpeft.exchange.download.folder import check_folder, keep_checksums, model_files
 from litpeft.exchange.settings import Download

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from litpeft.core.folders import atomic_folder, check_place, locked, refuse_existing
+from litpeft.core.folders import atomic_folder, locked, refuse_existing
+from litpeft.core.place import check_place
 from litpeft.core.safetensors import RESULT_DTYPES
 from litpeft.core.terminal import say
 from litpeft.data.templates import ChatTemplate

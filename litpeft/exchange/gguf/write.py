@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from litpeft.core.errors import ModelError
-from litpeft.core.folders import FREE_SPACE, check_disk, disk_fault
+from litpeft.core.place import FREE_SPACE, check_disk, disk_fault
 from litpeft.core.safetensors import is_finite
 from litpeft.exchange.gguf.latent import joined, split, split_names
 from litpeft.exchange.gguf.layout import Layout, decode, encode, row_bytes
