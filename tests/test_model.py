@@ -52,6 +52,15 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen2, tied, no window": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3_5_text": {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 32,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 20,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+    },
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "num_experts": 5,

@@ -3,14 +3,18 @@
 Letters: B rows, T new tokens, S keys, D head size, R of them that rotate, G key/value heads.
 """
 
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from litpeft.model.attention import Documents, causal_mask
 from litpeft.model.config import ModelConfig
+from litpeft.model.delta_rule import Chunks
 
 KEYS = 64  # the length of a cache, and of what attention reads of it, is a multiple of this
 
@@ -54,6 +58,43 @@ class KVCache:
         return self.k.narrow(2, 0, ctx.keys), self.v.narrow(2, 0, ctx.keys)
 
 
+class StateCache:
+    """What a layer of linear attention knows of each row's text: its matrix, and its last inputs of the convolution.
+
+    It is of the whole text that was read: a shorter one has to be read again.
+    """
+
+    def __init__(self, rows: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
+        sizes = config.linear_attention
+        channels = 2 * sizes.key_heads * sizes.key_size + sizes.heads * sizes.value_size
+        wide, matrix = torch.promote_types(dtype, torch.float32), (sizes.heads, sizes.key_size, sizes.value_size)
+        self.memory = torch.zeros(rows, *matrix, dtype=wide, device=device)
+        self.before = torch.zeros(rows, sizes.width - 1, channels, dtype=dtype, device=device)
+
+    def of_rows(self, rows: slice) -> "StateCache":
+        """Returns a view of some rows: what is written to it is written here."""
+        part = copy(self)
+        part.memory, part.before = self.memory[rows], self.before[rows]
+        return part
+
+    def update(self, read: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Any], ctx: "Context") -> Tensor:
+        """Returns what `read` makes of its inputs, of which the first are those of the convolution, and remembers."""
+        new, width = inputs[0], self.before.size(1)
+        begins = (ctx.pos[:, :1] == 0)[..., None, None]
+        y, memory = read(*inputs, self.before, self.memory.masked_fill(begins, 0))
+        both = torch.cat((self.before, new.to(self.before.dtype)), 1)
+        if ctx.counts is None:
+            self.before.copy_(both[:, -width:])
+        else:
+            at = torch.tensor(ctx.counts, device=new.device)[:, None] + torch.arange(width, device=new.device)
+            self.before.copy_(both.gather(1, at[..., None].expand(-1, -1, both.size(2))))
+        self.memory.copy_(memory)
+        return y
+
+
+Cache = KVCache | StateCache
+
+
 @dataclass
 class Context:
     """What the blocks need to know of one call; made by the caller, completed by GPT.forward.
@@ -65,7 +106,8 @@ class Context:
     documents: Documents | None = None  # of the one packed row; None = every row is one document
     prompt_lengths: Tensor | None = None  # (B, T) or (B, 1) tokens before the first answer of each token's document
     adapter: Tensor | None = None  # (B,) the number of each row's run, where several are beside one base; 0 = none
-    cache: list[KVCache] | None = None  # one for each layer, while generating
+    cache: list[Cache] | None = None  # one for each layer, while generating
+    counts: tuple[int, ...] | None = None  # with a cache: new tokens of each row, before its padding; None = all T
     end: int = 0  # with a cache: one more than the highest position of this call
     start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
     keys: int = 0  # with a cache: how many of its keys attention reads, masked ones included
@@ -76,6 +118,7 @@ class Context:
     query_growth: Tensor | None = None  # (B, 1, T, 1) what queries are multiplied by
     shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> its k and v, which others read
     layer_input: Tensor | None = None  # (B, T, size) of model/layer_inputs.py, for one layer
+    chunks: Chunks | None = None  # the tokens as layers of linear attention compute them
 
     @classmethod
     def rows(cls, ids: Tensor) -> "Context":
@@ -105,6 +148,13 @@ class Context:
             keys = torch.arange(self.keys, device=self.pos.device)[None]
             seen = causal_mask(self.pos, keys, window)[:, None]
             self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+    def cut(self) -> None:
+        """Sets `chunks`."""
+        rows, tokens = self.pos.shape
+        lengths = self.counts or (tokens,) * rows if self.documents is None else self.documents.lengths
+        starts = range(0, rows * tokens, tokens) if self.documents is None else [0, *accumulate(lengths)]
+        self.chunks = Chunks.of(starts, lengths, rows * tokens, self.pos.device)
 
     def reach(self) -> int:
         """Returns one more than the highest position, without reading from the device."""

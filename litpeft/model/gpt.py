@@ -25,6 +25,7 @@ from litpeft.model.frequencies import token_frequencies
 from litpeft.model.kernels.ops import swiglu, use_eager
 from litpeft.model.latent import LatentAttention
 from litpeft.model.layer_inputs import LayerInput, LayerTable
+from litpeft.model.linear_attention import GatedDeltaNet
 from litpeft.model.loss import finished, summed_cross_entropy
 from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
@@ -82,7 +83,8 @@ class Block(nn.Module):
         after = (lambda: make_norm(config)) if config.norms != "before" else lambda: None
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
         self.norm1 = before()
-        self.attn = (Attention if config.latent is None else LatentAttention)(config, layer)
+        kind = Attention if config.latent is None else LatentAttention
+        self.attn = (GatedDeltaNet if config.layer(layer).linear else kind)(config, layer)
         self.post_norm1 = after()
         self.after_attn = Slot()
         self.norm2 = None if config.shared_norm else before()
@@ -228,7 +230,10 @@ class GPT(nn.Module):
             return step(block, x, ctx)
 
     def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
-        """Sets what a context has for layers of one kind: rotary positions, and the mask of a step with a cache."""
+        """Sets what a context has for layers of one kind: rotary positions, the mask of a step with a cache, chunks."""
+        if kind.linear:
+            ctx.cut()
+            return
         size = self.config.rotary_of(kind)
         if size and kind.rope is not None:
             pos = ctx.pos.masked_fill(ctx.pos < self.learned_keys, 0) if self.learned_keys else ctx.pos

@@ -40,6 +40,7 @@ class Attention(nn.Module):
         self.q = Linear(d, queries, config.qkv_bias)
         self.k = None if kind.keys_of is not None else Linear(d, kv, config.qkv_bias)
         self.v = None if kind.keys_of is not None or kind.values_are_keys else Linear(d, kv, config.qkv_bias)
+        self.gate = Linear(d, queries, config.qkv_bias) if config.gated_attention else None
         self.o = Linear(queries, d, config.output_bias)
         self.core = Sdpa()
         self.sinks = nn.Parameter(torch.zeros(config.n_heads)) if config.sinks else None
@@ -70,7 +71,8 @@ class Attention(nn.Module):
 
     def inputs(self) -> list[list[Linear]]:
         """Returns the linear layers, grouped by the input that they read."""
-        return [[self.q, *self.keys_and_values()], [self.o]]
+        gate = [] if self.gate is None else [self.gate]
+        return [[self.q, *gate, *self.keys_and_values()], [self.o]]
 
     def keys_and_values(self) -> list[Linear]:
         """Returns the layers that compute them: one if values are made of keys, none if another layer's are read."""
@@ -100,6 +102,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, *own = project(x, ctx, *self.inputs()[0])
+        gate = None if self.gate is None else own.pop(0)
         q = self.marked(self.queries, q, self.q_norm, ctx)
         if own:
             k = self.marked(self.turned, own[0], self.k_norm, ctx)
@@ -110,7 +113,12 @@ class Attention(nn.Module):
                 ctx.shared[self.layer] = k, v
         else:
             k, v = ctx.shared[self.keys_of]
-        return self.o(self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2), ctx)
+        y = self.core(q, k, v, ctx, self).transpose(1, 2).flatten(2)
+        return self.o(y if gate is None else again(gated, y, gate), ctx)
+
+
+def gated(y: Tensor, gate: Tensor) -> Tensor:
+    return y * gate.sigmoid()
 
 
 def halves(x: Tensor, size: int) -> Tensor:

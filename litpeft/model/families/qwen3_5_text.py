@@ -1,0 +1,97 @@
+"""Qwen3.5's text models, without experts: of four layers three have linear attention, and the fourth has a gate.
+
+The position of a text's token is one number: what the positions of images have of their own (`mrope_section`) does not
+matter. The layers for several tokens at once (`mtp`) are left out, as in transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, checked
+from litpeft.model.families import Place, llama
+from litpeft.model.parts import Layer, LinearAttention, Rope
+from litpeft.model.rope import FULL
+
+LINEAR = "linear_attention"
+QUERY, QKV = Place("model.layers.{}.self_attn.q_proj", per="n_heads"), Place("model.layers.{}.linear_attn.in_proj_qkv")
+NAMES = llama.NAMES | {
+    "blocks.{}.attn.q": QUERY,
+    "blocks.{}.attn.gate": QUERY,
+    "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_norm",
+    "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_norm",
+    "blocks.{}.attn": "model.layers.{}.linear_attn",  # A_log and dt_bias
+    "blocks.{}.attn.in_q": QKV,
+    "blocks.{}.attn.in_k": QKV,
+    "blocks.{}.attn.in_v": QKV,
+    "blocks.{}.attn.in_z": "model.layers.{}.linear_attn.in_proj_z",
+    "blocks.{}.attn.in_b": "model.layers.{}.linear_attn.in_proj_b",
+    "blocks.{}.attn.in_a": "model.layers.{}.linear_attn.in_proj_a",
+    "blocks.{}.attn.conv": "model.layers.{}.linear_attn.conv1d",
+    "blocks.{}.attn.norm": "model.layers.{}.linear_attn.norm",
+    "blocks.{}.attn.out": "model.layers.{}.linear_attn.out_proj",
+}
+BUFFERS = ("mtp.*",)
+
+
+@dataclass(frozen=True)
+class Keys(ConfigKeys):
+    """What decides the logits of transformers' Qwen3_5TextConfig, beside the rotary positions."""
+
+    vocab_size: int = 248320
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    hidden_act: Literal["silu", "swish"] = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    head_dim: int = 256
+    linear_conv_kernel_dim: int = 4
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    layer_types: list[str] | None = None
+
+
+def config(hf: dict[str, Any]) -> ModelConfig:
+    """Returns the ModelConfig that a config.json of Qwen3_5ForCausalLM describes."""
+    return hybrid(Keys.read(hf), hf)
+
+
+def hybrid(keys: ConfigKeys, hf: Mapping[str, Any]) -> ModelConfig:
+    """Returns the ModelConfig of keys that are named as Qwen3.5's."""
+    config = llama.usual(
+        keys,
+        hf,
+        share=0.25,
+        norm="rms_1p",
+        qk_norm="head",
+        gated_attention=True,
+        linear_attention=LinearAttention(
+            keys.linear_num_key_heads,
+            keys.linear_num_value_heads,
+            keys.linear_key_head_dim,
+            keys.linear_value_head_dim,
+            keys.linear_conv_kernel_dim,
+        ),
+    )
+    full = Layer(rope=Rope(config.rope_theta, config.rope_scaling))
+    types = keys.layer_types or usual_types(config.n_layers, hf)
+    if len(types) != config.n_layers:
+        raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers says {config.n_layers}")
+    if strange := [kind for kind in types if kind not in (FULL, LINEAR)]:
+        raise ValueError(f"layer_types {strange[0]!r} is not supported; it must be {FULL!r} or {LINEAR!r}")
+    return config.with_layers(Layer(linear=True) if kind == LINEAR else full for kind in types)
+
+
+def usual_types(count: int, hf: Mapping[str, Any]) -> list[str]:
+    """Returns the layers of a config.json that does not list them."""
+    every = checked("full_attention_interval", hf.get("full_attention_interval", 4), int)
+    if count > 10_000:  # before that many are made
+        raise ValueError(f"num_hidden_layers {count} is not supported")
+    return [LINEAR if (layer + 1) % every else FULL for layer in range(count)]
