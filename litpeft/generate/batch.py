@@ -12,7 +12,7 @@ from torch import Tensor
 
 from litpeft.core.errors import UserError
 from litpeft.data.batches import framed
-from litpeft.generate.cache import TokenCache, common_prefix
+from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import NATIVE_TOKENS
 from litpeft.generate.draft import Draft
 from litpeft.generate.sampling import next_tokens
@@ -119,7 +119,8 @@ class Batch:
         """Writes the next token of each answer; of one by itself some more, if they are guessed."""
         cache, live, padding = self.cache, list(self.writing), self.padding()
         kept = [cache.rows[row] for row in padding]
-        guess = live[0].lookup.guess(live[0].draft.ids, live[0].draft.left - 1) if len(live) == 1 else []
+        guesses = len(live) == 1 and not cache.only_on  # a wrong guess would have to be taken back
+        guess = live[0].lookup.guess(live[0].draft.ids, live[0].draft.left - 1) if guesses else []
         rows = [[*request.draft.ids, *guess] for request in live] + [[*row, 0] for row in kept]
         prompts = [request.prompt for request in live] + [cache.prompts[row] for row in padding]
         logits = cache.logits(rows, len(guess) + 1, prompts)
@@ -163,7 +164,7 @@ class Batch:
         prompt = framed(request.draft.ids, request.prompt, *self.model.frame)
 
         def known(row: int) -> int:
-            return common_prefix(cache.rows[row], prompt) if cache.adapters[row] == request.adapter else 0
+            return cache.known(cache.rows[row], prompt) if cache.adapters[row] == request.adapter else 0
 
         if self.keeps:
             cache.swap(next_row, max(range(next_row, self.capacity), key=lambda row: (known(row), row)))
@@ -174,7 +175,7 @@ class Batch:
         """Reads prompts, a part of one that is longer than a step allows; the last token of each begins its answer."""
         first, prompts = len(self.writing), [request.draft.ids for request in self.reading]
         if len(prompts) == 1 and self.part is not None and not any(self.model.frame):
-            done = common_prefix(self.cache.rows[first], prompts[0])
+            done = self.cache.known(self.cache.rows[first], prompts[0])
             prompts = [prompts[0][: max(done, 1) + self.part]]
         logits = self.cache.logits(prompts, 1, [request.prompt for request in self.reading], first)
         if len(prompts[-1]) < self.reading[-1].prompt:

@@ -1,4 +1,4 @@
-"""The tokens that a model has read, with their keys and values, so that only new tokens are computed.
+"""The tokens that a model has read, with what its layers know of them, so that only new tokens are computed.
 
 Letters: B rows, T new tokens, V vocabulary.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from litpeft.data.batches import framed
 from litpeft.generate.cpu.fused_block import NATIVE_TOKENS
 from litpeft.generate.cuda_graph import WIDTHS, RecordedStep
-from litpeft.model.context import Context, KVCache
+from litpeft.model.context import Cache, Context, KVCache, StateCache, layer_cache
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Slot
 
@@ -27,15 +27,17 @@ class TokenCache:
     def __init__(self, model: GPT, capacity: int | None = None):
         """`capacity` is the number of rows that it has memory for; None: those of the first call."""
         self.model, self.capacity = model, capacity
-        self.layers: list[KVCache] = []
+        self.layers: list[Cache] = []
         self.rows: list[list[int]] = []
         self.prompts: list[int] = []  # length of each row's prompt, in tokens
         self.adapters: list[int] = []  # number of each row's run, where several are beside one base
         self.edits: bool | None = None  # whether a method acts at positions that depend on `prompts`
         self.turn = model.config.turning_length  # beyond it the keys of all earlier tokens are others
+        # a row goes on where it ended, or is read anew: what a layer of linear attention knows is of all its tokens
+        self.only_on = any(layer.linear is not None for layer in model.config.layers)
         # FSDP's class gathers weights at every step; a recorded step knows neither the length of its text nor how many
-        # tokens an expert has
-        alone = type(model) is GPT and model.config.experts is None
+        # tokens an expert has or a row adds
+        alone = type(model) is GPT and model.config.experts is None and not self.only_on
         self.records = model.embed.weight.is_cuda and alone and self.turn is None
         self.recorded: dict[tuple[int, int], RecordedStep | None] = {}  # steps over the `layers` of now
 
@@ -64,15 +66,20 @@ class TokenCache:
             self.prompts[here] = prompts
         if self.turn is not None and max(map(len, held)) <= self.turn < max(map(len, rows)):
             held = [[] for _ in rows]
-        starts = [min(common_prefix(old, new), len(new) - last) for old, new in zip(held, rows, strict=True)]
+        starts = [self.known(old, new, last) for old, new in zip(held, rows, strict=True)]
         new = [list(row[start:]) for row, start in zip(rows, starts, strict=True)]
         self.capacity = self.capacity or len(rows)
         self.reserve(self.capacity, max(starts) + self.width(max(map(len, new)), max(starts)))
-        self.rows[here] = [list(row[:start]) for row, start in zip(rows, starts, strict=True)]
+        self.rows[here] = [[] if self.only_on else list(row[:at]) for row, at in zip(rows, starts, strict=True)]
         parts = self.parts([len(row) for row in new])
         logits = [self.read(first, part, new[part], starts[part], last) for part in parts]
         self.rows[here] = rows
         return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def known(self, held: Sequence[int], tokens: Sequence[int], last: int = 1) -> int:
+        """Returns how many of the tokens need not be computed in a row that holds others, where `last` of them do."""
+        start = min(common_prefix(held, tokens), len(tokens) - last)
+        return 0 if self.only_on and start < len(held) else start
 
     def parts(self, tokens: Sequence[int]) -> list[slice]:
         """Returns which rows are read at once, given the number of new tokens of each: on a GPU all of them.
@@ -103,12 +110,13 @@ class TokenCache:
         if step is not None:
             return step(ids, pos, prompts, adapter).flatten(0, 1)[at]
         start = starts[0] if len(set(starts)) == 1 else None
-        ctx = Context(pos, None, prompts, adapter, self.of_rows(here), max(starts) + width, start)
+        counts = tuple(map(len, new)) if self.only_on else None
+        ctx = Context(pos, None, prompts, adapter, self.of_rows(here), max(starts) + width, start, counts=counts)
         return self.model(ids, ctx, at=at)
 
-    def of_rows(self, here: slice) -> list[KVCache]:
+    def of_rows(self, here: slice) -> list[Cache]:
         """Returns the layers of some rows."""
-        every = here.start == 0 and here.stop == self.layers[0].k.size(0)
+        every = here.start == 0 and here.stop == self.capacity
         return self.layers if every else [layer.of_rows(here) for layer in self.layers]
 
     def width(self, tokens: int, start: int) -> int:
@@ -134,13 +142,16 @@ class TokenCache:
         """Grows the cache to `length` tokens or more; by doubling, so that not every token copies all earlier ones."""
         weight, config = self.model.embed.weight, self.model.config
         most, old = self.model.max_positions, self.layers or [None] * config.n_layers
-        have = min((layer.k.size(2) for layer in self.layers), default=0)
+        have = min((layer.k.size(2) for layer in self.layers if isinstance(layer, KVCache)), default=0)
         if length <= have:
             return
         capacity = max(length, min(2 * have, most), min(FIRST_LENGTH, most))
-        grown = []
+        grown, dtype = [], self.model.dtype or weight.dtype
         for number, layer in enumerate(old):
-            new = KVCache(rows, capacity, config, self.model.dtype or weight.dtype, weight.device, number)
+            if isinstance(layer, StateCache):
+                grown.append(layer)
+                continue
+            new = layer_cache(rows, capacity, config, dtype, weight.device, number)
             if layer is not None:
                 new.k[:, :, :have], new.v[:, :, :have] = layer.k, layer.v
             grown.append(new)
@@ -152,9 +163,8 @@ class TokenCache:
         if one == other:
             return
         length = max(len(self.rows[one]), len(self.rows[other]))
-        for tensor in (tensor for layer in self.layers for tensor in (layer.k, layer.v)):
-            part = tensor[:, :, :length]
-            part[[one, other]] = part[[other, one]]
+        for layer in self.layers:
+            layer.swap(one, other, length)
         for held in (self.rows, self.prompts, self.adapters):
             if held:
                 held[one], held[other] = held[other], held[one]

@@ -7,17 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from litpeft.model.parts import (
-    ClampedGate,
-    Experts,
-    Latent,
-    Layer,
-    LayerInputs,
-    LinearAttention,
-    QueryGrowth,
-    Rope,
-    RopeScaling,
-)
+from litpeft.model.parts import ClampedGate, Experts, Latent, Layer, LayerInputs, QueryGrowth, Rope, RopeScaling
 
 ACTIVATIONS = {  # name in config.json -> name in gpt.py
     "silu": "silu",
@@ -78,7 +68,6 @@ class ModelConfig:
     logit_scale: float = 1.0  # and the logits
     logit_cap: float | None = None  # logits l become cap * tanh(l / cap), after logit_scale
     latent: Latent | None = None
-    linear_attention: LinearAttention | None = None  # of the layers that have it
     gated_attention: bool = False  # what attention returns is multiplied by the sigmoid of a gate, head by head
     layer_inputs: LayerInputs | None = None
     layer_scale: bool = False  # a layer's output is multiplied by a number of its own

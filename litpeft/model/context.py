@@ -15,6 +15,7 @@ from torch import Tensor
 from litpeft.model.attention import Documents, causal_mask
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta_rule import Chunks
+from litpeft.model.parts import LinearAttention
 
 KEYS = 64  # the length of a cache, and of what attention reads of it, is a multiple of this
 
@@ -46,6 +47,11 @@ class KVCache:
         part.k, part.v = self.k[rows], self.v[rows]
         return part
 
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Lets two rows change places, of which at most `length` positions are written."""
+        for tensor in (self.k, self.v):
+            exchange(tensor[:, :, :length], one, other)
+
     def update(self, k: Tensor, v: Tensor, ctx: "Context") -> tuple[Tensor, Tensor]:
         """Writes k and v (B, G, T, D) at their positions; returns the keys and values (B, G, end, D) so far."""
         if ctx.start is not None:
@@ -64,8 +70,7 @@ class StateCache:
     It is of the whole text that was read: a shorter one has to be read again.
     """
 
-    def __init__(self, rows: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str):
-        sizes = config.linear_attention
+    def __init__(self, rows: int, sizes: LinearAttention, dtype: torch.dtype, device: torch.device | str):
         channels = 2 * sizes.key_heads * sizes.key_size + sizes.heads * sizes.value_size
         wide, matrix = torch.promote_types(dtype, torch.float32), (sizes.heads, sizes.key_size, sizes.value_size)
         self.memory = torch.zeros(rows, *matrix, dtype=wide, device=device)
@@ -76,6 +81,11 @@ class StateCache:
         part = copy(self)
         part.memory, part.before = self.memory[rows], self.before[rows]
         return part
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Lets two rows change places."""
+        for tensor in (self.memory, self.before):
+            exchange(tensor, one, other)
 
     def update(self, read: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Any], ctx: "Context") -> Tensor:
         """Returns what `read` makes of its inputs, of which the first are those of the convolution, and remembers."""
@@ -95,6 +105,20 @@ class StateCache:
 Cache = KVCache | StateCache
 
 
+def layer_cache(
+    rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, number: int
+) -> Cache:
+    """Returns an empty cache for a layer."""
+    if (sizes := config.layer(number).linear) is not None:
+        return StateCache(rows, sizes, dtype, device)
+    return KVCache(rows, length, config, dtype, device, number)
+
+
+def exchange(rows: Tensor, one: int, other: int) -> None:
+    """Lets two rows of a tensor change places."""
+    rows[[one, other]] = rows[[other, one]]
+
+
 @dataclass
 class Context:
     """What the blocks need to know of one call; made by the caller, completed by GPT.forward.
@@ -107,7 +131,6 @@ class Context:
     prompt_lengths: Tensor | None = None  # (B, T) or (B, 1) tokens before the first answer of each token's document
     adapter: Tensor | None = None  # (B,) the number of each row's run, where several are beside one base; 0 = none
     cache: list[Cache] | None = None  # one for each layer, while generating
-    counts: tuple[int, ...] | None = None  # with a cache: new tokens of each row, before its padding; None = all T
     end: int = 0  # with a cache: one more than the highest position of this call
     start: int | None = None  # with a cache: the position of every row's first token, if they are all the same
     keys: int = 0  # with a cache: how many of its keys attention reads, masked ones included
@@ -118,6 +141,7 @@ class Context:
     query_growth: Tensor | None = None  # (B, 1, T, 1) what queries are multiplied by
     shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> its k and v, which others read
     layer_input: Tensor | None = None  # (B, T, size) of model/layer_inputs.py, for one layer
+    counts: tuple[int, ...] | None = None  # with a cache: new tokens of each row, before its padding; None = all T
     chunks: Chunks | None = None  # the tokens as layers of linear attention compute them
 
     @classmethod

@@ -83,8 +83,8 @@ class Block(nn.Module):
         after = (lambda: make_norm(config)) if config.norms != "before" else lambda: None
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
         self.norm1 = before()
-        kind = Attention if config.latent is None else LatentAttention
-        self.attn = (GatedDeltaNet if config.layer(layer).linear else kind)(config, layer)
+        attention = Attention if config.latent is None else LatentAttention
+        self.attn = (attention if config.layer(layer).linear is None else GatedDeltaNet)(config, layer)
         self.post_norm1 = after()
         self.after_attn = Slot()
         self.norm2 = None if config.shared_norm else before()
@@ -231,7 +231,7 @@ class GPT(nn.Module):
 
     def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
         """Sets what a context has for layers of one kind: rotary positions, the mask of a step with a cache, chunks."""
-        if kind.linear:
+        if kind.linear is not None:
             ctx.cut()
             return
         size = self.config.rotary_of(kind)

@@ -72,7 +72,7 @@ class DeltaRule(nn.Module):
 class GatedDeltaNet(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        sizes, d = config.linear_attention, config.d_model
+        sizes, d = config.layer(layer).linear, config.d_model
         self.layer, self.sizes = layer, sizes
         keys, values = sizes.key_heads * sizes.key_size, sizes.heads * sizes.value_size
         self.in_q, self.in_k, self.in_v = Linear(d, keys), Linear(d, keys), Linear(d, values)

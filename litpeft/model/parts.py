@@ -46,6 +46,22 @@ class QueryGrowth:
 
 
 @dataclass(frozen=True)
+class LinearAttention:
+    """A layer whose tokens read a matrix for each head in place of earlier keys and values (linear_attention.py)."""
+
+    key_heads: int  # of queries and keys
+    heads: int  # of values; each key head serves as many of them in turn
+    key_size: int
+    value_size: int
+    width: int  # of the convolution of queries, keys and values: tokens that it reads
+
+    def __post_init__(self) -> None:
+        if self.heads % self.key_heads:
+            what = f"linear_num_value_heads {self.heads} is no multiple of linear_num_key_heads {self.key_heads}"
+            raise ValueError(what)
+
+
+@dataclass(frozen=True)
 class Layer:
     """What a layer may have of its own."""
 
@@ -56,7 +72,7 @@ class Layer:
     d_ff: int | None = None
     values_are_keys: bool = False  # its values are what the layer `k` computes, before the norm
     keys_of: int | None = None  # number of the layer whose keys and values it reads: it computes none
-    linear: bool = False  # it has linear attention (model/linear_attention.py)
+    linear: LinearAttention | None = None  # in place of attention
 
 
 @dataclass(frozen=True)
@@ -107,22 +123,6 @@ class Experts:
         if self.active_groups > self.groups or self.active_groups * size < self.active:
             what = f"topk_group {self.active_groups} of n_group {self.groups} is not supported"
             raise ValueError(f"{what}: they must hold num_experts_per_tok {self.active} experts")
-
-
-@dataclass(frozen=True)
-class LinearAttention:
-    """Layers whose tokens read a matrix for each head in place of all earlier keys and values."""
-
-    key_heads: int  # of queries and keys
-    heads: int  # of values; each key head serves as many of them in turn
-    key_size: int
-    value_size: int
-    width: int  # of the convolution of queries, keys and values: tokens that it reads
-
-    def __post_init__(self) -> None:
-        if self.heads % self.key_heads:
-            what = f"linear_num_value_heads {self.heads} is no multiple of linear_num_key_heads {self.key_heads}"
-            raise ValueError(what)
 
 
 @dataclass(frozen=True)

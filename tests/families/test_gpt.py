@@ -16,7 +16,7 @@ from litpeft.core.errors import ModelError
 from litpeft.generate.load import load_model
 from litpeft.methods.lora import LoRA
 from litpeft.model.build import build
-from litpeft.model.context import Context, KVCache
+from litpeft.model.context import Context, KVCache, layer_cache
 from litpeft.model.families import FAMILIES, gpt2, gpt_neox
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import read_config
@@ -53,7 +53,7 @@ def test_thirty_two_greedy_tokens_from_the_cache_are_those_of_transformers(name:
     ours = build(tmp_path, torch.float32)
     prompt = IDS.view(8, 10)[:, :9]
     want = theirs.generate(prompt, do_sample=False, min_new_tokens=32, max_new_tokens=32, pad_token_id=0)
-    ids, cache = prompt, [KVCache(8, 41, ours.config, torch.float32, "cpu", n) for n, _ in enumerate(ours.blocks)]
+    ids, cache = prompt, [layer_cache(8, 41, ours.config, torch.float32, "cpu", n) for n, _ in enumerate(ours.blocks)]
     start = 0
     with torch.no_grad():
         while ids.size(1) < 41:
@@ -71,7 +71,7 @@ def test_cached_and_packed_logits_equal_the_full_forward(name: str, tmp_path) ->
     model = build(tmp_path, torch.float64)
     with torch.no_grad():
         want = model(IDS)
-        cache = [KVCache(2, 40, model.config, torch.float64, "cpu", n) for n, _ in enumerate(model.blocks)]
+        cache = [layer_cache(2, 40, model.config, torch.float64, "cpu", n) for n, _ in enumerate(model.blocks)]
         steps = ((0, 9), (9, 10), (10, 25), (25, 40))
         contexts = (Context(torch.arange(a, b).expand(2, -1), cache=cache, end=b) for a, b in steps)
         got = torch.cat([model(IDS[:, a:b], ctx) for (a, b), ctx in zip(steps, contexts, strict=True)], 1)

@@ -65,28 +65,17 @@ def config(hf: dict[str, Any]) -> ModelConfig:
 
 def hybrid(keys: ConfigKeys, hf: Mapping[str, Any]) -> ModelConfig:
     """Returns the ModelConfig of keys that are named as Qwen3.5's."""
-    config = llama.usual(
-        keys,
-        hf,
-        share=0.25,
-        norm="rms_1p",
-        qk_norm="head",
-        gated_attention=True,
-        linear_attention=LinearAttention(
-            keys.linear_num_key_heads,
-            keys.linear_num_value_heads,
-            keys.linear_key_head_dim,
-            keys.linear_value_head_dim,
-            keys.linear_conv_kernel_dim,
-        ),
-    )
+    config = llama.usual(keys, hf, share=0.25, norm="rms_1p", qk_norm="head", gated_attention=True)
+    heads = keys.linear_num_key_heads, keys.linear_num_value_heads
+    sizes = keys.linear_key_head_dim, keys.linear_value_head_dim, keys.linear_conv_kernel_dim
+    linear = Layer(linear=LinearAttention(*heads, *sizes))
     full = Layer(rope=Rope(config.rope_theta, config.rope_scaling))
     types = keys.layer_types or usual_types(config.n_layers, hf)
     if len(types) != config.n_layers:
         raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers says {config.n_layers}")
     if strange := [kind for kind in types if kind not in (FULL, LINEAR)]:
         raise ValueError(f"layer_types {strange[0]!r} is not supported; it must be {FULL!r} or {LINEAR!r}")
-    return config.with_layers(Layer(linear=True) if kind == LINEAR else full for kind in types)
+    return config.with_layers(linear if kind == LINEAR else full for kind in types)
 
 
 def usual_types(count: int, hf: Mapping[str, Any]) -> list[str]:

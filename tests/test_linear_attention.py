@@ -1,0 +1,171 @@
+"""Linear attention: chunks against the recurrence, token by token, and against transformers; documents and caches."""
+
+from itertools import accumulate
+
+import pytest
+import torch
+from conftest import TINY, in_float64
+from test_model import CASES, reference
+
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.generate.batch import Batch
+from litpeft.generate.cache import TokenCache
+from litpeft.generate.engine import answer, stream
+from litpeft.generate.settings import Sampling
+from litpeft.model.build import build
+from litpeft.model.context import Context
+from litpeft.model.delta_rule import CHUNK, Chunks, gated_delta_rule
+
+LENGTHS = (70, 1, 2 * CHUNK, 3 * CHUNK + 5, 64, 33)  # tokens
+HEADS, KEY, VALUE = 3, 5, 4
+
+
+def token_by_token(q, k, v, fade, write, memory):
+    """Returns what the rule says of one document, a token after the other, and S at its end."""
+    ys = []
+    for q_t, k_t, v_t, fade_t, write_t in zip(q, k, v, fade, write, strict=True):
+        memory = memory * fade_t.exp()[:, None, None]
+        known = torch.einsum("hkv,hk->hv", memory, k_t)
+        memory = memory + torch.einsum("hk,hv->hkv", k_t, write_t[:, None] * (v_t - known))
+        ys.append(torch.einsum("hkv,hk->hv", memory, q_t))
+    return torch.stack(ys), memory
+
+
+def drawn(tokens: int) -> list[torch.Tensor]:
+    """Returns q, k, v, log g and b of a text."""
+    torch.manual_seed(0)
+    q, k = (torch.nn.functional.normalize(torch.randn(tokens, HEADS, KEY).double(), dim=-1) for _ in range(2))
+    v, fade, write = torch.randn(tokens, HEADS, VALUE), -torch.rand(tokens, HEADS), torch.rand(tokens, HEADS)
+    return [x.double().requires_grad_(True) for x in (q, k, v, fade, write)]
+
+
+def test_chunks_give_what_the_recurrence_gives_token_by_token_and_its_gradients() -> None:
+    inputs, starts = drawn(sum(LENGTHS)), [0, *accumulate(LENGTHS)]
+    before = torch.randn(len(LENGTHS), HEADS, KEY, VALUE, dtype=torch.float64, requires_grad=True)
+    chunks = Chunks.of(starts, LENGTHS, sum(LENGTHS), torch.device("cpu"))
+    got, after = gated_delta_rule(*inputs, chunks, before)
+    alone = zip(*(x.split(LENGTHS) for x in inputs), before, strict=True)
+    parts = [token_by_token(*document) for document in alone]
+    want, want_after = torch.cat([y for y, _ in parts]), torch.stack([memory for _, memory in parts])
+    assert torch.allclose(got, want, atol=1e-12)
+    assert torch.allclose(after, want_after, atol=1e-12)
+    weights = torch.randn_like(want), torch.randn_like(want_after)
+    grads = [torch.autograd.grad(ys, [*inputs, before], weights) for ys in ((got, after), (want, want_after))]
+    assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*grads, strict=True))
+
+
+def test_places_without_a_token_change_nothing() -> None:
+    inputs = drawn(3 * 20)
+    whole = Chunks.of([0, 20, 40], [20, 7, 13], 60, torch.device("cpu"))  # rows of 20, of which some are padded
+    got, after = gated_delta_rule(*inputs, whole)
+    for row, count in enumerate((20, 7, 13)):
+        mine = [x[20 * row : 20 * row + count] for x in inputs]
+        want, memory = token_by_token(*mine, torch.zeros(HEADS, KEY, VALUE, dtype=torch.float64))
+        assert torch.allclose(got[20 * row : 20 * row + count], want, atol=1e-12)
+        assert torch.allclose(after[row], memory, atol=1e-12)
+
+
+@pytest.fixture
+def both(tmp_path):
+    """Returns transformers' tiny model and ours, in float64."""
+    theirs = reference(CASES["qwen3_5_text"], torch.float64)
+    theirs.save_pretrained(tmp_path)
+    return in_float64(theirs), build(tmp_path, torch.float64)
+
+
+def test_a_text_of_several_chunks_has_the_logits_and_gradients_of_transformers(both) -> None:
+    theirs, ours = both
+    ours.requires_grad_(True)
+    ids = torch.randint(0, TINY["vocab_size"], (2, 2 * CHUNK + 9))
+    want, got = theirs(ids).logits, ours(ids)
+    assert torch.allclose(got, want, atol=1e-10)
+    weights = torch.randn_like(want)
+    want.backward(weights), got.backward(weights)
+    mixer, layer = ours.blocks[0].attn, theirs.model.layers[0].linear_attn
+    qkv = torch.cat([part.weight.grad for part in (mixer.in_q, mixer.in_k, mixer.in_v)])
+    for mine, grad in {
+        qkv: layer.in_proj_qkv.weight.grad,
+        mixer.conv.weight.grad: layer.conv1d.weight.grad,
+        mixer.A_log.grad: layer.A_log.grad,
+        mixer.dt_bias.grad: layer.dt_bias.grad,
+        mixer.norm.weight.grad: layer.norm.weight.grad,
+        ours.embed.weight.grad: theirs.model.embed_tokens.weight.grad,
+    }.items():
+        assert torch.allclose(mine, grad, rtol=1e-8, atol=1e-10)
+
+
+def test_packed_documents_do_not_see_each_other(both) -> None:
+    _, model = both
+    lengths = (7, 70, 1, 9, 2 * CHUNK, 64)
+    ids = torch.randint(0, TINY["vocab_size"], (1, sum(lengths)))
+    with torch.no_grad():
+        packed = model(ids, Context.packed(lengths, ids.device, None))
+        alone = torch.cat([model(part) for part in ids.split(lengths, dim=1)], dim=1)
+        other = ids.clone()
+        other[:, 7:77] = torch.randint(0, TINY["vocab_size"], (1, 70))
+        changed = model(other, Context.packed(lengths, ids.device, None))
+    assert (packed - alone).abs().max() <= 1e-10
+    assert torch.equal(packed[:, :7], changed[:, :7])
+    assert torch.equal(packed[:, 77:], changed[:, 77:])
+
+
+@pytest.mark.parametrize("recompute", ["cheap", "block", "offload"])
+def test_checkpointing_changes_no_gradient(both, recompute: str) -> None:
+    _, model = both
+    model.requires_grad_(True)
+    ids, grads = torch.randint(0, TINY["vocab_size"], (1, 150)), []
+    for model.recompute in ("none", recompute):
+        model.zero_grad()
+        model(ids, Context.packed((80, 70), ids.device, None), at=torch.arange(149), targets=ids[0, 1:]).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_rows_in_a_cache_go_on_change_places_and_begin_anew(both) -> None:
+    _, model = both
+    torch.manual_seed(1)
+    draw = lambda n: torch.randint(0, TINY["vocab_size"], (n,)).tolist()
+    whole = lambda rows: torch.cat([model(torch.tensor([row]))[:, -1] for row in rows])
+    cache, rows = TokenCache(model, 3), [draw(150), draw(3), draw(65)]
+    with torch.no_grad():
+        for counts in ((0, 0, 0), (1, 1, 1), (1, 1, 1), (70, 2, 1), (1, 1, 300)):
+            rows = [row + draw(n) for row, n in zip(rows, counts, strict=True)]
+            assert torch.allclose(cache.logits(rows), whole(rows), atol=1e-10)
+        cache.swap(0, 2)
+        rows = [rows[2] + draw(1), rows[1][:-1] + draw(1), rows[0]]  # goes on; another last token; the same again
+        assert [cache.known(old, new) for old, new in zip(cache.rows, rows, strict=True)] == [len(rows[0]) - 1, 0, 0]
+        assert torch.allclose(cache.logits(rows), whole(rows), atol=1e-10)
+
+
+def test_an_answer_that_was_interrupted_is_read_again(both) -> None:
+    _, model = both
+    cache, row = TokenCache(model), list(range(1, 30))
+    cache.logits([row])
+    hook = model.blocks[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.logits([[*row, 40, 41]])
+    hook.remove()
+    with torch.no_grad():
+        assert torch.allclose(cache.logits([[*row, 42]]), model(torch.tensor([[*row, 42]]))[:, -1], atol=1e-10)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_requests_that_come_and_go_have_the_answers_that_each_has_alone(both, tiny_folder) -> None:
+    _, model = both
+    tokenizer = Tokenizer.load(tiny_folder)
+    torch.manual_seed(2)
+    prompts = [torch.randint(3, TINY["vocab_size"], (n,)).tolist() for n in (5, 80, 17, 1, 130, 9)]
+    sampling = Sampling(max_new_tokens=12)
+    alone = [answer(model, [prompt], tokenizer, sampling, ())[0].ids for prompt in prompts]
+    for rows in (2, 4):
+        together = answer(model, prompts, tokenizer, sampling, (), rows=rows)
+        assert [one.ids for one in together] == alone
+    batch = Batch(model, 2, part=16)  # a long prompt in parts, and a next turn that goes on
+    for prompt, want in zip(prompts, alone, strict=True):
+        for text in (prompt, prompt + want):
+            found, pieces = stream(batch, text, tokenizer, sampling, ())
+            assert list(pieces) is not None
+            assert found.ids == (want if text is prompt else answer(model, [text], tokenizer, sampling, ())[0].ids)
