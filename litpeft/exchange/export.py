@@ -9,7 +9,7 @@ from litpeft.core.folders import atomic_folder, locked, refuse_existing
 from litpeft.core.place import check_place
 from litpeft.core.terminal import command_line, say
 from litpeft.data.tokenizer import Tokenizer
-from litpeft.exchange.compare import PROMPTS, in_float32, logits_of
+from litpeft.exchange.compare import FOLD_TOLERANCE, PROMPTS, in_float32, logits_of
 from litpeft.exchange.exports.low_rank import wanted
 from litpeft.exchange.push import check_repo, push, write_card
 from litpeft.exchange.result import Run
@@ -17,8 +17,6 @@ from litpeft.exchange.run import build_run, find_run, tell_progress
 from litpeft.exchange.settings import Convert
 from litpeft.model.fold import unfoldable
 from litpeft.model.slots import Linear
-
-TOLERANCE = 1e-5  # of a logit, relative to the largest one
 
 
 def export(settings: Convert) -> None:
@@ -74,7 +72,7 @@ def read_as_run(folder: Path, run: Run, base: Path) -> str:
     back.base_folder(str(base))
     got = logits_of(in_float32(build_run(back, base, dtype, storage=run.storage)), prompts)
     off = float((got - want).abs().max() / want.abs().max())
-    if not off <= TOLERANCE:
+    if not off <= FOLD_TOLERANCE:
         what = f"logits of the files, read back, are off by {off:.1e} of the largest: nothing was written"
         raise ModelError(what, where=run.place)
     return f"read back: logits at {len(want)} positions differ by {off:.1e} of the largest"

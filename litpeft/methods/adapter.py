@@ -70,6 +70,6 @@ class Adapter(Method):
         for block in model.blocks[-self.layers :]:
             if len(block.attn.keys_and_values()) < 2:
                 what = f"the prompts of layer {block.attn.layer} need keys and values that the layer computes itself"
-                raise ConfigError(what, where="method", hint="take another method, such as prefix or lora")
+                raise ConfigError(what, where="method", hint="take another method, such as prompt or lora")
             delta = PromptAttention(model.config.d_model, model.config.n_heads, self.prompt_length)
             block.attn.core.add("adapter", delta)

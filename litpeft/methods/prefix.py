@@ -82,8 +82,12 @@ class Prefix(Method):
         return uniform(0.1)
 
     def attach(self, model: GPT) -> None:
-        if not model.blocks[0].attn.keys_and_values():
+        what = None
+        if model.config.latent is not None:
             what = "the attention of this model makes keys and values of shorter vectors: it has no attn.k and attn.v"
+        if any(layer.linear is not None for layer in model.config.layers):
+            what = "layers of this model have linear attention: there no token reads the keys and values of others"
+        if what is not None:
             raise ConfigError(what, where="method", hint="take another method, such as prompt or lora")
         if self.hidden is not None:
             network = model.banks[PLACE] = Network(self.prompt_length, model.config.d_model, self.hidden)

@@ -44,7 +44,7 @@ class Convolution(nn.Module):
 
 
 def convolved(x: Tensor, weight: Tensor, pos: Tensor, before: Tensor | None = None) -> Tensor:
-    """Returns the sums for x (B, T, channels) at positions `pos` (B, T); `before` (B, W - 1, channels) comes before x."""
+    """Returns the sums for x (B, T, channels) at `pos` (B, T); `before` (B, W - 1, channels) comes before x."""
     tokens, width = x.size(1), weight.size(-1)
     before = x.new_zeros(len(x), width - 1, x.size(2)) if before is None else before.to(x.dtype)
     x, weight = torch.cat((before, x), 1), weight[:, 0].to(x.dtype)
@@ -55,18 +55,18 @@ def convolved(x: Tensor, weight: Tensor, pos: Tensor, before: Tensor | None = No
     return y
 
 
-class DeltaRule(nn.Module):
+class Core(nn.Module):
     """What a layer makes of its projections, without parameters of its own: autograd keeps its inputs only."""
 
-    def forward(self, qkv: Tensor, b: Tensor, a: Tensor, ctx: Context, attn: "GatedDeltaNet") -> Tensor:
-        """qkv (B, T, 2 * key heads * K + H * V), a and b (B, T, H) -> y (B, T, H, V), in float32 or better."""
+    def forward(self, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, ctx: Context, attn: "GatedDeltaNet") -> Tensor:
+        """qkv (B, T, 2 * key heads * K + H * V), z (B, T, H * V), a and b (B, T, H) -> (B, T, H * V)"""
         inputs = qkv, b, a, attn.conv.weight, attn.A_log, attn.dt_bias, ctx.pos, ctx.chunks
         if ctx.cache is not None:
-            return ctx.cache[attn.layer].update(attn.remembered, inputs, ctx)
+            return attn.norm(ctx.cache[attn.layer].update(attn.remembered, inputs, ctx), z)
         if ctx.recompute or is_marking() or not torch.is_grad_enabled():
-            return again(attn.computed, *inputs)
+            return again(attn.norm, again(attn.computed, *inputs), z)
         with Recomputed(marks=False) as kept:
-            return kept.run(attn.computed, *inputs)
+            return kept.run(attn.norm, kept.run(attn.computed, *inputs), z)
 
 
 class GatedDeltaNet(nn.Module):
@@ -79,7 +79,7 @@ class GatedDeltaNet(nn.Module):
         self.in_z, self.in_b, self.in_a = Linear(d, values), Linear(d, sizes.heads), Linear(d, sizes.heads)
         self.conv = Convolution(2 * keys + values, sizes.width)
         self.A_log, self.dt_bias = nn.Parameter(torch.zeros(sizes.heads)), nn.Parameter(torch.ones(sizes.heads))
-        self.core = DeltaRule()
+        self.core = Core()
         self.norm = GatedNorm(sizes.value_size, config.norm_eps)
         self.out = Linear(values, d)
 
@@ -93,8 +93,7 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         q, k, v, z, b, a = project(x, ctx, *self.inputs()[0])
-        y = self.core(torch.cat((q, k, v), -1), b, a, ctx, self)
-        return self.out(again(self.norm, y, z), ctx)
+        return self.out(self.core(torch.cat((q, k, v), -1), z, b, a, ctx, self), ctx)
 
     def computed(self, *inputs: Tensor | Chunks) -> Tensor:
         """Returns y (B, T, H, V) of texts from their start, for the inputs of `remembered`."""
@@ -119,13 +118,14 @@ class GatedDeltaNet(nn.Module):
         """
         sizes, wide = self.sizes, torch.promote_types(qkv.dtype, torch.float32)
         keys, per_key = sizes.key_heads * sizes.key_size, sizes.heads // sizes.key_heads
-        qkv = F.silu(convolved(qkv.to(wide), weight, pos, before)).flatten(0, 1)
-        q, k, v = qkv.split((keys, keys, sizes.heads * sizes.value_size), -1)
-        q, k = (unit(x.unflatten(-1, (-1, sizes.key_size))) for x in (q, k))
-        q, k = ((x.repeat_interleave(per_key, 1) if per_key > 1 else x) for x in (q * sizes.key_size**-0.5, k))
-        fade = -A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))
-        v, write = v.unflatten(-1, (-1, sizes.value_size)), b.to(wide).sigmoid()
-        y, memory = gated_delta_rule(q, k, v, fade.flatten(0, 1), write.flatten(0, 1), chunks, memory)
+        with torch.autocast(qkv.device.type, enabled=False):
+            qkv = F.silu(convolved(qkv.to(wide), weight, pos, before)).flatten(0, 1)
+            q, k, v = qkv.split((keys, keys, sizes.heads * sizes.value_size), -1)
+            q, k = (unit(x.unflatten(-1, (-1, sizes.key_size))) for x in (q, k))
+            q, k = ((x.repeat_interleave(per_key, 1) if per_key > 1 else x) for x in (q * sizes.key_size**-0.5, k))
+            fade = -A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))
+            v, write = v.unflatten(-1, (-1, sizes.value_size)), b.to(wide).sigmoid()
+            y, memory = gated_delta_rule(q, k, v, fade.flatten(0, 1), write.flatten(0, 1), chunks, memory)
         return y.unflatten(0, pos.shape), memory
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from litpeft.model.affine import Affine
 from litpeft.model.gpt import MLP, Block
 from litpeft.model.latent import LatentAttention
+from litpeft.model.linear_attention import GatedDeltaNet
 from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
 from litpeft.model.slots import Linear
@@ -33,8 +34,9 @@ class Kept:
 
     def of(self, block: Block) -> float:
         """Returns what a block keeps of a token, unless it is checkpointed."""
-        attn, mlp, d = block.attn, block.mlp, block.attn.o.out_features
+        attn, mlp = block.attn, block.mlp
         first, *inner, last = attn.inputs()
+        d = first[0].in_features
         kept = self.attention(attn) + sum(self.input(group) for group in inner)
         twice = not self.gpu and self.itemsize > 2  # attention there copies its output
         kept += self.input(last, fresh=twice, cheap=False)
@@ -52,8 +54,10 @@ class Kept:
         expert = self.mlp(mlp.experts[0], False) + self.input(_first(mlp.experts[0])) + d * (1 if self.cheap else 2)
         return kept + mlp.router.kind.active * expert + (0 if mlp.shared is None else self.mlp(mlp.shared, True))
 
-    def attention(self, attn: Attention) -> float:
+    def attention(self, attn: Attention | GatedDeltaNet) -> float:
         """Returns what is kept of queries, keys, values, and what attention makes of them."""
+        if isinstance(attn, GatedDeltaNet):
+            return sum(linear.out_features for linear in attn.inputs()[0])
         queries = attn.o.in_features
         if isinstance(attn, LatentAttention):  # keys and values of all heads, padded to one size
             heads = (attn.q if attn.q_b is None else attn.q_b).out_features

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig, checked
+from litpeft.model.config import ConfigKeys, ModelConfig, checked
 from litpeft.model.families import Place, llama
 from litpeft.model.parts import Layer, LinearAttention, Rope
 from litpeft.model.rope import FULL
