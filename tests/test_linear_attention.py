@@ -12,6 +12,7 @@ from litpeft.generate.batch import Batch
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.engine import answer, stream
 from litpeft.generate.settings import Sampling
+from litpeft.model import delta_rule
 from litpeft.model.build import build
 from litpeft.model.context import Context
 from litpeft.model.delta_rule import CHUNK, Chunks, gated_delta_rule
@@ -31,19 +32,24 @@ def token_by_token(q, k, v, fade, write, memory):
     return torch.stack(ys), memory
 
 
-def drawn(tokens: int) -> list[torch.Tensor]:
-    """Returns q, k, v, log g and b of a text."""
+@pytest.mark.parametrize("at_once", [1, 4, 128])
+def test_chunks_give_what_the_recurrence_gives_token_by_token_and_its_gradients(at_once: int, monkeypatch) -> None:
+    monkeypatch.setitem(delta_rule.AT_ONCE, "cpu", at_once)
     torch.manual_seed(0)
-    q, k = (torch.nn.functional.normalize(torch.randn(tokens, HEADS, KEY).double(), dim=-1) for _ in range(2))
-    v, fade, write = torch.randn(tokens, HEADS, VALUE), -torch.rand(tokens, HEADS), torch.rand(tokens, HEADS)
-    return [x.double().requires_grad_(True) for x in (q, k, v, fade, write)]
-
-
-def test_chunks_give_what_the_recurrence_gives_token_by_token_and_its_gradients() -> None:
-    inputs, starts = drawn(sum(LENGTHS)), [0, *accumulate(LENGTHS)]
-    before = torch.randn(len(LENGTHS), HEADS, KEY, VALUE, dtype=torch.float64, requires_grad=True)
-    chunks = Chunks.of(starts, LENGTHS, sum(LENGTHS), torch.device("cpu"))
-    got, after = gated_delta_rule(*inputs, chunks, before)
+    starts, documents = [0, *accumulate(LENGTHS)], len(LENGTHS)
+    q, k = (torch.nn.functional.normalize(torch.randn(sum(LENGTHS), HEADS, KEY).double(), dim=-1) for _ in range(2))
+    v, fade, write = torch.randn(len(q), HEADS, VALUE), -torch.rand(len(q), HEADS), torch.rand(len(q), HEADS)
+    inputs = [x.double().requires_grad_(True) for x in (q, k, v, fade, write)]
+    before = torch.randn(documents, HEADS, KEY, VALUE, dtype=torch.float64, requires_grad=True)
+    chunks = Chunks.of(starts, LENGTHS, 4, torch.device("cpu"))
+    assert len(chunks.groups) == {1: 4, 4: 3, 128: 1}[at_once]
+    got, memory, after = torch.zeros_like(inputs[2]), before[chunks.order], [before[:0]]
+    for group in chunks.groups:
+        after.append(memory[group.counts[0] :])
+        own = [x[group.token].where(group.real.view(*group.real.shape, *[1] * (x.dim() - 1)), 0) for x in inputs]
+        y, memory = gated_delta_rule(*(x.transpose(1, 2) for x in own), group.counts, memory[: group.counts[0]])
+        got = got.index_put((group.token[group.real],), y.transpose(1, 2)[group.real])
+    after = torch.cat([memory, *reversed(after)])[chunks.order.argsort()]
     alone = zip(*(x.split(LENGTHS) for x in inputs), before, strict=True)
     parts = [token_by_token(*document) for document in alone]
     want, want_after = torch.cat([y for y, _ in parts]), torch.stack([memory for _, memory in parts])
@@ -54,15 +60,18 @@ def test_chunks_give_what_the_recurrence_gives_token_by_token_and_its_gradients(
     assert all(torch.allclose(a, b, atol=1e-10) for a, b in zip(*grads, strict=True))
 
 
-def test_places_without_a_token_change_nothing() -> None:
-    inputs = drawn(3 * 20)
-    whole = Chunks.of([0, 20, 40], [20, 7, 13], 60, torch.device("cpu"))  # rows of 20, of which some are padded
-    got, after = gated_delta_rule(*inputs, whole)
-    for row, count in enumerate((20, 7, 13)):
-        mine = [x[20 * row : 20 * row + count] for x in inputs]
-        want, memory = token_by_token(*mine, torch.zeros(HEADS, KEY, VALUE, dtype=torch.float64))
-        assert torch.allclose(got[20 * row : 20 * row + count], want, atol=1e-12)
-        assert torch.allclose(after[row], memory, atol=1e-12)
+@pytest.mark.parametrize("at_once", [1, 3, 128])
+def test_groups_of_chunks_change_no_gradient_but_by_rounding(at_once: int, both, monkeypatch) -> None:
+    _, model = both
+    model.requires_grad_(True)
+    lengths, grads = (150, 30, 70), []
+    ids = torch.randint(0, TINY["vocab_size"], (1, sum(lengths)))
+    for size in (2, at_once):
+        monkeypatch.setitem(delta_rule.AT_ONCE, "cpu", size)
+        model.zero_grad()
+        model(ids, Context.packed(lengths, ids.device, None), at=torch.arange(249), targets=ids[0, 1:]).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*grads, strict=True))
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 Letters: B rows, T new tokens, S keys, D head size, R of them that rotate, G key/value heads.
 """
 
-from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,19 +85,20 @@ class StateCache:
         for tensor in (self.memory, self.before):
             exchange(tensor, one, other)
 
-    def update(self, read: Callable[..., tuple[Tensor, Tensor]], inputs: Sequence[Any], ctx: "Context") -> Tensor:
-        """Returns what `read` makes of its inputs, of which the first are those of the convolution, and remembers."""
-        new, width = inputs[0], self.before.size(1)
-        begins = (ctx.pos[:, :1] == 0)[..., None, None]
-        y, memory = read(*inputs, self.before, self.memory.masked_fill(begins, 0))
-        both = torch.cat((self.before, new.to(self.before.dtype)), 1)
+    def earlier(self, ctx: "Context") -> tuple[Tensor, Tensor]:
+        """Returns the last inputs (B, W - 1, channels) and the matrices; zeros for rows that begin with this call."""
+        begins = (ctx.pos[:, :1] == 0)[..., None]
+        return self.before.masked_fill(begins, 0), self.memory.masked_fill(begins[..., None], 0)
+
+    def remember(self, inputs: Tensor, memory: Tensor, ctx: "Context") -> None:
+        """Holds what is known after this call: `inputs` (B, W - 1 + T, channels) are the earlier ones and its own."""
+        last, device = self.before.size(1), inputs.device
         if ctx.counts is None:
-            self.before.copy_(both[:, -width:])
+            self.before.copy_(inputs[:, inputs.size(1) - last :])
         else:
-            at = torch.tensor(ctx.counts, device=new.device)[:, None] + torch.arange(width, device=new.device)
-            self.before.copy_(both.gather(1, at[..., None].expand(-1, -1, both.size(2))))
+            at = torch.tensor(ctx.counts, device=device)[:, None] + torch.arange(last, device=device)
+            self.before.copy_(inputs.gather(1, at[..., None].expand(-1, -1, inputs.size(2))))
         self.memory.copy_(memory)
-        return y
 
 
 Cache = KVCache | StateCache
@@ -173,12 +172,12 @@ class Context:
             seen = causal_mask(self.pos, keys, window)[:, None]
             self.mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
-    def cut(self) -> None:
-        """Sets `chunks`."""
+    def cut(self, width: int) -> None:
+        """Sets `chunks`, for layers with a convolution of that width."""
         rows, tokens = self.pos.shape
         lengths = self.counts or (tokens,) * rows if self.documents is None else self.documents.lengths
         starts = range(0, rows * tokens, tokens) if self.documents is None else [0, *accumulate(lengths)]
-        self.chunks = Chunks.of(starts, lengths, rows * tokens, self.pos.device)
+        self.chunks = Chunks.of(starts, lengths, width, self.pos.device, 0 if self.cache is None else width - 1)
 
     def reach(self) -> int:
         """Returns one more than the highest position, without reading from the device."""

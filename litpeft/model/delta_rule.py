@@ -8,7 +8,7 @@ into S is its keys times the corrections u of its tokens, which solve a triangul
     u_i = b_i (v_i - G_i S^T k_i - sum over j < i of G_i / G_j (k_j . k_i) u_j)        G_i = g_1 ... g_i
     y_i = G_i S^T q_i + sum over j <= i of G_i / G_j (k_j . q_i) u_j
 
-Letters: N tokens, M chunks, C tokens of a chunk, H heads, K size of a key, V size of a value.
+Letters: M chunks, C tokens of a chunk, H heads, K size of a key, V size of a value.
 """
 
 from collections.abc import Sequence
@@ -18,72 +18,94 @@ import torch
 from torch import Tensor
 
 CHUNK = 64  # tokens
+AT_ONCE = {"cpu": 2}  # chunks that are computed together: on a CPU as many as its cache holds
+MOST_AT_ONCE = 128
+
+
+@dataclass
+class Group:
+    """The chunks of some steps: in step i are the i-th chunks of all documents that have one."""
+
+    token: Tensor  # (M, C) the number of each place's token; 0 where there is none
+    real: Tensor  # (M, C) whether there is one
+    window: Tensor  # (M, W - 1 + C) the tokens that the convolution of width W reads; 0 where there is none
+    seen: Tensor  # (M, W - 1 + C) whether there is one
+    counts: tuple[int, ...]  # chunks of each step
 
 
 @dataclass
 class Chunks:
-    """Where the tokens of documents lie, in chunks: first the first chunk of each document, then the second ones, ...
+    """The tokens of documents. The longest document comes first, so that those with a chunk more are a step's first."""
 
-    The longest document comes first, so that those with a chunk more are the first ones of a step.
-    """
-
-    token: Tensor  # (M, C) number of each token; 0 at places without one
-    real: Tensor  # (M, C) whether there is one
-    place: Tensor  # (N,) where each token lies among the M * C places
+    groups: list[Group]
     order: Tensor  # (documents,) their numbers, the longest first
-    counts: tuple[int, ...]  # chunks of each step
 
     @classmethod
-    def of(cls, starts: Sequence[int], lengths: Sequence[int], tokens: int, device: torch.device) -> "Chunks":
-        """Returns the chunks of documents that begin at `starts`, among so many tokens."""
-        longest = max(lengths)
-        size, order = min(CHUNK, longest), sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        steps = [[(i, at) for i in order if at < lengths[i]] for at in range(0, longest, size)]
-        first = torch.tensor([starts[i] + at for step in steps for i, at in step])[:, None]
-        left = torch.tensor([lengths[i] - at for step in steps for i, at in step])[:, None]
-        real = torch.arange(size) < left
-        token = (first + torch.arange(size)).masked_fill(~real, 0)
-        place = torch.zeros(tokens, dtype=torch.long)
-        place[token[real]] = torch.arange(token.numel()).view_as(token)[real]
-        moved = (x.to(device, non_blocking=True) for x in (token, real, place, torch.tensor(order)))
-        return cls(*moved, tuple(map(len, steps)))
+    def of(
+        cls, starts: Sequence[int], lengths: Sequence[int], width: int, device: torch.device, lead: int = 0
+    ) -> "Chunks":
+        """Returns the chunks of documents that begin at `starts`. `width` is that of the convolution.
+
+        It reads from rows that have `lead` more tokens before each document: those of earlier calls.
+        """
+        longest, order = max(lengths), sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        size, most = min(CHUNK, longest), AT_ONCE.get(device.type, MOST_AT_ONCE)
+        groups: list[list[list[tuple[int, int]]]] = [[]]
+        for at in range(0, longest, size):
+            step = [(i, at) for i in order if at < lengths[i]]
+            if groups[-1] and sum(map(len, groups[-1])) + len(step) > most:
+                groups.append([])
+            groups[-1].append(step)
+        made = [cls.group(steps, starts, lengths, size, width, lead, device) for steps in groups]
+        return cls(made, torch.tensor(order).to(device, non_blocking=True))
+
+    @staticmethod
+    def group(
+        steps: list[list[tuple[int, int]]],
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        size: int,
+        width: int,
+        lead: int,
+        device: torch.device,
+    ) -> Group:
+        """Returns some steps, whose chunks are pairs of a document and the first token there."""
+        pairs = [pair for step in steps for pair in step]
+        first = torch.tensor([starts[i] + at for i, at in pairs])[:, None]
+        left = torch.tensor([lengths[i] - at for i, at in pairs])[:, None]
+        before = torch.tensor([at + lead for _, at in pairs])[:, None]
+        moved = torch.tensor([(i + 1) * lead for i, _ in pairs])[:, None]
+        place, reads = torch.arange(size), torch.arange(1 - width, size)
+        real, seen = place < left, (reads < left) & (reads >= -before)
+        token, window = (first + place).where(real, 0), (first + moved + reads).where(seen, 0)
+        tensors = (x.to(device, non_blocking=True) for x in (token, real, window, seen))
+        return Group(*tensors, tuple(map(len, steps)))
 
 
 def gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, fade: Tensor, write: Tensor, chunks: Chunks, memory: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, fade: Tensor, write: Tensor, counts: Sequence[int], memory: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns y (N, H, V), and each document's S (documents, H, K, V) at its end.
+    """Returns y (M, H, C, V) of the chunks of some steps, and each document's S (documents, H, K, V) after them.
 
-    q and k are (N, H, K), v is (N, H, V); `fade` is log g and `write` b, both (N, H). `memory` holds each document's S
-    at its start, if it goes on.
+    q and k are (M, H, C, K), v is (M, H, C, V); `fade` is log g and `write` b, both (M, H, C) and 0 at places without a
+    token. `memory` holds S before the steps, of the documents of the first one; `counts` says how many are in each.
     """
-    q, k, v, fade, write = (x[chunks.token].transpose(1, 2) for x in (q, k, v, fade, write))  # (M, H, C, ...)
-    real = chunks.real[:, None]
-    fade, write = fade.masked_fill(~real, 0), write.masked_fill(~real, 0)[..., None]  # other places change nothing
-    size = fade.size(-1)
-    past = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    total = fade.cumsum(-1)  # log G
+    past = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).tril()
+    total, write = fade.cumsum(-1), write[..., None]  # log G
     between = (total[..., :, None] - total[..., None, :]).masked_fill(~past, -torch.inf).exp()
     G, written = total.exp()[..., None], k * write
     system = (written @ k.mT) * between  # of which only what lies below the diagonal counts
     right = torch.cat((v * write, written * G), -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     new, known = solved.split((v.size(-1), k.size(-1)), -1)  # u = new - known S
-    scores = (q @ k.mT) * between
-    end = total[..., -1:]
+    scores, end = (q @ k.mT) * between, total[..., -1:]
     k = k * (end - total).exp()[..., None]
-    parts = [x.split(chunks.counts) for x in (new, known, scores, q * G, k, end.exp()[..., None])]
-
-    if memory is None:
-        memory = q.new_zeros(len(chunks.order), *q.shape[1:2], k.size(-1), v.size(-1))
-    else:
-        memory = memory[chunks.order]
+    of_steps = (x.split(counts) for x in (new, known, scores, q * G, k, end.exp()[..., None]))
     ys, ended = [], []
-    for new, known, scores, q, k, faded in zip(*parts, strict=True):
-        ended.append(memory[len(q) :])  # of documents without a chunk more
-        memory = memory[: len(q)]
-        u = new - known @ memory
-        ys.append(q @ memory + scores @ u)
-        memory = memory * faded + k.mT @ u
-    y = torch.cat(ys).transpose(1, 2).flatten(0, 1)[chunks.place]
-    return y, torch.cat([memory, *reversed(ended)])[chunks.order.argsort()]
+    for new_, known_, scores_, q_, k_, faded in zip(*of_steps, strict=True):
+        ended.append(memory[len(q_) :])  # of documents without a chunk more
+        memory = memory[: len(q_)]
+        u = new_ - known_ @ memory
+        ys.append(q_ @ memory + scores_ @ u)
+        memory = memory * faded + k_.mT @ u
+    return torch.cat(ys), torch.cat([memory, *reversed(ended)])

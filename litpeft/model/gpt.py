@@ -232,7 +232,7 @@ class GPT(nn.Module):
     def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
         """Sets what a context has for layers of one kind: rotary positions, the mask of a step with a cache, chunks."""
         if kind.linear is not None:
-            ctx.cut()
+            ctx.cut(kind.linear.width)
             return
         size = self.config.rotary_of(kind)
         if size and kind.rope is not None:

@@ -4,7 +4,8 @@
     b = sigmoid(in_b x)        log g = -exp(A_log) softplus(in_a x + dt_bias)
     y = out(norm(gated_delta_rule(q, k, v, g, b)) * silu(in_z x))
 
-Letters: B rows, T new tokens, H heads of values, K size of a key, V size of a value, W width of the convolution.
+Letters: B rows, T new tokens, N = B * T, M chunks of C tokens, H heads of values, K size of a key, V size of a value, W
+width of the convolution, F = 2 * key heads * K + H * V of its channels.
 """
 
 import torch
@@ -14,9 +15,8 @@ from torch import Tensor
 
 from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context
-from litpeft.model.delta_rule import Chunks, gated_delta_rule
-from litpeft.model.kernels.ops import rms_norm
-from litpeft.model.recompute import Recomputed, again, is_marking
+from litpeft.model.delta_rule import Chunks, Group, gated_delta_rule
+from litpeft.model.parts import LinearAttention
 from litpeft.model.slots import Linear, project
 
 LENGTH_EPS = 1e-6  # of queries and keys, whatever the model's
@@ -29,11 +29,6 @@ class GatedNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """x (B, T, H, V) in float32 or better and z (B, T, H * V) -> (B, T, H * V), in the type of z."""
-        z_ = z.to(x.dtype).view_as(x)
-        return (rms_norm(x, self.weight, self.eps) * F.silu(z_)).flatten(2).to(z.dtype)
-
 
 class Convolution(nn.Module):
     """A weighted sum of each channel's numbers at a token and at the W - 1 tokens of its document before it."""
@@ -41,32 +36,6 @@ class Convolution(nn.Module):
     def __init__(self, channels: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
-
-
-def convolved(x: Tensor, weight: Tensor, pos: Tensor, before: Tensor | None = None) -> Tensor:
-    """Returns the sums for x (B, T, channels) at `pos` (B, T); `before` (B, W - 1, channels) comes before x."""
-    tokens, width = x.size(1), weight.size(-1)
-    before = x.new_zeros(len(x), width - 1, x.size(2)) if before is None else before.to(x.dtype)
-    x, weight = torch.cat((before, x), 1), weight[:, 0].to(x.dtype)
-    y = x[:, width - 1 :] * weight[:, -1]
-    for back in range(1, width):
-        earlier = x[:, width - 1 - back :][:, :tokens] * weight[:, -1 - back]
-        y = y + earlier.masked_fill((pos < back)[..., None], 0)
-    return y
-
-
-class Core(nn.Module):
-    """What a layer makes of its projections, without parameters of its own: autograd keeps its inputs only."""
-
-    def forward(self, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, ctx: Context, attn: "GatedDeltaNet") -> Tensor:
-        """qkv (B, T, 2 * key heads * K + H * V), z (B, T, H * V), a and b (B, T, H) -> (B, T, H * V)"""
-        inputs = qkv, b, a, attn.conv.weight, attn.A_log, attn.dt_bias, ctx.pos, ctx.chunks
-        if ctx.cache is not None:
-            return attn.norm(ctx.cache[attn.layer].update(attn.remembered, inputs, ctx), z)
-        if ctx.recompute or is_marking() or not torch.is_grad_enabled():
-            return again(attn.norm, again(attn.computed, *inputs), z)
-        with Recomputed(marks=False) as kept:
-            return kept.run(attn.norm, kept.run(attn.computed, *inputs), z)
 
 
 class GatedDeltaNet(nn.Module):
@@ -95,40 +64,120 @@ class GatedDeltaNet(nn.Module):
         q, k, v, z, b, a = project(x, ctx, *self.inputs()[0])
         return self.out(self.core(torch.cat((q, k, v), -1), z, b, a, ctx, self), ctx)
 
-    def computed(self, *inputs: Tensor | Chunks) -> Tensor:
-        """Returns y (B, T, H, V) of texts from their start, for the inputs of `remembered`."""
-        return self.remembered(*inputs)[0]
 
-    def remembered(
-        self,
-        qkv: Tensor,
-        b: Tensor,
-        a: Tensor,
-        weight: Tensor,
-        A_log: Tensor,
-        dt_bias: Tensor,
-        pos: Tensor,
-        chunks: Chunks,
-        before: Tensor | None = None,
-        memory: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns y (B, T, H, V), and each document's S (documents, H, K, V) at its end.
+class Core(nn.Module):
+    """What a layer makes of its projections, without parameters of its own."""
 
-        Where a text goes on, `before` (B, W - 1, ...) are the last tokens' qkv, and `memory` is S.
-        """
-        sizes, wide = self.sizes, torch.promote_types(qkv.dtype, torch.float32)
+    def forward(self, qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, ctx: Context, attn: GatedDeltaNet) -> Tensor:
+        """qkv (B, T, F), z (B, T, H * V), a and b (B, T, H) -> (B, T, H * V)"""
+        weights = attn.conv.weight, attn.A_log, attn.dt_bias, attn.norm.weight
+        if ctx.cache is not None:
+            cache = ctx.cache[attn.layer]
+            before, memory = cache.earlier(ctx)
+            qkv = torch.cat((before, qkv.to(before.dtype)), 1)
+            tokens = [x.flatten(0, 1) for x in (qkv, z, b, a)]
+            y, memory = read(tokens, weights, ctx.chunks, memory, attn.sizes, attn.norm.eps)
+            cache.remember(qkv, memory, ctx)
+        else:
+            tokens = [x.flatten(0, 1) for x in (qkv, z, b, a)]
+            y = _Read.apply(ctx.chunks, attn.sizes, attn.norm.eps, *tokens, *weights)
+        return y.view_as(z)
+
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def read(
+    tokens: Tensors, weights: Tensors, chunks: Chunks, memory: Tensor, sizes: LinearAttention, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Returns y (N, H * V) and each document's S after its tokens, for S before them (documents, H, K, V).
+
+    `tokens` are qkv (N, F), z (N, H * V), b and a (N, H); qkv may have more rows, as `chunks` say. `weights` are those
+    of the convolution (F, 1, W), A_log and dt_bias (H,) and the norm's (V,).
+    """
+    y, memory = torch.zeros_like(tokens[1]), memory[chunks.order]  # zeros at what is padding
+    for group in chunks.groups:
+        first = group.counts[0]
+        part, memory[:first] = piece(gathered(tokens, group), weights, group, memory[:first], sizes, eps)
+        y[group.token[group.real]] = part[group.real]
+    return y, memory[chunks.order.argsort()]
+
+
+def gathered(tokens: Tensors, group: Group) -> list[Tensor]:
+    """Returns qkv (M, W - 1 + C, F), z (M, C, H * V), b and a (M, C, H) of a group."""
+    return [tokens[0][group.window], *(x[group.token] for x in tokens[1:])]
+
+
+def piece(
+    tokens: Tensors, weights: Tensors, group: Group, memory: Tensor, sizes: LinearAttention, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Returns y (M, C, H * V) of a group, and S of its documents after it."""
+    with torch.autocast(memory.device.type, enabled=False):
+        (qkv, z, b, a), (conv, A_log, dt_bias, norm), wide = tokens, weights, memory.dtype
         keys, per_key = sizes.key_heads * sizes.key_size, sizes.heads // sizes.key_heads
-        with torch.autocast(qkv.device.type, enabled=False):
-            qkv = F.silu(convolved(qkv.to(wide), weight, pos, before)).flatten(0, 1)
-            q, k, v = qkv.split((keys, keys, sizes.heads * sizes.value_size), -1)
-            q, k = (unit(x.unflatten(-1, (-1, sizes.key_size))) for x in (q, k))
-            q, k = ((x.repeat_interleave(per_key, 1) if per_key > 1 else x) for x in (q * sizes.key_size**-0.5, k))
-            fade = -A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))
-            v, write = v.unflatten(-1, (-1, sizes.value_size)), b.to(wide).sigmoid()
-            y, memory = gated_delta_rule(q, k, v, fade.flatten(0, 1), write.flatten(0, 1), chunks, memory)
-        return y.unflatten(0, pos.shape), memory
+        qkv, conv = qkv.to(wide).where(group.seen[..., None], 0), conv[:, 0].to(wide)
+        convolved = qkv[:, : z.size(1)] * conv[:, 0]
+        for at in range(1, sizes.width):
+            convolved = torch.addcmul(convolved, qkv[:, at : at + z.size(1)], conv[:, at])
+        q, k, v = F.silu(convolved).split((keys, keys, sizes.heads * sizes.value_size), -1)
+        q, k = (unit(x.unflatten(-1, (-1, sizes.key_size)).transpose(1, 2)) for x in (q, k))  # (M, heads, C, K)
+        q, k = ((x.repeat_interleave(per_key, 1) if per_key > 1 else x) for x in (q * sizes.key_size**-0.5, k))
+        v = v.unflatten(-1, (-1, sizes.value_size)).transpose(1, 2)
+        fade = -A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))
+        fade, write = (x.where(group.real[..., None], 0).mT for x in (fade, b.to(wide).sigmoid()))
+        y, memory = gated_delta_rule(q, k, v, fade, write, group.counts, memory)
+        y = F.rms_norm(y, (sizes.value_size,), norm.to(wide), eps).transpose(1, 2).flatten(2)
+        return (y * F.silu(z.to(wide))).to(z.dtype), memory
 
 
 def unit(x: Tensor) -> Tensor:
     """Returns x (..., K) divided by its length."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + LENGTH_EPS)
+
+
+class _Read(torch.autograd.Function):
+    """`read` of texts from their start. It keeps its inputs and S before each group, and computes groups again."""
+
+    @staticmethod
+    def forward(ctx, chunks: Chunks, sizes: LinearAttention, eps: float, *inputs: Tensor) -> Tensor:
+        tokens, weights = inputs[:4], inputs[4:]
+        y, kept = torch.empty_like(tokens[1]), []
+        wide, matrix = torch.promote_types(y.dtype, torch.float32), (sizes.heads, sizes.key_size, sizes.value_size)
+        memory = torch.zeros(len(chunks.order), *matrix, dtype=wide, device=y.device)
+        for group in chunks.groups:
+            kept.append(memory[: group.counts[0]])
+            part, memory = piece(gathered(tokens, group), weights, group, kept[-1], sizes, eps)
+            y[group.token[group.real]] = part[group.real]
+        ctx.save_for_backward(*inputs, *kept)
+        ctx.read = chunks.groups, sizes, eps
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        groups, sizes, eps = ctx.read
+        saved = ctx.saved_tensors
+        inputs, kept = saved[:8], saved[8:]
+        needed = ctx.needs_input_grad[3:]
+        grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]
+        dmemory = torch.zeros_like(kept[-1])
+        for group, memory in zip(reversed(groups), reversed(kept), strict=True):
+            given = [*gathered(inputs[:4], group), *inputs[4:]]
+            given = [x.detach().requires_grad_(need) for x, need in zip(given, needed, strict=True)]
+            memory = memory.detach().requires_grad_(group is not groups[0])
+            with torch.enable_grad():
+                ends = piece(given[:4], given[4:], group, memory, sizes, eps)
+            dmemory = torch.cat((dmemory, dmemory.new_zeros(len(memory) - len(dmemory), *dmemory.shape[1:])))
+            into = [x for x in (*given, memory) if x.requires_grad]
+            found = iter(torch.autograd.grad(ends, into, (dy[group.token].where(group.real[..., None], 0), dmemory)))
+            parts = [next(found) if need else None for need in needed]
+            dmemory = next(found, dmemory)
+            for at, (grad, part) in enumerate(zip(grads, parts, strict=True)):
+                if part is None:
+                    continue
+                if at == 0:
+                    grad.index_add_(0, group.window.flatten(), part.flatten(0, 1))
+                elif at < 4:
+                    grad[group.token[group.real]] = part[group.real]
+                else:
+                    grad += part
+        return None, None, None, *grads
