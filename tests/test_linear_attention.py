@@ -15,8 +15,9 @@ from litpeft.generate.settings import Sampling
 from litpeft.model import delta_rule
 from litpeft.model.build import build
 from litpeft.model.context import Context
-from litpeft.model.delta_rule import CHUNK, Chunks, gated_delta_rule
+from litpeft.model.delta_rule import Chunks, gated_delta_rule
 
+CHUNK = 64  # tokens
 LENGTHS = (70, 1, 2 * CHUNK, 3 * CHUNK + 5, 64, 33)  # tokens
 HEADS, KEY, VALUE = 3, 5, 4
 
@@ -34,7 +35,7 @@ def token_by_token(q, k, v, fade, write, memory):
 
 @pytest.mark.parametrize("at_once", [1, 4, 128])
 def test_chunks_give_what_the_recurrence_gives_token_by_token_and_its_gradients(at_once: int, monkeypatch) -> None:
-    monkeypatch.setitem(delta_rule.AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(delta_rule.SIZES, "cpu", (CHUNK, at_once))
     torch.manual_seed(0)
     starts, documents = [0, *accumulate(LENGTHS)], len(LENGTHS)
     q, k = (torch.nn.functional.normalize(torch.randn(sum(LENGTHS), HEADS, KEY).double(), dim=-1) for _ in range(2))
@@ -66,8 +67,8 @@ def test_groups_of_chunks_change_no_gradient_but_by_rounding(at_once: int, both,
     model.requires_grad_(True)
     lengths, grads = (150, 30, 70), []
     ids = torch.randint(0, TINY["vocab_size"], (1, sum(lengths)))
-    for size in (2, at_once):
-        monkeypatch.setitem(delta_rule.AT_ONCE, "cpu", size)
+    for size in ((32, 4), (CHUNK, at_once)):
+        monkeypatch.setitem(delta_rule.SIZES, "cpu", size)
         model.zero_grad()
         model(ids, Context.packed(lengths, ids.device, None), at=torch.arange(249), targets=ids[0, 1:]).backward()
         grads.append([p.grad.clone() for p in model.parameters()])

@@ -67,6 +67,21 @@ def unsorted(outputs: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(outputs).index_copy(0, order, outputs)
 
 
+class ShareOfAll(nn.Linear):
+    """What the shared expert adds for a token: y sigmoid(g x). As the router, no `slots.Linear`."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 1, bias=False)
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x and y are (..., d)."""
+        return y * nn.functional.linear(x, self.weight.to(x.dtype)).sigmoid()
+
+
 class Mixture(nn.Module):
     """Experts in place of an MLP, one after the other, each on the tokens that chose it."""
 
@@ -76,6 +91,7 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(make_expert(config, config.experts.d_ff) for _ in range(config.experts.number))
         shared = config.experts.shared_d_ff
         self.shared = None if shared is None else make_expert(config, shared)
+        self.shared_gate = ShareOfAll(config.d_model) if config.experts.shared_gate else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """Returns y (..., d). In training experts without a token run on zeros, so that all have a gradient."""
@@ -89,4 +105,6 @@ class Mixture(nn.Module):
         outputs = torch.cat([expert(part if len(part) else zeros, None)[: len(part)] for expert, part in pairs])
         y = again(unsorted, outputs, order).view(*chosen.shape, -1)
         y = (shares[..., None] * y).sum(1).view(x.shape)
-        return y if self.shared is None else y + self.shared(x, ctx)
+        if self.shared is None:
+            return y
+        return y + (self.shared(x, ctx) if self.shared_gate is None else self.shared_gate(x, self.shared(x, ctx)))

@@ -77,7 +77,7 @@ def usual(
         "n_heads": heads,
         "n_kv_heads": keys.num_key_value_heads or heads,
         "head_dim": head_dim,
-        "d_ff": keys.intermediate_size,
+        "d_ff": getattr(keys, "intermediate_size", None),
         "max_positions": keys.max_position_embeddings,
         "norm_eps": getattr(keys, "rms_norm_eps", 1e-5),
         "rotary_dim": None if share is None else int(head_dim * part),

@@ -63,9 +63,9 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     return hybrid(Keys.read(hf), hf)
 
 
-def hybrid(keys: ConfigKeys, hf: Mapping[str, Any]) -> ModelConfig:
-    """Returns the ModelConfig of keys that are named as Qwen3.5's."""
-    config = llama.usual(keys, hf, share=0.25, norm="rms_1p", qk_norm="head", gated_attention=True)
+def hybrid(keys: ConfigKeys, hf: Mapping[str, Any], **switches: Any) -> ModelConfig:
+    """Returns the ModelConfig of keys that are named as Qwen3.5's; `switches` as in `llama.usual`."""
+    config = llama.usual(keys, hf, share=0.25, norm="rms_1p", qk_norm="head", gated_attention=True, **switches)
     heads = keys.linear_num_key_heads, keys.linear_num_value_heads
     sizes = keys.linear_key_head_dim, keys.linear_value_head_dim, keys.linear_conv_kernel_dim
     linear = Layer(linear=LinearAttention(*heads, *sizes))
