@@ -115,6 +115,11 @@ class ModelConfig:
         """Returns how many key/value heads a layer has."""
         return self.n_heads if self.latent is not None else layer.n_kv_heads or self.n_kv_heads
 
+    @property
+    def linear_key_heads(self) -> int:
+        """Returns how many key heads the layers with linear attention have."""
+        return next(layer.linear.key_heads for layer in self.layers if layer.linear is not None)
+
     def layer(self, number: int) -> Layer:
         """Returns what a layer has of its own, or what all have."""
         return self.layers[number] if self.layers else Layer(self.window, Rope(self.rope_theta, self.rope_scaling))

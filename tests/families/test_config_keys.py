@@ -39,6 +39,7 @@ for _name, _changes in {  # so that each key has an effect
     "qwen2": WINDOWS | {"max_window_layers": 1},
     "qwen3": WINDOWS | {"max_window_layers": 1},
     "qwen3_moe": WINDOWS | {"mlp_only_layers": [1]},
+    "qwen3_next": {"mlp_only_layers": [1], "norm_topk_prob": True},
     "smollm3": WINDOWS | {"no_rope_layer_interval": 2},
     "gemma3_text": BY_TYPE,
     "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},

@@ -49,6 +49,7 @@ FAMILIES = {
     "mixtral": "litpeft.model.families.mixtral",
     "qwen3_moe": "litpeft.model.families.qwen3_moe",
     "qwen3_5_moe_text": "litpeft.model.families.qwen3_5_moe_text",
+    "qwen3_next": "litpeft.model.families.qwen3_next",
     "olmoe": "litpeft.model.families.olmoe",
     "gpt_oss": "litpeft.model.families.gpt_oss",
     "deepseek_v3": "litpeft.model.families.deepseek_v3",
@@ -58,17 +59,12 @@ FAMILIES = {
 }
 IMAGES = "it reads images, and its text model is of a family that is not supported"
 TEXT = "it reads images: `litpeft convert FOLDER OUT` takes its text model out"
-LINEAR = (
-    'its layer_types hold "linear_attention", a gated delta rule, which is not built; '
-    "take a model whose layers all have full or sliding attention, such as Qwen3"
-)
 OTHERS = {  # model_type of models that are known, and why they are not here
     "gemma3": TEXT,
     "mistral3": TEXT,
     "gemma4": TEXT,
     "qwen3_5": TEXT,
     "qwen3_5_moe": TEXT,
-    "qwen3_next": LINEAR,
     "llama4": IMAGES,
     "deepseek_v32": "its indexer (index_topk), which picks the keys that a token sees, is not built; take DeepSeek-V3",
 }
