@@ -1,4 +1,4 @@
-"""Takes the text model out of a folder of a model that also reads images: Gemma 3 of 4B and more, Mistral 3."""
+"""Takes the text model out of a folder of a model that also reads images, such as Gemma 3 of 4B or Qwen3.5."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,10 @@ from litpeft.model.families.read import config_of
 
 PREFIXES = ("language_model.model.", "model.language_model.")  # of the text model's tensors; here "model."
 HEADS = ("language_model.lm_head.", "lm_head.")
+STACKED = {  # a tensor of all experts, of Qwen3.5's files, and what it holds of each
+    ".mlp.experts.gate_up_proj": ("gate_proj", "up_proj"),
+    ".mlp.experts.down_proj": ("down_proj",),
+}
 
 
 def holds_text_model(folder: Path) -> bool:
@@ -40,7 +44,8 @@ class TextModel:
 
     def summary(self) -> str:
         left = len(self.weights.file_of) - len(dict(self.places()))
-        return f"{self.family}, {counted(self.config.n_layers, 'layer')}; {counted(left, 'tensor')} for images left out"
+        parts = "for images and other ends left out"
+        return f"{self.family}, {counted(self.config.n_layers, 'layer')}; {counted(left, 'tensor')} {parts}"
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the text model's config.json and weights, and copies the tokenizer."""
@@ -61,9 +66,22 @@ class TextModel:
 
     def tensors(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """Yields the text model's tensors."""
-        places = dict(self.places())
-        if lost := self.names.shapes.keys() - places.values():
+        places = {name: self.of_experts(spelt) for name, spelt in self.places()}
+        held = {one for parts in places.values() for one in parts}
+        if lost := self.names.shapes.keys() - held:
             raise ModelError(f"the text model's weights are not all there: {some(sorted(lost))}", where=self.folder)
-        for name, spelt in places.items():
-            tensor = self.weights.read(name)
-            yield spelt, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        for name, parts in places.items():
+            whole = self.weights.read(name)
+            tensors = (
+                [whole] if len(parts) == 1 else [x for one in whole for x in one.tensor_split(len(parts) // len(whole))]
+            )
+            for spelt, tensor in zip(parts, tensors, strict=True):
+                yield spelt, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor.contiguous()
+
+    def of_experts(self, spelt: str) -> list[str]:
+        """Returns the names of the tensors of each expert that one of all holds; else the name as it is."""
+        for stacked, leaves in STACKED.items():
+            if spelt.endswith(stacked) and self.config.experts is not None:
+                layer, number = spelt.removesuffix(stacked), self.config.experts.number
+                return [f"{layer}.mlp.experts.{i}.{leaf}.weight" for i in range(number) for leaf in leaves]
+        return [spelt]

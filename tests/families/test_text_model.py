@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import load_file, save_file
 from test_model import FAMILY_CASES, YARN, randomise
 from tiny_families import write_plain_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
@@ -22,8 +23,11 @@ MODELS = {
     "gemma3": ("gemma3_text", GEMMA),
     "gemma4": ("gemma4_text", FAMILY_CASES["gemma4_text"]),
     "mistral3": ("ministral3", MINISTRAL),
+    "qwen3_5": ("qwen3_5_text", FAMILY_CASES["qwen3_5_text"]),
+    "qwen3_5_moe": ("qwen3_5_moe_text", FAMILY_CASES["qwen3_5_moe_text"]),
 }
 EYES = {"gemma3": "siglip_vision_model", "gemma4": "gemma4_vision", "mistral3": "pixtral"}
+EYES |= {"qwen3_5": "qwen3_5_vision", "qwen3_5_moe": "qwen3_5_moe_vision"}
 IDS = torch.arange(2, 42)[None]
 
 
@@ -50,3 +54,23 @@ def test_the_text_model_computes_what_the_whole_computes_for_text(name: str, tmp
         want, got = theirs(input_ids=IDS).logits, build(tmp_path / "text", torch.float32)(IDS)
     assert (want - got).abs().max() <= 5e-6 * max(1, float(want.abs().max()))
     assert not any("vision" in tensor for tensor in Weights(tmp_path / "text").file_of)
+
+
+def test_experts_in_one_tensor_and_what_predicts_several_tokens_are_as_in_the_files_of_qwen3_5(tmp_path) -> None:
+    make_whole(tmp_path / "whole", "qwen3_5_moe")
+    main(["convert", str(tmp_path / "whole"), str(tmp_path / "text")])
+    file = tmp_path / "whole" / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if ".experts." not in name}
+    want = load_file(tmp_path / "text" / "model.safetensors")
+    for layer in range(2):
+        expert = lambda leaf, layer=layer: [
+            want[f"model.layers.{layer}.mlp.experts.{i}.{leaf}.weight"] for i in range(5)
+        ]
+        joined = torch.cat((torch.stack(expert("gate_proj")), torch.stack(expert("up_proj"))), 1)
+        tensors[f"model.language_model.layers.{layer}.mlp.experts.gate_up_proj"] = joined
+        tensors[f"model.language_model.layers.{layer}.mlp.experts.down_proj"] = torch.stack(expert("down_proj"))
+    save_file(tensors | {"mtp.fc.weight": torch.ones(2, 2)}, file)
+    main(["convert", str(tmp_path / "whole"), str(tmp_path / "again")])
+    got = load_file(tmp_path / "again" / "model.safetensors")
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
