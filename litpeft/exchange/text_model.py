@@ -71,12 +71,18 @@ class TextModel:
         if lost := self.names.shapes.keys() - held:
             raise ModelError(f"the text model's weights are not all there: {some(sorted(lost))}", where=self.folder)
         for name, parts in places.items():
-            whole = self.weights.read(name)
-            tensors = (
-                [whole] if len(parts) == 1 else [x for one in whole for x in one.tensor_split(len(parts) // len(whole))]
-            )
-            for spelt, tensor in zip(parts, tensors, strict=True):
+            for spelt, tensor in zip(parts, self.apart(name, len(parts)), strict=True):
                 yield spelt, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor.contiguous()
+
+    def apart(self, name: str, count: int) -> list[Tensor]:
+        """Returns the tensor of that name, or the `count` tensors that one of all experts holds."""
+        whole = self.weights.read(name)
+        if count == 1:
+            return [whole]
+        if len(whole) != self.config.experts.number:
+            what = f"{name} holds {len(whole)} experts, config.json says {self.config.experts.number}"
+            raise ModelError(what, where=self.folder)
+        return [part for expert in whole for part in expert.tensor_split(count // len(whole))]
 
     def of_experts(self, spelt: str) -> list[str]:
         """Returns the names of the tensors of each expert that one of all holds; else the name as it is."""
