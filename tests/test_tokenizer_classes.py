@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from transformers.models.auto.tokenization_auto import MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS as WRONG_CLASS
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN3_5_REGEX
 
 from litpeft.core.errors import ModelError
 from litpeft.data.tokenizer import Tokenizer as Ours
@@ -33,6 +34,7 @@ KINDS = {
     "neox": ("nfc", "", ["GPTNeoXTokenizerFast"]),
     "cohere": ("nfc", "digits", ["CohereTokenizerFast"]),
     "qwen": ("nfc", PRETOKENIZE_REGEX, ["Qwen2Tokenizer", "LlamaTokenizerFast"]),
+    "qwen 3.5": ("nfc", QWEN3_5_REGEX, ["Qwen3_5Tokenizer", "Qwen2Tokenizer"]),
     "llama 3": ("", PRETOKENIZE_REGEX.replace(r"\p{N}|", r"\p{N}{1,3}|"), ["LlamaTokenizer", "GPT2Tokenizer"]),
     "gemma": ("spaces", "", ["GemmaTokenizerFast"]),
     "llama 2": ("prepend", "", ["LlamaTokenizerFast"]),

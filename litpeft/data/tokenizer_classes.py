@@ -4,6 +4,7 @@ LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")  # a space becomes ▁, and a t
 QWEN2_SPLIT = (  # the pieces of a text
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN3_5_SPLIT = QWEN2_SPLIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 WHOLE, CUTS = ("ByteLevel", True), ("ByteLevel", False)  # use_regex
 # class -> the normalizers and the steps of the pre-tokenizer that it has, whatever tokenizer.json says
 PARTS = {
@@ -11,6 +12,7 @@ PARTS = {
     "CodeGenTokenizer": ([], [WHOLE]),  # Phi's
     "GPTNeoXTokenizer": (["NFC"], [WHOLE]),
     "Qwen2Tokenizer": (["NFC"], [("Split", QWEN2_SPLIT), CUTS]),
+    "Qwen3_5Tokenizer": (["NFC"], [("Split", QWEN3_5_SPLIT), CUTS]),
     "CohereTokenizer": (["NFC"], [("Digits", True), WHOLE]),
     "GemmaTokenizer": (["Replace"], [("Split", None)]),
 }
@@ -20,20 +22,21 @@ AS_IT_IS = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")  # 
 REGISTERED = {
     **dict.fromkeys(("gpt2", "phi", "starcoder2"), "GPT2Tokenizer"),
     **dict.fromkeys(("gpt_neox", "olmo", "olmoe"), "GPTNeoXTokenizer"),
-    **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe", "qwen3_next"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), "Qwen3_5Tokenizer"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "GemmaTokenizer"),
     **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
     **dict.fromkeys(("mistral", "mixtral", "ministral", "ministral3", "phi3", "nemotron", "stablelm"), ""),
     **dict.fromkeys(("granite", "olmo2", "olmo3", "glm", "glm4"), ""),
 }
-SURE = ("qwen2",)  # published folders name wrong classes
+SURE = ("qwen2", "qwen3_5_moe_text")  # published folders name wrong classes
 # The special tokens of a class that tokenizer_config.json does not name.
 END = "<|endoftext|>"
 NAMES = {
     **dict.fromkeys(LLAMA, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
     **dict.fromkeys(("GPT2Tokenizer", "CodeGenTokenizer"), {"bos_token": END, "eos_token": END, "unk_token": END}),
     "GPTNeoXTokenizer": {"bos_token": END, "eos_token": END, "unk_token": END, "pad_token": "<|padding|>"},
-    "Qwen2Tokenizer": {"eos_token": END, "unk_token": END, "pad_token": END},
+    **dict.fromkeys(("Qwen2Tokenizer", "Qwen3_5Tokenizer"), {"eos_token": END, "unk_token": END, "pad_token": END}),
     "CohereTokenizer": {
         "bos_token": "<BOS_TOKEN>",
         "eos_token": "<|END_OF_TURN_TOKEN|>",

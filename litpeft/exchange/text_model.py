@@ -10,6 +10,7 @@ from litpeft.core.errors import ModelError, counted, some
 from litpeft.core.json import read_json, read_optional, write_json
 from litpeft.core.recognise import refuse_other
 from litpeft.core.safetensors import DTYPES, Weights, check_room, copy_companions, write_safetensors
+from litpeft.data.tokenizer_classes import REGISTERED
 from litpeft.exchange.run import write_config
 from litpeft.model.families import FAMILIES
 from litpeft.model.families.names import NameMap
@@ -17,6 +18,8 @@ from litpeft.model.families.read import config_of
 
 PREFIXES = ("language_model.model.", "model.language_model.")  # of the text model's tensors; here "model."
 HEADS = ("language_model.lm_head.", "lm_head.")
+# Their class of tokenizers is that of the whole model's model_type, whatever tokenizer_config.json says.
+SURE_OF_WHOLE = ("qwen3_5_text", "qwen3_5_moe_text")
 STACKED = {  # a tensor of all experts, of Qwen3.5's files, and what it holds of each
     ".mlp.experts.gate_up_proj": ("gate_proj", "up_proj"),
     ".mlp.experts.down_proj": ("down_proj",),
@@ -50,6 +53,9 @@ class TextModel:
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the text model's config.json and weights, and copies the tokenizer."""
         copy_companions(self.folder, folder)
+        if self.family in SURE_OF_WHOLE:
+            tokenizer = read_optional(folder / "tokenizer_config.json")
+            write_json(folder / "tokenizer_config.json", tokenizer | {"tokenizer_class": REGISTERED[self.family]})
         write_json(folder / "config.json", self.hf)
         if dtype is not None:
             write_config(folder, dtype)

@@ -1,5 +1,6 @@
 """`convert` takes the text model out of one that reads images: it computes what the whole computes for text."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 from test_model import FAMILY_CASES, YARN, randomise
 from tiny_families import write_plain_tokenizer
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoTokenizer
 
 from litpeft.cli import main
 from litpeft.core.errors import UserError
 from litpeft.core.safetensors import Weights
+from litpeft.data.tokenizer import Tokenizer
+from litpeft.data.tokenizer_classes import QWEN3_5_SPLIT
 from litpeft.model.build import build
 from litpeft.model.families.read import read_config
 
@@ -74,3 +77,18 @@ def test_experts_in_one_tensor_and_what_predicts_several_tokens_are_as_in_the_fi
     got = load_file(tmp_path / "again" / "model.safetensors")
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_texts_are_cut_as_for_the_whole_model_whatever_class_is_named(tmp_path) -> None:
+    make_whole(tmp_path / "whole", "qwen3_5")
+    spec = json.loads((tmp_path / "whole" / "tokenizer.json").read_text())
+    cut = {"type": "Split", "pattern": {"Regex": QWEN3_5_SPLIT}, "behavior": "Isolated", "invert": False}
+    spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [cut, spec["pre_tokenizer"] | {"use_regex": False}]}
+    spec["normalizer"] = {"type": "NFC"}
+    (tmp_path / "whole" / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "whole" / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    main(["convert", str(tmp_path / "whole"), str(tmp_path / "text")])
+    theirs = [AutoTokenizer.from_pretrained(tmp_path / name) for name in ("whole", "text")]
+    assert [type(one).__name__ for one in theirs] == ["Qwen3_5Tokenizer"] * 2
+    ours, text = Tokenizer.load(tmp_path / "text"), "हिन्दी में e\u0301 it's WE'LL"
+    assert ours.encode(text) == theirs[0].encode(text) == theirs[1].encode(text)
