@@ -93,7 +93,8 @@ class TextModel:
     def of_experts(self, spelt: str) -> list[str]:
         """Returns the names of the tensors of each expert that one of all holds; else the name as it is."""
         for stacked, leaves in STACKED.items():
-            if spelt.endswith(stacked) and self.config.experts is not None:
-                layer, number = spelt.removesuffix(stacked), self.config.experts.number
+            layer = spelt.removesuffix(stacked)
+            if layer != spelt and self.config.experts is not None:
+                number = self.config.experts.number
                 return [f"{layer}.mlp.experts.{i}.{leaf}.weight" for i in range(number) for leaf in leaves]
         return [spelt]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ConfigKeys, Experts, ModelConfig
-from litpeft.model.families import qwen3_5_text, qwen3_moe, without
+from litpeft.model.families import qwen3_5_text, qwen3_moe
 
 SHARED = {
     "blocks.{}.mlp.shared.gate": "model.layers.{}.mlp.shared_expert.gate_proj",
@@ -15,7 +15,7 @@ SHARED = {
     "blocks.{}.mlp.shared.down": "model.layers.{}.mlp.shared_expert.down_proj",
     "blocks.{}.mlp.shared_gate": "model.layers.{}.mlp.shared_expert_gate",
 }
-NAMES = without(qwen3_5_text.NAMES, "*.mlp.*") | qwen3_moe.EXPERTS | SHARED
+NAMES = qwen3_5_text.NAMES | qwen3_moe.EXPERTS | SHARED
 BUFFERS = qwen3_5_text.BUFFERS
 
 

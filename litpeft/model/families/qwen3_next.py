@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ConfigKeys, Experts, ModelConfig
-from litpeft.model.families import Place, llama, qwen3_5_moe_text, qwen3_5_text
+from litpeft.model.families import Place, qwen3_5_moe_text, qwen3_5_text
 
 QKVZ = Place("model.layers.{}.linear_attn.in_proj_qkvz", per="linear_key_heads")
 BA = Place("model.layers.{}.linear_attn.in_proj_ba", per="linear_key_heads")
-MLPS = {ours: theirs for ours, theirs in llama.NAMES.items() if ".mlp." in ours}  # of layers without experts
 NAMES = (
     qwen3_5_moe_text.NAMES
-    | MLPS
     | {f"blocks.{{}}.attn.in_{leaf}": QKVZ for leaf in "qkvz"}
     | {f"blocks.{{}}.attn.in_{leaf}": BA for leaf in "ba"}
 )
