@@ -1,21 +1,28 @@
 """Linear attention: chunks against the recurrence, token by token, and against transformers; documents and caches."""
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
 import torch
 from conftest import TINY, in_float64
+from model_switches import CONFIG
 from test_model import CASES, reference
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.generate.batch import Batch
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.engine import answer, stream
 from litpeft.generate.settings import Sampling
+from litpeft.methods.lora import LoRA
 from litpeft.model import delta_rule
 from litpeft.model.build import build
 from litpeft.model.context import Context
+from litpeft.model.delta import attach
 from litpeft.model.delta_rule import Chunks, gated_delta_rule
+from litpeft.model.gpt import GPT
+from litpeft.model.parts import Layer, LinearAttention, Rope
 
 CHUNK = 64  # tokens
 LENGTHS = (70, 1, 2 * CHUNK, 3 * CHUNK + 5, 64, 33)  # tokens
@@ -102,6 +109,25 @@ def test_a_text_of_several_chunks_has_the_logits_and_gradients_of_transformers(b
         ours.embed.weight.grad: theirs.model.embed_tokens.weight.grad,
     }.items():
         assert torch.allclose(mine, grad, rtol=1e-8, atol=1e-10)
+
+
+def test_no_pass_waits_for_a_number_of_the_device() -> None:
+    """Fake tensors, which have shapes and types but no memory, refuse what needs a number of theirs."""
+    layers = [Layer(linear=LinearAttention(2, 4, 8, 12, 4)), Layer(rope=Rope())]
+    config = replace(CONFIG, n_layers=2, gated_attention=True).with_layers(layers)
+    lengths = (700, 300, 20, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = attached(GPT(config), LoRA())
+        ids = torch.zeros(1, sum(lengths), dtype=torch.long)
+        loss = model(ids, Context.packed(lengths, ids.device, None), at=ids[0, 1:], targets=ids[0, 1:])
+        loss.backward()
+        assert all(p.grad.shape == p.shape for name, p in model.named_parameters() if name in model.delta_keys)
+
+
+def attached(model: GPT, method: LoRA) -> GPT:
+    model.dtype = torch.float32
+    attach(model, method)
+    return model
 
 
 def test_packed_documents_do_not_see_each_other(both) -> None:

@@ -28,9 +28,14 @@ class Group:
 
     token: Tensor  # (M, C) the number of each place's token; 0 where there is none
     real: Tensor  # (M, C) whether there is one
+    place: Tensor  # (tokens,) the places with one, of M * C; indices, since a GPU would have to count those of `real`
     window: Tensor  # (M, W - 1 + C) the tokens that the convolution of width W reads; 0 where there is none
     seen: Tensor  # (M, W - 1 + C) whether there is one
     counts: tuple[int, ...]  # chunks of each step
+
+    def write(self, to: Tensor, places: Tensor) -> None:
+        """Writes what lies in places (M, C, ...) to the rows (N, ...) of their tokens."""
+        to.index_copy_(0, self.token.flatten()[self.place], places.flatten(0, 1)[self.place])
 
 
 @dataclass
@@ -76,10 +81,12 @@ class Chunks:
         left = torch.tensor([lengths[i] - at for i, at in pairs])[:, None]
         before = torch.tensor([at + lead for _, at in pairs])[:, None]
         moved = torch.tensor([(i + 1) * lead for i, _ in pairs])[:, None]
-        place, reads = torch.arange(size), torch.arange(1 - width, size)
-        real, seen = place < left, (reads < left) & (reads >= -before)
-        token, window = (first + place).where(real, 0), (first + moved + reads).where(seen, 0)
-        tensors = (x.to(device, non_blocking=True) for x in (token, real, window, seen))
+        inside, reads = torch.arange(size), torch.arange(1 - width, size)
+        real, seen = inside < left, (reads < left) & (reads >= -before)
+        token, window = (first + inside).where(real, 0), (first + moved + reads).where(seen, 0)
+        ends = [chunk * size + min(size, lengths[i] - at) for chunk, (i, at) in enumerate(pairs)]
+        place = torch.cat([torch.arange(chunk * size, end) for chunk, end in enumerate(ends)])
+        tensors = (x.to(device, non_blocking=True) for x in (token, real, place, window, seen))
         return Group(*tensors, tuple(map(len, steps)))
 
 

@@ -99,7 +99,7 @@ def read(
     for group in chunks.groups:
         first = group.counts[0]
         part, memory[:first] = piece(gathered(tokens, group), weights, group, memory[:first], sizes, eps)
-        y[group.token[group.real]] = part[group.real]
+        group.write(y, part)
     return y, memory[chunks.order.argsort()]
 
 
@@ -147,7 +147,7 @@ class _Read(torch.autograd.Function):
         for group in chunks.groups:
             kept.append(memory[: group.counts[0]])
             part, memory = piece(gathered(tokens, group), weights, group, kept[-1], sizes, eps)
-            y[group.token[group.real]] = part[group.real]
+            group.write(y, part)
         ctx.save_for_backward(*inputs, *kept)
         ctx.read = chunks.groups, sizes, eps
         return y
@@ -177,7 +177,7 @@ class _Read(torch.autograd.Function):
                 if at == 0:
                     grad.index_add_(0, group.window.flatten(), part.flatten(0, 1))
                 elif at < 4:
-                    grad[group.token[group.real]] = part[group.real]
+                    group.write(grad, part)
                 else:
                     grad += part
         return None, None, None, *grads
