@@ -1,7 +1,8 @@
-"""Linear attention: chunks against the recurrence, token by token, and against transformers; documents and caches."""
+"""Layers without attention: chunks against the recurrence and transformers; documents and caches."""
 
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,12 +83,21 @@ def test_groups_of_chunks_change_no_gradient_but_by_rounding(at_once: int, both,
     assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(*grads, strict=True))
 
 
+def made(name: str, folder: Path) -> tuple[torch.nn.Module, GPT]:
+    """Returns transformers' tiny model of a family and ours, in float64."""
+    theirs = reference(CASES[name], torch.float64)
+    theirs.save_pretrained(folder)
+    return in_float64(theirs), build(folder, torch.float64)
+
+
 @pytest.fixture
 def both(tmp_path):
-    """Returns transformers' tiny model and ours, in float64."""
-    theirs = reference(CASES["qwen3_5_text"], torch.float64)
-    theirs.save_pretrained(tmp_path)
-    return in_float64(theirs), build(tmp_path, torch.float64)
+    return made("qwen3_5_text", tmp_path)
+
+
+@pytest.fixture(params=["qwen3_5_text", "lfm2"])
+def model(request, tmp_path) -> GPT:
+    return made(request.param, tmp_path)[1]
 
 
 def test_a_text_of_several_chunks_has_the_logits_and_gradients_of_transformers(both) -> None:
@@ -130,8 +140,7 @@ def attached(model: GPT, method: LoRA) -> GPT:
     return model
 
 
-def test_packed_documents_do_not_see_each_other(both) -> None:
-    _, model = both
+def test_packed_documents_do_not_see_each_other(model) -> None:
     lengths = (7, 70, 1, 9, 2 * CHUNK, 64)
     ids = torch.randint(0, TINY["vocab_size"], (1, sum(lengths)))
     with torch.no_grad():
@@ -146,8 +155,7 @@ def test_packed_documents_do_not_see_each_other(both) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["cheap", "block", "offload"])
-def test_checkpointing_changes_no_gradient(both, recompute: str) -> None:
-    _, model = both
+def test_checkpointing_changes_no_gradient(model, recompute: str) -> None:
     model.requires_grad_(True)
     ids, grads = torch.randint(0, TINY["vocab_size"], (1, 150)), []
     for model.recompute in ("none", recompute):
@@ -157,8 +165,7 @@ def test_checkpointing_changes_no_gradient(both, recompute: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_rows_in_a_cache_go_on_change_places_and_begin_anew(both) -> None:
-    _, model = both
+def test_rows_in_a_cache_go_on_change_places_and_begin_anew(model) -> None:
     torch.manual_seed(1)
     draw = lambda n: torch.randint(0, TINY["vocab_size"], (n,)).tolist()
     whole = lambda rows: torch.cat([model(torch.tensor([row]))[:, -1] for row in rows])
@@ -173,8 +180,7 @@ def test_rows_in_a_cache_go_on_change_places_and_begin_anew(both) -> None:
         assert torch.allclose(cache.logits(rows), whole(rows), atol=1e-10)
 
 
-def test_an_answer_that_was_interrupted_is_read_again(both) -> None:
-    _, model = both
+def test_an_answer_that_was_interrupted_is_read_again(model) -> None:
     cache, row = TokenCache(model), list(range(1, 30))
     cache.logits([row])
     hook = model.blocks[1].register_forward_pre_hook(interrupt)
@@ -189,8 +195,7 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_requests_that_come_and_go_have_the_answers_that_each_has_alone(both, tiny_folder) -> None:
-    _, model = both
+def test_requests_that_come_and_go_have_the_answers_that_each_has_alone(model, tiny_folder) -> None:
     tokenizer = Tokenizer.load(tiny_folder)
     torch.manual_seed(2)
     prompts = [torch.randint(3, TINY["vocab_size"], (n,)).tolist() for n in (5, 80, 17, 1, 130, 9)]

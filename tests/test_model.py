@@ -242,6 +242,13 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "routed_scaling_factor": 2.0,
     }
     | LATENT,
+    "lfm2": {
+        "model_type": "lfm2",
+        "layer_types": ["conv", "full_attention"],
+        "conv_bias": True,
+        "block_multiple_of": 16,
+        "tie_word_embeddings": False,
+    },
     "starcoder2": {"model_type": "starcoder2", "sliding_window": 8},
     "cohere2": {"model_type": "cohere2", "sliding_window": 8, "sliding_window_pattern": 2, "pad_token_id": 0},
     "cohere": {"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0},

@@ -85,8 +85,8 @@ class Prefix(Method):
         what = None
         if model.config.latent is not None:
             what = "the attention of this model makes keys and values of shorter vectors: it has no attn.k and attn.v"
-        if any(layer.linear is not None for layer in model.config.layers):
-            what = "layers of this model have linear attention: there no token reads the keys and values of others"
+        if not all(layer.attends for layer in model.config.layers):
+            what = "some layers of this model have no attention: there no token reads the keys and values of others"
         if what is not None:
             raise ConfigError(what, where="method", hint="take another method, such as prompt or lora")
         if self.hidden is not None:

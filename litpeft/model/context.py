@@ -13,7 +13,6 @@ from torch import Tensor
 from litpeft.model.attention import Documents, causal_mask
 from litpeft.model.config import ModelConfig
 from litpeft.model.delta_rule import Chunks
-from litpeft.model.parts import LinearAttention
 
 KEYS = 64  # the length of a cache, and of what attention reads of it, is a multiple of this
 
@@ -63,16 +62,20 @@ class KVCache:
 
 
 class StateCache:
-    """What a layer of linear attention knows of each row's text: its matrix, and its last inputs of the convolution.
+    """What a layer without attention knows of each row's text: the last inputs of its convolution, and its matrices.
 
     It is of the whole text that was read: a shorter one has to be read again.
     """
 
-    def __init__(self, rows: int, sizes: LinearAttention, dtype: torch.dtype, device: torch.device | str):
-        channels = 2 * sizes.key_heads * sizes.key_size + sizes.heads * sizes.value_size
-        wide, matrix = torch.promote_types(dtype, torch.float32), (sizes.heads, sizes.key_size, sizes.value_size)
-        self.memory = torch.zeros(rows, *matrix, dtype=wide, device=device)
-        self.before = torch.zeros(rows, sizes.width - 1, channels, dtype=dtype, device=device)
+    def __init__(self, rows: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, number: int):
+        """`number` is that of the layer."""
+        layer, matrices, channels = config.layer(number), (0,), config.d_model
+        if (sizes := layer.linear) is not None:
+            matrices = sizes.heads, sizes.key_size, sizes.value_size
+            channels = 2 * sizes.key_heads * sizes.key_size + sizes.heads * sizes.value_size
+        width, wide = (layer.linear or layer.convolution).width, torch.promote_types(dtype, torch.float32)
+        self.memory = torch.zeros(rows, *matrices, dtype=wide, device=device)
+        self.before = torch.zeros(rows, width - 1, channels, dtype=dtype, device=device)
 
     def of_rows(self, rows: slice) -> "StateCache":
         """Returns a view of some rows: what is written to it is written here."""
@@ -87,10 +90,11 @@ class StateCache:
 
     def earlier(self, ctx: "Context") -> tuple[Tensor, Tensor]:
         """Returns the last inputs (B, W - 1, channels) and the matrices; zeros for rows that begin with this call."""
-        begins = (ctx.pos[:, :1] == 0)[..., None]
-        return self.before.masked_fill(begins, 0), self.memory.masked_fill(begins[..., None], 0)
+        begins = ctx.pos[:, 0] == 0
+        held = self.before, self.memory
+        return tuple(x.masked_fill(begins.view(-1, *[1] * (x.dim() - 1)), 0) for x in held)
 
-    def remember(self, inputs: Tensor, memory: Tensor, ctx: "Context") -> None:
+    def remember(self, inputs: Tensor, memory: Tensor | None, ctx: "Context") -> None:
         """Holds what is known after this call: `inputs` (B, W - 1 + T, channels) are the earlier ones and its own."""
         last, device = self.before.size(1), inputs.device
         if ctx.counts is None:
@@ -98,7 +102,8 @@ class StateCache:
         else:
             at = torch.tensor(ctx.counts, device=device)[:, None] + torch.arange(last, device=device)
             self.before.copy_(inputs.gather(1, at[..., None].expand(-1, -1, inputs.size(2))))
-        self.memory.copy_(memory)
+        if memory is not None:
+            self.memory.copy_(memory)
 
 
 Cache = KVCache | StateCache
@@ -108,8 +113,8 @@ def layer_cache(
     rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, number: int
 ) -> Cache:
     """Returns an empty cache for a layer."""
-    if (sizes := config.layer(number).linear) is not None:
-        return StateCache(rows, sizes, dtype, device)
+    if not config.layer(number).attends:
+        return StateCache(rows, config, dtype, device, number)
     return KVCache(rows, length, config, dtype, device, number)
 
 

@@ -31,6 +31,7 @@ from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
 from litpeft.model.norms import make_norm
 from litpeft.model.recompute import Offloaded, Recomputed, again, is_marking
+from litpeft.model.short_convolution import ShortConvolution
 from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
 
 ACTIVATIONS = {
@@ -83,8 +84,7 @@ class Block(nn.Module):
         after = (lambda: make_norm(config)) if config.norms != "before" else lambda: None
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
         self.norm1 = before()
-        attention = Attention if config.latent is None else LatentAttention
-        self.attn = (attention if config.layer(layer).linear is None else GatedDeltaNet)(config, layer)
+        self.attn = mixer(config, layer)(config, layer)
         self.post_norm1 = after()
         self.after_attn = Slot()
         self.norm2 = None if config.shared_norm else before()
@@ -111,6 +111,14 @@ class Block(nn.Module):
         """Returns x plus what comes of the output y of a sub-layer whose input is h."""
         y = slot(y if norm is None else again(norm, y), h, ctx)
         return x + y if self.scale == 1 else x + y * self.scale
+
+
+def mixer(config: ModelConfig, layer: int) -> type[nn.Module]:
+    """Returns the class of the part of a layer in which tokens read others."""
+    kind = config.layer(layer)
+    if kind.attends:
+        return Attention if config.latent is None else LatentAttention
+    return GatedDeltaNet if kind.convolution is None else ShortConvolution
 
 
 def run_block(block: Block, x: Tensor, ctx: Context) -> Tensor:
@@ -233,6 +241,7 @@ class GPT(nn.Module):
         """Sets what a context has for layers of one kind: rotary positions, the mask of a step with a cache, chunks."""
         if kind.linear is not None:
             ctx.cut(kind.linear.width)
+        if not kind.attends:
             return
         size = self.config.rotary_of(kind)
         if size and kind.rope is not None:

@@ -17,6 +17,7 @@ from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context
 from litpeft.model.delta_rule import Chunks, Group, gated_delta_rule
 from litpeft.model.parts import LinearAttention
+from litpeft.model.short_convolution import Convolution
 from litpeft.model.slots import Linear, project
 
 LENGTH_EPS = 1e-6  # of queries and keys, whatever the model's
@@ -28,14 +29,6 @@ class GatedNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-
-class Convolution(nn.Module):
-    """A weighted sum of each channel's numbers at a token and at the W - 1 tokens of its document before it."""
-
-    def __init__(self, channels: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, 1, width))
 
 
 class GatedDeltaNet(nn.Module):

@@ -62,6 +62,14 @@ class LinearAttention:
 
 
 @dataclass(frozen=True)
+class Convolution:
+    """A layer whose tokens read the last few tokens in place of all earlier ones (short_convolution.py)."""
+
+    width: int  # tokens that it reads
+    bias: bool = False  # in all parts of the layer
+
+
+@dataclass(frozen=True)
 class Layer:
     """What a layer may have of its own."""
 
@@ -73,6 +81,12 @@ class Layer:
     values_are_keys: bool = False  # its values are what the layer `k` computes, before the norm
     keys_of: int | None = None  # number of the layer whose keys and values it reads: it computes none
     linear: LinearAttention | None = None  # in place of attention
+    convolution: Convolution | None = None  # in place of attention
+
+    @property
+    def attends(self) -> bool:
+        """Returns whether it has attention, whose keys and values later tokens read."""
+        return self.linear is None and self.convolution is None
 
 
 @dataclass(frozen=True)

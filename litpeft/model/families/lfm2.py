@@ -1,0 +1,81 @@
+"""Liquid's LFM2: a short convolution in most layers, attention with norms of queries and keys in the others."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from litpeft.model.config import ConfigKeys, ModelConfig
+from litpeft.model.families import Place, llama, without
+from litpeft.model.parts import Convolution, Layer, Rope
+from litpeft.model.rope import FULL
+
+CONV = "conv"
+IN = Place("model.layers.{}.conv.in_proj")
+NAMES = without(llama.NAMES, "*norm*") | {
+    "blocks.{}.norm1": "model.layers.{}.operator_norm",
+    "blocks.{}.norm2": "model.layers.{}.ffn_norm",
+    "blocks.{}.attn.o": "model.layers.{}.self_attn.out_proj",
+    "blocks.{}.attn.q_norm": "model.layers.{}.self_attn.q_layernorm",
+    "blocks.{}.attn.k_norm": "model.layers.{}.self_attn.k_layernorm",
+    "blocks.{}.attn.in_b": IN,
+    "blocks.{}.attn.in_c": IN,
+    "blocks.{}.attn.in_x": IN,
+    "blocks.{}.attn.conv": "model.layers.{}.conv.conv",
+    "blocks.{}.attn.out": "model.layers.{}.conv.out_proj",
+    "blocks.{}.mlp.gate": "model.layers.{}.feed_forward.w1",
+    "blocks.{}.mlp.up": "model.layers.{}.feed_forward.w3",
+    "blocks.{}.mlp.down": "model.layers.{}.feed_forward.w2",
+    "norm": "model.embedding_norm",
+}
+
+OLDER = {
+    "tie_word_embeddings": "tie_embedding",
+    "intermediate_size": "block_ff_dim",
+}  # key -> its other name, which wins
+
+
+@dataclass(frozen=True)
+class Keys(ConfigKeys):
+    """What decides the logits of transformers' Lfm2Config, beside the rotary positions."""
+
+    vocab_size: int = 65536
+    hidden_size: int = 2560
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    max_position_embeddings: int = 128000
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    conv_bias: bool = False
+    conv_L_cache: int = 3
+    block_multiple_of: int = 256
+    block_ffn_dim_multiplier: float | int = 1.0
+    block_auto_adjust_ff_dim: bool = True
+    full_attn_idxs: list[int] | None = None
+    layer_types: list[str] | None = None
+
+
+def config(hf: dict[str, Any]) -> ModelConfig:
+    """Returns the ModelConfig that a config.json of Lfm2ForCausalLM describes."""
+    keys = Keys.read(hf | {new: hf[old] for new, old in OLDER.items() if old in hf})
+    sizes = {"d_ff": inner_size(keys), "norm_eps": keys.norm_eps}
+    config = llama.usual(keys, hf, theta=1000000.0, qk_norm="head", **sizes)
+    count = config.n_layers
+    if count > 10_000:  # before that many are made
+        raise ValueError(f"num_hidden_layers {count} is not supported")
+    own = range(count) if keys.full_attn_idxs is None else keys.full_attn_idxs
+    types = keys.layer_types or [FULL if layer in own else CONV for layer in range(count)]
+    if len(types) != count:
+        raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers says {count}")
+    full = Layer(rope=Rope(config.rope_theta, config.rope_scaling))
+    conv = Layer(convolution=Convolution(keys.conv_L_cache, keys.conv_bias))
+    return config.with_layers(conv if kind == CONV else full for kind in types)
+
+
+def inner_size(keys: Keys) -> int:
+    """Returns the inner size of an MLP: two thirds of what is said, times a factor, rounded up to a multiple."""
+    if not keys.block_auto_adjust_ff_dim:
+        return keys.intermediate_size
+    size, multiple = int(2 * keys.intermediate_size / 3), keys.block_multiple_of
+    size = int(keys.block_ffn_dim_multiplier * size)
+    return multiple * -(-size // multiple)
