@@ -104,6 +104,7 @@ WRITTEN = {
         CASES["ministral3"] | {"rope_parameters": M3 | {"llama_4_scaling_beta": 0.2, "mscale_all_dim": 1.3}},
         1e-5,
     ),
+    "hunyuan_v1_dense": (CASES["hunyuan_v1_dense"], 1e-5),
     "deepseek_v3": (CASES["deepseek_v3"] | {"rope_parameters": M3}, 1e-5),
     "deepseek_v3, 27 layers": (LITE | {"n_group": 1, "topk_group": 1}, 2e-5),
     "deepseek_v2": (CASES["deepseek_v2"], 1e-5),

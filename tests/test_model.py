@@ -212,6 +212,11 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "cohere": {"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0},
     "cohere, no norms of queries and keys": {"model_type": "cohere", "attention_bias": True, "pad_token_id": 0},
     "nemotron": {"model_type": "nemotron", "attention_bias": True},
+    "hunyuan_v1_dense": {
+        "model_type": "hunyuan_v1_dense",
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 5000.0},
+    },
 }
 CASES = {
     "grouped queries": {},

@@ -56,7 +56,7 @@ class ModelConfig:
     layers: tuple[Layer, ...] = ()  # each one's window and rotary positions, in place of the fields; () = all are alike
     norms: Literal["before", "after", "around"] = "before"  # where the norms of a sub-layer stand; around = both
     shared_norm: bool = False  # one norm, whose output both attention and the MLP read
-    qk_norm: Literal["head", "each", "own", "all"] | None = None  # of queries and keys: see make_qk_norm in norms.py
+    qk_norm: Literal["head", "each", "own", "all", "rotated"] | None = None  # see make_qk_norm in norms.py
     value_norm: bool = False  # the values of each head are divided by their root mean square
     rope_pairs: bool = False  # dimensions 2 i and 2 i + 1 rotate together, not i and i + R / 2
     clip_qkv: float | None = None  # queries, keys and values are clamped to this size

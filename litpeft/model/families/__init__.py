@@ -39,6 +39,7 @@ FAMILIES = {
     "ministral": "litpeft.model.families.ministral",
     "glm4": "litpeft.model.families.glm4",
     "glm": "litpeft.model.families.glm",
+    "hunyuan_v1_dense": "litpeft.model.families.hunyuan_v1_dense",
     "falcon": "litpeft.model.families.falcon",
     "stablelm": "litpeft.model.families.stablelm",
     "starcoder2": "litpeft.model.families.starcoder2",
