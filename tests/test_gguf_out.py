@@ -105,6 +105,7 @@ WRITTEN = {
         1e-5,
     ),
     "hunyuan_v1_dense": (CASES["hunyuan_v1_dense"], 1e-5),
+    "ernie4_5": (CASES["ernie4_5"] | {"use_bias": False, "head_dim": 32}, 1e-5),
     "deepseek_v3": (CASES["deepseek_v3"] | {"rope_parameters": M3}, 1e-5),
     "deepseek_v3, 27 layers": (LITE | {"n_group": 1, "topk_group": 1}, 2e-5),
     "deepseek_v2": (CASES["deepseek_v2"], 1e-5),

@@ -77,6 +77,7 @@ WITHOUT_KEY = {  # what a header of latent attention says by leaving a key out, 
 IDLE = ("vocab_size", "tensor_data_layout", "context_length", "rope.freq_base_swa")  # no effect, or read elsewhere
 UNSAID = {"longrope": "factor", "yarn": "truncate"}  # kind of scaling -> what a header does not say: see rope.py
 CLASSES = {
+    "ernie4_5": "Ernie4_5ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma4_text": "Gemma4ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
