@@ -56,6 +56,8 @@ WINDOWS = r"computes with windows and positions in other layers \(config.json: l
             TURNS | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
             WINDOWS,
         ),
+        ("exaone4", TURNS, WINDOWS),
+        ("exaone4", {"num_hidden_layers": 64, "sliding_window_pattern": 2}, WINDOWS),
         ("cohere2", TURNS | {"sliding_window_pattern": 2}, WINDOWS),
         ("cohere2", {"sliding_window": 30}, WINDOWS),  # of two layers both have one
         ("cohere2", TURNS | {"attention_bias": True}, r"has True \(config.json: attention_bias\)"),

@@ -46,6 +46,13 @@ GPT_OSS = {
 LITE = CASES["deepseek_v3"] | {"q_lora_rank": None, "num_hidden_layers": 27, "norm_topk_prob": False}
 M3 = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 TURNS = {"num_hidden_layers": 5, "sliding_window": 30}  # three layers with a window, one without, one with
+EXAONE4 = {
+    "model_type": "exaone4",
+    "num_hidden_layers": 5,
+    "sliding_window": None,
+    "layer_types": ["full_attention"] * 5,
+    "rope_parameters": CASES["rope llama3"]["rope_parameters"],
+}
 OLMO3 = {"model_type": "olmo3", "rope_scaling": YARN | {"rope_theta": 500_000.0}} | TURNS
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
@@ -105,6 +112,8 @@ WRITTEN = {
         1e-5,
     ),
     "hunyuan_v1_dense": (CASES["hunyuan_v1_dense"], 1e-5),
+    "exaone4": (EXAONE4, 1e-5),
+    "exaone4, 32B": (EXAONE4 | {"num_hidden_layers": 64, "sliding_window": 30, "layer_types": None}, 2e-5),
     "ernie4_5": (CASES["ernie4_5"] | {"use_bias": False, "head_dim": 32}, 1e-5),
     "deepseek_v3": (CASES["deepseek_v3"] | {"rope_parameters": M3}, 1e-5),
     "deepseek_v3, 27 layers": (LITE | {"n_group": 1, "topk_group": 1}, 2e-5),
@@ -116,7 +125,7 @@ WRITTEN = {
     "longrope beyond": (CASES["longrope beyond"], 1e-5),
     "phi3, longrope": (CASES["phi3, longrope"], 1e-5),
 }
-MANY_LAYERS = ("gemma2, 27B", "gemma3_text, 27B", "cohere, R+", "deepseek_v3, 27 layers")
+MANY_LAYERS = ("gemma2, 27B", "gemma3_text, 27B", "cohere, R+", "deepseek_v3, 27 layers", "exaone4, 32B")
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in MANY_LAYERS else name for name in WRITTEN]
 BEYOND = (
     "longrope beyond",

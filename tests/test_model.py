@@ -217,6 +217,8 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "head_dim": 16,
         "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 5000.0},
     },
+    "exaone4": {"model_type": "exaone4", "sliding_window": 8, "sliding_window_pattern": 2},
+    "exaone4, no window": {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2},
     "ernie4_5": {"model_type": "ernie4_5", "use_bias": True, "head_dim": 16},
 }
 CASES = {

@@ -202,6 +202,7 @@ KINDS = {
     int: f"a whole number from 1 to {LARGEST}",
     float: "a number above 0",
     bool: "true or false",
+    str: "a name",
     dict: "an object",
     list[str]: "a list of names",
     list[int]: "a list of whole numbers",

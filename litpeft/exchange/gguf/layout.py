@@ -33,7 +33,7 @@ HEAD = "head.weight"
 HINT = "write safetensors, and convert them with llama.cpp's own script"
 DIVISORS = "rope_freqs.weight"
 LONGROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
-SCALED_IN = {"dynamic": (), "llama3": ("llama",), "longrope": ("llama", "phi3")}  # the others: everywhere
+SCALED_IN = {"dynamic": (), "llama3": ("llama", "exaone4"), "longrope": ("llama", "phi3")}  # the others: everywhere
 PLAIN_WINDOWS = ("olmo2",)  # whose layers with a window rotate without the scaling of the others
 # Fields of ModelConfig that the header says for every family, or that follow from the tensors.
 SAID = {

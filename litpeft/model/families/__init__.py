@@ -41,6 +41,7 @@ FAMILIES = {
     "glm": "litpeft.model.families.glm",
     "hunyuan_v1_dense": "litpeft.model.families.hunyuan_v1_dense",
     "ernie4_5": "litpeft.model.families.ernie4_5",
+    "exaone4": "litpeft.model.families.exaone4",
     "falcon": "litpeft.model.families.falcon",
     "stablelm": "litpeft.model.families.stablelm",
     "starcoder2": "litpeft.model.families.starcoder2",
