@@ -35,6 +35,7 @@ SPLITS = {
     "llama-bpe": (WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
     "dbrx": (WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
     "qwen2": (WORDS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
+    "seed-coder": (WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|" + SPACES,),
     "qwen35": (
         WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + SPACES,
     ),

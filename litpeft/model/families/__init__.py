@@ -42,6 +42,7 @@ FAMILIES = {
     "hunyuan_v1_dense": "litpeft.model.families.hunyuan_v1_dense",
     "ernie4_5": "litpeft.model.families.ernie4_5",
     "exaone4": "litpeft.model.families.exaone4",
+    "seed_oss": "litpeft.model.families.seed_oss",
     "falcon": "litpeft.model.families.falcon",
     "stablelm": "litpeft.model.families.stablelm",
     "starcoder2": "litpeft.model.families.starcoder2",
