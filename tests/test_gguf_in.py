@@ -26,6 +26,7 @@ IDS = torch.randint(3, TINY["vocab_size"], (2, 40), generator=torch.Generator().
 ALSO = {  # read as another model_type, which computes the same
     "mistral": "llama",
     "ministral": "llama",
+    "granitemoehybrid": "granite",
 }
 
 

@@ -48,6 +48,16 @@ LATENT = {
     "moe_intermediate_size": 48,
     "n_shared_experts": 2,
 }
+GRANITE4 = {
+    "model_type": "granitemoehybrid",
+    "layer_types": ["attention"] * 2,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+}
 FAMILY_CASES = {  # the first of each family is also tested in training and answers, see tiny_families.py
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen2, tied, no window": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -131,6 +141,9 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "residual_multiplier": 0.22,
         "attention_multiplier": 0.3,
     },
+    "granitemoehybrid": GRANITE4 | {"num_local_experts": 4, "position_embedding_type": "rope"},
+    "granitemoehybrid, no experts, tied": GRANITE4 | {"position_embedding_type": "rope", "tie_word_embeddings": True},
+    "granitemoehybrid, no positions": GRANITE4 | {"attention_bias": True},
     "ministral3": {
         "model_type": "ministral3",
         "pad_token_id": 0,

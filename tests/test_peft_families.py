@@ -9,7 +9,14 @@ from peft import LoraConfig
 from litpeft.exchange.exports.peft import write_adapter
 
 LATENT = {"deepseek_v2", "deepseek_v3"}
-MIXTURES = {"mixtral", "qwen3_moe", "olmoe", "gpt_oss", *LATENT}  # their experts are one tensor in transformers
+MIXTURES = {
+    "mixtral",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
+    "granitemoehybrid",
+    *LATENT,
+}  # their experts are one tensor in transformers
 LIMIT = 5e-6  # soft caps amplify rounding
 
 

@@ -333,6 +333,7 @@ NUMBERS = [*WRONG[:-1], True, 10**400]
 WRONG_FOR = {
     float | int: [*NUMBERS, None],
     float | None: NUMBERS,
+    float | int | None: NUMBERS,
     int: [*WRONG, 1.5, 64.0, True, 1 << 40],
     float: [*WRONG, True, 10**400],
     bool: [*WRONG, 1, 1.0],

@@ -53,3 +53,11 @@ def test_an_alpha_of_hunyuan_counts_beside_dynamic_only(rope: dict, tmp_path) ->
     path.write_text(json.dumps(hf | {"rope_scaling": rope | {"rope_type": "dynamic", "alpha": 1e300}}))
     with pytest.raises(ModelError, match=r"rope_scaling\.alpha 1e\+300 is not supported for heads of size 16"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "linear_attention"])
+def test_granite_with_mamba_is_refused_with_the_models_that_have_none(kind: str, tmp_path) -> None:
+    types = {"num_hidden_layers": 2, "layer_types": ["attention", kind]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "granitemoehybrid"} | types))
+    with pytest.raises(ModelError, match=f"layer_types '{kind}' is not supported: .* 350m, 1b and micro have none"):
+        read_config(tmp_path)

@@ -44,6 +44,7 @@ SAID = {
 DECIDED_BY = {
     "activation": ("hidden_act", "activation", "activation_function", "hidden_activation"),
     "head_dim": ("head_dim",),
+    "experts": ("num_local_experts",),
     "layers": ("layer_types", "sliding_window", "max_window_layers", "no_rope_layers"),
     "mlp_bias": ("mlp_bias", "use_bias", "bias"),
     "n_kv_heads": ("num_key_value_heads",),
@@ -51,6 +52,7 @@ DECIDED_BY = {
     "parallel_residual": ("parallel_attn", "use_parallel_residual"),
     "qk_norm": ("qk_layernorm", "use_qk_norm"),
     "qkv_bias": ("attention_bias", "use_qkv_bias", "use_bias", "bias"),
+    "rotary_dim": ("position_embedding_type",),
     "score_scale": ("query_pre_attn_scalar", "attention_multiplier"),
 }
 
@@ -65,10 +67,15 @@ class Layout:
         self.parts: dict[str, list[str]] = {}
         for file, parts in names.parts.items():
             for part in parts:
-                for name in split_names(part) or [of_expert(part) or self._name(theirs, file, part)]:
+                for name in split_names(part) or [of_expert(part) or self._own(part) or self._name(theirs, file, part)]:
                     self.parts.setdefault(name, []).append(part)
         if self.gguf.own_head and self.config.tie_embeddings:
             self.parts["output.weight"] = self.parts["token_embd.weight"]
+
+    def _own(self, part: str) -> str | None:
+        """Returns the name of a tensor that the family's line has, not the tables of llama.cpp."""
+        module, numbers, leaf = split_name(part)
+        return f"{self.gguf.names[module].format(*numbers)}.{leaf}" if module in self.gguf.names else None
 
     def _name(self, theirs: gguf.TensorNameMap, file: str, part: str) -> str:
         """Returns the name that llama.cpp has for a tensor of a Hugging Face folder."""

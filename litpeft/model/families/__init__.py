@@ -35,6 +35,7 @@ FAMILIES = {
     "olmo2": "litpeft.model.families.olmo2",
     "olmo": "litpeft.model.families.olmo",
     "granite": "litpeft.model.families.granite",
+    "granitemoehybrid": "litpeft.model.families.granitemoehybrid",
     "ministral3": "litpeft.model.families.ministral3",
     "ministral": "litpeft.model.families.ministral",
     "glm4": "litpeft.model.families.glm4",
@@ -109,6 +110,7 @@ class Gguf:
     ignores: tuple[str, ...] = ()  # globs of our linear layers that llama.cpp adds no adapter to
     refuses: Callable[[Any], str | None] = lambda config: None  # returns why a config cannot be written, if so
     norms: float = 0.0  # what the file's norms have added to ours
+    names: Mapping[str, str] = field(default_factory=dict)  # module of ours -> tensor, where the tables have none
     # key of the header, without `arch.` -> field of ModelConfig, or that ("": all of it) and a function of its value
     keys: Mapping[str, str | tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)
     # field -> values that llama.cpp computes with, or a function of the config that returns them

@@ -133,7 +133,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
 def refuse_null(keys: ConfigKeys, *names: str) -> None:
     """Raises if one of these keys is null."""
     if null := [name for name in names if getattr(keys, name) is None]:
-        raise ValueError(f"{null[0]} null is not supported; it must be a whole number")
+        raise ValueError(f"{null[0]} null is not supported; it must be a number")
 
 
 def experts_of(keys: Any) -> Experts:
