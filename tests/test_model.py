@@ -143,7 +143,7 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     },
     "granitemoehybrid": GRANITE4 | {"num_local_experts": 4, "position_embedding_type": "rope"},
     "granitemoehybrid, no experts, tied": GRANITE4 | {"position_embedding_type": "rope", "tie_word_embeddings": True},
-    "granitemoehybrid, no positions": GRANITE4 | {"attention_bias": True},
+    "granitemoehybrid, no positions": GRANITE4 | {"attention_bias": True, "num_experts_per_tok": 0},
     "ministral3": {
         "model_type": "ministral3",
         "pad_token_id": 0,

@@ -57,7 +57,7 @@ class Keys(ConfigKeys):
     residual_multiplier: int | float | None = 1.0
     attention_multiplier: int | float | None = 1.0
     num_local_experts: int | None = or_zero(8)
-    num_experts_per_tok: int | None = 2
+    num_experts_per_tok: int | None = or_zero(2)
     shared_intermediate_size: int = 1024
     position_embedding_type: Literal["rope", "nope", None] = None  # the last two: none
     layer_types: list[str] | None = None
@@ -71,6 +71,8 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     refuse_null(keys, "embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
     refuse_null(keys, "num_local_experts", "num_experts_per_tok")
     check_layers(keys)
+    if keys.num_local_experts and not keys.num_experts_per_tok:
+        raise ValueError(f"num_experts_per_tok 0 of {keys.num_local_experts} experts is not supported")
     sizes = keys.num_local_experts, keys.num_experts_per_tok, keys.intermediate_size
     shared = keys.shared_intermediate_size
     experts = Experts(*sizes, normed=True, shared_d_ff=shared) if keys.num_local_experts else None
