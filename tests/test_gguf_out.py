@@ -98,6 +98,8 @@ WRITTEN = {
     "falcon, new, one norm": (CASES["falcon, new, one norm"] | {"bias": False}, GELU),
     "glm": (CASES["glm"], 1e-5),
     "glm4": (CASES["glm4"] | {"head_dim": 32}, 1e-5),
+    "glm4_moe": (CASES["glm4_moe"] | {"n_group": 1, "topk_group": 1}, 1e-5),
+    "glm4_moe, no norms": (CASES["glm4_moe, Air"] | {"head_dim": 32}, 1e-5),
     "cohere2": ({"model_type": "cohere2", "logit_scale": 0.3, "pad_token_id": 0} | TURNS, 1e-5),
     "cohere": ({"model_type": "cohere", "use_qk_norm": False, "pad_token_id": 0}, 1e-5),
     "cohere, R+": ({"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0, "num_hidden_layers": 64}, 1e-5),

@@ -58,6 +58,16 @@ GRANITE4 = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.3,
 }
+GLM4_MOE = {
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.0,
+}
 FAMILY_CASES = {  # the first of each family is also tested in training and answers, see tiny_families.py
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen2, tied, no window": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -157,6 +167,8 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "sliding_window": 8,
         "layer_types": ["full_attention", "sliding_attention"],
     },
+    "glm4_moe": GLM4_MOE | {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1},
+    "glm4_moe, Air": GLM4_MOE | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "norm_topk_prob": False},
     "glm4": {"model_type": "glm4", "pad_token_id": 0, "head_dim": 16},
     "glm": {"model_type": "glm", "pad_token_id": 0, "head_dim": 16, "attention_bias": False},
     "falcon": {"model_type": "falcon"},

@@ -15,6 +15,7 @@ MIXTURES = {
     "olmoe",
     "gpt_oss",
     "granitemoehybrid",
+    "glm4_moe",
     *LATENT,
 }  # their experts are one tensor in transformers
 LIMIT = 5e-6  # soft caps amplify rounding

@@ -38,6 +38,7 @@ FAMILIES = {
     "granitemoehybrid": "litpeft.model.families.granitemoehybrid",
     "ministral3": "litpeft.model.families.ministral3",
     "ministral": "litpeft.model.families.ministral",
+    "glm4_moe": "litpeft.model.families.glm4_moe",
     "glm4": "litpeft.model.families.glm4",
     "glm": "litpeft.model.families.glm",
     "hunyuan_v1_dense": "litpeft.model.families.hunyuan_v1_dense",
