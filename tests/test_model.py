@@ -236,7 +236,6 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "cohere2": {"model_type": "cohere2", "sliding_window": 8, "sliding_window_pattern": 2, "pad_token_id": 0},
     "cohere": {"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0},
     "cohere, no norms of queries and keys": {"model_type": "cohere", "attention_bias": True, "pad_token_id": 0},
-    "nemotron": {"model_type": "nemotron", "attention_bias": True},
     "hunyuan_v1_dense": {
         "model_type": "hunyuan_v1_dense",
         "head_dim": 16,
@@ -246,6 +245,7 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "exaone4, no window": {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2},
     "seed_oss": {"model_type": "seed_oss", "head_dim": 32, "attention_out_bias": True, "mlp_bias": True},
     "ernie4_5": {"model_type": "ernie4_5", "use_bias": True, "head_dim": 16},
+    "nemotron": {"model_type": "nemotron", "attention_bias": True},
 }
 CASES = {
     "grouped queries": {},
