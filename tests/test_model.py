@@ -244,6 +244,8 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "exaone4": {"model_type": "exaone4", "sliding_window": 8, "sliding_window_pattern": 2},
     "exaone4, no window": {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2},
     "seed_oss": {"model_type": "seed_oss", "head_dim": 32, "attention_out_bias": True, "mlp_bias": True},
+    "apertus": {"model_type": "apertus", "attention_bias": True},
+    "apertus, another activation": {"model_type": "apertus", "hidden_act": "relu2"},
     "ernie4_5": {"model_type": "ernie4_5", "use_bias": True, "head_dim": 16},
     "nemotron": {"model_type": "nemotron", "attention_bias": True},
 }

@@ -42,7 +42,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     learned_positions: bool = False  # a table of max_positions vectors, one added to each token's embedding
     tie_embeddings: bool = False
-    activation: Literal["silu", "relu", "relu2", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "relu", "relu2", "gelu", "gelu_tanh", "xielu"] = "silu"
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
     parallel_residual: bool = False  # the MLP reads the block's input, as attention does, not the sum after attention
     qkv_bias: bool = False

@@ -45,6 +45,7 @@ FAMILIES = {
     "ernie4_5": "litpeft.model.families.ernie4_5",
     "exaone4": "litpeft.model.families.exaone4",
     "seed_oss": "litpeft.model.families.seed_oss",
+    "apertus": "litpeft.model.families.apertus",
     "falcon": "litpeft.model.families.falcon",
     "stablelm": "litpeft.model.families.stablelm",
     "starcoder2": "litpeft.model.families.starcoder2",
