@@ -105,6 +105,7 @@ WRITTEN = {
     "cohere, R+": ({"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0, "num_hidden_layers": 64}, 1e-5),
     "nemotron": (CASES["nemotron"], 2e-5),
     "mixtral": (CASES["mixtral"], 1e-5),
+    "qwen2_moe": (CASES["qwen2_moe"], 1e-5),
     "qwen3_moe": (CASES["qwen3_moe"] | {"norm_topk_prob": True}, 1e-5),
     "olmoe": (CASES["olmoe"] | {"num_key_value_heads": 4}, 1e-5),
     "gpt_oss": (GPT_OSS, 1e-5),

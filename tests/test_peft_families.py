@@ -11,6 +11,7 @@ from litpeft.exchange.exports.peft import write_adapter
 LATENT = {"deepseek_v2", "deepseek_v3"}
 MIXTURES = {
     "mixtral",
+    "qwen2_moe",
     "qwen3_moe",
     "olmoe",
     "gpt_oss",

@@ -19,18 +19,25 @@ from litpeft.model.context import Context
 from litpeft.model.recompute import again
 
 
-class Router(nn.Linear):
-    """The shares of a token's experts. No `slots.Linear`: methods leave it alone, and it is never quantised."""
+class Scores(nn.Linear):
+    """Numbers of each token. No `slots.Linear`: methods leave it alone, and it is never quantised."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+class Router(Scores):
+    """The shares of a token's experts."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.d_model, config.experts.number, config.experts.router_bias)
         self.kind = config.experts
         if self.kind.corrected:  # what it is in the files; it has no gradient
             self.register_buffer("e_score_correction_bias", torch.zeros(self.kind.number))
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns shares and numbers of the chosen experts, both (N, k), for x (N, d)."""
@@ -76,6 +83,7 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(make_expert(config, config.experts.d_ff) for _ in range(config.experts.number))
         shared = config.experts.shared_d_ff
         self.shared = None if shared is None else make_expert(config, shared)
+        self.shared_gate = Scores(config.d_model, 1, bias=False) if config.experts.shared_gate else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """Returns y (..., d). In training experts without a token run on zeros, so that all have a gradient."""
@@ -89,4 +97,7 @@ class Mixture(nn.Module):
         outputs = torch.cat([expert(part if len(part) else zeros, None)[: len(part)] for expert, part in pairs])
         y = again(unsorted, outputs, order).view(*chosen.shape, -1)
         y = (shares[..., None] * y).sum(1).view(x.shape)
-        return y if self.shared is None else y + self.shared(x, ctx)
+        if self.shared is None:
+            return y
+        shared = self.shared(x, ctx)
+        return y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)

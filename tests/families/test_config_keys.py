@@ -38,6 +38,7 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 for _name, _changes in {  # so that each key has an effect
     "qwen2": WINDOWS | {"max_window_layers": 1},
     "qwen3": WINDOWS | {"max_window_layers": 1},
+    "qwen2_moe": WINDOWS | {"mlp_only_layers": [1], "max_window_layers": 2, "num_hidden_layers": 3},
     "qwen3_moe": WINDOWS | {"mlp_only_layers": [1]},
     "smollm3": WINDOWS | {"no_rope_layer_interval": 2},
     "gemma3_text": BY_TYPE,

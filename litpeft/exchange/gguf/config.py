@@ -51,6 +51,7 @@ KEYS = {
     "expert_count": (int, "num_experts", "num_local_experts", "n_routed_experts"),
     "expert_used_count": (int, "num_experts_per_tok"),
     "expert_feed_forward_length": (int, "moe_intermediate_size"),
+    "expert_shared_feed_forward_length": (int, "shared_expert_intermediate_size"),
     "expert_shared_count": (int, "n_shared_experts"),
     "expert_weights_scale": (float, "routed_scaling_factor"),
     "expert_weights_norm": (bool, "norm_topk_prob"),
@@ -61,6 +62,7 @@ KEYS = {
 # key of config.json -> tensors of the first layer, one of which is there if it is true
 BIASES = {
     "attention_bias": ("attn_q", "attn_qkv"),
+    "qkv_bias": ("attn_q", "attn_qkv"),
     "use_qkv_bias": ("attn_q", "attn_qkv"),
     "use_bias": ("attn_q", "attn_qkv"),
     "mlp_bias": ("ffn_up",),

@@ -27,7 +27,13 @@ from litpeft.model.frequencies import rope_frequencies
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
 TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 CHUNK = 1 << 20  # weights that are quantised together
-IN_FLOAT32 = ("norm.weight", "position_embd.weight", "ffn_gate_inp.weight", ".bias")  # beside all vectors
+IN_FLOAT32 = (
+    "norm.weight",
+    "position_embd.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    ".bias",
+)  # beside all vectors
 ENDS = ("token_embd.weight", "output.weight")  # kept in eight bits where the rest has four
 HEAD = "head.weight"
 HINT = "write safetensors, and convert them with llama.cpp's own script"

@@ -53,6 +53,7 @@ FAMILIES = {
     "cohere": "litpeft.model.families.cohere",
     "nemotron": "litpeft.model.families.nemotron",
     "mixtral": "litpeft.model.families.mixtral",
+    "qwen2_moe": "litpeft.model.families.qwen2_moe",
     "qwen3_moe": "litpeft.model.families.qwen3_moe",
     "olmoe": "litpeft.model.families.olmoe",
     "gpt_oss": "litpeft.model.families.gpt_oss",
