@@ -120,6 +120,7 @@ WRITTEN = {
     "exaone4, 32B": (EXAONE4 | {"num_hidden_layers": 64, "sliding_window": 30, "layer_types": None}, 2e-5),
     "seed_oss": (CASES["seed_oss"] | {"attention_out_bias": False, "mlp_bias": False}, 1e-5),
     "seed_oss, no biases": ({"model_type": "seed_oss", "head_dim": 16, "attention_bias": False}, 1e-5),
+    "ernie4_5_moe": (CASES["ernie4_5_moe"], 1e-5),
     "ernie4_5": (CASES["ernie4_5"] | {"use_bias": False, "head_dim": 32}, 1e-5),
     "deepseek_v3": (CASES["deepseek_v3"] | {"rope_parameters": M3}, 1e-5),
     "deepseek_v3, 27 layers": (LITE | {"n_group": 1, "topk_group": 1}, 2e-5),

@@ -68,6 +68,14 @@ GLM4_MOE = {
     "topk_group": 2,
     "routed_scaling_factor": 2.0,
 }
+ERNIE_MOE = {
+    "model_type": "ernie4_5_moe",
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_intermediate_size": 48,
+    "moe_num_shared_experts": 2,
+    "head_dim": 16,
+}
 FAMILY_CASES = {  # the first of each family is also tested in training and answers, see tiny_families.py
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen2, tied, no window": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -265,6 +273,9 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "seed_oss": {"model_type": "seed_oss", "head_dim": 32, "attention_out_bias": True, "mlp_bias": True},
     "apertus": {"model_type": "apertus", "attention_bias": True},
     "apertus, another activation": {"model_type": "apertus", "hidden_act": "relu2"},
+    "ernie4_5_moe": ERNIE_MOE | {"moe_layer_start_index": 1},
+    "ernie4_5_moe, large shares, none shared": ERNIE_MOE
+    | {"moe_layer_end_index": 0, "moe_layer_start_index": 0, "moe_num_shared_experts": 0, "moe_norm_min": 0.6},
     "ernie4_5": {"model_type": "ernie4_5", "use_bias": True, "head_dim": 16},
     "nemotron": {"model_type": "nemotron", "attention_bias": True},
 }

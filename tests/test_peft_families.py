@@ -17,6 +17,7 @@ MIXTURES = {
     "gpt_oss",
     "granitemoehybrid",
     "glm4_moe",
+    "ernie4_5_moe",
     *LATENT,
 }  # their experts are one tensor in transformers
 LIMIT = 5e-6  # soft caps amplify rounding

@@ -30,6 +30,14 @@ class Scores(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
 
+class Statics(nn.Module):
+    """What is added to scores (N, E) for the choice."""
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.register_buffer("e_score_correction_bias", torch.zeros(1, experts))
+
+
 class Router(Scores):
     """The shares of a token's experts."""
 
@@ -38,6 +46,7 @@ class Router(Scores):
         self.kind = config.experts
         if self.kind.corrected:  # what it is in the files; it has no gradient
             self.register_buffer("e_score_correction_bias", torch.zeros(self.kind.number))
+        self.statics = Statics(self.kind.number) if self.kind.statics else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns shares and numbers of the chosen experts, both (N, k), for x (N, d)."""
@@ -48,13 +57,16 @@ class Router(Scores):
         scores = logits.to(wide).sigmoid() if self.kind.corrected else logits.softmax(-1, dtype=wide)
         chosen = self.choose(scores)
         shares = scores.gather(-1, chosen)
-        shares = shares / shares.sum(-1, keepdim=True) if self.kind.normed else shares
+        if self.kind.normed:
+            shares = shares / shares.sum(-1, keepdim=True).clamp(min=self.kind.least_sum)
         return (shares * self.kind.scale).to(x.dtype), chosen
 
     def choose(self, scores: Tensor) -> Tensor:
         """Returns the numbers of the chosen experts (N, k) for scores (N, E)."""
         if self.kind.corrected:
             scores = scores + self.e_score_correction_bias.to(scores.dtype)
+        if self.statics is not None:
+            scores = scores + self.statics.e_score_correction_bias.to(scores.dtype)
         if self.kind.groups > 1:
             groups = scores.unflatten(-1, (self.kind.groups, -1))
             of_groups = groups.topk(2).values.sum(-1) if self.kind.corrected else groups.amax(-1)

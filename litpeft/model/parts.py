@@ -91,6 +91,8 @@ class Experts:
     active_groups: int = 1
     wide_router: bool = False  # it computes in float32 in a model of less
     corrected: bool = False  # scores are sigmoids, and a number of each expert is added for the choice
+    statics: bool = False  # scores are softmaxes, and such a number is added, which lies in a module of its own
+    least_sum: float = 0.0  # where shares are normed, what they are divided by at least
 
     def __post_init__(self) -> None:
         if self.active > self.number:

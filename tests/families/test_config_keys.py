@@ -41,6 +41,7 @@ for _name, _changes in {  # so that each key has an effect
     "qwen2_moe": WINDOWS | {"mlp_only_layers": [1], "max_window_layers": 2, "num_hidden_layers": 3},
     "qwen3_moe": WINDOWS | {"mlp_only_layers": [1]},
     "smollm3": WINDOWS | {"no_rope_layer_interval": 2},
+    "ernie4_5_moe": {"num_hidden_layers": 4, "moe_layer_end_index": 2, "moe_norm_min": 0.6},
     "gemma3_text": BY_TYPE,
     "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     "gemma4_text": BY_TYPE | {"num_kv_shared_layers": 2, "attention_k_eq_v": True},

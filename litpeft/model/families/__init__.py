@@ -42,6 +42,7 @@ FAMILIES = {
     "glm4": "litpeft.model.families.glm4",
     "glm": "litpeft.model.families.glm",
     "hunyuan_v1_dense": "litpeft.model.families.hunyuan_v1_dense",
+    "ernie4_5_moe": "litpeft.model.families.ernie4_5_moe",
     "ernie4_5": "litpeft.model.families.ernie4_5",
     "exaone4": "litpeft.model.families.exaone4",
     "seed_oss": "litpeft.model.families.seed_oss",

@@ -137,7 +137,8 @@ def chosen_by_sigmoids(keys: Any) -> Experts:
 def refuse_null(keys: ConfigKeys, *names: str) -> None:
     """Raises if one of these keys is null."""
     if null := [name for name in names if getattr(keys, name) is None]:
-        raise ValueError(f"{null[0]} null is not supported; it must be a number")
+        other = "".join(f" ({alias})" for alias, name in keys.ALIASES.items() if name == null[0])
+        raise ValueError(f"{null[0]}{other} null is not supported; it must be a number")
 
 
 def experts_of(keys: Any) -> Experts:
