@@ -87,6 +87,7 @@ WRITTEN = {
     "olmo": (CASES["olmo"], 1e-5),
     "olmo3": (OLMO3, 1e-5),
     "granite": (CASES["granite"], 1e-5),
+    "granitemoe": (CASES["granitemoe"], 1e-5),
     "granitemoehybrid": (CASES["granitemoehybrid, no experts, tied"], 1e-5),
     "starcoder2": (CASES["starcoder2"] | {"sliding_window": 100}, GELU),
     "stablelm": (CASES["stablelm"], 1e-5),

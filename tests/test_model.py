@@ -48,16 +48,18 @@ LATENT = {
     "moe_intermediate_size": 48,
     "n_shared_experts": 2,
 }
-GRANITE4 = {
-    "model_type": "granitemoehybrid",
-    "layer_types": ["attention"] * 2,
-    "num_local_experts": 0,
-    "shared_intermediate_size": 96,
+SCALES = {
     "embedding_multiplier": 12.0,
     "logits_scaling": 3.0,
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.3,
 }
+GRANITE4 = {
+    "model_type": "granitemoehybrid",
+    "layer_types": ["attention"] * 2,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+} | SCALES
 GLM4_MOE = {
     "model_type": "glm4_moe",
     "moe_intermediate_size": 48,
@@ -171,13 +173,8 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "olmo3": {"model_type": "olmo3", "sliding_window": 8, "num_hidden_layers": 4, "rope_scaling": YARN},
     "olmo2": {"model_type": "olmo2"},
     "olmo": {"model_type": "olmo", "clip_qkv": 0.2},
-    "granite": {
-        "model_type": "granite",
-        "embedding_multiplier": 12.0,
-        "logits_scaling": 3.0,
-        "residual_multiplier": 0.22,
-        "attention_multiplier": 0.3,
-    },
+    "granite": {"model_type": "granite"} | SCALES,
+    "granitemoe": {"model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 3} | SCALES,
     "granitemoehybrid": GRANITE4 | {"num_local_experts": 4, "position_embedding_type": "rope"},
     "granitemoehybrid, no experts, tied": GRANITE4 | {"position_embedding_type": "rope", "tie_word_embeddings": True},
     "granitemoehybrid, no positions": GRANITE4 | {"attention_bias": True, "num_experts_per_tok": 0},

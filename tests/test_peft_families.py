@@ -15,6 +15,7 @@ MIXTURES = {
     "qwen3_moe",
     "olmoe",
     "gpt_oss",
+    "granitemoe",
     "granitemoehybrid",
     "glm4_moe",
     "ernie4_5_moe",

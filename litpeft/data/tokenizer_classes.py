@@ -24,7 +24,7 @@ REGISTERED = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "GemmaTokenizer"),
     **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
     **dict.fromkeys(("mistral", "mixtral", "ministral", "ministral3", "phi3", "nemotron", "stablelm"), ""),
-    **dict.fromkeys(("granite", "granitemoehybrid", "olmo2", "olmo3", "glm", "glm4", "glm4_moe"), ""),
+    **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "olmo2", "olmo3", "glm", "glm4", "glm4_moe"), ""),
     **dict.fromkeys(("ernie4_5", "ernie4_5_moe"), ""),
 }
 SURE = ("qwen2",)  # published folders name wrong classes

@@ -86,6 +86,7 @@ CLASSES = {
     "gemma4_text": "Gemma4ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",

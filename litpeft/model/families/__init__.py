@@ -35,6 +35,7 @@ FAMILIES = {
     "olmo2": "litpeft.model.families.olmo2",
     "olmo": "litpeft.model.families.olmo",
     "granite": "litpeft.model.families.granite",
+    "granitemoe": "litpeft.model.families.granitemoe",
     "granitemoehybrid": "litpeft.model.families.granitemoehybrid",
     "ministral3": "litpeft.model.families.ministral3",
     "ministral": "litpeft.model.families.ministral",

@@ -48,6 +48,9 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     return llama.usual(keys, hf, **scales(keys))
 
 
+SCALES = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+
+
 def scales(keys: Any) -> dict[str, float]:
     """Returns the factors of both generations."""
     return {

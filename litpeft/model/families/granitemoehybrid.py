@@ -8,23 +8,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig, or_zero
-from litpeft.model.families import Gguf, Place, granite, llama, without
+from litpeft.model.families import Gguf, Place, granite, granitemoe, llama
 from litpeft.model.families.deepseek_v3 import refuse_null
 from litpeft.model.rope import FULL
 
 MLP = Place("model.layers.{}.shared_mlp.input_linear")
-EXPERTS = Place("model.layers.{}.block_sparse_moe.input_linear.weight", stack=True)
-NAMES = without(llama.NAMES, "*.mlp.*") | {
+NAMES = granitemoe.NAMES | {
     "blocks.{}.mlp.gate": MLP,
     "blocks.{}.mlp.up": MLP,
     "blocks.{}.mlp.down": "model.layers.{}.shared_mlp.output_linear",
     "blocks.{}.mlp.shared.gate": MLP,
     "blocks.{}.mlp.shared.up": MLP,
     "blocks.{}.mlp.shared.down": "model.layers.{}.shared_mlp.output_linear",
-    "blocks.{}.mlp.router": "model.layers.{}.block_sparse_moe.router.layer",
-    "blocks.{}.mlp.experts.{}.gate": EXPERTS,
-    "blocks.{}.mlp.experts.{}.up": EXPERTS,
-    "blocks.{}.mlp.experts.{}.down": Place("model.layers.{}.block_sparse_moe.output_linear.weight", stack=True),
 }
 GGUF = Gguf(
     "granite",
@@ -68,8 +63,7 @@ class Keys(ConfigKeys):
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of GraniteMoeHybridForCausalLM describes."""
     keys = Keys.read(hf)
-    refuse_null(keys, "embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
-    refuse_null(keys, "num_local_experts", "num_experts_per_tok")
+    refuse_null(keys, *granite.SCALES, "num_local_experts", "num_experts_per_tok")
     check_layers(keys)
     if keys.num_local_experts and not keys.num_experts_per_tok:
         raise ValueError(f"num_experts_per_tok 0 of {keys.num_local_experts} experts is not supported")
