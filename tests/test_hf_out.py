@@ -33,7 +33,8 @@ def silently_loaded(folder: Path, caplog) -> torch.nn.Module:
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     logger.propagate = False
     assert not any(info.values())
-    assert [record.getMessage() for record in caplog.records] == []
+    said = [record.getMessage() for record in caplog.records]
+    assert [message for message in said if not message.endswith("'dynamic': {'alpha'}")] == []  # of Hunyuan's own files
     return model.eval()
 
 

@@ -268,7 +268,11 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "exaone4": {"model_type": "exaone4", "sliding_window": 8, "sliding_window_pattern": 2},
     "exaone4, no window": {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2},
     "seed_oss": {"model_type": "seed_oss", "head_dim": 32, "attention_out_bias": True, "mlp_bias": True},
-    "apertus": {"model_type": "apertus", "attention_bias": True},
+    "apertus": {
+        "model_type": "apertus",
+        "attention_bias": True,
+        "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 5000.0},
+    },
     "apertus, another activation": {"model_type": "apertus", "hidden_act": "relu2"},
     "ernie4_5_moe": ERNIE_MOE | {"moe_layer_start_index": 1},
     "ernie4_5_moe, large shares, none shared": ERNIE_MOE
