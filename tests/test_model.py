@@ -271,7 +271,7 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "apertus": {
         "model_type": "apertus",
         "attention_bias": True,
-        "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 5000.0},
+        "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 500000.0},
     },
     "apertus, another activation": {"model_type": "apertus", "hidden_act": "relu2"},
     "ernie4_5_moe": ERNIE_MOE | {"moe_layer_start_index": 1},
