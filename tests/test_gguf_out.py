@@ -133,8 +133,8 @@ WRITTEN = {
     "longrope beyond": (CASES["longrope beyond"], 1e-5),
     "phi3, longrope": (CASES["phi3, longrope"], 1e-5),
 }
-MANY_LAYERS = ("gemma2, 27B", "gemma3_text, 27B", "cohere, R+", "deepseek_v3, 27 layers", "exaone4, 32B")
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in MANY_LAYERS else name for name in WRITTEN]
+LONG = ("gemma2, 27B", "gemma3_text, 27B", "cohere, R+", "deepseek_v3, 27 layers", "exaone4, 32B", "glm4_moe, no norms")
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in WRITTEN]
 BEYOND = (
     "longrope beyond",
     "phi3, longrope",
