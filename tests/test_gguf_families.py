@@ -1,5 +1,6 @@
 """GGUF by family: what llama.cpp computes otherwise is refused by key; other headers, and adapters."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -56,6 +57,8 @@ WINDOWS = r"computes with windows and positions in other layers \(config.json: l
             TURNS | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
             WINDOWS,
         ),
+        ("exaone4", TURNS, WINDOWS),
+        ("exaone4", {"num_hidden_layers": 64, "sliding_window_pattern": 2}, WINDOWS),
         ("cohere2", TURNS | {"sliding_window_pattern": 2}, WINDOWS),
         ("cohere2", {"sliding_window": 30}, WINDOWS),  # of two layers both have one
         ("cohere2", TURNS | {"attention_bias": True}, r"has True \(config.json: attention_bias\)"),
@@ -112,18 +115,29 @@ def test_windows_of_a_header_in_other_layers_are_refused(tmp_path_factory, patte
         hf_config(file.values | {"olmo2.attention.sliding_window_pattern": pattern}, file.stored)
 
 
-def joined(path: Path, out: Path) -> Path:
-    """Writes a file in which q, k and v of each layer are one tensor, as llama.cpp's script may."""
+def joined(held: dict[str, np.ndarray]) -> None:
+    """Makes q, k and v of each layer one tensor, as llama.cpp's script may."""
+    for name in list(held):
+        if "attn_q." in name:
+            parts = [held.pop(name.replace("attn_q.", f"attn_{one}.")) for one in "qkv"]
+            held[name.replace("attn_q.", "attn_qkv.")] = np.concatenate(parts)
+
+
+def squeezed(held: dict[str, np.ndarray]) -> None:
+    """Makes the gate of an MLP that all tokens go through a vector, as llama.cpp's older script does."""
+    for name in held:
+        held[name] = held[name][0] if "ffn_gate_inp_shexp" in name else held[name]
+
+
+def rewritten(path: Path, out: Path, change: Callable[[dict[str, np.ndarray]], None]) -> Path:
+    """Writes a file with other tensors."""
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             writer.add_key_value(name, field.contents(), *field.types[:2])
     held = {tensor.name: tensor.data for tensor in reader.tensors}
-    for name in list(held):
-        if "attn_q." in name:
-            parts = [held.pop(name.replace("attn_q.", f"attn_{one}.")) for one in "qkv"]
-            held[name.replace("attn_q.", "attn_qkv.")] = np.concatenate(parts)
+    change(held)
     for name, values in held.items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -133,10 +147,10 @@ def joined(path: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["phi", "glm4"])
-def test_queries_keys_and_values_in_one_tensor_are_read(tmp_path, tmp_path_factory, name: str) -> None:
+@pytest.mark.parametrize(("name", "change"), [("phi", joined), ("glm4", joined), ("qwen2_moe", squeezed)])
+def test_tensors_of_another_shape_are_read(tmp_path, tmp_path_factory, name: str, change: Callable) -> None:
     base, path = made(tmp_path_factory, name)
-    file = joined(path, tmp_path / "joined.gguf")
+    file = rewritten(path, tmp_path / "other.gguf", change)
     convert(Convert(str(file), str(tmp_path / "back")))
     want, got = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "back"))
     assert want.keys() == got.keys()

@@ -26,6 +26,7 @@ IDS = torch.randint(3, TINY["vocab_size"], (2, 40), generator=torch.Generator().
 ALSO = {  # read as another model_type, which computes the same
     "mistral": "llama",
     "ministral": "llama",
+    "granitemoehybrid": "granite",
 }
 
 
@@ -96,6 +97,13 @@ OTHERWISE = {
     "gemma4_text": {"attention.head_count_kv": [2, 2, 2, 2], "rope.freq_base_swa": None},
     "deepseek_v2": dict.fromkeys(("expert_gating_func", "expert_group_count", "expert_weights_norm")),
     "granite": {"expert_count": 0, "rope.scaling.type": "none"},
+    "granitemoehybrid": {
+        "attention.head_count_kv": [2, 2],
+        "expert_count": 0,
+        "expert_shared_feed_forward_length": 96,
+        "rope.scaling.finetuned": True,
+        "ssm.conv_kernel": 4,
+    },
 }
 
 

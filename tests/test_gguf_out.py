@@ -46,6 +46,13 @@ GPT_OSS = {
 LITE = CASES["deepseek_v3"] | {"q_lora_rank": None, "num_hidden_layers": 27, "norm_topk_prob": False}
 M3 = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 TURNS = {"num_hidden_layers": 5, "sliding_window": 30}  # three layers with a window, one without, one with
+EXAONE4 = {
+    "model_type": "exaone4",
+    "num_hidden_layers": 5,
+    "sliding_window": None,
+    "layer_types": ["full_attention"] * 5,
+    "rope_parameters": CASES["rope llama3"]["rope_parameters"],
+}
 OLMO3 = {"model_type": "olmo3", "rope_scaling": YARN | {"rope_theta": 500_000.0}} | TURNS
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
@@ -80,6 +87,8 @@ WRITTEN = {
     "olmo": (CASES["olmo"], 1e-5),
     "olmo3": (OLMO3, 1e-5),
     "granite": (CASES["granite"], 1e-5),
+    "granitemoe": (CASES["granitemoe"], 1e-5),
+    "granitemoehybrid": (CASES["granitemoehybrid, no experts, tied"], 1e-5),
     "starcoder2": (CASES["starcoder2"] | {"sliding_window": 100}, GELU),
     "stablelm": (CASES["stablelm"], 1e-5),
     "stablelm, parallel": (CASES["stablelm, parallel"], 1e-5),
@@ -90,11 +99,14 @@ WRITTEN = {
     "falcon, new, one norm": (CASES["falcon, new, one norm"] | {"bias": False}, GELU),
     "glm": (CASES["glm"], 1e-5),
     "glm4": (CASES["glm4"] | {"head_dim": 32}, 1e-5),
+    "glm4_moe": (CASES["glm4_moe"] | {"n_group": 1, "topk_group": 1}, 1e-5),
+    "glm4_moe, no norms": (CASES["glm4_moe, Air"] | {"head_dim": 32}, 1e-5),
     "cohere2": ({"model_type": "cohere2", "logit_scale": 0.3, "pad_token_id": 0} | TURNS, 1e-5),
     "cohere": ({"model_type": "cohere", "use_qk_norm": False, "pad_token_id": 0}, 1e-5),
     "cohere, R+": ({"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0, "num_hidden_layers": 64}, 1e-5),
     "nemotron": (CASES["nemotron"], 2e-5),
     "mixtral": (CASES["mixtral"], 1e-5),
+    "qwen2_moe": (CASES["qwen2_moe"], 1e-5),
     "qwen3_moe": (CASES["qwen3_moe"] | {"norm_topk_prob": True}, 1e-5),
     "olmoe": (CASES["olmoe"] | {"num_key_value_heads": 4}, 1e-5),
     "gpt_oss": (GPT_OSS, 1e-5),
@@ -104,6 +116,13 @@ WRITTEN = {
         CASES["ministral3"] | {"rope_parameters": M3 | {"llama_4_scaling_beta": 0.2, "mscale_all_dim": 1.3}},
         1e-5,
     ),
+    "hunyuan_v1_dense": (CASES["hunyuan_v1_dense"], 1e-5),
+    "exaone4": (EXAONE4, 1e-5),
+    "exaone4, 32B": (EXAONE4 | {"num_hidden_layers": 64, "sliding_window": 30, "layer_types": None}, 2e-5),
+    "seed_oss": (CASES["seed_oss"] | {"attention_out_bias": False, "mlp_bias": False}, 1e-5),
+    "seed_oss, no biases": ({"model_type": "seed_oss", "head_dim": 16, "attention_bias": False}, 1e-5),
+    "ernie4_5_moe": (CASES["ernie4_5_moe"], 1e-5),
+    "ernie4_5": (CASES["ernie4_5"] | {"use_bias": False, "head_dim": 32}, 1e-5),
     "deepseek_v3": (CASES["deepseek_v3"] | {"rope_parameters": M3}, 1e-5),
     "deepseek_v3, 27 layers": (LITE | {"n_group": 1, "topk_group": 1}, 2e-5),
     "deepseek_v2": (CASES["deepseek_v2"], 1e-5),
@@ -114,8 +133,8 @@ WRITTEN = {
     "longrope beyond": (CASES["longrope beyond"], 1e-5),
     "phi3, longrope": (CASES["phi3, longrope"], 1e-5),
 }
-MANY_LAYERS = ("gemma2, 27B", "gemma3_text, 27B", "cohere, R+", "deepseek_v3, 27 layers")
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in MANY_LAYERS else name for name in WRITTEN]
+LONG = ("gemma2, 27B", "gemma3_text, 27B", "cohere, R+", "deepseek_v3, 27 layers", "exaone4, 32B", "glm4_moe, no norms")
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in WRITTEN]
 BEYOND = (
     "longrope beyond",
     "phi3, longrope",

@@ -48,6 +48,7 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(tmp_path) -> None:
 def test_names_of_tokenizers_that_split_alike_are_read(tmp_path_factory) -> None:
     values = GgufFile(made(tmp_path_factory, "glm4")[1]).values
     alike = {"command-r": "starcoder", "phi-2": "gpt-2", "olmo": "gpt-2", "stablelm2": "qwen2", "glm4": "dbrx"}
+    alike |= {"exaone4": "gpt-2", "hunyuan-dense": "deepseek-v3"}
     for name, known in alike.items():
         one, other = (GgufTokenizer(values | {"tokenizer.ggml.pre": pre}, ROWS).tokenizer for pre in (name, known))
         assert one.to_str() == other.to_str()

@@ -33,6 +33,9 @@ PATTERNS = {
     "dbrx": [CL100K],  # microsoft/phi-4, ibm-granite/granite-4.1-3b, zai-org/GLM-4
     "llama-bpe": [CL100K],  # meta-llama/Llama-3.2-1B
     "qwen2": [CL100K.replace("{1,3}", "")],  # Qwen/Qwen3-0.6B
+    "seed-coder": [  # ByteDance-Seed/Seed-Coder-8B, as llama.cpp quotes it
+        SHORT + r"|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+    ],
     "qwen35": [  # Qwen/Qwen3.5-9B
         SHORT + r"|[^\\r\\n\\p{L}\\p{N}]?[\\p{L}\\p{M}]+|\\p{N}" + ENDS.replace(r"\\p{L}\\p{N}", r"\\p{L}\\p{M}\\p{N}")
     ],

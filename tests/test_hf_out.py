@@ -33,11 +33,16 @@ def silently_loaded(folder: Path, caplog) -> torch.nn.Module:
         model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     logger.propagate = False
     assert not any(info.values())
-    assert [record.getMessage() for record in caplog.records] == []
+    said = [record.getMessage() for record in caplog.records]
+    assert [message for message in said if not message.endswith("'dynamic': {'alpha'}")] == []  # of Hunyuan's own files
     return model.eval()
 
 
-@pytest.mark.parametrize(("name", "method"), [*((name, "lora") for name in [*MODELS, "llama3"]), ("llama3", "full")])
+SLOW = {"qwen2_moe", "granitemoe", "granitemoehybrid", "glm4_moe", "ernie4_5_moe"}  # their layout is that of others
+NAMES = [pytest.param(name, "lora", marks=pytest.mark.slow) if name in SLOW else (name, "lora") for name in MODELS]
+
+
+@pytest.mark.parametrize(("name", "method"), [*NAMES, ("llama3", "lora"), ("llama3", "full")])
 def test_transformers_loads_the_folder_without_a_word(tmp_path, monkeypatch, caplog, name: str, method: str) -> None:
     monkeypatch.setitem(MODELS, "llama3", LLAMA3)
     make_family(tmp_path / "base", name)

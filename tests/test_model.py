@@ -48,6 +48,36 @@ LATENT = {
     "moe_intermediate_size": 48,
     "n_shared_experts": 2,
 }
+SCALES = {
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 3.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+}
+GRANITE4 = {
+    "model_type": "granitemoehybrid",
+    "layer_types": ["attention"] * 2,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 96,
+} | SCALES
+GLM4_MOE = {
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.0,
+}
+ERNIE_MOE = {
+    "model_type": "ernie4_5_moe",
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_intermediate_size": 48,
+    "moe_num_shared_experts": 2,
+    "head_dim": 16,
+}
 FAMILY_CASES = {  # the first of each family is also tested in training and answers, see tiny_families.py
     "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen2, tied, no window": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -93,6 +123,25 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 48,
         "head_dim": 32,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 80,
+    },
+    "qwen2_moe, a window, no biases, shares of 1": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 40,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "norm_topk_prob": True,
+        "qkv_bias": False,
+        "mlp_only_layers": [1],
     },
     "qwen3_moe, a layer without, shares of 1": {
         "model_type": "qwen3_moe",
@@ -159,13 +208,11 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "olmo3": {"model_type": "olmo3", "sliding_window": 8, "num_hidden_layers": 4, "rope_scaling": YARN},
     "olmo2": {"model_type": "olmo2"},
     "olmo": {"model_type": "olmo", "clip_qkv": 0.2},
-    "granite": {
-        "model_type": "granite",
-        "embedding_multiplier": 12.0,
-        "logits_scaling": 3.0,
-        "residual_multiplier": 0.22,
-        "attention_multiplier": 0.3,
-    },
+    "granite": {"model_type": "granite"} | SCALES,
+    "granitemoe": {"model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 3} | SCALES,
+    "granitemoehybrid": GRANITE4 | {"num_local_experts": 4, "position_embedding_type": "rope"},
+    "granitemoehybrid, no experts, tied": GRANITE4 | {"position_embedding_type": "rope", "tie_word_embeddings": True},
+    "granitemoehybrid, no positions": GRANITE4 | {"attention_bias": True, "num_experts_per_tok": 0},
     "ministral3": {
         "model_type": "ministral3",
         "pad_token_id": 0,
@@ -179,6 +226,8 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "sliding_window": 8,
         "layer_types": ["full_attention", "sliding_attention"],
     },
+    "glm4_moe": GLM4_MOE | {"attention_bias": True, "use_qk_norm": True, "first_k_dense_replace": 1},
+    "glm4_moe, Air": GLM4_MOE | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "norm_topk_prob": False},
     "glm4": {"model_type": "glm4", "pad_token_id": 0, "head_dim": 16},
     "glm": {"model_type": "glm", "pad_token_id": 0, "head_dim": 16, "attention_bias": False},
     "falcon": {"model_type": "falcon"},
@@ -253,6 +302,24 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "cohere2": {"model_type": "cohere2", "sliding_window": 8, "sliding_window_pattern": 2, "pad_token_id": 0},
     "cohere": {"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0},
     "cohere, no norms of queries and keys": {"model_type": "cohere", "attention_bias": True, "pad_token_id": 0},
+    "hunyuan_v1_dense": {
+        "model_type": "hunyuan_v1_dense",
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 5000.0},
+    },
+    "exaone4": {"model_type": "exaone4", "sliding_window": 8, "sliding_window_pattern": 2},
+    "exaone4, no window": {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 32, "attention_out_bias": True, "mlp_bias": True},
+    "apertus": {
+        "model_type": "apertus",
+        "attention_bias": True,
+        "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32, "rope_theta": 500000.0},
+    },
+    "apertus, another activation": {"model_type": "apertus", "hidden_act": "relu2"},
+    "ernie4_5_moe": ERNIE_MOE | {"moe_layer_start_index": 1},
+    "ernie4_5_moe, large shares, none shared": ERNIE_MOE
+    | {"moe_layer_end_index": 0, "moe_layer_start_index": 0, "moe_num_shared_experts": 0, "moe_norm_min": 0.6},
+    "ernie4_5": {"model_type": "ernie4_5", "use_bias": True, "head_dim": 16},
     "nemotron": {"model_type": "nemotron", "attention_bias": True},
 }
 CASES = {

@@ -11,9 +11,14 @@ from litpeft.exchange.exports.peft import write_adapter
 LATENT = {"deepseek_v2", "deepseek_v3"}
 MIXTURES = {
     "mixtral",
+    "qwen2_moe",
     "qwen3_moe",
     "olmoe",
     "gpt_oss",
+    "granitemoe",
+    "granitemoehybrid",
+    "glm4_moe",
+    "ernie4_5_moe",
     *LATENT,
     *LINEAR[1:],
 }  # their experts are one tensor in transformers

@@ -27,6 +27,10 @@ REFUSED = (
     "olmo2",
     "olmo",
     "ministral3",
+    "hunyuan_v1_dense",
+    "exaone4",
+    "glm4_moe",
+    "apertus",
 )
 REFUSED += ("cohere",)  # with use_qk_norm
 NOT_IN_PEFT = ("neox", "neox serial", "falcon", "falcon new", "deepseek_v2", "deepseek_v3")  # it makes other shapes

@@ -2,7 +2,7 @@
 
 import math
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from litpeft.core.errors import UserError
@@ -12,7 +12,12 @@ from litpeft.core.kinds import WORDS, in_words
 LATER = {"later": True}  # metadata of a field that older files do not have: they mean its default
 
 
-def later(cls: type) -> dict[str, Any]:
+def later(default: Any) -> Any:
+    """Returns a field that older files do not have: they mean this default."""
+    return field(default=default, metadata=LATER)
+
+
+def defaults(cls: type) -> dict[str, Any]:
     """Returns the defaults of a dataclass's fields that are marked LATER, by name, as JSON has them."""
     return {field.name: jsonable(field.default) for field in fields(cls) if field.metadata == LATER}
 
@@ -67,7 +72,7 @@ def _dataclass(cls: type, value: Any, key: str) -> Any:
         raise _wrong(key, "keys and values", value)
     hints, inside = get_type_hints(cls), f"{key}." if key else ""
     names = [field.name for field in fields(cls)]
-    value = later(cls) | value
+    value = defaults(cls) | value
     for name in (*names, *value):
         if name not in value:
             raise ValueError(f"{inside}{name} is missing")

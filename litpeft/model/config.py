@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
+from litpeft.core.typed import later
 from litpeft.model.parts import ClampedGate, Experts, Latent, Layer, LayerInputs, QueryGrowth, Rope, RopeScaling
 
 ACTIVATIONS = {  # name in config.json -> name in gpt.py
@@ -42,7 +43,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     learned_positions: bool = False  # a table of max_positions vectors, one added to each token's embedding
     tie_embeddings: bool = False
-    activation: Literal["silu", "relu", "relu2", "gelu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "relu", "relu2", "gelu", "gelu_tanh", "xielu"] = "silu"
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
     parallel_residual: bool = False  # the MLP reads the block's input, as attention does, not the sum after attention
     qkv_bias: bool = False
@@ -56,7 +57,7 @@ class ModelConfig:
     layers: tuple[Layer, ...] = ()  # each one's window and rotary positions, in place of the fields; () = all are alike
     norms: Literal["before", "after", "around"] = "before"  # where the norms of a sub-layer stand; around = both
     shared_norm: bool = False  # one norm, whose output both attention and the MLP read
-    qk_norm: Literal["head", "each", "own", "all"] | None = None  # of queries and keys: see make_qk_norm in norms.py
+    qk_norm: Literal["head", "each", "own", "all", "rotated"] | None = None  # see make_qk_norm in norms.py
     value_norm: bool = False  # the values of each head are divided by their root mean square
     rope_pairs: bool = False  # dimensions 2 i and 2 i + 1 rotate together, not i and i + R / 2
     clip_qkv: float | None = None  # queries, keys and values are clamped to this size
@@ -68,7 +69,7 @@ class ModelConfig:
     logit_scale: float = 1.0  # and the logits
     logit_cap: float | None = None  # logits l become cap * tanh(l / cap), after logit_scale
     latent: Latent | None = None
-    gated_attention: bool = False  # what attention returns is multiplied by the sigmoid of a gate, head by head
+    gated_attention: bool = later(False)  # what attention returns is multiplied by the sigmoid of a gate, head by head
     layer_inputs: LayerInputs | None = None
     layer_scale: bool = False  # a layer's output is multiplied by a number of its own
 
@@ -208,6 +209,7 @@ KINDS = {
     int: f"a whole number from 1 to {LARGEST}",
     float: "a number above 0",
     bool: "true or false",
+    str: "a name",
     dict: "an object",
     list[str]: "a list of names",
     list[int]: "a list of whole numbers",

@@ -33,6 +33,7 @@ from litpeft.model.norms import make_norm
 from litpeft.model.recompute import Offloaded, Recomputed, again, is_marking
 from litpeft.model.short_convolution import ShortConvolution
 from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
+from litpeft.model.xielu import XIELU
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -49,7 +50,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, d_ff: int | None = None):
         super().__init__()
         d, d_ff = config.d_model, d_ff or config.d_ff
-        self.act = ACTIVATIONS[config.activation] if config.clamped_gate is None else None
+        self.act = None if config.clamped_gate else ACTIVATIONS.get(config.activation) or XIELU()
         self.clamped = config.clamped_gate
         self.gate = Linear(d, d_ff, config.mlp_bias) if config.gated_mlp else None
         self.up = Linear(d, d_ff, config.mlp_bias)

@@ -47,7 +47,7 @@ class Attention(nn.Module):
         self.q_norm = make_qk_norm(config, config.n_heads, self.head_dim)
         self.k_norm = None if self.k is None else make_qk_norm(config, config.kv_heads(kind), self.head_dim)
         self.v_norm = RMS(self.head_dim, config.norm_eps) if config.value_norm and self.k is not None else None
-        self.norms_all = config.qk_norm == "all"
+        self.norms_all, self.norms_last = config.qk_norm == "all", config.qk_norm == "rotated"
         self.clip, self.cap = config.clip_qkv, config.score_cap
         self.paired = (
             config.rotary_size if config.rope_pairs else 0
@@ -89,10 +89,10 @@ class Attention(nn.Module):
 
     def turned(self, x: Tensor, norm: nn.Module | None, ctx: Context) -> Tensor:
         """Returns queries or keys (B, heads, T, D), with their positions, of x (B, T, heads * D)."""
-        x = self.heads(self.sized(x, norm))
-        if ctx.rope is None:
-            return x
-        return rotate(halves(x, self.paired) if self.paired else x, *ctx.rope)
+        x = self.heads(self.sized(x, None if self.norms_last else norm))
+        if ctx.rope is not None:
+            x = rotate(halves(x, self.paired) if self.paired else x, *ctx.rope)
+        return norm(x) if self.norms_last else x
 
     def queries(self, x: Tensor, norm: nn.Module | None, ctx: Context) -> Tensor:
         """Returns queries as `turned` does, scaled."""

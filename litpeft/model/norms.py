@@ -96,12 +96,12 @@ def make_norm(config: ModelConfig, size: int | None = None) -> nn.Module:
 def make_qk_norm(config: ModelConfig, heads: int, size: int) -> nn.Module | None:
     """Returns the norm of the queries or keys of so many heads of a size.
 
-    `qk_norm` "all" is over all heads at once; "head" over each head, with one weight for all; "each" over each head,
-    with a weight for each, and "own" as well, by modules of their own.
+    `qk_norm` "all" is over all heads at once; "head" over each head, with one weight for all, and "rotated" as well,
+    after the rotation; "each" over each head, with a weight for each, and "own" as well, by modules of their own.
     """
     if config.qk_norm == "own":
         return OwnNorms(heads, size, config.norm_eps)
     if config.qk_norm == "each":
         return EachHead(heads, size, config.norm_eps)
-    sizes = {"head": size, "all": heads * size}
+    sizes = {"head": size, "rotated": size, "all": heads * size}
     return None if config.qk_norm is None else make_norm(config, sizes[config.qk_norm])

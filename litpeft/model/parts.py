@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from litpeft.core.typed import later
+
 LATENT_EPS = 1e-6  # of the norms inside latent attention, whatever the model's
 
 
@@ -80,8 +82,8 @@ class Layer:
     d_ff: int | None = None
     values_are_keys: bool = False  # its values are what the layer `k` computes, before the norm
     keys_of: int | None = None  # number of the layer whose keys and values it reads: it computes none
-    linear: LinearAttention | None = None  # in place of attention
-    convolution: Convolution | None = None  # in place of attention
+    linear: LinearAttention | None = later(None)  # in place of attention
+    convolution: Convolution | None = later(None)  # in place of attention
 
     @property
     def attends(self) -> bool:
@@ -116,12 +118,14 @@ class Experts:
     router_bias: bool = False
     dense_layers: tuple[int, ...] = ()  # which have a plain MLP
     shared_d_ff: int | None = None  # of one more MLP, that every token goes through
-    shared_gate: bool = False  # what it adds is multiplied by the sigmoid of one number of the token
+    shared_gate: bool = later(False)  # whose output is multiplied by a number of each token, the sigmoid of a product
     scale: float = 1.0  # what shares are multiplied by
     groups: int = 1  # of experts, of which a token chooses some before it chooses experts
     active_groups: int = 1
     wide_router: bool = False  # it computes in float32 in a model of less
     corrected: bool = False  # scores are sigmoids, and a number of each expert is added for the choice
+    statics: bool = later(False)  # scores are softmaxes, and such a number is added, which lies in a module of its own
+    least_sum: float = later(0.0)  # where shares are normed, what they are divided by at least
 
     def __post_init__(self) -> None:
         if self.active > self.number:

@@ -112,6 +112,11 @@ def grown(factor: float, scale: float) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
+def stretched(theta: float, alpha: float, head_dim: int) -> float:
+    """Returns the theta of Hunyuan's positions with an alpha."""
+    return theta * alpha ** (head_dim / (head_dim - 2))
+
+
 def rope_by_type(hf: Mapping[str, Any], max_positions: int, thetas: Mapping[str, tuple[str, float]]) -> dict[str, Rope]:
     """Returns the rotary positions of each type of layer, where config.json has them by type, as Gemma 3 does.
 
@@ -185,9 +190,13 @@ def interpolated(hf: dict[str, Any], factor: float) -> None:
     if factor == 1:
         return
     found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    before = found.get("factor", 1.0) if found.get("rope_type", found.get("type")) == "linear" else 1.0
+    kind = found.get("rope_type", found.get("type"))
+    before = found.get("factor", 1.0) if kind == "linear" else 1.0
     scaled = {**found, "rope_type": "linear", "factor": before * factor}
     scaled.pop("type", None)
+    if kind == "dynamic" and (alpha := scaled.pop("alpha", None)):  # Hunyuan's, without effect beside "linear"
+        theta = found.get("rope_theta", hf.get("rope_theta", 10000.0))
+        scaled["rope_theta"] = stretched(theta, alpha, hf["head_dim"])
     hf["rope_scaling"], hf["rope_parameters"] = scaled, scaled  # for readers before transformers 5, and since
     hf["max_position_embeddings"] = int(hf["max_position_embeddings"] * factor)
 

@@ -38,9 +38,11 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 for _name, _changes in {  # so that each key has an effect
     "qwen2": WINDOWS | {"max_window_layers": 1},
     "qwen3": WINDOWS | {"max_window_layers": 1},
+    "qwen2_moe": WINDOWS | {"mlp_only_layers": [1], "max_window_layers": 2, "num_hidden_layers": 3},
     "qwen3_moe": WINDOWS | {"mlp_only_layers": [1]},
     "qwen3_next": {"mlp_only_layers": [1], "norm_topk_prob": True},
     "smollm3": WINDOWS | {"no_rope_layer_interval": 2},
+    "ernie4_5_moe": {"num_hidden_layers": 4, "moe_layer_end_index": 2, "moe_norm_min": 0.6},
     "gemma3_text": BY_TYPE,
     "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     "gemma4_text": BY_TYPE | {"num_kv_shared_layers": 2, "attention_k_eq_v": True},
@@ -48,7 +50,7 @@ for _name, _changes in {  # so that each key has an effect
     "phi3": {"hidden_size": 128, "original_max_position_embeddings": 32, "rope_parameters": longrope(32, 16)},
     "ministral3": {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
     "olmo": {"clip_qkv": 0.2},
-    **{name: rotary(0.5) for name in ("phi", "glm", "glm4", "stablelm", "nemotron")},
+    **{name: rotary(0.5) for name in ("phi", "glm", "glm4", "glm4_moe", "stablelm", "nemotron")},
 }.items():
     SIZES[_name] = SIZES[_name] | _changes
 IDLE = {
@@ -334,6 +336,7 @@ NUMBERS = [*WRONG[:-1], True, 10**400]
 WRONG_FOR = {
     float | int: [*NUMBERS, None],
     float | None: NUMBERS,
+    float | int | None: NUMBERS,
     int: [*WRONG, 1.5, 64.0, True, 1 << 40],
     float: [*WRONG, True, 10**400],
     bool: [*WRONG, 1, 1.0],

@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import in_float64
 from tiny_families import make_family
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from litpeft.core.errors import ModelError
 from litpeft.model.build import build
 from litpeft.model.families import FAMILIES, OTHERS
 from litpeft.model.families.read import read_config
+from litpeft.model.frequencies import rope_frequencies
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -38,3 +39,25 @@ def test_falcon_with_output_attentions_is_what_transformers_computes_with_a_mask
     assert (plain - changed)[0, 0].abs().max() > 1e-3  # the first token sees the last one
     want = theirs(ids, attention_mask=mask, **asked).logits
     assert (build(tmp_path, torch.float64)(ids) - want).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 2.0}, {"type": "dynamic", "factor": 1.0}])
+def test_an_alpha_of_hunyuan_counts_beside_dynamic_only(rope: dict, tmp_path) -> None:
+    make_family(tmp_path, "hunyuan_v1_dense")
+    path = tmp_path / "config.json"
+    hf = json.loads(path.read_text()) | {"rope_parameters": None, "rope_theta": 5000.0, "rope_scaling": rope}
+    path.write_text(json.dumps(hf | {"rope_scaling": rope | {"alpha": 50.0}}))
+    config = read_config(tmp_path)[1]
+    want = AutoModelForCausalLM.from_pretrained(tmp_path).model.rotary_emb.inv_freq
+    assert torch.allclose(rope_frequencies(16, config.rope_theta, config.rope_scaling, "cpu"), want, rtol=1e-6)
+    path.write_text(json.dumps(hf | {"rope_scaling": rope | {"rope_type": "dynamic", "alpha": 1e300}}))
+    with pytest.raises(ModelError, match=r"rope_scaling\.alpha 1e\+300 is not supported for heads of size 16"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "linear_attention"])
+def test_granite_with_mamba_is_refused_with_the_models_that_have_none(kind: str, tmp_path) -> None:
+    types = {"num_hidden_layers": 2, "layer_types": ["attention", kind]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "granitemoehybrid"} | types))
+    with pytest.raises(ModelError, match=f"layer_types '{kind}' is not supported: .* 350m, 1b and micro have none"):
+        read_config(tmp_path)

@@ -157,12 +157,12 @@ def test_interpolated_positions_are_those_of_transformers(tmp_path, rope: dict |
         assert (base(ids) - got).abs().max() > 1e-2 * got.abs().max()
 
 
-@pytest.mark.parametrize("family", ["llama, older file", "neox"])
+@pytest.mark.parametrize("family", ["llama, older file", "neox", "hunyuan_v1_dense"])
 def test_other_spellings_of_positions_are_kept(tmp_path, family: str) -> None:
     folder = tmp_path / "base"
-    make_family(folder, "neox") if family == "neox" else make_folder(folder)
+    make_folder(folder) if family == "llama, older file" else make_family(folder, family)
     config = json.loads((folder / "config.json").read_text())
-    if family != "neox":
+    if family == "llama, older file":
         config["rope_theta"] = 5000.0
         del config["rope_parameters"]
         (folder / "config.json").write_text(json.dumps(config))

@@ -47,11 +47,13 @@ KEYS = {
     "attention.q_lora_rank": (int, "q_lora_rank"),
     "attention.kv_lora_rank": (int, "kv_lora_rank"),
     "attention.value_length_mla": (int, "v_head_dim"),
-    "leading_dense_block_count": (int, "first_k_dense_replace"),
-    "expert_count": (int, "num_experts", "num_local_experts", "n_routed_experts"),
-    "expert_used_count": (int, "num_experts_per_tok"),
+    "leading_dense_block_count": (int, "first_k_dense_replace", "moe_layer_start_index"),
+    "interleave_moe_layer_step": (int, "moe_layer_interval"),
+    "expert_count": (int, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "expert_used_count": (int, "num_experts_per_tok", "moe_k"),
     "expert_feed_forward_length": (int, "moe_intermediate_size"),
-    "expert_shared_count": (int, "n_shared_experts"),
+    "expert_shared_feed_forward_length": (int, "shared_expert_intermediate_size"),
+    "expert_shared_count": (int, "n_shared_experts", "moe_num_shared_experts"),
     "expert_weights_scale": (float, "routed_scaling_factor"),
     "expert_weights_norm": (bool, "norm_topk_prob"),
     "expert_group_count": (int, "n_group"),
@@ -61,6 +63,7 @@ KEYS = {
 # key of config.json -> tensors of the first layer, one of which is there if it is true
 BIASES = {
     "attention_bias": ("attn_q", "attn_qkv"),
+    "qkv_bias": ("attn_q", "attn_qkv"),
     "use_qkv_bias": ("attn_q", "attn_qkv"),
     "use_bias": ("attn_q", "attn_qkv"),
     "mlp_bias": ("ffn_up",),
@@ -77,10 +80,15 @@ WITHOUT_KEY = {  # what a header of latent attention says by leaving a key out, 
 IDLE = ("vocab_size", "tensor_data_layout", "context_length", "rope.freq_base_swa")  # no effect, or read elsewhere
 UNSAID = {"longrope": "factor", "yarn": "truncate"}  # kind of scaling -> what a header does not say: see rope.py
 CLASSES = {
+    "ernie4_5": "Ernie4_5ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "gemma4_text": "Gemma4ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "stablelm": "StableLmForCausalLM",
 }
@@ -100,6 +108,8 @@ class Header:
     def number(self, key: str, kind: type, default: Any = None) -> Any:
         """Returns the value of a key, or `default`: of this type, positive and of a plausible size."""
         value = self.own.get(key, default)
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):  # one for each layer, all alike
+            value = value[0]
         top = LARGEST_CONTEXT if key.endswith("context_length") else LARGEST_WIDTH
         if type(value) is kind and value > 0 and (math.isfinite(value) if kind is float else value <= top):
             return single(value) if kind is float else value
@@ -228,7 +238,7 @@ def check(given: Header, name: str, config: ModelConfig) -> None:
         raise ModelError(error.what) from None
     said = {key.removeprefix(f"{given.arch}."): value for key, value in said.items()}
     for key, value in given.own.items():
-        if key in IDLE or key in SCALING:
+        if key in IDLE or key in SCALING or of_granite_4(key, value, config):
             continue
         if key in said and not alike(said[key], value):
             what = f"{given.arch}.{key} = {value}: {class_of(name)} needs it to be {said[key]}"
@@ -238,6 +248,12 @@ def check(given: Header, name: str, config: ModelConfig) -> None:
             continue
         if key not in said and not window and value not in (0, False):
             raise ModelError(f"{class_of(name)} cannot express {given.arch}.{key} = {value}")
+
+
+def of_granite_4(key: str, value: Any, config: ModelConfig) -> bool:
+    """Returns whether a key is one that llama.cpp's script writes of Granite 4.0 without Mamba, and nobody reads."""
+    shared = key == "expert_shared_feed_forward_length" and config.experts is None and value == config.d_ff
+    return shared or key.startswith("ssm.")
 
 
 def in_turn(config: ModelConfig, pattern: Any) -> bool:

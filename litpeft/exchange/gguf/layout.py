@@ -27,13 +27,19 @@ from litpeft.model.frequencies import rope_frequencies
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
 TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 CHUNK = 1 << 20  # weights that are quantised together
-IN_FLOAT32 = ("norm.weight", "position_embd.weight", "ffn_gate_inp.weight", ".bias")  # beside all vectors
+IN_FLOAT32 = (
+    "norm.weight",
+    "position_embd.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    ".bias",
+)  # beside all vectors
 ENDS = ("token_embd.weight", "output.weight")  # kept in eight bits where the rest has four
 HEAD = "head.weight"
 HINT = "write safetensors, and convert them with llama.cpp's own script"
 DIVISORS = "rope_freqs.weight"
 LONGROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
-SCALED_IN = {"dynamic": (), "llama3": ("llama",), "longrope": ("llama", "phi3")}  # the others: everywhere
+SCALED_IN = {"dynamic": (), "llama3": ("llama", "exaone4"), "longrope": ("llama", "phi3")}  # the others: everywhere
 PLAIN_WINDOWS = ("olmo2",)  # whose layers with a window rotate without the scaling of the others
 # Fields of ModelConfig that the header says for every family, or that follow from the tensors.
 SAID = {
@@ -44,6 +50,7 @@ SAID = {
 DECIDED_BY = {
     "activation": ("hidden_act", "activation", "activation_function", "hidden_activation"),
     "head_dim": ("head_dim",),
+    "experts": ("num_local_experts",),
     "layers": ("layer_types", "sliding_window", "max_window_layers", "no_rope_layers"),
     "mlp_bias": ("mlp_bias", "use_bias", "bias"),
     "n_kv_heads": ("num_key_value_heads",),
@@ -51,6 +58,7 @@ DECIDED_BY = {
     "parallel_residual": ("parallel_attn", "use_parallel_residual"),
     "qk_norm": ("qk_layernorm", "use_qk_norm"),
     "qkv_bias": ("attention_bias", "use_qkv_bias", "use_bias", "bias"),
+    "rotary_dim": ("position_embedding_type",),
     "score_scale": ("query_pre_attn_scalar", "attention_multiplier"),
 }
 
@@ -65,10 +73,15 @@ class Layout:
         self.parts: dict[str, list[str]] = {}
         for file, parts in names.parts.items():
             for part in parts:
-                for name in split_names(part) or [of_expert(part) or self._name(theirs, file, part)]:
+                for name in split_names(part) or [of_expert(part) or self._own(part) or self._name(theirs, file, part)]:
                     self.parts.setdefault(name, []).append(part)
         if self.gguf.own_head and self.config.tie_embeddings:
             self.parts["output.weight"] = self.parts["token_embd.weight"]
+
+    def _own(self, part: str) -> str | None:
+        """Returns the name of a tensor that the family's line has, not the tables of llama.cpp."""
+        module, numbers, leaf = split_name(part)
+        return f"{self.gguf.names[module].format(*numbers)}.{leaf}" if module in self.gguf.names else None
 
     def _name(self, theirs: gguf.TensorNameMap, file: str, part: str) -> str:
         """Returns the name that llama.cpp has for a tensor of a Hugging Face folder."""

@@ -35,6 +35,7 @@ SPLITS = {
     "llama-bpe": (WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
     "dbrx": (WORDS + r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
     "qwen2": (WORDS + r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + SPACES,),
+    "seed-coder": (WORDS + r"\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|" + SPACES,),
     "qwen35": (
         WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|" + SPACES,
     ),
@@ -59,7 +60,8 @@ SPLITS = {
 SAME = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
     "stablelm2": "qwen2", "refact": "starcoder", "command-r": "starcoder", "olmo": "gpt-2", "phi-2": "gpt-2",
-    "chatglm-bpe": "dbrx", "glm4": "dbrx", "smaug-bpe": "dbrx", "llama4": "gpt-4o",
+    "chatglm-bpe": "dbrx", "glm4": "dbrx", "smaug-bpe": "dbrx", "llama4": "gpt-4o", "exaone4": "gpt-2",
+    "hunyuan-dense": "deepseek-v3",
 }  # fmt: skip
 ADDED = (CONTROL, UNKNOWN, USER_DEFINED)  # found in a text before it is split
 WITHOUT_MARKS = ("tekken", "gpt-4o")  # llama.cpp cuts words at combining marks, as these tokenizers do not

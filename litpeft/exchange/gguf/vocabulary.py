@@ -69,12 +69,18 @@ def splits_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
     return tuple(found)
 
 
+def spelt(splits: Sequence[str]) -> list[str]:
+    """Returns patterns with the ends of lines in one spelling: a file may hold the character or its escape."""
+    return [pattern.replace("\r", r"\r").replace("\n", r"\n") for pattern in splits]
+
+
 def _byte_level(tokenizer: Tokenizer, inner: dict[str, Any]) -> dict[str, Any]:
     """Returns what is particular to a byte-level BPE. llama.cpp does not normalise a text, as NFC would."""
     model, splits = inner["model"], splits_of(inner["pre_tokenizer"])
     splits = SPLITS["falcon"] if splits == FALCON else splits
     ignores = bool(model.get("ignore_merges"))
-    pre = next((name for name, known in SPLITS.items() if known == splits and (name in IGNORE_MERGES) == ignores), None)
+    named = (name for name, known in SPLITS.items() if spelt(known) == spelt(splits))
+    pre = next((name for name in named if (name in IGNORE_MERGES) == ignores), None)
     normal = all(step["type"] == "NFC" for step in _steps(inner["normalizer"], "normalizers"))
     if model["type"] != "BPE" or not model["merges"] or not normal or pre is None:
         what = f"this tokenizer is none that is written to GGUF; those split text as {', '.join(SPLITS)}"

@@ -121,7 +121,7 @@ class GgufFile:
         wanted = [name for name in layout.parts if name in asked]
         for name in wanted:
             shape = tuple(int(size) for size in reversed(self.stored[name].shape))
-            if shape != layout.shape(name):
+            if layout.shape(name) not in (shape, (1, *shape)):  # a row is a vector in some files
                 raise ModelError(f"{name} is {shape}, expected {layout.shape(name)}", where=self.path)
         read = lambda name: self._values(name, layout, dtype)
         yield from layout.names.written(pair for name in wanted for pair in layout.ours(name, read).items())

@@ -5,14 +5,14 @@ Each is honoured, or without effect on what a finished adapter computes (IDLE), 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
 from litpeft.core.recognise import ADAPTER, FOLD
-from litpeft.core.typed import LATER, typed
+from litpeft.core.typed import later, typed
 from litpeft.methods.lora import LARGEST_ALPHA, LARGEST_RANK
 
 IDLE = {  # how it was trained, and what peft puts right itself
@@ -25,10 +25,6 @@ IDLE = {  # how it was trained, and what peft puts right itself
 }
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # of A and B, which leave the base's weights alone
 Names = tuple[str, ...] | str | None  # ends of modules' names, or a regular expression of whole names
-
-
-def later(default: Any) -> Any:
-    return field(default=default, metadata=LATER)
 
 
 @dataclass

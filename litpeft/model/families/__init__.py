@@ -36,10 +36,19 @@ FAMILIES = {
     "olmo2": "litpeft.model.families.olmo2",
     "olmo": "litpeft.model.families.olmo",
     "granite": "litpeft.model.families.granite",
+    "granitemoe": "litpeft.model.families.granitemoe",
+    "granitemoehybrid": "litpeft.model.families.granitemoehybrid",
     "ministral3": "litpeft.model.families.ministral3",
     "ministral": "litpeft.model.families.ministral",
+    "glm4_moe": "litpeft.model.families.glm4_moe",
     "glm4": "litpeft.model.families.glm4",
     "glm": "litpeft.model.families.glm",
+    "hunyuan_v1_dense": "litpeft.model.families.hunyuan_v1_dense",
+    "ernie4_5_moe": "litpeft.model.families.ernie4_5_moe",
+    "ernie4_5": "litpeft.model.families.ernie4_5",
+    "exaone4": "litpeft.model.families.exaone4",
+    "seed_oss": "litpeft.model.families.seed_oss",
+    "apertus": "litpeft.model.families.apertus",
     "falcon": "litpeft.model.families.falcon",
     "stablelm": "litpeft.model.families.stablelm",
     "starcoder2": "litpeft.model.families.starcoder2",
@@ -47,6 +56,7 @@ FAMILIES = {
     "cohere": "litpeft.model.families.cohere",
     "nemotron": "litpeft.model.families.nemotron",
     "mixtral": "litpeft.model.families.mixtral",
+    "qwen2_moe": "litpeft.model.families.qwen2_moe",
     "qwen3_moe": "litpeft.model.families.qwen3_moe",
     "qwen3_5_moe_text": "litpeft.model.families.qwen3_5_moe_text",
     "qwen3_next": "litpeft.model.families.qwen3_next",
@@ -102,6 +112,7 @@ class Gguf:
     ignores: tuple[str, ...] = ()  # globs of our linear layers that llama.cpp adds no adapter to
     refuses: Callable[[Any], str | None] = lambda config: None  # returns why a config cannot be written, if so
     norms: float = 0.0  # what the file's norms have added to ours
+    names: Mapping[str, str] = field(default_factory=dict)  # module of ours -> tensor, where the tables have none
     # key of the header, without `arch.` -> field of ModelConfig, or that ("": all of it) and a function of its value
     keys: Mapping[str, str | tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)
     # field -> values that llama.cpp computes with, or a function of the config that returns them

@@ -12,10 +12,15 @@ from typing import Any, Literal
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, Latent, ModelConfig, checked, or_zero
 from litpeft.model.families import EXPERTS as EXPERT_KEYS
 from litpeft.model.families import OWN_SIZE, Gguf, llama, without
-from litpeft.model.families.qwen3_moe import EXPERTS
+from litpeft.model.families.qwen3_moe import EXPERTS as ROUTED
 from litpeft.model.parts import LATENT_EPS as EPS
 from litpeft.model.rope import grown
 
+EXPERTS = ROUTED | {
+    "blocks.{}.mlp.shared.gate": "model.layers.{}.mlp.shared_experts.gate_proj",
+    "blocks.{}.mlp.shared.up": "model.layers.{}.mlp.shared_experts.up_proj",
+    "blocks.{}.mlp.shared.down": "model.layers.{}.mlp.shared_experts.down_proj",
+}
 NAMES = (
     without(without(llama.NAMES, "*.attn.k"), "*.attn.v")
     | EXPERTS
@@ -26,20 +31,10 @@ NAMES = (
         "blocks.{}.attn.kv_a": "model.layers.{}.self_attn.kv_a_proj_with_mqa",
         "blocks.{}.attn.kv_norm": "model.layers.{}.self_attn.kv_a_layernorm",
         "blocks.{}.attn.kv_b": "model.layers.{}.self_attn.kv_b_proj",
-        "blocks.{}.mlp.shared.gate": "model.layers.{}.mlp.shared_experts.gate_proj",
-        "blocks.{}.mlp.shared.up": "model.layers.{}.mlp.shared_experts.up_proj",
-        "blocks.{}.mlp.shared.down": "model.layers.{}.mlp.shared_experts.down_proj",
     }
 )
 GGUF_IGNORES = ("*.attn.q", "*.attn.q_a", "*.attn.q_b", "*.attn.kv_a", "*.attn.kv_b", "head")
-GGUF_KEYS = {
-    "attention.head_count_kv": ("latent", lambda latent: 1),  # the vector that all heads share
-    "attention.key_length": ("latent", lambda latent: latent.kv_rank + latent.turning),
-    "attention.value_length": ("latent", lambda latent: latent.kv_rank),
-    "attention.key_length_mla": ("latent", lambda latent: latent.still + latent.turning),
-    "attention.value_length_mla": ("latent", lambda latent: latent.values),
-    "attention.q_lora_rank": ("latent", lambda latent: latent.q_rank),
-    "attention.kv_lora_rank": ("latent", lambda latent: latent.kv_rank),
+GGUF_EXPERTS = {
     "leading_dense_block_count": ("experts", lambda experts: len(experts.dense_layers)),
     "expert_shared_count": ("experts", lambda experts: experts.shared_d_ff // experts.d_ff),
     "expert_weights_scale": ("experts", lambda experts: experts.scale),
@@ -49,6 +44,16 @@ GGUF_KEYS = {
     "expert_group_used_count": ("experts", lambda experts: experts.active_groups),
     **EXPERT_KEYS,
     **OWN_SIZE,
+}
+GGUF_KEYS = {
+    "attention.head_count_kv": ("latent", lambda latent: 1),  # the vector that all heads share
+    "attention.key_length": ("latent", lambda latent: latent.kv_rank + latent.turning),
+    "attention.value_length": ("latent", lambda latent: latent.kv_rank),
+    "attention.key_length_mla": ("latent", lambda latent: latent.still + latent.turning),
+    "attention.value_length_mla": ("latent", lambda latent: latent.values),
+    "attention.q_lora_rank": ("latent", lambda latent: latent.q_rank),
+    "attention.kv_lora_rank": ("latent", lambda latent: latent.kv_rank),
+    **GGUF_EXPERTS,
 }
 
 
@@ -120,20 +125,20 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of DeepseekV3ForCausalLM describes."""
     keys = Keys.read(hf)
     refuse_null(keys, "n_group", "topk_group", "first_k_dense_replace")
-    experts = replace(
-        experts_of(keys),
-        normed=bool(keys.norm_topk_prob),
-        groups=keys.n_group,
-        active_groups=keys.topk_group,
-        corrected=True,
-    )
-    return latent(keys, hf, experts=experts, rope_pairs=bool(keys.rope_interleave))
+    return latent(keys, hf, experts=chosen_by_sigmoids(keys), rope_pairs=bool(keys.rope_interleave))
+
+
+def chosen_by_sigmoids(keys: Any) -> Experts:
+    """Returns the experts of V3, and of families that have taken them over."""
+    switches = {"groups": keys.n_group, "active_groups": keys.topk_group, "corrected": True}
+    return replace(experts_of(keys), normed=bool(keys.norm_topk_prob), **switches)
 
 
 def refuse_null(keys: ConfigKeys, *names: str) -> None:
     """Raises if one of these keys is null."""
     if null := [name for name in names if getattr(keys, name) is None]:
-        raise ValueError(f"{null[0]} null is not supported; it must be a whole number")
+        other = "".join(f" ({alias})" for alias, name in keys.ALIASES.items() if name == null[0])
+        raise ValueError(f"{null[0]}{other} null is not supported; it must be a number")
 
 
 def experts_of(keys: Any) -> Experts:

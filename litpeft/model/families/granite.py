@@ -45,11 +45,17 @@ class Keys(ConfigKeys):
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of GraniteForCausalLM describes."""
     keys = Keys.read(hf)
-    return llama.usual(
-        keys,
-        hf,
-        embed_scale=float(keys.embedding_multiplier),
-        residual_scale=float(keys.residual_multiplier),
-        score_scale=float(keys.attention_multiplier),
-        logit_scale=1 / keys.logits_scaling,
-    )
+    return llama.usual(keys, hf, **scales(keys))
+
+
+SCALES = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+
+
+def scales(keys: Any) -> dict[str, float]:
+    """Returns the factors of both generations."""
+    return {
+        "embed_scale": float(keys.embedding_multiplier),
+        "residual_scale": float(keys.residual_multiplier),
+        "score_scale": float(keys.attention_multiplier),
+        "logit_scale": 1 / keys.logits_scaling,
+    }

@@ -84,7 +84,7 @@ def usual(
         "rope_theta": base,
         "rope_scaling": scaling,
         "tie_embeddings": keys.tie_word_embeddings,
-        "activation": ACTIVATIONS[getattr(keys, "hidden_act", "silu")],
+        "activation": switches.get("activation") or ACTIVATIONS[getattr(keys, "hidden_act", "silu")],
         "qkv_bias": biased,
         "output_bias": biased,
         "mlp_bias": getattr(keys, "mlp_bias", False),

@@ -174,7 +174,8 @@ class NameMap:
         """Returns the shape of the file's tensor that consists of these parameters."""
         pieces = list(dict.fromkeys(map(self._piece, parts)))
         fused, place = self._fused[pieces[0]], self._place(parts[0])
-        shape = (sum(self.ours[part][0] for part in fused), *self.ours[fused[0]][1:])
+        first = self.ours[fused[0]]
+        shape = (sum(self.ours[part][0] for part in fused), *first[1:]) if len(fused) > 1 else first
         shape = shape[::-1] if place.transposed else shape
         return (len(pieces), *shape) if place.stack else shape
 

@@ -7,15 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ConfigKeys, Experts, ModelConfig
-from litpeft.model.families import qwen3_5_text, qwen3_moe
+from litpeft.model.families import qwen3_5_text
+from litpeft.model.families.qwen2_moe import SHARED
+from litpeft.model.families.qwen3_moe import EXPERTS
 
-SHARED = {
-    "blocks.{}.mlp.shared.gate": "model.layers.{}.mlp.shared_expert.gate_proj",
-    "blocks.{}.mlp.shared.up": "model.layers.{}.mlp.shared_expert.up_proj",
-    "blocks.{}.mlp.shared.down": "model.layers.{}.mlp.shared_expert.down_proj",
-    "blocks.{}.mlp.shared_gate": "model.layers.{}.mlp.shared_expert_gate",
-}
-NAMES = qwen3_5_text.NAMES | qwen3_moe.EXPERTS | SHARED
+NAMES = qwen3_5_text.NAMES | EXPERTS | SHARED
 BUFFERS = qwen3_5_text.BUFFERS
 
 

@@ -4,6 +4,7 @@ The router's extra loss and the dropout that its config.json may name (router_au
 applied.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -54,13 +55,22 @@ class Keys(ConfigKeys):
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of Qwen3MoeForCausalLM describes."""
-    keys = Keys.read({key: value for key, value in hf.items() if (key, value) != ("mlp_only_layers", [])})
+    keys = Keys.read(without_empty(hf))
     config = llama.usual(keys, hf, qk_norm="head")
-    dense = keys.mlp_only_layers or []
-    rest = [layer for layer in range(config.n_layers) if layer in dense or (layer + 1) % keys.decoder_sparse_step]
     # transformers 5 writes another name
     number = checked("num_local_experts", hf.get("num_local_experts", keys.num_experts), int)
     sizes = number, keys.num_experts_per_tok, keys.moe_intermediate_size
-    experts = Experts(*sizes, keys.norm_topk_prob, dense_layers=tuple(rest))
+    experts = Experts(*sizes, keys.norm_topk_prob, dense_layers=dense_layers(keys))
     window = keys.sliding_window if keys.use_sliding_window else None
     return replace(config, window=window, experts=experts)
+
+
+def without_empty(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config.json without the empty list of layers that Qwen's files have."""
+    return {key: value for key, value in hf.items() if (key, value) != ("mlp_only_layers", [])}
+
+
+def dense_layers(keys: Any) -> tuple[int, ...]:
+    """Returns the layers without experts."""
+    dense, step = keys.mlp_only_layers or [], keys.decoder_sparse_step
+    return tuple(layer for layer in range(keys.num_hidden_layers) if layer in dense or (layer + 1) % step)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from litpeft.model.config import ConfigKeys, Experts, ModelConfig
 from litpeft.model.families import Place, qwen3_5_moe_text, qwen3_5_text
+from litpeft.model.families.qwen3_moe import dense_layers, without_empty
 
 QKVZ = Place("model.layers.{}.linear_attn.in_proj_qkvz", per="linear_key_heads")
 BA = Place("model.layers.{}.linear_attn.in_proj_ba", per="linear_key_heads")
@@ -52,10 +53,10 @@ class Keys(ConfigKeys):
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of Qwen3NextForCausalLM describes."""
-    keys = Keys.read({key: value for key, value in hf.items() if (key, value) != ("mlp_only_layers", [])})
-    config, dense = qwen3_5_text.hybrid(keys, hf), keys.mlp_only_layers or []
-    rest = [layer for layer in range(config.n_layers) if layer in dense or (layer + 1) % keys.decoder_sparse_step]
+    keys = Keys.read(without_empty(hf))
     sizes = keys.num_experts, keys.num_experts_per_tok, keys.moe_intermediate_size
     shared = keys.shared_expert_intermediate_size
-    experts = Experts(*sizes, keys.norm_topk_prob, dense_layers=tuple(rest), shared_d_ff=shared, shared_gate=True)
-    return replace(config, experts=experts)
+    experts = Experts(
+        *sizes, keys.norm_topk_prob, dense_layers=dense_layers(keys), shared_d_ff=shared, shared_gate=True
+    )
+    return replace(qwen3_5_text.hybrid(keys, hf), experts=experts)
