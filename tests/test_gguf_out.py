@@ -54,6 +54,8 @@ EXAONE4 = {
     "rope_parameters": CASES["rope llama3"]["rope_parameters"],
 }
 OLMO3 = {"model_type": "olmo3", "rope_scaling": YARN | {"rope_theta": 500_000.0}} | TURNS
+LINEAR = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_value_heads": 6}
+LINEAR |= {"linear_num_key_heads": 2, "layer_types": ["linear_attention", "full_attention"]}
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
     "llama, wide heads": (CASES["one key head, wide heads"], 1e-5),
@@ -68,6 +70,9 @@ WRITTEN = {
     "gpt2": ({"model_type": "gpt2", "n_inner": 256, "n_positions": 1024}, GELU),  # as transformers' reader has it
     "qwen2": (CASES["qwen2, tied, no window"], 1e-5),
     "qwen3": (CASES["qwen3"], 1e-5),
+    "qwen3_5_text": (CASES["qwen3_5_text"] | LINEAR, 1e-5),
+    "qwen3_5_moe_text": (CASES["qwen3_5_moe_text"] | LINEAR, 1e-5),
+    "qwen3_next": (CASES["qwen3_next"] | LINEAR, 1e-5),
     "gemma": (CASES["gemma"], GELU),
     "gemma2": ({"model_type": "gemma2", "num_hidden_layers": 4} | GEMMA, 5 * GELU),
     "gemma3_text": (
@@ -214,7 +219,7 @@ def test_llama_cpp_reads_every_type_as_transformers_does(tmp_path, type_: str) -
         assert (next_token(client, PROMPTS[1], ROWS) - want).abs().max() <= (2e-2 if type_ == "f16" else 0.15)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "qwen3_5_text", "qwen3_5_moe_text"])
 def test_transformers_reads_the_file(tmp_path_factory, name: str) -> None:
     base, file = made(tmp_path_factory, name)
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

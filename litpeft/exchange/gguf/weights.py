@@ -84,6 +84,7 @@ class GgufFile:
         except OSError as error:
             raise ModelError(f"cannot be read: {error.strerror}", where=path) from None
         self.stored = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.values, self.stored, self.left_out = without_next(self.values, self.stored)
         with located(path):
             self._check_kind()
             self._check_layout()
@@ -97,7 +98,8 @@ class GgufFile:
         kinds = ", ".join(f"{number} {name}" for name, number in types.most_common())
         layers = counted(self._size("block_count"), "layer")
         sizes = f"{self.config['model_type']}, {layers}, {count / 1e6:.1f} M parameters"
-        return f"{sizes}; tensors {kinds}; {self.tokenizer.summary()}"
+        more = f"; without the {counted(self.left_out, 'layer')} for further tokens" if self.left_out else ""
+        return f"{sizes}; tensors {kinds}; {self.tokenizer.summary()}{more}"
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the model as a Hugging Face folder."""
@@ -121,21 +123,21 @@ class GgufFile:
         wanted = [name for name in layout.parts if name in asked]
         for name in wanted:
             shape = tuple(int(size) for size in reversed(self.stored[name].shape))
-            if layout.shape(name) not in (shape, (1, *shape)):  # a row is a vector in some files
+            if as_matrix(shape) != as_matrix(layout.shape(name)):
                 raise ModelError(f"{name} is {shape}, expected {layout.shape(name)}", where=self.path)
         read = lambda name: self._values(name, layout, dtype)
         yield from layout.names.written(pair for name in wanted for pair in layout.ours(name, read).items())
 
     def _values(self, name: str, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """Returns the numbers of a tensor, without what the file's have added to ours."""
-        tensor, shape, added = self.stored[name], layout.shape(name), layout.added(name)
+        """Returns the numbers of a tensor, as ours are."""
+        tensor, shape = self.stored[name], layout.shape(name)
         values = torch.empty(shape, dtype=dtype)
         rows, data = values.view(-1, shape[-1]), np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
         for at in range(0, len(rows), step := max(1, CHUNK // shape[-1])):
             with np.errstate(all="ignore"):  # `convert` checks that the numbers are finite
                 part = gguf.dequantize(data[at : at + step], tensor.tensor_type)
             part = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
-            rows[at : at + step] = part - added if added else part
+            rows[at : at + step] = layout.restored(name, part)
         return values
 
     def _size(self, key: str) -> int:
@@ -177,3 +179,23 @@ class GgufFile:
             end = -(-last // alignment) * alignment
         if self.stored and not last <= len(self.reader.data) <= end:
             raise ModelError(f"has {len(self.reader.data)} bytes, but its tensors end at {last}", hint=AGAIN)
+
+
+def without_next(values: dict[str, Any], stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Returns a header and tensors without the last layers if those predict further tokens, and how many these are.
+
+    No other layer reads them; transformers' classes have none.
+    """
+    arch = values.get("general.architecture")
+    keys = f"{arch}.block_count", f"{arch}.nextn_predict_layers"
+    count, extra = (values.get(key, 0) for key in keys)
+    if type(count) is not int or type(extra) is not int or not 0 < extra < count <= len(stored):
+        return values, stored, 0
+    dropped = tuple(f"blk.{number}." for number in range(count - extra, count))
+    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(dropped)}
+    return values | dict(zip(keys, (count - extra, 0), strict=True)), kept, extra
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a tensor, of a vector that of a matrix with one row."""
+    return shape if len(shape) > 1 else (1, *shape)

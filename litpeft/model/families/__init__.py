@@ -113,6 +113,7 @@ class Gguf:
     refuses: Callable[[Any], str | None] = lambda config: None  # returns why a config cannot be written, if so
     norms: float = 0.0  # what the file's norms have added to ours
     names: Mapping[str, str] = field(default_factory=dict)  # module of ours -> tensor, where the tables have none
+    values_in_turn: bool = False  # linear attention: the first value head of each key head, then the second of each
     # key of the header, without `arch.` -> field of ModelConfig, or that ("": all of it) and a function of its value
     keys: Mapping[str, str | tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)
     # field -> values that llama.cpp computes with, or a function of the config that returns them
@@ -131,6 +132,7 @@ EXPERTS = {  # keys of every family with experts
     "expert_used_count": ("experts", lambda experts: experts.active),
 }
 OWN_SIZE = {"expert_feed_forward_length": ("experts", lambda experts: experts.d_ff)}
+SHARED_SIZE = {"expert_shared_feed_forward_length": ("experts", lambda experts: experts.shared_d_ff)}
 
 
 def in_all_layers(normed: bool, **switches: Any) -> Callable[[Any], tuple[Any, ...]]:

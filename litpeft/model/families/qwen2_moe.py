@@ -22,11 +22,7 @@ SHARED = {
 NAMES = llama.NAMES | EXPERTS | SHARED
 GGUF = Gguf(
     "qwen2moe",
-    keys={
-        "expert_shared_feed_forward_length": ("experts", lambda experts: experts.shared_d_ff),
-        **families.EXPERTS,
-        **families.OWN_SIZE,
-    },
+    keys=families.EXPERTS | families.OWN_SIZE | families.SHARED_SIZE,
     graph={"qkv_bias": (True,), "head_dim": usual_heads, "experts": in_all_layers(normed=False)},
 )
 

@@ -6,13 +6,20 @@ The router's extra loss (router_aux_loss_coef) is not applied.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from litpeft.model import families
 from litpeft.model.config import ConfigKeys, Experts, ModelConfig
-from litpeft.model.families import qwen3_5_text
+from litpeft.model.families import in_all_layers, qwen3_5_text
 from litpeft.model.families.qwen2_moe import SHARED
 from litpeft.model.families.qwen3_moe import EXPERTS
 
 NAMES = qwen3_5_text.NAMES | EXPERTS | SHARED
 BUFFERS = qwen3_5_text.BUFFERS
+GGUF = replace(
+    qwen3_5_text.GGUF,
+    arch="qwen35moe",
+    keys=qwen3_5_text.GGUF.keys | families.EXPERTS | families.OWN_SIZE | families.SHARED_SIZE,
+    graph=qwen3_5_text.GGUF.graph | {"experts": in_all_layers(normed=True)},
+)
 
 
 @dataclass(frozen=True)
