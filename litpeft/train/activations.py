@@ -22,6 +22,7 @@ from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
 from litpeft.model.short_convolution import ShortConvolution
 from litpeft.model.slots import Linear
+from litpeft.model.xielu import XIELU
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Kept:
         kept = width * len(first) + self.input(last, fresh=not light)
         if not (self.cheap or mlp.act is F.silu or mlp.gate is None):
             kept += width * (1 if mlp.clamped is None else 4)  # the activation; clamped, up + 1, sigmoid, a product
+        if not self.cheap and isinstance(mlp.act, XIELU):
+            kept += 2 * width  # its parts
         return kept
 
     def input(self, layers: list[Linear], fresh: bool = True, cheap: bool = True) -> float:

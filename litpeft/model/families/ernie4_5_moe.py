@@ -32,6 +32,15 @@ GGUF = Gguf(
     },
     graph={"rope_pairs": (True,), "experts": lambda config: (leading(config.experts),)},
 )
+OF_EXPERTS = (
+    "moe_k",
+    "moe_num_experts",
+    "moe_num_shared_experts",
+    "moe_layer_start_index",
+    "moe_layer_end_index",
+    "moe_layer_interval",
+    "moe_norm_min",
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Keys(ConfigKeys):
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of Ernie4_5_MoeForCausalLM describes."""
     keys = Keys.read({key: value for key, value in hf.items() if (key, value) != ("moe_layer_end_index", -1)})
-    deepseek_v3.refuse_null(keys, *(name for name in vars(keys) if name.startswith("moe_")))
+    deepseek_v3.refuse_null(keys, *OF_EXPERTS)
     experts = Experts(
         keys.moe_num_experts,
         keys.moe_k,
