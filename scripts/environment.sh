@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 CONSTRAINTS=${CONSTRAINTS-constraints.txt}
+unset PYTHONDONTWRITEBYTECODE # a module is compiled when it is first imported, not by every process anew
 
 install_litpeft() {
     local torch
@@ -20,6 +21,13 @@ install_litpeft() {
             echo "$torch" >"$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/found_torch.pth"
         fi
     fi
+    local stamp # of this extra, or without one of any, unless what is to be installed has changed since
+    for stamp in .venv/installed"$1"*; do
+        if [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt constraints.txt ] && [ "$(<"$stamp")" = "$CONSTRAINTS" ]; then
+            export PATH="$PWD/.venv/bin:$PATH"
+            return
+        fi
+    done
     local pins=()
     if [ -n "$CONSTRAINTS" ]; then
         pins=(-c "$CONSTRAINTS")
@@ -29,7 +37,9 @@ install_litpeft() {
         fi
     fi
     echo "== installing litpeft$1 into .venv"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${pins[@]}" -e ".$1"
+    # --no-compile: to compile all that no one imports takes as long as all else of the installation
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile "${pins[@]}" -e ".$1"
+    printf %s "$CONSTRAINTS" >".venv/installed$1"
     export PATH="$PWD/.venv/bin:$PATH"
 }
 

@@ -3,6 +3,7 @@
 # order into JSON with LoRA, see what it learned, merge, generate. Can be run again. Arguments go to `litpeft finetune`:
 #
 #   bash scripts/quickstart.sh --train.max_steps 5
+#   MAX_ROWS=16 bash scripts/quickstart.sh           asks only 16 of the 48 orders at the end
 
 source "$(dirname "$0")/environment.sh"
 run=out/smollm2-135m/lora
@@ -15,7 +16,7 @@ say "finetuning on $(wc -l <$orders/train.jsonl) orders"
 litpeft finetune lora --config config_hub/smollm2-135m/lora.yaml --overwrite "$@"
 
 say "what it learned: orders that it has never seen, before and after"
-litpeft evaluate "$run" "$orders/validation.jsonl"
+litpeft evaluate "$run" "$orders/validation.jsonl" ${MAX_ROWS:+--max_rows "$MAX_ROWS"}
 
 say "merging into an ordinary Hugging Face folder"
 litpeft merge "$run" --overwrite

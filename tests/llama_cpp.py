@@ -70,9 +70,13 @@ def of_model(model: GPT, prompt: list[int]) -> torch.Tensor:
     return model(torch.tensor([prompt]))[0, -1].float().log_softmax(-1)
 
 
-def greedy(model: GPT, prompt: list[int], tokens: int, stop: Collection[int]) -> list[int]:
-    """Returns our model's most probable tokens, computed anew for each, up to the first that ends an answer."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + tokens and ids[-1] not in stop:
-        ids.append(int(of_model(model, ids).argmax()))
-    return ids[len(prompt) :]
+@torch.no_grad()
+def greedy(model: GPT, prompt: list[int], answer: list[int], tokens: int, stop: Collection[int]) -> list[int]:
+    """Returns our model's most probable ids after the prompt and after each id of an answer.
+
+    They are those of the answer if and only if it is our model's greedy one: up to the first id that ends it, or of so
+    many `tokens`.
+    """
+    best = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 :].argmax(-1).tolist()
+    end = next((at for at, number in enumerate(best, 1) if number in stop), tokens)
+    return best[: min(end, tokens)]

@@ -80,10 +80,6 @@ class Ranks:
 
 def start(log: Path, *argv: object, world: int = 2, hook: Hook | None = None, **environment: str) -> Ranks:
     """Starts a command on `world` ranks; further names are variables of their environment."""
-    log.unlink(missing_ok=True)
-    port = str(free_port())
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(world)}
-    common[PARENT] = str(os.getpid())
     command = [*map(str, argv), "--devices", str(world)] if world > 1 else [*map(str, argv)]
     name = " ".join(command[:2])
     cli.parser_of(name, cli.COMMANDS[name])  # kept for the ranks; see conftest.py
@@ -94,6 +90,15 @@ def start(log: Path, *argv: object, world: int = 2, hook: Hook | None = None, **
             hook(rank)
         cli.main(command)
 
+    return forked(action, log, world, **environment)
+
+
+def forked(action: Callable[[int], object], log: Path, world: int = 2, **environment: str) -> Ranks:
+    """Starts processes that do `action` and see where they stand, as those that `litpeft` starts."""
+    log.unlink(missing_ok=True)
+    port = str(free_port())
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(world)}
+    common[PARENT] = str(os.getpid())
     ranks = []
     for rank in range(world):
         own = common | {"LOCAL_RANK": str(rank)} if world > 1 else {}

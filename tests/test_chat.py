@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHATML, finetune, make_folder
+from short_runs import forked
 
 from litpeft.core.errors import UserError
 from litpeft.core.safetensors import Weights
@@ -208,19 +209,28 @@ def test_a_conversation_beyond_the_model_is_an_error_that_says_reset_and_keeps_i
     ask(talk, "short")
 
 
+def talk_at(terminal: str, environment: dict[str, str], settings: Chat, readline: bool) -> None:
+    """What a process of its own does: it makes a terminal its own, as a shell does, and talks there."""
+    os.setsid()
+    for number in range(3):
+        os.dup2(os.open(terminal, os.O_RDWR), number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, 1) for n, mode in enumerate("rww"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ |= environment
+    assert "readline" not in sys.modules  # it looks at the terminal when it is imported
+    if not readline:
+        sys.modules["readline"] = None
+    chat(settings)
+
+
 class Terminal:
     """`litpeft chat` in a process of its own, at the other end of a pseudo-terminal."""
 
-    def __init__(self, model: Path, state: Path, max_new_tokens: int, term: str = "dumb", first: str = ""):
-        code = (
-            f"{first}from litpeft.generate.chat import chat; from litpeft.generate.settings import Chat, Sampling;"
-            f"chat(Chat({str(model)!r}, precision='32-true', sampling=Sampling(max_new_tokens={max_new_tokens})))"
-        )
-        env = os.environ | {"XDG_STATE_HOME": str(state), "TERM": term, "PYTHONPATH": os.pathsep.join(sys.path)}
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in a terminal; tests in the background ignore it
-            os.execve(sys.executable, [sys.executable, "-c", code], env)
+    def __init__(self, model: Path, state: Path, max_new_tokens: int, term: str = "dumb", readline: bool = True):
+        settings = Chat(str(model), precision="32-true", sampling=Sampling(max_new_tokens=max_new_tokens))
+        self.fd, self.other = pty.openpty()
+        environment = {"XDG_STATE_HOME": str(state), "TERM": term}
+        self.process = forked(talk_at, os.ttyname(self.other), environment, settings, readline)
         self.seen = ""
 
     def until(self, pattern: str, again: str = "") -> None:
@@ -239,7 +249,12 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def exit_code(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.process.join()
+        return self.process.exitcode
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self.other)
 
 
 @pytest.fixture
@@ -249,24 +264,24 @@ def terminal(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     model = make_folder(tmp_path / "model", seed=7, **changes)
     talk = Terminal(model, tmp_path / "state", 8000)
     yield talk
-    os.close(talk.fd)
+    talk.close()
 
 
 PASTE = "one\ntwo \\\n\n/reset\nthree"
 
 
 @pytest.mark.parametrize(
-    ("term", "first", "before", "after"),
+    ("term", "readline", "before", "after"),
     [
-        ("xterm", "", "\x1b[200~", "\x1b[201~\n"),  # what a terminal sends around a paste, and Enter
-        ("dumb", "", "\x1b[200~", "\x1b[201~\n"),  # unasked
-        ("dumb", "", "", "\n"),  # the lines as they are
-        ("xterm", "", "", "\n"),  # though it was asked
-        ("dumb", "import sys; sys.modules['readline'] = None; ", "", "\n"),  # and no readline
+        ("xterm", True, "\x1b[200~", "\x1b[201~\n"),  # what a terminal sends around a paste, and Enter
+        ("dumb", True, "\x1b[200~", "\x1b[201~\n"),  # unasked
+        ("dumb", True, "", "\n"),  # the lines as they are
+        ("xterm", True, "", "\n"),  # though it was asked
+        ("dumb", False, "", "\n"),  # and no readline
     ],
 )
-def test_a_paste_of_several_lines_is_one_message(base, tmp_path, term: str, first: str, before: str, after: str):
-    talk = Terminal(base, tmp_path / "state", 4, term, first)
+def test_a_paste_of_several_lines_is_one_message(base, tmp_path, term: str, readline: bool, before: str, after: str):
+    talk = Terminal(base, tmp_path / "state", 4, term, readline)
     talk.until(r"\x1b\[\?2004h> " if term == "xterm" else "> ")  # asks the terminal to mark what is pasted
     talk.type(before + PASTE + after)
     talk.until(r"three.*\[cut at sampling.*> ")
@@ -274,7 +289,7 @@ def test_a_paste_of_several_lines_is_one_message(base, tmp_path, term: str, firs
     talk.until("written to")
     talk.type("/exit\n")
     assert talk.exit_code() == 0
-    os.close(talk.fd)
+    talk.close()
     messages = json.loads((tmp_path / "talk.json").read_text())[0]["messages"]
     assert [turn["role"] for turn in messages] == ["user", "assistant"]
     assert messages[0]["content"] == PASTE

@@ -9,13 +9,20 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from ranks import forked
+from torch.distributed.fsdp import fully_shard
 
+import litpeft.train.launch
 from litpeft.core.errors import PEER_LOST, STOPPED, ConfigError, UserError
-from litpeft.train.launch import check_world, launch, peer_lost, started_by
+from litpeft.train.launch import check_world, launch, leave, peer_lost, rank_environment, started_by
 
 ROOT = Path(__file__).parent.parent
 PARENT = """
@@ -119,24 +126,31 @@ except RuntimeError as error:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
 @pytest.mark.parametrize("work", ["ddp", "fsdp", "group"])
-def test_a_lost_rank_is_known_inside_a_model_too(work: str, how: str) -> None:
-    script = """
-from torch.distributed.fsdp import fully_shard
-model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
-model = torch.nn.parallel.DistributedDataParallel(model) if sys.argv[1] == "ddp" else model
-model = fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,))) if sys.argv[1] == "fsdp" else model
-try:
-    for step in range(5):
-        loss = model(torch.ones(2, 8)).sum()
-        if step == 3 and rank == 1:
-            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
-        loss.backward()
-        if sys.argv[1] == "group":
-            dist.new_group([0, 1], timeout=datetime.timedelta(seconds=2))
-except RuntimeError as error:
-    say("not known:", error) if not peer_lost(error) else leave(7)
-"""
-    assert run("import torch\n" + GLOO + script, work, how, grace=0.5)[:2] == (PEER_LOST, "")
+def test_a_lost_rank_is_known_inside_a_model_too(
+    work: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steps(rank: int) -> None:
+        os.environ["RANK"] = str(rank)
+        seconds = timedelta(seconds=2)
+        dist.init_process_group("gloo", timeout=seconds)
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        model = torch.nn.parallel.DistributedDataParallel(model) if work == "ddp" else model
+        model = fully_shard(model, mesh=dist.init_device_mesh("cpu", (2,))) if work == "fsdp" else model
+        try:
+            for step in range(5):
+                loss = model(torch.ones(2, 8)).sum()
+                if step == 3 and rank == 1:
+                    os.kill(os.getpid(), getattr(signal, how))
+                loss.backward()
+                if work == "group":
+                    dist.new_group([0, 1], timeout=seconds)
+        except RuntimeError as error:
+            print("not known:", error) if not peer_lost(error) else leave(7)
+
+    monkeypatch.setattr(litpeft.train.launch, "PATIENCE", 0.5)
+    ranks = forked(steps, tmp_path / "log")
+    assert ranks.wait(grace=0.5) == PEER_LOST
+    assert "not known" not in ranks.said
 
 
 def test_a_rank_that_hears_nothing_gets_sigterm_when_the_grace_is_over() -> None:
@@ -164,18 +178,20 @@ def test_ranks_see_where_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(run(script, devices=1)[1])["OMP_NUM_THREADS"] == "3"
 
 
-def test_fabric_takes_the_ranks_for_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fabric_takes_the_ranks_for_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    script = """
-from lightning.fabric import Fabric
-fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
-fabric.launch()
-total = fabric.all_reduce(__import__("torch").tensor(float(1 + fabric.global_rank)), reduce_op="sum")
-say(fabric.world_size, int(total))
-leave(0)
-"""
-    code, out, _ = run(script)
-    assert (code, sorted(out.splitlines())) == (0, ["2 3", "2 3"])
+
+    def add_up(rank: int) -> None:
+        assert launch([], 2, 1) is None
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+        fabric.launch()
+        total = fabric.all_reduce(torch.tensor(float(1 + fabric.global_rank)), reduce_op="sum")
+        print(fabric.world_size, int(total))
+        leave(0)
+
+    ranks = forked(add_up, tmp_path / "log", **rank_environment(2, 1))
+    assert ranks.wait() == 0
+    assert [line for line in ranks.said.splitlines() if line[0].isdigit()] == ["2 3", "2 3"]
 
 
 def test_a_second_node_numbers_its_ranks_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

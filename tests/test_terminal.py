@@ -12,6 +12,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from short_runs import start
 
 from litpeft.cli import main
 from litpeft.core.terminal import clean, say, tell
@@ -20,13 +21,6 @@ ROOT = Path(__file__).parent.parent
 # an escape sequence, BEL, backspace, carriage return, C1's CSI, a right-to-left override and isolate
 EVIL = "\x1b[2J\x07\x08\r\x9b31m\u202e\u2066!"
 DANGER = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def litpeft(*argv: str, **settings) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
-    return subprocess.run(
-        [sys.executable, "-m", "litpeft", *argv], capture_output=True, encoding="utf-8", env=environment, **settings
-    )
 
 
 def test_what_is_clean_holds_no_control_character_but_line_breaks():
@@ -122,9 +116,10 @@ def evil_value(folder: Path, base: Path) -> list[str]:
     [evil_config, evil_file, evil_rows, evil_table, evil_row, evil_template, evil_family, evil_option, evil_value],
 )
 def test_no_text_from_outside_reaches_the_terminal_raw(make, tmp_path, tiny_folder):
-    done = litpeft(*make(tmp_path, tiny_folder))
-    assert done.returncode in (0, 2, 3, 4), done.stderr
-    said = done.stdout + done.stderr
+    process = start(make(tmp_path, tiny_folder), tmp_path / "said")
+    process.join()
+    said = (tmp_path / "said").read_bytes().decode()
+    assert process.exitcode in (0, 2, 3, 4), said
     assert DANGER.search(said) is None, repr(said)
     assert "!" in said
     assert "\nhint: all is well" not in said

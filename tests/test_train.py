@@ -5,9 +5,9 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ import yaml
 from conftest import finetune, make_folder, read_metrics, write_rows
 from lightning.fabric import Fabric
 from safetensors.torch import load_file, save_file
+from short_runs import start, wait_for_step
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from litpeft.cli import COMMANDS, parse
@@ -31,8 +32,6 @@ from litpeft.train.optim import lr_at, make_optimizer
 from litpeft.train.progress import Progress
 from litpeft.train.settings import Train
 from litpeft.train.step import Stepper
-
-ROOT = Path(__file__).parent.parent
 
 
 def some_rows(count: int = 8) -> list[Row]:
@@ -449,27 +448,22 @@ def test_an_output_that_exists_is_refused_or_replaced_as_a_whole(tiny_folder, tm
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "run"]
 
 
-def start(base: Path, folder: Path, *argv: str) -> subprocess.Popen:
+def start_long(base: Path, folder: Path, *argv: str) -> BaseProcess:
     """Starts a run that would take very long, in a process of its own."""
     data = write_rows(folder)
     common = ["--base.dir", base, "--data.path", data, "--out", folder / "run", "--train.epochs", 100000]
-    command = [sys.executable, "-m", "litpeft", "finetune", "lora", *map(str, common), *argv]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return start(["finetune", "lora", *map(str, common), *argv], folder / "said")
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_ends_the_run_after_its_step_with_the_delta_saved(
     tiny_folder, tmp_path, number: signal.Signals, exit_code: int
 ) -> None:
-    process, out = start(tiny_folder, tmp_path), tmp_path / "run"
-    while process.poll() is None and not (out / "metrics.csv").exists():
-        time.sleep(0.1)
-    while process.poll() is None and len((out / "metrics.csv").read_text().splitlines()) < 5:
-        time.sleep(0.1)
-    process.send_signal(number)
-    said = process.communicate()
-    assert process.returncode == exit_code, said
+    process, out = start_long(tiny_folder, tmp_path), tmp_path / "run"
+    wait_for_step(out, 3, process)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == exit_code, (tmp_path / "said").read_text()
     assert json.loads((out / "final" / "delta.json").read_text())["step"] >= 3
     assert f"{number.name} at step" in (out / "report.md").read_text()
 
@@ -477,11 +471,11 @@ def test_a_signal_ends_the_run_after_its_step_with_the_delta_saved(
 def test_a_run_that_was_killed_while_replacing_another_gives_that_one_back(tiny_folder, tmp_path) -> None:
     out = finetune(tiny_folder, tmp_path)
     whole = (out / "final" / "delta.safetensors").read_bytes()
-    process = start(tiny_folder, tmp_path, "--overwrite")
-    while process.poll() is None and not (list(tmp_path.glob(".tmp-run-*-old")) and (out / "metrics.csv").exists()):
+    process = start_long(tiny_folder, tmp_path, "--overwrite")
+    while process.is_alive() and not (list(tmp_path.glob(".tmp-run-*-old")) and (out / "metrics.csv").exists()):
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.join()
     assert not (out / "final").exists()
     with pytest.raises(SystemExit):
         finetune(tiny_folder, tmp_path)

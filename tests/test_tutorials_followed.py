@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_folder
-from test_tutorials import PAGES, ROOT, plain, simple_commands
+from test_tutorials import PAGES, ROOT, SHORTER, plain, simple_commands
 
 PART = re.compile(r"^```(\w*) ?.*\n((?:.*\n)*?)```$", re.M)
 FILE = re.compile(r"`([\w/.-]+\.(?:py|yaml))`")
@@ -21,13 +22,18 @@ class Copy:
     def __init__(self, folder: Path):
         self.folder, self.written = folder, []
         for name in ("litpeft", "tests", "config_hub", "tutorials"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            # bytecode of litpeft is that of the copy; that of tests names the files that pytest compiled
+            unlike = shutil.ignore_patterns("__pycache__") if name == "tests" else None
+            shutil.copytree(ROOT / name, folder / name, ignore=unlike)
         for name in ("README.md", "pyproject.toml"):
             shutil.copy(ROOT / name, folder)
         shape = {"vocab_size": 258, "max_position_embeddings": 1024, "dtype": "bfloat16"}
         make_folder(folder / "checkpoints/SmolLM2-135M-Instruct", **shape)
 
     def run(self, *words: str) -> str:
+        """Runs a module, litpeft shortened as in test_tutorials.py; returns what it prints."""
+        if words[0] == "litpeft" and "--dry_run" not in words:
+            words = *words, *shlex.split(SHORTER.get(words[1], ""))
         env = os.environ | {"PYTHONPATH": str(self.folder)}
         argv = [sys.executable, "-m", *words]
         done = subprocess.run(argv, cwd=self.folder, env=env, capture_output=True, text=True)

@@ -25,5 +25,7 @@ def compile_blocks(model: GPT, device: torch.device) -> None:
     check_compiler(device)
     for block in model.blocks:
         block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
+    # A block's floats stay as they are. As variables they are traced first, and most of them as constants once more.
+    torch._dynamo.config.specialize_float = True
     model.fused = None
     model.compiled = torch.compile(run_block, dynamic=True)
