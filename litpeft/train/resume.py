@@ -18,7 +18,7 @@ from litpeft.core.errors import ConfigError, ModelError, nearest, quoted
 from litpeft.core.folders import has_result
 from litpeft.core.json import jsonable
 from litpeft.core.terminal import say
-from litpeft.core.typed import LATER, later, typed
+from litpeft.core.typed import LATER, defaults, typed
 from litpeft.data.settings import Data
 from litpeft.data.store import Rows
 from litpeft.exchange.identity import TokenizerIdentity, changed, config_changes, flat, tokenizer_changes
@@ -222,8 +222,11 @@ def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str,
     if difference is not None:
         hint = "a resumed run continues on what it began with; take another out for a new run"
         raise ConfigError(f"the run began with {difference}", where=where, hint=hint)
-    then = later(Finetune) | saved.facts["settings"]
-    then = then | {"method": later(method_class(facts["method"])) | then["method"], "data": later(Data) | then["data"]}
+    then = defaults(Finetune) | saved.facts["settings"]
+    then = then | {
+        "method": defaults(method_class(facts["method"])) | then["method"],
+        "data": defaults(Data) | then["data"],
+    }
     lines = changed(then, facts["settings"], FREE)
     keys = list(flat(then) | flat(facts["settings"]))
     if unknown := [glob for glob in allowed if not any(fnmatchcase(key, glob) for key in keys)]:

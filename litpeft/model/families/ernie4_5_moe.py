@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig, or_zero
-from litpeft.model.families import EXPERTS, OWN_SIZE, Gguf, deepseek_v3, llama
+from litpeft.model.families import EXPERTS, OWN_SIZE, SHARED_SIZE, Gguf, deepseek_v3, llama
 
 NAMES = llama.NAMES | deepseek_v3.EXPERTS | {"blocks.{}.mlp.router.statics": "model.layers.{}.mlp.moe_statics"}
 BUFFERS = ("*mtp*",)  # the layer that predicts a further token
@@ -26,7 +26,7 @@ GGUF = Gguf(
         "leading_dense_block_count": ("experts", lambda experts: len(experts.dense_layers)),
         "interleave_moe_layer_step": ("experts", lambda experts: 1),
         "expert_shared_count": ("experts", lambda experts: (experts.shared_d_ff or 0) // experts.d_ff),
-        "expert_shared_feed_forward_length": ("experts", lambda experts: experts.shared_d_ff),
+        **SHARED_SIZE,
         **EXPERTS,
         **OWN_SIZE,
     },
