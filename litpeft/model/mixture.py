@@ -19,17 +19,6 @@ from litpeft.model.context import Context
 from litpeft.model.recompute import again
 
 
-class Scores(nn.Linear):
-    """Numbers of each token. No `slots.Linear`: methods leave it alone, and it is never quantised."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype))
-
-
 class Statics(nn.Module):
     """What is added to scores (N, E) for the choice."""
 
@@ -38,8 +27,8 @@ class Statics(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(1, experts))
 
 
-class Router(Scores):
-    """The shares of a token's experts."""
+class Router(nn.Linear):
+    """The shares of a token's experts. No `slots.Linear`: methods leave it alone, and it is never quantised."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.d_model, config.experts.number, config.experts.router_bias)
@@ -47,6 +36,10 @@ class Router(Scores):
         if self.kind.corrected:  # what it is in the files; it has no gradient
             self.register_buffer("e_score_correction_bias", torch.zeros(self.kind.number))
         self.statics = Statics(self.kind.number) if self.kind.statics else None
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns shares and numbers of the chosen experts, both (N, k), for x (N, d)."""
@@ -86,6 +79,21 @@ def unsorted(outputs: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(outputs).index_copy(0, order, outputs)
 
 
+class ShareOfAll(nn.Linear):
+    """What the shared expert adds for a token: y sigmoid(g x). As the router, no `slots.Linear`."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 1, bias=False)
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x and y are (..., d)."""
+        return y * nn.functional.linear(x, self.weight.to(x.dtype)).sigmoid()
+
+
 class Mixture(nn.Module):
     """Experts in place of an MLP, one after the other, each on the tokens that chose it."""
 
@@ -95,7 +103,7 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleList(make_expert(config, config.experts.d_ff) for _ in range(config.experts.number))
         shared = config.experts.shared_d_ff
         self.shared = None if shared is None else make_expert(config, shared)
-        self.shared_gate = Scores(config.d_model, 1, bias=False) if config.experts.shared_gate else None
+        self.shared_gate = ShareOfAll(config.d_model) if config.experts.shared_gate else None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """Returns y (..., d). In training experts without a token run on zeros, so that all have a gradient."""
@@ -111,5 +119,4 @@ class Mixture(nn.Module):
         y = (shares[..., None] * y).sum(1).view(x.shape)
         if self.shared is None:
             return y
-        shared = self.shared(x, ctx)
-        return y + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
+        return y + (self.shared(x, ctx) if self.shared_gate is None else self.shared_gate(x, self.shared(x, ctx)))

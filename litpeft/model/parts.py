@@ -118,7 +118,7 @@ class Experts:
     router_bias: bool = False
     dense_layers: tuple[int, ...] = ()  # which have a plain MLP
     shared_d_ff: int | None = None  # of one more MLP, that every token goes through
-    shared_gate: bool = later(False)  # whose output is multiplied by a number of each token, the sigmoid of a product
+    shared_gate: bool = later(False)  # what it adds is multiplied by the sigmoid of one number of the token
     scale: float = 1.0  # what shares are multiplied by
     groups: int = 1  # of experts, of which a token chooses some before it chooses experts
     active_groups: int = 1

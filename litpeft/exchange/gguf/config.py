@@ -52,8 +52,8 @@ KEYS = {
     "expert_count": (int, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "expert_used_count": (int, "num_experts_per_tok", "moe_k"),
     "expert_feed_forward_length": (int, "moe_intermediate_size"),
-    "expert_shared_feed_forward_length": (int, "shared_expert_intermediate_size"),
     "expert_shared_count": (int, "n_shared_experts", "moe_num_shared_experts"),
+    "expert_shared_feed_forward_length": (int, "shared_expert_intermediate_size"),
     "expert_weights_scale": (float, "routed_scaling_factor"),
     "expert_weights_norm": (bool, "norm_topk_prob"),
     "expert_group_count": (int, "n_group"),
@@ -249,7 +249,7 @@ def check(given: Header, name: str, config: ModelConfig) -> None:
     said = {key.removeprefix(f"{given.arch}."): value for key, value in said.items()}
     idle = IDLE if WIDTHS & {field.name for field in fields(family(name).Keys)} else (*IDLE, "feed_forward_length")
     for key, value in given.own.items():
-        if key in idle or key in SCALING or of_granite_4(key, value, config):
+        if key in idle or key in SCALING or of_granite_4(given.arch, key, value, config):
             continue
         if key in said and not alike(said[key], value):
             what = f"{given.arch}.{key} = {value}: {class_of(name)} needs it to be {said[key]}"
@@ -261,10 +261,10 @@ def check(given: Header, name: str, config: ModelConfig) -> None:
             raise ModelError(f"{class_of(name)} cannot express {given.arch}.{key} = {value}")
 
 
-def of_granite_4(key: str, value: Any, config: ModelConfig) -> bool:
+def of_granite_4(arch: str, key: str, value: Any, config: ModelConfig) -> bool:
     """Returns whether a key is one that llama.cpp's script writes of Granite 4.0 without Mamba, and nobody reads."""
     shared = key == "expert_shared_feed_forward_length" and config.experts is None and value == config.d_ff
-    return shared or key.startswith("ssm.")
+    return arch == "granite" and (shared or key.startswith("ssm."))
 
 
 def in_turn(config: ModelConfig, pattern: Any) -> bool:
