@@ -20,12 +20,13 @@ AS_IT_IS = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")  # 
 REGISTERED = {
     **dict.fromkeys(("gpt2", "phi", "starcoder2"), "GPT2Tokenizer"),
     **dict.fromkeys(("gpt_neox", "olmo", "olmoe"), "GPTNeoXTokenizer"),
-    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "GemmaTokenizer"),
     **dict.fromkeys(("cohere", "cohere2"), "CohereTokenizer"),
     **dict.fromkeys(("mistral", "mixtral", "ministral", "ministral3", "phi3", "nemotron", "stablelm"), ""),
     **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "olmo2", "olmo3", "glm", "glm4", "glm4_moe"), ""),
     **dict.fromkeys(("ernie4_5", "ernie4_5_moe"), ""),
+    "qwen2_moe": "Qwen2Tokenizer",
 }
 SURE = ("qwen2",)  # published folders name wrong classes
 # The special tokens of a class that tokenizer_config.json does not name.
