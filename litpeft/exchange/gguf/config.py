@@ -52,11 +52,16 @@ KEYS = {
     "expert_used_count": (int, "num_experts_per_tok"),
     "expert_feed_forward_length": (int, "moe_intermediate_size"),
     "expert_shared_count": (int, "n_shared_experts"),
+    "expert_shared_feed_forward_length": (int, "shared_expert_intermediate_size"),
     "expert_weights_scale": (float, "routed_scaling_factor"),
     "expert_weights_norm": (bool, "norm_topk_prob"),
     "expert_group_count": (int, "n_group"),
     "expert_group_used_count": (int, "topk_group"),
     "use_parallel_residual": (bool, "use_parallel_residual"),
+    "ssm.conv_kernel": (int, "linear_conv_kernel_dim"),
+    "ssm.state_size": (int, "linear_key_head_dim"),
+    "ssm.group_count": (int, "linear_num_key_heads"),
+    "ssm.time_step_rank": (int, "linear_num_value_heads"),
 }
 # key of config.json -> tensors of the first layer, one of which is there if it is true
 BIASES = {
@@ -81,6 +86,8 @@ CLASSES = {
     "gemma4_text": "Gemma4ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "stablelm": "StableLmForCausalLM",
 }

@@ -39,7 +39,9 @@ class GgufFolder:
 
     def __post_init__(self) -> None:
         self.wanted = TYPES[self.type]
-        self.in_groups = {ours for ours in self.in_groups if not split_names(ours)}
+        self.in_groups = {
+            ours for ours in self.in_groups if not split_names(ours) and not self.layout.moves_inputs(ours)
+        }
         self.types = self.layout.types(self.wanted, self.in_groups)
         self.encoder = Encoder(self.layout, self.types, self.where)
         self.chat = self.template.render([{"role": "user", "content": "Hello there"}], True)

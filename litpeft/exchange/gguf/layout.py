@@ -2,11 +2,11 @@
 
 llama.cpp rotates neighbouring rows of q and k where a family has `pairs`:
     theirs  a0 b0 a1 b1 a2 b2 …        ours  a0 a1 a2 … b0 b1 b2 …        (a_i, b_i: the pair with frequency i)
-Fused tensors hold all rows of q, then all of k and v, whatever their order in a Hugging Face folder.
+Fused tensors hold all rows of q, then all of k and v, whatever their order in a Hugging Face folder, except BY_HEAD.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from litpeft.core.errors import ConfigError
 from litpeft.exchange.gguf.by_layer import divisors
 from litpeft.exchange.gguf.latent import joined, split_names, split_shapes
+from litpeft.exchange.gguf.linear import CONV, computed, own_name, restored, rows_in_turn, sizes_of
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES, Gguf, family, split_name
 from litpeft.model.families.names import NameMap
@@ -27,7 +28,10 @@ from litpeft.model.frequencies import rope_frequencies
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
 TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 CHUNK = 1 << 20  # weights that are quantised together
-IN_FLOAT32 = ("norm.weight", "position_embd.weight", "ffn_gate_inp.weight", ".bias")  # beside all vectors
+IN_FLOAT32 = (  # beside all vectors
+    "norm.weight", "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", CONV, ".bias",
+)  # fmt: skip
+BY_HEAD = ("attn_q.weight", "ssm_ba.weight")  # with rows of each part for each head, if there are several
 ENDS = ("token_embd.weight", "output.weight")  # kept in eight bits where the rest has four
 HEAD = "head.weight"
 HINT = "write safetensors, and convert them with llama.cpp's own script"
@@ -60,12 +64,14 @@ class Layout:
 
     def __init__(self, names: NameMap):
         self.names, self.config, self.gguf = names, names.config, known_family(names)
+        self.turned = sizes_of(self.config) if self.gguf.values_in_turn else None
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf.arch)
         theirs = gguf.get_tensor_name_map(arch, self.config.n_layers)
         self.parts: dict[str, list[str]] = {}
         for file, parts in names.parts.items():
             for part in parts:
-                for name in split_names(part) or [of_expert(part) or self._name(theirs, file, part)]:
+                known = of_expert(part) or own_name(part)
+                for name in split_names(part) or [known or self._name(theirs, file, part)]:
                     self.parts.setdefault(name, []).append(part)
         if self.gguf.own_head and self.config.tie_embeddings:
             self.parts["output.weight"] = self.parts["token_embd.weight"]
@@ -84,7 +90,7 @@ class Layout:
         for name in stored:
             block, mark, leaf = name.partition("attn_qkv")
             apart = [f"{block}attn_{one}{leaf}" for one in "qkv"]
-            if mark and name not in self.parts and self.parts.keys() >= {*apart}:
+            if mark and name not in self.parts and self.parts.keys() >= {*apart} and self.groups(apart[0]) == 1:
                 self.parts[name] = [part for one in apart for part in self.parts.pop(one)]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -93,7 +99,11 @@ class Layout:
             return split_shapes(self.config)[split.index(name)]
         if of_expert(self.parts[name][0]):
             return (len(shapes), *shapes[0])
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return (sum(shape[0] for shape in shapes), *shapes[0][2 if name.endswith(CONV) else 1 :])
+
+    def groups(self, name: str) -> int:
+        """Returns how many groups of rows a tensor consists of, each with rows of every part."""
+        return self.names.groups(self.parts[name][0]) if len(self.parts[name]) > 1 and name.endswith(BY_HEAD) else 1
 
     def types(self, wanted: Type, in_groups: Collection[str] = ()) -> dict[str, Type]:
         """Returns each tensor's type; those of our weights `in_groups` keep their codes, as Q4_1."""
@@ -110,7 +120,20 @@ class Layout:
 
     def stored(self, ours: str, rows: Tensor) -> Tensor:
         """Returns the rows (out, ...) of one of our parameters, in the file's order."""
+        if self.turned is not None:
+            return rows_in_turn(ours, rows, self.turned)
         return rows_dealt_out(rows, self.config.head_dim) if self._deals_out(ours) else rows
+
+    def moves_inputs(self, ours: str) -> bool:
+        """Returns whether the file has a weight's columns in another order."""
+        return self.turned is not None and ours.endswith(".attn.out.weight")
+
+    def pieces(self, name: str, ours: str, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yields parts of such rows, each with the number of its first row in a tensor of the file."""
+        groups, parts = self.groups(name), self.parts[name]
+        sizes = [self.names.ours[part][0] // groups for part in parts]
+        for number, piece in enumerate(rows.split(len(rows) // groups)):
+            yield number * sum(sizes) + sum(sizes[: parts.index(ours)]), piece
 
     def ours(self, name: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Returns the parameters of ours that a tensor (rows, ...) of the file holds; `read` returns a tensor by name.
@@ -121,15 +144,31 @@ class Layout:
             return {self.parts[name][0]: joined(*map(read, names))} if name == names[-1] else {}
         rows = read(name)
         rows = rows.flatten(0, 1) if of_expert(self.parts[name][0]) else rows
-        given = rows.split([self.names.ours[part][0] for part in self.parts[name]])
-        return {
-            part: rows_in_halves(own, self.config.head_dim) if self._deals_out(part) else own
-            for part, own in zip(self.parts[name], given, strict=True)
-        }
+        groups = self.groups(name)
+        given = rows.unflatten(0, (groups, -1)).split([self.names.ours[one][0] // groups for one in self.parts[name]], 1)
+        return {part: self._ours(part, own.flatten(0, 1)) for part, own in zip(self.parts[name], given, strict=True)}
 
-    def added(self, name: str) -> float:
+    def _ours(self, part: str, rows: Tensor) -> Tensor:
+        """Returns the rows of one of our parameters, from those in the file's order."""
+        if self.turned is not None:
+            rows = rows_in_turn(part, rows, self.turned, back=True)
+        if part.endswith(".attn.conv.weight"):
+            return rows.unsqueeze(1)
+        return rows_in_halves(rows, self.config.head_dim) if self._deals_out(part) else rows
+
+    def computed(self, name: str, values: Tensor) -> Tensor:
+        """Returns what a tensor of the file holds for our numbers (rows, in), or for A (r, in) of a low-rank update."""
+        added = self._added(name)
+        return values + added if added else computed(name, values, self.turned)
+
+    def restored(self, name: str, values: Tensor) -> Tensor:
+        """Returns our numbers for those that a tensor of the file holds, in any of its rows."""
+        added = self._added(name)
+        return values - added if added else restored(name, values, self.turned)
+
+    def _added(self, name: str) -> float:
         """Returns what a tensor of the file has added to ours."""
-        return self.gguf.norms if name.endswith("norm.weight") else 0.0
+        return self.gguf.norms if name.endswith("norm.weight") and not name.endswith("ssm_norm.weight") else 0.0
 
     def rope_divisors(self) -> dict[str, Tensor]:
         """Returns tensors of the file: what the rotary frequencies are divided by, if each by another number."""

@@ -71,13 +71,13 @@ class Written:
     def _values(self, name: str) -> Tensor:
         """Returns a tensor's numbers, read a few rows at a time: pages of a mapped file would stay in memory."""
         tensor, values = self.stored[name], torch.empty(self.layout.shape(name))
-        width, added = int(tensor.n_bytes) // len(values), self.layout.added(name)
+        width = int(tensor.n_bytes) // len(values)
         with self.path.open("rb") as file:
             file.seek(int(tensor.data_offset))
             for rows in values.split(max(1, CHUNK // width)):
                 read = torch.frombuffer(bytearray(file.read(len(rows) * width)), dtype=torch.uint8)
                 rows.copy_(decode(read.view(len(rows), width), tensor.tensor_type, rows.shape))
-        return values.sub_(added) if added else values
+        return self.layout.restored(name, values)
 
 
 def _empty(part: nn.Module, *_: object) -> None:

@@ -121,21 +121,21 @@ class GgufFile:
         wanted = [name for name in layout.parts if name in asked]
         for name in wanted:
             shape = tuple(int(size) for size in reversed(self.stored[name].shape))
-            if shape != layout.shape(name):
+            if as_matrix(shape) != as_matrix(layout.shape(name)):
                 raise ModelError(f"{name} is {shape}, expected {layout.shape(name)}", where=self.path)
         read = lambda name: self._values(name, layout, dtype)
         yield from layout.names.written(pair for name in wanted for pair in layout.ours(name, read).items())
 
     def _values(self, name: str, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """Returns the numbers of a tensor, without what the file's have added to ours."""
-        tensor, shape, added = self.stored[name], layout.shape(name), layout.added(name)
+        """Returns the numbers of a tensor, as ours are."""
+        tensor, shape = self.stored[name], layout.shape(name)
         values = torch.empty(shape, dtype=dtype)
         rows, data = values.view(-1, shape[-1]), np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
         for at in range(0, len(rows), step := max(1, CHUNK // shape[-1])):
             with np.errstate(all="ignore"):  # `convert` checks that the numbers are finite
                 part = gguf.dequantize(data[at : at + step], tensor.tensor_type)
             part = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
-            rows[at : at + step] = part - added if added else part
+            rows[at : at + step] = layout.restored(name, part)
         return values
 
     def _size(self, key: str) -> int:
@@ -177,3 +177,8 @@ class GgufFile:
             end = -(-last // alignment) * alignment
         if self.stored and not last <= len(self.reader.data) <= end:
             raise ModelError(f"has {len(self.reader.data)} bytes, but its tensors end at {last}", hint=AGAIN)
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a tensor, of a vector that of a matrix with one row."""
+    return shape if len(shape) > 1 else (1, *shape)

@@ -76,9 +76,8 @@ def write_gguf(
                     slots.fill(name, piece)
                 continue
             for name in places[ours]:
-                before = layout.parts[name][: layout.parts[name].index(ours)]
-                at = sum(layout.names.ours[part][0] for part in before)
-                slots.fill(name, layout.stored(ours, own), at * own[0].numel())
+                for at, piece in layout.pieces(name, ours, layout.stored(ours, own)):
+                    slots.fill(name, piece, at * own[0].numel())
 
 
 class _Slots:
@@ -136,14 +135,14 @@ class Encoder:
     def __init__(self, layout: Layout, types: dict[str, Type], where: str):
         self.layout, self.where = layout, where
         self.types = {part: type_ for name, type_ in types.items() for part in layout.parts[name]} | types
-        self.added = {part: layout.added(name) for name in types for part in layout.parts[name]}
+        self.names = {part: name for name in types for part in layout.parts[name]}
 
     def __call__(self, ours: str, values: Tensor) -> Tensor:
         """Returns the bytes (rows, ...) of a parameter; raises if a number does not fit its type."""
         if names := split_names(ours):
             pieces = zip(names, split(self.layout.config, values), strict=True)
             return torch.cat([self._encoded(ours, name, piece.flatten(0, 1)).flatten() for name, piece in pieces])
-        return self._encoded(ours, ours, values + self.added[ours] if self.added[ours] else values)
+        return self._encoded(ours, ours, self.layout.computed(self.names[ours], values))
 
     def read(self, ours: str, rows: Tensor) -> Tensor:
         """Returns the numbers of such bytes, in float32."""
@@ -153,7 +152,8 @@ class Encoder:
             pieces = zip(names, shapes, rows.split(sizes), strict=True)
             return joined(*(decode(own.view(math.prod(shape[:2]), -1), self.types[name], shape)
                             for name, shape, own in pieces))  # fmt: skip
-        return decode(rows, self.types[ours], self.layout.names.ours[ours]) - self.added[ours]
+        values = decode(rows, self.types[ours], self.layout.names.ours[ours])
+        return self.layout.restored(self.names[ours], values)
 
     def _encoded(self, ours: str, name: str, values: Tensor) -> Tensor:
         """Returns the bytes of a tensor that is or is a part of one of our parameters."""

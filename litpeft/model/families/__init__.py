@@ -102,6 +102,7 @@ class Gguf:
     ignores: tuple[str, ...] = ()  # globs of our linear layers that llama.cpp adds no adapter to
     refuses: Callable[[Any], str | None] = lambda config: None  # returns why a config cannot be written, if so
     norms: float = 0.0  # what the file's norms have added to ours
+    values_in_turn: bool = False  # linear attention: the first value head of each key head, then the second of each
     # key of the header, without `arch.` -> field of ModelConfig, or that ("": all of it) and a function of its value
     keys: Mapping[str, str | tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)
     # field -> values that llama.cpp computes with, or a function of the config that returns them

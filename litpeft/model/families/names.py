@@ -90,6 +90,10 @@ class NameMap:
         """Returns the tensor whose `rows` are those given."""
         return self._joined_rows(self.parts[theirs], given)
 
+    def groups(self, ours: str) -> int:
+        """Returns how many groups of rows a fused tensor consists of, each with rows of every part."""
+        return self._groups(self._place(ours))
+
     def transposed(self, theirs: str) -> bool:
         """Returns whether a file's tensor has a column for each output."""
         return self._place(self.parts[theirs][0]).transposed

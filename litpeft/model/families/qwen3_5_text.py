@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from litpeft.model.config import ConfigKeys, ModelConfig, checked
-from litpeft.model.families import Place, llama
+from litpeft.model.families import Gguf, Place, llama
 from litpeft.model.parts import Layer, LinearAttention, Rope
 from litpeft.model.rope import FULL
 
@@ -32,6 +32,74 @@ NAMES = llama.NAMES | {
     "blocks.{}.attn.out": "model.layers.{}.linear_attn.out_proj",
 }
 BUFFERS = ("mtp.*",)
+
+
+def sizes_of(layers: tuple[Layer, ...]) -> LinearAttention:
+    """Returns the sizes of the layers with linear attention."""
+    return next(layer.linear for layer in layers if layer.linear is not None)
+
+
+def interval(layers: tuple[Layer, ...]) -> int:
+    """Returns the number of the first layer that sees all tokens, counted from 1; 0 if there is none."""
+    return next((number for number, layer in enumerate(layers, 1) if layer.linear is None), 0)
+
+
+def sections(rotary: int) -> list[int]:
+    """Returns how many frequencies turn by each of a position's numbers, which are dealt out in turn."""
+    return [(rotary // 2 + 2 - at) // 3 for at in range(3)] + [0]
+
+
+def no_gguf(config: ModelConfig) -> str | None:
+    """Returns what llama.cpp does not compute."""
+    every = interval(config.layers)
+    if every < 2 or [LINEAR if (at + 1) % every else FULL for at in range(config.n_layers)] != kinds(config.layers):
+        return "llama.cpp has full attention in every n-th layer, n from 2 (config.json: layer_types)"
+    sizes = sizes_of(config.layers)
+    if sizes.key_size != sizes.value_size:
+        keys = f"linear_key_head_dim {sizes.key_size} and linear_value_head_dim {sizes.value_size}"
+        return f"{keys} differ, and llama.cpp has one size for both"
+    return None
+
+
+def kinds(layers: tuple[Layer, ...]) -> list[str]:
+    """Returns the layers as config.json names them."""
+    return [FULL if layer.linear is None else LINEAR for layer in layers]
+
+
+def implied(header: Any) -> dict[str, Any]:
+    """Returns the keys of config.json whose values a GGUF file says otherwise."""
+    count = header.number("block_count", int)
+    heads, inner = header.number("ssm.time_step_rank", int), header.number("ssm.inner_size", int)
+    types = usual_types(count, {"full_attention_interval": header.number("full_attention_interval", int, 4)})
+    recurrent = header.own.get("attention.recurrent_layers")
+    if isinstance(recurrent, list):
+        types = [LINEAR if one else FULL for one in recurrent]
+    return {"layer_types": types, "linear_value_head_dim": inner // heads}
+
+
+GGUF = Gguf(
+    "qwen35",
+    norms=1.0,
+    values_in_turn=True,
+    refuses=no_gguf,
+    implied=implied,
+    keys={
+        "rope.dimension_count": "rotary_dim",
+        "rope.dimension_sections": ("rotary_dim", sections),
+        "full_attention_interval": ("layers", interval),
+        "ssm.conv_kernel": ("layers", lambda layers: sizes_of(layers).width),
+        "ssm.state_size": ("layers", lambda layers: sizes_of(layers).key_size),
+        "ssm.group_count": ("layers", lambda layers: sizes_of(layers).key_heads),
+        "ssm.time_step_rank": ("layers", lambda layers: sizes_of(layers).heads),
+        "ssm.inner_size": ("layers", lambda layers: sizes_of(layers).heads * sizes_of(layers).value_size),
+    },
+    graph={
+        "norm": ("rms_1p",),
+        "norm_eps": (1e-6,),  # llama.cpp takes it for the lengths of queries and keys, too
+        "qk_norm": ("head",),
+        "gated_attention": (True,),
+    },
+)
 
 
 @dataclass(frozen=True)
