@@ -37,7 +37,7 @@ def write(folder: Path, run: Run, base: Path) -> str:
         given = [factors.get(part.removesuffix(".weight")) for part in parts]
         if any(given):
             check_taken(layout, name)
-            a, b = (of_experts if of_expert(parts[0]) else joined)(layout, parts, given)
+            a, b = (of_experts if of_expert(parts[0]) else joined)(layout, name, given)
             writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
             writer.add_tensor(f"{name}.lora_b", b.contiguous().numpy())
             count += 1
@@ -58,8 +58,9 @@ def check_taken(layout: Layout, name: str) -> None:
         raise ConfigError(what, where="to", hint="`--to gguf` merges the run")
 
 
-def of_experts(layout: Layout, parts: list[str], given: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+def of_experts(layout: Layout, name: str, given: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
     """Returns A and B of a tensor of the file that holds all experts."""
+    parts = layout.parts[name]
     rank = max(len(pair[0]) for pair in given if pair is not None)
     out, width = layout.names.ours[parts[0]]
     a, b = torch.zeros(len(parts), rank, width), torch.zeros(len(parts), out, rank)
@@ -69,14 +70,16 @@ def of_experts(layout: Layout, parts: list[str], given: list[tuple[Tensor, Tenso
     return a, b
 
 
-def joined(layout: Layout, parts: list[str], given: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
+def joined(layout: Layout, name: str, given: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:
     """Returns A and B of a tensor of the file, of those of its parts; None for a part that did not learn."""
     a = torch.cat([pair[0] for pair in given if pair is not None])
-    rows = [layout.names.ours[part][0] for part in parts]
-    empty = [torch.zeros(size, 0) for size in rows]
-    b = [none if pair is None else layout.stored(part, pair[1])
-         for part, pair, none in zip(parts, given, empty, strict=True)]  # fmt: skip
-    return a, torch.block_diag(*b)
+    b, at = a.new_zeros(layout.shape(name)[0], len(a)), 0
+    for part, pair in zip(layout.parts[name], given, strict=True):
+        if pair is not None:
+            for row, piece in layout.pieces(name, part, layout.stored(part, pair[1])):
+                b[row : row + len(piece), at : at + len(pair[0])] = piece
+            at += len(pair[0])
+    return layout.computed(name, a), b
 
 
 def verify(folder: Path, run: Run, base: Path) -> str:
@@ -87,7 +90,7 @@ def verify(folder: Path, run: Run, base: Path) -> str:
     for name in layout.parts:
         if f"{name}.lora_a" in stored:
             rows = layout.ours(name, lambda name: stored[f"{name}.lora_b"])
-            a = stored[f"{name}.lora_a"]
+            a = layout.restored(name, stored[f"{name}.lora_a"])
             each = a if a.dim() == 3 else a.expand(len(rows), *a.shape)
             for own, (part, b) in zip(each, rows.items(), strict=True):
                 factors[part.removesuffix(".weight")] = own, b

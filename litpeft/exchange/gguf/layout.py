@@ -144,9 +144,9 @@ class Layout:
             return {self.parts[name][0]: joined(*map(read, names))} if name == names[-1] else {}
         rows = read(name)
         rows = rows.flatten(0, 1) if of_expert(self.parts[name][0]) else rows
-        groups = self.groups(name)
-        given = rows.unflatten(0, (groups, -1)).split([self.names.ours[one][0] // groups for one in self.parts[name]], 1)
-        return {part: self._ours(part, own.flatten(0, 1)) for part, own in zip(self.parts[name], given, strict=True)}
+        groups, parts = self.groups(name), self.parts[name]
+        given = rows.unflatten(0, (groups, -1)).split([self.names.ours[part][0] // groups for part in parts], 1)
+        return {part: self._ours(part, own.flatten(0, 1)) for part, own in zip(parts, given, strict=True)}
 
     def _ours(self, part: str, rows: Tensor) -> Tensor:
         """Returns the rows of one of our parameters, from those in the file's order."""
