@@ -146,7 +146,7 @@ def test_queries_keys_and_values_in_one_tensor_are_read(tmp_path, tmp_path_facto
         assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= WRITTEN[name][1]
 
 
-QUICK = ("falcon, new", "glm4", "qwen3_5_text")
+QUICK = ("falcon, new", "glm4", "qwen3_5_text", "qwen3_next")
 OTHERS = ("phi", "falcon", "olmo", "olmo3", "cohere", "cohere2", "glm")
 
 

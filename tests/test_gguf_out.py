@@ -47,7 +47,8 @@ LITE = CASES["deepseek_v3"] | {"q_lora_rank": None, "num_hidden_layers": 27, "no
 M3 = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 TURNS = {"num_hidden_layers": 5, "sliding_window": 30}  # three layers with a window, one without, one with
 OLMO3 = {"model_type": "olmo3", "rope_scaling": YARN | {"rope_theta": 500_000.0}} | TURNS
-QWEN35 = CASES["qwen3_5_text"] | {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+LINEAR = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_value_heads": 6}
+LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
     "llama, wide heads": (CASES["one key head, wide heads"], 1e-5),
@@ -62,7 +63,9 @@ WRITTEN = {
     "gpt2": ({"model_type": "gpt2", "n_inner": 256, "n_positions": 1024}, GELU),  # as transformers' reader has it
     "qwen2": (CASES["qwen2, tied, no window"], 1e-5),
     "qwen3": (CASES["qwen3"], 1e-5),
-    "qwen3_5_text": (QWEN35, 1e-5),
+    "qwen3_5_text": (CASES["qwen3_5_text"] | LINEAR, 1e-5),
+    "qwen3_5_moe_text": (CASES["qwen3_5_moe_text"] | LINEAR, 1e-5),
+    "qwen3_next": (CASES["qwen3_next"] | LINEAR, 1e-5),
     "gemma": (CASES["gemma"], GELU),
     "gemma2": ({"model_type": "gemma2", "num_hidden_layers": 4} | GEMMA, 5 * GELU),
     "gemma3_text": (

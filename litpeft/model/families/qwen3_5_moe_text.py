@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ConfigKeys, Experts, ModelConfig
-from litpeft.model.families import qwen3_5_text, qwen3_moe
+from litpeft.model.families import EXPERTS, OWN_SIZE, in_all_layers, qwen3_5_text, qwen3_moe
 
 SHARED = {
     "blocks.{}.mlp.shared.gate": "model.layers.{}.mlp.shared_expert.gate_proj",
@@ -17,6 +17,13 @@ SHARED = {
 }
 NAMES = qwen3_5_text.NAMES | qwen3_moe.EXPERTS | SHARED
 BUFFERS = qwen3_5_text.BUFFERS
+SHARED_SIZE = {"expert_shared_feed_forward_length": ("experts", lambda experts: experts.shared_d_ff)}
+GGUF = replace(
+    qwen3_5_text.GGUF,
+    arch="qwen35moe",
+    keys=qwen3_5_text.GGUF.keys | EXPERTS | OWN_SIZE | SHARED_SIZE,
+    graph=qwen3_5_text.GGUF.graph | {"experts": in_all_layers(normed=True)},
+)
 
 
 @dataclass(frozen=True)

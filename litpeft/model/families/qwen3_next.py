@@ -17,6 +17,12 @@ NAMES = (
     | {f"blocks.{{}}.attn.in_{leaf}": BA for leaf in "ba"}
 )
 BUFFERS = qwen3_5_text.BUFFERS
+GGUF = replace(
+    qwen3_5_moe_text.GGUF,
+    arch="qwen3next",
+    values_in_turn=False,
+    keys={key: said for key, said in qwen3_5_moe_text.GGUF.keys.items() if key != "rope.dimension_sections"},
+)
 
 
 @dataclass(frozen=True)
