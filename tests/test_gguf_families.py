@@ -10,7 +10,7 @@ from conftest import TINY, finetune
 from llama_cpp import next_token, of_model, server
 from safetensors.torch import load_file
 from test_adapters_out import EVERYWHERE, adapter
-from test_gguf_out import ROWS, TURNS, WRITTEN, made, make, written
+from test_gguf_out import LINEAR, ROWS, TURNS, WRITTEN, made, make, written
 
 from litpeft.core.errors import ConfigError, ModelError, UserError
 from litpeft.exchange.convert import convert
@@ -67,6 +67,14 @@ WINDOWS = r"computes with windows and positions in other layers \(config.json: l
         ("gemma3_text", GEMMA3 | {"rope_parameters": SCALED_WINDOWS}, WINDOWS),
         ("cohere", {"use_qk_norm": True}, r"qk_norm None, and this model has each \(config.json: use_qk_norm\)"),
         ("smollm3", {"num_hidden_layers": 5, "mlp_bias": True}, r"has True \(config.json: mlp_bias\)"),
+        ("qwen3_5_text", LINEAR | {"layer_types": LINEAR["layer_types"][::-1]}, r"every n-th layer, n from 2"),
+        ("qwen3_5_text", LINEAR | {"linear_key_head_dim": 8}, "linear_key_head_dim 8 and linear_value_head_dim 16"),
+        ("qwen3_5_text", LINEAR | {"rms_norm_eps": 1e-5}, "qwen35 computes with norm_eps 1e-06, and this model has"),
+        (
+            "qwen3_next",
+            LINEAR | {"mlp_only_layers": [1]},
+            r"dense_layers=\(\).*, and this model has .*dense_layers=\(1,",
+        ),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused_by_key(model_type: str, changes: dict, said: str) -> None:
@@ -92,6 +100,8 @@ OTHERWISE = {
     "olmo3": {"attention.sliding_window_pattern": [True, True, True, False, True]},
     "cohere2": {"rope.scaling.type": "none", "attention.sliding_window_pattern": 4},
     "glm4": {"rope.scaling.type": "none", "attention.value_length": None},
+    "qwen3_5_text": {"full_attention_interval": None, "attention.recurrent_layers": [True, False], "vocab_size": None},
+    "qwen3_5_moe_text": {"feed_forward_length": None, "vocab_size": None},
 }
 
 
@@ -112,18 +122,30 @@ def test_windows_of_a_header_in_other_layers_are_refused(tmp_path_factory, patte
         hf_config(file.values | {"olmo2.attention.sliding_window_pattern": pattern}, file.stored)
 
 
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+
+
 def joined(path: Path, out: Path) -> Path:
     """Writes a file in which q, k and v of each layer are one tensor, as llama.cpp's script may."""
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            writer.add_key_value(name, field.contents(), *field.types[:2])
-    held = {tensor.name: tensor.data for tensor in reader.tensors}
+    held = tensors_of(path)
     for name in list(held):
         if "attn_q." in name:
             parts = [held.pop(name.replace("attn_q.", f"attn_{one}.")) for one in "qkv"]
             held[name.replace("attn_q.", "attn_qkv.")] = np.concatenate(parts)
+    return with_tensors(path, out, held)
+
+
+def with_tensors(path: Path, out: Path, held: dict[str, np.ndarray], **changes: int) -> Path:
+    """Writes a file with the header of another, but for changes of its architecture's keys, and these tensors."""
+    reader = gguf.GGUFReader(path)
+    arch = reader.fields["general.architecture"].contents()
+    writer, changes = gguf.GGUFWriter(out, arch), {f"{arch}.{key}": value for key, value in changes.items()}
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture" and name not in changes:
+            writer.add_key_value(name, field.contents(), *field.types[:2])
+    for name, value in changes.items():
+        writer.add_uint32(name, value)
     for name, values in held.items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -144,6 +166,24 @@ def test_queries_keys_and_values_in_one_tensor_are_read(tmp_path, tmp_path_facto
     with server(file) as client:  # llama.cpp computes with it what it computes with the other
         want = of_model(build(base, torch.float32), PROMPT)
         assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= WRITTEN[name][1]
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path, tmp_path_factory, capsys) -> None:
+    base, path = made(tmp_path_factory, "qwen3_5_moe_text")
+    held, ones = tensors_of(path), np.ones(64, np.float32)
+    held |= {name.replace("blk.1.", "blk.2."): values for name, values in held.items() if name.startswith("blk.1.")}
+    held |= {f"blk.2.nextn.{norm}.weight": ones for norm in ("enorm", "hnorm", "shared_head_norm")}
+    held["blk.2.nextn.eh_proj.weight"] = np.ones((64, 128), np.float32)
+    held |= {name: values[0] for name, values in held.items() if "gate_inp_shexp" in name}  # a vector, in some files
+    file = with_tensors(path, tmp_path / "more.gguf", held, block_count=3, nextn_predict_layers=1)
+    convert(Convert(str(file), str(tmp_path / "back")))
+    assert "; without the 1 layer for further tokens" in capsys.readouterr().out
+    want, got = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "back"))
+    assert want.keys() == got.keys()
+    assert all(torch.allclose(want[key], got[key], rtol=1e-6, atol=1e-7) for key in want)
+    with server(file) as client:
+        want = of_model(build(base, torch.float32), PROMPT)
+        assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= 1e-5
 
 
 QUICK = ("falcon, new", "glm4", "qwen3_5_text", "qwen3_next")

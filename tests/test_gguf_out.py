@@ -48,7 +48,7 @@ M3 = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 TURNS = {"num_hidden_layers": 5, "sliding_window": 30}  # three layers with a window, one without, one with
 OLMO3 = {"model_type": "olmo3", "rope_scaling": YARN | {"rope_theta": 500_000.0}} | TURNS
 LINEAR = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_value_heads": 6}
-LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
+LINEAR |= {"linear_num_key_heads": 2, "layer_types": ["linear_attention", "full_attention"]}
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
     "llama, wide heads": (CASES["one key head, wide heads"], 1e-5),
@@ -200,7 +200,7 @@ def test_llama_cpp_reads_every_type_as_transformers_does(tmp_path, type_: str) -
         assert (next_token(client, PROMPTS[1], ROWS) - want).abs().max() <= (2e-2 if type_ == "f16" else 0.15)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "qwen3_5_text", "qwen3_5_moe_text"])
 def test_transformers_reads_the_file(tmp_path_factory, name: str) -> None:
     base, file = made(tmp_path_factory, name)
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)

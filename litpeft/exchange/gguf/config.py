@@ -63,6 +63,7 @@ KEYS = {
     "ssm.group_count": (int, "linear_num_key_heads"),
     "ssm.time_step_rank": (int, "linear_num_value_heads"),
 }
+WIDTHS = {*KEYS["feed_forward_length"][1:]}  # a family with none of them has experts in each layer
 # key of config.json -> tensors of the first layer, one of which is there if it is true
 BIASES = {
     "attention_bias": ("attn_q", "attn_qkv"),
@@ -79,7 +80,9 @@ WITHOUT_KEY = {  # what a header of latent attention says by leaving a key out, 
     "q_lora_rank": None, "first_k_dense_replace": 0, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
     "n_group": 1, "topk_group": 1,
 }  # fmt: skip
-IDLE = ("vocab_size", "tensor_data_layout", "context_length", "rope.freq_base_swa")  # no effect, or read elsewhere
+IDLE = (  # without effect, or read elsewhere
+    "vocab_size", "tensor_data_layout", "context_length", "rope.freq_base_swa", "attention.recurrent_layers",
+)  # fmt: skip
 UNSAID = {"longrope": "factor", "yarn": "truncate"}  # kind of scaling -> what a header does not say: see rope.py
 CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
@@ -187,8 +190,9 @@ def sizes(given: Header, keys: type) -> dict[str, Any]:
     if head_dim % 2 or heads % kv_heads or heads * head_dim > LARGEST_WIDTH:
         what = f"{heads} query and {kv_heads} key/value heads of size {head_dim}"
         raise ModelError(f"{what} do not make an attention")
-    for key in ("context_length",) if by_layer else ("context_length", "feed_forward_length"):
-        given.number(key, int)
+    given.number("context_length", int)
+    if not by_layer and not WIDTHS.isdisjoint(spelt):
+        given.number("feed_forward_length", int)
     if (experts := given.own.get("expert_count", 0)) and given.number("expert_count", int) > MOST_EXPERTS:
         raise ModelError(
             f"{given.arch}.expert_count {experts} is more than {MOST_EXPERTS}", hint="the header is damaged"
@@ -234,8 +238,9 @@ def check(given: Header, name: str, config: ModelConfig) -> None:
     except UserError as error:
         raise ModelError(error.what) from None
     said = {key.removeprefix(f"{given.arch}."): value for key, value in said.items()}
+    idle = IDLE if WIDTHS & {field.name for field in fields(family(name).Keys)} else (*IDLE, "feed_forward_length")
     for key, value in given.own.items():
-        if key in IDLE or key in SCALING:
+        if key in idle or key in SCALING:
             continue
         if key in said and not alike(said[key], value):
             what = f"{given.arch}.{key} = {value}: {class_of(name)} needs it to be {said[key]}"

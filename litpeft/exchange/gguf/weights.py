@@ -84,6 +84,7 @@ class GgufFile:
         except OSError as error:
             raise ModelError(f"cannot be read: {error.strerror}", where=path) from None
         self.stored = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.values, self.stored, self.left_out = without_next(self.values, self.stored)
         with located(path):
             self._check_kind()
             self._check_layout()
@@ -97,7 +98,8 @@ class GgufFile:
         kinds = ", ".join(f"{number} {name}" for name, number in types.most_common())
         layers = counted(self._size("block_count"), "layer")
         sizes = f"{self.config['model_type']}, {layers}, {count / 1e6:.1f} M parameters"
-        return f"{sizes}; tensors {kinds}; {self.tokenizer.summary()}"
+        more = f"; without the {counted(self.left_out, 'layer')} for further tokens" if self.left_out else ""
+        return f"{sizes}; tensors {kinds}; {self.tokenizer.summary()}{more}"
 
     def write(self, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes the model as a Hugging Face folder."""
@@ -177,6 +179,21 @@ class GgufFile:
             end = -(-last // alignment) * alignment
         if self.stored and not last <= len(self.reader.data) <= end:
             raise ModelError(f"has {len(self.reader.data)} bytes, but its tensors end at {last}", hint=AGAIN)
+
+
+def without_next(values: dict[str, Any], stored: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Returns a header and tensors without the last layers if those predict further tokens, and how many these are.
+
+    No other layer reads them; transformers' classes have none.
+    """
+    arch = values.get("general.architecture")
+    keys = f"{arch}.block_count", f"{arch}.nextn_predict_layers"
+    count, extra = (values.get(key, 0) for key in keys)
+    if type(count) is not int or type(extra) is not int or not 0 < extra < count <= len(stored):
+        return values, stored, 0
+    dropped = tuple(f"blk.{number}." for number in range(count - extra, count))
+    kept = {name: tensor for name, tensor in stored.items() if not name.startswith(dropped)}
+    return values | dict(zip(keys, (count - extra, 0), strict=True)), kept, extra
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ def sections(rotary: int) -> list[int]:
 def no_gguf(config: ModelConfig) -> str | None:
     """Returns what llama.cpp does not compute."""
     every = interval(config.layers)
-    if every < 2 or [LINEAR if (at + 1) % every else FULL for at in range(config.n_layers)] != kinds(config.layers):
+    if every < 2 or in_turn(config.n_layers, every) != [LINEAR if one.linear else FULL for one in config.layers]:
         return "llama.cpp has full attention in every n-th layer, n from 2 (config.json: layer_types)"
     sizes = sizes_of(config.layers)
     if sizes.key_size != sizes.value_size:
@@ -61,19 +61,13 @@ def no_gguf(config: ModelConfig) -> str | None:
     return None
 
 
-def kinds(layers: tuple[Layer, ...]) -> list[str]:
-    """Returns the layers as config.json names them."""
-    return [FULL if layer.linear is None else LINEAR for layer in layers]
-
-
 def implied(header: Any) -> dict[str, Any]:
     """Returns the keys of config.json whose values a GGUF file says otherwise."""
-    count = header.number("block_count", int)
+    count, every = header.number("block_count", int), header.number("full_attention_interval", int, 4)
     heads, inner = header.number("ssm.time_step_rank", int), header.number("ssm.inner_size", int)
-    types = usual_types(count, {"full_attention_interval": header.number("full_attention_interval", int, 4)})
-    recurrent = header.own.get("attention.recurrent_layers")
-    if isinstance(recurrent, list):
-        types = [LINEAR if one else FULL for one in recurrent]
+    types, recurrent = in_turn(count, every), header.own.get("attention.recurrent_layers")
+    if isinstance(recurrent, list):  # it has the layers for further tokens, too
+        types = [LINEAR if one else FULL for one in recurrent[:count]]
     return {"layer_types": types, "linear_value_head_dim": inner // heads}
 
 
@@ -151,4 +145,9 @@ def usual_types(count: int, hf: Mapping[str, Any]) -> list[str]:
     every = checked("full_attention_interval", hf.get("full_attention_interval", 4), int)
     if count > 10_000:  # before that many are made
         raise ValueError(f"num_hidden_layers {count} is not supported")
+    return in_turn(count, every)
+
+
+def in_turn(count: int, every: int) -> list[str]:
+    """Returns the kinds of so many layers, of which every so many-th sees all tokens."""
     return [LINEAR if (layer + 1) % every else FULL for layer in range(count)]
