@@ -186,6 +186,19 @@ def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path, tmp_path_fac
         assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= 1e-5
 
 
+def test_a_tensor_with_a_part_that_does_not_fold_into_groups_is_written_as_numbers(tmp_path, tmp_path_factory) -> None:
+    base = made(tmp_path_factory, "qwen3_5_text")[0]
+    targets = "--method.targets", '["*.attn.q", "*.attn.in_v"]'
+    run = finetune(base, tmp_path, "--train.max_steps", "3", "--base.quantize", "int4", *targets)
+    convert(Convert(str(run), str(tmp_path / "out"), to="gguf", type="f32"))  # which compares its logits with the run's
+    kinds = {
+        tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors
+    }
+    plain = ("blk.1.attn_q", "blk.0.attn_qkv", "blk.0.ssm_out")  # the gate beside q, k beside v; columns that move
+    assert {kinds[f"{name}.weight"] for name in plain} == {"F32"}
+    assert {kinds[f"{name}.weight"] for name in ("blk.1.attn_k", "blk.0.attn_gate", "blk.0.ssm_alpha")} == {"Q4_1"}
+
+
 QUICK = ("falcon, new", "glm4", "qwen3_5_text", "qwen3_next")
 OTHERS = ("phi", "falcon", "olmo", "olmo3", "cohere", "cohere2", "glm")
 

@@ -39,9 +39,9 @@ class GgufFolder:
 
     def __post_init__(self) -> None:
         self.wanted = TYPES[self.type]
-        self.in_groups = {
-            ours for ours in self.in_groups if not split_names(ours) and not self.layout.moves_inputs(ours)
-        }
+        tensors = self.layout.parts.values()
+        fits = lambda ours: ours in self.in_groups and not split_names(ours) and not self.layout.moves_inputs(ours)
+        self.in_groups = {ours for parts in tensors if all(map(fits, parts)) for ours in parts}
         self.types = self.layout.types(self.wanted, self.in_groups)
         self.encoder = Encoder(self.layout, self.types, self.where)
         self.chat = self.template.render([{"role": "user", "content": "Hello there"}], True)
