@@ -168,6 +168,22 @@ def test_queries_keys_and_values_in_one_tensor_are_read(tmp_path, tmp_path_facto
         assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= WRITTEN[name][1]
 
 
+def test_an_older_file_of_qwen3_next_is_read(tmp_path, tmp_path_factory) -> None:
+    base, path = made(tmp_path_factory, "qwen3_next")
+    held, want = tensors_of(path), load_file(base / "model.safetensors")
+    for name in ("attn_qkv", "attn_gate"):
+        del held[f"blk.0.{name}.weight"]
+    held["blk.0.ssm_in.weight"] = want["model.layers.0.linear_attn.in_proj_qkvz.weight"].numpy()
+    file = with_tensors(path, tmp_path / "older.gguf", held)
+    convert(Convert(str(file), str(tmp_path / "back")))
+    got = load_file(tmp_path / "back" / "model.safetensors")
+    assert want.keys() == got.keys()
+    assert all(torch.allclose(want[key], got[key], rtol=1e-6, atol=1e-7) for key in want)
+    with server(file) as client:  # which computes with it what it computes with the newer one
+        want = of_model(build(base, torch.float32), PROMPT)
+        assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= 1e-5
+
+
 def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path, tmp_path_factory, capsys) -> None:
     base, path = made(tmp_path_factory, "qwen3_5_moe_text")
     held, ones = tensors_of(path), np.ones(64, np.float32)

@@ -31,7 +31,11 @@ CHUNK = 1 << 20  # weights that are quantised together
 IN_FLOAT32 = (  # beside all vectors
     "norm.weight", "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", CONV, ".bias",
 )  # fmt: skip
-BY_HEAD = ("attn_q.weight", "ssm_ba.weight")  # with rows of each part for each head, if there are several
+BY_HEAD = (
+    "attn_q.weight",
+    "ssm_ba.weight",
+    "ssm_in.weight",
+)  # with rows of each part for each head, if there are several
 ENDS = ("token_embd.weight", "output.weight")  # kept in eight bits where the rest has four
 HEAD = "head.weight"
 HINT = "write safetensors, and convert them with llama.cpp's own script"
@@ -86,8 +90,17 @@ class Layout:
         return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 
     def join_queries(self, stored: Collection[str]) -> None:
-        """Takes the queries, keys and values of a layer as one tensor where a file has them so, in this order."""
+        """Takes the queries, keys and values of a layer as one tensor where a file has them so, in this order.
+
+        Qwen3-Next's older files have with them what gates them, by key head.
+        """
         for name in stored:
+            block, mark, _ = name.partition("ssm_in.weight")
+            if mark and self.turned is None and f"{block}attn_gate.weight" in self.parts:
+                self.parts[name] = [
+                    *self.parts.pop(f"{block}attn_qkv.weight"),
+                    *self.parts.pop(f"{block}attn_gate.weight"),
+                ]
             block, mark, leaf = name.partition("attn_qkv")
             apart = [f"{block}attn_{one}{leaf}" for one in "qkv"]
             if mark and name not in self.parts and self.parts.keys() >= {*apart} and self.groups(apart[0]) == 1:
