@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, finetune
-from llama_cpp import next_token, of_model, server
+from families.tiny_families import MODELS, make_family
+from llama_cpp import next_token, of_model, server, write_bpe
 from safetensors.torch import load_file
 from test_adapters_out import EVERYWHERE, adapter
 from test_gguf_out import LINEAR, ROWS, TURNS, WRITTEN, made, make, written
@@ -166,6 +167,16 @@ def test_queries_keys_and_values_in_one_tensor_are_read(tmp_path, tmp_path_facto
     with server(file) as client:  # llama.cpp computes with it what it computes with the other
         want = of_model(build(base, torch.float32), PROMPT)
         assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= WRITTEN[name][1]
+
+
+def test_numbers_of_a_base_in_16_bits_are_computed_in_float32(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(MODELS, "this", WRITTEN["qwen3_5_text"][0])
+    make_family(tmp_path / "base", "this", torch.bfloat16)
+    held = tensors_of(written(write_bpe(tmp_path / "base"), tmp_path / "out", type="f32"))
+    of_layer = {name: values.float() for name, values in load_file(tmp_path / "base" / "model.safetensors").items()}
+    norm, decay = (of_layer[f"model.layers.0.{name}"] for name in ("input_layernorm.weight", "linear_attn.A_log"))
+    assert torch.equal(torch.from_numpy(held["blk.0.attn_norm.weight"]), 1 + norm)
+    assert torch.equal(torch.from_numpy(held["blk.0.ssm_a"]), -decay.exp().view(2, 3).t().flatten())
 
 
 def test_an_older_file_of_qwen3_next_is_read(tmp_path, tmp_path_factory) -> None:

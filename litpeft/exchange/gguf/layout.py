@@ -170,9 +170,12 @@ class Layout:
         return rows_in_halves(rows, self.config.head_dim) if self._deals_out(part) else rows
 
     def computed(self, name: str, values: Tensor) -> Tensor:
-        """Returns what a tensor of the file holds for our numbers (rows, in), or for A (r, in) of a low-rank update."""
+        """Returns what a tensor of the file holds for our numbers (rows, in), or for A (r, in) of a low-rank update.
+
+        What is not a copy of ours is in float32.
+        """
         added = self._added(name)
-        return values + added if added else computed(name, values, self.turned)
+        return values.float() + added if added else computed(name, values, self.turned)
 
     def restored(self, name: str, values: Tensor) -> Tensor:
         """Returns our numbers for those that a tensor of the file holds, in any of its rows."""

@@ -29,7 +29,7 @@ def own_name(ours: str) -> str | None:
 def computed(name: str, values: Tensor, sizes: LinearAttention | None) -> Tensor:
     """Returns what a tensor of the file holds for our numbers; `sizes` if its value heads are in turn."""
     if name.endswith(DECAY):
-        return -values.exp()
+        return -values.float().exp()
     return in_turn(values.mT, sizes).mT if sizes is not None and name.endswith(OUT) else values
 
 
