@@ -29,7 +29,6 @@ REGISTERED = {
     **dict.fromkeys(("mistral", "mixtral", "ministral", "ministral3", "phi3", "nemotron", "stablelm"), ""),
     **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid", "olmo2", "olmo3", "glm", "glm4", "glm4_moe"), ""),
     **dict.fromkeys(("ernie4_5", "ernie4_5_moe"), ""),
-    "qwen2_moe": "Qwen2Tokenizer",
 }
 SURE = ("qwen2", "qwen3_5_moe_text")  # published folders name wrong classes
 # The special tokens of a class that tokenizer_config.json does not name.
