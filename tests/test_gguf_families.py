@@ -16,7 +16,8 @@ from test_gguf_out import LINEAR, ROWS, TURNS, WRITTEN, made, make, written
 
 from litpeft.core.errors import ConfigError, ModelError, UserError
 from litpeft.exchange.convert import convert
-from litpeft.exchange.gguf.config import alike, hf_config
+from litpeft.exchange.gguf.alike import alike
+from litpeft.exchange.gguf.config import hf_config
 from litpeft.exchange.gguf.layout import Layout
 from litpeft.exchange.gguf.weights import GgufFile
 from litpeft.exchange.settings import Convert

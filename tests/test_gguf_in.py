@@ -15,7 +15,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from litpeft.core.errors import ModelError
 from litpeft.core.json import read_json
 from litpeft.exchange.convert import convert
-from litpeft.exchange.gguf.config import alike, hf_config
+from litpeft.exchange.gguf.alike import alike
+from litpeft.exchange.gguf.config import hf_config
 from litpeft.exchange.gguf.weights import GgufFile
 from litpeft.exchange.settings import Convert
 from litpeft.model.build import build

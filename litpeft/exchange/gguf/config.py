@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from litpeft.core.errors import ModelError, UserError, nearest
+from litpeft.exchange.gguf.alike import alike
 from litpeft.exchange.gguf.by_layer import sizes as layered_sizes
 from litpeft.exchange.gguf.layout import Layout, allowed
 from litpeft.exchange.gguf.rope import SCALING, header_rope
@@ -85,7 +86,6 @@ WITHOUT_KEY = {  # what a header of latent attention says by leaving a key out, 
 IDLE = (  # without effect, or read elsewhere
     "vocab_size", "tensor_data_layout", "context_length", "rope.freq_base_swa", "attention.recurrent_layers",
 )  # fmt: skip
-UNSAID = {"longrope": "factor", "yarn": "truncate"}  # kind of scaling -> what a header does not say: see rope.py
 CLASSES = {
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
@@ -272,34 +272,6 @@ def in_turn(config: ModelConfig, pattern: Any) -> bool:
     if isinstance(pattern, int):
         pattern = [at % pattern < pattern - 1 for at in range(config.n_layers)]
     return pattern == [config.layer(at).window is not None for at in range(config.n_layers)]
-
-
-def same_model(read: ModelConfig, written: ModelConfig, known: Any) -> bool:
-    """Returns whether a header's config computes what that of the model does that was written.
-
-    A file says a context that ends with the window instead of the window, where llama.cpp has none for the family.
-    """
-    for field in fields(ModelConfig):
-        ours, theirs = getattr(read, field.name), getattr(written, field.name)
-        either = field.name == "activation" and {ours, theirs} <= set(allowed(known, written, field.name))
-        if field.name not in ("max_positions", "window") and not either and not alike(ours, theirs):
-            return False
-    return True
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Returns whether two values are equal, as far as a header says them and float32 holds numbers."""
-    if isinstance(one, float) and isinstance(other, float):
-        return math.isclose(one, other, rel_tol=1e-6)
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(alike, one, other))
-    if isinstance(one, list) != isinstance(other, list):  # a number for all layers, or one for each
-        one, other = (one, other) if isinstance(one, list) else (other, one)
-        return all(alike(value, other) for value in one)
-    if hasattr(one, "__dataclass_fields__") and type(one) is type(other):
-        idle = UNSAID.get(getattr(one, "kind", ""))
-        return all(alike(value, getattr(other, key)) for key, value in vars(one).items() if key != idle)
-    return one == other
 
 
 def same_bytes(one: Any, other: Any) -> bool:

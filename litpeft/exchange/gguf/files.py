@@ -11,8 +11,9 @@ from torch import Tensor
 from litpeft.core.terminal import say
 from litpeft.data.templates import ChatTemplate
 from litpeft.data.tokenizer import Tokenizer
+from litpeft.exchange.gguf.encoding import TYPES
 from litpeft.exchange.gguf.latent import split_names
-from litpeft.exchange.gguf.layout import TYPES, Layout
+from litpeft.exchange.gguf.layout import Layout
 from litpeft.exchange.gguf.tokenizer import WITHOUT_MARKS
 from litpeft.exchange.gguf.verify import TOLERANCE, Written
 from litpeft.exchange.gguf.vocabulary import vocabulary

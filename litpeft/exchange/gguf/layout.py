@@ -5,13 +5,11 @@ llama.cpp rotates neighbouring rows of q and k where a family has `pairs`:
 Fused tensors hold all rows of q, then all of k and v, whatever their order in a Hugging Face folder, except BY_HEAD.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import fields
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
@@ -25,9 +23,6 @@ from litpeft.model.families import FAMILIES, Gguf, family, split_name
 from litpeft.model.families.names import NameMap
 from litpeft.model.frequencies import rope_frequencies
 
-TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
-TORCH = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
-CHUNK = 1 << 20  # weights that are quantised together
 IN_FLOAT32 = (  # beside all vectors
     "norm.weight", "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", CONV, ".bias",
 )  # fmt: skip
@@ -267,31 +262,6 @@ def allowed(known: Gguf, config: ModelConfig, name: str) -> tuple[Any, ...]:
     default = next(field.default for field in fields(ModelConfig) if field.name == name)
     values = known.graph.get(name, (default,))
     return values(config) if callable(values) else values
-
-
-def encode(values: Tensor, type_: Type) -> Tensor:
-    """Returns the bytes (rows, bytes) of weights (out, in), or of a vector with a number in each row."""
-    rows = values.reshape(len(values), -1)
-    if type_ in TORCH:
-        return rows.to(TORCH[type_]).contiguous().view(torch.uint8)
-    step = max(1, CHUNK // rows.size(1))
-    parts = [gguf.quants.quantize(part.float().numpy(), type_) for part in rows.split(step)]
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def decode(rows: Tensor, type_: Type, shape: tuple[int, ...]) -> Tensor:
-    """Returns the float32 numbers of a tensor's bytes (rows, bytes)."""
-    if type_ in TORCH:
-        return rows.contiguous().view(TORCH[type_]).float().view(shape)
-    step = max(1, CHUNK // shape[-1])
-    parts = [torch.from_numpy(gguf.quants.dequantize(part.numpy(), type_)) for part in rows.split(step)]
-    return torch.cat(parts).view(shape)
-
-
-def row_bytes(shape: tuple[int, ...], type_: Type) -> int:
-    """Returns the bytes of a row of a tensor."""
-    block, size = gguf.GGML_QUANT_SIZES[type_]
-    return math.prod(shape[1:]) * size // block
 
 
 def rows_dealt_out(rows: Tensor, head_dim: int) -> Tensor:

@@ -13,8 +13,10 @@ from litpeft.core.heap import give_back
 from litpeft.core.terminal import say
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.exchange.compare import PROMPTS, logits_of
-from litpeft.exchange.gguf.config import hf_config, same_model
-from litpeft.exchange.gguf.layout import Layout, decode
+from litpeft.exchange.gguf.alike import same_model
+from litpeft.exchange.gguf.config import hf_config
+from litpeft.exchange.gguf.encoding import decode
+from litpeft.exchange.gguf.layout import Layout
 from litpeft.exchange.gguf.tokenizer import GgufTokenizer
 from litpeft.exchange.gguf.weights import BoundedReader
 from litpeft.model.families.read import config_of

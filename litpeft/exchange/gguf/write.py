@@ -14,8 +14,9 @@ from torch import Tensor
 from litpeft.core.errors import ModelError
 from litpeft.core.place import FREE_SPACE, check_disk, disk_fault
 from litpeft.core.safetensors import is_finite
+from litpeft.exchange.gguf.encoding import decode, encode, row_bytes
 from litpeft.exchange.gguf.latent import joined, split, split_names
-from litpeft.exchange.gguf.layout import Layout, decode, encode, row_bytes
+from litpeft.exchange.gguf.layout import Layout
 from litpeft.exchange.gguf.rope import scaling_keys
 from litpeft.model.affine import Affine
 from litpeft.model.quantize.bits import unpack_bits
