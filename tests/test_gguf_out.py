@@ -55,6 +55,7 @@ EXAONE4 = {
 }
 OLMO3 = {"model_type": "olmo3", "rope_scaling": YARN | {"rope_theta": 500_000.0}} | TURNS
 LINEAR = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_value_heads": 6}
+SHORT = {"conv_bias": False, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
 LINEAR |= {"linear_num_key_heads": 2, "layer_types": ["linear_attention", "full_attention"]}
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
@@ -73,6 +74,7 @@ WRITTEN = {
     "qwen3_5_text": (CASES["qwen3_5_text"] | LINEAR, 1e-5),
     "qwen3_5_moe_text": (CASES["qwen3_5_moe_text"] | LINEAR, 1e-5),
     "qwen3_next": (CASES["qwen3_next"] | LINEAR, 1e-5),
+    "lfm2": (CASES["lfm2"] | SHORT, 1e-5),
     "gemma": (CASES["gemma"], GELU),
     "gemma2": ({"model_type": "gemma2", "num_hidden_layers": 4} | GEMMA, 5 * GELU),
     "gemma3_text": (

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families.tiny_families import MODELS, make_family
+from families.tiny_families import LINEAR, MODELS, make_family
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from litpeft.core.errors import ModelError
+from litpeft.core.errors import ConfigError, ModelError
 from litpeft.core.exports import CannotExport
 from litpeft.exchange.exports.peft import adapter_of
 from litpeft.exchange.run import build_run, find_run
@@ -36,6 +36,7 @@ REFUSED += ("cohere",)  # with use_qk_norm
 NOT_IN_PEFT = ("neox", "neox serial", "falcon", "falcon new", "deepseek_v2", "deepseek_v3")  # it makes other shapes
 IDS = torch.randint(2, 100, (2, 20), generator=torch.Generator().manual_seed(0))
 COUNT = 3
+NO_ATTENTION = (*LINEAR, "lfm2")  # in some layers
 
 
 @torch.no_grad()
@@ -43,6 +44,9 @@ COUNT = 3
 def test_the_prefix_of_peft_is_read_and_written_where_it_means_the_same(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     make_family(base, name)
+    if name in NO_ATTENTION:
+        with pytest.raises(ConfigError, match="some layers of this model have no attention"):
+            attach(build(base, torch.float32), Prefix(prompt_length=COUNT))
     if name in REFUSED:
         torch.manual_seed(0)
         attach(model := build(base, torch.float32), method := Prefix(prompt_length=COUNT))
@@ -56,8 +60,8 @@ def test_the_prefix_of_peft_is_read_and_written_where_it_means_the_same(name: st
             parameter += 0.2 * torch.randn_like(parameter)
     theirs.save_pretrained(tmp_path / "adapter")
     run = find_run(tmp_path / "adapter")
-    if name in REFUSED:
-        with pytest.raises(ModelError, match="PREFIX_TUNING is not read for this base: keys and values go through"):
+    if name in REFUSED or name in NO_ATTENTION:
+        with pytest.raises(ModelError, match="is not read for this base: (keys and values go through|some of its lay)"):
             run.base_folder()
         return
     model = build_run(run, run.base_folder(), torch.float32)

@@ -82,17 +82,17 @@ class Prefix(Method):
         return uniform(0.1)
 
     def attach(self, model: GPT) -> None:
-        what = None
-        if model.config.latent is not None:
-            what = "the attention of this model makes keys and values of shorter vectors: it has no attn.k and attn.v"
+        hint, layers = "take another method, such as prompt or lora", [block.attn for block in model.blocks]
         if not all(layer.attends for layer in model.config.layers):
             what = "some layers of this model have no attention: there no token reads the keys and values of others"
-        if what is not None:
-            raise ConfigError(what, where="method", hint="take another method, such as prompt or lora")
+            raise ConfigError(what, where="method", hint=hint)
+        if not layers[0].keys_and_values():
+            what = "the attention of this model makes keys and values of shorter vectors: it has no attn.k and attn.v"
+            raise ConfigError(what, where="method", hint=hint)
         if self.hidden is not None:
             network = model.banks[PLACE] = Network(self.prompt_length, model.config.d_model, self.hidden)
-        for block in model.blocks:
-            for linear in block.attn.keys_and_values():
+        for attn in layers:
+            for linear in attn.keys_and_values():
                 if self.hidden is None:
                     start = self.vectors_start()
                     delta = VirtualTokens(linear.out_features, start, self.prompt_length, dropout=self.dropout)

@@ -35,7 +35,7 @@ KEYS = {
     "feed_forward_length": (int, "intermediate_size", "n_inner", "ffn_hidden_size"),
     "attention.head_count": (int, "num_attention_heads", "n_head"),
     "attention.head_count_kv": (int, "num_key_value_heads", "num_kv_heads"),
-    "attention.layer_norm_rms_epsilon": (float, "rms_norm_eps"),
+    "attention.layer_norm_rms_epsilon": (float, "rms_norm_eps", "norm_eps"),
     "attention.layer_norm_epsilon": (float, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "attention.sliding_window": (int, "sliding_window"),
     "attention.clamp_kqv": (float, "clip_qkv"),
@@ -64,6 +64,7 @@ KEYS = {
     "ssm.state_size": (int, "linear_key_head_dim"),
     "ssm.group_count": (int, "linear_num_key_heads"),
     "ssm.time_step_rank": (int, "linear_num_value_heads"),
+    "shortconv.l_cache": (int, "conv_L_cache"),
 }
 WIDTHS = {*KEYS["feed_forward_length"][1:]}  # a family with none of them has experts in each layer
 # key of config.json -> tensors of the first layer, one of which is there if it is true
@@ -117,8 +118,8 @@ class Header:
     def number(self, key: str, kind: type, default: Any = None) -> Any:
         """Returns the value of a key, or `default`: of this type, positive and of a plausible size."""
         value = self.own.get(key, default)
-        if isinstance(value, list) and value and value.count(value[0]) == len(value):  # one for each layer, all alike
-            value = value[0]
+        if isinstance(value, list) and len(alike := {*value} - {0}) == 1:  # one for each layer; 0: it has none
+            value = alike.pop()
         top = LARGEST_CONTEXT if key.endswith("context_length") else LARGEST_WIDTH
         if type(value) is kind and value > 0 and (math.isfinite(value) if kind is float else value <= top):
             return single(value) if kind is float else value

@@ -17,14 +17,14 @@ from torch import Tensor
 from litpeft.core.errors import ConfigError
 from litpeft.exchange.gguf.by_layer import divisors
 from litpeft.exchange.gguf.latent import joined, split_names, split_shapes
-from litpeft.exchange.gguf.linear import CONV, computed, own_name, restored, rows_in_turn, sizes_of
+from litpeft.exchange.gguf.linear import CONVS, computed, own_name, restored, rows_in_turn, sizes_of
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES, Gguf, family, split_name
 from litpeft.model.families.names import NameMap
 from litpeft.model.frequencies import rope_frequencies
 
 IN_FLOAT32 = (  # beside all vectors
-    "norm.weight", "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", CONV, ".bias",
+    "norm.weight", "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", *CONVS, ".bias",
 )  # fmt: skip
 BY_HEAD = (
     "attn_q.weight",
@@ -114,7 +114,7 @@ class Layout:
             return split_shapes(self.config)[split.index(name)]
         if of_expert(self.parts[name][0]):
             return (len(shapes), *shapes[0])
-        return (sum(shape[0] for shape in shapes), *shapes[0][2 if name.endswith(CONV) else 1 :])
+        return (sum(shape[0] for shape in shapes), *shapes[0][2 if name.endswith(CONVS) else 1 :])
 
     def groups(self, name: str) -> int:
         """Returns how many groups of rows a tensor consists of, each with rows of every part."""

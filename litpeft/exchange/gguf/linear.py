@@ -16,7 +16,8 @@ from litpeft.model.parts import LinearAttention
 # llama.cpp's names, where those of the `gguf` package are of other tensors, or of Qwen3-Next's older files
 QKV = dict.fromkeys(("in_q.weight", "in_k.weight", "in_v.weight"), "attn_qkv.weight")
 NAMES = QKV | {"in_z.weight": "attn_gate.weight", "A_log": "ssm_a", "dt_bias": "ssm_dt.bias"}
-DECAY, OUT, CONV = "ssm_a", "ssm_out.weight", "ssm_conv1d.weight"
+DECAY, OUT = "ssm_a", "ssm_out.weight"
+CONVS = ("ssm_conv1d.weight", "shortconv.conv.weight")  # with a row for each channel
 BY_VALUE = ("in_v.weight", "in_z.weight", "in_b.weight", "in_a.weight", "A_log", "dt_bias")
 
 

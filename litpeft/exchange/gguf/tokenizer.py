@@ -61,7 +61,7 @@ SAME = {
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
     "stablelm2": "qwen2", "refact": "starcoder", "command-r": "starcoder", "olmo": "gpt-2", "phi-2": "gpt-2",
     "chatglm-bpe": "dbrx", "glm4": "dbrx", "smaug-bpe": "dbrx", "llama4": "gpt-4o", "exaone4": "gpt-2",
-    "hunyuan-dense": "deepseek-v3",
+    "hunyuan-dense": "deepseek-v3", "lfm2": "llama-bpe",
 }  # fmt: skip
 ADDED = (CONTROL, UNKNOWN, USER_DEFINED)  # found in a text before it is split
 WITHOUT_MARKS = ("tekken", "gpt-4o")  # llama.cpp cuts words at combining marks, as these tokenizers do not

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from litpeft.model.config import ConfigKeys, ModelConfig
-from litpeft.model.families import Place, llama, without
+from litpeft.model.families import Gguf, Place, llama, without
 from litpeft.model.parts import Convolution, Layer, Rope
 from litpeft.model.rope import FULL
 
@@ -27,6 +27,37 @@ NAMES = without(llama.NAMES, "*norm*") | {
     "norm": "model.embedding_norm",
 }
 
+
+def no_gguf(config: ModelConfig) -> str | None:
+    """Returns what llama.cpp does not compute."""
+    convolutions = convolutions_of(config.layers)
+    if not convolutions:
+        return "llama.cpp has a convolution in some layers (config.json: layer_types)"
+    return "llama.cpp's convolutions have no biases (config.json: conv_bias)" if convolutions[0].bias else None
+
+
+def convolutions_of(layers: tuple[Layer, ...]) -> list[Convolution]:
+    """Returns the convolution of each layer that has one."""
+    return [layer.convolution for layer in layers if layer.convolution is not None]
+
+
+def implied(header: Any) -> dict[str, Any]:
+    """Returns the keys of config.json whose values a GGUF file says otherwise."""
+    count, heads = header.number("block_count", int), header.own.get("attention.head_count_kv")
+    heads = heads if isinstance(heads, list) else [heads] * count
+    return {"layer_types": [FULL if number else CONV for number in heads], "block_auto_adjust_ff_dim": False}
+
+
+GGUF = Gguf(
+    "lfm2",
+    refuses=no_gguf,
+    implied=implied,
+    keys={
+        "attention.head_count_kv": ("", lambda config: [config.n_kv_heads * layer.attends for layer in config.layers]),
+        "shortconv.l_cache": ("layers", lambda layers: convolutions_of(layers)[0].width),
+    },
+    graph={"qk_norm": ("head",)},
+)
 OLDER = {
     "tie_word_embeddings": "tie_embedding",
     "intermediate_size": "block_ff_dim",
