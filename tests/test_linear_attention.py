@@ -121,6 +121,20 @@ def test_a_text_of_several_chunks_has_the_logits_and_gradients_of_transformers(b
         assert torch.allclose(mine, grad, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("only", ["in_z", "in_a", "in_b", "in_v", "norm", "conv", "A_log", "dt_bias", "out"])
+def test_a_part_that_trains_alone_has_the_gradient_that_it_has_among_all(only: str, both) -> None:
+    _, model = both
+    ids, grads = torch.randint(0, TINY["vocab_size"], (1, 200)), []
+    chosen = [name for name, _ in model.blocks[0].attn.named_parameters() if name.split(".")[0] == only]
+    for whole in (True, False):
+        model.requires_grad_(whole).zero_grad()
+        for name in chosen:
+            model.blocks[0].attn.get_parameter(name).requires_grad_(True)
+        model(ids, Context.packed((130, 70), ids.device, None), at=torch.arange(199), targets=ids[0, 1:]).backward()
+        grads.append([model.blocks[0].attn.get_parameter(name).grad.clone() for name in chosen])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_no_pass_waits_for_a_number_of_the_device() -> None:
     """Fake tensors, which have shapes and types but no memory, refuse what needs a number of theirs."""
     layers = [Layer(linear=LinearAttention(2, 4, 8, 12, 4)), Layer(rope=Rope())]

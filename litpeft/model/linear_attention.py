@@ -161,7 +161,10 @@ class _Read(torch.autograd.Function):
                 ends = piece(given[:4], given[4:], group, memory, sizes, eps)
             dmemory = torch.cat((dmemory, dmemory.new_zeros(len(memory) - len(dmemory), *dmemory.shape[1:])))
             into = [x for x in (*given, memory) if x.requires_grad]
-            found = iter(torch.autograd.grad(ends, into, (dy[group.token].where(group.real[..., None], 0), dmemory)))
+            back = [dy[group.token].where(group.real[..., None], 0), dmemory]
+            if not ends[1].requires_grad:  # where only z or the norm trains
+                ends, back = ends[:1], back[:1]
+            found = iter(torch.autograd.grad(ends, into, back))
             parts = [next(found) if need else None for need in needed]
             dmemory = next(found, dmemory)
             for at, (grad, part) in enumerate(zip(grads, parts, strict=True)):
