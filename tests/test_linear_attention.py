@@ -11,11 +11,13 @@ from model_switches import CONFIG
 from test_model import CASES, reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from litpeft.core.errors import ConfigError
 from litpeft.data.tokenizer import Tokenizer
 from litpeft.generate.batch import Batch
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.engine import answer, stream
 from litpeft.generate.settings import Sampling
+from litpeft.methods.adapter import Adapter
 from litpeft.methods.lora import LoRA
 from litpeft.model import delta_rule
 from litpeft.model.build import build
@@ -133,6 +135,20 @@ def test_a_part_that_trains_alone_has_the_gradient_that_it_has_among_all(only: s
         model(ids, Context.packed((130, 70), ids.device, None), at=torch.arange(199), targets=ids[0, 1:]).backward()
         grads.append([model.blocks[0].attn.get_parameter(name).grad.clone() for name in chosen])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_the_adapters_prompts_stand_in_the_layers_with_attention(tmp_path) -> None:
+    base = made("qwen3_5_text", tmp_path)[1]
+    model = build(tmp_path, torch.float64, Adapter(prompt_length=3)).eval()
+    ids = torch.randint(0, TINY["vocab_size"], (1, 30))
+    assert sorted(model.delta_keys) == [f"blocks.1.attn.core.adapter.{leaf}" for leaf in ("gate", "prompt")]
+    with torch.no_grad():
+        assert torch.equal(model(ids), base(ids))  # the gates are shut
+        model.blocks[1].attn.core.deltas["adapter"].gate.fill_(0.5)
+        assert (model(ids) - base(ids)).abs().max() > 1e-3
+    made("qwen3_5_moe_text", tmp_path / "moe")  # whose second layer has none
+    with pytest.raises(ConfigError, match="none of the top 1 blocks has attention"):
+        build(tmp_path / "moe", torch.float64, Adapter(layers=1))
 
 
 def test_no_pass_waits_for_a_number_of_the_device() -> None:

@@ -58,7 +58,8 @@ class Adapter(Method):
     """Learned prompts in the attention of the top blocks, behind gates that start shut."""
 
     layers: int = 30
-    """Blocks that get prompts, counted from the top; a model with fewer gets them in all."""
+    """Blocks that get prompts, counted from the top; a model with fewer gets them in all. Those without attention get
+    none."""
     prompt_length: int = 10
     """Prompts of each of these blocks."""
 
@@ -67,7 +68,11 @@ class Adapter(Method):
         check_least(self, "method.", prompt_length=1, most=LONGEST_PROMPT)
 
     def attach(self, model: GPT) -> None:
-        for block in model.blocks[-self.layers :]:
+        top = [block for block in model.blocks[-self.layers :] if model.config.layer(block.attn.layer).attends]
+        if not top:
+            what = f"none of the top {self.layers} blocks has attention"
+            raise ConfigError(what, where="method.layers", hint="say more, or take another method, such as lora")
+        for block in top:
             if len(block.attn.keys_and_values()) < 2:
                 what = f"the prompts of layer {block.attn.layer} need keys and values that the layer computes itself"
                 raise ConfigError(what, where="method", hint="take another method, such as prompt or lora")
