@@ -1,4 +1,4 @@
-"""The tokens that a model has read, with what its layers know of them, so that only new tokens are computed.
+"""The tokens that a model has read, and what each layer keeps of them: only new tokens are computed.
 
 Letters: B rows, T new tokens, V vocabulary.
 """

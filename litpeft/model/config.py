@@ -8,7 +8,17 @@ from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from litpeft.core.typed import later
-from litpeft.model.parts import ClampedGate, Experts, Latent, Layer, LayerInputs, QueryGrowth, Rope, RopeScaling
+from litpeft.model.parts import (
+    ClampedGate,
+    Experts,
+    Latent,
+    Layer,
+    LayerInputs,
+    QueryGrowth,
+    Rope,
+    RopeScaling,
+    linear_of,
+)
 
 ACTIVATIONS = {  # name in config.json -> name in gpt.py
     "silu": "silu",
@@ -119,7 +129,7 @@ class ModelConfig:
     @property
     def linear_key_heads(self) -> int:
         """Returns how many key heads the layers with linear attention have."""
-        return next(layer.linear.key_heads for layer in self.layers if layer.linear is not None)
+        return linear_of(self.layers).key_heads
 
     def layer(self, number: int) -> Layer:
         """Returns what a layer has of its own, or what all have."""

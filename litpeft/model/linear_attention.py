@@ -1,11 +1,15 @@
-"""A layer whose tokens read one matrix for each head in place of all earlier keys and values: Gated DeltaNet.
+"""Linear attention: each head has one matrix, which a token reads in place of all earlier keys and values.
 
-    [q; k; v] = silu(convolution of the last tokens' in_q x, in_k x, in_v x)        q, k of length 1, then q / sqrt(K)
-    b = sigmoid(in_b x)        log g = -exp(A_log) softplus(in_a x + dt_bias)
+    q, k, v = silu(conv(in_q x)), silu(conv(in_k x)), silu(conv(in_v x))
+    q, k = q / |q| / sqrt(K), k / |k|
+    b = sigmoid(in_b x)
+    g = exp(-exp(A_log) softplus(in_a x + dt_bias))
     y = out(norm(gated_delta_rule(q, k, v, g, b)) * silu(in_z x))
 
-Letters: B rows, T new tokens, N = B * T, M chunks of C tokens, H heads of values, K size of a key, V size of a value, W
-width of the convolution, F = 2 * key heads * K + H * V of its channels.
+`conv` sums each channel over the last W tokens, with weights. Gated DeltaNet https://arxiv.org/abs/2412.06464.
+
+Letters: B rows, T new tokens of each, N tokens of all rows, M chunks, C tokens of a chunk.
+H heads of values, K size of a key, V size of a value, F channels of q, k and v together.
 """
 
 import torch
@@ -81,19 +85,28 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def read(
-    tokens: Tensors, weights: Tensors, chunks: Chunks, memory: Tensor, sizes: LinearAttention, eps: float
+    tokens: Tensors,
+    weights: Tensors,
+    chunks: Chunks,
+    memory: Tensor,
+    sizes: LinearAttention,
+    eps: float,
+    kept: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns y (N, H * V) and each document's S after its tokens, for S before them (documents, H, K, V).
 
     `tokens` are qkv (N, F), z (N, H * V), b and a (N, H); qkv may have more rows, as `chunks` say. `weights` are those
-    of the convolution (F, 1, W), A_log and dt_bias (H,) and the norm's (V,).
+    of the convolution (F, 1, W), A_log and dt_bias (H,) and the norm's (V,). S before each group is put into `kept`.
     """
-    y, memory = torch.zeros_like(tokens[1]), memory[chunks.order]  # zeros at what is padding
+    y, memory, ended = torch.zeros_like(tokens[1]), memory[chunks.order], []  # zeros at what is padding
     for group in chunks.groups:
-        first = group.counts[0]
-        part, memory[:first] = piece(gathered(tokens, group), weights, group, memory[:first], sizes, eps)
+        ended.append(memory[group.counts[0] :])  # of documents without a chunk more
+        memory = memory[: group.counts[0]]
+        if kept is not None:
+            kept.append(memory)
+        part, memory = piece(gathered(tokens, group), weights, group, memory, sizes, eps)
         group.write(y, part)
-    return y, memory[chunks.order.argsort()]
+    return y, torch.cat([memory, *reversed(ended)])[chunks.order.argsort()]
 
 
 def gathered(tokens: Tensors, group: Group) -> list[Tensor]:
@@ -133,14 +146,10 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, chunks: Chunks, sizes: LinearAttention, eps: float, *inputs: Tensor) -> Tensor:
-        tokens, weights = inputs[:4], inputs[4:]
-        y, kept = torch.empty_like(tokens[1]), []
-        wide, matrix = torch.promote_types(y.dtype, torch.float32), (sizes.heads, sizes.key_size, sizes.value_size)
-        memory = torch.zeros(len(chunks.order), *matrix, dtype=wide, device=y.device)
-        for group in chunks.groups:
-            kept.append(memory[: group.counts[0]])
-            part, memory = piece(gathered(tokens, group), weights, group, kept[-1], sizes, eps)
-            group.write(y, part)
+        z, kept, matrix = inputs[1], [], (sizes.heads, sizes.key_size, sizes.value_size)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        memory = torch.zeros(len(chunks.order), *matrix, dtype=wide, device=z.device)
+        y, _ = read(inputs[:4], inputs[4:], chunks, memory, sizes, eps, kept)
         ctx.save_for_backward(*inputs, *kept)
         ctx.read = chunks.groups, sizes, eps
         return y

@@ -1,5 +1,6 @@
 """The parts of a ModelConfig that have more than one number. No torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +90,11 @@ class Layer:
     def attends(self) -> bool:
         """Returns whether it has attention, whose keys and values later tokens read."""
         return self.linear is None and self.convolution is None
+
+
+def linear_of(layers: Iterable[Layer]) -> LinearAttention | None:
+    """Returns the sizes of the layers that have linear attention; None if there are none."""
+    return next((layer.linear for layer in layers if layer.linear is not None), None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ UNSAID = {"longrope": "factor", "yarn": "truncate"}  # kind of scaling -> what a
 
 
 def same_model(read: ModelConfig, written: ModelConfig, known: Any) -> bool:
-    """Returns whether a header's config computes what that of the model does that was written.
+    """Returns whether the config that was read from a file computes the same as the one that was written to it.
 
     A file says a context that ends with the window instead of the window, where llama.cpp has none for the family.
     """

@@ -118,8 +118,8 @@ class Header:
     def number(self, key: str, kind: type, default: Any = None) -> Any:
         """Returns the value of a key, or `default`: of this type, positive and of a plausible size."""
         value = self.own.get(key, default)
-        if isinstance(value, list) and len(alike := {*value} - {0}) == 1:  # one for each layer; 0: it has none
-            value = alike.pop()
+        if isinstance(value, list) and len(numbers := {*value} - {0}) == 1:  # one for each layer; 0: it has none
+            value = numbers.pop()
         top = LARGEST_CONTEXT if key.endswith("context_length") else LARGEST_WIDTH
         if type(value) is kind and value > 0 and (math.isfinite(value) if kind is float else value <= top):
             return single(value) if kind is float else value

@@ -17,11 +17,12 @@ from torch import Tensor
 from litpeft.core.errors import ConfigError
 from litpeft.exchange.gguf.by_layer import divisors
 from litpeft.exchange.gguf.latent import joined, split_names, split_shapes
-from litpeft.exchange.gguf.linear import CONVS, computed, own_name, restored, rows_in_turn, sizes_of
+from litpeft.exchange.gguf.linear import CONVS, computed, own_name, restored, rows_in_turn
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES, Gguf, family, split_name
 from litpeft.model.families.names import NameMap
 from litpeft.model.frequencies import rope_frequencies
+from litpeft.model.parts import linear_of
 
 IN_FLOAT32 = (  # beside all vectors
     "norm.weight", "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", *CONVS, ".bias",
@@ -65,7 +66,7 @@ class Layout:
 
     def __init__(self, names: NameMap):
         self.names, self.config, self.gguf = names, names.config, known_family(names)
-        self.turned = sizes_of(self.config) if self.gguf.values_in_turn else None
+        self.turned = linear_of(self.config.layers) if self.gguf.values_in_turn else None
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf.arch)
         theirs = gguf.get_tensor_name_map(arch, self.config.n_layers)
         self.parts: dict[str, list[str]] = {}

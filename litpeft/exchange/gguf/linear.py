@@ -9,7 +9,6 @@ The order is that of all that has a row or a column for each value. Qwen3-Next's
 import torch
 from torch import Tensor
 
-from litpeft.model.config import ModelConfig
 from litpeft.model.families import split_name
 from litpeft.model.parts import LinearAttention
 
@@ -58,8 +57,3 @@ def in_turn(rows: Tensor, sizes: LinearAttention) -> Tensor:
 def by_key_head(rows: Tensor, sizes: LinearAttention) -> Tensor:
     """Returns rows (heads * n, ...) that are in turn with all value heads of the first key head, then of the second."""
     return rows.unflatten(0, (sizes.heads // sizes.key_heads, sizes.key_heads, -1)).transpose(0, 1).flatten(0, 2)
-
-
-def sizes_of(config: ModelConfig) -> LinearAttention | None:
-    """Returns the sizes of a model's layers with linear attention."""
-    return next((layer.linear for layer in config.layers if layer.linear is not None), None)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from litpeft.model.config import ConfigKeys, ModelConfig, checked
 from litpeft.model.families import Gguf, Place, llama
-from litpeft.model.parts import Layer, LinearAttention, Rope
+from litpeft.model.parts import Layer, LinearAttention, Rope, linear_of
 from litpeft.model.rope import FULL
 
 LINEAR = "linear_attention"
@@ -34,11 +34,6 @@ NAMES = llama.NAMES | {
 BUFFERS = ("mtp.*",)
 
 
-def sizes_of(layers: tuple[Layer, ...]) -> LinearAttention:
-    """Returns the sizes of the layers with linear attention."""
-    return next(layer.linear for layer in layers if layer.linear is not None)
-
-
 def interval(layers: tuple[Layer, ...]) -> int:
     """Returns the number of the first layer that sees all tokens, counted from 1; 0 if there is none."""
     return next((number for number, layer in enumerate(layers, 1) if layer.linear is None), 0)
@@ -54,7 +49,7 @@ def no_gguf(config: ModelConfig) -> str | None:
     every = interval(config.layers)
     if every < 2 or in_turn(config.n_layers, every) != [LINEAR if one.linear else FULL for one in config.layers]:
         return "llama.cpp has full attention in every n-th layer, n from 2 (config.json: layer_types)"
-    sizes = sizes_of(config.layers)
+    sizes = linear_of(config.layers)
     if sizes.key_size != sizes.value_size:
         keys = f"linear_key_head_dim {sizes.key_size} and linear_value_head_dim {sizes.value_size}"
         return f"{keys} differ, and llama.cpp has one size for both"
@@ -81,11 +76,11 @@ GGUF = Gguf(
         "rope.dimension_count": "rotary_dim",
         "rope.dimension_sections": ("rotary_dim", sections),
         "full_attention_interval": ("layers", interval),
-        "ssm.conv_kernel": ("layers", lambda layers: sizes_of(layers).width),
-        "ssm.state_size": ("layers", lambda layers: sizes_of(layers).key_size),
-        "ssm.group_count": ("layers", lambda layers: sizes_of(layers).key_heads),
-        "ssm.time_step_rank": ("layers", lambda layers: sizes_of(layers).heads),
-        "ssm.inner_size": ("layers", lambda layers: sizes_of(layers).heads * sizes_of(layers).value_size),
+        "ssm.conv_kernel": ("layers", lambda layers: linear_of(layers).width),
+        "ssm.state_size": ("layers", lambda layers: linear_of(layers).key_size),
+        "ssm.group_count": ("layers", lambda layers: linear_of(layers).key_heads),
+        "ssm.time_step_rank": ("layers", lambda layers: linear_of(layers).heads),
+        "ssm.inner_size": ("layers", lambda layers: linear_of(layers).heads * linear_of(layers).value_size),
     },
     graph={
         "norm": ("rms_1p",),
@@ -97,15 +92,10 @@ GGUF = Gguf(
 
 
 @dataclass(frozen=True)
-class Keys(ConfigKeys):
-    """What decides the logits of transformers' Qwen3_5TextConfig, beside the rotary positions."""
+class HybridKeys(ConfigKeys):
+    """The keys that the classes of Qwen3.5 and Qwen3-Next have alike."""
 
-    vocab_size: int = 248320
-    hidden_size: int = 4096
-    intermediate_size: int = 12288
-    num_hidden_layers: int = 32
     num_attention_heads: int = 16
-    num_key_value_heads: int = 4
     hidden_act: Literal["silu", "swish"] = "silu"
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
@@ -120,12 +110,23 @@ class Keys(ConfigKeys):
     layer_types: list[str] | None = None
 
 
+@dataclass(frozen=True)
+class Keys(HybridKeys):
+    """What decides the logits of transformers' Qwen3_5TextConfig, beside the rotary positions."""
+
+    vocab_size: int = 248320
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 32
+    num_key_value_heads: int = 4
+
+
 def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of Qwen3_5ForCausalLM describes."""
     return hybrid(Keys.read(hf), hf)
 
 
-def hybrid(keys: ConfigKeys, hf: Mapping[str, Any], **switches: Any) -> ModelConfig:
+def hybrid(keys: HybridKeys, hf: Mapping[str, Any], **switches: Any) -> ModelConfig:
     """Returns the ModelConfig of keys that are named as Qwen3.5's; `switches` as in `llama.usual`."""
     config = llama.usual(keys, hf, share=0.25, norm="rms_1p", qk_norm="head", gated_attention=True, **switches)
     heads = keys.linear_num_key_heads, keys.linear_num_value_heads

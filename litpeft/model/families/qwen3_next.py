@@ -4,9 +4,9 @@ The router's extra loss (router_aux_loss_coef) is not applied.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from litpeft.model.config import ConfigKeys, Experts, ModelConfig
+from litpeft.model.config import Experts, ModelConfig
 from litpeft.model.families import Place, qwen3_5_moe_text, qwen3_5_text
 from litpeft.model.families.qwen3_moe import dense_layers, without_empty
 
@@ -27,26 +27,14 @@ GGUF = replace(
 
 
 @dataclass(frozen=True)
-class Keys(ConfigKeys):
+class Keys(qwen3_5_text.HybridKeys):
     """What decides the logits of transformers' Qwen3NextConfig, beside the rotary positions."""
 
     vocab_size: int = 151936
     hidden_size: int = 2048
     intermediate_size: int = 5632
     num_hidden_layers: int = 48
-    num_attention_heads: int = 16
     num_key_value_heads: int = 2
-    hidden_act: Literal["silu", "swish"] = "silu"
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    head_dim: int = 256
-    linear_conv_kernel_dim: int = 4
-    linear_key_head_dim: int = 128
-    linear_value_head_dim: int = 128
-    linear_num_key_heads: int = 16
-    linear_num_value_heads: int = 32
     decoder_sparse_step: int = 1
     moe_intermediate_size: int = 512
     shared_expert_intermediate_size: int = 512
@@ -54,7 +42,6 @@ class Keys(ConfigKeys):
     num_experts: int = 512
     norm_topk_prob: bool = True
     mlp_only_layers: list[int] | None = None
-    layer_types: list[str] | None = None
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:
