@@ -204,8 +204,9 @@ def test_an_older_file_of_qwen3_next_is_read(tmp_path, tmp_path_factory) -> None
         assert (next_token(client, PROMPT, ROWS) - want).abs().max() <= 1e-5
 
 
-def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path, tmp_path_factory, capsys) -> None:
-    base, path = made(tmp_path_factory, "qwen3_5_moe_text")
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "glm4_moe"])
+def test_a_layer_that_predicts_further_tokens_is_left_out(tmp_path, tmp_path_factory, capsys, name: str) -> None:
+    base, path = made(tmp_path_factory, name)
     held, ones = tensors_of(path), np.ones(64, np.float32)
     held |= {name.replace("blk.1.", "blk.2."): values for name, values in held.items() if name.startswith("blk.1.")}
     held |= {f"blk.2.nextn.{norm}.weight": ones for norm in ("enorm", "hnorm", "shared_head_norm")}
