@@ -44,13 +44,14 @@ MODEL = {
 
 
 def run(
-    folder: Path, source: str, out: str = "", revision: str = "", dry_run: bool = False, **env: str
+    folder: Path, source: str, out: str = "", revision: str = "", dry_run: bool = False, weights: str = "", **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs `litpeft download` in `folder`, away from the user's own settings; `env` adds to the environment."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PIP_"))}
     keep |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "hf_home"), "NO_PROXY": "127.0.0.1", "PIP_NO_INDEX": "1"}
     keep |= {"PIP_CONFIG_FILE": os.devnull}
-    options = [word for key, value in (("--out", out), ("--revision", revision)) if value for word in (key, value)]
+    given = ("--out", out), ("--revision", revision), ("--weights", weights)
+    options = [word for key, value in given if value for word in (key, value)]
     command = [sys.executable, "-c", ENTRY, source, *options, *(["--dry_run"] if dry_run else [])]
     return subprocess.run(command, cwd=folder, env=keep | env, capture_output=True, text=True, check=False)
 

@@ -56,6 +56,23 @@ def test_the_checksums_of_what_the_hub_sent_are_kept_and_later_damage_is_named(h
         Weights(tmp_path / "out").fingerprint()
 
 
+def test_without_its_weights_a_model_is_its_config_and_tokenizer(hub: Hub, tmp_path: Path) -> None:
+    wanted = {name: data for name, data in MODEL.items() if "safetensors" not in name}
+    done = run(tmp_path, "org/tiny", "out", weights="false", HF_ENDPOINT=hub.url)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "out") == wanted
+    assert sorted(hub.transfers()) == sorted(wanted)
+    assert done.stdout.endswith("next: litpeft new out out-new\n")
+    again = run(tmp_path, "org/tiny", "out", weights="false", HF_ENDPOINT=hub.url)
+    assert "already there, nothing to download" in again.stdout
+    assert run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url).returncode == 0
+    assert content(tmp_path / "out") == MODEL
+    assert run(tmp_path, "org/tiny", "out", weights="false", HF_ENDPOINT=hub.url).returncode == 0
+    assert content(tmp_path / "out") == MODEL
+    for source in ("pypi:my-model", "datasets/dolly"):
+        refused(run(tmp_path, source, weights="false"), ConfigError, "without its weights")
+
+
 def test_one_process_at_a_time_downloads_into_a_folder(hub: Hub, tmp_path: Path) -> None:
     with locked(tmp_path / "out"):
         refused(run(tmp_path, "org/tiny", "out", HF_ENDPOINT=hub.url), ResourceError, f"process {os.getpid()} on")

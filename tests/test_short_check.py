@@ -56,6 +56,7 @@ DIFFERENT = as_rows([(text, f"{len(text) * 7} times") for text in SENTENCES])
         ([COLOUR, LONG | {"output": LONG["output"] + "Yes."}, LONG], {}, ["1 of 3 rows looked at say nearly the same"]),
         (as_rows([("x" * 480, ".")]), {}, ["only 0.40% of the tokens are trained"]),
         (as_rows([("x" * 480, ".")]), {"mask_prompt": False}, []),
+        ([{"text": ". ".join(SENTENCES)}], {"max_length": 60}, []),  # whose pieces are no rows that say the same
     ],
 )
 def test_what_is_worth_a_look_is_a_line_each(tiny_folder, tmp_path, rows, settings, says) -> None:

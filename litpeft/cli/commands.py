@@ -28,6 +28,12 @@ COMMANDS = {
         "Fetch a model or a data set.",
         "HuggingFaceTB/SmolLM2-360M-Instruct",
     ),
+    "new": Command(
+        "exchange.settings",
+        "exchange.new",
+        "Make a model of random weights to train.",
+        "checkpoints/HuggingFaceTB/SmolLM2-360M-Instruct checkpoints/mine --changes '{\"num_hidden_layers\": 6}'",
+    ),
     "convert": Command(
         "exchange.settings",
         "exchange.convert",

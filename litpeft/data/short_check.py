@@ -53,8 +53,10 @@ def concerns(data: DataSet, tokenizer: Tokenizer, seed: int, masked: bool) -> li
 def _alike(data: DataSet, seed: int) -> dict[str, bool]:
     """Returns lines on near-duplicates in a sample of the rows, with whether there are enough of them."""
     chance = random.Random(seed)
-    train = _sample(data.train, data.train.distinct(), SAMPLE, chance)
-    held_out = _sample(data.validation, range(len(data.validation)), HELD_OUT, chance)
+    train, held_out = (
+        _sample(rows, rows.examples(), most, chance)
+        for rows, most in ((data.train, SAMPLE), (data.validation, HELD_OUT))
+    )
     rows = [*train, *held_out]
     near = nearly_the_same(len(rows), lambda at: _text(rows[at])).tolist()
     same = {tuple(row.ids) for row in train}
@@ -70,7 +72,7 @@ def _alike(data: DataSet, seed: int) -> dict[str, bool]:
     }
 
 
-def _sample(rows: Rows, numbers: np.ndarray | range, most: int, chance: random.Random) -> list[Row]:
+def _sample(rows: Rows, numbers: np.ndarray, most: int, chance: random.Random) -> list[Row]:
     places = range(len(numbers)) if len(numbers) <= most else chance.sample(range(len(numbers)), most)
     return [rows[numbers[at]] for at in places]
 

@@ -120,6 +120,11 @@ class Rows(Sequence[Row]):
         """Returns the place of each row where it stands first: a weight of its file repeats it."""
         return np.sort(np.unique(self.column("at"), return_index=True)[1])
 
+    def examples(self) -> np.ndarray:
+        """Returns the place of the first row of each example; a long one is cut into several."""
+        numbers = self.column("file").astype(np.int64) << 32 | self.column("example")
+        return np.sort(np.unique(numbers, return_index=True)[1])
+
     def begin_with(self, ids: Sequence[int]) -> int:
         """Returns how many rows begin with these tokens."""
         first = array("i", ids).tobytes()

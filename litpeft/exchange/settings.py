@@ -1,9 +1,9 @@
-"""Settings of the commands download, convert, merge, combine, inspect and diff."""
+"""Settings of the commands download, new, convert, merge, combine, inspect and diff."""
 
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from litpeft.core.early_sums import compared
 from litpeft.core.exports import EXPORTS
@@ -26,8 +26,31 @@ class Download:
     the hub's files, where `data.path` finds it."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository; default its main branch."""
+    weights: bool = True
+    """false: of a model fetch config.json, the tokenizer and the chat template alone, as `litpeft new` needs them."""
     dry_run: bool = False
     """List the files that would be fetched, with their sizes, and fetch nothing."""
+
+
+@dataclass
+class New:
+    """Write a model of random weights with the shape of another, or a changed one, to train it from nothing."""
+
+    source: str
+    """Folder with the config.json and the tokenizer that the model is to have; weights in it are not read."""
+    out: str
+    """The folder to write."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Keys of config.json that get other values, e.g. {"num_hidden_layers": 6}."""
+    seed: int = 0
+    """Seeds the weights."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights."""
+    overwrite: bool = False
+    """Replace `out`, as a whole, if it exists."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclass

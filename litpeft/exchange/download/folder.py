@@ -15,11 +15,14 @@ WEIGHTS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 INDEX = ".index.json"  # NAME.safetensors.index.json tells which shard holds which tensor
 
 
-def model_files(names: Collection[str]) -> list[str]:
+def model_files(names: Collection[str], weights: bool = True) -> list[str]:
     """Returns those of `names` that belong to a model folder: configuration, tokenizer, template, safetensors, index.
 
-    Beside safetensors of the standard names others are left out: they are copies (`consolidated.safetensors`).
+    Beside safetensors of the standard names others are left out: they are copies (`consolidated.safetensors`). Without
+    `weights` all of them are, and the index.
     """
+    if not weights:
+        return sorted(name for name in names if name in COMPANIONS)
     pattern = STANDARD_WEIGHTS if any(map(STANDARD_WEIGHTS.fullmatch, names)) else WEIGHTS
     return sorted(name for name in names if name in COMPANIONS or pattern.fullmatch(name.removesuffix(INDEX)))
 

@@ -26,12 +26,12 @@ def fetch(settings: Download) -> Path:
     folder = Path(settings.out or f"checkpoints/{repo.name}")
     check_place(folder)
     try:
-        commit, expected = _listing(repo)
+        commit, expected = _listing(repo, settings.weights)
     except NO_ANSWER as error:
         return _unreachable(error, settings, folder)
     try:
         with locked(folder):
-            _complete(repo, commit, folder, expected)
+            _complete(repo, commit, folder, expected, settings.weights)
     except OSError as error:
         raise (disk_fault(error, folder) or error) from None
     return folder
@@ -42,7 +42,7 @@ def listed(settings: Download) -> None:
     repo = Repository(_repo_id(settings.source), settings.revision)
     folder = Path(settings.out or f"checkpoints/{repo.name}")
     try:
-        commit, expected = _listing(repo)
+        commit, expected = _listing(repo, settings.weights)
     except NO_ANSWER as error:
         raise no_hub(error, repo) from None
     tell_files(repo, commit, folder, expected)
@@ -57,17 +57,18 @@ def tell_files(repo: Repository, commit: str | None, folder: Path, expected: dic
     say(f"would download {counted(len(pending), 'file')}, {size}, of {repo.name}@{commit} to {folder}")
 
 
-def _complete(repo: Repository, commit: str | None, folder: Path, expected: dict[str, HubFile]) -> None:
+def _complete(repo: Repository, commit: str | None, folder: Path, expected: dict[str, HubFile], weights: bool) -> None:
     """Downloads the files that are missing or differ, checks the folder, and writes the checksums."""
     pending = {name: file for name, file in expected.items() if difference(folder / name, file)}
-    _refuse_other_model(repo.name, folder, expected, pending)
+    _refuse_other_model(repo.name, folder, expected, pending, weights)
     if pending:
         size = sum(file.size for file in pending.values())
         check_disk(folder, size, "the files", FREE_SPACE)
         say(f"will download {counted(len(pending), 'file')}, {scaled(size, 'B')} to {folder}")
         transfer(repo, commit, folder, pending, cache=False)
-    check_folder(folder)
-    if pending or not (folder / CHECKSUMS).is_file():
+    if weights:
+        check_folder(folder)
+    if weights and (pending or not (folder / CHECKSUMS).is_file()):
         keep_checksums(folder, f"{repo.name}@{commit}")
     told = "downloaded" if pending else "already there, nothing to download"
     size = sum(file.size for file in expected.values())
@@ -86,11 +87,14 @@ def _repo_id(source: str) -> str:
     raise ConfigError(f"{source!r} is not the id of a hub repository", where="source", hint=hint)
 
 
-def _listing(repo: Repository) -> tuple[str | None, dict[str, HubFile]]:
-    """Returns the commit and the model files at the repository's top level; raises if they are not a model."""
+def _listing(repo: Repository, weights: bool) -> tuple[str | None, dict[str, HubFile]]:
+    """Returns the commit and the model files at the repository's top level; raises if they are not a model.
+
+    Without `weights` those beside them.
+    """
     commit, files = tree(repo)
-    chosen = model_files(files)
-    if not any(name.endswith(".safetensors") for name in chosen):
+    chosen = model_files(files, weights)
+    if weights and not any(name.endswith(".safetensors") for name in chosen):
         if pickles := sorted(filter(PICKLES.fullmatch, files)):
             what = f"holds only pickled weights ({', '.join(pickles[:3])}), which can run code when they are opened"
             hint = "download them, config.json and the tokenizer files by hand, then `litpeft convert FOLDER OUT`"
@@ -107,11 +111,13 @@ def _listing(repo: Repository) -> tuple[str | None, dict[str, HubFile]]:
     return commit, {name: files[name] for name in chosen}
 
 
-def _refuse_other_model(repo: str, folder: Path, expected: Collection[str], pending: Collection[str]) -> None:
+def _refuse_other_model(
+    repo: str, folder: Path, expected: Collection[str], pending: Collection[str], weights: bool
+) -> None:
     """Raises if the folder holds files of another model, or files that would be replaced and are not from a hub."""
     here = {path.name for path in folder.iterdir()} if folder.exists() else set()
     hint = "give another --out, or delete the folder"
-    if others := sorted(set(model_files(here)).difference(expected)):
+    if others := sorted(set(model_files(here, weights)).difference(expected)):
         what = f"already holds {', '.join(others[:3])}, which is not a part of {repo}"
         raise ConfigError(what, where=folder, hint=hint)
     changed = sorted(here.intersection(pending))

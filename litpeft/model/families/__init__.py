@@ -9,6 +9,8 @@ follow. A value is the name of a module whose tensors are as ours, or a `Place`.
 - MODULES: since version 5 transformers has other names for some modules. Maps the files' name to the new one.
 - ROPE_NAMES: maps rope_theta and partial_rotary_factor to their names in older files.
 - GGUF: the family's name and switches in llama.cpp.
+- DEVIATION: of its weights before any training, where config.json says no initializer_range; default 0.02.
+- NARROW: globs of our parameters whose deviation is less by the root of twice the number of layers.
 """
 
 import re

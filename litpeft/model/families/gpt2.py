@@ -25,6 +25,7 @@ NAMES = {
     "head": "lm_head",
 }
 BUFFERS = ("*.attn.bias", "*.attn.masked_bias")
+NARROW = ("*.attn.o.weight", "*.mlp.down.weight")
 GGUF = Gguf(
     "gpt2",
     graph={

@@ -7,6 +7,7 @@ from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
 from litpeft.model.families import Gguf, llama, usual_heads
 
 NAMES = llama.NAMES
+DEVIATION = 0.0134
 GGUF = Gguf(
     "nemotron",
     own_head=True,

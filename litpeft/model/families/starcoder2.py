@@ -13,6 +13,7 @@ NAMES = llama.NAMES | {
     "blocks.{}.mlp.up": "model.layers.{}.mlp.c_fc",
     "blocks.{}.mlp.down": "model.layers.{}.mlp.c_proj",
 }
+DEVIATION = 0.018042
 GGUF = Gguf(
     "starcoder2",
     graph={
