@@ -70,7 +70,7 @@ def test_an_adapter_alone_is_told_with_its_base_and_what_to_do(adapter, tiny_fol
         assert "merge_and_unload" in message
 
 
-@pytest.mark.parametrize("kind", ["gptq", "awq", "bitsandbytes"])
+@pytest.mark.parametrize("kind", ["hqq", "aqlm", "bitsandbytes"])
 def test_quantised_weights_are_named_by_their_method(tiny_folder, tmp_path, kind):
     folder = shutil.copytree(tiny_folder, tmp_path / "m")
     path = folder / "config.json"
@@ -81,8 +81,6 @@ def test_quantised_weights_are_named_by_their_method(tiny_folder, tmp_path, kind
     assert "base.quantize" in message
     path.write_text(json.dumps(config | {"quantization_config": None}))
     assert load_model(str(folder)).model.config.n_layers == 2
-    (folder / "quantize_config.json").write_text('{"bits": 4}')  # as AutoGPTQ wrote it
-    assert "already quantised (gptq)" in refused(load_model, str(folder))
 
 
 def test_quantised_weights_that_config_json_does_not_tell_of_are_told(tiny_folder, tmp_path):

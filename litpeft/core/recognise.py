@@ -10,6 +10,8 @@ from litpeft.core.terminal import command_line
 ADAPTER, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTERS = (ADAPTER, "adapter*.safetensors", "adapter*.bin", "adapter*.pt")  # of peft, MLX, torchtune
 FOLD = "fold it into its base with what made it (peft: PeftModel.from_pretrained, merge_and_unload, save_pretrained)"
+# quant_method of weights that are read, beside bitsandbytes in four bits: see litpeft/model/families/packed
+PACKED = ("mxfp4", "fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "gptq", "awq")
 FUSE = "fold it into its base with what made it (mlx-lm: `mlx_lm.fuse`)"
 
 
@@ -56,11 +58,11 @@ def refuse_other(folder: Path) -> None:
     if quantised is None and (folder / "quantize_config.json").exists():  # of older files
         quantised = kind = "gptq"
     four_bits = isinstance(quantised, dict) and kind == "bitsandbytes" and quantised.get("load_in_4bit")
-    if quantised is not None and kind != "mxfp4" and not four_bits:
+    if quantised is not None and kind not in PACKED and not four_bits:
         what = f"the weights are already quantised ({kind or 'quantization_config in config.json'})"
         if (folder / "config.json").exists() and kind:
             what += (
-                ", says quantization_config of config.json; of such weights those of bitsandbytes in 4 bits are read"
+                f", says quantization_config of config.json; {', '.join(PACKED)} and bitsandbytes in 4 bits are read"
             )
         hint = "take the model's plain weights; `--base.quantize` of finetune holds them in 4 or 8 bits"
         raise ModelError(what, where=folder, hint=hint)

@@ -33,7 +33,10 @@ from litpeft.core.place import FREE_SPACE, check_disk, disk_fault
 from litpeft.core.recognise import convert_hint, refuse_other
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CODES = {"U8": torch.uint8}  # of weights in four bits
+CODES = {  # of weights in fewer bits, and what lies beside them
+    **{"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 RESULT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as settings say them
 SHARD_BYTES = 5_000_000_000
 HEADER_BYTES = (1 << 17) - 8  # reserved for the header of a file that is written, so that tensors begin at a page
