@@ -170,6 +170,14 @@ def test_what_measures_over_http_gets_prompt_and_answer_at_once(running, models,
     assert found["token_logprobs"][-1] == pytest.approx(log_p[-1].max().item(), abs=1e-4)
     scored = sum(found["token_logprobs"][12:-1])  # as lm_eval's local-completions reads a continuation
     assert scored == pytest.approx(sum(log_p[at - 1, ids[at]].item() for at in range(12, len(ids))), abs=1e-4)
+    texts = torch.randint(2, 250, (40, 150), generator=torch.Generator().manual_seed(0)).tolist()
+    ended = ((text, models["base"](text).argmax(-1).tolist()) for text in texts)
+    ends = next(
+        text[: next_ids.index(1) + 1] for text, next_ids in ended if 1 in next_ids
+    )  # the token that ends a text
+    (choice,) = running.post(TEXT, model="base", **body | {"prompt": ends, "max_tokens": 5})[1]["choices"]
+    assert choice["logprobs"]["tokens"][len(ends) :] == ["<|im_end|>"]
+    assert (choice["text"], choice["finish_reason"]) == (tokenizer.decode(ends), "stop")
     for wrong in ([[300]], [[-1]], [[]], [1, "a"]):
         assert running.post(TEXT, model="base", prompt=wrong)[0] == 400
 

@@ -40,7 +40,7 @@ class Request:
     ended: Callable[[Exception | None], None] = raised
     cancelled: bool = False  # set by the one who no longer wants it
     generator: torch.Generator | None = None
-    top: int | None = None  # how many of the likeliest tokens `scores` has beside each of the answer; None: no scores
+    top: int | None = None  # how many of the likeliest tokens `scores` has beside each that was drawn; None: no scores
 
     def __post_init__(self) -> None:
         self.prompt = len(self.draft.ids)  # tokens
@@ -57,11 +57,9 @@ class Request:
             self.draft.ended = True
             self.ended(error)
             return None
-        before = len(self.draft.ids)
-        text = self.draft.add(token)
-        if self.top is not None and len(self.draft.ids) > before:
+        if self.top is not None:
             self.scores += scored(logits, [token], self.top)
-        if text:
+        if text := self.draft.add(token):
             self.came(text)
         if self.draft.ended:
             self.ended(None)

@@ -26,10 +26,16 @@ class Choice:
         return self.request.draft.answer.reason
 
     def logprobs(self, end: int | None = None) -> dict[str, Any] | None:
-        """Returns those of all tokens that were not told yet, before number `end` of the answer; None: of none."""
+        """Returns those of all tokens that were not told yet, before number `end` of the answer; None: of none.
+
+        A text's are of the token that ended it, too: what measures over HTTP counts on the one token that it asks for.
+        """
         if self.spelling is None:
             return None
-        scores = [*self.before, *self.request.scores[self.told : end]]
+        answer = self.request.scores
+        if self.spelling.chat:
+            answer = answer[: len(self.request.draft.answer.ids)]
+        scores = [*self.before, *answer[self.told : end]]
         if end is not None and not scores:  # a part of a stream
             return None
         self.before, self.told = [], len(self.request.scores) if end is None else end
