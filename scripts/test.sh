@@ -5,7 +5,8 @@
 #   bash scripts/test.sh -m "not full"
 #   bash scripts/test.sh -m full
 #
-# With --parity, the comparisons with packages that want older libraries than litpeft, in an environment of their own:
+# With --parity, the comparisons with packages that want older libraries than litpeft, or many, in an environment of
+# their own:
 #
 #   bash scripts/test.sh --parity
 #
@@ -17,7 +18,7 @@ source "$(dirname "$0")/environment.sh"
 if [ "${1-}" = --parity ]; then
     shift
     [ -x .venv-parity/bin/python ] || "$PYTHON" -m venv .venv-parity
-    echo "== installing adapters, loralib, pyreft and pyvene into .venv-parity"
+    echo "== installing adapters, lm_eval, loralib, pyreft and pyvene into .venv-parity"
     pip=(.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check)
     "${pip[@]}" -r tests/parity/requirements.txt
     "${pip[@]}" --no-deps adapters==1.3.0 loralib==0.1.2 pyreft==0.0.7 pyvene==0.1.8

@@ -11,6 +11,7 @@ from saved_runs import HELD, TYPES, base_reads, make_base, save_run
 from litpeft.exchange.run import find_run
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.engine import answer
+from litpeft.generate.likelihood import likelihoods
 from litpeft.generate.load import Loaded, load_model
 from litpeft.generate.settings import Sampling
 from litpeft.methods import METHODS
@@ -109,3 +110,14 @@ def test_greedy_answers_alone_in_a_batch_and_with_guesses_are_those_of_the_plain
             logits = logits_of(plain, torch.tensor([[*prompt, *ids]]), len(prompt))[0, len(prompt) - 1 : -1].double()
             chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
             assert (logits.amax(1) - chosen <= 2 * limit * logits.norm(dim=1)).all()  # it may round a tie otherwise
+
+
+@torch.inference_mode()
+def test_texts_scored_in_one_pass_are_as_likely_as_alone_in_the_plain_model(run) -> None:
+    plain, loaded, limit = run
+    answers = [[3, 9, 4], [3, 9, 5], [77], [4, 4], [78]]
+    pairs = [(PROMPTS[i % 3], one) for i, one in enumerate(answers)] + [(PROMPTS[2], [79])]
+    for (prompt, scored), got in zip(pairs, likelihoods(loaded.model, pairs), strict=True):
+        logits = logits_of(plain, torch.tensor([[*prompt, *scored]]), len(prompt))[0, len(prompt) - 1 : -1].double()
+        want = logits.log_softmax(1).gather(1, torch.tensor(scored)[:, None]).sum()
+        assert abs(got.log_p - want) <= 2 * limit * logits.norm(dim=1).sum()

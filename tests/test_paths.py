@@ -39,7 +39,8 @@ def test_the_home_folder_is_meant_where_no_shell_has_seen_the_tilde(tmp_path, mo
         (["finetune", "lora", "--config", "empty.yaml"], "empty.yaml:4: out must be a path, got ''"),
         (["finetune", "lora", "--base.dir", "b", "--data.path", "d", "--out="], "out must be a path, got ''"),
         (["merge", ""], "run must be a path, got ''"),
-        (["evaluate", "m", "--data", ""], "--data is no option"),
+        (["merge", "--run", ""], "--run is no option"),
+        (["evaluate", "m", "--data", ""], "data must be a path, got ''"),
         (["evaluate", "m", ""], "data must be a path, got ''"),
     ],
 )

@@ -168,7 +168,10 @@ WRONG = [  # keys of a request, its status, the key that is named, and a word of
     ({"max_token": 5}, 400, "max_token", 'did you mean "max_tokens"'),
     ({"chat_template": "{{ 1 }}"}, 400, "chat_template", "no key"),
     ({"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
-    ({"logprobs": True}, 400, "logprobs", "leave it out"),
+    ({"logprobs": 3}, 400, "logprobs", "true or false"),
+    ({"top_logprobs": 3}, 400, "top_logprobs", "goes with logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "at most 20"),
+    ({"echo": True}, 400, "echo", "/v1/completions"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "give 0"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format", '{"type": "text"}'),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 400, None, "no JSON"),
@@ -340,7 +343,7 @@ VALUES = [None, True, 0, -1, 1e400, 3.5, 10**30, "", "x", "\x00", [], [[]], [Non
 def test_whatever_a_request_says_it_is_understood_or_refused_by_its_key() -> None:
     draws, refused = random.Random(0), 0
     keys = ["model", "messages", "prompt", "n", "stop", "stream", "stream_options", "seed", "temperature", "top_k"]
-    keys += ["top_p", "max_tokens", "logit_bias", "role", "content", *NOTHING]
+    keys += ["top_p", "max_tokens", "logprobs", "top_logprobs", "echo", "role", "content", *NOTHING]
     for _ in range(2000):
         good = {"model": "lora", "messages": MESSAGES, "prompt": "x", "n": 1, "seed": 3}
         record = good | {draws.choice(keys): draws.choice(VALUES) for _ in range(draws.randrange(3))}

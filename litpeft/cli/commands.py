@@ -54,7 +54,11 @@ COMMANDS = {
         "cli.compare", "cli.compare", "Train several methods, and set them side by side.", COMPARISON, in_yaml=True
     ),
     "evaluate": Command(
-        "generate.settings", "generate.evaluate", "Measure loss and exact answers on rows.", "out/mine held-out.jsonl"
+        "generate.settings",
+        "generate.evaluate",
+        "Measure a model on rows, or on well-known tasks.",
+        "out/mine held-out.jsonl",
+        unnamed="data",
     ),
     "merge": Command(
         "exchange.settings", "exchange.merge", "Fold a run into its base, as a Hugging Face folder.", "out/mine"

@@ -6,7 +6,7 @@ from typing import Any
 PATHS = (
     *("out", "base.dir", "data.path", "data.validation_path", "init_from", "ending.neutral"),  # of finetune
     *("path", "validation_path", "html", "json", "fix", "folder"),  # of data
-    *("model", "also", "data", "input", "output", "shots_from", "neutral", "measured"),
+    *("model", "also", "data", "input", "output", "shots_from", "task_folder", "neutral", "measured"),
     *("source", "run", "base", "a", "b"),
 )
 

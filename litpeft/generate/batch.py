@@ -15,6 +15,7 @@ from litpeft.data.batches import framed
 from litpeft.generate.cache import TokenCache
 from litpeft.generate.cpu.fused_block import NATIVE_TOKENS
 from litpeft.generate.draft import Draft
+from litpeft.generate.logprobs import TokenScore, scored
 from litpeft.generate.sampling import next_tokens
 from litpeft.generate.settings import Sampling
 from litpeft.generate.speculate import Lookup
@@ -39,9 +40,11 @@ class Request:
     ended: Callable[[Exception | None], None] = raised
     cancelled: bool = False  # set by the one who no longer wants it
     generator: torch.Generator | None = None
+    top: int | None = None  # how many of the likeliest tokens `scores` has beside each that was drawn; None: no scores
 
     def __post_init__(self) -> None:
         self.prompt = len(self.draft.ids)  # tokens
+        self.scores: list[TokenScore] = []
         self.lookup = Lookup(self.sampling.lookup)
 
     def advance(self, logits: Tensor) -> int | None:
@@ -54,6 +57,8 @@ class Request:
             self.draft.ended = True
             self.ended(error)
             return None
+        if self.top is not None:
+            self.scores += scored(logits, [token], self.top)
         if text := self.draft.add(token):
             self.came(text)
         if self.draft.ended:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from litpeft.core.errors import ConfigError, DataError, counted
+from litpeft.core.extras import extra
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import say, tell
 from litpeft.data.formats.turn import PLAIN, Turn
@@ -18,14 +19,12 @@ from litpeft.data.settings import Data
 from litpeft.data.sources import Source, find, find_measured
 from litpeft.data.thinking import answer_of, block, parted, thoughts_of
 from litpeft.data.tokenise import load_dataset
-from litpeft.exchange.run import find_run
 from litpeft.exchange.trained_rows import shape_of
 from litpeft.generate.draft import Answer
 from litpeft.generate.engine import Came, answer_all
 from litpeft.generate.kept import Kept, kept, line, marks
-from litpeft.generate.load import Loaded, load_model, load_one, named
+from litpeft.generate.load import Loaded, as_base, load_measured, named
 from litpeft.generate.settings import Evaluate, Sampling
-from litpeft.model.delta import without_delta
 from litpeft.model.objective import MICRO_TOKENS, mean_loss
 
 SHOWN = 240  # characters of a text in the terminal
@@ -143,6 +142,11 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate, keep: 
 
 def evaluate(settings: Evaluate) -> None:
     """The command `litpeft evaluate`."""
+    if settings.tasks:
+        extra("lm_eval", "a task", "tasks")
+        from litpeft.generate.harness import evaluate_tasks
+
+        return evaluate_tasks(settings)
     output = new_file(settings.output, ".jsonl")
     names = named(settings)
     with kept(output, settings.resume) as keep:
@@ -167,9 +171,7 @@ def measure(settings: Evaluate, keep: Kept | None = None) -> tuple[list[Row], li
     `keep` keeps each answer as it comes.
     """
     keep = keep or Kept()
-    run = find_run(Path(settings.model))
-    apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
-    loaded = load_one(replace(settings, base=None) if apart else settings, settings.model)
+    loaded = load_measured(settings)
     template = loaded.run.template if loaded.run else "auto"
     reach = loaded.model.reach
 
@@ -188,11 +190,7 @@ def measure(settings: Evaluate, keep: Kept | None = None) -> tuple[list[Row], li
     rows = read(find_measured(settings.data), shots)[: settings.max_rows]
     scores = [score("finetuned" if loaded.run else "model", loaded, rows, settings, keep)]
     if loaded.run and settings.compare_base:
-        if not loaded.has_delta:  # the run's result is a model of its own: load the base in its place
-            loaded.model = load_model(
-                str(loaded.run.base_folder(settings.base)), precision=settings.precision, quantize=settings.quantize
-            ).model
-        with without_delta(loaded.model):
+        with as_base(loaded, settings):
             scores.insert(0, score("base", loaded, rows, settings, keep))
     return rows, scores
 

@@ -1,6 +1,7 @@
 """A model ready to answer, from a base folder, a merged folder or a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from litpeft.exchange.run import Run, build_run, find_run, tell_outdated, tell_p
 from litpeft.generate.cpu.fused_block import fuse_blocks
 from litpeft.generate.cpu.pack import pack_weights
 from litpeft.generate.gpu.fused_block import fuse_blocks as fuse_gpu_blocks
-from litpeft.generate.settings import Answering
+from litpeft.generate.settings import Answering, Evaluate
 from litpeft.model.build import build
+from litpeft.model.delta import without_delta
 from litpeft.model.gpt import GPT
 from litpeft.model.quantize import Storage, storage_class
 from litpeft.model.quantize.cache import Cache
@@ -164,3 +166,21 @@ def named(settings: Answering) -> dict[str, str]:
     for path in settings.also:
         find_run(Path(path))  # what is none is refused before the first one has answered for hours
     return found
+
+
+def load_measured(settings: Evaluate) -> Loaded:
+    """Returns the model to measure."""
+    run = find_run(Path(settings.model))
+    apart = settings.compare_base and run is not None and run.is_model  # then the base is a second model
+    return load_one(replace(settings, base=None) if apart else settings, settings.model)
+
+
+@contextmanager
+def as_base(loaded: Loaded, settings: Evaluate) -> Iterator[None]:
+    """Makes a run its base, with the run's template: while the block lasts, or for good if the run is a whole model."""
+    if not loaded.has_delta:  # the run's result is a model of its own: load the base in its place
+        loaded.model = load_model(
+            str(loaded.run.base_folder(settings.base)), precision=settings.precision, quantize=settings.quantize
+        ).model
+    with without_delta(loaded.model):
+        yield

@@ -18,14 +18,13 @@ from litpeft.generate.settings import Sampling
 MOST_CHOICES, MOST_STOPS, LONGEST_STOP = 16, 16, 1000
 SAMPLED = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float, "seed": int}
 LENGTHS = ("max_tokens", "max_completion_tokens")
-READ = ("model", "n", "stop", "stream", "stream_options", *SAMPLED, *LENGTHS)
+READ = ("model", "n", "stop", "stream", "stream_options", "logprobs", "top_logprobs", "echo", *SAMPLED, *LENGTHS)
+MOST_TOP = {True: 20, False: 5}  # likeliest tokens beside each, of a chat and of a text
 WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 NOTHING: dict[str, tuple[Any, ...]] = {  # keys that we do not have, and the values by which they ask for nothing
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -34,7 +33,6 @@ NOTHING: dict[str, tuple[Any, ...]] = {  # keys that we do not have, and the val
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
 }
 
@@ -60,12 +58,15 @@ class Ask:
     """A request: which model is to continue which prompts, and how the reply is written."""
 
     model: str
-    prompts: list[list[Turn] | str]  # one chat, or texts
+    prompts: list[list[Turn] | str | list[int]]  # one chat, or texts, or tokens
     sampling: Sampling
     choices: int  # answers to each prompt
     stream: bool
     with_usage: bool  # at the end of a stream
     chat: bool
+    top: int | None = None  # likeliest tokens that are wanted beside each; None: no log-probabilities
+    echo: bool = False  # the reply begins with the prompt
+    answers: bool = True  # False: it is the prompt alone
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -89,6 +90,12 @@ def parse(body: bytes, chat: bool, defaults: Sampling) -> Ask:
             raise Refused(f"{quoted(key)} is no key of this request{nearest(key, known)}", key[:80])
     prompts = [turns(record)] if chat else texts(record)
     options = take(record, "stream_options", dict, {})
+    echo = take(record, "echo", bool, False)
+    if echo and chat:
+        raise Refused("echo is for /v1/completions; leave it out", "echo")
+    answers = not (echo and 0 in [take(record, key, int, None) for key in LENGTHS])
+    if not answers:
+        record = {key: value for key, value in record.items() if key not in LENGTHS}
     return Ask(
         take(record, "model", str, ""),
         prompts,
@@ -97,7 +104,25 @@ def parse(body: bytes, chat: bool, defaults: Sampling) -> Ask:
         take(record, "stream", bool, False),
         take(options, "include_usage", bool, False, "stream_options."),
         chat,
+        likeliest(record, chat),
+        echo,
+        answers,
     )
+
+
+def likeliest(record: Mapping[str, Any], chat: bool) -> int | None:
+    """Returns how many of the likeliest tokens a request wants beside each; None: no log-probabilities at all."""
+    if chat:
+        wanted, key = take(record, "logprobs", bool, False), "top_logprobs"
+        top = take(record, key, int, 0)
+        if top and not wanted:
+            raise Refused("top_logprobs goes with logprobs, which must be true", key)
+    else:
+        if record.get("top_logprobs"):
+            raise Refused("top_logprobs is for chats; here logprobs is the number", "top_logprobs")
+        wanted, key = record.get("logprobs") not in (None, False), "logprobs"
+        top = take(record, key, int, 0) if wanted else 0
+    return within(key, top, 0, MOST_TOP[chat]) if wanted else None
 
 
 def take(record: Mapping[str, Any], key: str, kind: type, default: Any, group: str = "") -> Any:
@@ -126,14 +151,21 @@ def turns(record: Mapping[str, Any]) -> list[Turn]:
         raise Refused(str(error), "messages") from None
 
 
-def texts(record: Mapping[str, Any]) -> list[str]:
-    """Returns the texts that are to be continued."""
+def texts(record: Mapping[str, Any]) -> list[str | list[int]]:
+    """Returns the texts that are to be continued, or their tokens."""
     prompt = record.get("prompt")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) and text for text in prompts):
-        raise Refused("prompt must be a string or a list of strings, none of them empty", "prompt")
+    prompts = [prompt] if isinstance(prompt, str) or are_tokens(prompt) else prompt
+    good = isinstance(prompts, list) and all((isinstance(one, str) and one) or are_tokens(one) for one in prompts)
+    if not good or not prompts:
+        what = "prompt must be a string or a list of strings, or of tokens' numbers, none of them empty"
+        raise Refused(what, "prompt")
     within("prompt", len(prompts), 1, MOST_CHOICES)
     return prompts
+
+
+def are_tokens(prompt: Any) -> bool:
+    is_list = isinstance(prompt, list) and len(prompt) > 0
+    return is_list and all(isinstance(one, int) and not isinstance(one, bool) for one in prompt)
 
 
 def sampling(record: Mapping[str, Any], defaults: Sampling) -> Sampling:
@@ -159,6 +191,7 @@ def sampling(record: Mapping[str, Any], defaults: Sampling) -> Sampling:
         raise Refused(f"{key} {rest}", key) from None
 
 
+Logprobs = dict[str, Any] | None  # as generate/logprobs.py writes them
 REASONS = {"stop": "stop", "string": "stop", "length": "length", "interrupted": "length"}
 
 
@@ -166,22 +199,24 @@ def usage(prompt: int, answer: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
-def reply(ask: Ask, answers: list[tuple[str, str]], used: dict[str, int]) -> dict[str, Any]:
-    """Returns the whole reply; answers are a text and the reason of its end each."""
+def reply(ask: Ask, answers: list[tuple[str, str, Logprobs]], used: dict[str, int]) -> dict[str, Any]:
+    """Returns the whole reply; answers are a text, the reason of its end and its log-probabilities each."""
     choices = []
-    for index, (text, reason) in enumerate(answers):
+    for index, (text, reason, logprobs) in enumerate(answers):
         said = {"message": {"role": "assistant", "content": text}} if ask.chat else {"text": text}
-        choices.append({"index": index, **said, "logprobs": None, "finish_reason": REASONS[reason]})
+        choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": REASONS[reason]})
     return {**head(ask), "choices": choices, "usage": used}
 
 
-def piece(ask: Ask, index: int, text: str | None, reason: str | None = None, first: bool = False) -> dict[str, Any]:
+def piece(
+    ask: Ask, index: int, text: str | None, logprobs: Logprobs, reason: str | None = None, first: bool = False
+) -> dict[str, Any]:
     """Returns a part of a streamed reply: new text of a choice, or the reason of its end."""
     if ask.chat:
         said = {"delta": ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})}
     else:
         said = {"text": text or ""}
-    choice = {"index": index, **said, "logprobs": None, "finish_reason": reason and REASONS[reason]}
+    choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason and REASONS[reason]}
     return {**head(ask, "chunk"), "choices": [choice]}
 
 

@@ -13,21 +13,34 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from litpeft.core.errors import ConfigError, DataError, ResourceError, UserError, brief, counted, quoted
+from litpeft.core.errors import ConfigError, DataError, UserError, brief, counted, quoted
 from litpeft.core.terminal import tell
 from litpeft.data.prompts import Prompt
+from litpeft.generate.address import LOCAL, bound, hostname, is_local
 from litpeft.generate.batch import Request
 from litpeft.generate.catalogue import Catalogue, RunFolder
+from litpeft.generate.choice import Choice, choices
 from litpeft.generate.draft import Draft
 from litpeft.generate.engine import prompt_ids
-from litpeft.generate.protocol import Ask, Refused, busy, last_piece, model, models, parse, piece, reply, usage
+from litpeft.generate.logprobs import prompt_scores
+from litpeft.generate.protocol import (
+    Ask,
+    Refused,
+    are_tokens,
+    busy,
+    last_piece,
+    model,
+    models,
+    parse,
+    piece,
+    reply,
+    usage,
+)
 from litpeft.generate.served import Base, Served, load_served
 from litpeft.generate.settings import Serve
 from litpeft.generate.worker import Worker
@@ -35,14 +48,14 @@ from litpeft.generate.worker import Worker
 LARGEST_BODY = 10 << 20  # bytes
 SLOWEST_BODY = 60  # seconds
 KEY = "LITPEFT_API_KEY"
-LOCAL = ("localhost", "127.0.0.1", "::1")
 
 QUIET = logging.getLogger("litpeft.http")  # what a broken request makes aiohttp say: its sender has the answer
 QUIET.addHandler(logging.NullHandler())
 QUIET.propagate = False
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Came = tuple[int, str | None, Exception | None]  # the number of an answer, and new text of it, or an error, or its end
+# the number of an answer, and new text of it, or an error, or its end; and how many of its tokens have scores by now
+Came = tuple[int, str | None, Exception | None, int]
 
 
 def serve(settings: Serve) -> None:
@@ -61,35 +74,6 @@ async def until_signal(server: "Server", place: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await server.run(place, stop)
-
-
-def is_local(host: str) -> bool:
-    """Returns whether only this machine reaches an address."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def hostname(address: str) -> str | None:
-    """Returns the name in a `Host` header."""
-    try:
-        return urlsplit(f"//{address}").hostname
-    except ValueError:
-        return None
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """Returns a socket that is bound to an address, and does not listen yet."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        place = socket.socket(family, kind, protocol)
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        place.bind(address)
-    except (OSError, UnicodeError) as error:
-        what = f"cannot listen at {quoted(host)}, port {port}: {getattr(error, 'strerror', None) or error}"
-        raise ResourceError(what, where="port", hint="--port 0 takes a free one") from None
-    return place
 
 
 class Server:
@@ -193,49 +177,68 @@ class Server:
         self, request: web.Request, ask: Ask, served: Served, release: Callable[[], None]
     ) -> web.StreamResponse:
         """Returns the reply to a request; the model is released before the client has read it all."""
-        ids = [await self.tokens(served, content) for content in ask.prompts]
+        ids = [await self.tokens(served, content, ask.answers) for content in ask.prompts]
         came: asyncio.Queue[Came] = asyncio.Queue()
         prompts = [prompt for prompt in ids for _ in range(ask.choices)]
+        replied = await self.choices(ask, served, ids)
         left = len(prompts)
 
-        def arrive(index: int, text: str | None, error: Exception | None) -> None:
+        def arrive(index: int, text: str | None, error: Exception | None, scores: int) -> None:
             nonlocal left
-            came.put_nowait((index, text, error))
+            came.put_nowait((index, text, error, scores))
             left -= text is None
             if not left:
                 release()
 
         requests = [self.wanted(ask, served, prompt, index, arrive) for index, prompt in enumerate(prompts)]
-        self.admit(served, requests)
+        if ask.answers:
+            self.admit(served, requests)
+        for choice, one in zip(replied, requests, strict=True):
+            choice.request = one
         began, prompt = time.perf_counter(), sum(map(len, ids))
         try:
             if ask.stream:
-                return await self.streamed(request, ask, requests, came, prompt)
-            async for _ in self.pieces(requests, came):
+                return await self.streamed(request, ask, replied, came, prompt)
+            async for _ in self.pieces(requests if ask.answers else [], came):
                 pass
-            answers = [one.draft.answer for one in requests]
-            used = usage(prompt, sum(len(one.ids) for one in answers))
-            return web.json_response(reply(ask, [(one.text, one.reason) for one in answers], used))
+            used = usage(prompt, sum(len(one.draft.answer.ids) for one in requests))
+            whole = [(one.echo + one.request.draft.answer.text, one.reason, one.logprobs()) for one in replied]
+            return web.json_response(reply(ask, whole, used))
         finally:
             for one in requests:
                 one.cancelled = True
             written = sum(len(one.draft.answer.ids) for one in requests)
             tell(f"{ask.model}: {prompt} + {written} tokens in {time.perf_counter() - began:.1f} s")
 
-    async def tokens(self, served: Served, content: Any) -> list[int]:
-        """Returns the tokens of a prompt, which leaves room for an answer."""
+    async def choices(self, ask: Ask, served: Served, prompts: list[list[int]]) -> list[Choice]:
+        """Returns the choices of a reply, with what stands before each answer."""
+        scores = None
+        if ask.echo and ask.top is not None:  # a prompt that is in the cache has no logits any more
+            if self.worker.work.qsize() > self.settings.max_waiting:
+                raise busy()
+            model, top, adapter = served.loaded.model, ask.top, served.adapter
+            work = self.worker.between_steps(lambda: prompt_scores(model, prompts, top, adapter))
+            scores = await asyncio.wrap_future(work)
+        return choices(ask, served.loaded.tokenizer, prompts, scores)
+
+    async def tokens(self, served: Served, content: Any, answers: bool) -> list[int]:
+        """Returns the tokens of a prompt, which leaves room for an answer unless there is none."""
         loaded, settings = served.loaded, self.settings
         system = loaded.system if settings.system is None else settings.system
-        key = "prompt" if isinstance(content, str) else "messages"
+        key = "messages" if isinstance(content, list) and not are_tokens(content) else "prompt"
         try:
             loop = asyncio.get_running_loop()
-            ids = await loop.run_in_executor(self.renderer, prompt_ids, loaded, Prompt({}, content, key), system)
+            ids = content if are_tokens(content) else None
+            if ids is None:
+                ids = await loop.run_in_executor(self.renderer, prompt_ids, loaded, Prompt({}, content, key), system)
         except DataError as error:  # the template refuses it
             raise Refused(error.what, key) from None
+        if not all(0 <= token < loaded.model.config.vocab_size for token in ids):
+            raise Refused(f"the model's tokens are 0 to {loaded.model.config.vocab_size - 1:,}", key)
         most = min(loaded.model.reach, settings.max_length)
         if not ids:
             raise Refused("the prompt is empty: there is no token to continue from", key)
-        if len(ids) >= most:
+        if len(ids) + answers > most:
             what = f"the prompt has {counted(len(ids), 'token')}; {most:,} are read here, answer included"
             raise Refused(what, key, code="context_length_exceeded")
         return ids
@@ -249,9 +252,10 @@ class Server:
         draft = Draft(prompt, loaded.tokenizer, sampling, stop_ids, min(sampling.max_new_tokens, most))
 
         def put(text: str | None, error: Exception | None = None) -> None:
-            loop.call_soon_threadsafe(arrive, index, text, error)
+            loop.call_soon_threadsafe(arrive, index, text, error, len(asked.scores))
 
-        return Request(draft, sampling, served.adapter, put, lambda error: put(None, error))
+        asked = Request(draft, sampling, served.adapter, put, lambda error: put(None, error), top=ask.top)
+        return asked
 
     def admit(self, served: Served, requests: list[Request]) -> None:
         """Hands requests to the thread that computes, unless too many wait."""
@@ -260,21 +264,23 @@ class Server:
             raise busy()
         self.worker.add(batch, requests)
 
-    async def pieces(self, requests: list[Request], came: asyncio.Queue[Came]) -> AsyncIterator[tuple[int, str | None]]:
-        """Yields each answer's number with its new text, and with None at its end."""
+    async def pieces(
+        self, requests: list[Request], came: asyncio.Queue[Came]
+    ) -> AsyncIterator[tuple[int, str | None, int]]:
+        """Yields each answer's number with its new text, None at its end, and the number of its tokens with scores."""
         left = len(requests)
         while left:
-            index, text, error = await came.get()
+            index, text, error, scores = await came.get()
             if isinstance(error, Refused):
                 raise error
             if error is not None:
                 what = error.what if isinstance(error, UserError) else "the server failed to compute the answer"
                 raise Refused(what, status=500)
             left -= text is None
-            yield index, text
+            yield index, text, scores
 
     async def streamed(
-        self, request: web.Request, ask: Ask, requests: list[Request], came: asyncio.Queue[Came], prompt: int
+        self, request: web.Request, ask: Ask, choices: list[Choice], came: asyncio.Queue[Came], prompt: int
     ) -> web.StreamResponse:
         """Writes the answers as they come, as events."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
@@ -285,10 +291,13 @@ class Server:
 
         with suppress(ConnectionError):  # the client has gone
             try:
-                for index in range(len(requests)):
-                    await send(piece(ask, index, "", first=True))
-                async for index, text in self.pieces(requests, came):
-                    await send(piece(ask, index, text, None if text else requests[index].draft.answer.reason))
+                requests = [one.request for one in choices]
+                for index, one in enumerate(choices):
+                    reason = None if ask.answers else one.reason
+                    await send(piece(ask, index, one.echo, one.logprobs(0), reason, first=True))
+                async for index, text, scores in self.pieces(requests if ask.answers else [], came):
+                    one = choices[index]
+                    await send(piece(ask, index, text, one.logprobs(scores), None if text else one.reason))
                 if ask.with_usage:
                     await send(last_piece(ask, usage(prompt, sum(len(one.draft.answer.ids) for one in requests))))
                 await response.write(b"data: [DONE]\n\n")

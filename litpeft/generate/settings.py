@@ -1,6 +1,6 @@
 """Settings of the commands that let a model write: generate, chat, serve, evaluate."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -160,13 +160,25 @@ class Serve(Answering):
                 raise ValueError(f"{key} must be at most {most:,}, got {getattr(self, key):,}")
 
 
+OF_ROWS = ("format", "columns", "thinking", "shots_from", "max_new_tokens", "samples", "neutral", "resume")
+OF_TASKS = ("task_folder", "as_chat")
+
+
 @dataclass
 class Evaluate(Answering):
-    """Measure a model on rows with known answers: loss over their tokens, and answers that match exactly."""
+    """Measure a model: the loss on rows with known answers and how many are answered exactly, or the tasks of
+    EleutherAI's lm-evaluation-harness."""
 
-    data: str
+    data: str | None = None
     """Rows as `litpeft finetune` reads them: a file, a glob, a folder with validation.*, or a data set of the hub
     (hf://ORG/NAME, or a well-known one). Of a data set the split validation is measured; if it has none, test."""
+    tasks: tuple[str, ...] = ()
+    """Measure these tasks instead: names of lm-evaluation-harness between commas, such as arc_easy,hellaswag, its
+    patterns (mmlu_*), or YAML files of tasks. They need pip install 'litpeft[tasks]'."""
+    task_folder: str | None = None
+    """Folder of tasks of your own, as YAML, that `tasks` may name too."""
+    as_chat: bool = False
+    """Tasks: ask through the chat template, shots as earlier turns; default: plain text, as most results are given."""
     format: Format = "auto"
     """Shape of a row; auto: seen from its keys, which may differ from row to row."""
     columns: dict[str, str] | None = None
@@ -176,14 +188,15 @@ class Evaluate(Answering):
     """Rows with thoughts that the template leaves out, as data.thinking; default: as the run was trained, or error."""
     compare_base: bool = True
     """For a run: measure its base too, and show both side by side."""
-    shots: int = 0
-    """In-context learning: begin each row's chat with so many rows of shots_from, questions and answers."""
+    shots: int | None = None
+    """In-context learning: begin each row's chat with so many rows of shots_from, questions and answers; default:
+    none, or as many as a task says."""
     shots_from: str | None = None
     """File of the rows for shots, from its first on; default: the train.* of the folder `data`."""
     max_rows: int | None = None
-    """Measure on the first so many rows only."""
+    """Measure on the first so many rows only, or documents of each task."""
     max_new_tokens: int = 128
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens; a task has its own."""
     batch_size: int = 16
     """Rows answered at once."""
     samples: int = 2
@@ -191,13 +204,21 @@ class Evaluate(Answering):
     neutral: str = "none"
     """Measure the loss on text that shows what was forgotten, too: auto (a page of plain English), or a .txt file."""
     output: str | None = None
-    """Write every row's answers and scores here, as .jsonl. A .part file beside it keeps the answers until then."""
+    """Write every row's answers and scores here, as .jsonl. A .part file beside it keeps the answers until then.
+    Tasks: all documents as .jsonl, or the results as .json."""
     resume: bool = False
     """Go on with the answers in the .part file of the same command, which was stopped."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, shots=0, max_rows=1, max_new_tokens=1, batch_size=1, samples=0)
+        if (self.data is None) == (not self.tasks):
+            both = "exclude each other" if self.tasks else "are both missing"
+            raise ValueError(f"data and tasks {both}; give rows (litpeft evaluate MODEL ROWS) or tasks (--tasks NAMES)")
+        of_other = OF_ROWS if self.tasks else OF_TASKS
+        for one in fields(self):
+            if one.name in of_other and getattr(self, one.name) != one.default:
+                raise ValueError(f"{one.name} is used only with {'data' if self.tasks else 'tasks'}")
         check_columns(self)
         if self.shots_from is not None and not self.shots:
             raise ValueError("shots_from is used only with shots, which is 0")

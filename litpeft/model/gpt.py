@@ -191,11 +191,13 @@ class GPT(nn.Module):
         at: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Callable[[], Tensor] | None = None,
+        headless: bool = False,
     ) -> Tensor:
         """Returns logits (B, T, V); (N, V) at flattened positions `at` (N,); with `targets` (N,) the summed loss.
 
         Logits are computed for these positions only, and a loss never holds all of them. `weights` returns those of the
-        targets in the loss, (N,) float64; a function, since Fabric would round a tensor in bf16-mixed.
+        targets in the loss, (N,) float64; a function, since Fabric would round a tensor in bf16-mixed. `headless`:
+        returns (B, T, d) or (N, d), of which `logits` makes the logits, a part at a time where all would be too many.
         """
         ctx = ctx or Context.rows(ids)
         ctx.virtual_tokens = self.virtual_tokens
@@ -221,10 +223,16 @@ class GPT(nn.Module):
                     ctx = replace(ctx, layer_input=inputs[:, :, layer])
                 x = self.run(block, x, ctx, mode)
         x = self.norm(x if at is None else x.flatten(0, 1)[at])
-        scale, cap = self.config.logit_scale, self.config.logit_cap
+        if headless:
+            return x
         if targets is None:
-            return finished(self.head(x), scale, cap)
+            return self.logits(x)
+        scale, cap = self.config.logit_scale, self.config.logit_cap
         return summed_cross_entropy(self.head, x, targets, scale, cap, None if weights is None else weights())
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Returns the logits (..., V) of what the last block and norm gave (..., d)."""
+        return finished(self.head(x), self.config.logit_scale, self.config.logit_cap)
 
     def run(self, block: Block, x: Tensor, ctx: Context, mode: Checkpointing) -> Tensor:
         """Returns a block's output for x (B, T, d)."""
