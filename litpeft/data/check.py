@@ -118,7 +118,7 @@ def check(data: DataSet, files: str, max_length: int, tokenizer: Tokenizer, limi
         max_length=max_length,
         lengths=lengths.tolist(),
         fill=int(short.sum()) / (bins * max_length) if bins else 0.0,
-        lost=int(trained[lengths > max_length].sum()),
+        lost=int(trained[rows.column("longest") > max_length].sum()),
         unread=dict(report.unread),
         weights=report.weights,
         findings=[
@@ -137,8 +137,9 @@ def _empty(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejecte
 
 
 def _too_long(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    long = data.train.where((data.train.column("tokens") > max_length) & ~data.train.column("plain"))
-    return [Rejected(row.source, f"{len(row.ids):,} tokens, {sum(row.trained):,} of them trained") for row in long]
+    long = data.train.where((data.train.column("longest") > max_length) & ~data.train.column("plain"))
+    rows = [(row.source, max(row.documents, key=lambda one: len(one.ids))) for row in long]
+    return [Rejected(where, f"{len(row.ids):,} tokens, {sum(row.trained):,} of them trained") for where, row in rows]
 
 
 def _no_end(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
