@@ -18,7 +18,7 @@ from conftest import read_metrics
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.train.log import COLUMNS, Log, duration, time_left
 
-OF_A_STEP = [column for column in COLUMNS if column not in ("val_loss", "val_exact")]
+OF_A_STEP = [column for column in COLUMNS if not column.startswith("val_")]
 
 
 def record(step: int, loss: float = 1.0) -> dict[str, float]:
