@@ -17,7 +17,7 @@ from litpeft.data.duplicates import first_of_each, nearly_the_same
 from litpeft.data.formats.keys import listed
 from litpeft.data.readers.record import Rejected
 from litpeft.data.report import Weights
-from litpeft.data.rows import said
+from litpeft.data.rows import Row, said
 from litpeft.data.sources import Source
 from litpeft.data.store import Rows
 from litpeft.data.tokenise import DataSet
@@ -175,11 +175,12 @@ def _held_out_too(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[
 
 
 def _special(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    found = [
-        (row.source, {w for turn in row.turns for w in tokenizer.special_pattern.findall(turn.content)})
-        for row in data.train
-    ]
+    found = [(row.source, {w for one in row.documents for w in _spelt(one, tokenizer)}) for row in data.train]
     return [Rejected(where, f"it spells {some(sorted(words))}") for where, words in found if words]
+
+
+def _spelt(row: Row, tokenizer: Tokenizer) -> list[str]:
+    return [word for turn in row.turns for word in tokenizer.special_pattern.findall(turn.content)]
 
 
 def _otherwise(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:

@@ -154,7 +154,7 @@ class Tokeniser:
                 if better.ids == worse.ids:
                     self.refused.append(Rejected(better.source, "chosen and rejected are the same tokens"))
                 else:
-                    yield example, replace(better, rejected=worse)
+                    yield example, replace(better, rejected=worse, ended=better.ended and worse.ended)
         for left_out in (self.refused, self.report.dropped):
             left_out[:] = {bad.where: bad for bad in left_out}.values()
 
