@@ -168,6 +168,15 @@ def test_two_ranks_agree_with_one_where_the_blocks_are_compiled(train: Train) ->
         assert train("lora", strategy, "--train.compile", "true", out=f"compiled-{strategy}").apart(one) <= 1e-9
 
 
+@pytest.mark.slow
+def test_two_ranks_agree_with_one_on_pairs_where_the_head_trains_too(train: Train, folder: Path) -> None:
+    argv = "--preference.loss", "orpo", "--data.path", folder / "pairs.jsonl", "--data.validation_split", 0.4
+    one = train("full", "one", *argv, "--train.micro_tokens", 130, "--train.lr", 1e-3, base="tied")
+    for strategy in STRATEGIES:
+        again = train("full", strategy, *argv, "--train.micro_tokens", 130, "--train.lr", 1e-3, base="tied")
+        assert again.apart(one) <= 1e-10
+
+
 def test_an_embedding_that_is_the_head_trains_in_shares(train: Train) -> None:
     argv = "--method.unfreeze", '["embed*"]'
     one = train("lora", "one", *argv, base="tied")

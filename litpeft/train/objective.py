@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -98,14 +98,14 @@ class PairObjective(Objective):
         if not self.preference.refers:
             return
         rows, tokens = self.run.rows, self.run.settings.train.micro_tokens
-        measured: Any = partial(answer_sums, model, micro_tokens=MICRO_TOKENS if tokens == "auto" else tokens)
+        passes = MICRO_TOKENS if tokens == "auto" else tokens, fabric.device, fabric
         places = self.needed()
         _, first = np.unique(rows.train.column("at")[places], return_index=True)  # a file's weight repeats its rows
         places = np.sort(places[first])
         self.references = {
             "places": torch.from_numpy(places),
-            "train": measured(rows=rows.train.where(places), device=fabric.device, fabric=fabric),
-            "validation": measured(rows=rows.validation[:held_out], device=fabric.device, fabric=fabric),
+            "train": answer_sums(model, rows.train.where(places), *passes),
+            "validation": answer_sums(model, rows.validation[:held_out], *passes),
         }
         self.told = f"log p of the answers of {counted(len(places) + held_out, 'pair')} with the model as it begins"
         self.apply()
@@ -134,9 +134,7 @@ class PairObjective(Objective):
         self.references = {name: tensor.clone() for name, tensor in saved.tensors(STEM).items()}  # the file may go
         places, at = self.references["places"].numpy(), self.run.rows.train.column("at")
         if missing := int((~np.isin(at[self.needed()], at[places])).sum()):
-            what = (
-                f"the run would now train on {counted(missing, 'pair')} that it did not measure before its first step"
-            )
+            what = f"{counted(missing, 'pair')} to train on were not measured before the first step"
             hint = "resume it with the settings that it began with, or take another out"
             raise ConfigError(what, where="preference.loss", hint=hint)
         self.apply()
