@@ -91,7 +91,7 @@ def test_every_held_out_value_was_seen_in_training_at_least_four_times():
 PAIRS = ROOT / "config_hub" / "data" / "order_pairs"
 
 
-def test_the_pairs_are_the_scripts_and_differ_in_one_value(tmp_path):
+def test_the_pairs_are_the_scripts_and_their_answers_say_the_same_in_other_words(tmp_path):
     subprocess.run([sys.executable, ROOT / "scripts" / "make_order_pairs.py", tmp_path], check=True)
     for name in SIZES:
         assert (PAIRS / f"{name}.jsonl").read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
@@ -100,4 +100,12 @@ def test_the_pairs_are_the_scripts_and_differ_in_one_value(tmp_path):
             assert (pair["prompt"], pair["chosen"]) == (row["instruction"], row["output"])
             chosen, rejected = json.loads(pair["chosen"]), json.loads(pair["rejected"])
             assert list(chosen) == list(rejected)
-            assert sum(chosen[key] != rejected[key] for key in chosen) == 1
+            assert all(type(value) is str for value in rejected.values())
+            assert (int(rejected["qty"]), rejected["gift"] == "yes") == (chosen["qty"], chosen["gift"])
+            assert rejected["day"][:3].lower() == (chosen["day"] or "non")
+            hour, minute = map(int, (chosen["time"] or "00:00").split(":"))
+            said = re.fullmatch(r"(\d+):(\d\d) (am|pm)|none", rejected["time"])
+            assert chosen["time"] is None or (int(said[1]) % 12 + 12 * (said[3] == "pm"), said[2]) == (
+                int(hour),
+                minute,
+            )
