@@ -127,7 +127,8 @@ class Result:
         delta = {k: v for path in sorted((out / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
         losses, validations = ([r[key] for r in rows if r[key] is not None] for key in ("loss", "val_loss"))
         report = json.loads((out / "report.json").read_text())
-        ending = [*report["neutral"], *(row["after"] for row in report["rows"]["hardest"])]
+        rows = report["rows"]["hardest"] if report["rows"] else []  # none of pairs of answers
+        ending = [*report["neutral"], *(row["after"] for row in rows), *(n for one in report["preferred"] for n in one)]
         return cls(delta, losses, validations, ending)
 
     def apart(self, other: "Result") -> float:

@@ -14,7 +14,9 @@ from litpeft.methods import METHODS, PRESETS
 ROOT = Path(__file__).parent.parent
 COMPARISON = "config_hub/smollm2-135m/compare.yaml"
 FILES = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "config_hub").glob("*/*.yaml"))]
+PREFERENCES = "config_hub/smollm2-135m/preferences.yaml"
 FILES.remove(COMPARISON)
+FILES.remove(PREFERENCES)
 BASES = {
     "smollm2-135m": "checkpoints/SmolLM2-135M-Instruct",
     "pythia-160m": "checkpoints/EleutherAI/pythia-160m",
@@ -77,3 +79,15 @@ def test_the_comparison_is_of_every_method_as_its_own_file_says_it() -> None:
         assert {key: keys[key] for key in ("base", "data")} == {key: settings.common[key] for key in ("base", "data")}
         assert keys["train"] == settings.common["train"]
         assert keys.get("method", {}) == settings.runs[name].get("method", {})
+
+
+def test_the_file_for_pairs_of_answers_parses_and_says_only_what_differs(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+    defaults = settings("lora", *(word for key, value in REQUIRED.items() for word in (f"--{key}", value)))
+    values, said = (
+        settings("lora", "--config", PREFERENCES),
+        dict(leaves(yaml.safe_load(Path(PREFERENCES).read_text()))),
+    )
+    assert {key for key in values if values[key] != defaults[key]} == said.keys()
+    assert Path(PREFERENCES).read_text().startswith(f"# litpeft finetune lora --config {PREFERENCES}\n")
+    assert (Path(said["data.path"]) / "train.jsonl").is_file()

@@ -54,13 +54,18 @@ def monkeypatch_module():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model in `base`, one with a tied head in `tied`, rows in `data`, and some with weights."""
+    """A folder with a model in `base`, one with a tied head in `tied`, rows in `data`, some with weights, and pairs."""
     folder = tmp_path_factory.mktemp("distributed")
     make_folder(folder / "base")
     make_folder(folder / "tied", tie_word_embeddings=True)
     data = write_rows(folder)
     rows = [json.loads(line) | {"weight": 0.3 + n} for n, line in enumerate((data / "train.jsonl").open())]
     (folder / "weighted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [
+        {"prompt": row["instruction"], "chosen": row["output"], "rejected": f"not {row['output']}", "weight": 0.3 + n}
+        for n, row in enumerate(rows)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return folder
 
 
@@ -136,6 +141,10 @@ CASES = {
     ),
     "one row a step": ("--train.batch_size", 1, "--train.max_steps", 3, "--validation.max_rows", 1),
     "many held-out rows": ("--train.micro_tokens", 40, "--data.validation_path", "{data}/train.jsonl"),
+    "pairs": (
+        *("--preference.loss", "dpo", "--data.path", "{data}/../pairs.jsonl", "--data.validation_split", 0.4),
+        *("--preference.likelihood", 0.5, "--train.micro_tokens", 130, "--train.batch_size", 2),
+    ),
     "momentum, weights": (
         *("--train.optimizer", "SGD", "--train.optimizer_args", '{"momentum": 0.9}', "--train.max_norm", "null"),
         *("--data.path", "{data}/../weighted.jsonl", "--data.validation_split", 0.4),
@@ -157,6 +166,15 @@ def test_two_ranks_agree_with_one_where_the_blocks_are_compiled(train: Train) ->
     one = train("lora", "one")
     for strategy in ("one", *STRATEGIES):
         assert train("lora", strategy, "--train.compile", "true", out=f"compiled-{strategy}").apart(one) <= 1e-9
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_with_one_on_pairs_where_the_head_trains_too(train: Train, folder: Path) -> None:
+    argv = "--preference.loss", "orpo", "--data.path", folder / "pairs.jsonl", "--data.validation_split", 0.4
+    one = train("full", "one", *argv, "--train.micro_tokens", 130, "--train.lr", 1e-3, base="tied")
+    for strategy in STRATEGIES:
+        again = train("full", strategy, *argv, "--train.micro_tokens", 130, "--train.lr", 1e-3, base="tied")
+        assert again.apart(one) <= 1e-10
 
 
 def test_an_embedding_that_is_the_head_trains_in_shares(train: Train) -> None:

@@ -63,7 +63,7 @@ def test_a_row_is_known_by_its_keys_and_trains_what_the_plain_chat_trains(name, 
     assert data.train[0].trained == data.train[1].trained
     assert data.report.formats == Counter([form, "messages"])
     assert data.report.unread == ({"rejected": 1} if form == "preference" else {})
-    note = {"preference": "; only the chosen answer is trained"}.get(form, "")
+    note = {"preference": "; only the chosen answer is trained: see preference.loss"}.get(form, "")
     assert f"{form} (1 row{note})" in str(data.report) or form == "messages"
 
 

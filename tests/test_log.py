@@ -18,7 +18,7 @@ from conftest import read_metrics
 from litpeft.core.errors import ConfigError, ModelError
 from litpeft.train.log import COLUMNS, Log, duration, time_left
 
-OF_A_STEP = [column for column in COLUMNS if column not in ("val_loss", "val_exact")]
+OF_A_STEP = [column for column in COLUMNS if not column.startswith("val_")]
 
 
 def record(step: int, loss: float = 1.0) -> dict[str, float]:
@@ -215,13 +215,25 @@ def test_a_file_that_is_not_metrics_is_refused_and_kept(tmp_path):
     assert path.read_text() == "city,people\nBerlin,3\n"
 
 
-@pytest.mark.parametrize("bad", ["3,x,,,,,,,,", "3,1", ",,1.0,,,,,,,", "3" + "," * 20])
+def test_a_file_of_an_earlier_version_gets_the_columns_that_it_lacks(tmp_path):
+    with Log(tmp_path, 2) as log:
+        log.step(**record(1))
+    path = tmp_path / "metrics.csv"
+    now = path.read_text()
+    path.write_text("".join(line.rsplit(",", 2)[0] + "\n" for line in now.splitlines()))
+    assert "val_preferred" not in path.read_text()
+    with Log(tmp_path, 2, start_step=1):
+        pass
+    assert path.read_text() == now
+
+
+@pytest.mark.parametrize("bad", ["3,x,,,,,,,,,,", "3,1", ",,1.0,,,,,,,,,", "3" + "," * 20])
 def test_a_damaged_row_is_named(tmp_path, bad):
     with Log(tmp_path, 2) as log:
         log.step(**record(1))
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write(bad + "\n")
-    named = f'"{re.escape(bad)}" is not a row of 11 numbers'
+    named = f'"{re.escape(bad)}" is not a row of {len(COLUMNS)} numbers'
     with pytest.raises(ModelError, match=named) as caught, Log(tmp_path, 2, start_step=1):
         pass
     assert caught.value.where.endswith("metrics.csv:3")

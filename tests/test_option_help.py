@@ -51,7 +51,8 @@ def test_help_shows_every_choice_and_each_of_them_is_taken(name: str, capsys) ->
         shown = ["null" if value is None else value for value in values]
         assert f"--{key} {'|'.join(shown)}" in text.replace("|\n      ", "|")
         for value, word in zip(values, shown, strict=True):
-            more = {"base.double_quantize": ["--base.quantize", "nf4"], "type": ["--to", "gguf"]}.get(key, [])
+            more = {"base.double_quantize": ["--base.quantize", "nf4"], "type": ["--to", "gguf"]}
+            more = (more | {"validation.metric": ["--preference.loss", "dpo"]}).get(key, [])
             settings, method, _ = parse(name, COMMANDS[name], [*words, *more, f"--{key}", word])
             group, _, leaf = key.rpartition(".")
             holder = method if group == "method" else getattr(settings, group) if group else settings
@@ -79,7 +80,7 @@ def test_help_says_where_a_word_may_stand_for_a_number(capsys) -> None:
     assert "--train.micro_tokens INTEGER|auto" in said(capsys, "finetune", "lora", "--train.help")
 
 
-@pytest.mark.parametrize("group", ["base", "data", "train", "validation", "checkpoint", "method"])
+@pytest.mark.parametrize("group", ["base", "data", "train", "preference", "validation", "checkpoint", "method"])
 def test_a_group_has_a_help_of_its_own(group: str, capsys) -> None:
     part = said(capsys, "finetune", "lora", f"--{group}.help")
     keys = re.findall(r"^  --(\S+)", part, re.M)

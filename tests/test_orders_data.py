@@ -86,3 +86,24 @@ def test_every_held_out_value_was_seen_in_training_at_least_four_times():
     for row in rows("validation"):
         for key, value in json.loads(row["output"]).items():
             assert sum(answer[key] == value for answer in seen) >= 4, (key, value)
+
+
+PAIRS = ROOT / "config_hub" / "data" / "order_pairs"
+
+
+def test_the_pairs_are_the_scripts_and_their_answers_say_the_same_in_other_words(tmp_path):
+    subprocess.run([sys.executable, ROOT / "scripts" / "make_order_pairs.py", tmp_path], check=True)
+    for name in SIZES:
+        assert (PAIRS / f"{name}.jsonl").read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
+        for line, row in zip((PAIRS / f"{name}.jsonl").open(), rows(name), strict=False):
+            pair = json.loads(line)
+            assert (pair["prompt"], pair["chosen"]) == (row["instruction"], row["output"])
+            chosen, rejected = json.loads(pair["chosen"]), json.loads(pair["rejected"])
+            assert list(chosen) == list(rejected)
+            assert all(type(value) is str for value in rejected.values())
+            assert (int(rejected["qty"]), rejected["gift"] == "yes") == (chosen["qty"], chosen["gift"])
+            assert rejected["day"][:3].lower() == (chosen["day"] or "non")
+            hour, minute = map(int, (chosen["time"] or "00:00").split(":"))
+            said = re.fullmatch(r"(\d+):(\d\d) (am|pm)|none", rejected["time"])
+            wanted = (int(said[1]) % 12 + 12 * (said[3] == "pm"), int(said[2])) if chosen["time"] else (0, 0)
+            assert wanted == (hour, minute)

@@ -94,7 +94,10 @@ def test_a_key_with_a_meaning_trains_what_the_plain_chat_trains(name, tmp_path, 
         ({"messages": PERU, "history": [["a", "b"]]}, "history is not supported: the row has messages"),
         ({"messages": PERU, "context": "a"}, "context is not supported: the row has messages"),
         ({"messages": PERU, "weight": 0}, "weight says that the row is not to be trained"),
-        ({"messages": PERU, "rejected": "x"}, "rejected is not supported: answers are learnt, not preferences"),
+        (
+            {"messages": PERU, "rejected": "x"},
+            "rejected is not supported: two answers are compared where",
+        ),
         ({"messages": PERU, "chat_template_kwargs": 3}, "chat_template_kwargs must be an object, got 3"),
         ({"messages": PERU, "enable_thinking": "no"}, "enable_thinking must be true or false, got 'no'"),
         (

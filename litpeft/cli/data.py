@@ -41,6 +41,8 @@ class Seen(Data):
     """Share of the rows that is held out when there is no file of held-out rows."""
     bad_rows: Literal["error", "skip"] = "skip"
     """A row that cannot be used is an error, or is left out (skip) and listed."""
+    pairs: bool = False
+    """Read rows with a chosen and a rejected answer as pairs, as finetuning with preference.loss does."""
     model: str = field(kw_only=True)
     """Folder of the model or run whose tokenizer and chat template are used."""
 
@@ -57,7 +59,8 @@ class Seen(Data):
         sources, _ = find(self.path, self.validation_path, self.prefix)
         once = tuple(self.path) if isinstance(self.path, dict) else self.path  # a weight makes no duplicates
         whole = replace(self, path=once, max_length=ENDLESS, **shape_of(self, run, sources))
-        return load_dataset(whole, tokenizer, template, ENDLESS), tokenizer, min(self.max_length, config.max_positions)
+        data = load_dataset(whole, tokenizer, template, ENDLESS, pairs=self.pairs)
+        return data, tokenizer, min(self.max_length, config.max_positions)
 
 
 @dataclass

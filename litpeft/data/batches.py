@@ -18,6 +18,39 @@ PLACEHOLDER = 0  # token that stands where a method puts learned vectors: which 
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """P pairs of answers: the documents of a micro-batch, the better one of each pair first."""
+
+    counts: Tensor  # (P, 2) int64, trained tokens of the two answers
+    weights: Tensor  # (P,) float64, of the pairs in the loss
+    references: Tensor | None  # (P, 2) float64, log p of the two answers at the run's start, if they are known
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Pairs":
+        """Returns what a micro-batch of these rows has."""
+        counts = [[sum(one.trained) for one in row.documents] for row in rows]
+        known = [row.references for row in rows if row.references is not None]
+        references = torch.tensor(known, dtype=torch.float64).view(-1, 2) if len(known) == len(rows) else None
+        weights = torch.tensor([pair_weight(row) for row in rows], dtype=torch.float64)
+        return cls(torch.tensor(counts, dtype=torch.int64).view(-1, 2), weights, references)
+
+    def to(self, device: torch.device | str) -> "Pairs":
+        """Returns the pairs with their tensors on the device."""
+        references = None if self.references is None else self.references.to(device)
+        return Pairs(self.counts.to(device), self.weights.to(device), references)
+
+    def sums(self, losses: Tensor) -> Tensor:
+        """Returns log p (P, 2) of the answers in float64 for the losses (N,) of all trained tokens, in their order."""
+        lengths = self.counts.flatten()
+        return -torch.segment_reduce(losses.double(), "sum", lengths=lengths, unsafe=True).view(-1, 2)
+
+
+def pair_weight(row: Row) -> float:
+    """Returns the weight of a pair in the loss, which all trained tokens of its row have."""
+    return 1.0 if row.weights is None else max(row.weights)
+
+
+@dataclass(frozen=True)
 class Batch:
     """A micro-batch: N documents in one row of T tokens, of which M have a next token that is trained."""
 
@@ -28,6 +61,7 @@ class Batch:
     prompt_lengths: tuple[int, ...]  # tokens of each document before its first trained one
     sources: tuple[str, ...]  # file:line of each document
     weights: Tensor | None = None  # (M,) float64, of these targets in the loss; None: all have weight 1
+    pairs: Pairs | None = None  # where the documents are pairs of answers
 
     @property
     def tokens(self) -> int:
@@ -41,7 +75,8 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Returns the batch with its tensors on the device."""
         moved = {name: getattr(self, name).to(device) for name in ("ids", "at", "targets")}
-        return replace(self, **moved, weights=None if self.weights is None else self.weights.to(device))
+        moved |= {name: part.to(device) for name in ("weights", "pairs") if (part := getattr(self, name)) is not None}
+        return replace(self, **moved)
 
 
 def framed(tokens: Sequence[T], prompt: int, before: int, after: int, filler: T = PLACEHOLDER) -> list[T]:
@@ -70,6 +105,17 @@ def collate(rows: Sequence[Row], before: int = 0, after: int = 0) -> Batch:
         every = [w for one, row in pairs for w in framed(one, row.prompt_length, before, after, 0.0)]
         weights = torch.tensor(every, dtype=torch.float64)[trained]
     return Batch(ids[None], lengths, trained - 1, ids[trained], prompts, sources, weights)
+
+
+def collate_pairs(rows: Sequence[Row], before: int = 0, after: int = 0) -> Batch:
+    """Returns pairs as one micro-batch of twice as many documents."""
+    batch = collate([one for row in rows for one in row.documents], before, after)
+    return replace(batch, weights=None, pairs=Pairs.of(rows))
+
+
+def idle_pairs(row: Row, before: int = 0, after: int = 0) -> Batch:
+    """Returns a micro-batch of no pairs that trains nothing."""
+    return replace(idle(row, before, after), pairs=Pairs.of([]))
 
 
 def bin_pack(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:

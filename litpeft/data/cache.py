@@ -67,6 +67,7 @@ def key_of(data: Data, sources: Sequence[Source], held_out: int, template: ChatT
         "held_out": held_out,
         "settings": {key: value for key, value in asdict(data).items() if key not in AFTER},
         "max_length": report.max_length,
+        "pairs": report.pairs,
         "tokenizer": hashlib.sha256(tokenizer.backend.inner.to_str().encode()).hexdigest(),
         "special": [tokenizer.special_tokens, sorted(tokenizer.backend.specials.items()), tokenizer.opening],
         "template": [template.name, template.source, template.end_of_turn, template.options],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from shlex import quote
 
 from litpeft.core.errors import DataError, counted
-from litpeft.data.formats import EXAMPLES, chosen
+from litpeft.data.formats import EXAMPLES, chosen, preference
 from litpeft.data.formats.keys import listed
 from litpeft.data.formats.turn import Turn
 from litpeft.data.readers.record import Rejected
@@ -18,6 +18,8 @@ from litpeft.data.sources import Source
 from litpeft.data.templates import with_system
 
 SHOWN = 5  # rows that an error names
+PAIR = json.dumps(preference.FORMAT.example)
+NO_PAIR = "all rows have to be pairs of answers (preference.loss), and this one is of the format {}"
 ASKED = "question", "prompt", "instruction", "query", "problem", "input", "user", "human", "request", "source", "ask"
 ANSWERED = "answer", "response", "reply", "output", "completion", "solution", "target", "assistant", "summary"
 
@@ -30,6 +32,7 @@ class Example:
     where: str
     number: int  # in the order in which chats are read
     file: int  # number of its file
+    worse: bool = False  # it has the rejected answer of the pair whose chosen one is in the chat before
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Chats:
     """Reads files as chats; rows that cannot be used go to the report. `count` are the chats so far.
 
     Where the rows are `only_measured`, errors do not suggest to leave one out. Every chat begins with those of `shots`.
+    With `pairs` all rows have to be pairs of answers, and each is two chats that follow each other.
     """
 
     data: Data
@@ -44,6 +48,7 @@ class Chats:
     only_measured: bool = False
     shots: Sequence[Row] = ()
     count: int = 0
+    pairs: bool = False
 
     def read(self, sources: Sequence[Source]) -> Iterator[Example]:
         """Yields the chats of files. A file without a chat is an error."""
@@ -67,8 +72,11 @@ class Chats:
                 if record.problem:
                     raise ValueError(record.problem)
                 name, form = choose(record.value)
-                turns = with_system(form.turns(record.value), data.system)
-                unread = form.unread(record.value)
+                if self.pairs and form is not preference.FORMAT:
+                    raise DataError(NO_PAIR.format(name), where=record.where, hint=f"a pair is {PAIR}")
+                chats = preference.both(record.value) if self.pairs else [form.turns(record.value)]
+                chats = [with_system(turns, data.system) for turns in chats]
+                unread = preference.unread(record.value) if self.pairs else form.unread(record.value)
             except ValueError as error:
                 report.rejected.append(Rejected(record.where, str(error)))
                 is_row = not record.problem and isinstance(record.value, dict) and record.value
@@ -78,7 +86,8 @@ class Chats:
             report.formats[name] += 1
             report.unread.update(unread)
             self.count += 1
-            yield Example(after_shots(turns, self.shots), record.where, self.count - 1, file)
+            for number, turns in enumerate(chats):
+                yield Example(after_shots(turns, self.shots), record.where, self.count - 1, file, number > 0)
         if self.count == before:
             raise self._nothing(source, report.rejected[rejected:], came)
 

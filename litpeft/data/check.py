@@ -17,7 +17,7 @@ from litpeft.data.duplicates import first_of_each, nearly_the_same
 from litpeft.data.formats.keys import listed
 from litpeft.data.readers.record import Rejected
 from litpeft.data.report import Weights
-from litpeft.data.rows import said
+from litpeft.data.rows import Row, said
 from litpeft.data.sources import Source
 from litpeft.data.store import Rows
 from litpeft.data.tokenise import DataSet
@@ -118,7 +118,7 @@ def check(data: DataSet, files: str, max_length: int, tokenizer: Tokenizer, limi
         max_length=max_length,
         lengths=lengths.tolist(),
         fill=int(short.sum()) / (bins * max_length) if bins else 0.0,
-        lost=int(trained[lengths > max_length].sum()),
+        lost=int(trained[rows.column("longest") > max_length].sum()),
         unread=dict(report.unread),
         weights=report.weights,
         findings=[
@@ -137,8 +137,9 @@ def _empty(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejecte
 
 
 def _too_long(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    long = data.train.where((data.train.column("tokens") > max_length) & ~data.train.column("plain"))
-    return [Rejected(row.source, f"{len(row.ids):,} tokens, {sum(row.trained):,} of them trained") for row in long]
+    long = data.train.where((data.train.column("longest") > max_length) & ~data.train.column("plain"))
+    rows = [(row.source, max(row.documents, key=lambda one: len(one.ids))) for row in long]
+    return [Rejected(where, f"{len(row.ids):,} tokens, {sum(row.trained):,} of them trained") for where, row in rows]
 
 
 def _no_end(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
@@ -174,11 +175,12 @@ def _held_out_too(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[
 
 
 def _special(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:
-    found = [
-        (row.source, {w for turn in row.turns for w in tokenizer.special_pattern.findall(turn.content)})
-        for row in data.train
-    ]
+    found = [(row.source, {w for one in row.documents for w in _spelt(one, tokenizer)}) for row in data.train]
     return [Rejected(where, f"it spells {some(sorted(words))}") for where, words in found if words]
+
+
+def _spelt(row: Row, tokenizer: Tokenizer) -> list[str]:
+    return [word for turn in row.turns for word in tokenizer.special_pattern.findall(turn.content)]
 
 
 def _otherwise(data: DataSet, max_length: int, tokenizer: Tokenizer) -> list[Rejected]:

@@ -12,6 +12,8 @@ from litpeft.data.kept import Thoughts
 from litpeft.data.readers.record import Rejected
 from litpeft.data.store import Rows
 
+PAIRS = "; the chosen and the rejected answer are compared"
+
 
 @dataclass
 class Counts:
@@ -25,9 +27,9 @@ class Counts:
 
     @classmethod
     def of(cls, rows: Rows) -> "Counts":
-        tokens = rows.column("tokens")
+        tokens, longest = int(rows.column("tokens").sum()), int(rows.column("longest").max(initial=0))
         trained, ended = int(rows.column("trained").sum()), int(rows.column("ended").sum())
-        return cls(len(rows), int(tokens.sum()), trained, int(tokens.max(initial=0)), ended)
+        return cls(len(rows), tokens, trained, longest, ended)
 
     def __str__(self) -> str:
         if not self.rows:
@@ -86,10 +88,12 @@ class Report:
     cache: str = ""  # the file that the rows were read from, if they were not tokenised now
     thoughts: Thoughts = field(default_factory=Thoughts)
     weights: Weights = field(default_factory=Weights)
+    pairs: bool = False  # rows are pairs of answers, both of which are trained
 
     def __str__(self) -> str:
         lines = [f"file        {name}: {told}" for name, told in self.files.items()]
         notes = {name: f"; {one.note}" for name, one in FORMATS.items() if one.note}
+        notes |= {"preference": PAIRS} if self.pairs else {}
         shapes = [f"{name} ({counted(n, 'row')}{notes.get(name, '')})" for name, n in self.formats.most_common()]
         lines += [f"format      {', '.join(shapes)}"] if shapes else []
         first = "the first window of a stream: " if self.streamed else ""

@@ -12,6 +12,8 @@ from litpeft.core.terminal import GREEN, INVERSE, PLAIN
 from litpeft.data.formats.turn import Turn
 from litpeft.data.tokenizer import Tokenizer
 
+REJECTED = "rejected:"  # stands between the two answers of a pair
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -24,12 +26,24 @@ class Row:
     turns: Sequence[Turn]
     ended: bool = True  # the last trained token is the end-of-turn token
     weights: list[float] | None = None  # of each token in the loss, 0 where it is not trained; None: all have weight 1
+    rejected: "Row | None" = None  # of a pair: the same prompt with the worse answer
+    references: tuple[float, float] | None = None  # of a pair: log p of its answers at the run's start
 
     @property
     def content(self) -> bytes:
         """Returns what of the row is trained, as bytes to hash."""
         trained = self.ids, self.trained
-        return repr(trained if self.weights is None else (*trained, self.weights)).encode()
+        own = repr(trained if self.weights is None else (*trained, self.weights)).encode()
+        return own if self.rejected is None else own + self.rejected.content
+
+    @property
+    def documents(self) -> list["Row"]:
+        """Returns what the model reads of the row: itself, and of a pair the rejected answer after it."""
+        return [self] if self.rejected is None else [self, self.rejected]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(one.ids) for one in self.documents)
 
 
 def totals(rows: Iterable[Row]) -> tuple[int, float]:
@@ -81,8 +95,15 @@ def said(row: Row) -> str:
 def show(row: Row, tokenizer: Tokenizer, color: bool) -> str:
     """Returns the text of a row with its trained tokens in green, or else in [brackets]; special tokens stand out.
 
-    What has another weight than 1 in the loss is followed by it.
+    What has another weight than 1 in the loss is followed by it. Of a pair both answers are shown.
     """
+    if row.rejected is not None:
+        chosen, rejected = (_shown(one, tokenizer, color) for one in row.documents)
+        return f"{chosen.rstrip()}\n{REJECTED}\n{rejected}"
+    return _shown(row, tokenizer, color)
+
+
+def _shown(row: Row, tokenizer: Tokenizer, color: bool) -> str:
     parts = []
     for weight, group in groupby(pieces(row, tokenizer), key=lambda piece: piece[1]):
         begin, end = (GREEN if weight else "", PLAIN) if color else ("[", "]") if weight else ("", "")
@@ -118,14 +139,14 @@ pre{{white-space:pre-wrap;background:#f6f6f6;padding:1em}}
 def page(rows: Sequence[Row], tokenizer: Tokenizer) -> str:
     """Returns an HTML page that shows rows as the model sees them."""
     shown = []
-    for row in rows:
+    for heading, one in [part for row in rows for part in zip((title(row), REJECTED), row.documents, strict=False)]:
         marked = [
             f'<span class="{"t " * (weight > 0)}{"s" * special}"{_hover(weight)}>{escape(_plain(text))}</span>'
             if weight or special
             else escape(_plain(text))
-            for text, weight, special in pieces(row, tokenizer)
+            for text, weight, special in pieces(one, tokenizer)
         ]
-        shown.append(f"<h4>{escape(title(row))}</h4><pre>{''.join(marked)}</pre>")
+        shown.append(f"<h4>{escape(heading)}</h4><pre>{''.join(marked)}</pre>")
     return PAGE.format(rows="\n".join(shown))
 
 
@@ -133,4 +154,5 @@ def title(row: Row) -> str:
     """Returns the place of a row, with its tokens and their weights."""
     weights = [f"{weight:.6g}" for weight in sorted({*row.weights} - {0.0})] if row.weights else []
     told = f", weight{'s' * (len(weights) > 1)} {some(weights)}" if weights else ""
-    return f"{row.source}: {counted(len(row.ids), 'token')}, {sum(row.trained):,} trained{told}"
+    trained = sum(sum(one.trained) for one in row.documents)
+    return f"{row.source}: {counted(row.tokens, 'token')}, {trained:,} trained{told}"

@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,10 +23,11 @@ HEAD = struct.Struct("<qqi")  # where its turns are, their bytes, and the tokens
 ENTRY = np.dtype(
     [
         *(("at", "<i8"), ("bytes", "<i4"), ("tokens", "<i4"), ("trained", "<i4"), ("hash", "<u8")),
-        *(("example", "<i4"), ("file", "<i4"), ("ended", "?"), ("plain", "?"), ("weighted", "?")),
+        *(("example", "<i4"), ("file", "<i4"), ("ended", "?"), ("plain", "?"), ("weighted", "?"), ("part", "i1")),
     ]
 )
-PACKED = struct.Struct("<qiiiQii???")  # the bytes of an entry
+PACKED = struct.Struct("<qiiiQii???b")  # the bytes of an entry
+WHOLE, CHOSEN, REJECTED = 0, 1, 2  # `part` of an entry: the rejected answer of a pair comes after the chosen one
 FIELDS = [field.name for field in fields(Turn)]
 
 
@@ -86,19 +87,36 @@ class Descriptor:
 
 
 class Rows(Sequence[Row]):
-    """Rows of a file, or some of them, in an order in which one may stand several times."""
+    """Rows of a file, or some of them, in an order in which one may stand several times.
 
-    def __init__(self, descriptor: Descriptor, index: np.ndarray, order: np.ndarray | None = None):
-        self._descriptor, self._index = descriptor, index
-        self._order = np.arange(len(index), dtype=np.int32) if order is None else order
+    Of a pair the chosen answer is the row, which has the other one in it. `references` (entries, 2) are those of pairs,
+    nan where they are not known.
+    """
+
+    def __init__(
+        self,
+        descriptor: Descriptor,
+        index: np.ndarray,
+        order: np.ndarray | None = None,
+        references: np.ndarray | None = None,
+    ):
+        self._descriptor, self._index, self._references = descriptor, index, references
+        self._order = np.flatnonzero(index["part"] != REJECTED).astype(np.int32) if order is None else order
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
-            return Rows(self._descriptor, self._index, self._order[at])
-        entry = self._index[self._order[at]]
+            return self.where(at)
+        number = self._order[at]
+        row = self._read(self._index[number])
+        if self._index[number]["part"] != CHOSEN:
+            return row
+        known = None if self._references is None else tuple(self._references[number].tolist())
+        return replace(row, rejected=self._read(self._index[number + 1]), references=known)
+
+    def _read(self, entry: np.void) -> Row:
         tokens, data = int(entry["tokens"]), self._descriptor.read(int(entry["at"]), int(entry["bytes"]))
         turns_at, turns, prompt = HEAD.unpack_from(data)
         ids = np.frombuffer(data, "<i4", tokens, HEAD.size).tolist()
@@ -113,8 +131,26 @@ class Rows(Sequence[Row]):
         return map(self.__getitem__, range(len(self)))
 
     def column(self, name: str) -> np.ndarray:
-        """Returns a field of the rows' entries: tokens; trained, how many of them are; hash, of the tokens; ..."""
-        return self._index[name][self._order]
+        """Returns a field of the rows' entries: tokens; trained, how many of them are; hash, of the tokens; ...
+
+        The tokens of a pair are those of both answers together; longest are those of the longer one.
+        """
+        own = self._index["tokens" if name == "longest" else name][self._order]
+        if not self.paired or name not in ("tokens", "trained", "longest"):
+            return own
+        beside = self._index["trained" if name == "trained" else "tokens"][self._order + 1]
+        return np.maximum(own, beside) if name == "longest" else own + beside
+
+    @property
+    def paired(self) -> bool:
+        """Whether the rows are pairs of answers."""
+        return bool(len(self)) and bool(self._index["part"][self._order[0]])
+
+    def referenced(self, places: np.ndarray, values: np.ndarray) -> "Rows":
+        """Returns the rows, of which those at these places have the `values` (places, 2) as references."""
+        references = np.full((len(self._index), 2), np.nan) if self._references is None else self._references.copy()
+        references[self._order[places]] = values
+        return Rows(self._descriptor, self._index, self._order, references)
 
     def distinct(self) -> np.ndarray:
         """Returns the place of each row where it stands first: a weight of its file repeats it."""
@@ -128,17 +164,19 @@ class Rows(Sequence[Row]):
     def begin_with(self, ids: Sequence[int]) -> int:
         """Returns how many rows begin with these tokens."""
         first = array("i", ids).tobytes()
-        long = self.where(self.column("tokens") >= len(ids))
+        long = self.where(self._index["tokens"][self._order] >= len(ids))
         return sum(long._descriptor.read(int(at) + HEAD.size, len(first)) == first for at in long.column("at"))
 
     def trained_bytes(self) -> Iterator[bytes]:
         """Yields what training sees of each row as it lies in the file: ids, mask and, where there are, weights."""
-        for at, tokens, weighted in zip(*map(self.column, ("at", "tokens", "weighted")), strict=True):
+        order = np.stack((self._order, self._order + 1), 1).reshape(-1) if self.paired else self._order
+        fields = (self._index[name][order] for name in ("at", "tokens", "weighted"))
+        for at, tokens, weighted in zip(*fields, strict=True):
             yield self._descriptor.read(int(at) + HEAD.size, (13 if weighted else 5) * int(tokens))
 
-    def where(self, chosen: np.ndarray) -> "Rows":
+    def where(self, chosen: np.ndarray | slice) -> "Rows":
         """Returns the rows at these places, or those for which an array of bools is true."""
-        return Rows(self._descriptor, self._index, self._order[chosen])
+        return Rows(self._descriptor, self._index, self._order[chosen], self._references)
 
 
 class RowWriter:
@@ -160,17 +198,28 @@ class RowWriter:
 
     def add(self, rows: Sequence[Row], example: int, file: int) -> None:
         """Appends a row, or the pieces of one that was cut; they come from the example of this number of the file."""
+        if rows[0].rejected is None:
+            self._add(rows, example, file)
+            return
+        (row,), hashed = rows, rows[0].ids + rows[0].rejected.ids
+        self._add([row], example, file, CHOSEN, hashed)
+        self._add([row.rejected], example, file, REJECTED, hashed)
+
+    def _add(
+        self, rows: Sequence[Row], example: int, file: int, part: int = WHOLE, hashed: list[int] | None = None
+    ) -> None:
         turns = json.dumps([[getattr(turn, name) for name in FIELDS] for turn in rows[0].turns], default=str).encode()
         turns_at, plain = self.put(turns), rows[0].turns[0].role == PLAIN
         for row in rows:
             ids, source = array("i", row.ids).tobytes(), row.source.encode(errors="surrogateescape")
-            number = int.from_bytes(hashlib.blake2b(ids, digest_size=8).digest(), "little")
+            told = ids if hashed is None else array("i", hashed).tobytes()
+            number = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
             weights = b"" if row.weights is None else np.array(row.weights, "<f8").tobytes()
             head = HEAD.pack(turns_at, len(turns), row.prompt_length)
             data = b"".join((head, ids, bytes(row.trained), weights, source))
             counts = len(data), len(row.ids), sum(row.trained), number
             self._entries += PACKED.pack(
-                self.put(data), *counts, example, file, row.ended, plain, row.weights is not None
+                self.put(data), *counts, example, file, row.ended, plain, row.weights is not None, part
             )
 
     @property

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby, islice
 
 import numpy as np
 
@@ -50,11 +50,12 @@ def load_dataset(
     max_positions: int,
     only_measured: bool = False,
     shots: Sequence[Row] = (),
+    pairs: bool = False,
 ) -> DataSet:
     """Returns the data set of the settings, ready to train on.
 
     Where the rows are `only_measured`, none may be left out or cut, and errors do not suggest it. Every row's chat
-    begins with those of `shots`, which are not trained.
+    begins with those of `shots`, which are not trained. With `pairs` rows have their rejected answers, too.
     """
     sources, held_out = find(data.path, data.validation_path, data.prefix)
     if held_out and data.validation_split not in (0, Data.validation_split):
@@ -62,8 +63,8 @@ def load_dataset(
         what, hint = f"{data.validation_split} is of no use: the rows of {named} are held out", "leave it out"
         hint += "" if data.validation_path else f", or name {sources[0]} as {data.prefix}path instead of its folder"
         raise ConfigError(what, where=f"{data.prefix}validation_split", hint=hint)
-    report = Report(template.name, min(data.max_length, max_positions))
-    chats = Chats(data, report, only_measured, shots)
+    report = Report(template.name, min(data.max_length, max_positions), pairs=pairs)
+    chats = Chats(data, report, only_measured, shots, pairs=pairs)
     files = [*sources, *held_out]
     cache = RowCache(data if not shots else replace(data, cache=False), files, len(held_out), template, report)
     if found := cache.load():
@@ -123,7 +124,8 @@ class Tokeniser:
         """Writes the rows of chats; raises for those that cannot be used or are too long, if the settings say so."""
         data, report, must_stay = self.data, self.report, self.chats.only_measured
         found = False
-        for example, row in self.rows(self._wanted(chats)):
+        rows = self.rows(self._wanted(chats))
+        for example, row in self._paired(rows) if self.chats.pairs else rows:
             found = True
             if pieces := self.fit(row):
                 writer.add(pieces, example.number, example.file)
@@ -136,6 +138,25 @@ class Tokeniser:
         self._refuse_long(must_stay)
         for left_out in (report.rejected, report.dropped):
             left_out.sort(key=lambda row: (row.where.rpartition(":")[0], int(row.where.rpartition(":")[2])))
+
+    def _paired(self, rows: Iterable[tuple[Example, Row]]) -> Iterator[tuple[Example, Row]]:
+        """Yields the chats of chosen answers with the rows of both, and notes each place that is left out once."""
+        for _, group in groupby(rows, key=lambda one: one[0].number):
+            answers: tuple[list, list] = [], []
+            for example, row in group:
+                answers[example.worse].append((example, row))
+            chosen, rejected = answers
+            if max(map(len, answers)) > 1:
+                what = f"{self.data.prefix}thinking keep makes several rows of one of its answers: take drop"
+                self.refused.append(Rejected(chosen[0][1].source if chosen else rejected[0][1].source, what))
+            elif chosen and rejected:
+                (example, better), (_, worse) = *chosen, *rejected
+                if better.ids == worse.ids:
+                    self.refused.append(Rejected(better.source, "chosen and rejected are the same tokens"))
+                else:
+                    yield example, replace(better, rejected=worse, ended=better.ended and worse.ended)
+        for left_out in (self.refused, self.report.dropped):
+            left_out[:] = {bad.where: bad for bad in left_out}.values()
 
     def _wanted(self, chats: Iterable[Example]) -> Iterator[Example]:
         """Yields chats up to a row that is an error: after it, only the other errors are of interest."""
@@ -207,7 +228,7 @@ class Tokeniser:
         if not self.data.mask_prompt:
             trained = [False, *[True] * (len(encoded.ids) - 1)]
         self.report.straddling += straddles
-        if text.difference:
+        if text.difference and not chat.worse:
             self.report.unlike.append(chat.where)
             self.report.difference = self.report.difference or text.difference
         weighted = any(turn.weight != 1 for turn in chat.turns)
@@ -216,7 +237,7 @@ class Tokeniser:
 
     def fit(self, row: Row) -> list[Row]:
         """Returns a row, or its pieces if it is too long, as data.overlong says; documents are split by default."""
-        report, tokens = self.report, len(row.ids)
+        report, tokens = self.report, max(len(one.ids) for one in row.documents)
         if tokens <= report.max_length:
             return [row]
         if self.data.overlong == "error" and row.turns[0].role != PLAIN:
@@ -224,7 +245,7 @@ class Tokeniser:
             return []
         if self.data.overlong == "drop":
             report.dropped.append(Rejected(row.source, f"{tokens:,} tokens, of at most {report.max_length:,}"))
-            report.lost += sum(row.trained)
+            report.lost += sum(sum(one.trained) for one in row.documents)
             return []
         pieces = cut(row, report.max_length)
         useful = [piece for piece in pieces if any(piece.trained)]

@@ -64,10 +64,11 @@ def figures(run: Run) -> dict[str, Any]:
         found["Versions"] = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     if report.get("validation"):
         first, best = report["validation"][0][1], report["best"][1]
-        found["Held-out loss"] = f"{first:.3f} before, {best:.3f} after (nats per token)"
-        if report["metric"] == "exact":
-            found["Held-out loss"] = f"{first:.3f} before (nats per token)"
-            found["Exact answers"] = f"{best:.1%}"
+        unit = report.get("preference") or "nats per token"
+        found["Held-out loss"] = f"{first:.3f} before, {best:.3f} after ({unit})"
+        if report["metric"] != "loss":
+            found["Held-out loss"] = f"{first:.3f} before ({unit})"
+            found[f"{report['metric'].capitalize()} answers"] = f"{best:.1%}"
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -1,7 +1,7 @@
 """Measure a model on rows with known answers, and a run beside its base: loss, and answers that match exactly."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -10,6 +10,7 @@ from litpeft.core.errors import ConfigError, DataError, counted
 from litpeft.core.extras import extra
 from litpeft.core.folders import atomic_file
 from litpeft.core.terminal import say, tell
+from litpeft.data.batches import Pairs
 from litpeft.data.formats.turn import PLAIN, Turn
 from litpeft.data.hub.address import address
 from litpeft.data.neutral import forgetting, neutral_rows
@@ -25,7 +26,8 @@ from litpeft.generate.engine import Came, answer_all
 from litpeft.generate.kept import Kept, kept, line, marks
 from litpeft.generate.load import Loaded, as_base, load_measured, named
 from litpeft.generate.settings import Evaluate, Sampling
-from litpeft.model.objective import MICRO_TOKENS, mean_loss
+from litpeft.model.gpt import GPT
+from litpeft.model.objective import MICRO_TOKENS, answer_sums, mean_loss
 
 SHOWN = 240  # characters of a text in the terminal
 
@@ -66,6 +68,7 @@ class Score:
     seconds: float
     tokens_per_second: float  # of the answers
     neutral: float | None = None  # loss on neutral text
+    preferred: float | None = None  # share of pairs whose chosen answer is more likely per token
 
     @property
     def share(self) -> str:
@@ -137,7 +140,14 @@ def score(name: str, loaded: Loaded, rows: list[Row], settings: Evaluate, keep: 
     texts_of = neutral_rows(settings.neutral, loaded.template, loaded.model.reach, "neutral")
     device = loaded.model.embed.weight.device
     neutral = mean_loss(loaded.model, texts_of, MICRO_TOKENS, device) if texts_of else None
-    return Score(name, loss, list(texts), list(rights), ended - began, speed, neutral)
+    preferred = share_preferred(loaded.model, rows) if settings.pairs else None
+    return Score(name, loss, list(texts), list(rights), ended - began, speed, neutral, preferred)
+
+
+def share_preferred(model: GPT, rows: Sequence[Row]) -> float:
+    """Returns the share of pairs whose chosen answer has the higher log p per token; a tie counts half."""
+    means = answer_sums(model, rows, MICRO_TOKENS, model.embed.weight.device) / Pairs.of(rows).counts
+    return float((means[:, 0] - means[:, 1]).sign().mean() / 2 + 0.5)
 
 
 def evaluate(settings: Evaluate) -> None:
@@ -180,7 +190,7 @@ def measure(settings: Evaluate, keep: Kept | None = None) -> tuple[list[Row], li
         shape = shape_of(settings, loaded.run, sources) | {"thinking": thinking}
         names = tuple(map(str, sources))
         data = Measured(names, None, 0.0, **shape, template=template, system=loaded.system, max_length=reach)
-        found = load_dataset(data, loaded.tokenizer, loaded.template, reach, True, shots)
+        found = load_dataset(data, loaded.tokenizer, loaded.template, reach, True, shots, settings.pairs)
         of_hub = [f"{name}: {rows}" for name, rows in found.report.files.items() if address(name)]
         for note in (*of_hub, *found.report.notes):
             tell(note)
@@ -213,6 +223,8 @@ def table(scores: list[Score], rows: list[Row], samples: int) -> str:
         "loss, nats per token": [f"{s.loss:.4f}" for s in scores],
         "seconds": [f"{s.seconds:.1f}" for s in scores],
     }
+    if scores[0].preferred is not None:
+        figures["preferred"] = [f"{s.preferred:.1%}" for s in scores]
     if scores[0].neutral is not None:
         figures["neutral text, nats"] = [f"{s.neutral:.4f}" for s in scores]
     lines = [f"{name:<22}" + "".join(f"{value:>18}" for value in values) for name, values in figures.items()]

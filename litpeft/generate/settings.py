@@ -186,6 +186,8 @@ class Evaluate(Answering):
     run, if rows have them."""
     thinking: Thinking | None = None
     """Rows with thoughts that the template leaves out, as data.thinking; default: as the run was trained, or error."""
+    pairs: bool = False
+    """Rows are pairs of answers: say, too, of how many the chosen answer is more likely per token than the rejected."""
     compare_base: bool = True
     """For a run: measure its base too, and show both side by side."""
     shots: int | None = None

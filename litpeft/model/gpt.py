@@ -26,7 +26,7 @@ from litpeft.model.kernels.ops import swiglu, use_eager
 from litpeft.model.latent import LatentAttention
 from litpeft.model.layer_inputs import LayerInput, LayerTable
 from litpeft.model.linear_attention import GatedDeltaNet
-from litpeft.model.loss import finished, summed_cross_entropy
+from litpeft.model.loss import Objective, finished, summed_cross_entropy
 from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
 from litpeft.model.norms import make_norm
@@ -191,13 +191,15 @@ class GPT(nn.Module):
         at: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Callable[[], Tensor] | None = None,
+        objective: Objective | None = None,
         headless: bool = False,
     ) -> Tensor:
         """Returns logits (B, T, V); (N, V) at flattened positions `at` (N,); with `targets` (N,) the summed loss.
 
         Logits are computed for these positions only, and a loss never holds all of them. `weights` returns those of the
-        targets in the loss, (N,) float64; a function, since Fabric would round a tensor in bf16-mixed. `headless`:
-        returns (B, T, d) or (N, d), of which `logits` makes the logits, a part at a time where all would be too many.
+        targets in the loss, (N,) float64; a function, since Fabric would round a tensor in bf16-mixed. With an
+        `objective`, which takes the losses of all targets (N,), its value is returned. `headless`: returns (B, T, d)
+        or (N, d), of which `logits` makes the logits, a part at a time where all would be too many.
         """
         ctx = ctx or Context.rows(ids)
         ctx.virtual_tokens = self.virtual_tokens
@@ -227,8 +229,8 @@ class GPT(nn.Module):
             return x
         if targets is None:
             return self.logits(x)
-        scale, cap = self.config.logit_scale, self.config.logit_cap
-        return summed_cross_entropy(self.head, x, targets, scale, cap, None if weights is None else weights())
+        given, scale, cap = None if weights is None else weights(), self.config.logit_scale, self.config.logit_cap
+        return summed_cross_entropy(self.head, x, targets, scale, cap, given, objective)
 
     def logits(self, x: Tensor) -> Tensor:
         """Returns the logits (..., V) of what the last block and norm gave (..., d)."""

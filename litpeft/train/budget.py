@@ -106,8 +106,8 @@ def fitting_rows(rows: Sequence[Row], validation: Validation, room: float) -> in
 
 def cost(rows: Sequence[Row], validation: Validation) -> float:
     """Returns what one measurement costs, in tokens of a forward pass."""
-    read = sum(len(row.ids) for row in rows)
-    if validation.metric == "loss":
+    read = sum(row.tokens for row in rows)
+    if validation.metric != "exact":
         return read
     longest = max(sum(row.trained) for row in rows) + 8
     return 2 * read + OPENING + WORD * longest * -(-len(rows) // AT_ONCE)

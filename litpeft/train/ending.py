@@ -114,7 +114,8 @@ class Ending:
         """Returns the rows' numbers and the neutral text that a run of so many tokens can afford to measure."""
         settings = self.run.settings
         tokens = affordable(trained, ROWS_SHARE)
-        numbers = chosen(self.run.rows.train, settings.data.seed, tokens, settings.ending.rows)
+        pairs = settings.preference.loss is not None  # losses of single rows say little of them
+        numbers = [] if pairs else chosen(self.run.rows.train, settings.data.seed, tokens, settings.ending.rows)
         count = fitting([len(text.ids) for text in self.run.neutral], affordable(trained, NEUTRAL_SHARE))
         return numbers, self.run.neutral[: max(FEWEST_TEXTS, count)]
 

@@ -85,7 +85,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     optimizer = make_optimizer(settings.train, trainable(model), fabric.device, scaled, lr_factors(model))
     optimizer = fabric.setup_optimizers(optimizer)
     if settings.train.micro_tokens == "auto" and settings.data.packing:  # not in a resumed run: it takes as many again
-        recorded = RecordedPasses.of_run(model, fabric, method)
+        recorded = RecordedPasses.of_run(model, fabric, method, settings.preference.loss is not None)
         fitting = fitting_tokens(wrapped, fabric, 0 if recorded is None else recorded.most_tokens)
         settings.train.micro_tokens = run.facts["settings"]["train"]["micro_tokens"] = fitting
     # 2. the run folder, and the run

@@ -5,31 +5,31 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed
 
-from litpeft.core.distributed import gather
 from litpeft.core.errors import NumericError
-from litpeft.data.batches import Batch, collate, idle, lay_out, plan_epoch
-from litpeft.data.rows import Row, totals
+from litpeft.data.batches import Batch, lay_out, plan_epoch
+from litpeft.data.rows import Row
 from litpeft.generate.load import Loaded
-from litpeft.model.delta import copy_into, delta_state, todays_names, trainable, training_state
-from litpeft.model.objective import MICRO_TOKENS, mean_loss
+from litpeft.model.delta import trainable
+from litpeft.model.objective import MICRO_TOKENS
 from litpeft.train.budget import fitting_warmup, tenth
-from litpeft.train.checkpoints import STATE, Checkpoint
+from litpeft.train.checkpoints import Checkpoint
 from litpeft.train.ending import Ending
 from litpeft.train.learned import check_learned, check_loss, check_moved, count_still, sums
-from litpeft.train.log import Log
+from litpeft.train.log import Log, duration
+from litpeft.train.objective import Measured, Objective
 from litpeft.train.optim import lr_at
-from litpeft.train.optimizer_state import load_optimizer, optimizer_tensors
 from litpeft.train.planned_steps import planned_steps
 from litpeft.train.preparation import Preparation
 from litpeft.train.progress import Progress
 from litpeft.train.recorded_pass import RecordedPasses
 from litpeft.train.samples import exact_share, show_sample
+from litpeft.train.saving import restore, save_checkpoint
 from litpeft.train.signals import NAMES, StopSignals, exit_code
 from litpeft.train.step import Stepper
 
@@ -63,8 +63,10 @@ class Trainer:
         names = {id(parameter): name for name, parameter in trainable(self.gpt).items()}
         method = self.run.method
         self.search_step = method.search_step(self.steps)
-        recorded = RecordedPasses.of_run(self.gpt, self.fabric, method)
-        self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded, method, self.steps)
+        self.objective = Objective.of(self.run)
+        recorded = RecordedPasses.of_run(self.gpt, self.fabric, method, self.settings.preference.loss is not None)
+        steps, loss = self.steps, self.objective.loss
+        self.stepper = Stepper(self.fabric, self.model, self.optimizer, train.max_norm, recorded, method, steps, loss)
         self.saved: int | None = None  # step of the newest checkpoint
         self.before = sums(trainable(self.gpt).values())
         self.ending = Ending(self.run, self.model, self.gpt, self.fabric)
@@ -79,6 +81,7 @@ class Trainer:
         self.model.train()
         owed = self.due() and progress.step not in dict(progress.validations)  # a signal ended the run before that
         if progress.step == 0:
+            self.begin()
             with self.timed("ending"):
                 self.ending.before(progress)
             self.measure()
@@ -96,6 +99,19 @@ class Trainer:
                 self.show_sample()  # the report's are of the end
         progress.stopped = progress.stopped or DONE
         return progress
+
+    def begin(self) -> None:
+        """Measures before the first step what the losses refer to."""
+        with self.timed("measuring"):
+            self.objective.begin(self.model, len(self.held_out), self.fabric)
+            self.read_again()
+        if self.objective.told:
+            self.log.message(f"  {self.objective.told}: {duration(self.progress.measuring)}")
+
+    def read_again(self, held_out: int | None = None) -> None:
+        """Takes the rows with what the objective gave them, of the held-out ones at most so many."""
+        self.rows = self.run.rows.train
+        self.held_out = self.run.rows.validation[: len(self.held_out)][:held_out]
 
     def take_steps(self, planned: Iterator[list[Row]]) -> None:
         """Trains on the rows of each step, until there are no more or the run is to stop; measures and saves."""
@@ -136,7 +152,7 @@ class Trainer:
             return
         numbers = plan_epoch(len(self.rows), settings.train.batch_size, 0, settings.data.seed)[0]
         rows = [self.rows[i] for i in numbers]
-        found = self.stepper.gradient(self.micro_batches(0, rows), totals(rows)[1], progress.step + 1)
+        found = self.stepper.gradient(self.micro_batches(0, rows), self.objective.totals(rows)[1], progress.step + 1)
         self.optimizer.zero_grad()
         check_learned(progress, found.loss, found.norm, vocabulary)
 
@@ -152,12 +168,12 @@ class Trainer:
         """Takes one optimizer step with these rows, and counts it in."""
         train, progress = self.settings.train, self.progress
         began = time.perf_counter()
-        batches, (trained, weight) = self.micro_batches(progress.step, rows), totals(rows)
+        batches, (trained, weight) = self.micro_batches(progress.step, rows), self.objective.totals(rows)
         lr = lr_at(progress.step, self.steps, self.rates)
         with self.run.method.training_step(self.gpt, random.Random(f"{train.seed} {progress.step}")):
             found = self.stepper.step(batches, weight, lr, progress.step + 1, self.stop_votes)
         now = time.perf_counter()
-        tokens = sum(len(row.ids) for row in rows)
+        tokens = sum(row.tokens for row in rows)
         progress.step += 1
         progress.tokens += tokens
         progress.trained_tokens += trained
@@ -178,10 +194,9 @@ class Trainer:
         fabric, train, frame = self.fabric, self.settings.train, self.gpt.frame
         torch.manual_seed(random.Random(f"{train.seed} {step} {fabric.global_rank}").getrandbits(62))
         size = None if self.settings.data.packing else train.micro_batch_size
-        lengths = [sum(frame) + len(row.ids) for row in rows]
+        lengths = [len(row.documents) * sum(frame) + row.tokens for row in rows]
         layout = lay_out(range(len(rows)), lengths, fabric.world_size, train.micro_tokens, size)[fabric.global_rank]
-        shares = ([rows[i] for i in micro] for micro in layout)
-        batches = [collate(share, *frame) if share else idle(rows[0], *frame) for share in shares]
+        batches = (self.objective.batch([rows[i] for i in micro], rows[0], frame) for micro in layout)
         return [batch.to(fabric.device) for batch in batches]
 
     def stop_votes(self) -> list[float]:
@@ -199,14 +214,14 @@ class Trainer:
     def search(self) -> None:
         """Has the method choose among what it has learned, if it does; also in a run that is resumed at that step."""
         method = self.run.method
-        if method.searches and (said := method.search(self.gpt, self.held_out_loss)):
+        if method.searches and (said := method.search(self.gpt, lambda: self.on_held_out().loss)):
             self.log.message(said)
 
-    def held_out_loss(self) -> float:
-        """Returns the loss on the held-out rows, in nats per token."""
+    def on_held_out(self) -> Measured:
+        """Returns what the model makes of the held-out rows."""
         tokens = self.settings.train.micro_tokens
         tokens = MICRO_TOKENS if tokens == "auto" else tokens  # it is left open where rows are not packed
-        return mean_loss(self.model, self.held_out, tokens, self.fabric.device, self.fabric)
+        return self.objective.measure(self.model, self.held_out, tokens, self.fabric)
 
     def measure(self) -> float | None:
         """Returns the metric on the held-out rows, and shows an answer; None where there are no such rows."""
@@ -218,17 +233,20 @@ class Trainer:
         return found
 
     def measured(self) -> float:
-        progress, loss = self.progress, self.held_out_loss()
+        progress, found = self.progress, self.on_held_out()
+        loss = found.loss
         if not math.isfinite(loss):
             what = f"the validation loss is {loss} after step {progress.step}: nothing more is trained or saved"
             raise NumericError(what, hint="lower train.lr, or choose another base.precision")
         progress.validations.append((progress.step, loss))
-        asks = self.settings.validation.metric == "exact"
-        exact = exact_share(self.fabric, self.loaded, self.run.questions) if asks else None
-        self.log.validation(progress.step, loss, int(self.held_out.column("trained").sum()), exact)
+        if pairs := found.pairs:
+            progress.preferred.append((progress.step, pairs.preferred, pairs.margin))
+        metric = self.settings.validation.metric
+        exact = exact_share(self.fabric, self.loaded, self.run.questions) if metric == "exact" else None
+        self.log.validation(progress.step, loss, int(self.held_out.column("trained").sum()), exact, pairs)
         if self.budget.shows(progress.step):
             self.show_sample()
-        return loss if exact is None else exact
+        return {"loss": loss, "exact": exact, "preferred": pairs and pairs.preferred}[metric]
 
     def show_sample(self) -> None:
         """Answers the first held-out rows."""
@@ -252,15 +270,20 @@ class Trainer:
         """Stops the run if as many measurements in a row were no better as it has patience for."""
         progress, validation = self.progress, self.settings.validation
         if validation.patience is not None and progress.waited >= validation.patience:
-            (step, best), by_loss = progress.best, validation.metric == "loss"
-            better = f"better loss than {best:.4f}" if by_loss else f"more exact answers than {best:.1%}"
+            step, best = progress.best
+            better = {
+                "loss": f"better loss than {best:.4f}",
+                "exact": f"more exact answers than {best:.1%}",
+                "preferred": f"more preferred answers than {best:.1%}",
+            }[validation.metric]
             counted = f"in {progress.waited} measurements, at step {progress.step} of {self.steps}"
             progress.stopped = f"no {better} of step {step} {counted}"
 
     def save(self) -> None:
         """Writes a checkpoint: all ranks give their shares, the first writes."""
         with self.timed("saving"):
-            self.save_checkpoint()
+            parts = self.fabric, self.gpt, self.optimizer, self.names, self.progress
+            save_checkpoint(self.run, *parts, self.objective.tensors())
         self.saved = self.progress.step
 
     def keep(self) -> None:
@@ -268,31 +291,10 @@ class Trainer:
         if self.saved != self.progress.step:
             self.save()
 
-    def save_checkpoint(self) -> None:
-        first, delta = self.fabric.is_global_zero, {}
-        for name, tensor in (delta_state(self.gpt) | training_state(self.gpt)).items():
-            tensor = gather(tensor)
-            if first:  # nobody else holds more than its share, and one tensor
-                delta[name] = tensor.cpu()
-        moments, values = optimizer_tensors(self.optimizer, self.names, keep=first)
-        if first:
-            scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-            state = {"progress": asdict(self.progress), "optimizer": values, "scaler": scaler and scaler.state_dict()}
-            best = {self.progress.best[0]} if self.progress.best and self.settings.checkpoint.keep_best else set()
-            tensors = {"delta": delta, "optimizer": moments}
-            self.run.checkpoints.save(self.progress.step, tensors, state, self.run.facts, keep=best)
-        self.fabric.barrier()
-
     def resume(self, saved: Checkpoint) -> None:
         """Puts model, optimiser and progress back to where a checkpoint has them."""
-        copy_into(self.gpt, saved.tensors("delta"))
-        moments = todays_names(self.gpt, saved.tensors("optimizer"))
-        values = todays_names(self.gpt, saved.state["optimizer"])
-        load_optimizer(self.optimizer, self.names, moments, values, f"{saved.folder / STATE}: optimizer")
-        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
-        if scaler is not None and saved.state["scaler"]:  # neither where base.precision changed
-            scaler.load_state_dict(saved.state["scaler"])
-        self.progress = Progress.of(saved.state["progress"])
+        self.progress = restore(self.fabric, self.gpt, self.optimizer, self.names, saved)
         self.saved = saved.step
+        self.read_again(self.objective.resume(saved))
         if self.settings.validation.final == "best" and self.progress.best:
             self.run.checkpoints.at(self.progress.best[0])  # what is wrong with it is better known now than at the end

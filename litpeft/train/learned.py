@@ -70,7 +70,8 @@ def check_loss(progress: Progress, loss: float, vocabulary: int) -> None:
     first = progress.losses[0]
     if loss > WORSE * max(first, math.log(vocabulary)):
         what = f"the loss was {first:.3f} in the first step and is {loss:,.3f} after step {progress.step}"
-        raise NumericError(f"{what}: a guess among all {vocabulary:,} tokens is better", hint=TOO_LARGE)
+        guess = "that of the start" if progress.preferred else f"a guess among all {vocabulary:,} tokens"
+        raise NumericError(f"{what}: {guess} is better", hint=TOO_LARGE)
 
 
 def check_moved(

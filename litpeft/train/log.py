@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from litpeft.core.errors import ConfigError, ModelError
+from litpeft.core.errors import ConfigError, ModelError, counted
 from litpeft.core.terminal import clean, tell
 
 COLUMNS = (
@@ -28,10 +28,22 @@ COLUMNS = (
     "trained_tokens",  # those that count in the loss
     "tokens_per_second",
     "seconds",  # since the run began; compared with max_time
+    "val_preferred",  # share of the held-out pairs whose chosen answer is preferred
+    "val_margin",  # by how much, their mean
 )
-SCALARS = ("loss", "val_loss", "val_exact", "lr", "grad_norm", "tokens_per_second")  # what TensorBoard draws
+LATER = ("val_preferred", "val_margin")  # columns that files of earlier versions lack
+# what TensorBoard draws
+SCALARS = ("loss", "val_loss", "val_exact", *LATER, "lr", "grad_norm", "tokens_per_second")
 LINES = 20  # printed for a run if there is no terminal
 WINDOW = 100  # steps whose mean duration predicts the remaining time
+
+
+class PairFigures(NamedTuple):
+    """A measurement on pairs of answers."""
+
+    number: int
+    preferred: float  # share of them with a margin above 0; one of exactly 0 counts half
+    margin: float  # mean
 
 
 class Log:
@@ -114,16 +126,25 @@ class Log:
             self.message(self._unprinted)
             self._printed, self._unprinted = part, ""
 
-    def validation(self, step: int, loss: float, tokens: int, exact: float | None = None) -> None:
-        """Reports the validation loss after `step`, a mean over `tokens` trained tokens.
+    def validation(
+        self, step: int, loss: float, tokens: int, exact: float | None = None, pairs: PairFigures | None = None
+    ) -> None:
+        """Reports the validation loss after `step`, a mean over `tokens` trained tokens, or over `pairs` of answers.
 
         `exact` is the share of rows that are answered exactly, if it is measured.
         """
         if not self.enabled:
             return
-        self._record({"step": step, "val_loss": loss} | ({} if exact is None else {"val_exact": exact}))
-        score = "" if exact is None else f", {exact:.1%} answered exactly"
-        self.message(f"step {step}/{self.steps}  validation loss {loss:.4f} over {tokens:,} tokens{score}")
+        over, found, scores = f"{tokens:,} tokens", {"step": step, "val_loss": loss}, []
+        if pairs is not None:
+            over = counted(pairs.number, "pair")
+            found |= {"val_preferred": pairs.preferred, "val_margin": pairs.margin}
+            scores.append(f"{pairs.preferred:.1%} preferred, mean margin {pairs.margin:.4g}")
+        if exact is not None:
+            found["val_exact"] = exact
+            scores.append(f"{exact:.1%} answered exactly")
+        self._record(found)
+        self.message(", ".join([f"step {step}/{self.steps}  validation loss {loss:.4f} over {over}", *scores]))
 
     def message(self, text: str) -> None:
         """Prints a line on standard error, above the bar if there is one."""
@@ -199,6 +220,8 @@ def append_to(path: Path) -> TextIO:
 def _rows(path: Path) -> list[tuple[str, dict[str, float | None]]]:
     """Returns each row as its line and its numbers. A last line without a line break is incomplete and left out."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    if lines and lines[0] == ",".join(name for name in COLUMNS if name not in LATER):
+        lines = [",".join(COLUMNS), *(line + "," * len(LATER) for line in lines[1:])]
     if lines and lines[0] != ",".join(COLUMNS):
         what = f'the first line is "{lines[0][:80]}", not the header of litpeft\'s metrics'
         raise ModelError(what, where=str(path), hint="move that file away, or choose another folder")

@@ -10,7 +10,11 @@ RAW, SMOOTH, HELD_OUT, RATE = "#a9c4e4", "#1f5fa8", "#d1570f", "#6b7280"  # line
 
 
 def loss_figure(
-    steps: list[tuple[float, ...]], title: str, validation: list[tuple[int, float]], best: tuple[int, float] | None
+    steps: list[tuple[float, ...]],
+    title: str,
+    validation: list[tuple[int, float]],
+    best: tuple[int, float] | None,
+    axis: str = "loss (nats per token)",
 ) -> Figure:
     """Returns the picture; `steps` are step, loss and lr of each step, `validation` and `best` are (step, loss)."""
     x, losses, rates = zip(*steps, strict=True)
@@ -30,7 +34,7 @@ def loss_figure(
         upper.plot(*zip(*validation, strict=True), "o-", color=HELD_OUT, label=label, **look)
     if best is not None:
         upper.plot(*best, "o", markersize=12, markerfacecolor="none", markeredgecolor=HELD_OUT, zorder=4)
-    upper.set_ylabel("loss (nats per token)", fontsize=11)
+    upper.set_ylabel(axis, fontsize=11)
     upper.legend(frameon=False, fontsize=10)
     ascii_title = title.encode("ascii", "replace").decode()  # the font may lack other letters
     upper.set_title(ascii_title, loc="left", fontsize=13, fontweight="bold", pad=10, parse_math=False)

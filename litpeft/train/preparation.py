@@ -78,7 +78,7 @@ class Preparation:
     def agreed(self) -> dict[str, Any]:
         """Returns by name what must be the same on every rank; their paths need not be."""
         said = self.facts["settings"]
-        same = {key: said[key] for key in ("train", "validation", "checkpoint", "method")}
+        same = {key: said[key] for key in ("train", "preference", "validation", "checkpoint", "method")}
         same |= {"base.precision": self.precision.name, "base.quantize": said["base"]["quantize"]}
         same |= {"the method": self.name, "the base's weights": self.facts["base"], "the rows": self.facts["rows"]}
         same |= {"what the run begins with": self.facts["init_from"]}

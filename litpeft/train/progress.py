@@ -25,6 +25,7 @@ class Progress:
     still: int = 0  # most recent steps in a row whose gradient was exactly 0
     losses: list[float] = field(default_factory=list)  # of each step, nats per trained token
     validations: list[tuple[int, float]] = field(default_factory=list)  # step, nats per trained token
+    preferred: list[tuple[int, float, float]] = field(default_factory=list)  # of pairs: step, share, mean margin
     best: tuple[int, float] | None = None  # step and value of the metric
     waited: int = 0  # measurements since the best
     windows: list[list[int]] = field(default_factory=list)  # with data.streaming: by epoch, the rows of each

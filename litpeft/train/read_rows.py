@@ -40,7 +40,8 @@ def read_rows(settings: Finetune, template: ChatTemplate, reach: int) -> tuple[D
         rows, stream = load_stream(settings.data, template, reach)
         steps = settings.train.max_steps
     else:
-        rows, stream = load_dataset(settings.data, template.tokenizer, template, reach), None
+        pairs = settings.preference.loss is not None
+        rows, stream = load_dataset(settings.data, template.tokenizer, template, reach, pairs=pairs), None
         steps = total_steps(len(rows.train), settings.train)
     say(str(rows.report))
     if rows.report.weights.rows and settings.train.batch_size == 1:

@@ -111,11 +111,14 @@ class RecordedPasses:
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
 
     @classmethod
-    def of_run(cls, model: GPT, fabric: "Fabric", method: Method) -> "RecordedPasses | None":
-        """Returns the passes of a run on one GPU in which each pass is as the one that was recorded, else None."""
+    def of_run(cls, model: GPT, fabric: "Fabric", method: Method, pairs: bool) -> "RecordedPasses | None":
+        """Returns the passes of a run on one GPU in which each pass is as the one that was recorded, else None.
+
+        Passes over `pairs` of answers, whose loss is not a sum over tokens, are not recorded.
+        """
         alone = fabric.world_size == 1 and fabric.device.type == "cuda"
         unscaled = alone and fabric.strategy.precision.precision == "32-true"  # nothing scales or casts
-        same = not (method.defines("penalty") or method.defines("training_step"))
+        same = not (pairs or method.defines("penalty") or method.defines("training_step"))
         return cls.of(model) if unscaled and same else None
 
     @classmethod

@@ -62,6 +62,7 @@ def report(run: Preparation, model: GPT, trainer: Trainer, ended: Ended) -> None
     _, held_out = find(settings.data.path, settings.data.validation_path)
     rows = str(held_out[0]) if len(held_out) == 1 else settings.data.validation_path or settings.data.path
     columns = ["--columns", json.dumps(settings.data.columns)] if settings.data.columns else []
+    columns += ["--pairs"] if settings.preference.loss else []
     named = held_out and isinstance(rows, str)
     evaluation = [command_line("evaluate", out, rows, *columns)] if named else []
     merging = [] if run.method.writes_model or unfoldable(model) else [command_line("merge", out)]
@@ -94,6 +95,8 @@ def report(run: Preparation, model: GPT, trainer: Trainer, ended: Ended) -> None
         last_loss=sum(progress.losses[-edge:]) / edge,
         validation=progress.validations,
         metric=settings.validation.metric,
+        preference=settings.preference.loss or "",
+        preferred=progress.preferred,
         stopped=progress.stopped,
         best=progress.best,
         samples=progress.samples,

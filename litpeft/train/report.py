@@ -58,7 +58,9 @@ class RunFacts:
     first_loss: float | None = None  # mean training loss of the first 5 % of the steps, nats per token
     last_loss: float | None = None  # the same over the last 5 %
     validation: list[tuple[int, float]] = field(default_factory=list)  # (step, loss in nats per token), in order
-    metric: str = "loss"  # what `best` is measured by: loss, or exact
+    metric: str = "loss"  # what `best` is measured by: loss, exact, or preferred
+    preference: str = ""  # the loss of pairs of answers, if they were compared; the losses above are then of it
+    preferred: list[tuple[int, float, float]] = field(default_factory=list)  # (step, share of held-out pairs, margin)
     best: tuple[int, float] | None = None  # (step, value of the metric) of the best measurement after step 0
     samples: list[Sample] = field(default_factory=list)
     rows: RowLosses | None = None  # to train on, without and with what was learned
@@ -66,6 +68,11 @@ class RunFacts:
     next_commands: list[str] = field(default_factory=list)
     init_from: str = ""  # the run or adapter that it began with
     go_on: str = ""  # the command that resumes a stopped run
+
+    @property
+    def unit(self) -> str:
+        """What the losses are of."""
+        return f"({self.preference})" if self.preference else "nats per token"
 
     @property
     def best_point(self) -> tuple[int, float] | None:
@@ -87,7 +94,8 @@ def draw(folder: Path, facts: RunFacts, steps: list[tuple[float, float, float]])
     if steps:
         from litpeft.train.loss_figure import loss_figure  # imports matplotlib
 
-        loss_figure(steps, facts.title, facts.validation, facts.best_point).savefig(Path(folder) / "loss.png")
+        label = f"loss {facts.unit}" if facts.preference else f"loss ({facts.unit})"
+        loss_figure(steps, facts.title, facts.validation, facts.best_point, label).savefig(Path(folder) / "loss.png")
 
 
 def write_texts(folder: Path, facts: RunFacts, drawn: bool) -> Path:
@@ -140,10 +148,14 @@ def _figures(facts: RunFacts) -> dict[str, str]:
     """Returns the figures by name that both the terminal and the report show."""
     found = {}
     if facts.first_loss is not None:
-        losses = f"{facts.first_loss:.3f} → {facts.last_loss:.3f} nats per token"
+        losses = f"{facts.first_loss:.3f} → {facts.last_loss:.3f} {facts.unit}"
         found["training loss"] = f"{losses} (first and last 5 % of the steps)"
     if facts.validation:
         found["validation loss"] = _validation(facts)
+    if facts.preferred:
+        first, last = facts.preferred[0], facts.preferred[-1]
+        shares = f"{first[1]:.1%} → {last[1]:.1%} of the held-out pairs"
+        found["preferred"] = f"{shares}, mean margin {first[2]:.4g} → {last[2]:.4g}"
     if facts.neutral is not None:
         found["forgetting"] = forgetting(*facts.neutral)
     if facts.rows is not None and facts.rows.suspects:
@@ -203,12 +215,12 @@ def _work(facts: RunFacts) -> str:
 
 def _validation(facts: RunFacts) -> str:
     first, last = facts.validation[0][1], facts.validation[-1][1]
-    text = f"{first:.3f} → {last:.3f} nats per token" if len(facts.validation) > 1 else f"{first:.3f} nats per token"
+    text = f"{first:.3f} → {last:.3f} {facts.unit}" if len(facts.validation) > 1 else f"{first:.3f} {facts.unit}"
     if facts.best is None:
         return text
     step, value = facts.best
-    if facts.metric == "exact":
-        return f"{text}; most exact answers {value:.1%} at step {step:,}"
+    if facts.metric != "loss":
+        return f"{text}; most {facts.metric} answers {value:.1%} at step {step:,}"
     start = f", no better than the start's {first:.3f}" if facts.validation[0][0] == 0 and value >= first else ""
     return f"{text}, best {value:.3f} at step {step:,}{start}"
 

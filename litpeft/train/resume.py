@@ -19,6 +19,7 @@ from litpeft.core.folders import has_result
 from litpeft.core.json import jsonable
 from litpeft.core.terminal import say
 from litpeft.core.typed import LATER, defaults, typed
+from litpeft.data.preference import Preference
 from litpeft.data.settings import Data
 from litpeft.data.store import Rows
 from litpeft.exchange.identity import TokenizerIdentity, changed, config_changes, flat, tokenizer_changes
@@ -150,6 +151,7 @@ def rows_sha256(*groups: Rows) -> str:
     digest = hashlib.sha256()
     for rows in groups:
         sizes = rows.column("tokens").tobytes() + rows.column("weighted").tobytes()
+        sizes += rows.column("longest").tobytes() if rows.paired else b""
         digest.update(len(rows).to_bytes(8, "little") + sizes)  # so that no two data sets give the same bytes
         for data in rows.trained_bytes():
             digest.update(data)
@@ -226,6 +228,7 @@ def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str,
     then = then | {
         "method": defaults(method_class(facts["method"])) | then["method"],
         "data": defaults(Data) | then["data"],
+        "preference": asdict(Preference()) | then.get("preference", {}),
     }
     lines = changed(then, facts["settings"], FREE)
     keys = list(flat(then) | flat(facts["settings"]))

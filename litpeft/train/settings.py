@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from litpeft.core.errors import quoted
 from litpeft.core.kinds import Checkpointing, check_choices, check_least
 from litpeft.core.typed import LATER
+from litpeft.data.preference import Preference
 from litpeft.data.settings import Data
 from litpeft.model.quantize import DOUBLE, STORAGES
 
@@ -119,8 +120,9 @@ class Validation:
     """Measure on the first so many held-out rows only; default: all, or in a short run as many as fit."""
     sample_tokens: int = 64
     """Longest sample answer that is shown at measurements, in tokens; 0 shows none."""
-    metric: Literal["loss", "exact"] = "loss"
-    """What the best checkpoint and patience go by: loss, or exact, the share of rows whose answer is the row's own."""
+    metric: Literal["loss", "exact", "preferred"] = "loss"
+    """What the best checkpoint and patience go by: loss; exact, the share of rows whose answer is the row's own; or
+    preferred, with preference.loss the share of pairs whose chosen answer is preferred."""
     patience: int | None = None
     """Stop after so many measurements in a row that are no better than the best; null = never."""
     final: Literal["last", "best"] = "last"
@@ -152,7 +154,7 @@ class Ending:
 
     rows: int | Literal["auto"] = "auto"
     """Rows to train on, chosen by data.seed, whose losses go to rows.csv; auto: as many as take some 3 % of the
-    training's time, from 1 to 1,000. 0: none."""
+    training's time, from 1 to 1,000. 0, or with preference.loss: none."""
     neutral: str = "auto"
     """Text that shows what was forgotten: a .txt file, auto (a page of plain English), or none."""
 
@@ -172,6 +174,7 @@ class Finetune:
     validation: Validation = field(default_factory=Validation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     ending: Ending = field(default_factory=Ending)
+    preference: Preference = field(default_factory=Preference)
     check_rows: bool = True
     """Say before the first step what is suspicious about the rows, in a few lines; `litpeft data check` says more."""
     devices: int = 1
@@ -222,7 +225,27 @@ class Finetune:
             raise ValueError("train.micro_batch_size is used only with data.packing false; see train.micro_tokens")
         if not self.data.packing and train.micro_tokens != default.micro_tokens:
             raise ValueError("train.micro_tokens is used only with data.packing true; see train.micro_batch_size")
+        self._check_preference()
         if self.data.streaming and (train.max_steps is None or train.epochs != default.epochs):
             raise ValueError("data.streaming true needs train.max_steps, and does not use train.epochs")
         if train.schedule == "constant" and train.min_lr:
             raise ValueError("train.min_lr is not used by train.schedule constant, which stays at train.lr")
+
+    def _check_preference(self) -> None:
+        """Raises for settings that do not go with pairs of answers, or that need them."""
+        data, loss = self.data, self.preference.loss
+        if loss is None:
+            if self.validation.metric == "preferred":
+                raise ValueError("validation.metric preferred is used only with preference.loss")
+            return
+        refused = {
+            "data.streaming true": data.streaming,
+            "data.mask_prompt false": not data.mask_prompt,
+            "data.overlong split": data.overlong == "split",
+            "data.columns": data.columns is not None,
+            f"data.format {data.format}": data.format not in ("auto", "preference"),
+            f"ending.rows {self.ending.rows}": self.ending.rows not in ("auto", 0),
+        }
+        for key, given in refused.items():
+            if given:
+                raise ValueError(f"preference.loss {loss} learns from pairs of answers, and does not take {key}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed
+from torch import Tensor
 
 from litpeft.core.distributed import gather
 from litpeft.core.errors import NumericError, some
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from litpeft.train.fabric import Fabric
 
 Votes = Callable[[], list[float]]
+SummedLoss = Callable[[torch.nn.Module, Batch], Tensor]  # the sum of a micro-batch's losses, each times its weight
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Stepper:
     recorded: RecordedPasses | None = None  # of short passes on a GPU
     method: Method | None = None  # whose hooks are called
     steps: int = 0  # of the run
+    loss: SummedLoss | None = None  # None: of rows, -log p of their trained tokens
 
     def step(self, batches: list[Batch], weight: float, lr: float, number: int, votes: Votes = list) -> Gradient:
         """Takes optimizer step `number`; returns what `gradient` does."""
@@ -56,9 +59,9 @@ class Stepper:
     def gradient(self, batches: list[Batch], weight: float, number: int, votes: Votes = list) -> Gradient:
         """Leaves the gradient of the micro-batches in what trains.
 
-        The loss is the weighted sum over the trained tokens of all micro-batches of all ranks, divided by the sum of
-        their weights, `weight`, which is their number where they have none: how the rows of a step are spread changes
-        nothing. What the method adds to it has a gradient, but is not told.
+        The loss is the weighted sum over the trained tokens, or the pairs, of all micro-batches of all ranks, divided
+        by the sum of their weights, `weight`, which is their number where they have none: how the rows of a step are
+        spread changes nothing. What the method adds to it has a gradient, but is not told.
         """
         from litpeft.train.fabric import DDPStrategy
 
@@ -71,7 +74,7 @@ class Stepper:
             # FSDP would hold whole gradients while it does not exchange them: there each micro-batch does
             wait = micro < len(batches) and isinstance(fabric.strategy, DDPStrategy)
             with fabric.no_backward_sync(self.model, enabled=wait):
-                loss = summed_loss(self.model, batch)
+                loss = (self.loss or summed_loss)(self.model, batch)
                 scaled = loss * (fabric.world_size / weight)  # Fabric averages the gradients of the ranks
                 last = micro == len(batches) and self.method is not None
                 penalty = self.method.penalty(self.model.module) if last else None
@@ -86,7 +89,7 @@ class Stepper:
             self.refuse_nonfinite(batches, losses, number)
         return Gradient(sums[0] / weight, norm, sums[2:])
 
-    def refuse_nonfinite(self, batches: list[Batch], losses: list[torch.Tensor], step: int) -> None:
+    def refuse_nonfinite(self, batches: list[Batch], losses: list[Tensor], step: int) -> None:
         """Raises on all ranks, naming what is not finite: what trains, the loss of some rows, or the first gradient.
 
         A gradient that overflows in float16 is no error: the scaler of 16-mixed skips that step and lowers its scale.

@@ -91,7 +91,7 @@ class Updates(torch.autograd.Function):
                 dbs = [dy.T @ part for dy, part in zip(rows, h.split(ctx.ranks, 1), strict=True)]
         das = [None] * n if da is None else da.to(ctx.wide).split(ctx.ranks)
         dbs = [None] * n if dbs is None else [db.to(ctx.wide) for db in dbs]
-        return None if dx is None else dx.view(*dys[0].shape[:-1], -1), *dys, *das, *dbs
+        return None if dx is None else dx.view(*dys[0].shape[:-1], dx.size(-1)), *dys, *das, *dbs
 
 
 def _library(ranks: Sequence[int], *tensors: Tensor) -> Library | None:
