@@ -160,7 +160,7 @@ class Serve(Answering):
                 raise ValueError(f"{key} must be at most {most:,}, got {getattr(self, key):,}")
 
 
-OF_ROWS = ("format", "columns", "thinking", "shots_from", "max_new_tokens", "samples", "neutral", "resume")
+OF_ROWS = ("format", "columns", "thinking", "pairs", "shots_from", "max_new_tokens", "samples", "neutral", "resume")
 OF_TASKS = ("task_folder", "as_chat")
 
 
