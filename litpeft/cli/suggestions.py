@@ -47,6 +47,7 @@ MEANINGS = {
     "train.optimizer": "optim optimizer_name optimizer_type",
     "train.optimizer_args": "optim_args optimizer_kwargs optimizer_config",
     "train.max_norm": "max_grad_norm gradient_clipping gradient_clip_val clip_grad_norm grad_clip",
+    "train.neftune": "neftune_noise_alpha neftune_alpha noise_alpha noisy_embedding_alpha",
     "train.activation_checkpointing": "gradient_checkpointing grad_checkpoint enable_activation_checkpointing",
     "train.compile": "torch_compile",
     "preference.loss": "loss_type pref_loss rl",

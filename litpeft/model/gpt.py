@@ -29,6 +29,7 @@ from litpeft.model.linear_attention import GatedDeltaNet
 from litpeft.model.loss import Objective, finished, summed_cross_entropy
 from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
+from litpeft.model.noise import with_noise
 from litpeft.model.norms import make_norm
 from litpeft.model.recompute import Offloaded, Recomputed, again, is_marking
 from litpeft.model.short_convolution import ShortConvolution
@@ -134,6 +135,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype: torch.dtype | None = None  # of frozen weights and activations; None = the embedding's
+        self.noise = 0.0  # on embedded tokens in training
         self.recompute: Checkpointing = "none"  # activation checkpointing: what a block keeps for its backward pass
         self.compiled: Callable[[Block, Tensor, Context], Tensor] | None = None  # `run_block`, by train/compiled.py
         self.fused: Callable[[Block, Tensor, Context], Tensor | None] | None = None  # by train/fused_block.py, on GPUs
@@ -206,6 +208,8 @@ class GPT(nn.Module):
         x = self.embed(ids).to(self.dtype)
         if self.config.embed_scale != 1:  # rounded to the type of x, as it was in the model's training
             x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
+        if self.noise and self.training and torch.is_grad_enabled():
+            x = with_noise(x, self.noise, ctx)
         x = self.after_embed(x, ctx)
         if self.positions is not None:
             if ctx.reach() > self.config.max_positions:

@@ -75,7 +75,7 @@ def train(run: Preparation, signals: StopSignals, began: float) -> Progress:
     if run.init is not None:
         copy_into(model, run.init.delta)
         run.init.delta.clear()  # it may be large
-    model.recompute = settings.train.activation_checkpointing
+    model.recompute, model.noise = settings.train.activation_checkpointing, settings.train.neftune
     if shard is None:
         use_fused_step(model, device)
     if settings.train.compile:

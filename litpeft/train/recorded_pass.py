@@ -134,7 +134,9 @@ class RecordedPasses:
             and model.dtype in HALF
             and kernels() is not None
         )
-        plain = is_empty(model.head.slot) and is_empty(model.after_embed) and model.head.bias is None
+        plain = (
+            not model.noise and is_empty(model.head.slot) and is_empty(model.after_embed) and model.head.bias is None
+        )
         rotates = model.positions is None and model.config.rotary_size == model.config.head_dim
         rotates = rotates and model.config.turning_length is None  # the lengths of a pass's documents are not its own
         around = (*model.embed.parameters(), *model.norm.parameters(), *model.head.parameters())

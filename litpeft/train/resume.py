@@ -228,6 +228,7 @@ def check_same_run(saved: Checkpoint, facts: dict[str, Any], allowed: tuple[str,
     then = then | {
         "method": defaults(method_class(facts["method"])) | then["method"],
         "data": defaults(Data) | then["data"],
+        "train": defaults(Train) | then["train"],
         "preference": asdict(Preference()) | then.get("preference", {}),
     }
     lines = changed(then, facts["settings"], FREE)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from litpeft.core.errors import quoted
 from litpeft.core.kinds import Checkpointing, check_choices, check_least
-from litpeft.core.typed import LATER
+from litpeft.core.typed import LATER, later
 from litpeft.data.preference import Preference
 from litpeft.data.settings import Data
 from litpeft.model.quantize import DOUBLE, STORAGES
@@ -71,6 +71,9 @@ class Train:
     """Decoupled weight decay, of all that trains but vectors: norms and biases keep their size."""
     max_norm: float | None = 1.0
     """Largest norm of the gradient; a larger one is scaled down. null = no limit."""
+    neftune: float = later(0.0)
+    """Noise on the embedded tokens in training, against learning rows by heart (NEFTune's alpha; its paper takes 5);
+    0: none."""
     activation_checkpointing: Checkpointing | bool = "none"
     """What blocks keep for the backward pass, which computes the rest again. none: everything; cheap: all but norms,
     activations, dropout and casts; block: each block's input only; offload: that in host memory, on a GPU. Older files
@@ -83,14 +86,14 @@ class Train:
 
     def __post_init__(self) -> None:
         check_least(self, "train.", batch_size=1, micro_tokens=1, micro_batch_size=1, epochs=1, max_steps=1)
-        check_least(self, "train.", warmup_steps=0, weight_decay=0, min_lr=0)
+        check_least(self, "train.", warmup_steps=0, weight_decay=0, min_lr=0, neftune=0)
         if isinstance(self.activation_checkpointing, bool):
             self.activation_checkpointing = "block" if self.activation_checkpointing else "none"
         if self.activation_checkpointing not in get_args(Checkpointing):
             known = ", ".join(get_args(Checkpointing))
             got = quoted(self.activation_checkpointing)
             raise ValueError(f"train.activation_checkpointing must be one of {known}, got {got}")
-        for name in ("lr", "min_lr", "max_time", "max_norm", "weight_decay"):
+        for name in ("lr", "min_lr", "max_time", "max_norm", "weight_decay", "neftune"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"train.{name} must be a finite number, got {value}")
