@@ -15,6 +15,10 @@ from litpeft.cli import main
 from litpeft.data.batches import collate_pairs, idle_pairs
 from litpeft.data.preference import Preference
 from litpeft.data.rows import Row
+from litpeft.data.settings import Data
+from litpeft.data.templates import ChatTemplate
+from litpeft.data.tokenise import DataSet, load_dataset
+from litpeft.data.tokenizer import Tokenizer
 from litpeft.methods.full import Full
 from litpeft.methods.lora import LoRA
 from litpeft.methods.prompt import Prompt
@@ -222,14 +226,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole: Path, tiny_folder: Path, 
     assert saved.state["progress"]["preferred"] == want.state["progress"]["preferred"]
 
 
-def test_what_the_loss_refers_to_is_the_base(whole: Path, tiny_folder: Path) -> None:
-    from litpeft.data.settings import Data
-    from litpeft.data.templates import ChatTemplate
-    from litpeft.data.tokenise import load_dataset
-    from litpeft.data.tokenizer import Tokenizer
+def loaded(base: Path, path: Path, **settings: object) -> DataSet:
+    tokenizer = Tokenizer.load(base)
+    return load_dataset(Data(str(path), **settings), tokenizer, ChatTemplate(tokenizer), 512, pairs=True)
 
-    tokenizer = Tokenizer.load(tiny_folder)
-    data = load_dataset(Data(str(whole.parent / "pairs")), tokenizer, ChatTemplate(tokenizer), 512, pairs=True)
+
+def test_what_the_loss_refers_to_is_the_base(whole: Path, tiny_folder: Path) -> None:
+    data = loaded(tiny_folder, whole.parent / "pairs")
     want = answer_sums(build(tiny_folder, torch.float32), data.train, 1, CPU)
     assert (newest(whole).tensors("references")["train"] - want).abs().max() < 1e-4
 
@@ -279,6 +282,22 @@ def test_a_row_that_is_no_pair_is_named_with_its_reason(name: str, tiny_folder, 
         train(tiny_folder, tmp_path / "run", RUN | {"data.path": data})
     assert ended.value.code == 3
     assert f"train.jsonl:2: {reason}" in capsys.readouterr().err
+
+
+def test_a_pair_with_an_answer_that_is_too_long_is_left_out_whole_and_once(tiny_folder, tmp_path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    long = (
+        {"prompt": "a", "chosen": "b" * 80, "rejected": "c" * 90},
+        {"prompt": "a", "chosen": "b", "rejected": "c" * 90},
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in [PAIRS[0], *long, PAIRS[1]]))
+    data = loaded(tiny_folder, path, max_length=100, overlong="drop", validation_split=0.0)
+    assert [row.source.rpartition(":")[2] for row in data.train] == ["1", "4"]
+    assert [bad.where.rpartition(":")[2] for bad in data.rejected] == ["2", "3"]
+    row = data.train[0]
+    assert data.train.column("tokens")[0] == row.tokens == len(row.ids) + len(row.rejected.ids)
+    assert data.train.column("longest")[0] == len(row.rejected.ids)
+    assert row.ids[: row.prompt_length] == row.rejected.ids[: row.rejected.prompt_length]
 
 
 def turn(role: str, content: str) -> dict[str, str]:
