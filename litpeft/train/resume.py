@@ -28,7 +28,7 @@ from litpeft.exchange.run import find_run
 from litpeft.methods import METHODS, method_class
 from litpeft.train.checkpoints import MANIFEST, STATE, Checkpoint, Checkpoints
 from litpeft.train.progress import Progress
-from litpeft.train.settings import Base, Finetune
+from litpeft.train.settings import Base, Finetune, Train
 
 # Settings that may differ when a run is resumed: they do not change the result, or, as paths, are compared by content.
 FREE = (
