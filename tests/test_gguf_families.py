@@ -80,6 +80,11 @@ WINDOWS = r"computes with windows and positions in other layers \(config.json: l
             LINEAR | {"mlp_only_layers": [1]},
             r"dense_layers=\(\).*, and this model has .*dense_layers=\(1,",
         ),
+        (
+            "granitemoehybrid",
+            {"mamba_n_heads": 8, "position_embedding_type": "rope"},
+            "its layers of Mamba are not written for llama.cpp",
+        ),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused_by_key(model_type: str, changes: dict, said: str) -> None:

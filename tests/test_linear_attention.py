@@ -19,11 +19,12 @@ from litpeft.generate.engine import answer, stream
 from litpeft.generate.settings import Sampling
 from litpeft.methods.adapter import Adapter
 from litpeft.methods.lora import LoRA
-from litpeft.model import delta_rule
+from litpeft.model import chunks
 from litpeft.model.build import build
+from litpeft.model.chunks import Chunks
 from litpeft.model.context import Context
 from litpeft.model.delta import attach
-from litpeft.model.delta_rule import Chunks, gated_delta_rule
+from litpeft.model.delta_rule import gated_delta_rule
 from litpeft.model.gpt import GPT
 from litpeft.model.parts import Layer, LinearAttention, Rope
 
@@ -45,22 +46,22 @@ def token_by_token(q, k, v, fade, write, memory):
 
 @pytest.mark.parametrize("at_once", [1, 4, 128])
 def test_chunks_give_what_the_recurrence_gives_token_by_token_and_its_gradients(at_once: int, monkeypatch) -> None:
-    monkeypatch.setitem(delta_rule.SIZES, "cpu", (CHUNK, at_once))
+    monkeypatch.setitem(chunks.SIZES, "cpu", (CHUNK, at_once))
     torch.manual_seed(0)
     starts, documents = [0, *accumulate(LENGTHS)], len(LENGTHS)
     q, k = (torch.nn.functional.normalize(torch.randn(sum(LENGTHS), HEADS, KEY).double(), dim=-1) for _ in range(2))
     v, fade, write = torch.randn(len(q), HEADS, VALUE), -torch.rand(len(q), HEADS), torch.rand(len(q), HEADS)
     inputs = [x.double().requires_grad_(True) for x in (q, k, v, fade, write)]
     before = torch.randn(documents, HEADS, KEY, VALUE, dtype=torch.float64, requires_grad=True)
-    chunks = Chunks.of(starts, LENGTHS, 4, torch.device("cpu"))
-    assert len(chunks.groups) == {1: 4, 4: 3, 128: 1}[at_once]
-    got, memory, after = torch.zeros_like(inputs[2]), before[chunks.order], [before[:0]]
-    for group in chunks.groups:
+    cut = Chunks.of(starts, LENGTHS, 4, torch.device("cpu"))
+    assert len(cut.groups) == {1: 4, 4: 3, 128: 1}[at_once]
+    got, memory, after = torch.zeros_like(inputs[2]), before[cut.order], [before[:0]]
+    for group in cut.groups:
         after.append(memory[group.counts[0] :])
         own = [x[group.token].where(group.real.view(*group.real.shape, *[1] * (x.dim() - 1)), 0) for x in inputs]
         y, memory = gated_delta_rule(*(x.transpose(1, 2) for x in own), group.counts, memory[: group.counts[0]])
         got = got.index_put((group.token[group.real],), y.transpose(1, 2)[group.real])
-    after = torch.cat([memory, *reversed(after)])[chunks.order.argsort()]
+    after = torch.cat([memory, *reversed(after)])[cut.order.argsort()]
     alone = zip(*(x.split(LENGTHS) for x in inputs), before, strict=True)
     parts = [token_by_token(*document) for document in alone]
     want, want_after = torch.cat([y for y, _ in parts]), torch.stack([memory for _, memory in parts])
@@ -78,7 +79,7 @@ def test_groups_of_chunks_change_no_gradient_but_by_rounding(at_once: int, both,
     lengths, grads = (150, 30, 70), []
     ids = torch.randint(0, TINY["vocab_size"], (1, sum(lengths)))
     for size in ((32, 4), (CHUNK, at_once)):
-        monkeypatch.setitem(delta_rule.SIZES, "cpu", size)
+        monkeypatch.setitem(chunks.SIZES, "cpu", size)
         model.zero_grad()
         model(ids, Context.packed(lengths, ids.device, None), at=torch.arange(249), targets=ids[0, 1:]).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
@@ -97,7 +98,7 @@ def both(tmp_path):
     return made("qwen3_5_text", tmp_path)
 
 
-@pytest.fixture(params=["qwen3_5_text", "lfm2"])
+@pytest.fixture(params=["qwen3_5_text", "lfm2", "granitemoehybrid"])
 def model(request, tmp_path) -> GPT:
     return made(request.param, tmp_path)[1]
 

@@ -60,6 +60,12 @@ GRANITE4 = {
     "num_local_experts": 0,
     "shared_intermediate_size": 96,
 } | SCALES
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 12,
+}
 GLM4_MOE = {
     "model_type": "glm4_moe",
     "moe_intermediate_size": 48,
@@ -210,7 +216,16 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "olmo": {"model_type": "olmo", "clip_qkv": 0.2},
     "granite": {"model_type": "granite"} | SCALES,
     "granitemoe": {"model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 3} | SCALES,
-    "granitemoehybrid": GRANITE4 | {"num_local_experts": 4, "position_embedding_type": "rope"},
+    "granitemoehybrid": GRANITE4 | MAMBA | {"layer_types": ["mamba", "attention"], "num_local_experts": 4},
+    "granitemoehybrid, Mamba with limits and biases": GRANITE4
+    | MAMBA
+    | {
+        "layer_types": ["attention", "mamba"],
+        "time_step_limit": [0.3, 0.9],
+        "mamba_conv_bias": False,
+        "mamba_proj_bias": True,
+    },
+    "granitemoehybrid, rope": GRANITE4 | {"num_local_experts": 4, "position_embedding_type": "rope"},
     "granitemoehybrid, no experts, tied": GRANITE4 | {"position_embedding_type": "rope", "tie_word_embeddings": True},
     "granitemoehybrid, no positions": GRANITE4 | {"attention_bias": True, "num_experts_per_tok": 0},
     "ministral3": {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from litpeft.model.attention import Documents, causal_mask
+from litpeft.model.chunks import Chunks
 from litpeft.model.config import ModelConfig
-from litpeft.model.delta_rule import Chunks
 
 KEYS = 64  # the length of a cache, and of what attention reads of it, is a multiple of this
 
@@ -70,10 +70,9 @@ class StateCache:
     def __init__(self, rows: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, number: int):
         """`number` is that of the layer."""
         layer, matrices, channels = config.layer(number), (0,), config.d_model
-        if (sizes := layer.linear) is not None:
-            matrices = sizes.heads, sizes.key_size, sizes.value_size
-            channels = 2 * sizes.key_heads * sizes.key_size + sizes.heads * sizes.value_size
-        width, wide = (layer.linear or layer.convolution).width, torch.promote_types(dtype, torch.float32)
+        if (sizes := layer.chunked) is not None:
+            matrices, channels = sizes.matrices, sizes.channels
+        width, wide = (sizes or layer.convolution).width, torch.promote_types(dtype, torch.float32)
         self.memory = torch.zeros(rows, *matrices, dtype=wide, device=device)
         self.before = torch.zeros(rows, width - 1, channels, dtype=dtype, device=device)
 
@@ -146,7 +145,7 @@ class Context:
     shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> its k and v, which others read
     layer_input: Tensor | None = None  # (B, T, size) of model/layer_inputs.py, for one layer
     counts: tuple[int, ...] | None = None  # with a cache: new tokens of each row, before its padding; None = all T
-    chunks: Chunks | None = None  # the tokens as layers of linear attention compute them
+    chunks: Chunks | None = None  # the tokens as layers of linear attention and Mamba's compute them
 
     @classmethod
     def rows(cls, ids: Tensor) -> "Context":

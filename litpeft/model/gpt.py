@@ -33,6 +33,7 @@ from litpeft.model.norms import make_norm
 from litpeft.model.recompute import Offloaded, Recomputed, again, is_marking
 from litpeft.model.short_convolution import ShortConvolution
 from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
+from litpeft.model.state_space import Mamba2
 from litpeft.model.xielu import XIELU
 
 ACTIVATIONS = {
@@ -119,7 +120,7 @@ def mixer(config: ModelConfig, layer: int) -> type[nn.Module]:
     kind = config.layer(layer)
     if kind.attends:
         return Attention if config.latent is None else LatentAttention
-    return GatedDeltaNet if kind.convolution is None else ShortConvolution
+    return ShortConvolution if kind.convolution else GatedDeltaNet if kind.linear else Mamba2
 
 
 def run_block(block: Block, x: Tensor, ctx: Context) -> Tensor:
@@ -240,8 +241,8 @@ class GPT(nn.Module):
 
     def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
         """Sets what a context has for layers of one kind: rotary positions, the mask of a step with a cache, chunks."""
-        if kind.linear is not None:
-            ctx.cut(kind.linear.width)
+        if kind.chunked is not None:
+            ctx.cut(kind.chunked.width)
         if not kind.attends:
             return
         size = self.config.rotary_of(kind)

@@ -63,6 +63,53 @@ class LinearAttention:
             what = f"linear_num_value_heads {self.heads} is no multiple of linear_num_key_heads {self.key_heads}"
             raise ValueError(what)
 
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Returns the shape of what a layer knows of a text."""
+        return self.heads, self.key_size, self.value_size
+
+    @property
+    def channels(self) -> int:
+        """Returns how many channels the convolution has."""
+        return 2 * self.key_heads * self.key_size + self.heads * self.value_size
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """Mamba-2's layer: each head has one matrix, which fades and is written to by each token (state_space.py)."""
+
+    heads: int
+    head_size: int
+    groups: int  # of heads that have B and C in common
+    state: int  # size of B and C
+    width: int  # of the convolution of x, B and C: tokens that it reads
+    conv_bias: bool = True
+    in_bias: bool = False  # of what reads the layer's input
+    out_bias: bool = False
+    least: float = 0.0  # what dt is at least
+    most: float | None = None  # and at most
+    norm: Literal["after", "before"] | None = "after"  # where the norm stands: after the gate, or before it
+
+    def __post_init__(self) -> None:
+        if self.heads % self.groups:
+            what = f"{self.heads} heads of Mamba are no multiple of its {self.groups} groups"
+            raise ValueError(f"{what} (mamba_n_heads, mamba_n_groups; mamba_num_heads, n_groups)")
+
+    @property
+    def inner(self) -> int:
+        """Returns the width of x and y."""
+        return self.heads * self.head_size
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Returns the shape of what a layer knows of a text: those of a group's heads lie side by side."""
+        return self.groups, self.state, self.inner // self.groups
+
+    @property
+    def channels(self) -> int:
+        """Returns how many channels the convolution has."""
+        return self.inner + 2 * self.groups * self.state
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -85,11 +132,17 @@ class Layer:
     keys_of: int | None = None  # number of the layer whose keys and values it reads: it computes none
     linear: LinearAttention | None = later(None)  # in place of attention
     convolution: Convolution | None = later(None)  # in place of attention
+    state_space: StateSpace | None = later(None)  # in place of attention
+
+    @property
+    def chunked(self) -> LinearAttention | StateSpace | None:
+        """Returns the sizes of what reads a text chunk by chunk, if it has such."""
+        return self.state_space if self.linear is None else self.linear
 
     @property
     def attends(self) -> bool:
         """Returns whether it has attention, whose keys and values later tokens read."""
-        return self.linear is None and self.convolution is None
+        return self.chunked is None and self.convolution is None
 
 
 def linear_of(layers: Iterable[Layer]) -> LinearAttention | None:

@@ -22,6 +22,7 @@ from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
 from litpeft.model.short_convolution import ShortConvolution
 from litpeft.model.slots import Linear
+from litpeft.model.state_space import Mamba2
 from litpeft.model.xielu import XIELU
 
 
@@ -56,9 +57,9 @@ class Kept:
         expert = self.mlp(mlp.experts[0], False) + self.input(_first(mlp.experts[0])) + d * (1 if self.cheap else 2)
         return kept + mlp.router.kind.active * expert + (0 if mlp.shared is None else self.mlp(mlp.shared, True))
 
-    def attention(self, attn: Attention | GatedDeltaNet | ShortConvolution) -> float:
+    def attention(self, attn: Attention | GatedDeltaNet | ShortConvolution | Mamba2) -> float:
         """Returns what is kept of queries, keys, values, and what attention makes of them."""
-        if isinstance(attn, GatedDeltaNet | ShortConvolution):
+        if isinstance(attn, GatedDeltaNet | ShortConvolution | Mamba2):
             return sum(linear.out_features for linear in attn.inputs()[0])
         queries = attn.o.in_features
         if isinstance(attn, LatentAttention):  # keys and values of all heads, padded to one size

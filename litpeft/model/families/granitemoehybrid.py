@@ -1,16 +1,17 @@
-"""Granite 4.0 of 350M, 1B and micro: Granite whose MLP has other names; with experts, all tokens go through it.
+"""Granite 4.0: Granite whose MLP has other names; with experts, all tokens go through it. Layers may be Mamba's.
 
-Of this family's layers those of attention are built and those of Mamba are not. The router's extra loss and the dropout
-that its config.json may name (router_aux_loss_coef, attention_dropout) are not applied.
+The router's extra loss and the dropout that its config.json may name (router_aux_loss_coef, attention_dropout) are not
+applied.
 """
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig, or_zero
+from litpeft.model.config import ACTIVATIONS, Experts, ModelConfig, or_zero
 from litpeft.model.families import Gguf, Place, granite, granitemoe, llama
 from litpeft.model.families.deepseek_v3 import refuse_null
-from litpeft.model.rope import FULL
+from litpeft.model.families.mamba2 import ATTENTION, MAMBA, Mamba2Keys, mamba_names, no_gguf, state_space
+from litpeft.model.parts import Layer, Rope
 
 MLP = Place("model.layers.{}.shared_mlp.input_linear")
 NAMES = granitemoe.NAMES | {
@@ -20,20 +21,20 @@ NAMES = granitemoe.NAMES | {
     "blocks.{}.mlp.shared.gate": MLP,
     "blocks.{}.mlp.shared.up": MLP,
     "blocks.{}.mlp.shared.down": "model.layers.{}.shared_mlp.output_linear",
+    **mamba_names("model.layers.{}.mamba"),
 }
 GGUF = Gguf(
     "granite",
     pairs=True,
+    refuses=no_gguf,
     keys=granite.GGUF.keys,
     graph={"qkv_bias": llama.EITHER, "output_bias": llama.EITHER},
     names={f"blocks.{{}}.mlp.{name}": f"blk.{{}}.ffn_{name}" for name in ("gate", "up", "down")},
 )
-ATTENTION = ("attention", FULL)
-MAMBA = "its layers of Mamba are not built; of Granite 4.0, 350m, 1b and micro have none (those without h in the name)"
 
 
 @dataclass(frozen=True)
-class Keys(ConfigKeys):
+class Keys(Mamba2Keys):
     """What decides the logits of transformers' GraniteMoeHybridConfig, beside the rotary positions."""
 
     vocab_size: int = 32000
@@ -64,23 +65,34 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     """Returns the ModelConfig that a config.json of GraniteMoeHybridForCausalLM describes."""
     keys = Keys.read(hf)
     refuse_null(keys, *granite.SCALES, "num_local_experts", "num_experts_per_tok")
-    check_layers(keys)
     if keys.num_local_experts and not keys.num_experts_per_tok:
         raise ValueError(f"num_experts_per_tok 0 of {keys.num_local_experts} experts is not supported")
     sizes = keys.num_local_experts, keys.num_experts_per_tok, keys.intermediate_size
     shared = keys.shared_intermediate_size
     experts = Experts(*sizes, normed=True, shared_d_ff=shared) if keys.num_local_experts else None
-    scales = granite.scales(keys)
-    config = llama.usual(keys, hf, d_ff=shared, experts=experts, **scales)
-    return config if keys.position_embedding_type == "rope" else replace(config, rotary_dim=0, rope_scaling=None)
+    config = llama.usual(keys, hf, d_ff=shared, experts=experts, **granite.scales(keys))
+    rope = None
+    if keys.position_embedding_type == "rope":
+        rope = Rope(config.rope_theta, config.rope_scaling)
+    else:
+        config = replace(config, rotary_dim=0, rope_scaling=None)
+    kinds = kinds_of(keys)
+    if not any(kinds):
+        return config
+    if keys.hidden_act not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {keys.hidden_act!r} is not supported in a model with layers of Mamba; silu is")
+    mamba = Layer(state_space=state_space(keys, hf))
+    return config.with_layers(mamba if kind else Layer(rope=rope) for kind in kinds)
 
 
-def check_layers(keys: Keys) -> None:
-    """Raises unless all layers are of attention."""
+def kinds_of(keys: Keys) -> list[bool]:
+    """Returns for each layer whether it is one of Mamba's."""
     types, count = keys.layer_types, keys.num_hidden_layers
-    if types is None:
-        raise ValueError(f"layer_types (layers_block_type) null is not supported: {MAMBA}")
-    if strange := [kind for kind in types if kind not in ATTENTION]:
-        raise ValueError(f"layer_types {strange[0]!r} is not supported: {MAMBA}")
+    if count > 10_000:  # before that many are made
+        raise ValueError(f"num_hidden_layers {count} is not supported")
+    types = [MAMBA[0]] * count if types is None else types
+    if strange := [kind for kind in types if kind not in ATTENTION + MAMBA]:
+        raise ValueError(f"layer_types {strange[0]!r} is not supported; it must be one of {ATTENTION + MAMBA}")
     if len(types) != count:
         raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers says {count}")
+    return [kind in MAMBA for kind in types]
