@@ -82,7 +82,7 @@ WINDOWS = r"computes with windows and positions in other layers \(config.json: l
         ),
         (
             "granitemoehybrid",
-            {"mamba_n_heads": 8, "position_embedding_type": "rope"},
+            {"mamba_n_heads": 8},
             "its layers of Mamba are not written for llama.cpp",
         ),
     ],

@@ -215,6 +215,8 @@ def known_family(names: NameMap) -> Gguf:
     if known is None:
         have = ", ".join(name for name in FAMILIES if hasattr(family(name), "GGUF"))
         raise ConfigError(f"{names.family} is not written as GGUF; {have} are", where="to", hint=HINT)
+    if why := known.refuses(names.config):
+        raise ConfigError(f"not written as GGUF: {why}", where="to", hint=HINT)
     free = SAID | {field for field, _ in map(known.key, known.keys)}
     for one in fields(ModelConfig):
         value, fine = getattr(names.config, one.name), allowed(known, names.config, one.name)
@@ -225,8 +227,6 @@ def known_family(names: NameMap) -> Gguf:
             keys = ", ".join(key for key in DECIDED_BY.get(one.name, ()) if key in spelt)
             what = f"llama.cpp's {known.arch} computes with {said}" + (f" (config.json: {keys})" if keys else "")
             raise ConfigError(what, where="to", hint=HINT)
-    if why := known.refuses(names.config):
-        raise ConfigError(f"not written as GGUF: {why}", where="to", hint=HINT)
     check_rope(names.config, known)
     return known
 
