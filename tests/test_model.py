@@ -66,6 +66,20 @@ MAMBA = {
     "mamba_n_groups": 2,
     "mamba_d_state": 12,
 }
+NEMOTRON_H = {
+    "model_type": "nemotron_h",
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 12,
+    "n_groups": 2,
+    "ssm_state_size": 10,
+    "head_dim": 16,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 40,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+}
 GLM4_MOE = {
     "model_type": "glm4_moe",
     "moe_intermediate_size": 48,
@@ -336,6 +350,9 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     | {"moe_layer_end_index": 0, "moe_layer_start_index": 0, "moe_num_shared_experts": 0, "moe_norm_min": 0.6},
     "ernie4_5": {"model_type": "ernie4_5", "use_bias": True, "head_dim": 16},
     "nemotron": {"model_type": "nemotron", "attention_bias": True},
+    "nemotron_h": NEMOTRON_H | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"]},
+    "nemotron_h, biases, no experts": NEMOTRON_H
+    | {"layers_block_type": ["mlp", "full_attention", "linear_attention"], "use_bias": True, "mlp_bias": True},
 }
 CASES = {
     "grouped queries": {},

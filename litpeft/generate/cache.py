@@ -33,8 +33,8 @@ class TokenCache:
         self.adapters: list[int] = []  # number of each row's run, where several are beside one base
         self.edits: bool | None = None  # whether a method acts at positions that depend on `prompts`
         self.turn = model.config.turning_length  # beyond it the keys of all earlier tokens are others
-        # a row goes on where it ended, or is read anew: what a layer without attention knows is of all its tokens
-        self.only_on = not all(layer.attends for layer in model.config.layers)
+        # a row goes on where it ended, or is read anew: the state of a layer without attention is of all its tokens
+        self.only_on = any(layer.recurs for layer in model.config.layers)
         # FSDP's class gathers weights at every step; a recorded step knows neither the length of its text nor how many
         # tokens an expert has or a row adds
         alone = type(model) is GPT and model.config.experts is None and not self.only_on

@@ -20,7 +20,7 @@ KEYS = 64  # the length of a cache, and of what attention reads of it, is a mult
 class KVCache:
     """Keys and values of one layer, each at its position; positions that a row has not written yet are masked.
 
-    A layer that reads those of another has an empty one.
+    A layer that reads those of another has an empty one, and so has one without attention.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class KVCache:
     ):
         """`number` is that of the layer."""
         length, layer = -(-length // KEYS) * KEYS, config.layer(number)
-        heads = 0 if layer.keys_of is not None else config.kv_heads(layer)
+        heads = config.kv_heads(layer) if layer.attends and layer.keys_of is None else 0
         shape = (rows, heads, length, config.head_size(layer))
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
 
@@ -112,7 +112,7 @@ def layer_cache(
     rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, number: int
 ) -> Cache:
     """Returns an empty cache for a layer."""
-    if not config.layer(number).attends:
+    if config.layer(number).recurs:
         return StateCache(rows, config, dtype, device, number)
     return KVCache(rows, length, config, dtype, device, number)
 

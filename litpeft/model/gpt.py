@@ -84,25 +84,32 @@ class Block(nn.Module):
         super().__init__()
         before = (lambda: make_norm(config)) if config.norms != "after" else nn.Identity
         after = (lambda: make_norm(config)) if config.norms != "before" else lambda: None
-        self.parallel, self.scale = config.parallel_residual, config.residual_scale
-        self.norm1 = before()
-        self.attn = mixer(config, layer)(config, layer)
-        self.post_norm1 = after()
-        self.after_attn = Slot()
-        self.norm2 = None if config.shared_norm else before()
-        self.mlp = Mixture(config, MLP) if config.has_experts(layer) else MLP(config, config.layer(layer).d_ff)
-        self.post_norm2 = after()
-        self.after_mlp = Slot()
+        self.parallel, self.scale, only = config.parallel_residual, config.residual_scale, config.layer(layer).only
+        self.norm1 = self.attn = self.post_norm1 = self.after_attn = None  # of a layer that is an MLP alone
+        if only != "mlp":
+            self.norm1 = before()
+            self.attn = mixer(config, layer)(config, layer)
+            self.post_norm1 = after()
+            self.after_attn = Slot()
+        self.norm2 = self.mlp = self.post_norm2 = self.after_mlp = None  # of one without
+        if only != "mixer":
+            self.norm2 = None if config.shared_norm else before()
+            self.mlp = Mixture(config, MLP) if config.has_experts(layer) else MLP(config, config.layer(layer).d_ff)
+            self.post_norm2 = after()
+            self.after_mlp = Slot()
         self.input = LayerInput(config, ACTIVATIONS[config.activation]) if config.layer_inputs else None
         self.register_buffer("layer_scalar", torch.ones(1) if config.layer_scale else None)
         self.after_block = Slot()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        h = again(self.norm1, x)
-        y = self.added(x, self.attn(h, ctx), self.post_norm1, self.after_attn, h, ctx)
-        if self.norm2 is not None:
-            h = again(self.norm2, x if self.parallel else y)
-        y = self.added(y, self.mlp(h, ctx), self.post_norm2, self.after_mlp, h, ctx)
+        y = x
+        if self.attn is not None:
+            h = again(self.norm1, x)
+            y = self.added(x, self.attn(h, ctx), self.post_norm1, self.after_attn, h, ctx)
+        if self.mlp is not None:
+            if self.norm2 is not None:
+                h = again(self.norm2, x if self.parallel else y)
+            y = self.added(y, self.mlp(h, ctx), self.post_norm2, self.after_mlp, h, ctx)
         if self.input is not None:
             y = y + self.input(y, ctx)
         if self.layer_scalar is not None:
@@ -163,7 +170,8 @@ class GPT(nn.Module):
     @property
     def learned_keys(self) -> int:
         """Returns how many first positions of each document have learned keys; those are not rotated."""
-        return max([0, *(linear.slot.virtual_tokens for linear in self.blocks[0].attn.keys_and_values())])
+        attn = self.blocks[0].attn  # methods that learn keys learn those of all layers
+        return max([0, *(linear.slot.virtual_tokens for linear in attn.keys_and_values())]) if attn is not None else 0
 
     @property
     def virtual_tokens(self) -> int:

@@ -133,6 +133,7 @@ class Layer:
     linear: LinearAttention | None = later(None)  # in place of attention
     convolution: Convolution | None = later(None)  # in place of attention
     state_space: StateSpace | None = later(None)  # in place of attention
+    only: Literal["mixer", "mlp"] | None = later(None)  # it has attention, or what is in its place, alone; or the MLP
 
     @property
     def chunked(self) -> LinearAttention | StateSpace | None:
@@ -142,7 +143,12 @@ class Layer:
     @property
     def attends(self) -> bool:
         """Returns whether it has attention, whose keys and values later tokens read."""
-        return self.chunked is None and self.convolution is None
+        return not self.recurs and self.only != "mlp"
+
+    @property
+    def recurs(self) -> bool:
+        """Returns whether it knows earlier tokens by a state that each token changes."""
+        return self.chunked is not None or self.convolution is not None
 
 
 def linear_of(layers: Iterable[Layer]) -> LinearAttention | None:

@@ -37,21 +37,25 @@ class Kept:
 
     def of(self, block: Block) -> float:
         """Returns what a block keeps of a token, unless it is checkpointed."""
-        attn, mlp = block.attn, block.mlp
-        first, *inner, last = attn.inputs()
-        d = first[0].in_features
-        kept = self.attention(attn) + sum(self.input(group) for group in inner)
-        twice = not self.gpu and self.itemsize > 2  # attention there copies its output
-        kept += self.input(last, fresh=twice, cheap=False)
+        attn, mlp, shared = block.attn, block.mlp, block.norm2 is None
+        kept, reads = 0.0, [] if mlp is None else _first(mlp)
+        norms = [(reads, block.norm2)] if mlp is not None and not shared else []
+        if attn is not None:
+            first, *inner, last = attn.inputs()
+            kept = self.attention(attn) + sum(self.input(group) for group in inner)
+            twice = not self.gpu and self.itemsize > 2  # attention there copies its output
+            kept += self.input(last, fresh=twice, cheap=False)
+            norms = [(first + reads * shared, block.norm1), *norms]
         # 1. the residual stream before attention and before the MLP, and what norms make of it
-        reads = _first(mlp)
-        shared = block.norm2 is None
-        for layers, norm in [(first + reads * shared, block.norm1), *([] if shared else [(reads, block.norm2)])]:
+        d = next(layer.in_features for layer in block.modules() if isinstance(layer, nn.Linear))  # reads the stream
+        for layers, norm in norms:
             normed = not isinstance(norm, nn.Identity)
             kept += d * (normed and not (block.parallel and norm is block.norm2))
             kept += self.input(layers, cheap=normed)
         kept += d * sum(norm is not None for norm in (block.post_norm1, block.post_norm2))
         # 2. the MLP, or the experts of a token
+        if mlp is None:
+            return kept
         if not isinstance(mlp, Mixture):
             return kept + self.mlp(mlp, True)
         expert = self.mlp(mlp.experts[0], False) + self.input(_first(mlp.experts[0])) + d * (1 if self.cheap else 2)

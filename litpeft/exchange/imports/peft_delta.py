@@ -18,7 +18,7 @@ from litpeft.methods.prompt import Prompt
 from litpeft.methods.selective import Selective
 from litpeft.model.delta import Method, attach
 from litpeft.model.families import split_name
-from litpeft.model.families.names import NameMap
+from litpeft.model.families.names import NameMap, spelt
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear
 
@@ -47,10 +47,7 @@ class Reader:
         self.left: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             plain = name.removeprefix(WRAPPED).replace(".base_layer.", ".").replace(".ln_tuning_layers.", ".")
-            module, _, rest = plain.partition(".")
-            self.left[f"{names.modules.get(module, module)}.{rest}"] = (
-                tensor  # as older versions of transformers say it
-            )
+            self.left[spelt(plain, names.modules)] = tensor  # as older versions of transformers say it
         self.of: dict[str, list[str]] = {}
         for part in (part for parts in names.parts.values() for part in parts):
             ours, _, leaf = part.rpartition(".")

@@ -6,7 +6,9 @@ follow. A value is the name of a module whose tensors are as ours, or a `Place`.
 
 - BUFFERS: globs of names of tensors in its files that are not weights.
 - OTHER_PREFIXES: files may begin a name otherwise than NAMES does. Maps the prefix in NAMES to the other one.
-- MODULES: since version 5 transformers has other names for some modules. Maps the files' name to the new one.
+- MODULES: since version 5 transformers has other names for some modules. Maps the files' name, or its first parts, to
+  the new one.
+- NOT_IN_PEFT: last parts of names of modules on which peft refuses LoRA in this family.
 - ROPE_NAMES: maps rope_theta and partial_rotary_factor to their names in older files.
 - GGUF: the family's name and switches in llama.cpp.
 """
@@ -54,6 +56,7 @@ FAMILIES = {
     "starcoder2": "litpeft.model.families.starcoder2",
     "cohere2": "litpeft.model.families.cohere2",
     "cohere": "litpeft.model.families.cohere",
+    "nemotron_h": "litpeft.model.families.nemotron_h",
     "nemotron": "litpeft.model.families.nemotron",
     "mixtral": "litpeft.model.families.mixtral",
     "qwen2_moe": "litpeft.model.families.qwen2_moe",
