@@ -98,7 +98,7 @@ def both(tmp_path):
     return made("qwen3_5_text", tmp_path)
 
 
-@pytest.fixture(params=["qwen3_5_text", "lfm2", "granitemoehybrid"])
+@pytest.fixture(params=["qwen3_5_text", "lfm2", "granitemoehybrid", "falcon_h1"])
 def model(request, tmp_path) -> GPT:
     return made(request.param, tmp_path)[1]
 

@@ -66,6 +66,23 @@ MAMBA = {
     "mamba_n_groups": 2,
     "mamba_d_state": 12,
 }
+FALCON_H1 = {
+    "model_type": "falcon_h1",
+    "mamba_d_ssm": 48,
+    "mamba_n_heads": 6,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 10,
+    "lm_head_multiplier": 0.7,
+    "embedding_multiplier": 5.0,
+    "mlp_multipliers": [0.8, 1.3],
+    "key_multiplier": 0.4,
+    "attention_out_multiplier": 1.6,
+    "attention_in_multiplier": 1.2,
+    "ssm_multipliers": [0.5, 1.5, 0.625, 1.75, 0.875],  # which transformers rounds to float32
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.9,
+    "pad_token_id": 0,
+}
 NEMOTRON_H = {
     "model_type": "nemotron_h",
     "mamba_num_heads": 6,
@@ -269,6 +286,16 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "bias": True,
     },
     "falcon, serial": {"model_type": "falcon", "multi_query": False, "parallel_attn": False, "bias": True},
+    "falcon_h1": FALCON_H1 | {"mamba_rms_norm": True},
+    "falcon_h1, norm after the gate, biases": FALCON_H1
+    | {
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "projectors_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "falcon_h1, no norm, tied": FALCON_H1 | {"mamba_proj_bias": True, "tie_word_embeddings": True, "head_dim": 24},
     "stablelm": {"model_type": "stablelm", "use_qkv_bias": True},
     "stablelm, parallel": {"model_type": "stablelm", "use_parallel_residual": True},
     "stablelm, norms of each head": {"model_type": "stablelm", "qk_layernorm": True},

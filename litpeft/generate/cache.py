@@ -11,7 +11,7 @@ from torch import Tensor
 from litpeft.data.batches import framed
 from litpeft.generate.cpu.fused_block import NATIVE_TOKENS
 from litpeft.generate.cuda_graph import WIDTHS, RecordedStep
-from litpeft.model.context import Cache, Context, KVCache, StateCache, layer_cache
+from litpeft.model.context import Cache, Context, layer_cache
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Slot
 
@@ -142,18 +142,15 @@ class TokenCache:
         """Grows the cache to `length` tokens or more; by doubling, so that not every token copies all earlier ones."""
         weight, config = self.model.embed.weight, self.model.config
         most, old = self.model.max_positions, self.layers or [None] * config.n_layers
-        have = min((layer.k.size(2) for layer in self.layers if isinstance(layer, KVCache)), default=0)
+        have = min((layer.length for layer in self.layers if layer.length is not None), default=0)
         if length <= have:
             return
         capacity = max(length, min(2 * have, most), min(FIRST_LENGTH, most))
         grown, dtype = [], self.model.dtype or weight.dtype
         for number, layer in enumerate(old):
-            if isinstance(layer, StateCache):
-                grown.append(layer)
-                continue
             new = layer_cache(rows, capacity, config, dtype, weight.device, number)
             if layer is not None:
-                new.k[:, :, :have], new.v[:, :, :have] = layer.k, layer.v
+                new.take(layer)
             grown.append(new)
         self.layers, self.recorded = grown, {}
 

@@ -38,6 +38,15 @@ class KVCache:
         shape = (rows, heads, length, config.head_size(layer))
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
 
+    @property
+    def length(self) -> int:
+        """Returns how many positions it has memory for."""
+        return self.k.size(2)
+
+    def take(self, other: "KVCache") -> None:
+        """Takes over what a shorter one holds."""
+        self.k[:, :, : other.length], self.v[:, :, : other.length] = other.k, other.v
+
     def of_rows(self, rows: slice) -> "KVCache":
         """Returns a view of some rows: what is written to it is written here."""
         part = copy(self)
@@ -76,6 +85,12 @@ class StateCache:
         self.memory = torch.zeros(rows, *matrices, dtype=wide, device=device)
         self.before = torch.zeros(rows, width - 1, channels, dtype=dtype, device=device)
 
+    length = None  # it has memory for any number of positions
+
+    def take(self, other: "StateCache") -> None:
+        """Takes over what another one holds."""
+        self.memory, self.before = other.memory, other.before
+
     def of_rows(self, rows: slice) -> "StateCache":
         """Returns a view of some rows: what is written to it is written here."""
         part = copy(self)
@@ -105,16 +120,44 @@ class StateCache:
             self.memory.copy_(memory)
 
 
-Cache = KVCache | StateCache
+class BothCaches:
+    """What a layer knows that has attention and a state side by side."""
+
+    def __init__(self, keys: KVCache, state: StateCache):
+        self.keys, self.state = keys, state
+        self.update, self.earlier, self.remember = keys.update, state.earlier, state.remember
+
+    @property
+    def length(self) -> int:
+        """Returns how many positions it has memory for."""
+        return self.keys.length
+
+    def take(self, other: "BothCaches") -> None:
+        """Takes over what a shorter one holds."""
+        self.keys.take(other.keys), self.state.take(other.state)
+
+    def of_rows(self, rows: slice) -> "BothCaches":
+        """Returns a view of some rows: what is written to it is written here."""
+        return BothCaches(self.keys.of_rows(rows), self.state.of_rows(rows))
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Lets two rows change places, of which at most `length` positions are written."""
+        self.keys.swap(one, other, length), self.state.swap(one, other, length)
+
+
+Cache = KVCache | StateCache | BothCaches
 
 
 def layer_cache(
     rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, number: int
 ) -> Cache:
     """Returns an empty cache for a layer."""
-    if config.layer(number).recurs:
-        return StateCache(rows, config, dtype, device, number)
-    return KVCache(rows, length, config, dtype, device, number)
+    layer = config.layer(number)
+    state = StateCache(rows, config, dtype, device, number) if layer.recurs else None
+    if state is not None and not layer.attends:
+        return state
+    keys = KVCache(rows, length, config, dtype, device, number)
+    return keys if state is None else BothCaches(keys, state)
 
 
 def exchange(rows: Tensor, one: int, other: int) -> None:

@@ -32,6 +32,7 @@ from litpeft.model.multi_head import Attention
 from litpeft.model.norms import make_norm
 from litpeft.model.recompute import Offloaded, Recomputed, again, is_marking
 from litpeft.model.short_convolution import ShortConvolution
+from litpeft.model.side_by_side import AttentionAndMamba
 from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
 from litpeft.model.state_space import Mamba2
 from litpeft.model.xielu import XIELU
@@ -52,7 +53,7 @@ class MLP(nn.Module):
         super().__init__()
         d, d_ff = config.d_model, d_ff or config.d_ff
         self.act = None if config.clamped_gate else ACTIVATIONS.get(config.activation) or XIELU()
-        self.clamped = config.clamped_gate
+        self.clamped, self.scales = config.clamped_gate, config.mlp_scales
         self.gate = Linear(d, d_ff, config.mlp_bias) if config.gated_mlp else None
         self.up = Linear(d, d_ff, config.mlp_bias)
         self.down = Linear(d_ff, d, config.mlp_bias)
@@ -65,6 +66,8 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.down(again(self.act, self.up(x, ctx)), ctx)
         gate, up = project(x, ctx, self.gate, self.up)
+        if self.scales is not None:
+            return self.down(again(self.gated, gate * self.scales[0], up), ctx) * self.scales[1]
         if self.act is not F.silu or use_eager() or is_marking() or ctx is None or ctx.recompute:
             return self.down(again(self.gated, gate, up), ctx)
         with Recomputed(marks=False) as kept:  # saves a fifth of activation memory
@@ -125,6 +128,8 @@ class Block(nn.Module):
 def mixer(config: ModelConfig, layer: int) -> type[nn.Module]:
     """Returns the class of the part of a layer in which tokens read others."""
     kind = config.layer(layer)
+    if kind.beside is not None:
+        return AttentionAndMamba
     if kind.attends:
         return Attention if config.latent is None else LatentAttention
     return ShortConvolution if kind.convolution else GatedDeltaNet if kind.linear else Mamba2

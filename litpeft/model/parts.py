@@ -112,6 +112,17 @@ class StateSpace:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """The factors of attention and of a state space that stand side by side (side_by_side.py)."""
+
+    attention_in: float = 1.0  # of what attention reads
+    attention_out: float = 1.0  # and returns
+    state_in: float = 1.0
+    state_out: float = 1.0
+    parts: tuple[float, float, float, float, float] = (1.0,) * 5  # of z, x, B, C and dt
+
+
+@dataclass(frozen=True)
 class Convolution:
     """A layer whose tokens read the last few tokens in place of all earlier ones (short_convolution.py)."""
 
@@ -132,7 +143,8 @@ class Layer:
     keys_of: int | None = None  # number of the layer whose keys and values it reads: it computes none
     linear: LinearAttention | None = later(None)  # in place of attention
     convolution: Convolution | None = later(None)  # in place of attention
-    state_space: StateSpace | None = later(None)  # in place of attention
+    state_space: StateSpace | None = later(None)  # in place of attention, or beside it
+    beside: Beside | None = later(None)  # with these factors
     only: Literal["mixer", "mlp"] | None = later(None)  # it has attention, or what is in its place, alone; or the MLP
 
     @property
@@ -143,7 +155,12 @@ class Layer:
     @property
     def attends(self) -> bool:
         """Returns whether it has attention, whose keys and values later tokens read."""
-        return not self.recurs and self.only != "mlp"
+        return self.beside is not None or (not self.recurs and self.only != "mlp")
+
+    @property
+    def by_keys(self) -> bool:
+        """Returns whether tokens know earlier ones by keys and values, and by nothing else."""
+        return self.attends and not self.recurs
 
     @property
     def recurs(self) -> bool:

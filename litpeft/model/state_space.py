@@ -27,7 +27,7 @@ from litpeft.model.chunks import Group
 from litpeft.model.config import ModelConfig
 from litpeft.model.context import Context
 from litpeft.model.norms import GatedNorm
-from litpeft.model.parts import StateSpace
+from litpeft.model.parts import Beside, StateSpace
 from litpeft.model.short_convolution import Convolution
 from litpeft.model.slots import Linear, project
 
@@ -36,7 +36,8 @@ class Mamba2(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         sizes, d = config.layer(layer).state_space, config.d_model
-        self.layer, self.sizes = layer, sizes
+        beside = config.layer(layer).beside or Beside()
+        self.layer, self.sizes, self.scale, self.scales = layer, sizes, beside.state_in, beside.parts
         widths = sizes.inner, sizes.inner, sizes.groups * sizes.state, sizes.groups * sizes.state, sizes.heads
         made = (Linear(d, width, sizes.in_bias) for width in widths)
         self.in_z, self.in_x, self.in_b, self.in_c, self.in_dt = made
@@ -57,7 +58,9 @@ class Mamba2(nn.Module):
         return []
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        z, x, b, c, dt = project(x, ctx, *self.inputs()[0])
+        parts = project(x if self.scale == 1 else x * self.scale, ctx, *self.inputs()[0])
+        scaled = zip(parts, self.scales, strict=True)
+        z, x, b, c, dt = (part if scale == 1 else part * scale for part, scale in scaled)
         norm = None if self.norm is None else self.norm.weight
         weights = self.conv.weight, self.conv.bias, self.A_log, self.dt_bias, self.D, norm
         return self.out(self.core((torch.cat((x, b, c), -1), z, dt), weights, ctx, self), ctx)

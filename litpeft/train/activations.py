@@ -21,6 +21,7 @@ from litpeft.model.linear_attention import GatedDeltaNet
 from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
 from litpeft.model.short_convolution import ShortConvolution
+from litpeft.model.side_by_side import AttentionAndMamba
 from litpeft.model.slots import Linear
 from litpeft.model.state_space import Mamba2
 from litpeft.model.xielu import XIELU
@@ -65,6 +66,13 @@ class Kept:
         """Returns what is kept of queries, keys, values, and what attention makes of them."""
         if isinstance(attn, GatedDeltaNet | ShortConvolution | Mamba2):
             return sum(linear.out_features for linear in attn.inputs()[0])
+        if isinstance(attn, AttentionAndMamba):
+            state = attn.state.inputs()
+            return self.heads(attn) + self.attention(attn.state) + sum(self.input(group) for group in state)
+        return self.heads(attn)
+
+    def heads(self, attn: Attention) -> float:
+        """Returns what is kept where there are queries, keys and values."""
         queries = attn.o.in_features
         if isinstance(attn, LatentAttention):  # keys and values of all heads, padded to one size
             heads = (attn.q if attn.q_b is None else attn.q_b).out_features

@@ -55,6 +55,7 @@ for _name, _changes in {  # so that each key has an effect
     SIZES[_name] = SIZES[_name] | _changes
 IDLE = {
     "falcon": ("num_kv_heads", "num_ln_in_parallel_attn"),  # without effect where new_decoder_architecture is false
+    "falcon_h1": ("mamba_expand",),  # where mamba_d_ssm is a number
     "qwen3_moe": ("num_experts",),  # transformers writes num_local_experts, which wins
 }
 CLASSES = {name: CONFIG_MAPPING[name] for name in FAMILIES}

@@ -232,8 +232,9 @@ def before_text(keys: PromptKeys, tensors: Mapping[str, Tensor], names: NameMap)
         raise ValueError(f"there must be one tensor, prompt_embeddings, got {some(sorted(tensors))}")
     config, count, vectors = names.config, keys.num_virtual_tokens, tensors["prompt_embeddings"]
     if keys.peft_type == "PREFIX_TUNING":
-        if not all(layer.attends for layer in config.layers):
-            raise ValueError("peft_type PREFIX_TUNING is not read for this base: some of its layers have no attention")
+        if not all(layer.by_keys for layer in config.layers):
+            what = "some of its layers have no attention, or a state beside it"
+            raise ValueError(f"peft_type PREFIX_TUNING is not read for this base: {what}")
         if (step := step_of_keys(config)) is not None:
             what = f"peft_type PREFIX_TUNING is not read for this base: keys and values go through {step} in it"
             raise ValueError(f"{what}, and those of peft come after it")
