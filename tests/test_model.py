@@ -286,6 +286,9 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "bias": True,
     },
     "falcon, serial": {"model_type": "falcon", "multi_query": False, "parallel_attn": False, "bias": True},
+    "bamba": MAMBA | {"model_type": "bamba", "attn_layer_indices": [1], "pad_token_id": 0},
+    "bamba, biases": MAMBA
+    | {"model_type": "bamba", "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "pad_token_id": 0},
     "falcon_h1": FALCON_H1 | {"mamba_rms_norm": True},
     "falcon_h1, norm after the gate, biases": FALCON_H1
     | {

@@ -50,7 +50,7 @@ for _name, _changes in {  # so that each key has an effect
     "phi3": {"hidden_size": 128, "original_max_position_embeddings": 32, "rope_parameters": longrope(32, 16)},
     "ministral3": {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
     "olmo": {"clip_qkv": 0.2},
-    **{name: rotary(0.5) for name in ("phi", "glm", "glm4", "glm4_moe", "stablelm", "nemotron")},
+    **{name: rotary(0.5) for name in ("bamba", "phi", "glm", "glm4", "glm4_moe", "stablelm", "nemotron")},
 }.items():
     SIZES[_name] = SIZES[_name] | _changes
 IDLE = {

@@ -51,6 +51,7 @@ FAMILIES = {
     "exaone4": "litpeft.model.families.exaone4",
     "seed_oss": "litpeft.model.families.seed_oss",
     "apertus": "litpeft.model.families.apertus",
+    "bamba": "litpeft.model.families.bamba",
     "falcon_h1": "litpeft.model.families.falcon_h1",
     "falcon": "litpeft.model.families.falcon",
     "stablelm": "litpeft.model.families.stablelm",
