@@ -83,6 +83,13 @@ FALCON_H1 = {
     "ssm_out_multiplier": 0.9,
     "pad_token_id": 0,
 }
+LFM2_MOE = {
+    "model_type": "lfm2_moe",
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "tie_word_embeddings": False,
+}
 NEMOTRON_H = {
     "model_type": "nemotron_h",
     "mamba_num_heads": 6,
@@ -356,6 +363,15 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "conv_bias": True,
         "block_multiple_of": 16,
         "tie_word_embeddings": False,
+    },
+    "lfm2_moe": LFM2_MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2_moe, no bias": LFM2_MOE
+    | {
+        "layer_types": ["full_attention", "conv"],
+        "num_dense_layers": 0,
+        "use_expert_bias": False,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 2.0,
     },
     "starcoder2": {"model_type": "starcoder2", "sliding_window": 8},
     "cohere2": {"model_type": "cohere2", "sliding_window": 8, "sliding_window_pattern": 2, "pad_token_id": 0},

@@ -20,6 +20,7 @@ MIXTURES = {
     "gpt_oss",
     "granitemoe",
     "granitemoehybrid",
+    "lfm2_moe",
     "nemotron_h",
     "glm4_moe",
     "ernie4_5_moe",

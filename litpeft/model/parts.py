@@ -208,6 +208,9 @@ class Experts:
     corrected: bool = False  # scores are sigmoids, and a number of each expert is added for the choice
     statics: bool = later(False)  # scores are softmaxes, and such a number is added, which lies in a module of its own
     least_sum: float = later(0.0)  # where shares are normed, what they are divided by at least
+    sigmoids: bool = later(False)  # scores are sigmoids
+    apart: bool = later(False)  # and such a number is added, which lies beside the experts
+    sum_plus: float = later(0.0)  # where shares are normed, what is added to their sum
 
     def __post_init__(self) -> None:
         if self.active > self.number:

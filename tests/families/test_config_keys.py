@@ -55,10 +55,11 @@ for _name, _changes in {  # so that each key has an effect
     SIZES[_name] = SIZES[_name] | _changes
 IDLE = {
     "falcon": ("num_kv_heads", "num_ln_in_parallel_attn"),  # without effect where new_decoder_architecture is false
+    "lfm2_moe": ("use_expert_bias",),  # whose bias starts at 0
     "falcon_h1": ("mamba_expand",),  # where mamba_d_ssm is a number
     "qwen3_moe": ("num_experts",),  # transformers writes num_local_experts, which wins
 }
-SLOW = ("bamba", "falcon_h1")  # their keys are nearly those of granitemoehybrid
+SLOW = ("bamba", "falcon_h1", "lfm2_moe")  # their keys are nearly those of granitemoehybrid and lfm2
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in FAMILIES]
 CLASSES = {name: CONFIG_MAPPING[name] for name in FAMILIES}
 LINEAR = {"rope_type": "linear", "factor": 4.0}

@@ -69,6 +69,7 @@ FAMILIES = {
     "gpt_oss": "litpeft.model.families.gpt_oss",
     "deepseek_v3": "litpeft.model.families.deepseek_v3",
     "deepseek_v2": "litpeft.model.families.deepseek_v2",
+    "lfm2_moe": "litpeft.model.families.lfm2_moe",
     "lfm2": "litpeft.model.families.lfm2",
     "gpt_neox": "litpeft.model.families.gpt_neox",
     "gpt2": "litpeft.model.families.gpt2",
