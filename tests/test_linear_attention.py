@@ -21,6 +21,7 @@ from litpeft.methods.adapter import Adapter
 from litpeft.methods.lora import LoRA
 from litpeft.model import chunks
 from litpeft.model.build import build
+from litpeft.model.by_chunk import read
 from litpeft.model.chunks import Chunks
 from litpeft.model.context import Context
 from litpeft.model.delta import attach
@@ -53,15 +54,17 @@ def test_chunks_give_what_the_recurrence_gives_token_by_token_and_its_gradients(
     v, fade, write = torch.randn(len(q), HEADS, VALUE), -torch.rand(len(q), HEADS), torch.rand(len(q), HEADS)
     inputs = [x.double().requires_grad_(True) for x in (q, k, v, fade, write)]
     before = torch.randn(documents, HEADS, KEY, VALUE, dtype=torch.float64, requires_grad=True)
-    cut = Chunks.of(starts, LENGTHS, 4, torch.device("cpu"))
-    assert len(cut.groups) == {1: 4, 4: 3, 128: 1}[at_once]
-    got, memory, after = torch.zeros_like(inputs[2]), before[cut.order], [before[:0]]
-    for group in cut.groups:
-        after.append(memory[group.counts[0] :])
-        own = [x[group.token].where(group.real.view(*group.real.shape, *[1] * (x.dim() - 1)), 0) for x in inputs]
-        y, memory = gated_delta_rule(*(x.transpose(1, 2) for x in own), group.counts, memory[: group.counts[0]])
-        got = got.index_put((group.token[group.real],), y.transpose(1, 2)[group.real])
-    after = torch.cat([memory, *reversed(after)])[cut.order.argsort()]
+    cut = Chunks.of(starts, LENGTHS, 1, torch.device("cpu"))
+    assert [len(batch.groups) for batch in cut.batches] == {1: [4, 2, 2, 1, 1, 1], 4: [1, 1, 1], 128: [1]}[at_once]
+
+    def piece(tokens, _, group, memory):
+        own = [x.where(group.real.view(*group.real.shape, *[1] * (x.dim() - 2)), 0).transpose(1, 2) for x in tokens]
+        k, v, q, fade, write = own
+        y, memory = gated_delta_rule(q, k, v, fade, write, group.counts, memory)
+        return y.transpose(1, 2), memory
+
+    q, k, v, fade, write = inputs
+    got, after = read((k, v, q, fade, write), (), cut, before, piece)
     alone = zip(*(x.split(LENGTHS) for x in inputs), before, strict=True)
     parts = [token_by_token(*document) for document in alone]
     want, want_after = torch.cat([y for y, _ in parts]), torch.stack([memory for _, memory in parts])

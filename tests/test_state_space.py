@@ -87,6 +87,19 @@ def test_documents_go_on_from_what_they_knew(monkeypatch) -> None:
     assert torch.allclose(got[1], torch.stack([memory for _, memory in parts]), atol=1e-12)
 
 
+@torch.no_grad()
+def test_a_document_that_fills_groups_has_the_bits_that_it_has_alone() -> None:
+    inputs, layer = drawn(SIZES), partial(piece, sizes=SIZES, eps=EPS)
+    lengths = (150, 40, 300, 20)  # tokens; a group has 128
+    tokens = [torch.cat([one] * 7)[: sum(lengths)] for one in inputs[:3]]
+    cut = lambda *counts: Chunks.of([0, *accumulate(counts)][:-1], counts, SIZES.width, torch.device("cpu"))
+    empty = torch.zeros(len(lengths), *SIZES.matrices, dtype=torch.float64)
+    packed = read(tokens, inputs[3:], cut(*lengths), empty, layer)[0].split(lengths)
+    for number, parts in enumerate(zip(*(one.split(lengths) for one in tokens), strict=True)):
+        alone = read(parts, inputs[3:], cut(lengths[number]), empty[:1], layer)[0]
+        assert torch.equal(packed[number], alone) if lengths[number] > 128 else torch.allclose(packed[number], alone)
+
+
 def test_the_backward_pass_keeps_the_projections_and_a_matrix_for_each_group_of_chunks() -> None:
     tokens, kept = 1024, []
     config = replace(CONFIG, layers=(Layer(state_space=SIZES),))
@@ -99,4 +112,4 @@ def test_the_backward_pass_keeps_the_projections_and_a_matrix_for_each_group_of_
         Core()(rows, weights, ctx, mixer)
     matrices, per_group = SIZES.inner * SIZES.state, chunks.SIZES["cpu"][0] * chunks.SIZES["cpu"][1]
     parts = sum(x.numel() for x in (*rows, *weights))
-    assert sum(kept) == parts + tokens // per_group * matrices
+    assert sum(kept) == parts + (tokens // per_group - 1) * matrices  # none before the first

@@ -47,17 +47,21 @@ def read(
 ) -> tuple[Tensor, Tensor]:
     """Returns y (N, out) and each document's matrices after its tokens, for those before them (documents, ...).
 
-    The first of `tokens` may have more rows, as `chunks` say. The matrices before each group are put into `kept`.
+    The first of `tokens` may have more rows, as `chunks` say. The matrices before each group are put into `kept`, but
+    for the first group of a batch.
     """
-    y, memory, ended = torch.zeros_like(tokens[1]), memory[chunks.order], []  # zeros at what is padding
-    for group in chunks.groups:
-        ended.append(memory[group.counts[0] :])  # of documents without a chunk more
-        memory = memory[: group.counts[0]]
-        if kept is not None:
-            kept.append(memory)
-        part, memory = piece(gathered(tokens, group), weights, group, memory)
-        group.write(y, part)
-    return y, torch.cat([memory, *reversed(ended)])[chunks.order.argsort()]
+    y, after = torch.zeros_like(tokens[1]), torch.empty_like(memory)  # zeros at what is padding
+    for batch in chunks.batches:
+        held, ended = memory[batch.documents], []
+        for number, group in enumerate(batch.groups):
+            ended.append(held[group.counts[0] :])  # of documents without a chunk more
+            held = held[: group.counts[0]]
+            if kept is not None and number:
+                kept.append(held)
+            part, held = piece(gathered(tokens, group), weights, group, held)
+            group.write(y, part)
+        after.index_copy_(0, batch.documents, torch.cat([held, *reversed(ended)]))
+    return y, after
 
 
 def gathered(tokens: Sequence[Tensor], group: Group) -> list[Tensor]:
@@ -72,40 +76,48 @@ class _Read(torch.autograd.Function):
     def forward(ctx, chunks: Chunks, piece: Piece, matrices: tuple[int, ...], count: int, *inputs: Tensor) -> Tensor:
         z, kept = inputs[1], []
         wide = torch.promote_types(z.dtype, torch.float32)
-        memory = torch.zeros(len(chunks.order), *matrices, dtype=wide, device=z.device)
+        documents = sum(len(batch.documents) for batch in chunks.batches)
+        memory = torch.zeros(documents, *matrices, dtype=wide, device=z.device)
         y, _ = read(inputs[:count], inputs[count:], chunks, memory, piece, kept)
         ctx.save_for_backward(*inputs, *kept)
-        ctx.read = chunks.groups, piece, count
+        ctx.read = chunks, piece, count, memory[:0]
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        groups, piece, count = ctx.read
+        chunks, piece, count, empty = ctx.read
         needed, saved = ctx.needs_input_grad[4:], ctx.saved_tensors
-        inputs, kept = saved[: len(needed)], saved[len(needed) :]
+        inputs, kept = saved[: len(needed)], list(saved[len(needed) :])
         grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needed, strict=True)]
-        dmemory = torch.zeros_like(kept[-1])
-        for group, memory in zip(reversed(groups), reversed(kept), strict=True):
-            given = [*gathered(inputs[:count], group), *inputs[count:]]
-            given = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(given, needed, strict=True)]
-            memory = memory.detach().requires_grad_(group is not groups[0])
-            with torch.enable_grad():
-                ends = piece(given[:count], given[count:], group, memory)
-            dmemory = torch.cat((dmemory, dmemory.new_zeros(len(memory) - len(dmemory), *dmemory.shape[1:])))
-            into = [x for x in (*given, memory) if x is not None and x.requires_grad]
-            back = [dy[group.token].where(group.real[..., None], 0), dmemory]
-            if not ends[1].requires_grad:  # where only what comes after the matrices trains
-                ends, back = ends[:1], back[:1]
-            found = iter(torch.autograd.grad(ends, into, back))
-            parts = [next(found) if need else None for need in needed]
-            dmemory = next(found, dmemory)
-            for at, (grad, part) in enumerate(zip(grads, parts, strict=True)):
-                if part is None:
-                    continue
-                if at == 0:
-                    grad.index_add_(0, group.window.flatten(), part.flatten(0, 1))
-                elif at < count:
-                    group.write(grad, part)
-                else:
-                    grad += part
+        for batch in reversed(chunks.batches):
+            dmemory = empty
+            for number, group in reversed([*enumerate(batch.groups)]):
+                memory = kept.pop() if number else empty.new_zeros(group.counts[0], *empty.shape[1:])
+                memory = memory.detach().requires_grad_(number > 0)
+                given = [*gathered(inputs[:count], group), *inputs[count:]]
+                given = [x if x is None else x.detach().requires_grad_(n) for x, n in zip(given, needed, strict=True)]
+                with torch.enable_grad():
+                    ends = piece(given[:count], given[count:], group, memory)
+                dmemory = torch.cat((dmemory, dmemory.new_zeros(len(memory) - len(dmemory), *dmemory.shape[1:])))
+                into = [x for x in (*given, memory) if x is not None and x.requires_grad]
+                back = [dy[group.token].where(group.real[..., None], 0), dmemory]
+                if not ends[1].requires_grad:  # where only what comes after the matrices trains
+                    ends, back = ends[:1], back[:1]
+                found = iter(torch.autograd.grad(ends, into, back))
+                parts = [next(found) if need else None for need in needed]
+                dmemory = next(found, dmemory)
+                add(grads, parts, group, count)
         return None, None, None, None, *grads
+
+
+def add(grads: Weights, parts: Weights, group: Group, count: int) -> None:
+    """Adds what a group says of the gradients of its inputs, of which the first `count` are tokens."""
+    for at, (grad, part) in enumerate(zip(grads, parts, strict=True)):
+        if part is None:
+            continue
+        if at == 0:
+            grad.index_add_(0, group.window.flatten(), part.flatten(0, 1))
+        elif at < count:
+            group.write(grad, part)
+        else:
+            grad += part

@@ -12,6 +12,7 @@ from torch import Tensor
 # Tokens of a chunk, and chunks computed together. On a CPU smaller ones, which fit its cache, take half the time.
 SIZES = {"cpu": (32, 4)}
 OTHERS = (64, 128)
+STEPS = 4  # steps of a group, at least, where documents have as many
 
 
 @dataclass
@@ -40,11 +41,21 @@ class Group:
 
 
 @dataclass
-class Chunks:
-    """The tokens of documents. The longest document comes first, so that those with a chunk more are a step's first."""
+class Batch:
+    """Documents that are computed together. The longest is first, so that those with a chunk more are a step's first.
+
+    A backward pass needs what a group began with, of each of its documents. So those with many chunks are few.
+    """
 
     groups: list[Group]
-    order: Tensor  # (documents,) their numbers, the longest first
+    documents: Tensor  # (documents,) their numbers, the longest first
+
+
+@dataclass
+class Chunks:
+    """The tokens of documents."""
+
+    batches: list[Batch]
 
     @classmethod
     def of(
@@ -54,17 +65,27 @@ class Chunks:
 
         It reads from rows that have `lead` more tokens before each document: those of earlier calls.
         """
-        longest, order = max(lengths), sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        size, most = SIZES.get(device.type, OTHERS)
-        size = min(size, longest)
-        groups: list[list[list[tuple[int, int]]]] = [[]]
-        for at in range(0, longest, size):
-            step = [(i, at) for i in order if at < lengths[i]]
-            if groups[-1] and sum(map(len, groups[-1])) + len(step) > most:
-                groups.append([])
-            groups[-1].append(step)
-        made = [cls.group(steps, starts, lengths, size, width, lead, device) for steps in groups]
-        return cls(made, torch.tensor(order).to(device, non_blocking=True))
+        usual, most = SIZES.get(device.type, OTHERS)
+        size = min(usual, max(lengths))
+        most, batches, total = most * usual // size, [], 0
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            chunks = -(-lengths[i] // size)
+            if not batches or (len(batches[-1]) >= max(1, most // STEPS) and total + chunks > most):
+                batches.append([])
+                total = 0
+            batches[-1].append(i)
+            total += chunks
+        made = []
+        for documents in batches:
+            groups: list[list[list[tuple[int, int]]]] = [[]]
+            for at in range(0, lengths[documents[0]], size):
+                step = [(i, at) for i in documents if at < lengths[i]]
+                if groups[-1] and sum(map(len, groups[-1])) + len(step) > most:
+                    groups.append([])
+                groups[-1].append(step)
+            filled = [cls.group(steps, starts, lengths, size, width, lead, device) for steps in groups if steps]
+            made.append(Batch(filled, torch.tensor(documents).to(device, non_blocking=True)))
+        return cls(made)
 
     @staticmethod
     def group(

@@ -10,11 +10,13 @@ number on a GPU. Letters: d model width, H query heads, G key/value heads, D hea
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch.nn as nn
 import torch.nn.functional as F
 
 from litpeft.model.affine import Affine
+from litpeft.model.chunks import OTHERS, SIZES, STEPS
 from litpeft.model.gpt import MLP, Block
 from litpeft.model.latent import LatentAttention
 from litpeft.model.linear_attention import GatedDeltaNet
@@ -65,7 +67,11 @@ class Kept:
     def attention(self, attn: Attention | GatedDeltaNet | ShortConvolution | Mamba2) -> float:
         """Returns what is kept of queries, keys, values, and what attention makes of them."""
         if isinstance(attn, GatedDeltaNet | ShortConvolution | Mamba2):
-            return sum(linear.out_features for linear in attn.inputs()[0])
+            kept = sum(linear.out_features for linear in attn.inputs()[0])
+            if isinstance(attn, ShortConvolution):
+                return kept
+            tokens = STEPS * (OTHERS if self.gpu else SIZES["cpu"])[0]  # for which a matrix is kept, in float32
+            return kept + prod(attn.sizes.matrices) * max(4, self.itemsize) / self.itemsize / tokens
         if isinstance(attn, AttentionAndMamba):
             state = attn.state.inputs()
             return self.heads(attn) + self.attention(attn.state) + sum(self.input(group) for group in state)
