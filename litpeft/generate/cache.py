@@ -148,6 +148,9 @@ class TokenCache:
         capacity = max(length, min(2 * have, most), min(FIRST_LENGTH, most))
         grown, dtype = [], self.model.dtype or weight.dtype
         for number, layer in enumerate(old):
+            if layer is not None and layer.length is None:
+                grown.append(layer)
+                continue
             new = layer_cache(rows, capacity, config, dtype, weight.device, number)
             if layer is not None:
                 new.take(layer)
