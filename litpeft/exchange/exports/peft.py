@@ -28,7 +28,7 @@ from litpeft.exchange.exports.peft_tokens import add_rows, note_ids, taken_out
 from litpeft.exchange.result import Run
 from litpeft.model.build import deltas_alone
 from litpeft.model.config import ModelConfig
-from litpeft.model.delta import Method
+from litpeft.model.delta import Method, pattern
 from litpeft.model.families import family, split_name
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import config_of
@@ -185,7 +185,7 @@ def beside_layers(
     if not modules:
         return plain_modules(base, names)
     if kinds <= {frozenset(LORA), frozenset(DORA)}:
-        refuse_modules(modules, names)
+        refuse_modules(said, names)
     tensors = {
         f"base_model.{name}"
         if name in SHARED
@@ -209,12 +209,12 @@ def beside_layers(
     return Adapter(config, tensors)
 
 
-def refuse_modules(modules: Iterable[str], names: NameMap) -> None:
-    """Raises if there is one on which peft refuses LoRA in models of this family."""
+def refuse_modules(places: Iterable[str], names: NameMap) -> None:
+    """Raises if there is a layer on which peft refuses LoRA in models of this family."""
     refused = getattr(family(names.family), "NOT_IN_PEFT", ())
-    if found := [module for module in modules if module.rpartition(".")[2] in refused]:
-        what = f"peft takes no LoRA of {found[0]} in models of {names.family}"
-        raise CannotExport(f"{what}: a run whose method.targets leave {', '.join(refused)} out is an adapter")
+    if found := [place for place in places if names.module(place).rpartition(".")[2] in refused]:
+        what = f"peft takes no LoRA of {names.module(found[0])} in models of {names.family}"
+        raise CannotExport(f"{what}: a run whose method.targets do not name {pattern(found[0])} is an adapter")
 
 
 def alone(said: Mapping[str, tuple[Said, float]], names: NameMap) -> bool:
