@@ -12,7 +12,7 @@ from families.tiny_families import MODELS, make_family
 from llama_cpp import next_token, of_model, server, write_bpe
 from safetensors.torch import load_file
 from test_adapters_out import EVERYWHERE, adapter
-from test_gguf_out import LINEAR, ROWS, TURNS, WRITTEN, made, make, written
+from test_gguf_out import HYBRID, LINEAR, ROWS, TURNS, WRITTEN, made, make, written
 
 from litpeft.core.errors import ConfigError, ModelError, UserError
 from litpeft.exchange.convert import convert
@@ -80,16 +80,15 @@ WINDOWS = r"computes with windows and positions in other layers \(config.json: l
             LINEAR | {"mlp_only_layers": [1]},
             r"dense_layers=\(\).*, and this model has .*dense_layers=\(1,",
         ),
-        (
-            "granitemoehybrid",
-            {"mamba_n_heads": 8},
-            "its layers of Mamba are not written for llama.cpp",
-        ),
+        ("granitemoehybrid", {"mamba_n_heads": 8}, r"attention in some layers \(config.json: layer_types\)"),
+        ("granitemoehybrid", HYBRID | {"mamba_proj_bias": True}, "mamba_proj_bias"),
+        ("granitemoehybrid", HYBRID | {"time_step_limit": [0.1, 0.2]}, "time_step_limit"),
+        ("granitemoehybrid", HYBRID | {"num_local_experts": 4}, r"experts None, .* \(config.json: num_local_experts\)"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused_by_key(model_type: str, changes: dict, said: str) -> None:
     with pytest.raises((ConfigError, UserError), match=said):
-        layout(model_type, **changes)
+        layout(**{"model_type": model_type} | changes)
 
 
 @pytest.mark.parametrize(

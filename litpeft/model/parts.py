@@ -173,6 +173,11 @@ def linear_of(layers: Iterable[Layer]) -> LinearAttention | None:
     return next((layer.linear for layer in layers if layer.linear is not None), None)
 
 
+def state_space_of(layers: Iterable[Layer]) -> StateSpace | None:
+    """Returns the sizes of the layers that have a state space; None if there are none."""
+    return next((layer.state_space for layer in layers if layer.state_space is not None), None)
+
+
 @dataclass(frozen=True)
 class LayerInputs:
     """A second embedding, with a vector for each layer, which the layer reads after its MLP."""

@@ -126,6 +126,15 @@ class Gguf:
     graph: Mapping[str, Any] = field(default_factory=dict)
     # the header of a file -> keys of config.json that follow from its sizes and tensors
     implied: Callable[[Any], Mapping[str, Any]] = lambda header: {}
+    hybrid: "Gguf | None" = None  # how it has those with layers of Mamba, if it has another name for them
+
+    def of(self, config: Any) -> "Gguf":
+        """Returns how llama.cpp has a model of this config."""
+        return self.hybrid if self.hybrid and any(layer.state_space for layer in config.layers) else self
+
+    def named(self, arch: str) -> "Gguf":
+        """Returns the one of this name."""
+        return self.hybrid if self.hybrid and self.hybrid.arch == arch else self
 
     def key(self, name: str) -> tuple[str, Callable[[Any], Any]]:
         """Returns the field of ModelConfig that a key of the header says, and what it makes of its value."""

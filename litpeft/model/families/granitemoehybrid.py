@@ -4,14 +4,15 @@ The router's extra loss and the dropout that its config.json may name (router_au
 applied.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from litpeft.model.config import ACTIVATIONS, Experts, ModelConfig, or_zero
 from litpeft.model.families import Gguf, Place, granite, granitemoe, llama
 from litpeft.model.families.deepseek_v3 import refuse_null
-from litpeft.model.families.mamba2 import ATTENTION, MAMBA, Mamba2Keys, mamba_names, no_gguf, state_space
-from litpeft.model.parts import Layer, Rope
+from litpeft.model.families.mamba2 import ATTENTION, MAMBA, Mamba2Keys, mamba_names, state_space
+from litpeft.model.parts import Layer, Rope, state_space_of
 
 MLP = Place("model.layers.{}.shared_mlp.input_linear")
 NAMES = granitemoe.NAMES | {
@@ -23,13 +24,74 @@ NAMES = granitemoe.NAMES | {
     "blocks.{}.mlp.shared.down": "model.layers.{}.shared_mlp.output_linear",
     **mamba_names("model.layers.{}.mamba"),
 }
+SSM = {  # key of a header -> the number of StateSpace
+    "ssm.conv_kernel": "width",
+    "ssm.state_size": "state",
+    "ssm.group_count": "groups",
+    "ssm.time_step_rank": "heads",
+    "ssm.inner_size": "inner",
+}
+
+
+def no_gguf(config: ModelConfig) -> str | None:
+    """Returns what llama.cpp does not compute in a model with layers of Mamba."""
+    sizes = state_space_of(config.layers)
+    if not any(layer.attends for layer in config.layers):
+        return "llama.cpp has attention in some layers (config.json: layer_types)"
+    if sizes.in_bias:
+        return "llama.cpp's layers of Mamba have no such biases (config.json: mamba_proj_bias)"
+    if (sizes.least, sizes.most) != (0.0, None):
+        return "llama.cpp has no limits of dt (config.json: time_step_limit)"
+    return None
+
+
+def implied(header: Any) -> dict[str, Any]:
+    """Returns the keys of config.json that a file with layers of Mamba says otherwise."""
+    count, width = header.number("block_count", int), header.number("embedding_length", int)
+    heads, inner = header.own.get("attention.head_count_kv"), header.number("ssm.inner_size", int)
+    if not isinstance(heads, list) or len(heads) != count or inner % width:
+        raise ValueError("attention.head_count_kv must be a list, and ssm.inner_size a multiple of embedding_length")
+    return {
+        "layer_types": [ATTENTION[1] if number else MAMBA[1] for number in heads],
+        "position_embedding_type": "rope" if header.own.get("rope.scaling.finetuned", True) else None,
+        "num_local_experts": 0,
+        "shared_intermediate_size": header.number("feed_forward_length", int),
+        "mamba_expand": inner // width,
+        "mamba_n_heads": header.number("ssm.time_step_rank", int),
+        "mamba_d_state": header.number("ssm.state_size", int),
+        "mamba_n_groups": header.number("ssm.group_count", int),
+        "mamba_d_conv": header.number("ssm.conv_kernel", int),
+        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in header.stored),
+        "attention_bias": any(name.endswith("attn_q.bias") for name in header.stored),
+    }
+
+
+def said(name: str) -> tuple[str, Callable[[Any], Any]]:
+    """Returns how a number of the layers of Mamba is found."""
+    return "layers", lambda layers: getattr(state_space_of(layers), name)
+
+
+HYBRID = Gguf(
+    "granitehybrid",
+    pairs=True,
+    refuses=no_gguf,
+    implied=implied,
+    keys={
+        **granite.GGUF.keys,
+        **{key: said(name) for key, name in SSM.items()},
+        "attention.head_count_kv": ("", lambda config: [config.n_kv_heads * layer.attends for layer in config.layers]),
+        "rope.scaling.finetuned": ("", lambda config: config.rotary_dim is None),  # whether anything rotates
+    },
+    graph={"qkv_bias": llama.EITHER, "output_bias": llama.EITHER, "rotary_dim": (None, 0)},
+    names={f"blocks.{{}}.mlp.{name}": f"blk.{{}}.ffn_{name}" for name in ("gate", "up", "down")},
+)
 GGUF = Gguf(
     "granite",
     pairs=True,
-    refuses=no_gguf,
     keys=granite.GGUF.keys,
     graph={"qkv_bias": llama.EITHER, "output_bias": llama.EITHER},
-    names={f"blocks.{{}}.mlp.{name}": f"blk.{{}}.ffn_{name}" for name in ("gate", "up", "down")},
+    names=HYBRID.names,
+    hybrid=HYBRID,
 )
 
 
@@ -75,7 +137,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     if keys.position_embedding_type == "rope":
         rope = Rope(config.rope_theta, config.rope_scaling)
     else:
-        config = replace(config, rotary_dim=0, rope_scaling=None)
+        config = replace(config, rotary_dim=0, rope_theta=10000.0, rope_scaling=None)
     kinds = kinds_of(keys)
     if not any(kinds):
         return config

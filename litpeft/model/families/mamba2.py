@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from litpeft.model.config import ConfigKeys, ModelConfig
+from litpeft.model.config import ConfigKeys
 from litpeft.model.families import Place
 from litpeft.model.families.deepseek_v3 import refuse_null
 from litpeft.model.parts import StateSpace
@@ -24,13 +24,6 @@ def mamba_names(theirs: str, ours: str = "blocks.{}.attn") -> dict[str, str | Pl
         f"{ours}.norm": f"{theirs}.norm",
         f"{ours}.out": f"{theirs}.out_proj",
     }
-
-
-def no_gguf(config: ModelConfig) -> str | None:
-    """Returns what is not written for llama.cpp."""
-    if any(layer.state_space is not None for layer in config.layers):
-        return "its layers of Mamba are not written for llama.cpp"
-    return None
 
 
 @dataclass(frozen=True)
