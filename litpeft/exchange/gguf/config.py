@@ -265,9 +265,12 @@ def check(given: Header, name: str, config: ModelConfig) -> None:
 
 
 def of_granite_4(arch: str, key: str, value: Any, config: ModelConfig) -> bool:
-    """Returns whether a key is one that llama.cpp's script writes of Granite 4.0 without Mamba, and nobody reads."""
+    """Returns whether a key is one that llama.cpp's script writes of Granite 4.0, and nobody reads."""
+    if arch not in ("granite", "granitehybrid"):
+        return False
     shared = key == "expert_shared_feed_forward_length" and config.experts is None and value == config.d_ff
-    return arch == "granite" and (shared or key.startswith("ssm."))
+    idle = key.startswith("ssm.") if arch == "granite" else key.startswith("rope.") and not config.rotary_size
+    return shared or (idle and key != "rope.scaling.finetuned")
 
 
 def in_turn(config: ModelConfig, pattern: Any) -> bool:
