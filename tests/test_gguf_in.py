@@ -46,7 +46,7 @@ def test_a_file_gives_back_the_model_that_it_was_written_from(
         file = written(base, tmp_path / "out", type="f32", no_verify=True)
     back = read_back(file, tmp_path / "back")
     (kind, want), (read_kind, read) = read_config(base), read_config(back)
-    assert read_kind == (kind if name == "granitemoehybrid, Mamba" else ALSO.get(kind, kind))
+    assert read_kind == (kind if "Mamba" in name else ALSO.get(kind, kind))
     for key in (field.name for field in fields(want) if field.name not in ("window", "max_positions", "activation")):
         assert alike(getattr(read, key), getattr(want, key)), key
     assert read.max_positions == min(want.max_positions, want.window or want.max_positions)

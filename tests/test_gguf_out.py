@@ -99,6 +99,10 @@ WRITTEN = {
     "granitemoe": (CASES["granitemoe"], 1e-5),
     "granitemoehybrid": (CASES["granitemoehybrid, no experts, tied"], 1e-5),
     "granitemoehybrid, Mamba": (HYBRID, 1e-5),
+    "granitemoehybrid, Mamba and experts": (
+        HYBRID | {"num_local_experts": 4, "position_embedding_type": "rope"},
+        1e-5,
+    ),
     "starcoder2": (CASES["starcoder2"] | {"sliding_window": 100}, GELU),
     "stablelm": (CASES["stablelm"], 1e-5),
     "stablelm, parallel": (CASES["stablelm, parallel"], 1e-5),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from litpeft.model import families
 from litpeft.model.config import ACTIVATIONS, Experts, ModelConfig, or_zero
 from litpeft.model.families import Gguf, Place, granite, granitemoe, llama
 from litpeft.model.families.deepseek_v3 import refuse_null
@@ -51,11 +52,12 @@ def implied(header: Any) -> dict[str, Any]:
     heads, inner = header.own.get("attention.head_count_kv"), header.number("ssm.inner_size", int)
     if not isinstance(heads, list) or len(heads) != count or inner % width:
         raise ValueError("attention.head_count_kv must be a list, and ssm.inner_size a multiple of embedding_length")
+    shared = "expert_shared_feed_forward_length" if header.own.get("expert_count") else "feed_forward_length"
     return {
         "layer_types": [ATTENTION[1] if number else MAMBA[1] for number in heads],
         "position_embedding_type": "rope" if header.own.get("rope.scaling.finetuned", True) else None,
-        "num_local_experts": 0,
-        "shared_intermediate_size": header.number("feed_forward_length", int),
+        "num_local_experts": header.own.get("expert_count", 0),
+        "shared_intermediate_size": header.number(shared, int),
         "mamba_expand": inner // width,
         "mamba_n_heads": header.number("ssm.time_step_rank", int),
         "mamba_d_state": header.number("ssm.state_size", int),
@@ -78,12 +80,18 @@ HYBRID = Gguf(
     implied=implied,
     keys={
         **granite.GGUF.keys,
+        **families.EXPERTS,
+        **families.SHARED_SIZE,
+        "feed_forward_length": ("", lambda config: config.experts.d_ff if config.experts else config.d_ff),
         **{key: said(name) for key, name in SSM.items()},
         "attention.head_count_kv": ("", lambda config: [config.n_kv_heads * layer.attends for layer in config.layers]),
         "rope.scaling.finetuned": ("", lambda config: config.rotary_dim is None),  # whether anything rotates
     },
     graph={"qkv_bias": llama.EITHER, "output_bias": llama.EITHER, "rotary_dim": (None, 0)},
-    names={f"blocks.{{}}.mlp.{name}": f"blk.{{}}.ffn_{name}" for name in ("gate", "up", "down")},
+    names={
+        **{f"blocks.{{}}.mlp.{name}": f"blk.{{}}.ffn_{name}" for name in ("gate", "up", "down")},
+        **{f"blocks.{{}}.mlp.shared.{name}": f"blk.{{}}.ffn_{name}_shexp" for name in ("gate", "up", "down")},
+    },
 )
 GGUF = Gguf(
     "granite",
