@@ -63,8 +63,8 @@ def implied(header: Any) -> dict[str, Any]:
         "mamba_d_state": header.number("ssm.state_size", int),
         "mamba_n_groups": header.number("ssm.group_count", int),
         "mamba_d_conv": header.number("ssm.conv_kernel", int),
-        "mamba_conv_bias": any(name.endswith("ssm_conv1d.bias") for name in header.stored),
-        "attention_bias": any(name.endswith("attn_q.bias") for name in header.stored),
+        "mamba_conv_bias": any(f"blk.{layer}.ssm_conv1d.bias" in header.stored for layer in range(count)),
+        "attention_bias": any(f"blk.{layer}.attn_q.bias" in header.stored for layer in range(count)),
     }
 
 
