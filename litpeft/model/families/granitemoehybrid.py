@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from litpeft.core.errors import ModelError
 from litpeft.model import families
 from litpeft.model.config import ACTIVATIONS, Experts, ModelConfig, or_zero
 from litpeft.model.families import Gguf, Place, granite, granitemoe, llama
@@ -51,7 +52,8 @@ def implied(header: Any) -> dict[str, Any]:
     count, width = header.number("block_count", int), header.number("embedding_length", int)
     heads, inner = header.own.get("attention.head_count_kv"), header.number("ssm.inner_size", int)
     if not isinstance(heads, list) or len(heads) != count or inner % width:
-        raise ValueError("attention.head_count_kv must be a list, and ssm.inner_size a multiple of embedding_length")
+        what = "attention.head_count_kv must be a list, and ssm.inner_size a multiple of embedding_length"
+        raise ModelError(f"{what}, in a header of {header.arch}")
     shared = "expert_shared_feed_forward_length" if header.own.get("expert_count") else "feed_forward_length"
     return {
         "layer_types": [ATTENTION[1] if number else MAMBA[1] for number in heads],
