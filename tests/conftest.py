@@ -94,7 +94,10 @@ class NoPolar(TorchFunctionMode):
 def in_float64(model: torch.nn.Module) -> torch.nn.Module:
     """Makes transformers compute norms, attention and routers in float64, which it does in float32 for any type."""
     for module in model.modules():
-        if any(kind in type(module).__name__ for kind in ("Norm", "Attention", "Router", "DeltaNet")):
+        if any(
+            kind in type(module).__name__
+            for kind in ("Norm", "Attention", "Router", "DeltaNet", "Mamba", "Mixer", "NemotronHFor")
+        ):
             module.forward = in_mode(module.forward, NoFloat32)
         if "Rotary" in type(module).__name__:
             module.forward = in_mode(module.forward, NoPolar)

@@ -12,6 +12,7 @@ CONFIG = ModelConfig(
 VALUES = {int: 6, float: 0.1, RopeScaling: RopeScaling("linear", 4.0), Experts: Experts(4, 2, 24)}
 VALUES |= {ClampedGate: ClampedGate(1.7, 0.5), LayerInputs: LayerInputs(320, 6), Latent: Latent(12, 8, 10, 6, 16)}
 VALUES |= {tuple[Layer, ...]: (Layer(window=6),), QueryGrowth: QueryGrowth(0.5, 6)}
+VALUES |= {tuple[float, float]: (0.5, 2.0)}
 
 
 def away(field: Field) -> Any:

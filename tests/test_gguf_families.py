@@ -12,7 +12,7 @@ from families.tiny_families import MODELS, make_family
 from llama_cpp import next_token, of_model, server, write_bpe
 from safetensors.torch import load_file
 from test_adapters_out import EVERYWHERE, adapter
-from test_gguf_out import LINEAR, ROWS, TURNS, WRITTEN, made, make, written
+from test_gguf_out import HYBRID, LINEAR, ROWS, TURNS, WRITTEN, made, make, written
 
 from litpeft.core.errors import ConfigError, ModelError, UserError
 from litpeft.exchange.convert import convert
@@ -80,11 +80,14 @@ WINDOWS = r"computes with windows and positions in other layers \(config.json: l
             LINEAR | {"mlp_only_layers": [1]},
             r"dense_layers=\(\).*, and this model has .*dense_layers=\(1,",
         ),
+        ("granitemoehybrid", {"mamba_n_heads": 8}, r"attention in some layers \(config.json: layer_types\)"),
+        ("granitemoehybrid", HYBRID | {"mamba_proj_bias": True}, "mamba_proj_bias"),
+        ("granitemoehybrid", HYBRID | {"time_step_limit": [0.1, 0.2]}, "time_step_limit"),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused_by_key(model_type: str, changes: dict, said: str) -> None:
     with pytest.raises((ConfigError, UserError), match=said):
-        layout(model_type, **changes)
+        layout(**{"model_type": model_type} | changes)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +240,7 @@ def test_a_tensor_with_a_part_that_does_not_fold_into_groups_is_written_as_numbe
 
 
 QUICK = ("falcon, new", "glm4", "qwen3_5_text", "qwen3_next")
-OTHERS = ("phi", "falcon", "olmo", "olmo3", "cohere", "cohere2", "glm")
+OTHERS = ("phi", "falcon", "olmo", "olmo3", "cohere", "cohere2", "glm", "granitemoehybrid, Mamba")
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])

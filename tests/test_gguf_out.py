@@ -57,6 +57,8 @@ OLMO3 = {"model_type": "olmo3", "rope_scaling": YARN | {"rope_theta": 500_000.0}
 LINEAR = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_value_heads": 6}
 SHORT = {"conv_bias": False, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
 LINEAR |= {"linear_num_key_heads": 2, "layer_types": ["linear_attention", "full_attention"]}
+HYBRID = CASES["granitemoehybrid"] | {"layer_types": ["mamba", "attention", "mamba"], "num_hidden_layers": 3}
+HYBRID |= {"num_local_experts": 0, "mamba_d_state": 16}
 WRITTEN = {
     "llama": (CASES["grouped queries"], 1e-5),
     "llama, wide heads": (CASES["one key head, wide heads"], 1e-5),
@@ -96,6 +98,11 @@ WRITTEN = {
     "granite": (CASES["granite"], 1e-5),
     "granitemoe": (CASES["granitemoe"], 1e-5),
     "granitemoehybrid": (CASES["granitemoehybrid, no experts, tied"], 1e-5),
+    "granitemoehybrid, Mamba": (HYBRID, 1e-5),
+    "granitemoehybrid, Mamba and experts": (
+        HYBRID | {"num_local_experts": 4, "position_embedding_type": "rope"},
+        1e-5,
+    ),
     "starcoder2": (CASES["starcoder2"] | {"sliding_window": 100}, GELU),
     "stablelm": (CASES["stablelm"], 1e-5),
     "stablelm, parallel": (CASES["stablelm, parallel"], 1e-5),

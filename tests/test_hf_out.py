@@ -39,6 +39,7 @@ def silently_loaded(folder: Path, caplog) -> torch.nn.Module:
 
 
 SLOW = {"qwen2_moe", "granitemoe", "granitemoehybrid", "glm4_moe", "ernie4_5_moe"}  # their layout is that of others
+SLOW |= {"bamba", "falcon_h1", "lfm2_moe"}
 NAMES = [pytest.param(name, "lora", marks=pytest.mark.slow) if name in SLOW else (name, "lora") for name in MODELS]
 
 

@@ -19,13 +19,15 @@ from litpeft.generate.engine import answer, stream
 from litpeft.generate.settings import Sampling
 from litpeft.methods.adapter import Adapter
 from litpeft.methods.lora import LoRA
-from litpeft.model import delta_rule
+from litpeft.model import chunks
 from litpeft.model.build import build
+from litpeft.model.by_chunk import read
+from litpeft.model.chunks import Chunks
 from litpeft.model.context import Context
 from litpeft.model.delta import attach
-from litpeft.model.delta_rule import Chunks, gated_delta_rule
+from litpeft.model.delta_rule import gated_delta_rule
 from litpeft.model.gpt import GPT
-from litpeft.model.parts import Layer, LinearAttention, Rope
+from litpeft.model.parts import Layer, LinearAttention, Rope, StateSpace
 
 CHUNK = 64  # tokens
 LENGTHS = (70, 1, 2 * CHUNK, 3 * CHUNK + 5, 64, 33)  # tokens
@@ -45,22 +47,24 @@ def token_by_token(q, k, v, fade, write, memory):
 
 @pytest.mark.parametrize("at_once", [1, 4, 128])
 def test_chunks_give_what_the_recurrence_gives_token_by_token_and_its_gradients(at_once: int, monkeypatch) -> None:
-    monkeypatch.setitem(delta_rule.SIZES, "cpu", (CHUNK, at_once))
+    monkeypatch.setitem(chunks.SIZES, "cpu", (CHUNK, at_once))
     torch.manual_seed(0)
     starts, documents = [0, *accumulate(LENGTHS)], len(LENGTHS)
     q, k = (torch.nn.functional.normalize(torch.randn(sum(LENGTHS), HEADS, KEY).double(), dim=-1) for _ in range(2))
     v, fade, write = torch.randn(len(q), HEADS, VALUE), -torch.rand(len(q), HEADS), torch.rand(len(q), HEADS)
     inputs = [x.double().requires_grad_(True) for x in (q, k, v, fade, write)]
     before = torch.randn(documents, HEADS, KEY, VALUE, dtype=torch.float64, requires_grad=True)
-    chunks = Chunks.of(starts, LENGTHS, 4, torch.device("cpu"))
-    assert len(chunks.groups) == {1: 4, 4: 3, 128: 1}[at_once]
-    got, memory, after = torch.zeros_like(inputs[2]), before[chunks.order], [before[:0]]
-    for group in chunks.groups:
-        after.append(memory[group.counts[0] :])
-        own = [x[group.token].where(group.real.view(*group.real.shape, *[1] * (x.dim() - 1)), 0) for x in inputs]
-        y, memory = gated_delta_rule(*(x.transpose(1, 2) for x in own), group.counts, memory[: group.counts[0]])
-        got = got.index_put((group.token[group.real],), y.transpose(1, 2)[group.real])
-    after = torch.cat([memory, *reversed(after)])[chunks.order.argsort()]
+    cut = Chunks.of(starts, LENGTHS, 1, torch.device("cpu"))
+    assert [len(batch.groups) for batch in cut.batches] == {1: [4, 2, 2, 1, 1, 1], 4: [1, 1, 1], 128: [1]}[at_once]
+
+    def piece(tokens, _, group, memory):
+        own = [x.where(group.real.view(*group.real.shape, *[1] * (x.dim() - 2)), 0).transpose(1, 2) for x in tokens]
+        k, v, q, fade, write = own
+        y, memory = gated_delta_rule(q, k, v, fade, write, group.counts, memory)
+        return y.transpose(1, 2), memory
+
+    q, k, v, fade, write = inputs
+    got, after = read((k, v, q, fade, write), (), cut, before, piece)
     alone = zip(*(x.split(LENGTHS) for x in inputs), before, strict=True)
     parts = [token_by_token(*document) for document in alone]
     want, want_after = torch.cat([y for y, _ in parts]), torch.stack([memory for _, memory in parts])
@@ -78,7 +82,7 @@ def test_groups_of_chunks_change_no_gradient_but_by_rounding(at_once: int, both,
     lengths, grads = (150, 30, 70), []
     ids = torch.randint(0, TINY["vocab_size"], (1, sum(lengths)))
     for size in ((32, 4), (CHUNK, at_once)):
-        monkeypatch.setitem(delta_rule.SIZES, "cpu", size)
+        monkeypatch.setitem(chunks.SIZES, "cpu", size)
         model.zero_grad()
         model(ids, Context.packed(lengths, ids.device, None), at=torch.arange(249), targets=ids[0, 1:]).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
@@ -97,7 +101,7 @@ def both(tmp_path):
     return made("qwen3_5_text", tmp_path)
 
 
-@pytest.fixture(params=["qwen3_5_text", "lfm2"])
+@pytest.fixture(params=["qwen3_5_text", "lfm2", "falcon_h1"])
 def model(request, tmp_path) -> GPT:
     return made(request.param, tmp_path)[1]
 
@@ -153,9 +157,9 @@ def test_the_adapters_prompts_stand_in_the_layers_with_attention(tmp_path) -> No
 
 def test_no_pass_waits_for_a_number_of_the_device() -> None:
     """Fake tensors, which have shapes and types but no memory, refuse what needs a number of theirs."""
-    layers = [Layer(linear=LinearAttention(2, 4, 8, 12, 4)), Layer(rope=Rope())]
-    config = replace(CONFIG, n_layers=2, gated_attention=True).with_layers(layers)
-    lengths = (700, 300, 20, 5)
+    layers = [Layer(linear=LinearAttention(2, 4, 8, 12, 4)), Layer(state_space=StateSpace(6, 3, 2, 5, 4))]
+    config = replace(CONFIG, n_layers=3, gated_attention=True).with_layers([*layers, Layer(rope=Rope())])
+    lengths = (150, 20, 5)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = attached(GPT(config), LoRA())
         ids = torch.zeros(1, sum(lengths), dtype=torch.long)

@@ -60,6 +60,50 @@ GRANITE4 = {
     "num_local_experts": 0,
     "shared_intermediate_size": 96,
 } | SCALES
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 12,
+}
+FALCON_H1 = {
+    "model_type": "falcon_h1",
+    "mamba_d_ssm": 48,
+    "mamba_n_heads": 6,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 10,
+    "lm_head_multiplier": 0.7,
+    "embedding_multiplier": 5.0,
+    "mlp_multipliers": [0.8, 1.3],
+    "key_multiplier": 0.4,
+    "attention_out_multiplier": 1.6,
+    "attention_in_multiplier": 1.2,
+    "ssm_multipliers": [0.5, 1.5, 0.625, 1.75, 0.875],  # which transformers rounds to float32
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.9,
+    "pad_token_id": 0,
+}
+LFM2_MOE = {
+    "model_type": "lfm2_moe",
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "tie_word_embeddings": False,
+}
+NEMOTRON_H = {
+    "model_type": "nemotron_h",
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 12,
+    "n_groups": 2,
+    "ssm_state_size": 10,
+    "head_dim": 16,
+    "moe_intermediate_size": 48,
+    "moe_shared_expert_intermediate_size": 40,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 3,
+}
 GLM4_MOE = {
     "model_type": "glm4_moe",
     "moe_intermediate_size": 48,
@@ -210,7 +254,16 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "olmo": {"model_type": "olmo", "clip_qkv": 0.2},
     "granite": {"model_type": "granite"} | SCALES,
     "granitemoe": {"model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 3} | SCALES,
-    "granitemoehybrid": GRANITE4 | {"num_local_experts": 4, "position_embedding_type": "rope"},
+    "granitemoehybrid": GRANITE4 | MAMBA | {"layer_types": ["mamba", "attention"], "num_local_experts": 4},
+    "granitemoehybrid, Mamba with limits and biases": GRANITE4
+    | MAMBA
+    | {
+        "layer_types": ["attention", "mamba"],
+        "time_step_limit": [0.3, 0.9],
+        "mamba_conv_bias": False,
+        "mamba_proj_bias": True,
+    },
+    "granitemoehybrid, rope": GRANITE4 | {"num_local_experts": 4, "position_embedding_type": "rope"},
     "granitemoehybrid, no experts, tied": GRANITE4 | {"position_embedding_type": "rope", "tie_word_embeddings": True},
     "granitemoehybrid, no positions": GRANITE4 | {"attention_bias": True, "num_experts_per_tok": 0},
     "ministral3": {
@@ -240,6 +293,19 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "bias": True,
     },
     "falcon, serial": {"model_type": "falcon", "multi_query": False, "parallel_attn": False, "bias": True},
+    "bamba": MAMBA | {"model_type": "bamba", "attn_layer_indices": [1], "pad_token_id": 0},
+    "bamba, biases": MAMBA
+    | {"model_type": "bamba", "attn_layer_indices": [0], "attention_bias": True, "mlp_bias": True, "pad_token_id": 0},
+    "falcon_h1": FALCON_H1 | {"mamba_rms_norm": True},
+    "falcon_h1, norm after the gate, biases": FALCON_H1
+    | {
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "projectors_bias": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "falcon_h1, no norm, tied": FALCON_H1 | {"mamba_proj_bias": True, "tie_word_embeddings": True, "head_dim": 24},
     "stablelm": {"model_type": "stablelm", "use_qkv_bias": True},
     "stablelm, parallel": {"model_type": "stablelm", "use_parallel_residual": True},
     "stablelm, norms of each head": {"model_type": "stablelm", "qk_layernorm": True},
@@ -298,6 +364,15 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
         "block_multiple_of": 16,
         "tie_word_embeddings": False,
     },
+    "lfm2_moe": LFM2_MOE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2_moe, no bias": LFM2_MOE
+    | {
+        "layer_types": ["full_attention", "conv"],
+        "num_dense_layers": 0,
+        "use_expert_bias": False,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 2.0,
+    },
     "starcoder2": {"model_type": "starcoder2", "sliding_window": 8},
     "cohere2": {"model_type": "cohere2", "sliding_window": 8, "sliding_window_pattern": 2, "pad_token_id": 0},
     "cohere": {"model_type": "cohere", "use_qk_norm": True, "pad_token_id": 0},
@@ -321,6 +396,9 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     | {"moe_layer_end_index": 0, "moe_layer_start_index": 0, "moe_num_shared_experts": 0, "moe_norm_min": 0.6},
     "ernie4_5": {"model_type": "ernie4_5", "use_bias": True, "head_dim": 16},
     "nemotron": {"model_type": "nemotron", "attention_bias": True},
+    "nemotron_h": NEMOTRON_H | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"]},
+    "nemotron_h, biases, no experts": NEMOTRON_H
+    | {"layers_block_type": ["mlp", "full_attention", "linear_attention"], "use_bias": True, "mlp_bias": True},
 }
 CASES = {
     "grouped queries": {},

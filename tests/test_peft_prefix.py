@@ -36,7 +36,7 @@ REFUSED += ("cohere",)  # with use_qk_norm
 NOT_IN_PEFT = ("neox", "neox serial", "falcon", "falcon new", "deepseek_v2", "deepseek_v3")  # it makes other shapes
 IDS = torch.randint(2, 100, (2, 20), generator=torch.Generator().manual_seed(0))
 COUNT = 3
-NO_ATTENTION = (*LINEAR, "lfm2")  # in some layers
+NO_ATTENTION = (*LINEAR, "lfm2", "lfm2_moe", "granitemoehybrid", "nemotron_h", "falcon_h1", "bamba")  # in some layers
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from litpeft.data.batches import framed
 from litpeft.generate.cpu.fused_block import NATIVE_TOKENS
 from litpeft.generate.cuda_graph import WIDTHS, RecordedStep
-from litpeft.model.context import Cache, Context, KVCache, StateCache, layer_cache
+from litpeft.model.context import Cache, Context, layer_cache
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Slot
 
@@ -33,8 +33,8 @@ class TokenCache:
         self.adapters: list[int] = []  # number of each row's run, where several are beside one base
         self.edits: bool | None = None  # whether a method acts at positions that depend on `prompts`
         self.turn = model.config.turning_length  # beyond it the keys of all earlier tokens are others
-        # a row goes on where it ended, or is read anew: what a layer without attention knows is of all its tokens
-        self.only_on = not all(layer.attends for layer in model.config.layers)
+        # a row goes on where it ended, or is read anew: the state of a layer without attention is of all its tokens
+        self.only_on = any(layer.recurs for layer in model.config.layers)
         # FSDP's class gathers weights at every step; a recorded step knows neither the length of its text nor how many
         # tokens an expert has or a row adds
         alone = type(model) is GPT and model.config.experts is None and not self.only_on
@@ -142,18 +142,18 @@ class TokenCache:
         """Grows the cache to `length` tokens or more; by doubling, so that not every token copies all earlier ones."""
         weight, config = self.model.embed.weight, self.model.config
         most, old = self.model.max_positions, self.layers or [None] * config.n_layers
-        have = min((layer.k.size(2) for layer in self.layers if isinstance(layer, KVCache)), default=0)
+        have = min((layer.length for layer in self.layers if layer.length is not None), default=0)
         if length <= have:
             return
         capacity = max(length, min(2 * have, most), min(FIRST_LENGTH, most))
         grown, dtype = [], self.model.dtype or weight.dtype
         for number, layer in enumerate(old):
-            if isinstance(layer, StateCache):
+            if layer is not None and layer.length is None:
                 grown.append(layer)
                 continue
             new = layer_cache(rows, capacity, config, dtype, weight.device, number)
             if layer is not None:
-                new.k[:, :, :have], new.v[:, :, :have] = layer.k, layer.v
+                new.take(layer)
             grown.append(new)
         self.layers, self.recorded = grown, {}
 

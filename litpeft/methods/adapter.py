@@ -68,7 +68,8 @@ class Adapter(Method):
         check_least(self, "method.", prompt_length=1, most=LONGEST_PROMPT)
 
     def attach(self, model: GPT) -> None:
-        top = [block for block in model.blocks[-self.layers :] if model.config.layer(block.attn.layer).attends]
+        numbered = list(enumerate(model.blocks))[-self.layers :]
+        top = [block for number, block in numbered if model.config.layer(number).attends]
         if not top:
             what = f"none of the top {self.layers} blocks has attention"
             raise ConfigError(what, where="method.layers", hint="say more, or take another method, such as lora")

@@ -100,5 +100,5 @@ class Bottleneck(Method):
             raise ConfigError(what, where="method.reduction_factor")
         for block in model.blocks[self.skip_layers :]:
             for place in KINDS[self.kind]:
-                adapter = BottleneckAdapter(width, inner, self.kind, self.activation, self.scale)
-                getattr(block, place).add("bottleneck", adapter)
+                if (slot := getattr(block, place)) is not None:  # None: the block is attention or an MLP alone
+                    slot.add("bottleneck", BottleneckAdapter(width, inner, self.kind, self.activation, self.scale))

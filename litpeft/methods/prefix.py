@@ -83,8 +83,9 @@ class Prefix(Method):
 
     def attach(self, model: GPT) -> None:
         hint, layers = "take another method, such as prompt or lora", [block.attn for block in model.blocks]
-        if not all(layer.attends for layer in model.config.layers):
-            what = "some layers of this model have no attention: there no token reads the keys and values of others"
+        if not all(layer.by_keys for layer in model.config.layers):
+            what = "some layers of this model have no attention, or a state beside it: there tokens know earlier ones"
+            what += " otherwise than by keys and values"
             raise ConfigError(what, where="method", hint=hint)
         if not layers[0].keys_and_values():
             what = "the attention of this model makes keys and values of shorter vectors: it has no attn.k and attn.v"

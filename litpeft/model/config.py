@@ -80,6 +80,7 @@ class ModelConfig:
     logit_cap: float | None = None  # logits l become cap * tanh(l / cap), after logit_scale
     latent: Latent | None = None
     gated_attention: bool = later(False)  # what attention returns is multiplied by the sigmoid of a gate, head by head
+    mlp_scales: tuple[float, float] | None = later(None)  # of what the gate's activation reads, and the MLP returns
     layer_inputs: LayerInputs | None = None
     layer_scale: bool = False  # a layer's output is multiplied by a number of its own
 
@@ -223,6 +224,7 @@ KINDS = {
     dict: "an object",
     list[str]: "a list of names",
     list[int]: "a list of whole numbers",
+    list[float]: "a list of numbers",
     NoneType: "null",
 }
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from litpeft.model.attention import Documents, causal_mask
+from litpeft.model.chunks import Chunks
 from litpeft.model.config import ModelConfig
-from litpeft.model.delta_rule import Chunks
 
 KEYS = 64  # the length of a cache, and of what attention reads of it, is a multiple of this
 
@@ -20,7 +20,7 @@ KEYS = 64  # the length of a cache, and of what attention reads of it, is a mult
 class KVCache:
     """Keys and values of one layer, each at its position; positions that a row has not written yet are masked.
 
-    A layer that reads those of another has an empty one.
+    A layer that reads those of another has an empty one, and so has one without attention.
     """
 
     def __init__(
@@ -34,9 +34,18 @@ class KVCache:
     ):
         """`number` is that of the layer."""
         length, layer = -(-length // KEYS) * KEYS, config.layer(number)
-        heads = 0 if layer.keys_of is not None else config.kv_heads(layer)
+        heads = config.kv_heads(layer) if layer.attends and layer.keys_of is None else 0
         shape = (rows, heads, length, config.head_size(layer))
         self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def length(self) -> int:
+        """Returns how many positions it has memory for."""
+        return self.k.size(2)
+
+    def take(self, other: "KVCache") -> None:
+        """Takes over what a shorter one holds."""
+        self.k[:, :, : other.length], self.v[:, :, : other.length] = other.k, other.v
 
     def of_rows(self, rows: slice) -> "KVCache":
         """Returns a view of some rows: what is written to it is written here."""
@@ -70,12 +79,17 @@ class StateCache:
     def __init__(self, rows: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, number: int):
         """`number` is that of the layer."""
         layer, matrices, channels = config.layer(number), (0,), config.d_model
-        if (sizes := layer.linear) is not None:
-            matrices = sizes.heads, sizes.key_size, sizes.value_size
-            channels = 2 * sizes.key_heads * sizes.key_size + sizes.heads * sizes.value_size
-        width, wide = (layer.linear or layer.convolution).width, torch.promote_types(dtype, torch.float32)
+        if (sizes := layer.chunked) is not None:
+            matrices, channels = sizes.matrices, sizes.channels
+        width, wide = (sizes or layer.convolution).width, torch.promote_types(dtype, torch.float32)
         self.memory = torch.zeros(rows, *matrices, dtype=wide, device=device)
         self.before = torch.zeros(rows, width - 1, channels, dtype=dtype, device=device)
+
+    length = None  # it has memory for any number of positions
+
+    def take(self, other: "StateCache") -> None:
+        """Takes over what another one holds."""
+        self.memory, self.before = other.memory, other.before
 
     def of_rows(self, rows: slice) -> "StateCache":
         """Returns a view of some rows: what is written to it is written here."""
@@ -106,16 +120,44 @@ class StateCache:
             self.memory.copy_(memory)
 
 
-Cache = KVCache | StateCache
+class BothCaches:
+    """What a layer knows that has attention and a state side by side."""
+
+    def __init__(self, keys: KVCache, state: StateCache):
+        self.keys, self.state = keys, state
+        self.update, self.earlier, self.remember = keys.update, state.earlier, state.remember
+
+    @property
+    def length(self) -> int:
+        """Returns how many positions it has memory for."""
+        return self.keys.length
+
+    def take(self, other: "BothCaches") -> None:
+        """Takes over what a shorter one holds."""
+        self.keys.take(other.keys), self.state.take(other.state)
+
+    def of_rows(self, rows: slice) -> "BothCaches":
+        """Returns a view of some rows: what is written to it is written here."""
+        return BothCaches(self.keys.of_rows(rows), self.state.of_rows(rows))
+
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Lets two rows change places, of which at most `length` positions are written."""
+        self.keys.swap(one, other, length), self.state.swap(one, other, length)
+
+
+Cache = KVCache | StateCache | BothCaches
 
 
 def layer_cache(
     rows: int, length: int, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, number: int
 ) -> Cache:
     """Returns an empty cache for a layer."""
-    if not config.layer(number).attends:
-        return StateCache(rows, config, dtype, device, number)
-    return KVCache(rows, length, config, dtype, device, number)
+    layer = config.layer(number)
+    state = StateCache(rows, config, dtype, device, number) if layer.recurs else None
+    if state is not None and not layer.attends:
+        return state
+    keys = KVCache(rows, length, config, dtype, device, number)
+    return keys if state is None else BothCaches(keys, state)
 
 
 def exchange(rows: Tensor, one: int, other: int) -> None:
@@ -146,7 +188,7 @@ class Context:
     shared: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> its k and v, which others read
     layer_input: Tensor | None = None  # (B, T, size) of model/layer_inputs.py, for one layer
     counts: tuple[int, ...] | None = None  # with a cache: new tokens of each row, before its padding; None = all T
-    chunks: Chunks | None = None  # the tokens as layers of linear attention compute them
+    chunks: Chunks | None = None  # the tokens as layers of linear attention and Mamba's compute them
 
     @classmethod
     def rows(cls, ids: Tensor) -> "Context":

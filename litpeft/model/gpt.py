@@ -33,7 +33,9 @@ from litpeft.model.noise import with_noise
 from litpeft.model.norms import make_norm
 from litpeft.model.recompute import Offloaded, Recomputed, again, is_marking
 from litpeft.model.short_convolution import ShortConvolution
+from litpeft.model.side_by_side import AttentionAndMamba
 from litpeft.model.slots import Embedding, Linear, Slot, TiedHead, project
+from litpeft.model.state_space import Mamba2
 from litpeft.model.xielu import XIELU
 
 ACTIVATIONS = {
@@ -52,7 +54,7 @@ class MLP(nn.Module):
         super().__init__()
         d, d_ff = config.d_model, d_ff or config.d_ff
         self.act = None if config.clamped_gate else ACTIVATIONS.get(config.activation) or XIELU()
-        self.clamped = config.clamped_gate
+        self.clamped, self.scales = config.clamped_gate, config.mlp_scales
         self.gate = Linear(d, d_ff, config.mlp_bias) if config.gated_mlp else None
         self.up = Linear(d, d_ff, config.mlp_bias)
         self.down = Linear(d_ff, d, config.mlp_bias)
@@ -65,6 +67,8 @@ class MLP(nn.Module):
         if self.gate is None:
             return self.down(again(self.act, self.up(x, ctx)), ctx)
         gate, up = project(x, ctx, self.gate, self.up)
+        if self.scales is not None:
+            return self.down(again(self.gated, gate * self.scales[0], up), ctx) * self.scales[1]
         if self.act is not F.silu or use_eager() or is_marking() or ctx is None or ctx.recompute:
             return self.down(again(self.gated, gate, up), ctx)
         with Recomputed(marks=False) as kept:  # saves a fifth of activation memory
@@ -84,25 +88,32 @@ class Block(nn.Module):
         super().__init__()
         before = (lambda: make_norm(config)) if config.norms != "after" else nn.Identity
         after = (lambda: make_norm(config)) if config.norms != "before" else lambda: None
-        self.parallel, self.scale = config.parallel_residual, config.residual_scale
-        self.norm1 = before()
-        self.attn = mixer(config, layer)(config, layer)
-        self.post_norm1 = after()
-        self.after_attn = Slot()
-        self.norm2 = None if config.shared_norm else before()
-        self.mlp = Mixture(config, MLP) if config.has_experts(layer) else MLP(config, config.layer(layer).d_ff)
-        self.post_norm2 = after()
-        self.after_mlp = Slot()
+        self.parallel, self.scale, only = config.parallel_residual, config.residual_scale, config.layer(layer).only
+        self.norm1 = self.attn = self.post_norm1 = self.after_attn = None  # of a layer that is an MLP alone
+        if only != "mlp":
+            self.norm1 = before()
+            self.attn = mixer(config, layer)(config, layer)
+            self.post_norm1 = after()
+            self.after_attn = Slot()
+        self.norm2 = self.mlp = self.post_norm2 = self.after_mlp = None  # of one without
+        if only != "mixer":
+            self.norm2 = None if config.shared_norm else before()
+            self.mlp = Mixture(config, MLP) if config.has_experts(layer) else MLP(config, config.layer(layer).d_ff)
+            self.post_norm2 = after()
+            self.after_mlp = Slot()
         self.input = LayerInput(config, ACTIVATIONS[config.activation]) if config.layer_inputs else None
         self.register_buffer("layer_scalar", torch.ones(1) if config.layer_scale else None)
         self.after_block = Slot()
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
-        h = again(self.norm1, x)
-        y = self.added(x, self.attn(h, ctx), self.post_norm1, self.after_attn, h, ctx)
-        if self.norm2 is not None:
-            h = again(self.norm2, x if self.parallel else y)
-        y = self.added(y, self.mlp(h, ctx), self.post_norm2, self.after_mlp, h, ctx)
+        y = x
+        if self.attn is not None:
+            h = again(self.norm1, x)
+            y = self.added(x, self.attn(h, ctx), self.post_norm1, self.after_attn, h, ctx)
+        if self.mlp is not None:
+            if self.norm2 is not None:
+                h = again(self.norm2, x if self.parallel else y)
+            y = self.added(y, self.mlp(h, ctx), self.post_norm2, self.after_mlp, h, ctx)
         if self.input is not None:
             y = y + self.input(y, ctx)
         if self.layer_scalar is not None:
@@ -118,9 +129,11 @@ class Block(nn.Module):
 def mixer(config: ModelConfig, layer: int) -> type[nn.Module]:
     """Returns the class of the part of a layer in which tokens read others."""
     kind = config.layer(layer)
+    if kind.beside is not None:
+        return AttentionAndMamba
     if kind.attends:
         return Attention if config.latent is None else LatentAttention
-    return GatedDeltaNet if kind.convolution is None else ShortConvolution
+    return ShortConvolution if kind.convolution else GatedDeltaNet if kind.linear else Mamba2
 
 
 def run_block(block: Block, x: Tensor, ctx: Context) -> Tensor:
@@ -164,7 +177,8 @@ class GPT(nn.Module):
     @property
     def learned_keys(self) -> int:
         """Returns how many first positions of each document have learned keys; those are not rotated."""
-        return max([0, *(linear.slot.virtual_tokens for linear in self.blocks[0].attn.keys_and_values())])
+        attn = self.blocks[0].attn  # methods that learn keys learn those of all layers
+        return max([0, *(linear.slot.virtual_tokens for linear in attn.keys_and_values())]) if attn is not None else 0
 
     @property
     def virtual_tokens(self) -> int:
@@ -254,8 +268,8 @@ class GPT(nn.Module):
 
     def complete(self, ctx: Context, kind: Layer, x: Tensor) -> None:
         """Sets what a context has for layers of one kind: rotary positions, the mask of a step with a cache, chunks."""
-        if kind.linear is not None:
-            ctx.cut(kind.linear.width)
+        if kind.chunked is not None:
+            ctx.cut(kind.chunked.width)
         if not kind.attends:
             return
         size = self.config.rotary_of(kind)

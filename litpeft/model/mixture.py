@@ -27,6 +27,14 @@ class Statics(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(1, experts))
 
 
+class ExpertBias(nn.Module):
+    """The same, under the name that LFM2's files have."""
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.register_buffer("expert_bias", torch.zeros(experts))
+
+
 class Router(nn.Linear):
     """The shares of a token's experts. No `slots.Linear`: methods leave it alone, and it is never quantised."""
 
@@ -36,6 +44,7 @@ class Router(nn.Linear):
         if self.kind.corrected:  # what it is in the files; it has no gradient
             self.register_buffer("e_score_correction_bias", torch.zeros(self.kind.number))
         self.statics = Statics(self.kind.number) if self.kind.statics else None
+        self.apart = ExpertBias(self.kind.number) if self.kind.apart else None
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
@@ -47,11 +56,13 @@ class Router(nn.Linear):
         rows = x.to(wide) if self.kind.wide_router else x
         bias = None if self.bias is None else self.bias.to(rows.dtype)
         logits = nn.functional.linear(rows, self.weight.to(rows.dtype), bias)
-        scores = logits.to(wide).sigmoid() if self.kind.corrected else logits.softmax(-1, dtype=wide)
+        sigmoids = self.kind.corrected or self.kind.sigmoids
+        scores = logits.to(wide).sigmoid() if sigmoids else logits.softmax(-1, dtype=wide)
         chosen = self.choose(scores)
         shares = scores.gather(-1, chosen)
         if self.kind.normed:
-            shares = shares / shares.sum(-1, keepdim=True).clamp(min=self.kind.least_sum)
+            total = shares.sum(-1, keepdim=True) + self.kind.sum_plus
+            shares = shares / total.clamp(min=self.kind.least_sum)
         return (shares * self.kind.scale).to(x.dtype), chosen
 
     def choose(self, scores: Tensor) -> Tensor:
@@ -60,6 +71,8 @@ class Router(nn.Linear):
             scores = scores + self.e_score_correction_bias.to(scores.dtype)
         if self.statics is not None:
             scores = scores + self.statics.e_score_correction_bias.to(scores.dtype)
+        if self.apart is not None:
+            scores = scores + self.apart.expert_bias.to(scores.dtype)
         if self.kind.groups > 1:
             groups = scores.unflatten(-1, (self.kind.groups, -1))
             of_groups = groups.topk(2).values.sum(-1) if self.kind.corrected else groups.amax(-1)

@@ -38,6 +38,14 @@ class RMSNorm1p(RMSNorm):
         return rms_norm(x.to(wide), self.weight.to(wide) + 1, self.eps).to(x.dtype)
 
 
+class GatedNorm(nn.Module):
+    """The weight of a norm that stands beside a gate: the layer computes both."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+
 class LayerNorm(nn.LayerNorm):
     """(x - mean(x)) / deviation(x) * weight + bias, if it has them; those that train are float32 whatever x is."""
 

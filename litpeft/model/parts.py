@@ -63,6 +63,64 @@ class LinearAttention:
             what = f"linear_num_value_heads {self.heads} is no multiple of linear_num_key_heads {self.key_heads}"
             raise ValueError(what)
 
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Returns the shape of what a layer knows of a text."""
+        return self.heads, self.key_size, self.value_size
+
+    @property
+    def channels(self) -> int:
+        """Returns how many channels the convolution has."""
+        return 2 * self.key_heads * self.key_size + self.heads * self.value_size
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """Mamba-2's layer: each head has one matrix, which fades and is written to by each token (state_space.py)."""
+
+    heads: int
+    head_size: int
+    groups: int  # of heads that have B and C in common
+    state: int  # size of B and C
+    width: int  # of the convolution of x, B and C: tokens that it reads
+    conv_bias: bool = True
+    in_bias: bool = False  # of what reads the layer's input
+    out_bias: bool = False
+    least: float = 0.0  # what dt is at least
+    most: float | None = None  # and at most
+    norm: Literal["after", "before"] | None = "after"  # where the norm stands: after the gate, or before it
+
+    def __post_init__(self) -> None:
+        if self.heads % self.groups:
+            what = f"{self.heads} heads of Mamba are no multiple of its {self.groups} groups"
+            raise ValueError(f"{what} (mamba_n_heads, mamba_n_groups; mamba_num_heads, n_groups)")
+
+    @property
+    def inner(self) -> int:
+        """Returns the width of x and y."""
+        return self.heads * self.head_size
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Returns the shape of what a layer knows of a text: those of a group's heads lie side by side."""
+        return self.groups, self.state, self.inner // self.groups
+
+    @property
+    def channels(self) -> int:
+        """Returns how many channels the convolution has."""
+        return self.inner + 2 * self.groups * self.state
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The factors of attention and of a state space that stand side by side (side_by_side.py)."""
+
+    attention_in: float = 1.0  # of what attention reads
+    attention_out: float = 1.0  # and returns
+    state_in: float = 1.0
+    state_out: float = 1.0
+    parts: tuple[float, float, float, float, float] = (1.0,) * 5  # of z, x, B, C and dt
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -85,16 +143,39 @@ class Layer:
     keys_of: int | None = None  # number of the layer whose keys and values it reads: it computes none
     linear: LinearAttention | None = later(None)  # in place of attention
     convolution: Convolution | None = later(None)  # in place of attention
+    state_space: StateSpace | None = later(None)  # in place of attention, or beside it
+    beside: Beside | None = later(None)  # with these factors
+    only: Literal["mixer", "mlp"] | None = later(None)  # it has attention, or what is in its place, alone; or the MLP
+
+    @property
+    def chunked(self) -> LinearAttention | StateSpace | None:
+        """Returns the sizes of what reads a text chunk by chunk, if it has such."""
+        return self.state_space if self.linear is None else self.linear
 
     @property
     def attends(self) -> bool:
         """Returns whether it has attention, whose keys and values later tokens read."""
-        return self.linear is None and self.convolution is None
+        return self.beside is not None or (not self.recurs and self.only != "mlp")
+
+    @property
+    def by_keys(self) -> bool:
+        """Returns whether tokens know earlier ones by keys and values, and by nothing else."""
+        return self.attends and not self.recurs
+
+    @property
+    def recurs(self) -> bool:
+        """Returns whether it knows earlier tokens by a state that each token changes."""
+        return self.chunked is not None or self.convolution is not None
 
 
 def linear_of(layers: Iterable[Layer]) -> LinearAttention | None:
     """Returns the sizes of the layers that have linear attention; None if there are none."""
     return next((layer.linear for layer in layers if layer.linear is not None), None)
+
+
+def state_space_of(layers: Iterable[Layer]) -> StateSpace | None:
+    """Returns the sizes of the layers that have a state space; None if there are none."""
+    return next((layer.state_space for layer in layers if layer.state_space is not None), None)
 
 
 @dataclass(frozen=True)
@@ -132,6 +213,9 @@ class Experts:
     corrected: bool = False  # scores are sigmoids, and a number of each expert is added for the choice
     statics: bool = later(False)  # scores are softmaxes, and such a number is added, which lies in a module of its own
     least_sum: float = later(0.0)  # where shares are normed, what they are divided by at least
+    sigmoids: bool = later(False)  # scores are sigmoids
+    apart: bool = later(False)  # and such a number is added, which lies beside the experts
+    sum_plus: float = later(0.0)  # where shares are normed, what is added to their sum
 
     def __post_init__(self) -> None:
         if self.active > self.number:

@@ -10,18 +10,22 @@ number on a GPU. Letters: d model width, H query heads, G key/value heads, D hea
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import torch.nn as nn
 import torch.nn.functional as F
 
 from litpeft.model.affine import Affine
+from litpeft.model.chunks import OTHERS, SIZES, STEPS
 from litpeft.model.gpt import MLP, Block
 from litpeft.model.latent import LatentAttention
 from litpeft.model.linear_attention import GatedDeltaNet
 from litpeft.model.mixture import Mixture
 from litpeft.model.multi_head import Attention
 from litpeft.model.short_convolution import ShortConvolution
+from litpeft.model.side_by_side import AttentionAndMamba
 from litpeft.model.slots import Linear
+from litpeft.model.state_space import Mamba2
 from litpeft.model.xielu import XIELU
 
 
@@ -36,30 +40,45 @@ class Kept:
 
     def of(self, block: Block) -> float:
         """Returns what a block keeps of a token, unless it is checkpointed."""
-        attn, mlp = block.attn, block.mlp
-        first, *inner, last = attn.inputs()
-        d = first[0].in_features
-        kept = self.attention(attn) + sum(self.input(group) for group in inner)
-        twice = not self.gpu and self.itemsize > 2  # attention there copies its output
-        kept += self.input(last, fresh=twice, cheap=False)
+        attn, mlp, shared = block.attn, block.mlp, block.norm2 is None
+        kept, reads = 0.0, [] if mlp is None else _first(mlp)
+        norms = [(reads, block.norm2)] if mlp is not None and not shared else []
+        if attn is not None:
+            first, *inner, last = attn.inputs()
+            kept = self.attention(attn) + sum(self.input(group) for group in inner)
+            twice = not self.gpu and self.itemsize > 2  # attention there copies its output
+            kept += self.input(last, fresh=twice, cheap=False)
+            norms = [(first + reads * shared, block.norm1), *norms]
         # 1. the residual stream before attention and before the MLP, and what norms make of it
-        reads = _first(mlp)
-        shared = block.norm2 is None
-        for layers, norm in [(first + reads * shared, block.norm1), *([] if shared else [(reads, block.norm2)])]:
+        d = next(layer.in_features for layer in block.modules() if isinstance(layer, nn.Linear))  # reads the stream
+        for layers, norm in norms:
             normed = not isinstance(norm, nn.Identity)
             kept += d * (normed and not (block.parallel and norm is block.norm2))
             kept += self.input(layers, cheap=normed)
         kept += d * sum(norm is not None for norm in (block.post_norm1, block.post_norm2))
         # 2. the MLP, or the experts of a token
+        if mlp is None:
+            return kept
         if not isinstance(mlp, Mixture):
             return kept + self.mlp(mlp, True)
         expert = self.mlp(mlp.experts[0], False) + self.input(_first(mlp.experts[0])) + d * (1 if self.cheap else 2)
         return kept + mlp.router.kind.active * expert + (0 if mlp.shared is None else self.mlp(mlp.shared, True))
 
-    def attention(self, attn: Attention | GatedDeltaNet | ShortConvolution) -> float:
+    def attention(self, attn: Attention | GatedDeltaNet | ShortConvolution | Mamba2) -> float:
         """Returns what is kept of queries, keys, values, and what attention makes of them."""
-        if isinstance(attn, GatedDeltaNet | ShortConvolution):
-            return sum(linear.out_features for linear in attn.inputs()[0])
+        if isinstance(attn, GatedDeltaNet | ShortConvolution | Mamba2):
+            kept = sum(linear.out_features for linear in attn.inputs()[0])
+            if isinstance(attn, ShortConvolution):
+                return kept
+            tokens = STEPS * (OTHERS if self.gpu else SIZES["cpu"])[0]  # for which a matrix is kept, in float32
+            return kept + prod(attn.sizes.matrices) * max(4, self.itemsize) / self.itemsize / tokens
+        if isinstance(attn, AttentionAndMamba):
+            state = attn.state.inputs()
+            return self.heads(attn) + self.attention(attn.state) + sum(self.input(group) for group in state)
+        return self.heads(attn)
+
+    def heads(self, attn: Attention) -> float:
+        """Returns what is kept where there are queries, keys and values."""
         queries = attn.o.in_features
         if isinstance(attn, LatentAttention):  # keys and values of all heads, padded to one size
             heads = (attn.q if attn.q_b is None else attn.q_b).out_features

@@ -23,8 +23,8 @@ def compile_blocks(model: GPT, device: torch.device) -> None:
     The attention core is not compiled: the lengths of documents are Python numbers that change at every step.
     """
     check_compiler(device)
-    for block in model.blocks:
-        block.attn.core.forward = torch.compiler.disable(block.attn.core.forward)
+    for core in (core for module in model.blocks.modules() if (core := getattr(module, "core", None)) is not None):
+        core.forward = torch.compiler.disable(core.forward)
     # A block's floats stay as they are. As variables they are traced first, and most of them as constants once more.
     torch._dynamo.config.specialize_float = True
     model.fused = None

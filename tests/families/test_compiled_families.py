@@ -23,6 +23,7 @@ SMALL = {  # few layers and experts: each takes seconds to compile; the first la
         "num_experts_per_tok": 1,
     },
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "mlp", "linear_attention"]},
 }
 IDS = torch.randint(2, 257, (1, 40), generator=torch.Generator().manual_seed(1))
 

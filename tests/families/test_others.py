@@ -55,9 +55,19 @@ def test_an_alpha_of_hunyuan_counts_beside_dynamic_only(rope: dict, tmp_path) ->
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "linear_attention"])
-def test_granite_with_mamba_is_refused_with_the_models_that_have_none(kind: str, tmp_path) -> None:
-    types = {"num_hidden_layers": 2, "layer_types": ["attention", kind]}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "granitemoehybrid"} | types))
-    with pytest.raises(ModelError, match=f"layer_types '{kind}' is not supported: .* 350m, 1b and micro have none"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["attention", "conv"]}, "layer_types 'conv' is not supported; it must be one of "),
+        ({"layer_types": ["mamba"]}, "layer_types has 1 entries, num_hidden_layers says 2"),
+        ({"mamba_n_heads": 24}, "mamba_n_heads 24 times mamba_d_head 341 must be 8192, the width of Mamba's layers"),
+        ({"mamba_n_groups": 3}, "128 heads of Mamba are no multiple of its 3 groups"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported in a model with layers of Mamba; silu is"),
+        ({"time_step_limit": [0.5, 0.1]}, r"time_step_limit \[0.5, 0.1\] is not supported; it must be two numbers"),
+    ],
+)
+def test_what_would_change_the_results_of_mamba_is_refused_by_name(changes: dict, message: str, tmp_path) -> None:
+    hf = {"model_type": "granitemoehybrid", "num_hidden_layers": 2} | changes
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ModelError, match=message):
         read_config(tmp_path)

@@ -6,7 +6,7 @@ one of peft's kinds. Of the base's weights none are read but the rows of tokens 
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from litpeft.exchange.exports.peft_tokens import add_rows, note_ids, taken_out
 from litpeft.exchange.result import Run
 from litpeft.model.build import deltas_alone
 from litpeft.model.config import ModelConfig
-from litpeft.model.delta import Method
-from litpeft.model.families import split_name
+from litpeft.model.delta import Method, pattern
+from litpeft.model.families import family, split_name
 from litpeft.model.families.names import NameMap
 from litpeft.model.families.read import config_of
 from litpeft.model.gpt import GPT
@@ -184,6 +184,8 @@ def beside_layers(
             modules[names.module(parts[0].removesuffix(".weight"))] = fused(theirs, given, names)
     if not modules:
         return plain_modules(base, names)
+    if kinds <= {frozenset(LORA), frozenset(DORA)}:
+        refuse_modules(said, names)
     tensors = {
         f"base_model.{name}"
         if name in SHARED
@@ -205,6 +207,14 @@ def beside_layers(
         config |= {"peft_type": "LORA", "use_dora": kinds == {frozenset(DORA)}, "bias": "none", **ranks(modules)}
     add_base(config, tensors, base, modules, names)
     return Adapter(config, tensors)
+
+
+def refuse_modules(places: Iterable[str], names: NameMap) -> None:
+    """Raises if there is a layer on which peft refuses LoRA in models of this family."""
+    refused = getattr(family(names.family), "NOT_IN_PEFT", ())
+    if found := [place for place in places if names.module(place).rpartition(".")[2] in refused]:
+        what = f"peft takes no LoRA of {names.module(found[0])} in models of {names.family}"
+        raise CannotExport(f"{what}: a run whose method.targets do not name {pattern(found[0])} is an adapter")
 
 
 def alone(said: Mapping[str, tuple[Said, float]], names: NameMap) -> bool:

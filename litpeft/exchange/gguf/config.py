@@ -143,7 +143,8 @@ class Header:
         known: dict[str, list[str]] = {}
         for name in FAMILIES:
             if (gguf := getattr(family(name), "GGUF", None)) is not None:
-                known.setdefault(gguf.arch, []).append(name)
+                for arch in {gguf.arch} if gguf.hybrid is None else {gguf.arch, gguf.hybrid.arch}:
+                    known.setdefault(arch, []).append(name)
         if self.arch not in known:
             what = f"architecture {self.arch!r} is not supported; convert reads {', '.join(known)}"
             hint = "take the Hugging Face edition of the model, which needs no conversion"
@@ -151,7 +152,7 @@ class Header:
         mixed, windowed = (self.own.get(key, 0) != 0 for key in ("expert_count", "attention.sliding_window"))
 
         def differs(name: str) -> tuple[bool, bool, bool]:
-            gguf = family(name).GGUF
+            gguf = family(name).GGUF.named(self.arch)
             other = gguf.only is not None and self.own.get(gguf.only[0]) != gguf.only[1]
             return ("experts" in gguf.graph) != mixed, other, ("attention.sliding_window" in gguf.keys) != windowed
 
@@ -168,19 +169,20 @@ def hf_config(values: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str,
     given = Header(values, stored)
     name, embedding = given.family, stored.get("token_embd.weight")
     module = family(name)
+    known = module.GGUF.named(given.arch)
     if embedding is None or len(embedding.shape) != 2:
         raise ModelError("there is no matrix token_embd.weight")
     hf = {"architectures": [class_of(name)], "model_type": name, "vocab_size": int(embedding.shape[1])}
-    hf |= switches(given, module.Keys) | sizes(given, module.Keys) | module.GGUF.implied(given)
+    hf |= switches(given, module.Keys) | sizes(given, module.Keys) | known.implied(given)
     head = stored.get("output.weight")
-    hf["tie_word_embeddings"] = head is None or module.GGUF.own_head and same_bytes(head, embedding)
+    hf["tie_word_embeddings"] = head is None or known.own_head and same_bytes(head, embedding)
     hf |= header_rope(given, name)
     spell_twice(hf, getattr(module, "ROPE_NAMES", {}))
     _, config = config_of(hf, "")
     spelt = {field.name for field in fields(module.Keys)}
     for key, (field, said) in IMPLIED.items():
         if key in spelt:
-            hf[key] = said(allowed(module.GGUF, config, field)[0])
+            hf[key] = said(allowed(known, config, field)[0])
     _, config = config_of(hf, "")
     check(given, name, config)
     return hf
@@ -263,9 +265,12 @@ def check(given: Header, name: str, config: ModelConfig) -> None:
 
 
 def of_granite_4(arch: str, key: str, value: Any, config: ModelConfig) -> bool:
-    """Returns whether a key is one that llama.cpp's script writes of Granite 4.0 without Mamba, and nobody reads."""
+    """Returns whether a key is one that llama.cpp's script writes of Granite 4.0, and nobody reads."""
+    if arch not in ("granite", "granitehybrid"):
+        return False
     shared = key == "expert_shared_feed_forward_length" and config.experts is None and value == config.d_ff
-    return arch == "granite" and (shared or key.startswith("ssm."))
+    idle = key.startswith("ssm.") if arch == "granite" else key.startswith("rope.") and not config.rotary_size
+    return shared or (idle and key != "rope.scaling.finetuned")
 
 
 def in_turn(config: ModelConfig, pattern: Any) -> bool:

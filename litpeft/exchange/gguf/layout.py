@@ -17,15 +17,16 @@ from torch import Tensor
 from litpeft.core.errors import ConfigError
 from litpeft.exchange.gguf.by_layer import divisors
 from litpeft.exchange.gguf.latent import joined, split_names, split_shapes
-from litpeft.exchange.gguf.linear import CONVS, computed, own_name, restored, rows_in_turn
+from litpeft.exchange.gguf.linear import CONVS, OF_HEADS, computed, own_name, restored, rows_in_turn, shape_of
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import FAMILIES, Gguf, family, split_name
 from litpeft.model.families.names import NameMap
 from litpeft.model.frequencies import rope_frequencies
-from litpeft.model.parts import linear_of
+from litpeft.model.parts import linear_of, state_space_of
 
 IN_FLOAT32 = (  # beside all vectors
-    "norm.weight", "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", *CONVS, ".bias",
+    "norm.weight", "position_embd.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", *CONVS, *OF_HEADS,
+    ".bias",
 )  # fmt: skip
 BY_HEAD = (
     "attn_q.weight",
@@ -67,12 +68,13 @@ class Layout:
     def __init__(self, names: NameMap):
         self.names, self.config, self.gguf = names, names.config, known_family(names)
         self.turned = linear_of(self.config.layers) if self.gguf.values_in_turn else None
+        self.mamba = state_space_of(self.config.layers)
         arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.gguf.arch)
         theirs = gguf.get_tensor_name_map(arch, self.config.n_layers)
         self.parts: dict[str, list[str]] = {}
         for file, parts in names.parts.items():
             for part in parts:
-                known = of_expert(part) or own_name(part) or self._own(part)
+                known = of_expert(part) or own_name(part, self.mamba is not None) or self._own(part)
                 for name in split_names(part) or [known or self._name(theirs, file, part)]:
                     self.parts.setdefault(name, []).append(part)
         if self.gguf.own_head and self.config.tie_embeddings:
@@ -115,6 +117,8 @@ class Layout:
             return split_shapes(self.config)[split.index(name)]
         if of_expert(self.parts[name][0]):
             return (len(shapes), *shapes[0])
+        if self.mamba is not None and (own := shape_of(name, self.mamba)):
+            return own
         return (sum(shape[0] for shape in shapes), *shapes[0][2 if name.endswith(CONVS) else 1 :])
 
     def groups(self, name: str) -> int:
@@ -160,6 +164,7 @@ class Layout:
             return {self.parts[name][0]: joined(*map(read, names))} if name == names[-1] else {}
         rows = read(name)
         rows = rows.flatten(0, 1) if of_expert(self.parts[name][0]) else rows
+        rows = rows.flatten() if self.mamba is not None and shape_of(name, self.mamba) else rows
         groups, parts = self.groups(name), self.parts[name]
         given = rows.unflatten(0, (groups, -1)).split([self.names.ours[part][0] // groups for part in parts], 1)
         return {part: self._ours(part, own.flatten(0, 1)) for part, own in zip(parts, given, strict=True)}
@@ -215,6 +220,9 @@ def known_family(names: NameMap) -> Gguf:
     if known is None:
         have = ", ".join(name for name in FAMILIES if hasattr(family(name), "GGUF"))
         raise ConfigError(f"{names.family} is not written as GGUF; {have} are", where="to", hint=HINT)
+    known = known.of(names.config)
+    if why := known.refuses(names.config):
+        raise ConfigError(f"not written as GGUF: {why}", where="to", hint=HINT)
     free = SAID | {field for field, _ in map(known.key, known.keys)}
     for one in fields(ModelConfig):
         value, fine = getattr(names.config, one.name), allowed(known, names.config, one.name)
@@ -225,8 +233,6 @@ def known_family(names: NameMap) -> Gguf:
             keys = ", ".join(key for key in DECIDED_BY.get(one.name, ()) if key in spelt)
             what = f"llama.cpp's {known.arch} computes with {said}" + (f" (config.json: {keys})" if keys else "")
             raise ConfigError(what, where="to", hint=HINT)
-    if why := known.refuses(names.config):
-        raise ConfigError(f"not written as GGUF: {why}", where="to", hint=HINT)
     check_rope(names.config, known)
     return known
 

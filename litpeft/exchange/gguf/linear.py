@@ -3,27 +3,38 @@
     ours    A_log                  conv (F, 1, W)       values of each key head together: k0v0 k0v1 k1v0 k1v1
     theirs  ssm_a = -exp(A_log)    ssm_conv1d (F, W)    Qwen3.5: the first of each, then the second: k0v0 k1v0 k0v1 k1v1
 
-The order is that of all that has a row or a column for each value. Qwen3-Next's files keep ours.
+The order is that of all that has a row or a column for each value. Qwen3-Next's files keep ours. In those of Mamba-2
+ssm_a and ssm_d are (H, 1), and ssm_norm is (G, values of a group).
 """
 
 import torch
 from torch import Tensor
 
 from litpeft.model.families import split_name
-from litpeft.model.parts import LinearAttention
+from litpeft.model.parts import LinearAttention, StateSpace
 
 # llama.cpp's names, where those of the `gguf` package are of other tensors, or of Qwen3-Next's older files
 QKV = dict.fromkeys(("in_q.weight", "in_k.weight", "in_v.weight"), "attn_qkv.weight")
 NAMES = QKV | {"in_z.weight": "attn_gate.weight", "A_log": "ssm_a", "dt_bias": "ssm_dt.bias"}
+MAMBA = {"A_log": "ssm_a", "dt_bias": "ssm_dt.bias", "D": "ssm_d"}
+OF_HEADS = ("ssm_a", "ssm_d")  # with a row for each of Mamba's heads
 DECAY, OUT = "ssm_a", "ssm_out.weight"
 CONVS = ("ssm_conv1d.weight", "shortconv.conv.weight")  # with a row for each channel
 BY_VALUE = ("in_v.weight", "in_z.weight", "in_b.weight", "in_a.weight", "A_log", "dt_bias")
 
 
-def own_name(ours: str) -> str | None:
-    """Returns the tensor of a parameter of linear attention; None if the `gguf` package knows it."""
+def own_name(ours: str, mamba: bool) -> str | None:
+    """Returns the tensor of a parameter of linear attention, or of Mamba's; None if the `gguf` package knows it."""
     block, _, leaf = ours.partition(".attn.")
-    return f"blk.{split_name(ours)[1][0]}.{NAMES[leaf]}" if block.startswith("blocks.") and leaf in NAMES else None
+    names = MAMBA if mamba else NAMES
+    return f"blk.{split_name(ours)[1][0]}.{names[leaf]}" if block.startswith("blocks.") and leaf in names else None
+
+
+def shape_of(name: str, sizes: StateSpace) -> tuple[int, int] | None:
+    """Returns the shape of a tensor of Mamba's that is a vector here; None for the others."""
+    if name.endswith(OF_HEADS):
+        return sizes.heads, 1
+    return (sizes.groups, sizes.inner // sizes.groups) if name.endswith("ssm_norm.weight") else None
 
 
 def computed(name: str, values: Tensor, sizes: LinearAttention | None) -> Tensor:

@@ -56,7 +56,7 @@ def mscale_all_dim(config: ModelConfig, factor: float) -> float:
 
 def header_rope(given: Any, name: str) -> dict[str, Any]:
     """Returns the keys of config.json that say how the positions of a header rotate."""
-    known = family(name).GGUF
+    known = family(name).GGUF.named(given.arch)
     if known.graph.get("rotary_dim") == (0,):
         return {}
     width, heads = given.number("embedding_length", int), given.number("attention.head_count", int)

@@ -18,7 +18,7 @@ from litpeft.methods.prompt import Prompt
 from litpeft.methods.selective import Selective
 from litpeft.model.delta import Method, attach
 from litpeft.model.families import split_name
-from litpeft.model.families.names import NameMap
+from litpeft.model.families.names import NameMap, spelt
 from litpeft.model.gpt import GPT
 from litpeft.model.slots import Linear
 
@@ -47,10 +47,7 @@ class Reader:
         self.left: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             plain = name.removeprefix(WRAPPED).replace(".base_layer.", ".").replace(".ln_tuning_layers.", ".")
-            module, _, rest = plain.partition(".")
-            self.left[f"{names.modules.get(module, module)}.{rest}"] = (
-                tensor  # as older versions of transformers say it
-            )
+            self.left[spelt(plain, names.modules)] = tensor  # as older versions of transformers say it
         self.of: dict[str, list[str]] = {}
         for part in (part for parts in names.parts.values() for part in parts):
             ours, _, leaf = part.rpartition(".")
@@ -235,8 +232,9 @@ def before_text(keys: PromptKeys, tensors: Mapping[str, Tensor], names: NameMap)
         raise ValueError(f"there must be one tensor, prompt_embeddings, got {some(sorted(tensors))}")
     config, count, vectors = names.config, keys.num_virtual_tokens, tensors["prompt_embeddings"]
     if keys.peft_type == "PREFIX_TUNING":
-        if not all(layer.attends for layer in config.layers):
-            raise ValueError("peft_type PREFIX_TUNING is not read for this base: some of its layers have no attention")
+        if not all(layer.by_keys for layer in config.layers):
+            what = "some of its layers have no attention, or a state beside it"
+            raise ValueError(f"peft_type PREFIX_TUNING is not read for this base: {what}")
         if (step := step_of_keys(config)) is not None:
             what = f"peft_type PREFIX_TUNING is not read for this base: keys and values go through {step} in it"
             raise ValueError(f"{what}, and those of peft come after it")

@@ -6,7 +6,9 @@ follow. A value is the name of a module whose tensors are as ours, or a `Place`.
 
 - BUFFERS: globs of names of tensors in its files that are not weights.
 - OTHER_PREFIXES: files may begin a name otherwise than NAMES does. Maps the prefix in NAMES to the other one.
-- MODULES: since version 5 transformers has other names for some modules. Maps the files' name to the new one.
+- MODULES: since version 5 transformers has other names for some modules. Maps the files' name, or its first parts, to
+  the new one.
+- NOT_IN_PEFT: last parts of names of modules on which peft refuses LoRA in this family.
 - ROPE_NAMES: maps rope_theta and partial_rotary_factor to their names in older files.
 - GGUF: the family's name and switches in llama.cpp.
 - DEVIATION: of its weights before any training, where config.json says no initializer_range; default 0.02.
@@ -51,11 +53,14 @@ FAMILIES = {
     "exaone4": "litpeft.model.families.exaone4",
     "seed_oss": "litpeft.model.families.seed_oss",
     "apertus": "litpeft.model.families.apertus",
+    "bamba": "litpeft.model.families.bamba",
+    "falcon_h1": "litpeft.model.families.falcon_h1",
     "falcon": "litpeft.model.families.falcon",
     "stablelm": "litpeft.model.families.stablelm",
     "starcoder2": "litpeft.model.families.starcoder2",
     "cohere2": "litpeft.model.families.cohere2",
     "cohere": "litpeft.model.families.cohere",
+    "nemotron_h": "litpeft.model.families.nemotron_h",
     "nemotron": "litpeft.model.families.nemotron",
     "mixtral": "litpeft.model.families.mixtral",
     "qwen2_moe": "litpeft.model.families.qwen2_moe",
@@ -66,6 +71,7 @@ FAMILIES = {
     "gpt_oss": "litpeft.model.families.gpt_oss",
     "deepseek_v3": "litpeft.model.families.deepseek_v3",
     "deepseek_v2": "litpeft.model.families.deepseek_v2",
+    "lfm2_moe": "litpeft.model.families.lfm2_moe",
     "lfm2": "litpeft.model.families.lfm2",
     "gpt_neox": "litpeft.model.families.gpt_neox",
     "gpt2": "litpeft.model.families.gpt2",
@@ -122,6 +128,15 @@ class Gguf:
     graph: Mapping[str, Any] = field(default_factory=dict)
     # the header of a file -> keys of config.json that follow from its sizes and tensors
     implied: Callable[[Any], Mapping[str, Any]] = lambda header: {}
+    hybrid: "Gguf | None" = None  # how it has those with layers of Mamba, if it has another name for them
+
+    def of(self, config: Any) -> "Gguf":
+        """Returns how llama.cpp has a model of this config."""
+        return self.hybrid if self.hybrid and any(layer.state_space for layer in config.layers) else self
+
+    def named(self, arch: str) -> "Gguf":
+        """Returns the one of this name."""
+        return self.hybrid if self.hybrid and self.hybrid.arch == arch else self
 
     def key(self, name: str) -> tuple[str, Callable[[Any], Any]]:
         """Returns the field of ModelConfig that a key of the header says, and what it makes of its value."""

@@ -96,8 +96,13 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"num_hidden_layers {count} is not supported")
     own = range(count) if keys.full_attn_idxs is None else keys.full_attn_idxs
     types = keys.layer_types or [FULL if layer in own else CONV for layer in range(count)]
-    if len(types) != count:
-        raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers says {count}")
+    return with_convolutions(config, keys, types)
+
+
+def with_convolutions(config: ModelConfig, keys: Any, types: list[str]) -> ModelConfig:
+    """Returns the config with layers of these types."""
+    if len(types) != config.n_layers:
+        raise ValueError(f"layer_types has {len(types)} entries, num_hidden_layers says {config.n_layers}")
     full = Layer(rope=Rope(config.rope_theta, config.rope_scaling))
     conv = Layer(convolution=Convolution(keys.conv_L_cache, keys.conv_bias))
     return config.with_layers(conv if kind == CONV else full for kind in types)

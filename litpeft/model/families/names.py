@@ -1,6 +1,6 @@
 """The two-way name map between the parameters of the model and the tensors of a folder's files, with their layout."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -59,12 +59,11 @@ class NameMap:
 
     def module(self, ours: str) -> str:
         """Returns the module of transformers' class that is or contains one of ours."""
-        theirs = self.file_name(f"{ours}.weight").removesuffix(".weight")
-        return self.modules.get(theirs, theirs)
+        return spelt(self.file_name(f"{ours}.weight").removesuffix(".weight"), self.modules)
 
     def in_files(self, module: str) -> str:
         """Returns what the files call a module of transformers' class."""
-        return next((theirs for theirs, name in self.modules.items() if name == module), module)
+        return spelt(module, {name: theirs for theirs, name in self.modules.items()})
 
     def read(self, weights: Weights, ours: str) -> Tensor:
         """Returns one parameter of the plain model."""
@@ -202,3 +201,12 @@ class NameMap:
     def _joined_rows(self, parts: list[str], given: dict[str, Tensor]) -> Tensor:
         groups = self._groups(self._place(parts[0]))
         return torch.cat([given[part].unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+
+def spelt(module: str, names: Mapping[str, str]) -> str:
+    """Returns another name of a module, or of a tensor in it: `names` has its first parts."""
+    for old, new in names.items():
+        rest = f"{module}.".removeprefix(f"{old}.")
+        if rest != f"{module}.":
+            return f"{new}.{rest}".removesuffix(".")
+    return module
