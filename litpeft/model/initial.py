@@ -18,10 +18,10 @@ from litpeft.model.config import checked
 from litpeft.model.families import family
 from litpeft.model.families.names import NameMap
 from litpeft.model.gpt import GPT
-from litpeft.model.linear_attention import GatedNorm
 from litpeft.model.mixture import Router
-from litpeft.model.norms import LayerNorm, LayerNorm1p, RMSNorm, RMSNorm1p
+from litpeft.model.norms import GatedNorm, LayerNorm, LayerNorm1p, RMSNorm, RMSNorm1p
 from litpeft.model.short_convolution import Convolution
+from litpeft.model.state_space import Mamba2
 
 DRAWN = nn.Linear | nn.Embedding | Convolution
 DECAY = 16.0  # largest rate at which a head of linear attention forgets
@@ -30,6 +30,8 @@ BETA = 0.5
 CONSTANTS = {
     "bias": 0.0,
     "e_score_correction_bias": 0.0,
+    "expert_bias": 0.0,
+    "D": 1.0,
     "dt_bias": 1.0,
     "layer_scalar": 1.0,
     "alpha_p": math.log(math.expm1(STEEPNESS)),
@@ -47,7 +49,12 @@ def initial_weights(names: NameMap, hf: Mapping[str, Any], seed: int) -> Iterato
     with torch.device("meta"):
         model = GPT(names.config)
     draws = torch.Generator().manual_seed(seed)
+    own = getattr(module, "INITIAL", {})
     for ours, shape in names.ours.items():
+        draw = next((draw for glob, draw in own.items() if fnmatchcase(ours, glob)), None)
+        if draw is not None:
+            yield ours, draw(shape, hf, draws)
+            continue
         is_narrow = any(fnmatchcase(ours, glob) for glob in getattr(module, "NARROW", ()))
         owner, _, leaf = ours.rpartition(".")
         yield ours, _initial(model.get_submodule(owner), leaf, shape, narrow if is_narrow else deviation, draws)
@@ -58,6 +65,8 @@ def _initial(owner: nn.Module, leaf: str, shape: tuple[int, ...], deviation: flo
     of_router = isinstance(owner, Router) and leaf == "bias"
     if (isinstance(owner, DRAWN) and leaf == "weight") or of_router or leaf == "sinks":
         return torch.randn(shape, generator=draws) * deviation
+    if leaf == "A_log" and isinstance(owner, Mamba2):
+        return torch.arange(1.0, shape[0] + 1).log()
     if leaf == "A_log":  # the rates are equally likely
         return torch.rand(shape, generator=draws).mul(DECAY).clamp(min=torch.finfo(torch.float32).tiny).log()
     if leaf == "weight" and isinstance(owner, RMSNorm | LayerNorm | GatedNorm):

@@ -4,8 +4,13 @@ Layers for further tokens (num_nextn_predict_layers), the dropouts of its config
 not applied. As in transformers dt is at least time_step_min, and head and embedding are never one.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, Experts, ModelConfig
 from litpeft.model.families.mamba2 import ATTENTION, MAMBA, mamba_names
@@ -32,6 +37,25 @@ NOT_IN_PEFT = ("out_proj",)
 BUFFERS = ("mtp.*",)
 MOE, PLAIN = "moe", "mlp"
 LETTERS = {"M": MAMBA[0], "*": FULL, "-": PLAIN, "E": MOE}  # of hybrid_override_pattern
+
+
+def time_steps(shape: tuple[int, ...], hf: Mapping[str, Any], draws: torch.Generator) -> Tensor:
+    """Returns dt_bias of a new model: its softplus is log-uniform between time_step_min and time_step_max."""
+    least, most = (math.log(hf.get(key, default)) for key, default in (("time_step_min", 1e-3), ("time_step_max", 0.1)))
+    steps = (torch.rand(shape, generator=draws) * (most - least) + least).exp()
+    steps = steps.clamp(min=hf.get("time_step_floor", 1e-4))
+    return steps + torch.log(-torch.expm1(-steps))
+
+
+def shrunk(shape: tuple[int, ...], hf: Mapping[str, Any], draws: torch.Generator) -> Tensor:
+    """Returns the output weight (out, in) of a new model's Mamba layer: uniform, and less the more layers there are."""
+    if not hf.get("rescale_prenorm_residual", True):
+        return torch.randn(shape, generator=draws) * hf.get("initializer_range", 0.02)
+    layers = len(hf.get("layers_block_type") or hf.get("hybrid_override_pattern", ()))
+    return (torch.rand(shape, generator=draws) * 2 - 1) / math.sqrt(shape[1] * layers)
+
+
+INITIAL = {"*.attn.dt_bias": time_steps, "*.attn.out.weight": shrunk}
 OLDER = {  # key -> its other name, which wins
     "n_groups": "mamba_n_groups",
     "conv_kernel": "mamba_d_conv",
