@@ -115,8 +115,7 @@ def test_greedy_answers_alone_in_a_batch_and_with_guesses_are_those_of_the_plain
 @torch.inference_mode()
 def test_texts_scored_in_one_pass_are_as_likely_as_alone_in_the_plain_model(run) -> None:
     plain, loaded, limit = run
-    answers = [[3, 9, 4], [3, 9, 5], [77], [4, 4], [78]]
-    pairs = [(PROMPTS[i % 3], one) for i, one in enumerate(answers)] + [(PROMPTS[2], [79])]
+    pairs = [(PROMPTS[0], [3, 9, 4]), (PROMPTS[0], [3, 9, 5]), (PROMPTS[2], [77])]
     for (prompt, scored), got in zip(pairs, likelihoods(loaded.model, pairs), strict=True):
         logits = logits_of(plain, torch.tensor([[*prompt, *scored]]), len(prompt))[0, len(prompt) - 1 : -1].double()
         want = logits.log_softmax(1).gather(1, torch.tensor(scored)[:, None]).sum()

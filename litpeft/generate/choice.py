@@ -43,16 +43,16 @@ class Choice:
 
 
 def choices(
-    ask: Ask, tokenizer: Tokenizer, prompts: Sequence[list[int]], scores: Sequence[list[TokenScore]] | None
+    ask: Ask, tokenizer: Tokenizer, prompts: Sequence[list[int]], scores: Sequence[list[TokenScore]]
 ) -> list[Choice]:
-    """Returns the choices of a reply, `ask.choices` for each prompt; `scores` are those of the prompts' tokens."""
+    """Returns the choices of a reply, `ask.choices` for each prompt; `scores` are those of its tokens, if any."""
     found = []
-    for number, (content, ids) in enumerate(zip(ask.prompts, prompts, strict=True)):
+    for content, ids, of_prompt in zip(ask.prompts, prompts, scores, strict=True):
         text, unseen = "", 0
         if ask.echo:
             text = content if isinstance(content, str) else tokenizer.decode(ids, skip_special=False)
             unseen = 0 if text.startswith(tokenizer.opening) else len(tokenizer.encode(tokenizer.opening))
         for _ in range(ask.choices):
             spelling = None if ask.top is None else Spelling(tokenizer, ask.chat, unseen)
-            found.append(Choice(text, [] if scores is None else list(scores[number]), spelling))
+            found.append(Choice(text, list(of_prompt), spelling))
     return found

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from litpeft.core.errors import ConfigError, DataError, ResourceError, UserError, brief, counted, nearest
 from litpeft.core.folders import atomic_file
+from litpeft.core.memory import out_of_memory
 from litpeft.core.terminal import say, tell
 from litpeft.data.prompts import new_file
 from litpeft.generate.load import Loaded, as_base, load_measured, load_one, named
@@ -97,9 +98,9 @@ def results_of(name: str, loaded: Loaded, settings: Evaluate, tasks: Tasks) -> R
             apply_chat_template=settings.as_chat,
             fewshot_as_multiturn=settings.as_chat,
         )
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, UserError | OSError) or out_of_memory(error):
+            raise
         raise failed("the tasks cannot be measured", error) from error
     asked = {"max_rows": settings.max_rows, "as_chat": settings.as_chat, "seeds": SEEDS, "resamples": RESAMPLES}
     model = {"folder": settings.model, "precision": settings.precision, "quantize": settings.quantize}

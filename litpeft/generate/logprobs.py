@@ -7,6 +7,7 @@ Letters: N tokens, V vocabulary, d model width.
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -43,34 +44,36 @@ def scored(logits: Tensor, tokens: Sequence[int], top: int) -> list[TokenScore]:
     return [TokenScore(*one) for one in zip(tokens, own, pairs, strict=True)]
 
 
+def passes(model: GPT, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Returns the numbers of the prompts that are read in one pass, for each pass."""
+    lengths = [sum(model.frame) + len(prompt) for prompt in prompts]
+    return lay_out(range(len(prompts)), lengths, 1, MICRO_TOKENS, None)[0]
+
+
 @torch.inference_mode()
 def prompt_scores(model: GPT, prompts: Sequence[Sequence[int]], top: int, adapter: int = 0) -> list[list[TokenScore]]:
-    """Returns the scores of all tokens of prompts, none of which is empty; several are read in one pass.
+    """Returns the scores of all tokens of prompts, none of which is empty, from one pass over them.
 
     `adapter` is the number of a run that is beside its base. For methods that act at a prompt's last tokens, all of it
     is the prompt.
     """
     device, (before, after) = model.embed.weight.device, model.frame
     found = [[TokenScore(prompt[0], None)] for prompt in prompts]
-    lengths = [before + len(prompt) + after for prompt in prompts]
-    for passed in lay_out(range(len(prompts)), lengths, 1, MICRO_TOKENS, None)[0]:
-        texts = [prompts[number] for number in passed]
-        ids = torch.tensor([i for text in texts for i in framed(text, len(text), before, after)], device=device)
-        sizes = tuple(lengths[number] for number in passed)
-        ctx = Context.packed(sizes, device, tuple(sizes))
-        ctx.adapter = torch.tensor([adapter], device=device)
-        ends = torch.tensor(sizes).cumsum(0).tolist()
-        asked = [
-            (number, at, prompts[number][at]) for number in passed for at in range(1, len(prompts[number]))
-        ]  # token `at` of the prompt `number` comes after the one before it
-        starts = {number: end - size + before for number, end, size in zip(passed, ends, sizes, strict=True)}
-        at = torch.tensor([starts[number] + place - 1 for number, place, _ in asked], dtype=torch.long, device=device)
-        x, size = model(ids[None], ctx, at=at, headless=True), chunk(device)
-        for start in range(0, len(asked), size):
-            part = asked[start : start + size]
-            scores = scored(model.logits(x[start : start + size]), [token for *_, token in part], top)
-            for (number, *_), score in zip(part, scores, strict=True):
-                found[number].append(score)
+    ids = [i for prompt in prompts for i in framed(prompt, len(prompt), before, after)]
+    lengths = tuple(before + len(prompt) + after for prompt in prompts)
+    ctx = Context.packed(lengths, device, lengths)
+    ctx.adapter = torch.tensor([adapter], device=device)
+    starts = [before + start for start in [0, *accumulate(lengths)][:-1]]
+    # each token but a prompt's first: that prompt, and the position before it, whose state it is scored by
+    asked = [(number, at) for number, prompt in enumerate(prompts) for at in range(len(prompt) - 1)]
+    at = torch.tensor([starts[number] + at for number, at in asked], dtype=torch.long, device=device)
+    x, size = model(torch.tensor([ids], device=device), ctx, at=at, headless=True), chunk(device)
+    for start in range(0, len(asked), size):
+        part = asked[start : start + size]
+        tokens = [prompts[number][at + 1] for number, at in part]
+        scores = scored(model.logits(x[start : start + size]), tokens, top)
+        for (number, _), score in zip(part, scores, strict=True):
+            found[number].append(score)
     return found
 
 

@@ -27,7 +27,7 @@ from litpeft.generate.catalogue import Catalogue, RunFolder
 from litpeft.generate.choice import Choice, choices
 from litpeft.generate.draft import Draft
 from litpeft.generate.engine import prompt_ids
-from litpeft.generate.logprobs import prompt_scores
+from litpeft.generate.logprobs import TokenScore, passes, prompt_scores
 from litpeft.generate.protocol import (
     Ask,
     Refused,
@@ -212,13 +212,16 @@ class Server:
 
     async def choices(self, ask: Ask, served: Served, prompts: list[list[int]]) -> list[Choice]:
         """Returns the choices of a reply, with what stands before each answer."""
-        scores = None
+        scores: list[list[TokenScore]] = [[] for _ in prompts]
         if ask.echo and ask.top is not None:  # a prompt that is in the cache has no logits any more
             if self.worker.work.qsize() > self.settings.max_waiting:
                 raise busy()
-            model, top, adapter = served.loaded.model, ask.top, served.adapter
-            work = self.worker.between_steps(lambda: prompt_scores(model, prompts, top, adapter))
-            scores = await asyncio.wrap_future(work)
+            model = served.loaded.model
+            for numbers in passes(model, prompts):
+                together = [prompts[number] for number in numbers]
+                work = self.worker.between_steps(partial(prompt_scores, model, together, ask.top, served.adapter))
+                for number, one in zip(numbers, await asyncio.wrap_future(work), strict=True):
+                    scores[number] = one
         return choices(ask, served.loaded.tokenizer, prompts, scores)
 
     async def tokens(self, served: Served, content: Any, answers: bool) -> list[int]:

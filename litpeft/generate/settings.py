@@ -166,8 +166,7 @@ OF_TASKS = ("task_folder", "as_chat")
 
 @dataclass
 class Evaluate(Answering):
-    """Measure a model: the loss on rows with known answers and how many are answered exactly, or the tasks of
-    EleutherAI's lm-evaluation-harness."""
+    """Measure a model: loss and exact answers on rows, or the metrics of tasks of lm-evaluation-harness."""
 
     data: str | None = None
     """Rows as `litpeft finetune` reads them: a file, a glob, a folder with validation.*, or a data set of the hub

@@ -4,8 +4,11 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from litpeft.generate.batch import Batch, Request
+
+T = TypeVar("T")
 
 
 class Worker(threading.Thread):
@@ -17,17 +20,17 @@ class Worker(threading.Thread):
         self.batches, self.failed = batches, failed
         self.changed = threading.Condition()
         self.stopped = False
-        self.work: SimpleQueue[tuple[Future[None], Callable[[], None]]] = SimpleQueue()
+        self.work: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
 
     def add(self, batch: Batch, requests: Iterable[Request]) -> None:
         with self.changed:
             batch.waiting.extend(requests)
             self.changed.notify()
 
-    def between_steps(self, work: Callable[[], None]) -> Future[None]:
-        """Lets the thread do something while no answer is being computed."""
+    def between_steps(self, work: Callable[[], T]) -> Future[T]:
+        """Lets the thread do something while no answer is being computed; returns its result to come."""
         with self.changed:
-            done: Future[None] = Future()
+            done: Future[T] = Future()
             self.work.put((done, work))
             self.changed.notify()
         return done
