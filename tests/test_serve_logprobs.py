@@ -178,6 +178,12 @@ def test_what_measures_over_http_gets_prompt_and_answer_at_once(running, models,
     (choice,) = running.post(TEXT, model="base", **body | {"prompt": ends, "max_tokens": 5})[1]["choices"]
     assert choice["logprobs"]["tokens"][len(ends) :] == ["<|im_end|>"]
     assert (choice["text"], choice["finish_reason"]) == (tokenizer.decode(ends), "stop")
+    alone = {"prompt": "A", "echo": True, "max_tokens": 0, "logprobs": 0}
+    (choice,) = running.post(TEXT, model="base", **alone)[1]["choices"]
+    assert choice["logprobs"] == {"tokens": ["A"], "token_logprobs": [None], "top_logprobs": [None], "text_offset": [0]}
+    _, streamed = running.raw("POST", TEXT, json.dumps({"model": "base", "stream": True, **alone}).encode())
+    (event,) = streamed.decode().split("\n\n")[:-2]
+    assert json.loads(event.removeprefix("data: "))["choices"] == [choice]
     for wrong in ([[300]], [[-1]], [[]], [1, "a"]):
         assert running.post(TEXT, model="base", prompt=wrong)[0] == 400
 

@@ -120,7 +120,8 @@ def likeliest(record: Mapping[str, Any], chat: bool) -> int | None:
     else:
         if record.get("top_logprobs"):
             raise Refused("top_logprobs is for chats; here logprobs is the number", "top_logprobs")
-        wanted, key = record.get("logprobs") not in (None, False), "logprobs"
+        given, key = record.get("logprobs"), "logprobs"
+        wanted = given is not None and given is not False  # 0 wants those of the tokens themselves
         top = take(record, key, int, 0) if wanted else 0
     return within(key, top, 0, MOST_TOP[chat]) if wanted else None
 
