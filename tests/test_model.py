@@ -395,10 +395,10 @@ FAMILY_CASES = {  # the first of each family is also tested in training and answ
     "ernie4_5_moe, large shares, none shared": ERNIE_MOE
     | {"moe_layer_end_index": 0, "moe_layer_start_index": 0, "moe_num_shared_experts": 0, "moe_norm_min": 0.6},
     "ernie4_5": {"model_type": "ernie4_5", "use_bias": True, "head_dim": 16},
-    "nemotron": {"model_type": "nemotron", "attention_bias": True},
     "nemotron_h": NEMOTRON_H | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"]},
     "nemotron_h, biases, no experts": NEMOTRON_H
     | {"layers_block_type": ["mlp", "full_attention", "linear_attention"], "use_bias": True, "mlp_bias": True},
+    "nemotron": {"model_type": "nemotron", "attention_bias": True},
 }
 CASES = {
     "grouped queries": {},

@@ -76,7 +76,8 @@ def measured(settings: Evaluate, tasks: Tasks, names: Mapping[str, str]) -> Iter
             yield "base", results_of("base", loaded, settings, tasks)
     yield own, found
     for name, path in list(names.items())[1:]:
-        yield name, results_of(name, load_one(replace(settings, method={}), path), settings, tasks)
+        one = replace(settings, model=path, method={})
+        yield name, results_of(name, load_one(one, path), one, tasks)
 
 
 def results_of(name: str, loaded: Loaded, settings: Evaluate, tasks: Tasks) -> Results:
