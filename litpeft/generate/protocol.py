@@ -6,11 +6,11 @@ A key that would change the answer and that we do not have is refused by name, u
 import json
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from litpeft.core.errors import nearest, quoted
+from litpeft.core.errors import counted, nearest, quoted
 from litpeft.data.formats import FORMATS
 from litpeft.data.formats.turn import Turn
 from litpeft.generate.settings import Sampling
@@ -47,6 +47,17 @@ class Refused(Exception):
     def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.what, "type": kind, "param": self.key, "code": self.code}}
+
+
+def check_prompt(ids: Sequence[int], key: str, vocabulary: int, most: int, answers: bool) -> None:
+    """Raises Refused for tokens that a model does not have, for none, and if they or an answer have no room."""
+    if not all(0 <= token < vocabulary for token in ids):
+        raise Refused(f"the model's tokens are 0 to {vocabulary - 1:,}", key)
+    if not ids:
+        raise Refused("the prompt is empty: there is no token to continue from", key)
+    if len(ids) + answers > most:
+        what = f"the prompt has {counted(len(ids), 'token')}; {most:,} are read here, answer included"
+        raise Refused(what, key, code="context_length_exceeded")
 
 
 def busy() -> Refused:

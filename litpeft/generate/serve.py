@@ -18,7 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
-from litpeft.core.errors import ConfigError, DataError, UserError, brief, counted, quoted
+from litpeft.core.errors import ConfigError, DataError, UserError, brief, quoted
 from litpeft.core.terminal import tell
 from litpeft.data.prompts import Prompt
 from litpeft.generate.address import LOCAL, bound, hostname, is_local
@@ -33,6 +33,7 @@ from litpeft.generate.protocol import (
     Refused,
     are_tokens,
     busy,
+    check_prompt,
     last_piece,
     model,
     models,
@@ -236,14 +237,8 @@ class Server:
                 ids = await loop.run_in_executor(self.renderer, prompt_ids, loaded, Prompt({}, content, key), system)
         except DataError as error:  # the template refuses it
             raise Refused(error.what, key) from None
-        if not all(0 <= token < loaded.model.config.vocab_size for token in ids):
-            raise Refused(f"the model's tokens are 0 to {loaded.model.config.vocab_size - 1:,}", key)
         most = min(loaded.model.reach, settings.max_length)
-        if not ids:
-            raise Refused("the prompt is empty: there is no token to continue from", key)
-        if len(ids) + answers > most:
-            what = f"the prompt has {counted(len(ids), 'token')}; {most:,} are read here, answer included"
-            raise Refused(what, key, code="context_length_exceeded")
+        check_prompt(ids, key, loaded.model.config.vocab_size, most, answers)
         return ids
 
     def wanted(self, ask: Ask, served: Served, prompt: list[int], index: int, arrive: Callable[..., None]) -> Request:
