@@ -4,11 +4,11 @@ The dropout and the extra loss that its config.json may name (attention_dropout,
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import falcon_h1, llama
-from litpeft.model.families.mamba2 import Mamba2Keys, mamba_names, state_space
+from litpeft.model.families.mamba2 import LlamaAndMamba2Keys, mamba_names, state_space
 from litpeft.model.parts import Layer, Rope
 
 NAMES = falcon_h1.NAMES | mamba_names("model.layers.{}.mamba")
@@ -16,24 +16,11 @@ BUFFERS = llama.BUFFERS
 
 
 @dataclass(frozen=True)
-class Keys(Mamba2Keys):
+class Keys(LlamaAndMamba2Keys):
     """What decides the logits of transformers' BambaConfig, beside the rotary positions."""
 
-    vocab_size: int = 128000
-    tie_word_embeddings: bool = False
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = 8
-    hidden_act: Literal["silu", "swish"] = "silu"
-    rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 262144
     attn_layer_indices: list[int] | None = None
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    ALIASES = {"layer_types": "layers_block_type"}
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:

@@ -4,12 +4,12 @@ The dropout that its config.json may name (attention_dropout) is not applied.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from litpeft.model.config import ModelConfig
 from litpeft.model.families import llama
 from litpeft.model.families.deepseek_v3 import refuse_null
-from litpeft.model.families.mamba2 import Mamba2Keys, mamba_names, state_space
+from litpeft.model.families.mamba2 import LlamaAndMamba2Keys, mamba_names, state_space
 from litpeft.model.parts import Beside, Layer, Rope
 
 LAYER = "model.layers.{}"
@@ -25,18 +25,9 @@ FACTORS = ("lm_head", "embedding", "key", "attention_out", "attention_in", "ssm_
 
 
 @dataclass(frozen=True)
-class Keys(Mamba2Keys):
+class Keys(LlamaAndMamba2Keys):
     """What decides the logits of transformers' FalconH1Config, beside the rotary positions."""
 
-    vocab_size: int = 128000
-    tie_word_embeddings: bool = False
-    hidden_size: int = 4096
-    intermediate_size: int = 14336
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = 8
-    hidden_act: Literal["silu", "swish"] = "silu"
-    rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 8192
     mamba_d_ssm: int | None = 1024
     mamba_norm_before_gate: bool | None = True
@@ -51,10 +42,6 @@ class Keys(Mamba2Keys):
     ssm_multipliers: list[float] | None = None
     ssm_in_multiplier: float | None = 1.0
     ssm_out_multiplier: float | None = 1.0
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    ALIASES = {"layer_types": "layers_block_type"}
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from litpeft.model.config import ConfigKeys
 from litpeft.model.families import Place
@@ -38,6 +38,25 @@ class Mamba2Keys(ConfigKeys):
     mamba_expand: int | None = 2
     mamba_conv_bias: bool | None = True
     mamba_proj_bias: bool | None = False
+
+
+@dataclass(frozen=True)
+class LlamaAndMamba2Keys(Mamba2Keys):
+    """Those that the classes of Bamba and Falcon-H1 have alike besides."""
+
+    vocab_size: int = 128000
+    tie_word_embeddings: bool = False
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    hidden_act: Literal["silu", "swish"] = "silu"
+    rms_norm_eps: float = 1e-5
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    ALIASES = {"layer_types": "layers_block_type"}
 
 
 def state_space(keys: Any, hf: Mapping[str, Any], inner: int | None = None, **own: Any) -> StateSpace:
