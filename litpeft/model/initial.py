@@ -45,19 +45,17 @@ def initial_weights(names: NameMap, hf: Mapping[str, Any], seed: int) -> Iterato
     """Yields the parameters of a model by our names, in float32; `hf` is its config.json."""
     module = family(names.family)
     deviation = checked("initializer_range", hf.get("initializer_range", getattr(module, "DEVIATION", 0.02)), float)
-    narrow = deviation / math.sqrt(2 * names.config.n_layers)
     with torch.device("meta"):
         model = GPT(names.config)
     draws = torch.Generator().manual_seed(seed)
     own = getattr(module, "INITIAL", {})
     for ours, shape in names.ours.items():
         draw = next((draw for glob, draw in own.items() if fnmatchcase(ours, glob)), None)
-        if draw is not None:
+        if draw is None:
+            owner, _, leaf = ours.rpartition(".")
+            yield ours, _initial(model.get_submodule(owner), leaf, shape, deviation, draws)
+        else:
             yield ours, draw(shape, hf, draws)
-            continue
-        is_narrow = any(fnmatchcase(ours, glob) for glob in getattr(module, "NARROW", ()))
-        owner, _, leaf = ours.rpartition(".")
-        yield ours, _initial(model.get_submodule(owner), leaf, shape, narrow if is_narrow else deviation, draws)
 
 
 def _initial(owner: nn.Module, leaf: str, shape: tuple[int, ...], deviation: float, draws: torch.Generator) -> Tensor:

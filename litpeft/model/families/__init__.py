@@ -14,7 +14,6 @@ follow. A value is the name of a module whose tensors are as ours, or a `Place`.
 - DEVIATION: of its weights before any training, where config.json says no initializer_range; default 0.02.
 - INITIAL: maps globs of our parameters to functions that draw them before any training, from their shape, the
   config.json and a torch.Generator, where model/initial.py has another way.
-- NARROW: globs of our parameters whose deviation is less by the root of twice the number of layers.
 """
 
 import re

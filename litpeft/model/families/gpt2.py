@@ -3,8 +3,13 @@
 The dropout that its config.json names (resid_pdrop, embd_pdrop, attn_pdrop) is not applied.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from litpeft.model.config import ACTIVATIONS, ConfigKeys, ModelConfig
 from litpeft.model.families import Gguf, Place
@@ -25,7 +30,6 @@ NAMES = {
     "head": "lm_head",
 }
 BUFFERS = ("*.attn.bias", "*.attn.masked_bias")
-NARROW = ("*.attn.o.weight", "*.mlp.down.weight")
 GGUF = Gguf(
     "gpt2",
     graph={
@@ -64,6 +68,15 @@ class Keys(ConfigKeys):
         "num_attention_heads": "n_head",
         "num_hidden_layers": "n_layer",
     }
+
+
+def narrow(shape: tuple[int, ...], hf: Mapping[str, Any], draws: torch.Generator) -> Tensor:
+    """Returns an output weight of a new model: normal, and smaller the more layers there are."""
+    deviation = hf.get("initializer_range", 0.02) / math.sqrt(2 * Keys.read(hf).n_layer)
+    return torch.randn(shape, generator=draws) * deviation
+
+
+INITIAL = {"*.attn.o.weight": narrow, "*.mlp.down.weight": narrow}
 
 
 def config(hf: dict[str, Any]) -> ModelConfig:
