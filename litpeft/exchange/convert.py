@@ -37,9 +37,7 @@ def convert(settings: Convert) -> None:
     dtype = RESULT_DTYPES[settings.dtype] if settings.dtype else None
     gguf_file = find_gguf(source)
     check_repo(settings.push)
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
-        what = "the source lies in it, and would be lost when it is replaced"
-        raise ConfigError(what, where=out, hint="name another folder for the result")
+    keep_source(source, out)
     model = GgufFile(gguf_file) if gguf_file else of_folder(source)
     say(f"read {gguf_file or source}: {model.summary()}")
     check_place(out)
@@ -56,6 +54,13 @@ def convert(settings: Convert) -> None:
     if settings.push:
         push(out, settings.push)
     say(f"next: {command_line('chat', out)}")
+
+
+def keep_source(source: Path, out: Path) -> None:
+    """Raises if the result would replace what it is made of."""
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        what = "the source lies in it, and would be lost when it is replaced"
+        raise ConfigError(what, where=out, hint="name another folder for the result")
 
 
 def of_folder(source: Path) -> BinFolder | MetaFolder | TextModel:

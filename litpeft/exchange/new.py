@@ -12,7 +12,7 @@ from litpeft.core.recognise import refuse_other
 from litpeft.core.safetensors import RESULT_DTYPES, check_room, copy_companions, write_safetensors
 from litpeft.core.terminal import command_line, say
 from litpeft.data.tokenizer import Tokenizer
-from litpeft.exchange.convert import check, tell_stop_ids
+from litpeft.exchange.convert import check, keep_source, tell_stop_ids
 from litpeft.exchange.run import write_config
 from litpeft.exchange.settings import New
 from litpeft.model.families import FAMILIES, family
@@ -34,9 +34,7 @@ def new(settings: New) -> None:
     where = f"{source / 'config.json'}{', with the changes' if settings.changes else ''}"
     names = NameMap(*config_of(hf, where))
     Tokenizer.load(source).check_vocabulary(names.config.vocab_size)
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
-        what = "the source lies in it, and would be lost when it is replaced"
-        raise ConfigError(what, where=out, hint="name another folder for the result")
+    keep_source(source, out)
     check_place(out)
     dtype = RESULT_DTYPES[settings.dtype]
     check_room(out, names.shapes.values(), dtype)
