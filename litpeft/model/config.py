@@ -161,13 +161,6 @@ class ModelConfig:
         """Returns whether a layer has a mixture of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
 
-    @property
-    def active_d_ff(self) -> int:
-        """Returns the inner size of what a token goes through in a layer's MLP or experts, at most."""
-        if self.experts is None:
-            return self.d_ff
-        return self.experts.active * self.experts.d_ff + (self.experts.shared_d_ff or 0)
-
 
 K = TypeVar("K", bound="ConfigKeys")
 OR_ZERO = {"zero": "allowed"}
