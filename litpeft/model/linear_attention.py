@@ -1,5 +1,7 @@
 """Linear attention: each head has one matrix, which a token reads in place of all earlier keys and values.
 
+The layer makes queries, keys, values and two gates of its input x, and applies the gated delta rule to them.
+
     q, k, v = silu(conv(in_q x)), silu(conv(in_k x)), silu(conv(in_v x))
     q, k = q / |q| / sqrt(K), k / |k|
     b = sigmoid(in_b x)

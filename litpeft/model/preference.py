@@ -1,16 +1,19 @@
 """Learning which of two answers to a prompt is the better one: the losses of pairs, for any method.
 
-    s_c, s_r   log p of the chosen and of the rejected answer: summed over their trained tokens, |c| and |r| of them
-    ref        the same of the model as the run begins, which is measured once and then stands still
-    m          the margin: the pair is preferred where it is above 0
+    s_c, s_r   log p of the chosen and of the rejected answer: the sum over its trained tokens
+    |c|, |r|   the number of these tokens
+    ref        s of the model as the run begins, measured once
+    m          the margin; the chosen answer is preferred where it is above 0
+
+Each loss has a margin of its own:
 
     dpo     m = beta [(s_c - ref_c) - (s_r - ref_r)]            loss = -(1 - e) log sigma(m) - e log sigma(-m)
     ipo     m = beta [(s_c - ref_c)/|c| - (s_r - ref_r)/|r|]    loss = (m / beta - 1 / (2 beta))^2
     simpo   m = beta (s_c/|c| - s_r/|r|)                        loss = -(1 - e) log sigma(m - g) - e log sigma(g - m)
     orpo    m = log odds(s_c/|c|) - log odds(s_r/|r|)           loss = -s_c/|c| - beta log sigma(m)
 
-with e the smoothing, g the margin of the settings, and log odds(l) = l - log(1 - exp(l)). IPO takes means over tokens,
-as its authors advised and TRL does. To each but orpo, which has it, a weight of -s_c/|c| can be added.
+e is `smoothing`, g is the setting `margin`, and log odds(l) = l - log(1 - exp(l)). IPO takes means over tokens, as TRL
+does. `likelihood` times -s_c/|c| is added to dpo, ipo and simpo; orpo has this term already.
 
 DPO https://arxiv.org/abs/2305.18290, with smoothing (cDPO) https://ericmitchell.ai/cdpo.pdf,
 IPO https://arxiv.org/abs/2310.12036, SimPO https://arxiv.org/abs/2405.14734, ORPO https://arxiv.org/abs/2403.07691,

@@ -1,10 +1,12 @@
-"""Mamba-2's layer: each head has one matrix, which every token fades, writes to and reads.
+"""Mamba-2's layer: each head has one matrix S, which every token fades, writes to and reads. Its input is u.
 
     x, B, C = silu(conv(in_x u)), silu(conv(in_b u)), silu(conv(in_c u))
     dt = softplus(in_dt u + dt_bias), within limits
     S_t = exp(-exp(A_log) dt_t) S_{t-1} + B_t (dt_t x_t)^T        S_0 = 0
     y_t = S_t^T C_t + D x_t
-    out(norm(y * silu(in_z u)))        in some models norm(y) * silu(in_z u), or without the norm
+    out(norm(y * silu(in_z u)))
+
+Some models take norm(y) * silu(in_z u) in the last line, others have no norm.
 
 `conv` sums each channel over the last W tokens, with weights. Heads of one group have B and C in common, and the norm
 is over the heads of a group. The chunks are those of Dao and Gu 2024, https://arxiv.org/abs/2405.21060: within a chunk

@@ -59,9 +59,9 @@ class Stepper:
     def gradient(self, batches: list[Batch], weight: float, number: int, votes: Votes = list) -> Gradient:
         """Leaves the gradient of the micro-batches in what trains.
 
-        The loss is the weighted sum over the trained tokens, or the pairs, of all micro-batches of all ranks, divided
-        by the sum of their weights, `weight`, which is their number where they have none: how the rows of a step are
-        spread changes nothing. What the method adds to it has a gradient, but is not told.
+        The loss is a weighted mean over the trained tokens, or the pairs, of all micro-batches of all ranks. `weight`
+        is the sum of their weights; one without a weight counts as 1. So it does not matter how the rows of a step are
+        spread. What the method adds to the loss has a gradient, but is not in the loss that is returned.
         """
         from litpeft.train.fabric import DDPStrategy
 
